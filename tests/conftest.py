@@ -13,14 +13,16 @@ def seed():
     torch.manual_seed(0)
 
 
+class RealData(type(Path())):
+    """A folder; `real / "stories260K"` is a path in it, or the test is skipped, visibly, where that is absent."""
+
+    def __truediv__(self, name):
+        path = super().__truediv__(name)
+        if not path.exists():
+            pytest.skip(f"real data {path.name!r} is not in the cache folder (set MINIPEFT_CACHE to a folder that holds it)")
+        return path
+
+
 @pytest.fixture(scope="session")
 def real():
-    """real("stories260K/config.json"): the path of a file of real data; the test is skipped where it is absent."""
-    folder = Path(os.environ.get("MINIPEFT_CACHE") or ROOT.parent / "shared" / "real")
-
-    def path_of(name: str) -> Path:
-        if not (folder / name).exists():
-            pytest.skip(f"real data {name!r} is not in the cache folder (set MINIPEFT_CACHE to a folder that holds it)")
-        return folder / name
-
-    return path_of
+    return RealData(os.environ.get("MINIPEFT_CACHE") or ROOT.parent / "shared" / "real")
