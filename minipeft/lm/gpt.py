@@ -1,0 +1,314 @@
+"""A decoder-only language model in one file: Llama and its relatives, and GPT-2, chosen by configuration.
+
+Module names are Hugging Face's (`model.layers.0.self_attn.q_proj`), and so are the arguments and the fields of the
+output, so that an adapter written for one runs on the other. Every projection is a plain `nn.Linear` of its own.
+
+Shapes: B rows, T new tokens, P tokens already in the cache, S = P + T, d hidden_size, H heads, K key-value heads,
+h head_dim, V vocabulary.
+
+Llama: Touvron et al. 2023 (arXiv 2302.13971); rotary positions: Su et al. 2021 (2104.09864); grouped queries: Ainslie
+et al. 2023 (2305.13245); SwiGLU: Shazeer 2020 (2002.05202); GPT-2: Radford et al. 2019. No dropout anywhere.
+"""
+import difflib
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model, in Hugging Face's names. `model_type` decides the style; see MODEL_TYPES."""
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None      # fewer than heads: grouped queries; None: as many
+    head_dim: int | None = None                 # None: hidden_size / heads
+    max_position_embeddings: int = 512
+    model_type: str = "llama"
+    hidden_act: str = "silu"
+    norm_eps: float = 1e-5                      # rms_norm_eps or layer_norm_epsilon in Hugging Face's files
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None            # {"rope_type": "linear" | "llama3", "factor": ...}
+    attention_bias: bool = False                # on q, k, v and o (qwen2: always on q, k, v and never on o)
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = True            # the head is the embedding, transposed
+    sliding_window: int | None = None           # mistral: longer sequences than this are refused
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        nearest("model_type", self.model_type, MODEL_TYPES)
+        nearest("hidden_act", self.hidden_act, ACTIVATIONS)
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.num_attention_heads} heads")
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                             f"{self.num_key_value_heads}")
+        if self.model_type == "gpt2":
+            self.attention_bias = self.mlp_bias = True
+
+    @property
+    def is_gpt2(self):
+        return self.model_type == "gpt2"
+
+    def to_dict(self):
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor = None                 # (B, T, V)
+    loss: torch.Tensor | None = None            # mean over the labels that count, in nats
+    past_key_values: tuple | None = None        # one (keys, values) a layer, each (B, K, S, h)
+    last_hidden_state: torch.Tensor | None = None   # (B, T, d), what the head reads
+
+
+def nearest(what, value, valid):
+    """Raise a ValueError that names the nearest valid choice, unless `value` is one."""
+    if value not in valid:
+        close = difflib.get_close_matches(str(value), valid, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"unknown {what} {value!r}{hint}; valid: {', '.join(valid)}")
+
+
+class Rotary:
+    """Turns positions into the angles of rotary embeddings. Plain tensors, always float32: no weights, nothing saved."""
+
+    def __init__(self, config):
+        h, scaling = config.head_dim, config.rope_scaling or {}
+        frequency = 1 / config.rope_theta ** (torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h)  # (h/2,)
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        nearest("rope_type", kind, ("default", "linear", "llama3"))
+        if kind == "linear":                    # positions closer together
+            frequency = frequency / scaling["factor"]
+        elif kind == "llama3":                  # slow waves slowed further, fast ones kept, a ramp between
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the old context
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            frequency = frequency * (keep + (1 - keep) / scaling["factor"])
+        self.frequency = frequency
+
+    def __call__(self, position_ids):           # (B or 1, T) -> two of (B or 1, 1, T, h)
+        angle = position_ids[:, None, :, None].float() * self.frequency.to(position_ids.device)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)    # the minus sign of the rotation lives in sin
+
+
+def rotate(x, cos, sin):
+    """Rotate each pair (x[i], x[i + h/2]) by its angle. x (B, heads, T, h)."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, h = config.hidden_size, config.head_dim
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        self.head_dim, self.grouped = h, config.num_key_value_heads != config.num_attention_heads
+        self.q_proj = nn.Linear(d, config.num_attention_heads * h, bias=qkv_bias)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * h, bias=qkv_bias)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * h, bias=qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * h, d,
+                                bias=config.attention_bias and config.model_type != "qwen2")
+        if config.model_type == "qwen3":        # each head's query and key normalised before they are rotated
+            self.q_norm, self.k_norm = nn.RMSNorm(h, config.norm_eps), nn.RMSNorm(h, config.norm_eps)
+
+    def forward(self, x, cos=None, sin=None, mask=None, past_k=None, past_v=None, present=None):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)    # (B, T, H, h)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)    # (B, T, K, h)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cos is not None:
+            cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past_k is not None:
+            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)     # (B, K, S, h)
+        if present is not None:
+            present.append((k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=self.grouped)                 # (B, H, T, h)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, wide, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        if not config.is_gpt2:
+            self.gate_proj = nn.Linear(d, wide, bias=bias)
+        self.up_proj = nn.Linear(d, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, d, bias=bias)
+        self.gated, self.act = not config.is_gpt2, ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x):
+        if self.gated:                          # SwiGLU
+            return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        norm = nn.LayerNorm if config.is_gpt2 else nn.RMSNorm
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = norm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = norm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x, *attention):           # x (B, T, d); the rest is attention's
+        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.model = nn.ModuleDict()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, d)
+        if config.is_gpt2:
+            self.model.embed_positions = nn.Embedding(config.max_position_embeddings, d)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = (nn.LayerNorm if config.is_gpt2 else nn.RMSNorm)(d, config.norm_eps)
+        self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
+        self.rotary = None if config.is_gpt2 else Rotary(config)
+        self.checkpointing = None               # keyword arguments of torch's checkpoint, when it is on
+        self.apply(self._init_weights)
+        self.tie_weights()
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                labels=None, use_cache=None, logits_to_keep=0, labels_only=False):
+        """Hugging Face's forward.
+
+        input_ids (B, T) int64, or inputs_embeds (B, T, d). attention_mask (B, P + T): 1 for real tokens, 0 for padding
+        on either side; or (B, 1, T, P + T) booleans, used as they are. position_ids (B, T): P, P + 1, ... unless given.
+        past_key_values: a (keys, values) pair a layer, each (B, K, P, h). labels (B, T): the input ids themselves, -100
+        where no loss is wanted; they are shifted here. logits_to_keep = n: logits of the last n positions only.
+        labels_only: the head is applied only where a label is, and logits are (N, V) for those N positions: the head
+        is a large share of a small model's work. Raises ValueError for shapes that do not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, d)
+        B, T, _ = x.shape
+        P = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        mask = self._attention_mask(attention_mask, B, T, P, x.device)
+        if position_ids is None:
+            position_ids = torch.arange(P, P + T, device=x.device)[None]                        # (1, T)
+        if self.config.is_gpt2:
+            cos = sin = None
+            x = x + self.model.embed_positions(position_ids)
+        else:
+            cos, sin = self.rotary(position_ids)
+        checkpointing = self.checkpointing is not None and self.training
+        present = [] if use_cache and not checkpointing else None
+        for i, layer in enumerate(self.model.layers):
+            past_k, past_v = past_key_values[i] if P else (None, None)
+            if checkpointing:
+                x = checkpoint(layer, x, cos, sin, mask, past_k, past_v, **self.checkpointing)
+            else:
+                x = layer(x, cos, sin, mask, past_k, past_v, present)
+        x = self.model.norm(x)
+
+        loss, at = None, x
+        if labels is not None and labels_only:
+            labels = labels[:, 1:]
+            at, labels = x[:, :-1][labels != -100], labels[labels != -100]                      # (N, d), (N,)
+        elif logits_to_keep:
+            at = x[:, -logits_to_keep:]
+        logits = self.lm_head(at)
+        if labels is not None:
+            if not labels_only:
+                labels = F.pad(labels, (0, 1), value=-100)[:, 1:]       # position t predicts token t + 1
+                labels = labels[:, -logits_to_keep:] if logits_to_keep else labels
+            loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
+        return Output(logits, loss, tuple(present) if present is not None else None, x)
+
+    def _attention_mask(self, attention_mask, B, T, P, device):
+        """Booleans (B or 1, 1, T, S), True where a query may look; None where plain causal attention is meant."""
+        S, window = P + T, self.config.sliding_window
+        if window is not None and S > window:
+            raise ValueError(f"{S} tokens are more than this model's sliding window of {window}: not supported")
+        if self.config.is_gpt2 and S > self.config.max_position_embeddings:
+            raise ValueError(f"{S} tokens are more than max_position_embeddings {self.config.max_position_embeddings}")
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
+        if attention_mask is not None and attention_mask.shape != (B, S):
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected ({B}, {S}): "
+                             f"{P} tokens of the past and {T} new ones")
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if not padded and (P == 0 or T == 1):
+            return None
+        query, key = torch.arange(P, S, device=device)[:, None], torch.arange(S, device=device)[None]
+        mask = (key <= query)[None, None]                                   # (1, 1, T, S)
+        if padded:                              # padding still looks at itself: an empty softmax would be NaN
+            mask = mask & attention_mask[:, None, None].bool() | (key == query)
+        return mask
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, module):
+        self.model.embed_tokens = module
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, module):
+        self.lm_head = module
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+        self.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def gradient_checkpointing_disable(self):
+        self.checkpointing = None
+
+    @property
+    def is_gradient_checkpointing(self):
+        return self.checkpointing is not None
+
+    def enable_input_require_grads(self):
+        """Reentrant checkpointing gives no gradient where no input asks for one, as over a frozen embedding."""
+        self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+    @property
+    def device(self):
+        return self.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self):
+        return self.get_input_embeddings().weight.dtype
