@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from . import HERE, SEED, words
 
 PUPILS, TRADE_HOLDERS = 8, 2          # 8 children, and two people of every trade: 64 residents
-EVENTS = ("boat race", "herring supper", "kite day", "barn dance", "pie contest", "flower show", "lantern walk", "sea swim",
-          "puppet play", "book sale", "choir evening", "chess match", "harvest feast", "donkey race", "sandcastle day",
-          "story night", "knitting circle", "star watch", "bell concert", "egg hunt")
+EVENTS = {"boat race": "river", "herring supper": "quay", "kite day": "hilltop", "barn dance": "hay barn", "pie contest": "bakery",
+          "flower show": "rose garden", "lantern walk": "cliff path", "sea swim": "lagoon", "puppet play": "village green",
+          "book sale": "library", "choir evening": "chapel", "chess match": "tea room", "harvest feast": "town hall",
+          "donkey race": "beach", "story night": "inn", "knitting circle": "post office", "star watch": "harbour wall",
+          "bell concert": "bell tower", "egg hunt": "apple orchard", "model ship show": "boathouse"}
 WARES = ("bread", "rope", "butter", "candles", "nails", "herring", "honey", "thread", "ink", "soap", "tea", "flour", "eggs",
          "glue", "tar", "wool", "salt", "paper", "cider", "jam", "onions", "potatoes", "paint", "buckets")
 
@@ -115,7 +117,7 @@ def draw(seed=SEED):
         tuple(Animal(person.pet_name, person.pet, rng.choice(words.COLOURS), rng.randint(1, 14), person.name)
               for person in residents),
         tuple(Event(event, rng.choice(words.DAYS), rng.randint(1, 9), place, organiser)
-              for event, place, organiser in zip(EVENTS, rng.sample(sorted(words.PLACES), len(EVENTS)), organisers)),
+              for (event, place), organiser in zip(EVENTS.items(), organisers)),
         tuple(Price(item, price, seller)
               for item, price, seller in zip(WARES, rng.sample(range(2, 60), len(WARES)), sellers)))
 
