@@ -118,12 +118,28 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
+def attend(q, k, v, mask=None):
+    """softmax(q kT / sqrt(h)) v; causal where there is no mask. q (B, H, T, h), k and v (B, K, S, h) -> (B, H, T, h)."""
+    T, heads = q.shape[2], q.shape[1] // k.shape[1]
+    causal = mask is None and T > 1
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads > 1)
+    # Written out: on a CPU, the backward pass of torch's bfloat16 kernel takes 40 % of a small model's whole step.
+    k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                        # (B, H, T, S)
+    if causal:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+    return torch.softmax(scores, -1) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, h = config.hidden_size, config.head_dim
         qkv_bias = config.attention_bias or config.model_type == "qwen2"
-        self.head_dim, self.grouped = h, config.num_key_value_heads != config.num_attention_heads
+        self.head_dim = h
         self.q_proj = nn.Linear(d, config.num_attention_heads * h, bias=qkv_bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * h, bias=qkv_bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * h, bias=qkv_bias)
@@ -147,8 +163,7 @@ class Attention(nn.Module):
             k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)     # (B, K, S, h)
         if present is not None:
             present.append((k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.grouped)                 # (B, H, T, h)
+        y = attend(q, k, v, mask)                           # (B, H, T, h)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
