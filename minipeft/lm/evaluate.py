@@ -1,0 +1,81 @@
+"""How good is it: the loss of the completions, the perplexity, and the task's own score of what the model writes."""
+import math
+
+import torch
+from tqdm.auto import tqdm
+
+from .data import Batches, DataError, room
+
+
+def fast_loss(model):
+    """Our GPT can apply its head only where a label is, which saves a small model a third of its time. Others get {}."""
+    from .gpt import GPT
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"labels_only": True} if isinstance(plain, GPT) else {}
+
+
+@torch.no_grad()
+def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=False):
+    """Mean loss in nats per token of the completions, their ends included: {"loss", "perplexity", "tokens"}.
+
+    `data`: a list of Examples, or a list of ready batches (dicts of tensors), or an object with .batch(i) and a length."""
+    if hasattr(data, "batch"):
+        batches = map(data.batch, range(len(data)))
+    elif isinstance(data[0], dict):
+        batches = data
+    else:
+        rows = Batches(data, tokenizer, batch_size, max_length=room(model))
+        batches = rows.in_order()
+    device, was_training = next(model.parameters()).device, model.training
+    total = count = 0
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc="loss", disable=not progress, leave=False, delay=3):
+            n = (batch["labels"][:, 1:] != -100).sum().item()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = model(**{k: v.to(device) for k, v in batch.items()}, **fast_loss(model)).loss
+            total, count = total + loss.item() * n, count + n
+    finally:
+        model.train(was_training)
+    loss = total / count
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
+
+
+def evaluate(model, tokenizer, data, split="test", limit=None, max_new_tokens=None, batch_size=64, generate=True,
+             predictions=False, progress=True):
+    """Evaluate on a Task's `split` or on a list of Examples; returns a dict, the model is left in the mode it was in.
+
+    "loss", "perplexity"   of the completions, per token
+    the task's metrics     of the completions that the model writes greedily (0 to 100), unless generate=False
+    "examples"             how many were used: `limit` takes the first ones; None takes all
+    "predictions"          with predictions=True: what the model wrote, in the examples' order
+    max_new_tokens: None leaves room for the longest true completion and a little more.
+    """
+    score = getattr(data, "score", None)
+    if hasattr(data, "train"):  # a Task
+        if split not in ("train", "valid", "test"):
+            raise DataError(f"split {split!r}: expected train, valid or test")
+        data = getattr(data, split)
+    examples = list(data)[:limit]
+    if not examples:
+        raise DataError(f"no examples to evaluate in split {split!r}")
+    result = completion_loss(model, tokenizer, examples, batch_size, progress=progress)
+    result = {"examples": len(examples), "loss": result["loss"], "perplexity": result["perplexity"]}
+    if not generate or not (score or predictions):
+        return result
+    from .generate import generate as write
+    if max_new_tokens is None:
+        max_new_tokens = 8 + max(len(tokenizer.encode(example.completion)) for example in examples)
+    texts, was_training = [None] * len(examples), model.training
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # like lengths together: less padding
+    model.eval()
+    try:
+        for at in tqdm(range(0, len(order), batch_size), desc="writing", disable=not progress, leave=False, delay=3):
+            chosen = order[at:at + batch_size]
+            for i, text in zip(chosen, write(model, tokenizer, [examples[i].prompt for i in chosen], max_new_tokens)):
+                texts[i] = text
+    finally:
+        model.train(was_training)
+    if score:
+        result |= score(texts, examples)
+    return result | ({"predictions": texts} if predictions else {})

@@ -1,0 +1,295 @@
+"""Train whatever requires a gradient: a whole model, or the few numbers of an adapter.
+
+One loop for pretraining, full fine-tuning and every adapter. It can be stopped at any time (Ctrl-C, a power cut) and goes on to
+bit-identical weights, because nothing hides: batches are a pure function of the step, and a checkpoint is ONE safetensors file
+that holds the trainable weights, the optimizer's state, the random state and, as JSON in its header, all that is not a tensor.
+"""
+import json
+import math
+import os
+import signal
+import threading
+import time
+import zlib
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from .data import Batches, room
+from .evaluate import completion_loss, fast_loss
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
+
+@dataclass
+class History:
+    """What happened. `losses`, `lr`, `grad_norm`: one number a step. `eval_loss`: (step, loss) pairs; `best`: the lowest of them."""
+    losses: list = field(default_factory=list)
+    lr: list = field(default_factory=list)
+    grad_norm: list = field(default_factory=list)
+    eval_loss: list = field(default_factory=list)
+    best: list | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped: str | None = None  # None: ran to the end; "interrupted" (Ctrl-C); "diverged" (the loss became nan or infinite)
+
+    @property
+    def steps(self):
+        return len(self.losses)
+
+    @property
+    def tokens_per_second(self):
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def __repr__(self):
+        text = f"{self.steps} steps, {self.seconds:.0f} s, {self.tokens_per_second:,.0f} tokens/s"
+        if self.losses:
+            text += f", loss {self.losses[0]:.3f} -> {sum(self.losses[-10:]) / len(self.losses[-10:]):.3f}"
+        if self.best:
+            text += f", best eval loss {self.best[1]:.3f} at step {self.best[0]}"
+        return f"History({text}{', ' + self.stopped.upper() if self.stopped else ''})"
+
+
+def lr_factor(step, steps, warmup, schedule):
+    """What the learning rate is multiplied by at `step` (from 0): a linear warm-up, then constant, linear or cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+
+def make_optimizer(model, optimizer, lr, betas, weight_decay):
+    """By name, by factory `f(param_groups, lr=...)`, or a ready torch optimizer (LoRA+ for example), which is returned as it is."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    if lr is None:
+        raise ValueError("train needs lr=..., for example 1e-3 for full fine-tuning, 1e-2 for LoRA on the shipped base")
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]  # biases and norms are never decayed
+    groups = [group for group in groups if group["params"]]
+    if callable(optimizer):
+        return optimizer(groups, lr=lr)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer {optimizer!r}: expected one of {', '.join(OPTIMIZERS)}, a factory, or a torch optimizer")
+    extra = {} if optimizer == "sgd" else {"betas": betas}
+    if params[0].device.type in ("cpu", "cuda"):
+        extra["fused"] = True  # one kernel for all tensors: an adapter has many tiny ones
+    return OPTIMIZERS[optimizer](groups, lr=lr, **extra)
+
+
+# ---- checkpoints: one safetensors file, written beside and renamed, so that there is always a whole one -------------------------
+
+def trained_tensors(model):
+    """Name -> tensor: everything that requires a gradient, and the buffers that stand beside it (running statistics)."""
+    found = {}
+    for prefix, module in model.named_modules():
+        own = {f"{prefix}.{name}" if prefix else name: p for name, p in module._parameters.items()
+               if p is not None and p.requires_grad}
+        if own:
+            skip = module._non_persistent_buffers_set
+            own |= {f"{prefix}.{name}" if prefix else name: b for name, b in module._buffers.items()
+                    if b is not None and name not in skip}
+        found |= own
+    return found
+
+
+def unshared(tensors):
+    """safetensors refuses shared memory: keep the first name of each tensor (a tied head is its embedding)."""
+    seen = {}
+    return {name: t.detach().contiguous() for name, t in tensors.items() if seen.setdefault(id(t), name) == name}
+
+
+def save_checkpoint(path, model, optimizer=None, **facts):
+    """Write `path`: weights as "model.*"; with an optimizer also "optimizer.*" and the random state. `facts`: anything JSON."""
+    tensors = {f"model.{name}": t for name, t in unshared(trained_tensors(model)).items()}
+    if optimizer is not None:
+        scalars = {}
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            for name, value in optimizer.state.get(p, {}).items():
+                kept, key = (tensors, "optimizer.") if torch.is_tensor(value) else (scalars, "")
+                kept[f"{key}{i}.{name}"] = value.detach().contiguous() if torch.is_tensor(value) else value
+        facts["optimizer"] = {"scalars": scalars, "groups": [{k: v for k, v in group.items() if k != "params"}
+                                                             for group in optimizer.param_groups]}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if (device := device_of(model)).type in ("cuda", "mps"):
+            tensors["rng.device"] = getattr(torch, device.type).get_rng_state()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    save_file(tensors, beside, {"minipeft": json.dumps(facts)})
+    os.replace(beside, path)
+
+
+def read_facts(path):
+    """What is saved beside the tensors: settings and history."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["minipeft"])
+
+
+def load_checkpoint(path, model, optimizer=None):
+    """Put the tensors of `path` into `model` (and the optimizer and the random state); returns the facts saved with them."""
+    facts, saved = read_facts(path), load_file(path)
+    mine = unshared(trained_tensors(model))
+    theirs = {name.removeprefix("model."): t for name, t in saved.items() if name.startswith("model.")}
+    wrong = [f"{name}: {list(theirs[name].shape) if name in theirs else 'absent'} in the file, "
+             f"{list(mine[name].shape) if name in mine else 'not trained'} in the model"
+             for name in sorted(mine.keys() | theirs.keys())
+             if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape]
+    if wrong:
+        raise ValueError(f"{path} belongs to another model or adapter:\n  " + "\n  ".join(wrong))
+    for name, tensor in trained_tensors(model).items():
+        if name in theirs:
+            tensor.detach().copy_(theirs[name])
+    if optimizer is not None:
+        params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+        optimizer.state.clear()
+        for name, value in [(n.removeprefix("optimizer."), t) for n, t in saved.items() if n.startswith("optimizer.")] + \
+                list(facts["optimizer"]["scalars"].items()):
+            i, key = name.split(".", 1)
+            p, group = params[int(i)]
+            if torch.is_tensor(value) and (key != "step" or group.get("fused") or group.get("capturable")):
+                value = value.to(p.device)  # not load_state_dict: it would cast 8-bit states to the weight's dtype
+            optimizer.state[p][key] = value
+        for group, kept in zip(optimizer.param_groups, facts["optimizer"]["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+        torch.set_rng_state(saved["rng.cpu"])
+        if "rng.device" in saved:
+            getattr(torch, device_of(model).type).set_rng_state(saved["rng.device"])
+    return facts
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------------------
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+@contextmanager
+def stop_politely():
+    """First Ctrl-C: finish the step (no half-updated weights). Second: stop at once. Outside the main thread: nothing."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_interrupt(*_):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(model, data, *, tokenizer=None, steps, batch_size=16, lr=None, warmup=0, schedule="cosine", weight_decay=0.0,
+          betas=(0.9, 0.999), clip=1.0, accumulate=1, bf16=False, optimizer="adamw", evaluate_every=None, valid=None, seed=0,
+          folder=None, save_every=None, resume=True, progress=True, log=None):
+    """Train the parameters of `model` that require a gradient; returns a History.
+
+    data        a Task, a list of Examples (both need tokenizer=), or any object with .batch(step) -> dict of tensors for model(**dict)
+    lr          the peak rate (a ready optimizer brings its own, one a group); warmup: steps, or a fraction of all steps if below 1
+    accumulate  micro-batches of `batch_size` a step; weighted by their labels, so the gradient is that of one large batch
+    valid       examples for evaluate_every (a Task brings its own); the best is kept as folder/best.safetensors
+    folder      checkpoints: folder/latest.safetensors each `save_every` steps (default: as evaluate_every, or ten times a run),
+                at the end and on Ctrl-C. The same call again continues there to bit-identical weights; resume=False starts anew
+    log         called as log(step, {"loss", "lr", "grad_norm"}) after each step, gradients still in place
+    """
+    if schedule not in ("cosine", "constant", "linear"):
+        raise ValueError(f"schedule {schedule!r}: expected cosine, constant or linear")
+    if steps < 1 or accumulate < 1:
+        raise ValueError(f"steps and accumulate must be at least 1, not {steps} and {accumulate}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("nothing to train: no parameter of the model requires a gradient")
+    if valid is None and hasattr(data, "valid"):
+        valid = data.valid
+    if evaluate_every and not valid:
+        raise ValueError("evaluate_every needs valid=, a list of examples")
+    if not hasattr(data, "batch"):
+        if tokenizer is None:
+            raise ValueError("train needs tokenizer= to make batches of examples")
+        data = Batches(getattr(data, "train", data), tokenizer, batch_size, seed=seed, max_length=room(model))
+    warmup = round(warmup * steps) if warmup < 1 else int(warmup)
+    device, extra = device_of(model), fast_loss(model)
+    save_every = save_every or evaluate_every or max(1, steps // 10)
+    last, best = (Path(folder) / f"{name}.safetensors" for name in ("latest", "best")) if folder else (None, None)
+    optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
+    rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    settings = {"steps": steps, "batch_size": batch_size, "rates": rates, "warmup": warmup, "schedule": schedule, "clip": clip,
+                "accumulate": accumulate, "bf16": bf16, "seed": seed, "optimizer": type(optimizer).__name__,
+                "weight_decay": weight_decay, "first_batch": zlib.crc32(data.batch(0)["input_ids"].numpy().tobytes())}
+    history, was_training = History(), model.training
+    forked = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "mps") else {"devices": []}
+    with torch.random.fork_rng(**forked), stop_politely() as asked_to_stop:  # the caller's random numbers stay as they were
+        torch.manual_seed(seed)
+        if last and last.exists() and resume:
+            facts = read_facts(last)
+            if other := [f"{k} {facts['settings'].get(k)} (now {v})" for k, v in settings.items() if facts["settings"].get(k) != v]:
+                raise ValueError(f"{last} was made with other settings: {', '.join(other)}. "
+                                 "Repeat them to continue, or pass resume=False, or another folder")
+            history = History(**load_checkpoint(last, model, optimizer)["history"])
+            history.stopped = None
+        bar = tqdm(total=steps, initial=history.steps, disable=not progress, unit="step", mininterval=0.5)
+        recent = deque(history.losses[-20:], maxlen=20)
+        try:
+            model.train()
+            for step in range(history.steps, steps):
+                started = time.perf_counter()
+                rate = lr_factor(step, steps, warmup, schedule)
+                for group, peak in zip(optimizer.param_groups, rates):
+                    group["lr"] = peak * rate
+                optimizer.zero_grad(set_to_none=True)
+                batches = [data.batch(step * accumulate + i) for i in range(accumulate)]
+                labels = [(batch["labels"][:, 1:] != -100).sum().item() for batch in batches]
+                loss = 0.0
+                for batch, count in zip(batches, labels):
+                    if count == 0:
+                        continue
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        part = model(**{k: v.to(device) for k, v in batch.items()}, **extra).loss * (count / sum(labels))
+                    part.backward()
+                    loss += part.item()
+                if not math.isfinite(loss):
+                    history.stopped = "diverged"  # before the step, so the weights are the last good ones
+                    break
+                params = [p for group in optimizer.param_groups for p in group["params"]]
+                norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf).item()
+                optimizer.step()
+                history.losses.append(loss)
+                history.lr.append(optimizer.param_groups[0]["lr"])
+                history.grad_norm.append(norm)
+                history.tokens += sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().item() for batch in batches)
+                history.seconds += time.perf_counter() - started
+                if log:
+                    log(step, {"loss": loss, "lr": history.lr[-1], "grad_norm": norm})
+                recent.append(loss)
+                bar.update()
+                bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}, {history.tokens_per_second:,.0f} tokens/s", refresh=False)
+                done = step + 1
+                if evaluate_every and (done % evaluate_every == 0 or done == steps):
+                    now = completion_loss(model, tokenizer, valid, batch_size=4 * batch_size, bf16=bf16)["loss"]
+                    history.eval_loss.append([done, now])
+                    if history.best is None or now < history.best[1]:
+                        history.best = [done, now]
+                        if best:
+                            save_checkpoint(best, model, step=done, loss=now)
+                if asked_to_stop.is_set() and done < steps:
+                    history.stopped = "interrupted"
+                if last and (done % save_every == 0 or done == steps or history.stopped):
+                    save_checkpoint(last, model, optimizer, settings=settings, history=asdict(history))
+                if history.stopped:
+                    break
+        finally:
+            bar.close()
+            model.train(was_training)
+            optimizer.zero_grad(set_to_none=True)
+    return history
