@@ -79,7 +79,6 @@ class Output:
     logits: torch.Tensor = None                 # (B, T, V)
     loss: torch.Tensor | None = None            # mean over the labels that count, in nats
     past_key_values: tuple | None = None        # one (keys, values) a layer, each (B, K, S, h)
-    last_hidden_state: torch.Tensor | None = None   # (B, T, d), what the head reads
 
 
 def nearest(what, value, valid):
@@ -197,87 +196,50 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class GPT(nn.Module):
+class Decoder(nn.Module):
+    """The body: token ids to what the head reads. `model(input_ids)` is a plain tensor (B, T, d), after the last norm."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        d = config.hidden_size
-        self.model = nn.ModuleDict()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, d)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.is_gpt2:
-            self.model.embed_positions = nn.Embedding(config.max_position_embeddings, d)
-        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model.norm = (nn.LayerNorm if config.is_gpt2 else nn.RMSNorm)(d, config.norm_eps)
-        self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = (nn.LayerNorm if config.is_gpt2 else nn.RMSNorm)(config.hidden_size, config.norm_eps)
         self.rotary = None if config.is_gpt2 else Rotary(config)
         self.checkpointing = None               # keyword arguments of torch's checkpoint, when it is on
-        self.apply(self._init_weights)
-        self.tie_weights()
-
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
-
-    def tie_weights(self):
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, labels_only=False):
-        """Hugging Face's forward.
-
-        input_ids (B, T) int64, or inputs_embeds (B, T, d). attention_mask (B, P + T): 1 for real tokens, 0 for padding
-        on either side; or (B, 1, T, P + T) booleans, used as they are. position_ids (B, T): P, P + 1, ... unless given.
-        past_key_values: a (keys, values) pair a layer, each (B, K, P, h). labels (B, T): the input ids themselves, -100
-        where no loss is wanted; they are shifted here. logits_to_keep = n: logits of the last n positions only.
-        labels_only: the head is applied only where a label is, and logits are (N, V) for those N positions: the head
-        is a large share of a small model's work. Raises ValueError for shapes that do not fit.
-        """
+                present=None):
+        """As GPT.forward. `present`: a list to which every layer appends its (keys, values), each (B, K, S, h)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds      # (B, T, d)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds            # (B, T, d)
         B, T, _ = x.shape
-        P = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-        mask = self._attention_mask(attention_mask, B, T, P, x.device)
+        P = past_key_values[0][0].shape[2] if past_key_values else 0
+        mask = self.attention_mask(attention_mask, B, T, P, x.device)
         if position_ids is None:
             position_ids = torch.arange(P, P + T, device=x.device)[None]                        # (1, T)
-        if self.config.is_gpt2:
+        if self.rotary is None:
             cos = sin = None
-            x = x + self.model.embed_positions(position_ids)
+            x = x + self.embed_positions(position_ids)
         else:
             cos, sin = self.rotary(position_ids)
-        checkpointing = self.checkpointing is not None and self.training
-        present = [] if use_cache and not checkpointing else None
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(self.layers):
             past_k, past_v = past_key_values[i] if P else (None, None)
-            if checkpointing:
+            if self.checkpointing is not None and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, past_k, past_v, **self.checkpointing)
             else:
                 x = layer(x, cos, sin, mask, past_k, past_v, present)
-        x = self.model.norm(x)
+        return self.norm(x)
 
-        loss, at = None, x
-        if labels is not None and labels_only:
-            labels = labels[:, 1:]
-            at, labels = x[:, :-1][labels != -100], labels[labels != -100]                      # (N, d), (N,)
-        elif logits_to_keep:
-            at = x[:, -logits_to_keep:]
-        logits = self.lm_head(at)
-        if labels is not None:
-            if not labels_only:
-                labels = F.pad(labels, (0, 1), value=-100)[:, 1:]       # position t predicts token t + 1
-                labels = labels[:, -logits_to_keep:] if logits_to_keep else labels
-            loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=-100)
-        return Output(logits, loss, tuple(present) if present is not None else None, x)
-
-    def _attention_mask(self, attention_mask, B, T, P, device):
+    def attention_mask(self, attention_mask, B, T, P, device):
         """Booleans (B or 1, 1, T, S), True where a query may look; None where plain causal attention is meant."""
         S, window = P + T, self.config.sliding_window
         if window is not None and S > window:
             raise ValueError(f"{S} tokens are more than this model's sliding window of {window}: not supported")
-        if self.config.is_gpt2 and S > self.config.max_position_embeddings:
+        if self.rotary is None and S > self.config.max_position_embeddings:
             raise ValueError(f"{S} tokens are more than max_position_embeddings {self.config.max_position_embeddings}")
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
@@ -293,6 +255,53 @@ class GPT(nn.Module):
             mask = mask & attention_mask[:, None, None].bool() | (key == query)
         return mask
 
+
+class GPT(nn.Module):
+    """The language model: a Decoder and a head that turns what it says of each position into V logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+        self.tie_weights()
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                labels=None, use_cache=None, logits_to_keep=0, labels_only=False):
+        """Hugging Face's forward -> Output.
+
+        input_ids (B, T) int64, or inputs_embeds (B, T, d). attention_mask (B, P + T): 1 for real tokens, 0 for padding
+        on either side; or (B, 1, T, P + T) booleans, used as they are. position_ids (B, T): P, P + 1, ... unless given.
+        past_key_values: a (keys, values) pair a layer, each (B, K, P, h). labels (B, T): the input ids themselves, -100
+        where no loss is wanted; they are shifted here. logits_to_keep = n: logits of the last n positions only.
+        labels_only: the head is applied only where a label is, and logits are (N, V) for those N positions: the head
+        is a large share of a small model's work. Raises ValueError for shapes that do not fit.
+        """
+        present = [] if use_cache and not (self.is_gradient_checkpointing and self.training) else None
+        x = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, present)    # (B, T, d)
+        if labels is not None:
+            labels = F.pad(labels[:, 1:], (0, 1), value=-100)               # position t predicts token t + 1
+            if labels_only:
+                x, labels = x[labels != -100], labels[labels != -100]       # (N, d), (N,)
+        if logits_to_keep:
+            x, labels = x[:, -logits_to_keep:], None if labels is None else labels[:, -logits_to_keep:]
+        logits = self.lm_head(x)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100)
+        return Output(logits, loss, tuple(present) if present is not None else None)
+
     def get_input_embeddings(self):
         return self.model.embed_tokens
 
@@ -307,14 +316,14 @@ class GPT(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
-        self.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.model.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
 
     def gradient_checkpointing_disable(self):
-        self.checkpointing = None
+        self.model.checkpointing = None
 
     @property
     def is_gradient_checkpointing(self):
-        return self.checkpointing is not None
+        return self.model.checkpointing is not None
 
     def enable_input_require_grads(self):
         """Reentrant checkpointing gives no gradient where no input asks for one, as over a frozen embedding."""
