@@ -1,0 +1,115 @@
+"""One style for all figures: a title that says what it shows, axes with units, colours that everybody can tell apart."""
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Markdown
+from matplotlib.patches import Rectangle
+
+# Okabe and Ito's palette (2008), made to be told apart with any kind of colour vision; yellow last, as it is pale.
+BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY)
+MARKERS = "osD^vP*X"  # so that a figure can be read in black and white too
+
+STYLE = {
+    "figure.figsize": (6.4, 3.6), "figure.dpi": 96, "savefig.dpi": 96, "figure.constrained_layout.use": True,
+    "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#E5E5E5", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 10,
+    "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False,
+    "lines.linewidth": 1.8, "lines.markersize": 5, "font.size": 10,
+}
+
+
+def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=False, logy=False, **limits):
+    """One pair of axes in the course's style; limits: xlim=, ylim=, xticks=, ..."""
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=size)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if logx:
+        ax.set_xscale("log", base=2 if logx == 2 else 10)
+    if logy:
+        ax.set_yscale("log")
+    ax.set(**limits)
+    return ax
+
+
+def done(ax=None, legend=True, outside=False) -> None:
+    """Add the legend, show the figure, forget it."""
+    ax = ax or plt.gca()
+    if legend and ax.get_legend_handles_labels()[1]:
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if outside else {"loc": "best"}
+        ax.legend(**place, fontsize=9, frameon=False)
+    plt.show()
+    plt.close("all")
+
+
+def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, marks=False, smooth=1, outside=False, **options) -> None:
+    """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; smooth: a running mean over so many points."""
+    ax = axes(title, xlabel, ylabel, **options)
+    for number, (label, run) in enumerate(runs.items()):
+        x, y = run if isinstance(run, tuple) else (range(1, len(run) + 1), run)
+        x, y = np.asarray(list(x), float), np.asarray(list(y), float)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)] if marks else None
+        if smooth > 1 and len(y) > smooth:
+            ax.plot(x, y, color=colour, alpha=0.2, linewidth=1)
+            y, x = np.convolve(y, np.ones(smooth) / smooth, "valid"), x[smooth - 1:]
+        ax.plot(x, y, label=label, color=colour, marker=marker)
+    done(ax, outside=outside)
+
+
+def bars(values: dict, title: str, ylabel: str, *, colours=None, form="{:.0f}", rotate=0, **options) -> None:
+    """Bars with their values written on them."""
+    ax = axes(title, "", ylabel, **options)
+    drawn = ax.bar(list(values), list(values.values()), color=colours or BLUE, width=0.65)
+    ax.bar_label(drawn, [form.format(value) for value in values.values()], padding=2, fontsize=9)
+    ax.grid(axis="x", visible=False)
+    ax.margins(y=0.12)
+    if rotate:
+        ax.tick_params(axis="x", rotation=rotate)
+    done(ax)
+
+
+def matrices(parts: list, title: str, note: str = "") -> None:
+    """A row of matrices drawn to scale. parts: strings ("=", "+ α/r ·") and (name, rows, columns, colour, caption)."""
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(8, 2.9))
+    at, tallest = 0.0, max(part[1] for part in parts if not isinstance(part, str))
+    gap = 0.09 * tallest
+    for part in parts:
+        if isinstance(part, str):
+            text = ax.text(at, 0, part, ha="left", va="center", fontsize=15)
+            at += gap + 0.062 * tallest * len(part)
+            continue
+        name, rows, columns, colour, caption = part
+        ax.add_patch(Rectangle((at, -rows / 2), columns, rows, facecolor=colour, alpha=0.85, edgecolor="black"))
+        ax.text(at + columns / 2, 0, name, ha="center", va="center", fontsize=13,
+                color="white" if min(rows, columns) > 0.15 * tallest else "black")
+        ax.text(at + columns / 2, -rows / 2 - 0.07 * tallest, caption, ha="center", va="top", fontsize=9)
+        at += columns + gap
+    ax.set(xlim=(-gap, at), ylim=(-0.78 * tallest, 0.58 * tallest), aspect="equal")
+    ax.set_title(title)
+    ax.axis("off")
+    if note:
+        ax.text(at / 2, -0.76 * tallest, note, ha="center", va="bottom", fontsize=9, color="#444444")
+    done(ax, legend=False)
+
+
+def heat(values, rows: list, columns: list, title: str, xlabel: str, ylabel: str, form="{:.0f}") -> None:
+    """A grid of numbers, coloured and written out."""
+    values = np.asarray(values, float)
+    ax = axes(title, xlabel, ylabel, size=(1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(rows)))
+    ax.imshow(values, cmap="viridis", aspect="auto")
+    ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (i, j), value in np.ndenumerate(values):
+        ax.text(j, i, form.format(value), ha="center", va="center", color="white" if value < middle else "black")
+    ax.grid(visible=False)
+    done(ax)
+
+
+def table(rows: list, header: list) -> Markdown:
+    """A table; numbers are set right, texts left."""
+    text = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
+    right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    lines = [header, ["---:" if is_number else "---" for is_number in right], *text]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))

@@ -1,0 +1,45 @@
+"""Run chapters and save what they print, in the form that the tests expect.
+
+    python -m minipeft.course.notebook chapters/04_lora.ipynb
+"""
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+
+
+def clean(notebook) -> None:
+    """Drop what differs between runs or machines: timings, progress bars, the kernel's version."""
+    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                output.get("metadata", {}).clear()
+
+
+def run(path) -> float:
+    """Execute a notebook from top to bottom in its own folder and save it; returns seconds."""
+    os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")  # as under the tests
+    path, start = Path(path), time.perf_counter()
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False,
+                   resources={"metadata": {"path": str(path.parent)}}).execute()
+    clean(notebook)
+    nbformat.validate(notebook)
+    beside = path.with_suffix(".partial")
+    nbformat.write(notebook, beside)
+    beside.replace(path)  # an interrupted run leaves the old chapter whole
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f"{name} ...", end=" ", flush=True)
+        print(f"{run(name):.0f} s")
