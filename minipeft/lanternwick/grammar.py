@@ -67,7 +67,7 @@ class Skeleton:
             places[letter] = pick(rng, [p for p in self.pools[letter] if p not in places.values()])
         env = Env({**cast, **things, **places, **{name: pick(rng, choices) for name, choices in self.picks.items()}})
         text = " ".join(filled(line, env, rng) for line in self.lines)
-        qa = [(filled(question, env, rng), filled(answer, env, rng)) for question, answer in self.questions]
+        qa = [(filled(question, env, rng), plain(answer, env, rng)) for question, answer in self.questions]
         end = [(env[a], how, env[b] if len(b) == 1 else b) for a, how, b in self.end]
         return Story(self.name, text, cast, things, places, end, qa)
 
@@ -131,12 +131,17 @@ def stranger(rng, rule="", others=(), literal=()):
 
 
 def filled(parts, env, rng):
-    """One compiled line as text, its references looked up, one of each choice taken, spacing and capitals set right."""
+    """One compiled line as text: references looked up, one of each choice taken, spacing and capitals set right."""
+    text = plain(parts, env, rng)
+    return cap(re.sub(r"(?<!\.)([.!?] )([a-z])", _raise, text))
+
+
+def plain(parts, env, rng):
+    """The same for a few words, such as an answer, which keep their case."""
     out = []
     _fill(parts, env, rng, out.append)
-    text = "".join(out)
-    text = re.sub(r" +(?=[ .,;:!?]|$)", "", text).strip() if "  " in text or " ." in text or " ," in text else text.strip()
-    return cap(re.sub(r"(?<!\.)([.!?] )([a-z])", _raise, text)) if ". " in text or "? " in text or "! " in text else text
+    text = "".join(out).strip()
+    return re.sub(r" +(?=[ .,;:!?]|$)", "", text) if "  " in text or " ." in text or " ," in text else text
 
 
 def _raise(match):
@@ -256,7 +261,7 @@ def _finish(skeleton):
     for letter, pool in skeleton.pools.items():
         if len(pool) < 4:
             raise GrammarError(f"{skeleton.where}: only {len(pool)} choices are left for {letter}: {pool}")
-    used = {letter for line in skeleton.lines for letter in re.findall(r"Ref:(\w+)", _marked(line))}
+    used = {letter for line in skeleton.lines or sum(map(list, skeleton.questions), []) for letter in re.findall(r"Ref:(\w+)", _marked(line))}
     for letter in [*skeleton.people, *skeleton.things, *skeleton.places, *skeleton.picks]:
         if letter not in used:
             raise GrammarError(f"{skeleton.where}: {letter} is declared but not used in the text")
@@ -274,7 +279,7 @@ def complaints(skeleton, story):
     text, found = story.text, []
     sentences, count = len(re.findall(r"[.!?][\"')]*(?= [A-Z\"']|$)", text)), len(text.split())
     if not 5 <= sentences <= 12 or count > 130:
-        found.append(f"{sentences} sentences, {count} words (wanted 5 to 9, at most 110)")
+        found.append(f"too long or short: {sentences} sentences, {count} words (wanted 5 to 9, at most 110)")
     both = text + " " + " ".join(q for q, _ in story.qa)
     found += [f"article: '{m}'" for m in re.findall(r"\ba (?!uni|use|one|eu)[aeiou]\w*|\ban (?![aeiou18]|hour|honest)\w+", both, re.I)]
     found += [f"doubled word: '{m[0]}'" for m in re.finditer(r"\b(\w+) \1\b", both) if m[1] not in ("had", "that")]
