@@ -6,12 +6,17 @@ EARLY = ("yesterday", "this morning", "last night", "at noon", "last week", "bef
 LATE = ("this evening", "just now", "an hour ago", "late tonight", "in the end")
 
 
-def event(rng, mood, who=None, when=None, noun=None):
+def noun(rng):
+    """A thing that such events can happen to: no food."""
+    return rng.choice([noun for noun, kinds in words.THINGS.items() if kinds[0] != "food"])
+
+
+def event(rng, mood, who=None, when=None, what=None):
     """One sentence about the writer (who=None) or about `who`, and the number of the phrase: a capital first, no full stop."""
     number = rng.randrange(len(phrases.read("moods")[mood]))
     she, her, his, _ = words.PRONOUNS[words.GENDER[who]] if who else ("I", "me", "my", "myself")
     other = next(name for name in phrases.names(rng, 2) if name != who)
-    what = phrases.thing(rng, noun)
+    what = phrases.thing(rng, what or noun(rng))
     text = phrases.read("moods")[mood][number]
     head, _, rest = text.partition("{I}")                         # a person is named once, then she or he; the writer is always I
     if who and not head.count("{m"):

@@ -12,7 +12,7 @@ def read(name):
     sections, section = {}, ""
     for line in (HERE / "phrases" / f"{name}.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("==="):
-            section = line.strip("= ")
+            section = line[3:].strip()
         elif line.strip() and not line.startswith("#"):
             sections.setdefault(section, []).append(line.strip())
     return sections

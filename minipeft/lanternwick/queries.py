@@ -40,7 +40,7 @@ class Query:
     @property
     def key(self):
         """What a split is drawn by: no shape with this first value is in two splits."""
-        return (self.table, self.column, self.form, self.where[0])
+        return [self.table, self.column, self.form, *self.where[0]]
 
 
 @functools.cache
@@ -61,11 +61,14 @@ def draw(rng):
     form = rng.choice(FORMS)
     if form == "owners":
         table = "residents"
+    elif table == "places" and form in ("oldest", "youngest"):
+        form = "plain"                                  # a place without a year would come first
     row = rng.choice(_values()[table])
-    free = [column for column in COLUMNS[table][1] if row[column] is not None and (form in ("plain",) or column not in UNIQUE)]
-    chosen = rng.sample(free, min(len(free), rng.choice((1, 2) if form != "owners" else (1,))))
-    if chosen[0] in UNIQUE:
-        chosen = chosen[:1]                             # a second condition would add nothing
+    free = [column for column in COLUMNS[table][1] if row[column] is not None and (form == "plain" or column not in UNIQUE)
+            and (form != "owners" or column != "pet")]
+    chosen = rng.sample(free, min(len(free), rng.choice((1, 2)) if form in ("plain", "count") else 1))
+    if UNIQUE & set(chosen):
+        chosen = [column for column in chosen if column in UNIQUE][:1]    # a second condition would add nothing
     where = tuple(condition(rng, table, row, column) for column in chosen)
     asked = [column for column in COLUMNS[table][0] if column not in chosen and column != NUMBERS[table]]
     if form in ("max", "min"):
@@ -96,6 +99,12 @@ def document(rng):
         else:
             query = draw(rng)
     return "\n".join(lines)
+
+
+def matching(query):
+    """How many rows meet the query's conditions."""
+    where = query.sql.split(" WHERE ", 1)[1].split(" ORDER BY ")[0].rstrip(" ;")
+    return register_rows(f"SELECT COUNT(*) FROM {query.table} WHERE {where} ;")[0][0]
 
 
 @functools.cache
