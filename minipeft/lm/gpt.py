@@ -26,6 +26,11 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+ROPE_TYPES = {                                  # the fields of rope_scaling that each kind needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass
@@ -40,7 +45,7 @@ class GPTConfig:
     head_dim: int | None = None                 # None: hidden_size / heads
     max_position_embeddings: int = 512
     model_type: str = "llama"
-    hidden_act: str = "silu"
+    hidden_act: str | None = None               # None: silu, and gelu_new in GPT-2
     norm_eps: float = 1e-5                      # rms_norm_eps or layer_norm_epsilon in Hugging Face's files
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None            # {"rope_type": "linear" | "llama3", "factor": ...}
@@ -55,15 +60,20 @@ class GPTConfig:
 
     def __post_init__(self):
         nearest("model_type", self.model_type, MODEL_TYPES)
+        self.hidden_act = self.hidden_act or ("gelu_new" if self.is_gpt2 else "silu")
         nearest("hidden_act", self.hidden_act, ACTIVATIONS)
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.num_attention_heads} heads")
+            raise ValueError(f"hidden_size {self.hidden_size} cannot be shared among {self.num_attention_heads} heads")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                              f"{self.num_key_value_heads}")
-        if self.model_type == "gpt2":
+        kind = (self.rope_scaling or {}).get("rope_type", "default")
+        nearest("rope_type", kind, ROPE_TYPES)
+        if missing := [field for field in ROPE_TYPES[kind] if field not in (self.rope_scaling or {})]:
+            raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
+        if self.is_gpt2:
             self.attention_bias = self.mlp_bias = True
 
     @property
@@ -95,8 +105,7 @@ class Rotary:
     def __init__(self, config):
         h, scaling = config.head_dim, config.rope_scaling or {}
         frequency = 1 / config.rope_theta ** (torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h)  # (h/2,)
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        nearest("rope_type", kind, ("default", "linear", "llama3"))
+        kind = scaling.get("rope_type", "default")
         if kind == "linear":                    # positions closer together
             frequency = frequency / scaling["factor"]
         elif kind == "llama3":                  # slow waves slowed further, fast ones kept, a ramp between
@@ -301,6 +310,16 @@ class GPT(nn.Module):
         if labels is not None:
             loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100)
         return Output(logits, loss, tuple(present) if present is not None else None)
+
+    def generate(self, input_ids, attention_mask=None, **options):
+        """Continue input_ids (B, T) -> (B, T + new), rows that end early filled up; see generate.generate_ids."""
+        from .generate import generate_ids
+        return generate_ids(self, input_ids, attention_mask, **options)
+
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write a folder in Hugging Face's layout; transformers opens it."""
+        from .hub import save_pretrained
+        save_pretrained(self, folder, tokenizer)
 
     def get_input_embeddings(self):
         return self.model.embed_tokens
