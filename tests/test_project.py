@@ -1,0 +1,92 @@
+"""The project around the package: its two lists of requirements agree, its commands exist, importing it stays light."""
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def tracked() -> list:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout, so there is no list of the project's files")
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def test_conda_and_pip_install_the_same():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert {"pip": ["-e ."]} in conda
+    conda = {line for line in conda if isinstance(line, str)} - {"pip"}
+    pip = {"python" + PROJECT["requires-python"], *PROJECT["dependencies"], *EXTRAS["test"], *EXTRAS["teach"]}
+    assert conda == {re.sub(r"^torch\b", "pytorch", line) for line in pip}  # conda-forge's name for it
+
+
+def test_every_import_is_a_declared_dependency():
+    declared = {re.split(r"[<>=]", line)[0].replace("-", "_").lower() for line in PROJECT["dependencies"]}
+    come_with = {"ipython", "nbformat", "nbclient", "nbconvert"}  # with jupyterlab
+    optional = {"transformers", "peft", "nbgrader", "psutil"}  # imported where asked for, inside functions
+    for file in (ROOT / "minipeft").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in (name.split(".")[0].lower() for name in names):
+                known = name in sys.stdlib_module_names or name in declared | come_with | {"minipeft"}
+                assert known or (name in optional and node.col_offset > 0), f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_make_help_names_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
+    assert set(targets) == {"help", "lab", "test", "demo", "pretrain", "chapters", "bench", "clean"}
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), f"no rule for {target}"
+        assert target == "help" or f'"make {target} ' in makefile, f"make help does not name {target}"
+
+
+def test_what_make_runs_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for module in re.findall(r"python -m (minipeft[\w.]*)", makefile):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    for script in re.findall(r"python (\w+/\w+\.py)", makefile):
+        assert (ROOT / script).exists(), script
+
+
+def test_ci_runs_what_a_learner_runs():
+    assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+
+
+def test_importing_is_light():
+    """What `import minipeft` adds to `import torch`: nothing that draws, serves notebooks or talks to the network."""
+    code = ("import sys, torch; before = set(sys.modules); import minipeft; "
+            "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))")
+    added = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"matplotlib", "IPython", "transformers", "peft", "bitsandbytes", "huggingface_hub", "sacrebleu", "tqdm"} & set(added)
+
+
+def test_files_are_tidy():
+    machine = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp/[a-z])\b/?")
+    unfinished = "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X"))
+    for path in tracked():
+        if path.suffix not in {".py", ".md", ".toml", ".yml", ".cfg", ""} or path.name == "LICENSE" or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        assert not re.search(rf"\b({unfinished})\b", text), f"{name} says that it is unfinished"
+        if path.suffix == ".py":
+            assert not machine.search(text) or path == Path(__file__), f"{name} holds a path of somebody's machine"
+            assert "\t" not in text, f"{name} holds tabs"
+
+
+def test_data_and_licence_travel_in_the_wheel():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["sources"] == {"data": "minipeft/data"} and "data" in wheel["include"]
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
