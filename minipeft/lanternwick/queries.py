@@ -103,8 +103,7 @@ def document(rng):
 
 def matching(query):
     """How many rows meet the query's conditions."""
-    where = query.sql.split(" WHERE ", 1)[1].split(" ORDER BY ")[0].rstrip(" ;")
-    return register_rows(f"SELECT COUNT(*) FROM {query.table} WHERE {where} ;")[0][0]
+    return register_rows(replace(query, form="count").sql)[0][0]
 
 
 @functools.cache
