@@ -8,37 +8,156 @@ All are a Task: Examples in train, valid and test, and a score. The cache is ~/.
 """
 import csv
 import difflib
-import hashlib
-import io
 import json
-import os
 import random
-import urllib.error
-import urllib.request
-import zipfile
 from collections import defaultdict
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-E2E, NLTK = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/master/", "https://raw.githubusercontent.com/nltk/nltk_data/gh-pages/"
-POLARITY = NLTK + "packages/corpora/sentence_polarity.zip"
-HOMES = {  # file in the cache: (its home, sha256). A home that ends in .zip holds a member of that name
-    "e2e_nlg/trainset.csv": (E2E + "trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6"),
-    "e2e_nlg/devset.csv": (E2E + "devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9"),
-    "e2e_nlg/testset_w_refs.csv": (E2E + "testset_w_refs.csv", "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"),
-    "sentence_polarity/rt-polarity.pos": (POLARITY, "c2dc6b2f55bcf725725372916287cc3f8f9b19402edaa9167de5287cb3ade421"),
-    "sentence_polarity/rt-polarity.neg": (POLARITY, "614274f81185a850e5a88d533d4679f916d6f62e9af6f0b4ec71fb94bf466ea5"),
-    "tinyshakespeare/input.txt": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                                  "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-}
-LONGEST_LINE = 1_000_000  # characters; more is not text that somebody wrote
+from ..lanternwick.scoring import bleu, percent, plain
+from ..lanternwick.tasks import TASKS, Example, Task, load_task
+from .fetch import DataError, fetch
+
+LONGEST_LINE = 1_000_000  # characters; what is longer is not text that somebody wrote
 
 
-class DataError(ValueError):
-    """Something is wrong with the data, and the message says what, where, and what to do."""
+def load_data(name):
+    """A Task by name (Lanternwick's or a real one), or from the path of a .txt or .jsonl file. Raises DataError."""
+    if name in TASKS:
+        return load_task(name)
+    if name in REAL:
+        return REAL[name]()
+    if Path(name).suffix in (".txt", ".jsonl"):
+        return own_file(Path(name))
+    names = [*TASKS, *REAL]
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise DataError(f"no data set {str(name)!r}{hint}: expected one of {', '.join(names)}, or a file that ends in .txt or .jsonl")
+
+
+def split(groups):
+    """Lists of Examples -> train, valid, test: a tenth of the groups each for valid and test, the same ones every time."""
+    groups = random.Random("split").sample(groups, len(groups))
+    tenth = max(1, len(groups) // 10)
+    parts = groups[2 * tenth:], groups[:tenth], groups[tenth:2 * tenth]
+    return [[example for group in part for example in group] for part in parts]
+
+
+# ---- real data sets -------------------------------------------------------------------------------------------------------------
+
+def e2e_nlg():
+    """Restaurants, from data to text: Novikova et al. 2017 (arXiv 1706.09254), CC BY-SA 4.0. Valid and test group by record."""
+    short = {"eatType": "type", "priceRange": "price", "customer rating": "rating", "familyFriendly": "family friendly"}
+
+    def read(file):
+        references = defaultdict(list)  # prompt -> what people wrote
+        with open(fetch(f"e2e_nlg/{file}"), encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                slots = [slot.rstrip("]").split("[", 1) for slot in row["mr"].split(", ")]  # "eatType[pub], food[English]"
+                record = " ; ".join(f"{short.get(key, key)}: {value}" for key, value in slots)
+                references[f"Record: {record}\nText:"].append(plain(row["ref"]))
+        return references
+
+    train = [Example(prompt, f" {text}", {}) for prompt, texts in read("trainset.csv").items() for text in texts]
+    valid, test = ([Example(prompt, f" {texts[0]}", {"references": texts}) for prompt, texts in read(file).items()]
+                   for file in ("devset.csv", "testset_w_refs.csv"))
+    score = lambda predictions, examples: {"bleu": bleu(predictions, [e.meta["references"] for e in examples])}
+    return Task("e2e_nlg", "restaurants, from data to text (real; sacrebleu with all references)", train, valid, test, "bleu", 0.0, score)
+
+
+def sentence_polarity():
+    """Sentences of film reviews, for or against: Pang and Lee 2005 (arXiv cs/0506075), CC BY 4.0."""
+    examples = [Example(f"Review: {line.strip()}\nThe writer felt", f" {word}", {}) for word, end in (("glad", "pos"), ("sad", "neg"))
+                for line in fetch(f"sentence_polarity/rt-polarity.{end}").read_text(encoding="utf-8").splitlines()]
+    score = lambda predictions, examples: {"accuracy": exact(predictions, examples)["exact"]}
+    return Task("sentence_polarity", "film reviews: is the writer glad or sad? (real)",
+                *split([[example] for example in examples]), "accuracy", 50.0, score)
+
+
+def tinyshakespeare():
+    """A megabyte of Shakespeare's plays (public domain). The split follows the text: its last tenth is for valid and test."""
+    blocks = [Example("", text, {}) for _, text in paragraphs(fetch("tinyshakespeare/input.txt"))]
+    n = len(blocks) // 20
+    return Task("tinyshakespeare", "Shakespeare's plays (real; plain text)", blocks[:-2 * n], blocks[-2 * n:-n], blocks[-n:], *PLAIN_TEXT)
+
+
+REAL = {"e2e_nlg": e2e_nlg, "sentence_polarity": sentence_polarity, "tinyshakespeare": tinyshakespeare}
+PLAIN_TEXT = "perplexity", None, None  # metric, floor, score: there is no right answer to compare with
+
+
+def exact(predictions, examples):
+    return {"exact": percent(plain(p) == plain(e.completion) for p, e in zip(predictions, examples, strict=True))}
+
+
+# ---- your own file --------------------------------------------------------------------------------------------------------------
+
+def own_file(path):
+    """.txt: paragraphs, or single lines where there are few. .jsonl: records; equal prompts stay in one split."""
+    groups = defaultdict(list)
+    if path.suffix == ".txt":
+        texts = paragraphs(path)
+        if len(texts) < 10:
+            texts = [(number, line) for number, line in lines_of(path) if line.strip()]
+        records = [("", text, number) for number, text in texts]
+    else:
+        records = [(*record(line, f"{path}, line {number}"), number) for number, line in lines_of(path) if line.strip()]
+    for prompt, completion, number in records:
+        if bool(prompt) != bool(records[0][0]):
+            raise DataError(f"{path}, line {number}: a text among prompts, or a prompt among texts: use one kind in a file")
+        groups[prompt or completion].append(Example(prompt, completion, {"file": str(path), "line": number}))
+    if len(groups) < 3:
+        raise DataError(f"{path}: only {len(groups)} different texts or prompts; train, valid and test need one each at least")
+    judged = ("exact", 0.0, exact) if records[0][0] else PLAIN_TEXT
+    return Task(path.stem, f"your file {path.name}", *split(list(groups.values())), *judged)
+
+
+def record(line, where):
+    """One line of JSON -> (prompt, completion)."""
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}). Each line holds one record") from error
+    filled = lambda key: isinstance(found, dict) and isinstance(found.get(key), str) and found[key].strip() != ""
+    if filled("text"):
+        return "", found["text"]
+    if filled("prompt") and filled("completion"):
+        return found["prompt"].rstrip(), " " + found["completion"].strip()
+    raise DataError(f'{where}: expected {{"prompt": "...", "completion": "..."}} or {{"text": "..."}}, none empty; found {line[:80]}')
+
+
+def lines_of(path):
+    """Yields (number, line) of a UTF-8 file; what is wrong is a DataError that names file and line."""
+    try:
+        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if not raw.strip():
+        raise DataError(f"{path} is empty")
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        try:
+            line = line.decode("utf-8").rstrip("\r")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line). "
+                            "Save it as UTF-8, for example: iconv -f latin1 -t utf-8 old.txt > new.txt") from error
+        if "\0" in line:
+            raise DataError(f"{path}, line {number}: holds a zero byte; this is no UTF-8 text")
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"{path}, line {number}: too long, {len(line):,} characters (at most {LONGEST_LINE:,}): break it into several")
+        yield number, line
+
+
+def paragraphs(path, enough=400):
+    """[(line number, text)]: the file's paragraphs, short neighbours together until they are `enough` characters."""
+    found, open_lines = [], []
+    for number, line in [*lines_of(path), (0, "")]:
+        if line.strip() or open_lines:
+            open_lines.append((number, line))
+        if not line.strip() and open_lines and (number == 0 or sum(len(line) for _, line in open_lines) >= enough):
+            found.append((open_lines[0][0], "\n".join(line for _, line in open_lines).strip("\n")))
+            open_lines = []
+    return found
 
 
 # ---- from examples to batches ---------------------------------------------------------------------------------------------------
@@ -49,7 +168,7 @@ def room(model):
 
 
 def encode(tokenizer, example, max_length=None, truncate=False):
-    """An Example -> (ids, labels): [bos] prompt completion [eos], with labels -100 on bos and prompt: only the completion is learnt.
+    """An Example -> (ids, labels): [bos] prompt completion [eos]; labels are -100 on bos and prompt: only the completion is learnt.
 
     A row of more than max_length tokens is a DataError that names it; with truncate=True the prompt loses its beginning."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
@@ -58,7 +177,8 @@ def encode(tokenizer, example, max_length=None, truncate=False):
     if max_length and (over := len(start + prompt + completion) - max_length) > 0:
         if not truncate or over > len(prompt):
             meta = example.meta or {}
-            where = f"{meta['file']}, line {meta['line']}" if "line" in meta else f"the example {(example.prompt or example.completion)[:60]!r}"
+            text = (example.prompt or example.completion)[:60]
+            where = f"{meta['file']}, line {meta['line']}" if "line" in meta else f"the example {text!r}"
             raise DataError(f"{where}: {over + max_length} tokens, but a row holds {max_length}. Shorten or remove it"
                             + ("" if truncate else ", or pass truncate=True to cut its prompt from the left"))
         prompt = prompt[over:]
@@ -103,7 +223,8 @@ class Batches:
             order = chance.sample(range(len(self.rows)), len(self.rows))
             size, many = self.batch_size, 32 * self.batch_size
             if self.bucket:  # sort within each 32 batches, then shuffle the batches
-                order = [i for at in range(0, len(order), many) for i in sorted(order[at:at + many], key=lambda i: len(self.rows[i][0]))]
+                parts = [order[at:at + many] for at in range(0, len(order), many)]
+                order = [i for part in parts for i in sorted(part, key=lambda i: len(self.rows[i][0]))]
             batches = [order[at:at + size] for at in range(0, len(self) * size, size)]
             if self.bucket:
                 chance.shuffle(batches)
