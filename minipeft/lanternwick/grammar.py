@@ -133,7 +133,7 @@ def stranger(rng, rule="", others=(), literal=()):
 def filled(parts, env, rng):
     """One compiled line as text: references looked up, one of each choice taken, spacing and capitals set right."""
     text = plain(parts, env, rng)
-    return cap(re.sub(r"(?<!\.)([.!?] )([a-z])", _raise, text))
+    return cap(re.sub(r"(?<!\.)(\. )([a-z])", _raise, text))
 
 
 def plain(parts, env, rng):
@@ -278,8 +278,8 @@ def complaints(skeleton, story):
     """What reads badly in a rendered story: a list of messages for its writer."""
     text, found = story.text, []
     sentences, count = len(re.findall(r"[.!?][\"')]*(?= [A-Z\"']|$)", text)), len(text.split())
-    if not 5 <= sentences <= 12 or count > 130:
-        found.append(f"too long or short: {sentences} sentences, {count} words (wanted 5 to 9, at most 110)")
+    if not 5 <= sentences <= 14 or count > 150:
+        found.append(f"too long or short: {sentences} sentences, {count} words (wanted 5 to 9 and about 110)")
     both = text + " " + " ".join(q for q, _ in story.qa)
     found += [f"article: '{m}'" for m in re.findall(r"\ba (?!uni|use|one|eu)[aeiou]\w*|\ban (?![aeiou18]|hour|honest)\w+", both, re.I)]
     found += [f"doubled word: '{m[0]}'" for m in re.finditer(r"\b(\w+) \1\b", both) if m[1] not in ("had", "that")]
