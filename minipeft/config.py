@@ -1,0 +1,146 @@
+"""Floor 2: what a method is told. One dataclass a method, found by its peft_type, to and from Hugging Face's JSON."""
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from . import layers
+from .layers import TargetError
+
+METHODS = {}                                    # peft_type -> its dataclass
+# What Hugging Face's files may say without changing what an adapter computes, whatever the value.
+HARMLESS = {"peft_version", "auto_mapping", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+            "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "fan_in_fan_out"}
+
+
+class ConfigError(ValueError):
+    """A configuration that means nothing, or something that this package does not have."""
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """The fields that every method has. A method's own dataclass adds its own, and says how to make its adapters.
+
+    A subclass that sets `peft_type` is known from then on to `PeftConfig.from_pretrained`, and so to every loader.
+    """
+    peft_type: ClassVar[str] = ""
+    task_type: str | None = None                # noted in files; nothing here depends on it, except SEQ_CLS's head
+    base_model_name_or_path: str | None = None  # noted in files
+    revision: str | None = None                 # noted in files
+    inference_mode: bool = False                # loaded to be used, not trained
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "peft_type" in vars(cls):
+            METHODS[cls.peft_type] = cls
+
+    def __post_init__(self):
+        pass
+
+    # What a method file fills in.
+
+    def select(self, model):
+        """The paths of the modules that get an adapter. "" is the whole model."""
+        return [""]
+
+    def create(self, base, path):
+        """A new Adapter for the layer at `path`."""
+        raise NotImplementedError
+
+    def create_shared(self, bases):
+        """An nn.Module that all adapters of this name share, from {path: Base}, or None."""
+
+    def drop_absent(self, model):
+        """Forget target names that this model does not have: in a file made for several architectures they do no harm."""
+
+    # Files.
+
+    def to_dict(self):
+        """Hugging Face's JSON, without the fields that say nothing."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+        return {"peft_type": self.peft_type} | {name: value for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data):
+        """The configuration that Hugging Face's JSON describes. ConfigError where it asks for what we do not have."""
+        data = dict(data)
+        peft_type = data.pop("peft_type", None)
+        if peft_type not in METHODS:
+            near = difflib.get_close_matches(str(peft_type), METHODS, n=1)
+            raise ConfigError(("no peft_type is given" if peft_type is None else f"unknown peft_type {peft_type!r}")
+                              + (f" (nearest: {near[0]})" if near else "") + f"; known: {', '.join(METHODS)}")
+        method = METHODS[peft_type]
+        known = {f.name for f in dataclasses.fields(method)}
+        asked = {name: value for name, value in data.items() if name not in known | HARMLESS and value}
+        if asked:
+            raise ConfigError(f"{method.__name__} has no {', '.join(f'{k}={v!r}' for k, v in asked.items())}: without it "
+                              "the adapter would compute something else")
+        return method(**{name: value for name, value in data.items() if name in known})
+
+    def save_pretrained(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        return cls.from_dict(json.loads((Path(folder) / "adapter_config.json").read_text()))
+
+
+@dataclass(kw_only=True)
+class LayerConfig(PeftConfig):
+    """For methods that stand at layers inside the model.
+
+    target_modules: names of modules ("q_proj"; the last parts of their paths), or one regular expression for whole
+    paths, or "all-linear" (all but the output head). Every name must be found. exclude_modules: likewise, to leave out.
+    modules_to_save: modules that are trained and saved whole. layers_to_transform, layers_pattern: only within the
+    layers of these numbers, in the list of that name.
+    """
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    default_targets: ClassVar[list] = [["q_proj", "v_proj"], ["c_attn"]]    # the first of which all are there
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError("layers_to_transform works with a list of target_modules; a regular expression can say it itself")
+
+    def select(self, model):
+        modules = {path: layers.bare(module) for path, _, _, module in layers.walk(model)}
+        if self.target_modules is None:
+            self.target_modules = self._usual(modules)
+        if self.target_modules == "all-linear":
+            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            found = [path for path, m in modules.items() if layers.is_linear(m) and m is not layers.bare(head)]
+            ends = sorted({path.rpartition(".")[2] for path in found})          # in files the short names, if they suffice
+            self.target_modules = ends if layers.find(modules, ends) == found else found
+        found = layers.find(modules, self.target_modules)
+        out = layers.find(modules, self.exclude_modules, "exclude_modules") if self.exclude_modules else []
+        saved = layers.find(modules, self.modules_to_save, "modules_to_save") if self.modules_to_save else []
+        found = [path for path in found if path not in out and not any(f"{path}.".startswith(f"{s}.") for s in saved)]
+        if self.layers_to_transform is not None:
+            found = [path for path in found if layers.in_layers(path, self.layers_to_transform, self.layers_pattern)]
+        if not found:
+            raise TargetError(f"nothing is left of target_modules={self.target_modules!r} after exclude_modules, "
+                              "modules_to_save and layers_to_transform")
+        return found
+
+    def _usual(self, modules):
+        for names in self.default_targets:
+            if all(any(layers.named(name, path) for path in modules) for name in names):
+                return list(names)
+        linear = sorted({path.rpartition(".")[2] for path in modules if layers.is_linear(modules[path])})
+        raise TargetError(f"say target_modules: this model has none of the usual names. Its linear layers: {', '.join(linear)}")
+
+    def drop_absent(self, model):
+        paths = [path for path, *_ in layers.walk(model)]
+        for field in ("target_modules", "modules_to_save"):
+            names = getattr(self, field)
+            if isinstance(names, list):
+                there = [name for name in names if any(layers.named(name, path) for path in paths)]
+                setattr(self, field, there or names)

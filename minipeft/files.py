@@ -1,0 +1,90 @@
+"""Floor 3: Hugging Face PEFT's files, both ways: adapter_config.json and adapter_model.safetensors, never a pickle.
+
+A tensor's key is "base_model.model." + the module's path + the tensor's name in its adapter, without the adapter's own
+name: that is chosen anew on loading.
+"""
+import json
+import os
+from pathlib import Path
+
+from .config import ConfigError, PeftConfig
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class AdapterFileError(ValueError):
+    """A file that is not an adapter, not a whole one, or not one for this model."""
+
+
+def key(path, name):
+    """`path` is None for what all slots share. Adapters around the whole model, at path "", have bare keys."""
+    return f"base_model.{name}" if path is None else f"base_model.model.{path}.{name}" if path else name
+
+
+def save(folder, config, tensors):
+    """Write both files beside their places, then move them in: a reader never sees half of one."""
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    if folder.is_file():
+        raise AdapterFileError(f"{folder} is a file; a folder is expected")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Contiguous copies on the CPU: safetensors takes no tensor that shares its memory with another.
+    save_file({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, folder / f".{TENSORS}",
+              metadata={"format": "pt"})
+    (folder / f".{CONFIG}").write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    os.replace(folder / f".{TENSORS}", folder / TENSORS)
+    os.replace(folder / f".{CONFIG}", folder / CONFIG)
+
+
+def load(folder):
+    """(config, {key: tensor}). AdapterFileError or ConfigError says what is wrong with the files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    folder = find(folder)
+    try:
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterFileError(f"{folder / CONFIG} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise AdapterFileError(f"{folder / CONFIG} holds a {type(data).__name__}; an object with a peft_type is expected")
+    try:
+        config = PeftConfig.from_dict(data)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from None
+    if not (folder / TENSORS).exists():
+        old = " There is an adapter_model.bin, a pickle, which is not opened: convert it to safetensors with Hugging " \
+              "Face PEFT's save_pretrained." if (folder / "adapter_model.bin").exists() else ""
+        raise AdapterFileError(f"{folder} has no {TENSORS}.{old}")
+    try:
+        return config, load_file(folder / TENSORS)
+    except SafetensorError as error:
+        raise AdapterFileError(f"{folder / TENSORS} is damaged or cut short ({error}); copy or download it again") from None
+
+
+def find(folder):
+    """The folder itself, or a local copy of the adapter of that name on the Hugging Face hub."""
+    path = Path(folder)
+    if (path / CONFIG).exists():
+        return path
+    if path.is_dir():
+        inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+        raise AdapterFileError(f"{path} has no {CONFIG}" + (f"; its folders {', '.join(inside)} have one" if inside else ""))
+    if str(folder).count("/") != 1 or path.is_absolute():
+        raise AdapterFileError(f"there is no folder {path}")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG, TENSORS]))
+    except Exception as error:
+        raise AdapterFileError(f"there is no folder {path}, and the hub gave none of that name: {error}") from None
+
+
+def check(expected, found):
+    """AdapterFileError that lists every tensor that is missing, unexpected or of another shape."""
+    wrong = [f"  missing     {k}  {tuple(expected[k].shape)}" for k in expected if k not in found]
+    wrong += [f"  unexpected  {k}  {tuple(found[k].shape)}" for k in found if k not in expected]
+    wrong += [f"  shape       {k}  {tuple(found[k].shape)}, the model has {tuple(expected[k].shape)}"
+              for k in expected if k in found and expected[k].shape != found[k].shape]
+    if wrong:
+        prefix = "" if not found or expected.keys() & found.keys() else \
+            f" No key fits: this one's begin like {next(iter(found))!r}, expected is {next(iter(expected))!r}."
+        raise AdapterFileError(f"the adapter does not fit this model; nothing was loaded.{prefix}\n" + "\n".join(wrong))

@@ -1,0 +1,162 @@
+"""Floor 0: what a layer is, whatever its class; how to walk through a model; how target names find their layers.
+
+To an adapter every linear layer looks alike: it maps d_in numbers to d_out numbers and has a dense weight of shape
+(d_out, d_in). The classes differ in how they store it. An embedding is one of them: a linear map of one-hot vectors.
+"""
+import difflib
+import re
+
+import torch
+from torch import nn
+
+
+class TargetError(ValueError):
+    """A target name finds no layer, or one that the method cannot adapt."""
+
+
+class NotMergeableError(ValueError):
+    """An adapter that cannot be written into this layer's weight."""
+
+
+class Straight:                                 # stored as (d_out, d_in): nn.Linear
+    def read(layer):
+        return layer.weight
+
+    def write(layer, weight):
+        old = layer.weight                      # a new Parameter, never written in place: ties to other layers end here
+        layer.weight = nn.Parameter(weight.to(old.device, old.dtype).contiguous(), requires_grad=False)
+
+
+class Transposed:                               # stored as (d_in, d_out): Hugging Face's Conv1D, nn.Embedding
+    def read(layer):
+        return layer.weight.T
+
+    def write(layer, weight):
+        Straight.write(layer, weight.T)
+
+
+class Bitsandbytes4bit:                         # packed: two weights to a byte
+    def read(layer):
+        from bitsandbytes.functional import dequantize_4bit
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+    def write(layer, weight):                   # rounds the weight to 4 bits again
+        old = layer.weight
+        layer.weight = type(old)(weight.to("cpu"), requires_grad=False, quant_type=old.quant_type,
+                                 blocksize=old.blocksize, compress_statistics=old.compress_statistics).to(old.device)
+
+
+# The storage of each class, by name, so that nothing is imported for it. Later floors add theirs. None: not adaptable.
+STORAGE = {
+    "torch.nn.modules.linear.Linear": Straight,
+    "torch.nn.modules.sparse.Embedding": Transposed,
+    "transformers.pytorch_utils.Conv1D": Transposed,
+    "bitsandbytes.nn.modules.Linear4bit": Bitsandbytes4bit,
+    "bitsandbytes.nn.modules.Linear8bitLt": None,
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,    # attention reads its weight, never calls it
+}
+
+
+def storage(layer):
+    """How `layer` stores its weight, by the most specific of its classes that is known; None where there is none."""
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(layer).__mro__)
+    return next((STORAGE[name] for name in names if name in STORAGE), None)
+
+
+def is_linear(layer):
+    return storage(layer) is not None and not isinstance(layer, nn.Embedding)
+
+
+def features(layer):
+    """(d_in, d_out)"""
+    if storage(layer) is None:
+        raise TargetError(f"{type(layer).__name__} is no linear layer")
+    if hasattr(layer, "in_features"):           # packed weights do not show their shape
+        return layer.in_features, layer.out_features
+    return tuple(layer.weight.shape)            # transposed
+
+
+def read_weight(layer):
+    """The dense weight (d_out, d_in)."""
+    d_in, d_out = features(layer)
+    weight = storage(layer).read(layer)
+    if not weight.is_floating_point() or weight.shape != (d_out, d_in):
+        raise TypeError(f"the weight of this {type(layer).__name__} reads as {tuple(weight.shape)} {weight.dtype}, "
+                        f"expected ({d_out}, {d_in}) floating-point numbers")
+    return weight
+
+
+def write_weight(layer, weight, lossy=False):
+    """Store a dense weight (d_out, d_in). A quantised layer would round it: refused, unless `lossy`."""
+    if not storage(layer) in (Straight, Transposed) and not lossy:
+        raise NotMergeableError(f"merging into a 4-bit {type(layer).__name__} rounds the result to 4 bits again. Merge "
+                                "into the base loaded in 16 or 32 bits, or pass lossy=True to accept the loss")
+    storage(layer).write(layer, weight.detach())
+
+
+def held(parameter):
+    """How many weights a parameter holds: a packed 4-bit one holds two in each byte."""
+    packed = type(parameter).__name__ == "Params4bit"
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
+
+
+def bare(module):
+    """The module itself, out of its slot if it is in one."""
+    return module.base_layer if getattr(module, "is_slot", False) else module
+
+
+def walk(model):
+    """Every module below `model` once, parents first, as (path, parent, name, module). Slots are seen through: paths are
+    those of the bare model, and a module that is in a slot comes as the slot."""
+    seen = set()
+
+    def below(parent, prefix):
+        for name, module in parent.named_children():
+            if module not in seen:
+                seen.add(module)
+                yield prefix + name, parent, name, module
+                yield from below(bare(module), f"{prefix}{name}.")
+    yield from below(bare(model), "")
+
+
+def named(name, path):
+    """Does `name` mean `path`? It is the whole path or its end: "q_proj" means "layers.0.self_attn.q_proj"."""
+    return path == name or path.endswith("." + name)
+
+
+def lookup(patterns, path, default):
+    """The value of the first pattern (a regular expression for the end of a path) that fits, as in rank_pattern."""
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def in_layers(path, indices, pattern):
+    """Is `path` within one of the numbered layers `indices`? `pattern` names the list of layers; None: any list."""
+    lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+    found = next(filter(None, (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in lists)), None)
+    return found is not None and int(found[1]) in ([indices] if isinstance(indices, int) else indices)
+
+
+def find(paths, targets, what="target_modules"):
+    """The paths that `targets` mean: a list of names, each of which must be found, or one regular expression.
+
+    Raises TargetError that lists the nearest names there are.
+    """
+    if isinstance(targets, str):
+        found = [path for path in paths if re.fullmatch(targets, path)]
+        missing = [] if found else [targets]
+    else:
+        found = [path for path in paths if any(named(name, path) for name in targets)]
+        missing = [name for name in targets if not any(named(name, path) for path in found)]
+    if missing:
+        ends = sorted({path.rpartition(".")[2] for path in paths} - {""} - {str(i) for i in range(1000)}) or list(paths)
+        near = {name: difflib.get_close_matches(name, [*ends, *paths], n=3) for name in missing}
+        hints = "; ".join(f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "") for name in missing)
+        raise TargetError(f"{what} finds no module for {hints}. This model's modules are named: {', '.join(ends)}")
+    return found
+
+
+def like(layer, at_least_32_bits=True):
+    """(device, dtype) for new parameters beside `layer`."""
+    parameter = next(layer.parameters(), torch.empty(0))
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    return parameter.device, torch.promote_types(dtype, torch.float32) if at_least_32_bits else dtype

@@ -1,0 +1,134 @@
+"""LoRA: the change of a weight has low rank, so train it as a product of two thin matrices.
+
+    y = W x + s B A x,    A (r, d_in),  B (d_out, r),  s = alpha / r                        (equation 3)
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. W is frozen. B starts at zero, so
+that training starts from the model as it was; A starts random, for with both at zero neither would ever get a gradient.
+rsLoRA (Kalajdzievski 2023, 2312.03732): s = alpha / sqrt(r), so that a higher rank does not make for a smaller change.
+"""
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import layers
+from ..config import ConfigError, LayerConfig
+from ..slot import LinearDelta
+
+INITS = {}      # init_lora_weights="name" or "name_...": a function (adapter, base, config); it may assign base.weight
+VARIANTS = {}   # a field of LoraConfig, such as "use_dora": the class of adapter that is made where the field is set
+
+
+@dataclass(kw_only=True)
+class LoraConfig(LayerConfig):
+    """Hugging Face PEFT's fields and defaults."""
+    peft_type: ClassVar[str] = "LORA"
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0                   # on what A reads, in training
+    bias: str = "none"                          # the base's biases stay frozen; to train them, see BitFitConfig
+    use_rslora: bool = False                    # s = alpha / sqrt(r)
+    use_dora: bool = False
+    lora_bias: bool = False                     # a trained bias on B
+    init_lora_weights: bool | str = True        # True: A as nn.Linear does, B zero; "gaussian"; False: both random
+    rank_pattern: dict = field(default_factory=dict)    # another r for some layers: {end of a path, as a regular expression: r}
+    alpha_pattern: dict = field(default_factory=dict)
+    fan_in_fan_out: bool = False                # for PEFT; here the layer's class says how its weight is stored
+
+    def __post_init__(self):
+        super().__post_init__()
+        for where, r in {"r": self.r, **self.rank_pattern}.items():
+            if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
+                raise ConfigError(f"{where} = {r!r}: a rank is a positive integer")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: a probability in [0, 1) is expected")
+        if self.bias != "none":
+            raise ConfigError(f"bias={self.bias!r} is not supported; to train biases use BitFitConfig, or lora_bias=True")
+        if isinstance(self.init_lora_weights, str):
+            initialiser(self.init_lora_weights)
+        for name in ("use_dora",):
+            if getattr(self, name) and name not in VARIANTS:
+                raise ConfigError(f"{name} is not available")
+
+    def create(self, base, path):
+        r = layers.lookup(self.rank_pattern, path, self.r)
+        alpha = layers.lookup(self.alpha_pattern, path, self.lora_alpha)
+        kind = LoraEmbedding if isinstance(base.module, nn.Embedding) else next(
+            (VARIANTS[name] for name in VARIANTS if getattr(self, name)), Lora)
+        adapter = kind(*layers.features(base.module), r, alpha / (math.sqrt(r) if self.use_rslora else r),
+                       dropout=self.lora_dropout, bias=self.lora_bias)
+        adapter.reset(base, self)
+        return adapter
+
+
+def gaussian(adapter, base, config):
+    nn.init.normal_(adapter.lora_A.weight, std=1 / adapter.lora_A.out_features)
+    nn.init.zeros_(adapter.lora_B.weight)
+
+
+INITS["gaussian"] = gaussian
+
+
+def initialiser(name):
+    if name not in INITS and name.partition("_")[0] not in INITS:
+        raise ConfigError(f"unknown init_lora_weights {name!r}; valid: True, False, {', '.join(map(repr, INITS))}")
+    return INITS.get(name) or INITS[name.partition("_")[0]]
+
+
+class Lora(LinearDelta):
+    """x (..., d_in) -> (..., d_out)"""
+
+    def __init__(self, d_in, d_out, r, scaling, dropout=0.0, bias=False):
+        super().__init__()
+        self.lora_A = nn.Linear(d_in, r, bias=False)            # weight (r, d_in)
+        self.lora_B = nn.Linear(r, d_out, bias=bias)            # weight (d_out, r)
+        self.scaling = scaling
+        if dropout:
+            self.dropout = nn.Dropout(dropout)
+
+    def reset(self, base, config):
+        if config.init_lora_weights is True:
+            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))    # uniform within 1 / sqrt(d_in)
+            nn.init.zeros_(self.lora_B.weight)
+        elif config.init_lora_weights:
+            initialiser(config.init_lora_weights)(self, base, config)
+        if config.init_lora_weights and self.lora_B.bias is not None:
+            nn.init.zeros_(self.lora_B.bias)
+
+    def delta(self, base):
+        return self.scaling * self.lora_B.weight @ self.lora_A.weight       # (d_out, d_in): formed for merging only
+
+    def update(self, base, x):
+        h = F.linear(x, self.lora_A.weight) * self.scaling                  # (..., r): scaled where it is thin
+        bias = self.lora_B.bias
+        return F.linear(h, self.lora_B.weight, bias if bias is None else bias * self.scaling)
+
+    def fold(self, base):
+        if self.lora_B.bias is not None:
+            base.bias = (0 if base.bias is None else base.bias) + self.scaling * self.lora_B.bias
+        super().fold(base)
+
+
+class LoraEmbedding(LinearDelta):
+    """x (...) token ids -> (..., d). An embedding is a linear map of one-hot vectors, and A times one picks a column."""
+
+    def __init__(self, d_in, d_out, r, scaling, dropout=0.0, bias=False):
+        super().__init__()
+        self.lora_embedding_A = nn.Parameter(torch.randn(r, d_in))          # (r, vocabulary)
+        self.lora_embedding_B = nn.Parameter(torch.randn(d_out, r))         # (d, r)
+        self.scaling = scaling
+
+    def reset(self, base, config):
+        if config.init_lora_weights:
+            nn.init.zeros_(self.lora_embedding_A)                           # here A is the one that starts at zero
+            nn.init.normal_(self.lora_embedding_B)
+
+    def delta(self, base):
+        return self.scaling * self.lora_embedding_B @ self.lora_embedding_A
+
+    def update(self, base, x):
+        h = F.embedding(x, self.lora_embedding_A.T, base.module.padding_idx) * self.scaling     # (..., r)
+        return F.linear(h, self.lora_embedding_B)

@@ -1,0 +1,428 @@
+"""Floor 5: the book of adapters. A PeftModel puts slots into a model, and knows which adapters there are and who plays."""
+import copy
+import difflib
+import warnings
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import combine, files, layers
+from .layers import NotMergeableError, TargetError
+from .slot import AdapterNameError, Base, Copy, Rows, Slot, Switch
+
+
+def get_peft_model(model, peft_config, adapter_name="default", autocast_adapter_dtype=True):
+    """`model`, frozen, with a new adapter. Its layers are changed in place: `unload` gives them back.
+
+    Adapters of a 16-bit model are kept in 32 bits, unless autocast_adapter_dtype is False.
+    Raises ConfigError, TargetError or AdapterNameError, and then leaves the model as it was.
+    """
+    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+
+
+class Root(Slot):
+    """The slot around the whole model. As in Hugging Face PEFT, the model itself is `base_model.model`."""
+
+    def __init__(self, model, switch):
+        super().__init__(model, switch)
+        self._modules["model"] = self._modules.pop("base_layer")
+
+    @property
+    def base_layer(self):
+        return self._modules["model"]
+
+    def by_rows(self, rows, *args, **kwargs):
+        """Adapters inside the model see to their rows themselves. For one around it, each group of rows is run alone."""
+        if self.adapters.keys().isdisjoint(rows.names):
+            return self.base_layer(*args, **kwargs)
+        groups, order = rows.split(len(rows.names), "cpu")
+        outputs, counts, active = [], [], self.switch.active
+        for name, index in groups:
+            def take(value):
+                return value[index] if torch.is_tensor(value) and value.shape[:1] == order.shape else value
+            own = {key: take(value) for key, value in kwargs.items()}
+            try:
+                self.switch.rows, self.switch.active = None, [name]
+                outputs.append(self.stack([name], *map(take, args), **own))
+            finally:
+                self.switch.rows, self.switch.active = rows, active
+            counts.append((own["labels"][:, 1:] != -100).sum() if own.get("labels") is not None else len(index))
+        whole = copy.copy(outputs[0])
+        length = min(output.logits.shape[1] for output in outputs)          # prompts may add positions of their own
+        whole.logits = torch.cat([output.logits[:, -length:] for output in outputs])[order.to(outputs[0].logits.device)]
+        whole.past_key_values = None
+        if whole.loss is not None:
+            whole.loss = sum(output.loss * n for output, n in zip(outputs, counts)) / sum(counts)
+        return whole
+
+    def generate(self, *args, **kwargs):
+        """The model's own generate, within those of the adapters around it."""
+        call = self.base_layer.generate
+        for name in self.switch.active if self.switch.enabled and self.switch.rows is None else []:
+            if name in self.adapters:
+                call = partial(self.adapters[name].generate, Base(self, name, call))
+        return call(*args, **kwargs)
+
+
+class PeftModel(nn.Module):
+    """A frozen model with named adapters. The names of its methods, and what they do, are Hugging Face PEFT's."""
+
+    def __init__(self, model, peft_config, adapter_name="default", autocast_adapter_dtype=True, fill=None):
+        super().__init__()
+        if any(isinstance(module, (Slot, PeftModel)) for module in model.modules()):
+            raise TargetError("this model carries adapters already: use add_adapter on its PeftModel, or unload that first")
+        self.base_model = Root(model, Switch())
+        self.shared = nn.ModuleDict()           # parts that an adapter shares over its slots, owned here and lent to them
+        self.peft_config = {}
+        self._add(adapter_name, peft_config, autocast_adapter_dtype, fill)
+        model.requires_grad_(False)
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.enable_input_require_grads()
+        self.training = model.training
+
+    def forward(self, *args, adapter_names=None, **kwargs):
+        """adapter_names: one name for each row of the batch, "__base__" for none. Without it, the active adapters."""
+        size = next((value.shape[0] for value in (*args, *kwargs.values()) if torch.is_tensor(value)), None)
+        # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
+        self._switch.rows = self._rows(adapter_names, size)
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args, adapter_names=None, **kwargs):
+        self._switch.rows = self._rows(adapter_names)
+        try:
+            return self.base_model.generate(*args, **kwargs)
+        finally:
+            self._switch.rows = None
+
+    def _rows(self, names, size=None):
+        if names is None:
+            return None
+        self._known(name for name in names if name != "__base__")
+        if not names or size not in (None, len(names)):
+            raise ValueError(f"{len(names)} adapter_names for a batch of {size} rows: one name a row is expected")
+        if self.merged_adapters:
+            raise ValueError(f"{self.merged_adapters} are merged into the weights of all rows: call unmerge_adapter() first")
+        return Rows(names)
+
+    # The book.
+
+    @property
+    def _switch(self):
+        return self.base_model.switch
+
+    @property
+    def active_adapters(self):
+        return list(self._switch.active)
+
+    @property
+    def active_adapter(self):
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    @property
+    def merged_adapters(self):
+        return list(dict.fromkeys(name for _, slot, _ in self._slots() for name in slot.merged))
+
+    def get_base_model(self):
+        return self.base_model.base_layer
+
+    def _slots(self):
+        """[(path, slot, how to put something else in its place)]"""
+        return [("", self.base_model, None)] + [
+            (path, module, partial(setattr, parent, name))
+            for path, parent, name, module in layers.walk(self.base_model) if isinstance(module, Slot)]
+
+    def _parts(self, name):
+        """{path: adapter of that name}; the shared part has the path None."""
+        parts = {None: self.shared[name]} if name in self.shared else {}
+        return parts | {path: slot.adapters[name] for path, slot, _ in self._slots() if name in slot.adapters}
+
+    def _known(self, names):
+        for name in names:
+            if name not in self.peft_config:
+                near = difflib.get_close_matches(str(name), self.peft_config, n=1)
+                raise AdapterNameError(f"there is no adapter {name!r}" + (f" (nearest: {near[0]!r})" if near else "")
+                                       + f"; there are: {', '.join(map(repr, self.peft_config)) or 'none'}")
+
+    def _add(self, name, config, autocast_adapter_dtype=True, fill=None):
+        """Make adapter `name`, let `fill` give {path: adapter} its values, and put it in. Nothing is touched before all
+        of it has succeeded."""
+        if not isinstance(name, str) or not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name):
+            raise AdapterNameError(f"{name!r} cannot name an adapter: expected is a string without dots, which is neither "
+                                   "'__base__' nor the name of a method of torch's ModuleDict")
+        if name in self.peft_config:
+            raise AdapterNameError(f"there is an adapter {name!r} already; delete it first, or take another name")
+        model, config = self.get_base_model(), copy.deepcopy(config)
+        config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+        modules = {"": self.base_model} | {path: module for path, _, _, module in layers.walk(model)}
+        place = {path: partial(setattr, parent, attribute) for path, parent, attribute, _ in layers.walk(model)}
+
+        def base_at(path):
+            module = modules[path]
+            return Base(module if isinstance(module, Slot) else Slot(module, self._switch), name, lossy=True)
+
+        bases = {path: base_at(path) for path in config.select(model)}
+        before = {path: dict(base.module._parameters) for path, base in bases.items()}
+        try:
+            shared = config.create_shared(bases)
+            parts = {} if shared is None else {None: shared}
+            for path, base in bases.items():
+                try:
+                    adapter = config.create(base, path)
+                except TargetError as error:
+                    raise TargetError(f"{path}: {error}") from None
+                parts[path] = adapter.to(*layers.like(base.module, autocast_adapter_dtype))
+            for path in layers.find(modules, getattr(config, "modules_to_save", None) or (), "modules_to_save"):
+                bases[path] = base_at(path)
+                if any(isinstance(module, Slot) for module in bases[path].module.modules()):
+                    raise TargetError(f"modules_to_save: there are adapters inside {path}")
+                parts[path] = Copy(copy.deepcopy(bases[path].module))
+            if fill is not None:
+                fill(parts)
+        except BaseException:                   # an initialisation may have changed weights
+            for path, parameters in before.items():
+                bases[path].module._parameters.update(parameters)
+            raise
+        for path, base in bases.items():
+            base.slot.train(base.module.training).adapters[name] = parts[path].train(base.module.training)
+            base.slot.shared |= {} if shared is None else {name: shared}
+            if base.slot is not modules[path]:
+                place[path](base.slot)
+        if shared is not None:
+            self.shared[name] = shared
+        self.peft_config[name] = config
+
+    def add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype=True):
+        """One more adapter, inactive until `set_adapter`. Any method can stand beside any other."""
+        self._add(adapter_name, peft_config, autocast_adapter_dtype)
+        self.set_adapter(self.active_adapters or adapter_name)
+
+    def set_adapter(self, adapter_name, inference_mode=False):
+        """Activate one adapter, or a list: each is given the ones before it as its base. Only they can be trained."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(names)
+        for path, slot, _ in self._slots():
+            copies = [name for name in names if isinstance(dict(slot.adapters.items()).get(name), Copy)]
+            if len(copies) > 1:
+                raise AdapterNameError(f"{copies} each have their own copy of {path} (modules_to_save): one at a time")
+        self._switch.active = names
+        for name in self.peft_config:
+            for part in self._parts(name).values():
+                part.requires_grad_(name in names and not inference_mode)
+
+    def delete_adapter(self, adapter_name):
+        self._known([adapter_name])
+        merged = self.merged_adapters
+        if adapter_name in merged:
+            self.unmerge_adapter()
+            self.merge_adapter([name for name in merged if name != adapter_name])
+        for path, slot, put in self._slots():
+            if adapter_name in slot.adapters:
+                del slot.adapters[adapter_name]
+                slot.shared.pop(adapter_name, None)
+                if not slot.adapters and put:
+                    put(slot.base_layer)
+        self.shared.pop(adapter_name) if adapter_name in self.shared else None
+        del self.peft_config[adapter_name]
+        if adapter_name in self.active_adapters:
+            rest = [name for name in self.active_adapters if name != adapter_name]
+            if not rest and self.peft_config:
+                rest = list(self.peft_config)[:1]
+                warnings.warn(f"the active adapter {adapter_name!r} was deleted; {rest[0]!r} is active now", stacklevel=2)
+            self.set_adapter(rest)
+
+    @contextmanager
+    def disable_adapter(self):
+        """Within it the model is the base, bit for bit."""
+        enabled, merged = self._switch.enabled, self.merged_adapters
+        if merged:
+            self.unmerge_adapter()
+        self._switch.enabled = False
+        try:
+            yield
+        finally:
+            self._switch.enabled = enabled
+            if merged:
+                self.merge_adapter(merged)
+
+    # Merging.
+
+    def merge_adapter(self, adapter_names=None, safe_merge=False, lossy=False):
+        """Write adapters (the active ones) into the weights, all or none. The weights from before are kept for unmerging.
+
+        safe_merge refuses what is not finite. lossy allows 4-bit layers, whose weights are rounded again.
+        Raises NotMergeableError.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._known(names)
+        merged = self.merged_adapters
+        fresh = [name for name in names if name not in merged]
+        if names and not fresh:
+            warnings.warn(f"already merged: {', '.join(names)}. Nothing to do", stacklevel=2)
+        for name in fresh:
+            for adapter in self._parts(name).values():
+                if not getattr(adapter, "mergeable", True):
+                    raise NotMergeableError(f"{name!r} cannot be merged: a {type(adapter).__name__} is no change of weights")
+        slots = [slot for _, slot, _ in self._slots()]
+        try:
+            for slot in slots:
+                slot.merge(fresh, lossy)
+                if safe_merge and not all(p.isfinite().all() for p in slot.base_layer.parameters(recurse=False)):
+                    raise NotMergeableError(f"merging {fresh} gives weights that are not finite: the adapter is broken")
+        except BaseException:
+            for slot in slots:
+                slot.unmerge()
+                slot.merge(merged, lossy=True)
+            raise
+
+    def unmerge_adapter(self):
+        for _, slot, _ in self._slots():
+            slot.unmerge()
+
+    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, lossy=False):
+        """The plain model with the adapters written into it. This PeftModel is empty afterwards."""
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        if set(names) - set(self.merged_adapters):
+            self.merge_adapter(names, safe_merge, lossy)
+        return self._take_out()
+
+    def unload(self):
+        """The plain model as it was before. This PeftModel is empty afterwards."""
+        self.unmerge_adapter()
+        return self._take_out()
+
+    def _take_out(self):
+        for path, slot, put in self._slots():
+            if put:
+                put(slot.base_layer)
+        self.base_model.adapters.clear()
+        self.shared.clear()
+        self.peft_config.clear()
+        self._switch.active = []
+        hooks = self._embeddings()._forward_hooks if self._embeddings() is not None else {}
+        for key in [key for key, hook in hooks.items() if hook is _require_grad]:
+            del hooks[key]
+        return self.get_base_model()
+
+    # Files.
+
+    def save_pretrained(self, save_directory, selected_adapters=None, **ignored):
+        """Hugging Face PEFT's files: the adapter "default" in the folder itself, others in folders of their names."""
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        self._known(names)
+        for name in names:
+            config = copy.copy(self.peft_config[name])
+            config.inference_mode = True
+            files.save(Path(save_directory) / ("" if name == "default" else name), config, _tensors(self._parts(name)))
+
+    @classmethod
+    def from_pretrained(cls, model, model_id, adapter_name="default", is_trainable=False, autocast_adapter_dtype=True):
+        """`model` with the adapter in folder `model_id`, frozen and in eval mode unless is_trainable.
+
+        Raises AdapterFileError, ConfigError or TargetError, and then leaves the model as it was.
+        """
+        config, fill = _from_folder(model, model_id, is_trainable)
+        return cls(model, config, adapter_name, autocast_adapter_dtype, fill).train(is_trainable and model.training)
+
+    def load_adapter(self, model_id, adapter_name, is_trainable=False, autocast_adapter_dtype=True):
+        config, fill = _from_folder(self.get_base_model(), model_id, is_trainable)
+        active = self.active_adapters
+        self._add(adapter_name, config, autocast_adapter_dtype, fill)
+        if not active:
+            self.set_adapter(adapter_name, inference_mode=not is_trainable)
+        else:
+            for part in self._parts(adapter_name).values():
+                part.requires_grad_(False)
+        if not is_trainable:
+            self.eval()
+
+    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, svd_clamp=None,
+                             svd_full_matrices=True, svd_driver=None, density=None, majority_sign_method="total"):
+        """A new LoRA from others: see minipeft/combine.py for the ways."""
+        self._known(adapters)
+        parts = [self._parts(name) for name in adapters]
+        paths = [path for path, _, _ in self._slots() if any(path in part for part in parts)]
+        config, fill = combine.plan([self.peft_config[name] for name in adapters], parts, weights, paths, combination_type,
+                                    svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
+        active = self.active_adapters
+        self._add(adapter_name, config, fill=fill)
+        for part in self._parts(adapter_name).values():
+            part.requires_grad_(False)
+
+    # Counting, and what a learner may ask of the model itself.
+
+    def get_nb_trainable_parameters(self):
+        """(trainable, all). A packed 4-bit weight counts as the weights that it holds."""
+        parameters = list(self.parameters())
+        return sum(layers.held(p) for p in parameters if p.requires_grad), sum(map(layers.held, parameters))
+
+    def print_trainable_parameters(self):
+        trainable, everything = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {everything:,d} || "
+              f"trainable%: {100 * trainable / everything:.4f}")
+
+    def _embeddings(self):
+        base = self.get_base_model()
+        try:
+            return base.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+
+    def enable_input_require_grads(self):
+        """Reentrant gradient checkpointing gives no gradients where no input asks for one, as behind frozen embeddings."""
+        embeddings = self._embeddings()
+        if embeddings is not None and _require_grad not in embeddings._forward_hooks.values():
+            embeddings.register_forward_hook(_require_grad)
+
+    def gradient_checkpointing_enable(self, *args, **kwargs):
+        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
+        self.enable_input_require_grads()
+
+    def __getattr__(self, name):                # whatever else is asked of a model (config, device), the model answers
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _require_grad(module, args, output):
+    output.requires_grad_(True)
+
+
+def _tensors(parts):
+    return {files.key(path, name): tensor for path, part in parts.items()
+            for name, tensor in (part.to_file() if path is not None else part.state_dict()).items()}
+
+
+def _from_folder(model, folder, is_trainable):
+    """The config in a folder, and a function that fills adapters with the tensors there."""
+    config, tensors = files.load(folder)
+    config.inference_mode = not is_trainable
+    config.drop_absent(model)
+
+    def fill(parts):
+        expected = _tensors(parts)
+        files.check(expected, tensors)
+        for path, part in parts.items():
+            names = part.to_file() if path is not None else part.state_dict()
+            own = {name: tensors[files.key(path, name)] for name in names}
+            part.from_file(own) if path is not None else part.load_state_dict(own)
+    return config, fill
+
+
+def prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
+    """Ready a quantised model for training beside it: freeze it, keep what is not quantised in 32 bits, and let it
+    compute activations again in the backward pass rather than store them."""
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.float()
+    quantised = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
+    if quantised and use_gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+    return model

@@ -1,0 +1,235 @@
+"""Floor 1: the one idea of this package.
+
+**An adapter is a function of the layer below it and the input: y = adapter(base, x).**
+
+A method that adds calls base(x) and adds to it. One that rescales multiplies. One that stands around the whole model
+calls it with other arguments. Then stacking adapters is composing functions, disabling one is not calling it, a batch
+whose rows want different adapters is split by rows, and merging an adapter is letting it write itself into the weights.
+
+So there is one kind of wrapper, the Slot, and it stands where a layer stood. The slot knows names, order, rows and
+merging. The adapter knows its own algebra and owns nothing but its own parameters.
+"""
+import copy
+from functools import partial
+
+import torch
+from torch import nn
+
+from . import layers
+from .layers import NotMergeableError
+
+
+class AdapterNameError(ValueError):
+    """An adapter's name that is unknown, taken or impossible."""
+
+
+class Base:
+    """All that an adapter may know of the world: the layer below it."""
+
+    def __init__(self, slot, name, below=None, lossy=False):
+        self.slot, self.name, self.below, self.lossy = slot, name, below or slot.base_layer, lossy
+
+    def __call__(self, *args, **kwargs):
+        """Run what lies below: the layer, and the adapters that come before this one."""
+        return self.below(*args, **kwargs)
+
+    @property
+    def module(self):
+        """The frozen layer itself."""
+        return self.slot.base_layer
+
+    @module.setter
+    def module(self, module):
+        self.slot.base_layer = module
+
+    @property
+    def weight(self):
+        """The frozen weight, dense, (d_out, d_in), however the layer stores it. Assigning stores it that way again."""
+        return layers.read_weight(self.module)
+
+    @weight.setter
+    def weight(self, weight):
+        layers.write_weight(self.module, weight, self.lossy)
+
+    @property
+    def bias(self):
+        """The frozen bias (d_out,), or None."""
+        return getattr(self.module, "bias", None)
+
+    @bias.setter
+    def bias(self, bias):
+        if self.bias is None:
+            raise NotMergeableError(f"this {type(self.module).__name__} has no bias to merge a bias into")
+        self.module.bias = nn.Parameter(bias.detach().to(self.bias.dtype), requires_grad=False)
+
+    @property
+    def shared(self):
+        """What this adapter shares between all its slots: the module that its config's `create_shared` made."""
+        return self.slot.shared[self.name]
+
+    def peer(self, name):
+        """Another adapter of this slot."""
+        if name not in self.slot.adapters:
+            raise AdapterNameError(f"no adapter {name!r} on this layer; there are: {', '.join(self.slot.adapters)}")
+        return self.slot.adapters[name]
+
+
+class Adapter(nn.Module):
+    """A method. `forward` is its equation. Its state_dict holds the names that its tensors have in files."""
+    mergeable = False
+
+    def forward(self, base, *args, **kwargs):
+        raise NotImplementedError
+
+    def fold(self, base):
+        """Write yourself into base.weight."""
+        raise NotMergeableError(f"{type(self).__name__} is no change of a weight, so it cannot be merged into one")
+
+    def to_file(self):
+        """The tensors to save, by name."""
+        return self.state_dict()
+
+    def from_file(self, tensors):
+        """Take over tensors as `to_file` gave them: same names, same shapes."""
+        self.load_state_dict(tensors)
+
+
+class LinearDelta(Adapter):
+    """A method that changes a linear layer's weight: W' = W + delta. Most only say what their delta is."""
+    mergeable = True
+    dropout = nn.Identity()
+
+    def delta(self, base):
+        """(d_out, d_in)"""
+        raise NotImplementedError
+
+    def update(self, base, x):
+        """x delta^T: (..., d_in) -> (..., d_out). Override it where there is a cheaper way."""
+        return nn.functional.linear(x, self.delta(base))
+
+    def forward(self, base, x):
+        y = base(x)
+        return (y + self.update(base, self.dropout(cast(x, self)))).to(y.dtype)
+
+    def fold(self, base):
+        base.weight = base.weight + self.delta(base)
+
+
+class Copy(Adapter):
+    """A trained copy of the whole layer, which takes its place: PEFT's modules_to_save."""
+    mergeable = True
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, base, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def fold(self, base):
+        base.module = copy.deepcopy(self.module).requires_grad_(False)
+
+    def to_file(self):
+        return self.module.state_dict()
+
+    def from_file(self, tensors):
+        self.module.load_state_dict(tensors)
+
+
+def cast(x, adapter):
+    """x in the adapter's precision. Autocast sees to that itself."""
+    dtype = next(adapter.parameters()).dtype
+    same = x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type)
+    return x if same else x.to(dtype)
+
+
+class Switch:
+    """Who plays: one for the whole model, read by every slot."""
+
+    def __init__(self):
+        self.active = []                        # names of the active adapters, the lowest first
+        self.enabled = True
+        self.rows = None                        # Rows: which adapter each row of the batch wants, instead of `active`
+
+
+class Rows:
+    """The rows of a batch, sorted by the adapter that each of them wants. "__base__" wants none."""
+
+    def __init__(self, names):
+        self.names, self.known = list(names), {}
+
+    def split(self, size, device):
+        """([(adapter's name, its row numbers)], the order that undoes the sorting) for a batch of `size` rows.
+
+        Rows may come several times over, as in beam search, or where a layer is given every token as a row.
+        """
+        if (size, device) not in self.known:
+            if size % len(self.names):
+                raise ValueError(f"{len(self.names)} adapter_names for a batch of {size} rows")
+            rows = torch.arange(size, device=device).view(len(self.names), -1)
+            groups = [(name, rows[torch.tensor([n == name for n in self.names])].flatten())
+                      for name in dict.fromkeys(self.names)]
+            self.known[size, device] = groups, torch.cat([index for _, index in groups]).argsort()
+        return self.known[size, device]
+
+
+class Slot(nn.Module):
+    """Stands where `base_layer` stood, with any number of adapters."""
+    is_slot = True
+
+    def __init__(self, base_layer, switch):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.switch = switch
+        self.shared = {}                        # lent: the parts that adapters share over slots belong to the PeftModel
+        self.merged = []                        # names of the adapters that are written into the weight
+        self.original = None                    # (layer, its parameters, its buffers) from before merging
+
+    def forward(self, *args, **kwargs):
+        if not self.switch.enabled:
+            return self.base_layer(*args, **kwargs)
+        if self.switch.rows is not None:
+            return self.by_rows(self.switch.rows, *args, **kwargs)
+        return self.stack(self.switch.active, *args, **kwargs)
+
+    def stack(self, names, *args, **kwargs):
+        """Compose: the first adapter is given the layer, the second is given the first, and so on."""
+        call = self.base_layer
+        for name in names:
+            if name in self.adapters and name not in self.merged:
+                call = partial(self.adapters[name], Base(self, name, call))
+        return call(*args, **kwargs)
+
+    def by_rows(self, rows, x, *args, **kwargs):
+        """Each row through its own adapter. x (B, ...), and so is the result."""
+        if self.adapters.keys().isdisjoint(rows.names):
+            return self.base_layer(x, *args, **kwargs)
+        groups, order = rows.split(x.shape[0], x.device)
+        return torch.cat([self.stack([name], x[index], *args, **kwargs) for name, index in groups])[order]
+
+    def merge(self, names, lossy=False):
+        """Write adapters into the weight, keeping the parameters that were there before."""
+        for name in names:
+            if name in self.adapters:
+                if self.original is None:
+                    layer = self.base_layer
+                    self.original = layer, dict(layer._parameters), dict(layer._buffers)
+                self.adapters[name].fold(Base(self, name, lossy=lossy))
+                self.merged.append(name)
+
+    def unmerge(self):
+        """Put back the very parameters from before merging, so that nothing is lost to rounding."""
+        if self.original is not None:
+            self.base_layer, parameters, buffers = self.original
+            self.base_layer._parameters.update(parameters)
+            self.base_layer._buffers.update(buffers)
+        self.merged, self.original = [], None
+
+    def __getattr__(self, name):                # whatever else is asked of a layer (weight, in_features), the layer answers
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
