@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from minipeft.lm.checkpoint import load_checkpoint, save_checkpoint, trained_tensors
 from minipeft.lm.data import Batches
 from minipeft.lm.gpt import GPT, GPTConfig
-from minipeft.lm.train import History, load_checkpoint, lr_factor, save_checkpoint, train, trained_tensors
+from minipeft.lm.train import History, lr_factor, train
 
 
 class Letters:

@@ -66,16 +66,10 @@ def evaluate(model, tokenizer, data, split="test", limit=None, max_new_tokens=No
     from .generate import generate as write
     if max_new_tokens is None:
         max_new_tokens = 8 + max(len(tokenizer.encode(example.completion)) for example in examples)
-    texts, was_training = [None] * len(examples), model.training
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))  # like lengths together: less padding
-    model.eval()
-    try:
-        for at in tqdm(range(0, len(order), batch_size), desc="writing", disable=not progress, leave=False, delay=3):
-            chosen = order[at:at + batch_size]
-            for i, text in zip(chosen, write(model, tokenizer, [examples[i].prompt for i in chosen], max_new_tokens)):
-                texts[i] = text
-    finally:
-        model.train(was_training)
+    texts, many = [], 4 * batch_size
+    for at in tqdm(range(0, len(examples), many), desc="writing", disable=not progress, leave=False, delay=3):
+        prompts = [example.prompt for example in examples[at:at + many]]
+        texts += write(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
     if score:
         result |= score(texts, examples)
     return result | ({"predictions": texts} if predictions else {})

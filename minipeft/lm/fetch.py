@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .hub import cache_folder
+
 RAW = "https://raw.githubusercontent.com"
 POLARITY = f"{RAW}/nltk/nltk_data/gh-pages/packages/corpora/sentence_polarity.zip"
 HOMES = {  # file in the cache: (its home, sha256). A home that ends in .zip holds <zip's name>/<file's name>
@@ -27,10 +29,6 @@ HOMES = {  # file in the cache: (its home, sha256). A home that ends in .zip hol
 
 class DataError(ValueError):
     """Something is wrong with the data, and the message says what, where, and what to do."""
-
-
-def cache_folder():
-    return Path(os.environ.get("MINIPEFT_CACHE") or "~/.cache/minipeft").expanduser()
 
 
 def sha256(content):
