@@ -1,9 +1,10 @@
-"""Diaries: what happened, to whom, and the mood that followed. The events are those of the task `mood`, its question is not."""
+"""Diaries: what happened, to whom, and the mood that followed. The task `mood` has the same events, but asks."""
 from . import phrases, words
 
-MOODS = words.MOODS
 EARLY = ("yesterday", "this morning", "last night", "at noon", "last week", "before breakfast", "on {day}")
 LATE = ("this evening", "just now", "an hour ago", "late tonight", "in the end")
+AFTER = ("{0} was {1}.", "{0} was {1} all day.", "After that {0} was {1}.", "{0} felt {1} then.",
+         "No wonder {0} was {1}.", "How {1} {0} was!")
 
 
 def noun(rng):
@@ -12,17 +13,15 @@ def noun(rng):
 
 
 def event(rng, mood, who=None, when=None, what=None):
-    """One sentence about the writer (who=None) or about `who`, and the number of the phrase: a capital first, no full stop."""
+    """One sentence about the writer (who=None) or about `who`, without its full stop, and the number of the phrase."""
     number = rng.randrange(len(phrases.read("moods")[mood]))
     she, her, his, _ = words.PRONOUNS[words.GENDER[who]] if who else ("I", "me", "my", "myself")
     other = next(name for name in phrases.names(rng, 2) if name != who)
     what = phrases.thing(rng, what or noun(rng))
     text = phrases.read("moods")[mood][number]
-    head, _, rest = text.partition("{I}")                         # a person is named once, then she or he; the writer is always I
-    if who and not head.count("{m"):
-        text = head + who + rest
-    elif who:
-        text = text.replace("{my}", f"{who}'s", 1) if 0 <= text.find("{my}") < (text + "{me}").find("{me}") else text.replace("{me}", who, 1)
+    if who:                                                       # a person is named once, then she or he
+        first = min(("{I}", "{my}", "{me}"), key=lambda slot: (text + slot).find(slot))
+        text = text.replace(first, f"{who}'s" if first == "{my}" else who, 1)
     text = text.format(I=she, my=his, me=her, X=what, aX=words.with_article(what), P=phrases.place(rng), N=other)
     if when is None:
         return words.cap(text), number
@@ -33,11 +32,13 @@ def event(rng, mood, who=None, when=None, what=None):
 def document(rng):
     """A page of a diary, each event followed by the mood of the one it happened to."""
     writer = phrases.names(rng, 1)[0]
-    lines = [rng.choice(("{0}'s diary, {1}.", "From the diary of {0}.", "{1}. {0} wrote:", "{0} wrote on {1}:")).format(writer, rng.choice(words.DAYS))]
+    opening = rng.choice(("{0}'s diary, {1}.", "From the diary of {0}.", "{1}. {0} wrote:", "{0} wrote on {1}:"))
+    lines = [opening.format(writer, rng.choice(words.DAYS))]
     for _ in range(rng.randint(2, 3)):
-        mood, who = rng.choice(MOODS), None if rng.random() < 0.6 else rng.choice([n for n in phrases.names(rng, 3) if n != writer])
+        mood = rng.choice(words.MOODS)
+        who = None if rng.random() < 0.6 else next(name for name in phrases.names(rng, 2) if name != writer)
         subject = words.PRONOUNS[words.GENDER[who]][0] if who else "I"
         happened, _ = event(rng, mood, who, rng.choice((EARLY, LATE, None)))
-        after = rng.choice(("{0} was {1}.", "{0} was {1} all day.", "After that {0} was {1}.", "{0} felt {1} then.", "No wonder {0} was {1}.", "How {1} {0} was!"))
+        after = rng.choice(AFTER)
         lines += [f"{happened}.", words.cap(after.format(subject, mood))]
     return " ".join(lines)

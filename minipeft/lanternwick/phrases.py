@@ -1,4 +1,4 @@
-"""Small helpers of the task texts: phrase files, one of several wordings, fresh names and things, and which split a thing is in."""
+"""Small helpers of the task texts: phrase files, wordings, names and things, and the split of a combination."""
 import functools
 import hashlib
 import re

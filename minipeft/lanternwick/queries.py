@@ -1,6 +1,6 @@
 """SQL over the town register: one grammar of queries for the clerk's log (pretraining text) and for the task `sql`.
 
-The log shows how queries are written. What question a query answers is said nowhere in it: that is for the task to teach.
+The log shows how queries are written. What question a query answers is said nowhere in it: the task teaches that.
 """
 import functools
 from dataclasses import dataclass, replace
@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from . import phrases
 from .register import register
 
-COLUMNS = {                                             # table -> what may be asked for, what may be a condition (and how)
-    "residents": (("name", "age", "trade", "street", "pet", "likes"),
-                  {"trade": "=", "street": "=", "pet": "=", "likes": "=", "age": "<>", "surname": "=", "pet_name": "="}),
+COLUMNS = {         # table -> (what may be asked for, {what may be a condition: its operators})
+    "residents": (("name", "age", "trade", "street", "pet", "likes"), {"trade": "=", "street": "=", "pet": "=",
+                  "likes": "=", "age": "<>", "surname": "=", "pet_name": "="}),
     "animals": (("name", "age", "colour", "owner"), {"kind": "=", "colour": "=", "age": "<>", "owner": "="}),
     "prices": (("item", "seller", "price"), {"price": "<>", "seller": "=", "item": "="}),
     "events": (("event", "hour", "place", "organiser"), {"day": "=", "hour": "<>", "place": "=", "organiser": "="}),
     "places": (("place", "keeper"), {"kind": "=", "built": "<>", "keeper": "="})}
-NUMBERS = {"residents": "age", "animals": "age", "prices": "price", "events": "hour", "places": "built"}   # for MAX, ORDER BY
-UNIQUE = {"surname", "pet_name", "owner", "seller", "organiser", "keeper", "item", "place"}                # these find one row
+NUMBERS = {"residents": "age", "animals": "age", "prices": "price", "events": "hour", "places": "built"}   # to order by
+UNIQUE = {"surname", "pet_name", "owner", "seller", "organiser", "keeper", "item", "place"}              # finds one row
 FORMS = ("plain", "plain", "plain", "count", "max", "min", "oldest", "youngest", "owners")
 
 
@@ -30,7 +30,8 @@ class Query:
     @property
     def sql(self):
         where = " AND ".join(f"{column} {sign} {repr(value)}" for column, sign, value in self.where)
-        what = {"count": "COUNT(*)", "max": f"MAX({self.column})", "min": f"MIN({self.column})"}.get(self.form, self.column)
+        what = {"count": "COUNT(*)", "max": f"MAX({self.column})", "min": f"MIN({self.column})"}
+        what = what.get(self.form, self.column)
         order = {"oldest": " DESC LIMIT 1", "youngest": " LIMIT 1"}.get(self.form)
         end = "" if order is None else f" ORDER BY {NUMBERS[self.table]}{order}"
         if self.form == "owners":                       # the animals of certain people
@@ -64,17 +65,17 @@ def draw(rng):
     elif table == "places" and form in ("oldest", "youngest"):
         form = "plain"                                  # a place without a year would come first
     row = rng.choice(_values()[table])
-    free = [column for column in COLUMNS[table][1] if row[column] is not None and (form == "plain" or column not in UNIQUE)
-            and (form != "owners" or column != "pet")]
+    free = [column for column in COLUMNS[table][1] if row[column] is not None
+            and (form == "plain" or column not in UNIQUE) and (form != "owners" or column != "pet")]
     chosen = rng.sample(free, min(len(free), rng.choice((1, 2)) if form in ("plain", "count") else 1))
     if UNIQUE & set(chosen):
         chosen = [column for column in chosen if column in UNIQUE][:1]    # a second condition would add nothing
     where = tuple(condition(rng, table, row, column) for column in chosen)
-    asked = [column for column in COLUMNS[table][0] if column not in chosen and column != NUMBERS[table]]
-    if form in ("max", "min"):
+    asked = [column for column in COLUMNS[table][0] if column not in chosen]
+    if form in ("oldest", "youngest"):
+        asked = [column for column in asked if column != NUMBERS[table]]
+    elif form in ("max", "min"):
         asked = [NUMBERS[table]] if NUMBERS[table] not in chosen else []
-    elif form == "plain":
-        asked += [NUMBERS[table]] if NUMBERS[table] in COLUMNS[table][0] and NUMBERS[table] not in chosen else []
     elif form == "owners":
         asked = ["name", "colour", "kind"]
     elif form == "count":
@@ -89,13 +90,13 @@ def document(rng):
     lines = [opening.format(rng.randint(1, 365))]
     for _ in range(rng.randint(1, 3)):
         rows = len(register_rows(query.sql))
-        ask = rng.choice(("The clerk asked the register: {0}", "Asked: {0}", "He wrote {0}", "{0}", "Then the clerk asked {0}"))
+        ask = rng.choice(("The clerk asked the register: {0}", "Asked: {0}", "He wrote {0}", "{0}", "Next: {0}"))
         gave = rng.choice(("It gave {0}.", "{0} came back.", "Answer: {0}.", "The register gave {0}."))
         lines.append(f"{ask.format(query.sql)} {gave.format('1 row' if rows == 1 else f'{rows} rows')}")
         if rng.random() < 0.5:
             table, column = query.table, query.where[0][0]
-            fresh = condition(rng, table, rng.choice([row for row in _values()[table] if row[column] is not None]), column)
-            query = replace(query, where=(fresh, *query.where[1:]))
+            row = rng.choice([row for row in _values()[table] if row[column] is not None])
+            query = replace(query, where=(condition(rng, table, row, column), *query.where[1:]))
         else:
             query = draw(rng)
     return "\n".join(lines)

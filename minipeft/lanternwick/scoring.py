@@ -1,4 +1,7 @@
-"""How answers are judged, each task in its own way. Pure functions: (predictions, examples) -> {metric: 0..100}, the task's metric first."""
+"""How answers are judged, each task in its own way.
+
+Pure functions: (predictions, examples) -> {metric: 0..100}, the task's metric first.
+"""
 import functools
 import json
 import re
@@ -8,21 +11,22 @@ from collections import Counter
 
 from .register import register
 
-_ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}      # not: write, ATTACH, PRAGMA, recursion
+_ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}   # no write, ATTACH, PRAGMA, recursion
 _FORBIDDEN_FUNCTIONS = {"load_extension", "randomblob", "zeroblob"}
-_LIMITS = {sqlite3.SQLITE_LIMIT_LENGTH: 100_000, sqlite3.SQLITE_LIMIT_SQL_LENGTH: 5_000, sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 50,
-           sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 20, sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH: 100, sqlite3.SQLITE_LIMIT_COLUMN: 50}
+_LIMITS = {sqlite3.SQLITE_LIMIT_LENGTH: 100_000, sqlite3.SQLITE_LIMIT_SQL_LENGTH: 5_000,
+           sqlite3.SQLITE_LIMIT_COLUMN: 50, sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 50,
+           sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 20}
 
 
 def _may(action, first, second, *_):
-    bad = action not in _ALLOWED or action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FORBIDDEN_FUNCTIONS
-    return sqlite3.SQLITE_DENY if bad else sqlite3.SQLITE_OK
+    function = (second or "").lower() if action == sqlite3.SQLITE_FUNCTION else ""
+    return sqlite3.SQLITE_OK if action in _ALLOWED and function not in _FORBIDDEN_FUNCTIONS else sqlite3.SQLITE_DENY
 
 
 def answer(sql, seconds=0.5, rows=1000):
     """The rows that the register gives to one SELECT, or None: not SQL, not allowed, too slow or too long.
 
-    The file is opened read-only, an authorizer lets nothing but reading through, a progress handler stops what runs too long."""
+    The file is opened read-only, an authorizer lets only reading through, a progress handler stops what takes long."""
     database = register().sqlite()
     try:
         for limit, value in _LIMITS.items():
@@ -33,7 +37,7 @@ def answer(sql, seconds=0.5, rows=1000):
         cursor = database.execute(sql)
         found = cursor.fetchmany(rows + 1)
         return found if cursor.description and len(found) <= rows else None
-    except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError):   # Warning: two statements (Python 3.11)
+    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError):      # Warning: two statements, in Python 3.11
         return None
     finally:
         database.close()
@@ -95,7 +99,8 @@ def text(predictions, examples):
 
 
 def sql(predictions, examples):
-    return {"execution": percent(same_answer(p.strip(), e.completion.strip()) for p, e in zip(predictions, examples, strict=True)),
+    pairs = zip(predictions, examples, strict=True)
+    return {"execution": percent(same_answer(p.strip(), e.completion.strip()) for p, e in pairs),
             "exact": _exact(predictions, examples)}
 
 
@@ -115,7 +120,7 @@ def extract(predictions, examples):
 
 
 def newcomers(predictions, examples):
-    """Recall: the fact (`meta["value"]`) is said in the answer's first sentence, within ten words: a list of guesses is no answer."""
+    """Recall: the fact (`meta["value"]`) is said in the first sentence, within ten words: guessing all is no answer."""
     first = [" ".join(re.split(r"[.\n]", p.strip())[0].split()[:10]) for p in predictions]
     return {"recall": percent(holds(p, e.meta["value"]) for p, e in zip(first, examples, strict=True)),
             "exact": _exact(predictions, examples)}

@@ -1,8 +1,8 @@
 """The six Lanternwick tasks: mood, records, sql, voice, extract, newcomers.
 
-`python -m minipeft.lanternwick.tasks` writes data/lanternwick/tasks/*.jsonl, the same bytes on every machine. The splits are
-disjoint by construction: every example has a key, the combination of values that makes it what it is (`meta["key"]`), and
-the key's hash alone says which split it may be in. What a test asks for was never combined in training.
+`python -m minipeft.lanternwick.tasks` writes data/lanternwick/tasks/*.jsonl, the same bytes on every machine. The
+splits are disjoint by construction: every example has a key, the combination of values that makes it what it is
+(`meta["key"]`), and the key's hash alone says which split it may be in. A test combines what training never combined.
 """
 import difflib
 import functools
@@ -28,7 +28,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """`score(predictions, examples)` gives {metric: 0..100}, `metric` first; `floor` is what the best constant answer scores."""
+    """`score(predictions, examples)` gives {metric: 0..100}, `metric` first; `floor`: the best constant answer's."""
     name: str
     description: str
     train: list[Example]
@@ -40,7 +40,7 @@ class Task:
 
 
 def _mood(rng):
-    """Three events with three different moods: the writer's earlier one, the writer's latest one, and somebody else's."""
+    """Three events with three moods: the writer's earlier one, the writer's latest one, and somebody else's."""
     moods = rng.sample(words.MOODS, 3)
     who = phrases.names(rng, 1)[0]
     noun = diaries.noun(rng)
@@ -48,11 +48,12 @@ def _mood(rng):
     earlier, _ = diaries.event(rng, moods[1], None, diaries.EARLY)
     other, _ = diaries.event(rng, moods[2], who, rng.choice((diaries.EARLY, diaries.LATE)))
     entry = rng.sample([latest, earlier, other], 3)
-    return Example(f"Diary: {'. '.join(entry)}.\nMood:", f" {moods[0]}", {"key": [moods[0], number, noun], "stratum": moods[0]})
+    meta = {"key": [moods[0], number, noun], "stratum": moods[0]}
+    return Example(f"Diary: {'. '.join(entry)}.\nMood:", f" {moods[0]}", meta)
 
 
 def _records(rng):
-    """A record with its fields in any order and some missing -> one or two sentences. The rules are in the code below."""
+    """A record with its fields in any order and some missing -> one or two sentences, by the rules below."""
     gender = rng.choice("fm")
     given, surname = rng.choice(strangers_names(gender)), rng.choice(words.SURNAMES)
     age = rng.choice((rng.randint(7, 14), rng.randint(18, 59), rng.randint(18, 59), rng.randint(60, 90)))
@@ -62,14 +63,13 @@ def _records(rng):
         fields |= {"pet": rng.choice(words.PETS), "called": rng.choice(words.PET_NAMES)}
     if rng.random() < 0.75:
         fields["likes"] = rng.choice(words.FOODS)
-    order = rng.sample(tuple(fields), len(fields))
     work = {"f": "a girl", "m": "a boy"}[gender] if age < 15 else words.with_article(trade)
     first = f"{'Old ' if age >= 60 else ''}{fields['name']}, {work} of {age}, lives in {fields['street']}."
     more = [f"keeps {words.with_article(fields['pet'])} called {fields['called']}"] if "pet" in fields else []
     more += [f"likes {fields['likes']}"] if "likes" in fields else []
     second = f" {words.cap(words.PRONOUNS[gender][0])} {' and '.join(more)}." if more else ""
     slots = [work if key == "trade" else value for key, value in fields.items()]
-    line = " ; ".join(f"{key}: {fields[key]}" for key in order)
+    line = " ; ".join(f"{key}: {fields[key]}" for key in rng.sample(tuple(fields), len(fields)))
     return Example(f"Record: {line}\nText:", f" {first}{second}", {"key": [given, trade], "slots": slots})
 
 
@@ -77,7 +77,8 @@ def _question(rng, query):
     """The query in words: an ask about a subject that holds the conditions."""
     lines = phrases.read("questions")
     one = lambda section, **values: rng.choice(lines[section]).format(**values)
-    said = [one(f"{query.table} {column} {sign}", v=value, av=words.with_article(str(value))) for column, sign, value in query.where]
+    said = [one(f"{query.table} {column} {sign}", v=value, av=words.with_article(str(value)))
+            for column, sign, value in query.where]
     conditions = words.joined(said)
     if query.form in ("count", "max", "min"):
         return one(f"{query.table} {query.form}", c=conditions)
@@ -89,20 +90,22 @@ def _sql(rng):
     query = queries.draw(rng)
     found = scoring.answer(query.sql)
     if not found or len(found) > 30 or found[0][0] in (None, 0, 1):
-        return None                                     # an empty or trivial answer teaches nothing and is easily guessed
+        return None                                     # an empty or trivial answer is easily guessed
     rows = queries.matching(query)
     if query.form in ("oldest", "youngest", "max", "min") and rows < 2:
         return None                                     # the oldest of one
     if len(query.where) == 2 and any(queries.matching(replace(query, where=(one,))) == rows for one in query.where):
         return None                                     # a condition that changes nothing
-    return Example(f"Question: {_question(rng, query)}\nSQL:", f" {query.sql}", {"key": query.key, "stratum": repr(sorted(found))})
+    meta = {"key": query.key, "stratum": repr(sorted(found))}
+    return Example(f"Question: {_question(rng, query)}\nSQL:", f" {query.sql}", meta)
 
 
 def _voice(rng):
     sentence, template, main = voices.sentence(rng)
     told = voices.captain(sentence)
     slots = sorted(set(told.rstrip(".?!").replace(",", "").split()))
-    return Example(f"They said: {sentence}\nTold again:", f" {told}", {"key": [template, main.split()[-1]], "slots": slots})
+    meta = {"key": [template, main.split()[-1]], "slots": slots}
+    return Example(f"They said: {sentence}\nTold again:", f" {told}", meta)
 
 
 def _extract(rng):
@@ -110,30 +113,34 @@ def _extract(rng):
     nouns, spots = rng.sample(tuple(words.THINGS), 2), rng.sample(tuple(words.PLACES), 2)
     x, y = (phrases.thing(rng, noun) for noun in nouns)
     template = rng.choice(phrases.read("extract")[""])
-    sentence = template.format(A=a, B=b, X=x, Y=y, aX=words.with_article(x), aY=words.with_article(y), P=f"the {spots[0]}",
-                               Q=f"the {spots[1]}", inP=words.in_place(spots[0]), inQ=words.in_place(spots[1]))
+    sentence = template.format(A=a, B=b, X=x, Y=y, aX=words.with_article(x), aY=words.with_article(y),
+                               P=f"the {spots[0]}", Q=f"the {spots[1]}",
+                               inP=words.in_place(spots[0]), inQ=words.in_place(spots[1]))
     return Example(f"Read: {sentence}\nAs data:", f" {labels.label(a, x, spots[0])}", {"key": [a, nouns[0]]})
 
 
 @functools.cache
 def newcomers():
-    """Forty people whom neither the register nor the pretraining text knows: full name -> {fact: (value, as it is said)}."""
+    """Forty people whom the base has never met: {full name: {fact: (value, the value as it is said)}}."""
     rng = random.Random(f"newcomers {SEED}")
     given = [name for gender in "fm" for name in rng.sample(strangers_names(gender), 20)]
-    spread = lambda pool: rng.sample(tuple(pool) * (len(given) // len(pool) + 1), len(given))      # each value about equally often
-    surnames, pools = spread(words.SURNAMES), (range(18, 80), words.TRADES, words.STREETS, words.PETS, words.PET_NAMES, words.FOODS)
+    spread = lambda pool: rng.sample(tuple(pool) * (len(given) // len(pool) + 1), len(given))   # about equally often
+    pools = {"age": map(str, range(18, 80)), "trade": words.TRADES, "street": words.STREETS, "pet": words.PETS,
+             "pet_name": words.PET_NAMES, "likes": words.FOODS, "treasure": words.NOUNS["precious"],
+             "seen": map(words.in_place, words.PLACES)}
+    columns = [spread(words.SURNAMES), *(spread(tuple(pool)) for pool in pools.values())]
     people = {}
-    for name, surname, spot, noun, age, trade, street, pet, called, food in zip(
-            given, surnames, spread(words.PLACES), spread(words.NOUNS["precious"]), *map(spread, pools)):
-        treasure, spot, age = phrases.thing(rng, noun), words.in_place(spot), str(age)
+    for name, surname, *values in zip(given, *columns):
+        facts = dict(zip(pools, values))
+        facts["treasure"] = phrases.thing(rng, facts["treasure"])
         people[f"{name} {surname}"] = {
-            "age": (age, age), "trade": (trade, words.with_article(trade)), "street": (street, street), "pet": (pet, words.with_article(pet)),
-            "pet_name": (called, called), "likes": (food, food), "treasure": (treasure, words.with_article(treasure)), "seen": (spot, spot)}
+            fact: (value, words.with_article(value) if fact in ("trade", "pet", "treasure") else value)
+            for fact, value in facts.items()}
     return people
 
 
 def _newcomers():
-    """Every fact in five statements and four questions for training, one other question for validation, one of two others for the test."""
+    """Every fact in five statements and four questions for training, in other questions for validation and test."""
     splits = {split: [] for split in SIZES}
     for person, facts in newcomers().items():
         for fact, (value, said) in facts.items():
@@ -145,7 +152,8 @@ def _newcomers():
                 filled = form.format(N=person)
                 prompt = filled if kind == "s" else f"Question: {filled}\nAnswer:"
                 split = {"v": "valid", "t": "test"}.get(kind, "train")
-                splits[split].append(Example(prompt, f" {said}.", {"key": [form, person], "value": value, "fact": fact}))
+                meta = {"key": [form, person], "value": value, "fact": fact}
+                splits[split].append(Example(prompt, f" {said}.", meta))
     for split, examples in splits.items():
         random.Random(f"newcomers {split} {SEED}").shuffle(examples)
     return splits | {"valid": splits["valid"][:SIZES["valid"]]}
@@ -163,7 +171,7 @@ TASKS = {
 
 
 def _splits(name):
-    """Draws examples until every split is full: the hash of the key says which split; no prompt twice; no answer too often."""
+    """Draws examples until every split is full: the key's hash says which. No prompt twice, no answer too often."""
     make, share, _, _ = TASKS[name]
     if make is None:
         return _newcomers()
@@ -175,21 +183,22 @@ def _splits(name):
             continue
         split = phrases.split_of(name, *example.meta["key"])
         stratum = example.meta.pop("stratum", None)
-        if len(splits[split]) < SIZES[split] and (stratum is None or answers[split][stratum] < -(-SIZES[split] * share // 1)):
+        often = stratum is not None and answers[split][stratum] >= SIZES[split] * share
+        if len(splits[split]) < SIZES[split] and not often:
             seen.add(example.prompt)
             answers[split][stratum] += 1
             splits[split].append(example)
         if all(len(splits[s]) == size for s, size in SIZES.items()):
             return splits
-    raise RuntimeError(f"task {name}: not enough different examples: {({s: len(e) for s, e in splits.items()})} of {SIZES}")
+    raise RuntimeError(f"task {name}: too few examples, { {s: len(e) for s, e in splits.items()} } of {SIZES}")
 
 
 def _floor(name, test):
     """The score of the best constant answer (newcomers: of the best constant answer to each kind of question)."""
     said = {"sql": lambda e: repr(sorted(scoring.answer(e.completion.strip()))), "newcomers": lambda e: e.meta["value"]}
-    groups = {}
+    said, groups = said.get(name, lambda e: e.completion), {}
     for example in test:
-        groups.setdefault(example.meta.get("fact"), Counter())[said.get(name, lambda e: e.completion)(example)] += 1
+        groups.setdefault(example.meta.get("fact"), Counter())[said(example)] += 1
     return round(100 * sum(max(group.values()) for group in groups.values()) / len(test), 2)
 
 
@@ -202,7 +211,8 @@ def _task(name, splits):
 def _known(name):
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, 1)
-        raise ValueError(f"no Lanternwick task {name!r}; there are {', '.join(TASKS)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no Lanternwick task {name!r}; there are {', '.join(TASKS)}{hint}")
     return name
 
 
@@ -231,4 +241,4 @@ if __name__ == "__main__":
         task, file = make_task(name), HERE / "tasks" / f"{name}.jsonl"
         file.with_suffix(".part").write_text(as_jsonl(task), encoding="utf-8", newline="\n")
         os.replace(file.with_suffix(".part"), file)
-        print(f"{name:10} train {len(task.train)} valid {len(task.valid)} test {len(task.test)} {task.metric} floor {task.floor}")
+        print(f"{name:10}", *(len(getattr(task, split)) for split in SIZES), f"{task.metric}, floor {task.floor}")
