@@ -162,7 +162,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, -1, self.head_dim)    # (B, T, K, h)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (norm(z.to(x.dtype)).to(v.dtype) for norm, z in ((self.q_norm, q), (self.k_norm, k)))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cos is not None:
             cos, sin = cos.to(q.dtype), sin.to(q.dtype)
