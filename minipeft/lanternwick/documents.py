@@ -145,10 +145,10 @@ def town(rng):
         row = pick(rng, rows)
         if table == "places" and row.built and rng.random() < 0.5:
             table = "built"
-        given = {key: str(value) for key, value in vars(row).items()}
-        pieces += [say(rng, "town", table, **given) for _ in range(rng.randint(0, 2))]
-        q, a = pick(rng, sections("town")[table].questions)
-        pieces.append((filled(q, Env(given), rng), plain(a, Env(given), rng)))
+        env, section = Env({key: str(value) for key, value in vars(row).items()}), sections("town")[table]
+        pieces += [filled(line, env, rng) for line in rng.sample(section.lines, rng.randint(0, 2))]
+        q, a = pick(rng, section.questions)
+        pieces.append((filled(q, env, rng), plain(a, env, rng)))
     return joined(rng, pieces, "town")
 
 
