@@ -2,6 +2,7 @@
 
 The log shows how queries are written. What question a query answers is said nowhere in it: the task teaches that.
 """
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 
@@ -107,11 +108,8 @@ def matching(query):
     return register_rows(replace(query, form="count").sql)[0][0]
 
 
-@functools.cache
-def _connection():
-    return register().sqlite()
-
-
 @functools.lru_cache(maxsize=4096)
 def register_rows(sql):
-    return _connection().execute(sql).fetchall()
+    """The register's rows for one of our own queries, over a new connection: SQLite's belong to one thread."""
+    with contextlib.closing(register().sqlite()) as database:
+        return database.execute(sql).fetchall()
