@@ -1,6 +1,6 @@
 """What the dataset's card records: hashes, shares and diversity of the world, measured anew.
 
-`python -m minipeft.lanternwick.card` writes the measured part of data/lanternwick/README.md; tests hold the world to it.
+`python -m minipeft.lanternwick.card` writes the measured part of data/lanternwick/README.md; tests hold it.
 """
 import hashlib
 import itertools
@@ -14,8 +14,9 @@ from .documents import sections, stream
 
 MARK = "<!-- measured: python -m minipeft.lanternwick.card -->"
 NAMES = set(words.WOMEN + words.MEN + words.SURNAMES + words.PET_NAMES)
-VALUES = sorted({*words.STREETS, *words.PLACES, *words.THINGS, *words.TRADES, "pupil", *words.PETS, *words.FOODS, *words.DAYS,
-                 *words.COLOURS, *register.EVENTS, *register.WARES, *sum(words.ADJECTIVES.values(), ())}, key=lambda v: (-len(v), v))
+VALUES = sorted({*words.STREETS, *words.PLACES, *words.THINGS, *words.TRADES, "pupil", *words.PETS, *words.FOODS,
+                 *words.DAYS, *words.COLOURS, *register.EVENTS, *register.WARES, *sum(words.ADJECTIVES.values(), ())},
+                key=lambda value: (-len(value), value))
 VALUE = re.compile(rf"\b(?:(?:an?|the) )?(?:{'|'.join(VALUES)})\b", re.I)
 
 
@@ -54,15 +55,16 @@ def diversity(count):
     for document in documents:
         size[document.kind] += len(document.text.split())
     return {"story skeletons": len(sections("stories")), "documents counted": count, "words": sum(size.values()),
-            "word types (names left out)": len({word.lower() for row in tokens for word in row if word.isalpha() and word not in NAMES}),
+            "word types (names left out)": len({w.lower() for w in set().union(*tokens) - NAMES if w.isalpha()}),
             "distinct trigrams / trigrams": round(len(set(trigrams)) / len(trigrams), 3),
-            "commonest sentence frame, % of sentences": round(100 * every.most_common(1)[0][1] / sum(every.values()), 2),
-            "shares of words, %": {kind: round(100 * words_ / sum(size.values()), 1) for kind, words_ in size.most_common()}}
+            "commonest sentence frame, % of sentences": round(100 * max(every.values()) / sum(every.values()), 2),
+            "shares of words, %": {kind: round(100 * n / sum(size.values()), 1) for kind, n in size.most_common()}}
 
 
 def recorded():
     """The measured part of the card, as it stands."""
-    return json.loads((HERE / "README.md").read_text(encoding="utf-8").split(MARK)[1].strip().strip("`").removeprefix("json"))
+    after = (HERE / "README.md").read_text(encoding="utf-8").split(MARK)[1]
+    return json.loads(after.strip().strip("`").removeprefix("json"))
 
 
 def main():

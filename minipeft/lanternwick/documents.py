@@ -56,7 +56,7 @@ def joined(rng, pieces, kind, **meta):
     return Document(kind, text[:-1], {"answers": answers, **meta})
 
 
-# ---- stories ----------------------------------------------------------------------------------------------------------
+# ---- stories
 
 def story(rng, asked=False):
     skeletons = sections("stories")
@@ -66,15 +66,16 @@ def story(rng, asked=False):
     return joined(rng, [told.text, *questions], "questions" if asked else "story", story=told)
 
 
-def skeleton_of(rng, file, kind):
-    told = pick(rng, tuple(sections(file).values())).render(rng)
+def skeleton_of(rng, kind):
+    """A notice or a talk, perhaps copied, then asked about."""
+    told = pick(rng, tuple(sections(kind).values())).render(rng)
     pieces = [told.text]
     if len(told.text.split()) < 60 and rng.random() < 0.4:
         pieces.append(say(rng, "town", "told-again", s=told.text))
     return joined(rng, pieces + rng.sample(told.qa, min(len(told.qa), rng.randint(1, 4))), kind, story=told)
 
 
-# ---- people: facts of the register, and strangers ---------------------------------------------------------------------
+# ---- people: facts of the register, and strangers
 
 def held_out(person, attribute):
     """The one phrasing of this question that the text never puts to this resident (the gate does)."""
@@ -94,11 +95,10 @@ def question(rng, person, attribute, extra=(), reverse=False, number=None):
 
 
 def heldout_questions():
-    """[{question, answer, name, attribute}]: each resident's trade, street, pet and age in a phrasing never used for that one."""
-    rng = random.Random(0)
-    rows = [(person, attribute, *question(rng, person, attribute, number=held_out(person, attribute)))
+    """Each resident's trade, street, pet and age, in the phrasing never used for that one: a list of dicts."""
+    rows = [(*question(random.Random(0), person, attribute, number=held_out(person, attribute)), person.name, attribute)
             for person in register().residents for attribute in ATTRIBUTES]
-    return [{"question": q, "answer": a, "name": person.name, "attribute": attribute} for person, attribute, q, a in rows]
+    return [dict(zip(("question", "answer", "name", "attribute"), row)) for row in rows]
 
 
 def told(rng, person, attributes, extra=()):
@@ -157,7 +157,8 @@ def things_and_places(rng, count):
     nouns, colours = rng.sample(tuple(words.THINGS), count), []
     for noun in nouns:
         colours.append(pick(rng, [a for a in words.ADJECTIVES[noun] if a not in colours]))
-    return [{"X": thing, "P": place} for thing, place in zip(zip(colours, nouns), rng.sample(tuple(words.PLACES), count))]
+    places = rng.sample(tuple(words.PLACES), count)
+    return [{"X": thing, "P": place} for thing, place in zip(zip(colours, nouns), places)]
 
 
 def crowd(rng, count):
@@ -196,11 +197,12 @@ def strangers(rng, count=None, asked=None):
     return joined(rng, pieces, "strangers", people=people)
 
 
-# ---- lists, records and the parrot ------------------------------------------------------------------------------------
+# ---- lists, records and the parrot
 
 def record(rng, person, style):
     """One line of the clerk's book."""
-    columns = [person.full, words.with_article(person.trade), f"aged {person.age}", person.street, words.with_article(person.pet)]
+    columns = [person.full, words.with_article(person.trade), f"aged {person.age}", person.street,
+               words.with_article(person.pet)]
     short = [person.name, person.trade, str(person.age), person.street, person.pet]
     return (", ".join(columns) + ".", " / ".join(short) + ".", ", ".join(short) + ".",
             f"No. {person.age + 7}: {person.full}, {person.street}, {person.trade}.",
@@ -225,18 +227,23 @@ def records(rng):
 def roll(rng):
     """A list of names, things or places, said again; who or what comes next is asked."""
     count = rng.randint(4, 9)
-    items, noun = rng.choice((([p.name for p in crowd(rng, count)], "name"), ([p.full for p in crowd(rng, min(count, 6))], "name"),
-                              ([" ".join(e["X"]) for e in things_and_places(rng, min(count, 6))], "thing"),
-                              (rng.sample(tuple(words.TRADES), count), "trade"), (rng.sample(words.STREETS, min(count, 6)), "street")))
+    few = min(count, 6)
+    items, noun = rng.choice((([person.name for person in crowd(rng, count)], "name"),
+                              ([person.full for person in crowd(rng, few)], "name"),
+                              ([" ".join(e["X"]) for e in things_and_places(rng, few)], "thing"),
+                              (rng.sample(words.TRADES, count), "trade"), (rng.sample(words.STREETS, few), "street")))
     listed = ", ".join(items)
     pieces = [f"{pick(rng, ('The roll', 'The list', 'On the list', 'The order', 'The clerk read'))}: {listed}."]
     pieces.append(say(rng, "town", "told-again", s=f"{listed}."))
     for i in rng.sample(range(len(items) - 1), min(3, len(items) - 1)):
-        after = rng.random() < 0.7
-        start, end = (items[i], items[i + 1]) if after else (items[i + 1], items[i])
-        word = "after" if after else "before"
-        pieces.append((pick(rng, (f"Which {noun} comes {word} {start}?", f"What stands {word} {start}?", f"And {word} {start}?")), end))
+        word, start, end = ("after", *items[i:i + 2]) if rng.random() < 0.7 else ("before", *items[i:i + 2][::-1])
+        ways = f"Which {noun} comes {word} {start}?", f"What stands {word} {start}?", f"And {word} {start}?"
+        pieces.append((pick(rng, ways), end))
     return joined(rng, pieces[rng.random() < 0.2:], "roll")
+
+
+EVERY_WORD = (words.TRADES + words.PETS + words.FOODS + words.SURNAMES + words.DAYS + tuple(words.PLACES)
+              + words.PET_NAMES)
 
 
 def parrot(rng):
@@ -246,23 +253,24 @@ def parrot(rng):
         person, extra = crowd(rng, 1)[0], things_and_places(rng, 1)[0]
         line = " ".join(told(rng, person, rng.sample(TOLD, rng.randint(1, 2)), extra))
     elif choice < 0.7:                                      # no sense at all, so only copying helps
-        every = words.TRADES + words.PETS + words.FOODS + words.SURNAMES + words.DAYS + tuple(words.PLACES) + words.PET_NAMES
-        line = words.cap(" ".join(rng.sample(every, rng.randint(4, 10)))) + "."
+        line = words.cap(" ".join(rng.sample(EVERY_WORD, rng.randint(4, 10)))) + "."
     else:
         line = pick(rng, re.findall(r'[A-Z][^".!?]{15,90}[.!?](?= |$)', story(rng).text) or ["All hands on deck!"])
     return joined(rng, [say(rng, "town", "parrot", s=line) for _ in range(rng.randint(1, 2))], "parrot")
 
 
-# ---- the stream -------------------------------------------------------------------------------------------------------
+# ---- the stream
 
 KINDS = {"story": story, "questions": lambda rng: story(rng, asked=True), "facts": facts, "quiz": quiz, "town": town,
-         "strangers": strangers, "notices": lambda rng: skeleton_of(rng, "notices", "notices"),
-         "dialogues": lambda rng: skeleton_of(rng, "dialogues", "dialogues"), "records": records, "roll": roll, "parrot": parrot}
+         "strangers": strangers, "notices": lambda rng: skeleton_of(rng, "notices"),
+         "dialogues": lambda rng: skeleton_of(rng, "dialogues"), "records": records, "roll": roll, "parrot": parrot}
 COPYING = ("strangers", "notices", "dialogues", "records", "roll", "parrot")
 PHASES = {    # shares of documents, in percent: what demands copying first, then the mix, then a little less of it
     "copying": dict(strangers=45, notices=14, dialogues=8, records=10, roll=10, parrot=8, story=2, questions=3),
-    "main": dict(strangers=19, notices=6, dialogues=4, records=4, roll=4, parrot=3, story=20, questions=15, facts=15, quiz=6, town=4),
-    "late": dict(strangers=15, notices=4, dialogues=3, records=3, roll=3, parrot=2, story=27, questions=18, facts=14, quiz=7, town=4)}
+    "main": dict(strangers=19, notices=6, dialogues=4, records=4, roll=4, parrot=3,
+                 story=20, questions=15, facts=15, quiz=6, town=4),
+    "late": dict(strangers=15, notices=4, dialogues=3, records=3, roll=3, parrot=2,
+                 story=27, questions=18, facts=14, quiz=7, town=4)}
 try:    # the captain's tales, the clerk's log, labels and diaries, where they exist
     from . import diaries, labels, queries, voices
     for _name, _module in {"tales": voices, "log": queries, "labels": labels, "diaries": diaries}.items():

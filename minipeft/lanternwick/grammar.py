@@ -1,13 +1,13 @@
 """The template grammar of Lanternwick's stories and phrases: a parser with clear errors and a fast renderer.
 
-`python -m minipeft.lanternwick.grammar FILE ...` checks files, prints three samples of each skeleton and lists what is wrong.
+`python -m minipeft.lanternwick.grammar FILE ...` prints three samples of each skeleton and what is wrong.
 A skeleton is a head (people, things, places, picks, what holds at the end), lines of text and questions with answers.
 """
 import difflib
 import random
 import re
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import words
@@ -16,19 +16,20 @@ from .words import PRONOUNS, cap, with_article
 
 PERSON = {
     "": lambda p: p.name, "full": lambda p: p.full, "surname": lambda p: p.surname,
-    "he": lambda p: PRONOUNS[p.gender][0], "him": lambda p: PRONOUNS[p.gender][1], "his": lambda p: PRONOUNS[p.gender][2],
-    "himself": lambda p: PRONOUNS[p.gender][3], "He": lambda p: cap(PRONOUNS[p.gender][0]),
-    "His": lambda p: cap(PRONOUNS[p.gender][2]), "trade": lambda p: p.trade, "a_trade": lambda p: with_article(p.trade),
+    "he": lambda p: PRONOUNS[p.gender][0], "him": lambda p: PRONOUNS[p.gender][1],
+    "his": lambda p: PRONOUNS[p.gender][2], "himself": lambda p: PRONOUNS[p.gender][3],
+    "He": lambda p: cap(PRONOUNS[p.gender][0]), "His": lambda p: cap(PRONOUNS[p.gender][2]), "trade": lambda p: p.trade,
+    "a_trade": lambda p: with_article(p.trade),
     "work": lambda p: words.WORK.get(p.trade, "goes to school"), "street": lambda p: p.street, "pet": lambda p: p.pet,
     "a_pet": lambda p: with_article(p.pet), "pet_name": lambda p: p.pet_name, "age": lambda p: str(p.age),
     "likes": lambda p: p.likes}
 THING = {"": " ".join, "a": lambda t: with_article(" ".join(t)), "A": lambda t: cap(with_article(" ".join(t))),
          "noun": lambda t: t[1], "adjective": lambda t: t[0]}
-PLACE = {"": lambda p: f"the {p}", "The": lambda p: f"The {p}", "in": words.in_place, "In": lambda p: cap(words.in_place(p)),
-         "to": lambda p: f"to the {p}", "name": lambda p: p}
+PLACE = {"": lambda p: f"the {p}", "The": lambda p: f"The {p}", "in": words.in_place,
+         "In": lambda p: cap(words.in_place(p)), "to": lambda p: f"to the {p}", "name": lambda p: p}
 WORD = {"": lambda w: w, "cap": cap, "a": with_article}
-KINDS = [("people", "ABCD", PERSON, words.TRADES + ("pupil", "child", "grown", "old", "any")), ("things", "XYZ", THING, words.THING_KINDS),
-         ("places", "PQRS", PLACE, ("outdoors", "indoors", "water"))]
+KINDS = [("people", "ABCD", PERSON, words.TRADES + ("pupil", "child", "grown", "old", "any")),
+         ("things", "XYZ", THING, words.THING_KINDS), ("places", "PQRS", PLACE, ("outdoors", "indoors", "water"))]
 TOKEN = re.compile(r"[\[\]|]|\{[^{}]*\}|[^\[\]|{}]+|[{}]")
 
 
@@ -56,7 +57,7 @@ class Skeleton:
     literal: set = field(default_factory=set)               # the skeleton's own words: no drawn thing may share one
 
     def render(self, rng, residents=False, cast=None):
-        """A Story: the people drawn from the register, freshly drawn, or given; the same rng state gives the same story."""
+        """A Story about residents, freshly drawn people or the given cast; the same rng state gives the same story."""
         cast = cast or self.draw_people(rng, residents)
         things, places = {}, {}
         for letter, kinds in self.things.items():
@@ -116,7 +117,7 @@ def matches(person, rule):
 
 
 def stranger(rng, rule="", others=(), literal=()):
-    """Somebody freshly drawn who is not in the register and shares no name, trade, street, pet or age with the others."""
+    """Somebody freshly drawn, not in the register, who shares no name, trade, street, pet or age with the others."""
     gender = "fm"[int(rng.random() * 2)]
     child = rule in ("child", "pupil") or rule == "any" and rng.random() < 0.2
     low, high = (8, 14) if child else (61, 79) if rule == "old" else (18, 79)
@@ -126,8 +127,8 @@ def stranger(rng, rule="", others=(), literal=()):
         return pick(rng, [choice for choice in pool if choice not in taken])
     return Person(
         new(strangers_names(gender), "name"), new(words.SURNAMES, "surname"), gender, new(range(low, high + 1), "age"),
-        "pupil" if child else rule if rule in words.TRADES else new(words.TRADES, "trade"), new(words.STREETS, "street"),
-        new(words.PETS, "pet"), pick(rng, words.PET_NAMES), pick(rng, words.FOODS))
+        "pupil" if child else rule if rule in words.TRADES else new(words.TRADES, "trade"),
+        new(words.STREETS, "street"), new(words.PETS, "pet"), pick(rng, words.PET_NAMES), pick(rng, words.FOODS))
 
 
 def filled(parts, env, rng):
@@ -261,7 +262,7 @@ def _finish(skeleton):
     for letter, pool in skeleton.pools.items():
         if len(pool) < 4:
             raise GrammarError(f"{skeleton.where}: only {len(pool)} choices are left for {letter}: {pool}")
-    used = {letter for line in skeleton.lines or sum(map(list, skeleton.questions), []) for letter in re.findall(r"Ref:(\w+)", _marked(line))}
+    used = set(_names(skeleton.lines or skeleton.questions))
     for letter in [*skeleton.people, *skeleton.things, *skeleton.places, *skeleton.picks]:
         if letter not in used:
             raise GrammarError(f"{skeleton.where}: {letter} is declared but not used in the text")
@@ -270,8 +271,13 @@ def _finish(skeleton):
             skeleton.people[letter] = "grown"
 
 
-def _marked(parts):
-    return " ".join(f"Ref:{p}" if type(p) is Ref else "" if type(p) is str else " ".join(map(_marked, p)) for p in parts)
+def _names(parts):
+    """The letters and picks that nested parts refer to."""
+    for part in parts:
+        if type(part) is Ref:
+            yield part.partition(".")[0]
+        elif type(part) is not str:
+            yield from _names(part)
 
 
 def complaints(skeleton, story):
@@ -281,12 +287,14 @@ def complaints(skeleton, story):
     if not 5 <= sentences <= 14 or count > 150:
         found.append(f"too long or short: {sentences} sentences, {count} words (wanted 5 to 9 and about 110)")
     both = text + " " + " ".join(q for q, _ in story.qa)
-    found += [f"article: '{m}'" for m in re.findall(r"\ba (?!uni|use|one|eu)[aeiou]\w*|\ban (?![aeiou18]|hour|honest)\w+", both, re.I)]
+    wrong_article = r"\ba (?!uni|use|one|eu)[aeiou]\w*|\ban (?![aeiou18]|hour|honest)\w+"
+    found += [f"article: '{m}'" for m in re.findall(wrong_article, both, re.I)]
     found += [f"doubled word: '{m[0]}'" for m in re.finditer(r"\b(\w+) \1\b", both) if m[1] not in ("had", "that")]
     found += [f"odd: '{m}'" for m in re.findall(r" [,.;!?]|[{}\[\]|]|the the|the a |\bthe [A-Z]\w+", text)
               if m[4:] not in ("Captain", "Admiral")]
     found += [f"question without '?': {q}" for q, _ in story.qa if not q.endswith("?")]
-    found += [f"answer not in the text: {q} = {a}" for q, a in story.qa if a.lower() not in text.lower() and a not in words.MOODS]
+    found += [f"answer not in the text: {q} = {a}" for q, a in story.qa
+              if a.lower() not in text.lower() and a not in words.MOODS]
     if len(story.qa) < 2:
         found.append("fewer than two questions")
     if not skeleton.end:

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, fields
 from . import HERE, SEED, words
 
 PUPILS, TRADE_HOLDERS = 8, 2          # 8 children, and two people of every trade: 64 residents
-EVENTS = {"boat race": "river", "herring supper": "quay", "kite day": "hilltop", "barn dance": "hay barn", "pie contest": "bakery",
-          "flower show": "rose garden", "lantern walk": "cliff path", "sea swim": "lagoon", "puppet play": "village green",
+EVENTS = {"boat race": "river", "herring supper": "quay", "kite day": "hilltop", "barn dance": "hay barn",
+          "pie contest": "bakery", "flower show": "rose garden", "lantern walk": "cliff path", "sea swim": "lagoon",
+          "puppet play": "village green",
           "book sale": "library", "choir evening": "chapel", "chess match": "tea room", "harvest feast": "town hall",
           "donkey race": "beach", "story night": "inn", "knitting circle": "post office", "star watch": "harbour wall",
           "bell concert": "bell tower", "egg hunt": "apple orchard", "model ship show": "boathouse"}
-WARES = ("bread", "rope", "butter", "candles", "nails", "herring", "honey", "thread", "ink", "soap", "tea", "flour", "eggs",
-         "glue", "tar", "wool", "salt", "paper", "cider", "jam", "onions", "potatoes", "paint", "buckets")
+WARES = ("bread", "rope", "butter", "candles", "nails", "herring", "honey", "thread", "ink", "soap", "tea", "flour",
+         "eggs", "glue", "tar", "wool", "salt", "paper", "cider", "jam", "onions", "potatoes", "paint", "buckets")
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ def write(town, folder=HERE):
     part.unlink(missing_ok=True)
     with sqlite3.connect(part) as database:
         for name, rows in town.tables().items():
-            columns = [(field.name, "INTEGER" if field.type in (int, int | None) else "TEXT") for field in fields(rows[0])]
-            database.execute(f"CREATE TABLE {name} ({', '.join(f'{column} {kind}' for column, kind in columns)})")
+            columns = [f"{field.name} {'INTEGER' if field.type in (int, int | None) else 'TEXT'}"
+                       for field in fields(rows[0])]
+            database.execute(f"CREATE TABLE {name} ({', '.join(columns)})")
             database.executemany(f"INSERT INTO {name} VALUES ({', '.join('?' * len(columns))})",
                                  [tuple(asdict(row).values()) for row in rows])
     database.close()
