@@ -107,6 +107,7 @@ def test_things_keep_their_adjective_and_everybody_appears(told):
             assert {word for word in before if word in adjectives} == {adjective}, (story.name, adjective, noun, before)
         for person in story.cast.values():
             assert person.name in story.text, (story.name, person.name)
+        assert all(story.text.index(phrase) < start for start, phrase in story.mentions())
 
 
 def test_end_states_agree_with_the_answers(told):

@@ -70,7 +70,7 @@ class Skeleton:
         text = " ".join(filled(line, env, rng) for line in self.lines)
         qa = [(filled(question, env, rng), plain(answer, env, rng)) for question, answer in self.questions]
         end = [(env[a], how, env[b] if len(b) == 1 else b) for a, how, b in self.end]
-        return Story(self.name, text, cast, things, places, end, qa)
+        return Story(self.name, text, cast, things, places, end, qa, self.kind)
 
     def draw_people(self, rng, residents=False):
         cast, town = {}, register().residents
@@ -91,6 +91,13 @@ class Story:
     places: dict        # letter -> place, without its article
     end: list           # (who or what, "with" | "at" | "feels", whom, where or how)
     qa: list            # (question, answer)
+    kind: str = ""      # the skeleton's
+
+    def mentions(self):
+        """[(start, name or thing)]: where the text names again somebody or something that it named before."""
+        phrases = [person.name for person in self.cast.values()] + [" ".join(thing) for thing in self.things.values()]
+        return sorted((match.start(), phrase) for phrase in phrases
+                      for match in list(re.finditer(rf"\b{phrase}\b", self.text))[1:])
 
 
 class Env(dict):
