@@ -6,8 +6,9 @@ from .evaluate import evaluate
 from .generate import generate
 from .gpt import GPT, GPTConfig
 from .hub import load_pretrained, save_pretrained
+from .ledger import memory_ledger
 from .tokenizer import Tokenizer, load_tokenizer
 from .train import train
 
 __all__ = ["GPT", "GPTConfig", "Tokenizer", "evaluate", "generate", "load_data", "load_pretrained", "load_tokenizer",
-           "save_pretrained", "train"]
+           "memory_ledger", "save_pretrained", "train"]

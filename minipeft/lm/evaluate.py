@@ -5,13 +5,17 @@ import torch
 from tqdm.auto import tqdm
 
 from .data import Batches, DataError, room
+from .gpt import GPT
+
+
+def bare(model):
+    """The model itself, without a PeftModel around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def fast_loss(model):
     """Our GPT can apply its head only where a label is, which saves a small model a third of its time. Others get {}."""
-    from .gpt import GPT
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"labels_only": True} if isinstance(plain, GPT) else {}
+    return {"labels_only": True} if isinstance(bare(model), GPT) else {}
 
 
 @torch.no_grad()

@@ -1,0 +1,191 @@
+"""The memory ledger: what a training step holds, predicted by arithmetic and measured beside it.
+
+    weights        every parameter, trained or frozen
+    gradients      one number for each trained parameter
+    optimizer      two more for AdamW (the running means of the gradient and of its square)
+    activations    what the forward pass keeps for the backward pass; it grows with batch and length, not with what is trained
+
+Activations follow from one rule: a product y = x W keeps x if W is trained, and W (a weight, already counted) if x is to get a
+gradient. So a frozen layer need not keep its input, but everything between the first adapter and the loss still keeps what its
+own derivative needs: the queries, the keys, the gate. That is why an adapter saves gradients and optimizer state almost
+entirely, and activations only by a part. The counts were read off what torch's autograd saves on a CPU, and are tested against it.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from .evaluate import bare, fast_loss
+from .gpt import GPT
+from .train import make_optimizer
+
+STATES = {"adamw": 2, "adam": 2, "sgd": 0}  # numbers of the parameter's own type for each trained number
+
+
+def human(n):
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n} B"
+
+
+@dataclass
+class Ledger:
+    """Bytes: `predicted` and `measured` by name. Printing it gives the table."""
+    predicted: dict  # name -> bytes, None where there is no formula
+    measured: dict   # empty without measure=True
+    batch_size: int
+    seq_len: int
+
+    def total(self, of="predicted"):
+        return sum(n or 0 for n in getattr(self, of).values())
+
+    def __repr__(self):
+        show = lambda n: "-" if n is None else human(n)
+        rows = [(name, n, self.measured.get(name)) for name, n in self.predicted.items()]
+        rows.append(("total", self.total(), self.total("measured") if self.measured else None))
+        head = f"{f'{self.batch_size} x {self.seq_len} tokens':24}{'predicted':>12}{'measured':>12}"
+        return "\n".join([head, *(f"{name:24}{show(a):>12}{show(b):>12}" for name, a, b in rows)])
+
+
+def trained(module):
+    return any(p.requires_grad for p in module.parameters())
+
+
+class Layers:
+    """Counts the numbers a token keeps while it walks through a GPT; `flow` says whether gradients go back to what came before."""
+
+    def __init__(self, flow):
+        self.flow, self.numbers = flow, 0
+
+    def norm(self, module, d, heads=1):
+        weight = module.weight.requires_grad
+        if isinstance(module, torch.nn.LayerNorm):
+            self.numbers += d + 2 if self.flow or trained(module) else 0  # its input, mean, 1 / deviation
+        else:
+            self.numbers += (d + heads if self.flow else 0) + (d if weight else 0)  # its input, 1 / rms; the normalised input
+        self.flow = self.flow or trained(module)
+
+    def linear(self, *sites, kept=False):
+        """Linear layers that read the same input: it is kept once. Returns which of them pass gradients on."""
+        shared = 0
+        for site in sites:
+            layer, adapters = getattr(site, "base_layer", site), []
+            if layer is not site and site.switch.enabled:
+                adapters = [site.adapters[name] for name in site.switch.active if name in site.adapters]
+            if layer.weight.requires_grad:
+                shared = layer.in_features
+            for adapter in adapters:
+                drops = isinstance(dropout := getattr(adapter, "dropout", None), torch.nn.Dropout) and dropout.training and dropout.p
+                if hasattr(adapter, "lora_A"):
+                    self.numbers += adapter.lora_A.out_features if adapter.lora_B.weight.requires_grad else 0  # A x, which B reads
+                    self.numbers += layer.in_features * 2 if drops else 0  # its own thinned copy of the input, and the mask
+                if trained(adapter) and not drops:
+                    shared = layer.in_features
+        self.numbers += 0 if kept else shared
+        return [self.flow or trained(site) for site in sites]
+
+
+def activation_bytes(model, batch_size, seq_len, labels=None):
+    """What the forward pass of a GPT (adapted or not) keeps, in bytes. `labels`: tokens of the batch with a label (default: all
+    that have one before them). None for other models. Exact for the GPT and LoRA in float32; other adapters count as their input."""
+    gpt = bare(model)
+    if not isinstance(gpt, GPT):
+        return None
+    config, tokens, size = gpt.config, batch_size * seq_len, gpt.dtype.itemsize
+    labels = batch_size * (seq_len - 1) if labels is None else labels
+    d, h, heads, groups = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    positions = config.is_gpt2 and gpt.model.embed_positions.weight.requires_grad
+    at = Layers(flow=trained(gpt.model.embed_tokens) or positions)
+    rotated, per_layer = False, []
+    for block in gpt.model.layers:
+        before, attention, mlp = at.numbers, block.self_attn, block.mlp
+        residual = at.flow
+        at.norm(block.input_layernorm, d)
+        q, k, v = at.linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        if hasattr(attention, "q_norm"):
+            for name, count in (("q_norm", heads), ("k_norm", groups)):
+                at.flow = q if name == "q_norm" else k
+                at.norm(getattr(attention, name), count * h, count)
+            q = k = at.flow
+        rotated |= (q or k) and not config.is_gpt2
+        at.flow = q or k or v
+        if at.flow:
+            at.numbers += heads * h * 2 + groups * h * 2 + heads  # queries and output; keys and values; one sum a head
+        at.flow, = at.linear(attention.o_proj, kept=at.flow)
+        at.flow = residual = residual or at.flow
+        at.norm(block.post_attention_layernorm, d)
+        wide = config.intermediate_size
+        if mlp.gated:
+            gate, up = at.linear(mlp.gate_proj, mlp.up_proj)
+            at.numbers += wide * (gate + gate + up)  # the gate before its activation; the other factor for each of the two
+            at.flow = gate or up
+        else:
+            at.flow, = at.linear(mlp.up_proj)
+            at.numbers += wide * at.flow
+        at.flow, = at.linear(mlp.down_proj)
+        at.flow = at.flow or residual
+        per_layer.append(at.numbers - before)
+    body = at.numbers
+    at.norm(gpt.model.norm, d)
+    if gpt.is_gradient_checkpointing:  # each layer keeps its input alone; one layer at a time is computed again
+        at.numbers += len(per_layer) * d + max(per_layer) - body
+    total = at.numbers * tokens * size + rotated * 2 * seq_len * h * size + positions * seq_len * 8  # angles, numbers: once
+    total += at.flow * tokens  # where the labels are
+    if at.flow or trained(gpt.lm_head):
+        head_input = d * size if gpt.lm_head.weight.requires_grad else 0
+        total += labels * (head_input + config.vocab_size * 4 + 8) + 4  # the head's input, log-probabilities, labels; their number
+    return total
+
+
+@torch.enable_grad()
+def measured_step(model, batch_size, seq_len, optimizer):
+    """One real step at rate 0, which changes nothing: (gradients, optimizer state, saved activations), each in bytes."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    device, saved = params[0].device, {}
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (batch_size, seq_len), device=device)
+    own.add(ids.untyped_storage().data_ptr())
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        return tensor
+
+    before = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, **fast_loss(model)).loss
+    loss.backward()
+    stepper = make_optimizer(model, optimizer, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
+    stepper.step()
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+    result = (size(p.grad for p in params), size(t for state in stepper.state.values() for t in state.values()),
+              sum(storage.nbytes() for storage in saved.values()))
+    for p, grad in zip(params, before):
+        p.grad = grad
+    return result
+
+
+def memory_ledger(model, batch_size=16, seq_len=64, optimizer="adamw", measure=False):
+    """The Ledger of one training step of `model` as it is now: what requires a gradient counts as trained.
+
+    optimizer   "adamw", "adam", "sgd", or a factory (then its state is only measured)
+    measure     also run one step with random tokens, at rate 0; weights and gradients are left as they were.
+                The prediction alone needs no memory: it works for models on the meta device, and so for 8 billion parameters"""
+    params = list(model.parameters())  # a tied head counts once
+    ours = [p for p in params if p.requires_grad]
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    states = STATES.get(optimizer) if isinstance(optimizer, str) else None
+    predicted = {"weights": size([*params, *model.buffers()]), "gradients": size(ours),
+                 "optimizer": None if states is None else size(ours) * states + 4 * len(ours) * (states > 0),  # and a step count each
+                 "activations": activation_bytes(model, batch_size, seq_len) if ours else 0}
+    measured = {}
+    if measure:
+        with torch.random.fork_rng(devices=[]):
+            gradients, state, activations = measured_step(model, batch_size, seq_len, optimizer)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*params, *model.buffers()]}
+        measured = {"weights": sum(storages.values()), "gradients": gradients, "optimizer": state,
+                    "activations": None if isinstance(gpt := bare(model), GPT) and gpt.is_gradient_checkpointing else activations}
+    return Ledger(predicted, measured, batch_size, seq_len)
