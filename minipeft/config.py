@@ -121,7 +121,7 @@ class LayerConfig(PeftConfig):
             self.target_modules = ends if layers.find(modules, ends) == found else found
         found = layers.find(modules, self.target_modules)
         out = layers.find(modules, self.exclude_modules, "exclude_modules") if self.exclude_modules else []
-        saved = layers.find(modules, self.modules_to_save, "modules_to_save") if self.modules_to_save else []
+        saved = layers.find(modules, self.modules_to_save or (), "modules_to_save", layers.ends)
         found = [path for path in found if path not in out and not any(f"{path}.".startswith(f"{s}.") for s in saved)]
         if self.layers_to_transform is not None:
             found = [path for path in found if layers.in_layers(path, self.layers_to_transform, self.layers_pattern)]
@@ -142,5 +142,5 @@ class LayerConfig(PeftConfig):
         for field in ("target_modules", "modules_to_save"):
             names = getattr(self, field)
             if isinstance(names, list):
-                there = [name for name in names if any(layers.named(name, path) for path in paths)]
+                there = [name for name in names if any(layers.ends(name, path) for path in paths)]
                 setattr(self, field, there or names)

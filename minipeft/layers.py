@@ -124,6 +124,11 @@ def named(name, path):
     return path == name or path.endswith("." + name)
 
 
+def ends(name, path):
+    """What modules_to_save means by a name, as in PEFT: "norm" means "input_layernorm" too."""
+    return path.endswith(name)
+
+
 def lookup(patterns, path, default):
     """The value of the first pattern (a regular expression for the end of a path) that fits, as in rank_pattern."""
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
@@ -136,7 +141,7 @@ def in_layers(path, indices, pattern):
     return found is not None and int(found[1]) in ([indices] if isinstance(indices, int) else indices)
 
 
-def find(paths, targets, what="target_modules"):
+def find(paths, targets, what="target_modules", fits=named):
     """The paths that `targets` mean: a list of names, each of which must be found, or one regular expression.
 
     Raises TargetError that lists the nearest names there are.
@@ -145,13 +150,13 @@ def find(paths, targets, what="target_modules"):
         found = [path for path in paths if re.fullmatch(targets, path)]
         missing = [] if found else [targets]
     else:
-        found = [path for path in paths if any(named(name, path) for name in targets)]
-        missing = [name for name in targets if not any(named(name, path) for path in found)]
+        found = [path for path in paths if any(fits(name, path) for name in targets)]
+        missing = [name for name in targets if not any(fits(name, path) for path in found)]
     if missing:
-        ends = sorted({path.rpartition(".")[2] for path in paths} - {""} - {str(i) for i in range(1000)}) or list(paths)
-        near = {name: difflib.get_close_matches(name, [*ends, *paths], n=3) for name in missing}
+        short = sorted({path.rpartition(".")[2] for path in paths} - {""} - {str(i) for i in range(1000)}) or list(paths)
+        near = {name: difflib.get_close_matches(name, [*short, *paths], n=3, cutoff=0.4) for name in missing}
         hints = "; ".join(f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "") for name in missing)
-        raise TargetError(f"{what} finds no module for {hints}. This model's modules are named: {', '.join(ends)}")
+        raise TargetError(f"{what} finds no module for {hints}. This model's modules are named: {', '.join(short)}")
     return found
 
 

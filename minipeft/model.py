@@ -80,7 +80,8 @@ class PeftModel(nn.Module):
         self._add(adapter_name, peft_config, autocast_adapter_dtype, fill)
         model.requires_grad_(False)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        if getattr(model, "is_gradient_checkpointing", False):
+        new_name, name = "is_activation_checkpointing", "is_gradient_checkpointing"     # transformers renamed it
+        if getattr(model, new_name if hasattr(model, new_name) else name, False):
             self.enable_input_require_grads()
         self.training = model.training
 
@@ -175,7 +176,7 @@ class PeftModel(nn.Module):
                 except TargetError as error:
                     raise TargetError(f"{path}: {error}") from None
                 parts[path] = adapter.to(*layers.like(base.module, autocast_adapter_dtype))
-            for path in layers.find(modules, getattr(config, "modules_to_save", None) or (), "modules_to_save"):
+            for path in layers.find(modules, getattr(config, "modules_to_save", None) or (), "modules_to_save", layers.ends):
                 bases[path] = base_at(path)
                 if any(isinstance(module, Slot) for module in bases[path].module.modules()):
                     raise TargetError(f"modules_to_save: there are adapters inside {path}")

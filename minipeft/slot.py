@@ -13,6 +13,7 @@ import copy
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import layers
@@ -97,7 +98,7 @@ class Adapter(nn.Module):
 class LinearDelta(Adapter):
     """A method that changes a linear layer's weight: W' = W + delta. Most only say what their delta is."""
     mergeable = True
-    dropout = nn.Identity()
+    dropout = 0.0                               # the share of x that the update does not see in training
 
     def delta(self, base):
         """(d_out, d_in)"""
@@ -105,11 +106,13 @@ class LinearDelta(Adapter):
 
     def update(self, base, x):
         """x delta^T: (..., d_in) -> (..., d_out). Override it where there is a cheaper way."""
-        return nn.functional.linear(x, self.delta(base))
+        return F.linear(x, self.delta(base))
 
     def forward(self, base, x):
-        y = base(x)
-        return (y + self.update(base, self.dropout(cast(x, self)))).to(y.dtype)
+        y, x = base(x), cast(x, self)
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return (y + self.update(base, x)).to(y.dtype)
 
     def fold(self, base):
         base.weight = base.weight + self.delta(base)

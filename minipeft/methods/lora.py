@@ -85,9 +85,11 @@ class Lora(LinearDelta):
         super().__init__()
         self.lora_A = nn.Linear(d_in, r, bias=False)            # weight (r, d_in)
         self.lora_B = nn.Linear(r, d_out, bias=bias)            # weight (d_out, r)
-        self.scaling = scaling
-        if dropout:
-            self.dropout = nn.Dropout(dropout)
+        self.scaling, self.dropout = scaling, dropout
+
+    @property
+    def factors(self):
+        return self.lora_A.weight, self.lora_B.weight
 
     def reset(self, base, config):
         if config.init_lora_weights is True:
@@ -120,6 +122,10 @@ class LoraEmbedding(LinearDelta):
         self.lora_embedding_A = nn.Parameter(torch.randn(r, d_in))          # (r, vocabulary)
         self.lora_embedding_B = nn.Parameter(torch.randn(d_out, r))         # (d, r)
         self.scaling = scaling
+
+    @property
+    def factors(self):
+        return self.lora_embedding_A, self.lora_embedding_B
 
     def reset(self, base, config):
         if config.init_lora_weights:

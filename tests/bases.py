@@ -1,0 +1,167 @@
+"""The tables that the adapters' tests are crossed over: tiny models of every kind, and the methods.
+
+A new method is one line in METHODS.
+"""
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import minipeft
+
+VOCABULARY, WIDTH, LAYERS = 40, 16, 2
+
+
+class MLP(nn.Module):
+    """No language model: anything with nn.Linear in it can be adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(WIDTH, 24), "down": nn.Linear(24, WIDTH)})
+                                    for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer["down"](torch.relu(layer["up"](x)))
+        return self.head(self.norm(x))
+
+
+def gpt(**fields):
+    from minipeft.lm.gpt import GPT, GPTConfig
+    return GPT(GPTConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=LAYERS,
+                         num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2, **fields))
+
+
+def transformers(name, **fields):
+    import transformers
+    sizes = dict(n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0) \
+        if name == "GPT2" else dict(hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=LAYERS,
+                                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, initializer_range=0.2, bos_token_id=1,
+                                                    eos_token_id=2, pad_token_id=0, **sizes, **fields)
+    return getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM"))(config)
+
+
+@dataclass(frozen=True)
+class BaseCase:
+    name: str
+    build: Callable[[], nn.Module]
+    targets: tuple = ("q_proj", "v_proj", "down_proj")      # some linear layers, of unequal shapes
+    block: str = "mlp"                                      # modules that are more than one layer: x -> x, in every layer
+    embedding: str = "embed_tokens"
+    norm: str = "norm"                                      # a small module outside the targets: for modules_to_save
+    layered: bool = True                                    # a transformer, with checkpointing
+
+    def make(self):
+        """A fresh model, always the same, in eval mode."""
+        return copy.deepcopy(_made(self.name))
+
+    def __repr__(self):
+        return self.name
+
+
+@functools.cache
+def _made(name):
+    torch.manual_seed(1)
+    return BASES[name].build().eval()
+
+
+BASES = {case.name: case for case in [
+    BaseCase("llama", lambda: gpt(attention_bias=True, mlp_bias=True)),
+    BaseCase("gpt2", lambda: gpt(model_type="gpt2", hidden_act="gelu_new", tie_word_embeddings=False)),
+    BaseCase("hf_llama", lambda: transformers("Llama", tie_word_embeddings=False)),
+    BaseCase("hf_mistral", lambda: transformers("Mistral")),
+    BaseCase("hf_qwen2", lambda: transformers("Qwen2", tie_word_embeddings=True)),
+    BaseCase("hf_gpt2", lambda: transformers("GPT2"), ("c_attn", "mlp.c_proj"), "mlp", "wte", "ln_f"),
+    BaseCase("mlp", MLP, ("up", "layers.1.down"), "up", "embed", "norm", layered=False),
+]}
+FEW = ("llama", "hf_llama", "hf_gpt2")                      # enough for a method that does nothing unusual
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt a model. `fields` go to our configuration and to PEFT's alike."""
+    name: str
+    config: str                                             # the class's name in minipeft
+    fields: Callable = dict                                 # base case -> fields besides target_modules
+    peft: str | None = None                                 # the class's name in Hugging Face PEFT; None: not there
+    count: Callable | None = None                           # trainable parameters of one layer, from (d_in, d_out)
+    bases: tuple = FEW
+    mergeable: bool = True
+    additive: bool = True                                   # two adapters' changes add up
+    dropout: str | None = None                              # the field that holds the probability
+    where: Callable | None = lambda base: list(base.targets)    # target_modules; None: stands around the whole model
+    step: float = 0.2                                       # how far `shake` moves the parameters
+
+    def options(self, base, **more):
+        targets = {} if self.where is None else {"target_modules": self.where(base)}
+        return {**targets, **self.fields(base), **more}
+
+    def ours(self, base, **more):
+        return getattr(minipeft, self.config)(**self.options(base, **more))
+
+    def theirs(self, base, **more):
+        import peft
+        return getattr(peft, self.peft)(**self.options(base, **more))
+
+    def __repr__(self):
+        return self.name
+
+
+METHODS = {method.name: method for method in [
+    Method("lora", "LoraConfig", lambda base: dict(r=4, lora_alpha=8), peft="LoraConfig", dropout="lora_dropout",
+           count=lambda d_in, d_out: 4 * (d_in + d_out), bases=tuple(BASES)),
+]}
+CASES = [(method, BASES[name]) for method in METHODS.values() for name in method.bases]
+
+
+def inputs(rows=3, length=6):
+    """The same token ids every time: {"input_ids": (rows, length)}."""
+    return {"input_ids": torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(2))}
+
+
+def run(model, **kwargs):
+    """Logits (B, T, V) without gradients, of whatever model."""
+    with torch.no_grad():
+        return logits(model(**inputs(), **kwargs))
+
+
+def logits(output):
+    return getattr(output, "logits", output)
+
+
+def loss_of(model, **kwargs):
+    return logits(model(**inputs(), **kwargs)).float().logsumexp(-1).mean()
+
+
+def shake(model, name="default", seed=3, step=0.3):
+    """Move every parameter of an adapter of ours away from where it started, so that it does something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if ".adapters." + name + "." in path or path.startswith(f"shared.{name}."):
+                parameter += step * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model
+
+
+def adapted(method, base, name="default", **more):
+    """(model of ours with a shaken adapter of that method)"""
+    torch.manual_seed(0)
+    return shake(minipeft.get_peft_model(base.make(), method.ours(base, **more), name), name, step=method.step)
+
+
+def close(a, b, tolerance=1e-6):
+    """Largest difference, relative to the largest entry where that is above 1."""
+    error = (a.float() - b.float()).abs().max() / max(1.0, float(b.float().abs().max()))
+    assert error <= tolerance, f"differ by {error:.2e}"
+
+
+def differ(a, b, least=1e-4):
+    assert (a.float() - b.float()).abs().max() > least, "do not differ"
