@@ -18,7 +18,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_fac
 KINDS = {
     "llama": ("LlamaConfig", SIZES),
     "llama tied, biases, grouped": ("LlamaConfig", dict(
-        SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=THETA)),
+        SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
+        rope_parameters=THETA)),
     "llama3 scaling, wide heads": ("LlamaConfig", dict(
         SIZES, head_dim=16, num_key_value_heads=1, rope_parameters=LLAMA3)),
     "llama linear scaling": ("LlamaConfig", dict(SIZES, rope_parameters=LINEAR)),

@@ -1,4 +1,4 @@
-"""Models on disk: what transformers writes we read, what we write transformers reads, and broken folders are explained."""
+"""Models on disk: what transformers writes we read, what we write transformers reads, and broken folders explained."""
 import json
 import os
 import subprocess
@@ -69,7 +69,7 @@ def test_gpt2_as_it_lies_on_the_hub(tmp_path):
 
 
 def test_older_configurations(tmp_path):
-    """Before rope_parameters there were rope_theta and rope_scaling, its kind called rope_type or, before that, type."""
+    """Before rope_parameters there were rope_theta and rope_scaling, its kind called rope_type, or once type."""
     theirs = oracle("llama linear scaling")
     theirs.save_pretrained(tmp_path)
     ids = torch.randint(0, 61, (2, 8))
@@ -81,8 +81,8 @@ def test_older_configurations(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_a_field_left_out_means_what_it_means_to_transformers(kind, tmp_path):
     oracle(kind).save_pretrained(tmp_path)
-    edit(tmp_path, rms_norm_eps=None, layer_norm_epsilon=None, rope_parameters=None, hidden_act=None, tie_word_embeddings=None,
-         activation_function=None, n_inner=None)
+    edit(tmp_path, **dict.fromkeys(["rms_norm_eps", "layer_norm_epsilon", "rope_parameters", "hidden_act", "n_inner",
+                                    "tie_word_embeddings", "activation_function"]))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.randint(0, 61, (2, 8))
     close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
@@ -103,7 +103,7 @@ def test_tied_stays_tied_and_untied_untied(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
     again = load_pretrained(tmp_path / "tied")
     assert again.lm_head.weight is again.model.embed_tokens.weight
-    tied.lm_head.weight = torch.nn.Parameter(torch.randn(61, 32))                   # as after training a head of its own
+    tied.lm_head.weight = torch.nn.Parameter(torch.randn(61, 32))      # as after training a head of its own
     tied.save_pretrained(tmp_path / "untied")
     again = load_pretrained(tmp_path / "untied")
     assert not again.config.tie_word_embeddings and torch.equal(again.lm_head.weight, tied.lm_head.weight)
@@ -111,8 +111,7 @@ def test_tied_stays_tied_and_untied_untied(tmp_path):
 
 def test_memory_stays_near_one_copy(tmp_path):
     """A model of 100 MB in another process: its peak above what the process had before, in copies."""
-    model = GPT(GPTConfig(vocab_size=1000, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=4))
-    model.save_pretrained(tmp_path)
+    GPT(GPTConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=6)).save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
     code = f"""
 import resource, sys
@@ -124,8 +123,8 @@ model = load_pretrained({str(tmp_path)!r})
 print((peak() - before) / {size})
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    copies = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout)
-    assert copies < 1.3
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert float(run.stdout) < 1.3
 
 
 def test_every_wrong_tensor_is_listed_before_anything_is_loaded(tiny):
@@ -210,7 +209,8 @@ def test_names(tiny, monkeypatch, tmp_path_factory):
     for part in ("did you mean 'stories'?", str(cache / "storys"), "no network"):
         assert part in str(error.value)
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more, name=name) or str(tiny))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **options: asked.update(options, name=name) or str(tiny))
     assert load_pretrained("some/one").config.vocab_size == 61 and asked["name"] == "some/one"
     assert "model*.safetensors" in asked["allow_patterns"] and not any("bin" in p for p in asked["allow_patterns"])
 
