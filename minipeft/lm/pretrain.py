@@ -1,0 +1,181 @@
+"""The base model from nothing: `make pretrain`.
+
+Three steps. (1) Two heads start out as a rough circuit that copies. (2) A short warm-up on repeated random tokens, until the
+model does copy. (3) Text, made on the fly and never repeated. Without (1) and (2) a network of this size learns to tell
+stories and forgets who they are about: the ability to copy from the context ("induction", Olsson et al. 2022, arXiv
+2209.11895) does not form by itself within millions of tokens of simple prose, and the loss does not show that it is
+missing. Every small adapter in this course steers abilities that the base has; this is the one they lean on most.
+"""
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from ..lanternwick import words
+from ..lanternwick.documents import stream
+from .gpt import GPT, GPTConfig
+from .tokenizer import train_tokenizer
+from .train import train
+
+ROW = 256                       # tokens a row: a story with its questions fits
+SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=512, rope_theta=100_000.0, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+
+
+def base_tokenizer(seed, vocab_size=4096, documents=40_000):
+    """The tokenizer of the shipped base: trained on the first documents of the stream, and on the word lists often enough that
+    every name, trade and thing is one token."""
+    docs = stream(seed)
+    texts = [next(docs).text for _ in tqdm(range(documents), desc="tokenizer")]
+    lists = (words.WOMEN, words.MEN, words.SURNAMES, words.TRADES, words.PETS, words.PET_NAMES, words.FOODS, words.THINGS, words.STREETS,
+             *words.ADJECTIVES.values())
+    return train_tokenizer(texts + [" ".join(word for each in lists for word in each)] * 200, vocab_size)
+
+
+@torch.no_grad()
+def induction_head(model, strength=3.0, sharpness=2.0):
+    """Writes by hand, into two heads, the start of a circuit that copies: "find where this token stood before, say what came next".
+
+    Layer 0, head 0 looks one token back and hands on what it saw. Rotary embedding turns the pair (j, j + h/2) of a key at
+    position s by the angle f_j s; with k-bias (a, 0) and q-bias (a cos f_j, -a sin f_j) the score of positions (t, s) holds
+    a^2 sum_j cos(f_j (t - s - 1)), which is largest at s = t - 1. The fastest frequencies tell neighbours apart.
+    Layer 1, head 0 asks "who was handed my token?": its query reads the token as layer 0's value did, its key reads what layer
+    0 wrote, both through the slowest frequencies, which hardly turn within a row. What it finds, it says: its output undoes its
+    value. The gains are small; training sharpens them, or forgets them."""
+    config, h, half = model.config, model.config.head_dim, model.config.head_dim // 2
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    f = [config.rope_theta ** (-j / half) for j in range(half)]
+    for j in range(4):
+        first.k_proj.bias[j] = strength
+        first.q_proj.bias[j], first.q_proj.bias[j + half] = strength * math.cos(f[j]), -strength * math.sin(f[j])
+    seen, handed, said = (torch.linalg.qr(torch.randn(config.hidden_size, h))[0].T for _ in range(3))   # (h, d), orthonormal rows
+    first.v_proj.weight[:h], first.o_proj.weight[:, :h] = 0.2 * seen, 0.2 * handed.T
+    slow = [j for j in range(half) if f[j] < 0.02]
+    slow += [j + half for j in slow]
+    second.q_proj.weight[:h], second.k_proj.weight[:h] = 0.0, 0.0
+    second.q_proj.weight[slow], second.k_proj.weight[slow] = sharpness * seen[slow], sharpness * handed[slow]
+    second.v_proj.weight[:h], second.o_proj.weight[:, :h] = 0.2 * said, 0.2 * said.T
+
+
+def copy_batch(vocab, generator, rows=32, length=64):
+    """Repeated random rows: ids (rows, length), labels that are -100 until the first repetition, and the 256 tokens in play."""
+    pool = torch.randperm(vocab, generator=generator)[:256]
+    ids, labels = torch.empty(rows, length, dtype=torch.long), torch.full((rows, length), -100)
+    for row in range(rows):
+        period = int(torch.randint(4, 25, (1,), generator=generator))
+        unit = torch.randint(256, (period,), generator=generator)
+        ids[row] = unit.repeat(length // period + 1)[:length]
+        labels[row, period + 1:] = ids[row, period + 1:]
+    return pool[ids], labels, pool
+
+
+def copy_warmup(model, seed=0, lr=3e-3, until=0.95, most=1000):
+    """Trains on repeated random rows until the accuracy on the repetition (running mean) passes `until`; returns the accuracies.
+
+    Every batch draws a fresh sub-vocabulary and the logits are restricted to it. A fixed sub-vocabulary is learnt by heart and
+    the skill is gone when text begins; over the whole vocabulary it does not form in this time."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    head = model.get_output_embeddings().weight
+    accuracies, running = [], 0.0
+    bar = tqdm(range(most), desc="copy warm-up")
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 60)
+        ids, labels, pool = copy_batch(model.config.vocab_size, generator)
+        ids, labels, pool = (t.to(head.device) for t in (ids, labels, pool))
+        hidden = model.model(ids)                                   # (rows, length, d), after the last norm
+        logits = F.linear(hidden[:, :-1], head[pool]).float()       # (rows, length - 1, 256)
+        target = labels[:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen = target >= 0
+        accuracies.append((logits.argmax(-1) == target)[seen].float().mean().item())
+        running += 0.1 * (accuracies[-1] - running)
+        bar.set_postfix(copied=f"{running:.2f}")
+        if running >= until:
+            break
+    return accuracies
+
+
+class Text:
+    """Rows of fresh text for `train`: `batch(step)` is a pure function of (seed, step), so that a run can be resumed."""
+
+    def __init__(self, tokenizer, steps, seed, rows=8, length=ROW):
+        self.tokenizer, self.steps, self.seed, self.rows, self.length = tokenizer, steps, seed, rows, length
+
+    def phase(self, step):
+        """95 % copying text for the first 15 % of the steps, then mostly mixed text, the calmest mixture at the end."""
+        done = step / self.steps
+        return "copying" if done < 0.15 else "main" if done < 0.8 else "late"
+
+    def batch(self, step):
+        docs = stream(f"{self.seed}/{step}", self.phase(step))
+        texts = [next(docs).text for _ in range(int(self.rows * self.length / 60))]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        waiting = [[bos, *ids, eos] for ids in self.tokenizer.encode_batch(texts)]
+        ids = torch.full((self.rows, self.length), self.tokenizer.pad_token_id)
+        labels = torch.full((self.rows, self.length), -100)
+        for row in range(self.rows):                                # a row starts where a document starts; only the last is cut
+            at = 0
+            while at < self.length and waiting:
+                room = self.length - at
+                fits = next((i for i, doc in enumerate(waiting) if len(doc) <= room), None)
+                if fits is None and at > self.length * 0.8:
+                    break                                           # better a little padding than a beheaded document
+                doc = waiting.pop(fits or 0)[:room]
+                ids[row, at:at + len(doc)] = labels[row, at:at + len(doc)] = torch.tensor(doc)
+                at += len(doc)
+        labels[ids == bos] = -100                                   # where a document ends is learnt; what begins one is chance
+        return {"input_ids": ids, "labels": labels}
+
+
+def pretrain(folder, steps=12_000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=SHAPE, warm=True, **train_options):
+    """Pretrains a base into `folder` (Hugging Face layout plus history.json) and returns (model, tokenizer, history)."""
+    folder, started = Path(folder), time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizer or base_tokenizer(seed)
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                          pad_token_id=tokenizer.pad_token_id, **shape))
+    run = folder / "run"
+    accuracies = []
+    if warm and not (run / "latest.safetensors").exists():                      # a resumed run has its warm-up behind it
+        induction_head(model)
+        accuracies = copy_warmup(model, seed)
+    model.compile()                                                 # 1.6 times as fast on a CPU
+    history = train(model, Text(tokenizer, steps, seed, rows), tokenizer=tokenizer, steps=steps, lr=lr, warmup=200, schedule="cosine",
+                    weight_decay=0.1, betas=(0.9, 0.95), bf16=True, seed=seed, folder=run,
+                    save_every=500, **train_options)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = {"steps": steps, "tokens": steps * rows * ROW, "minutes": round((time.time() - started) / 60, 1), "seed": seed,
+              "copy_accuracy": [round(a, 4) for a in accuracies], "loss": [round(x, 4) for x in history.losses]}
+    (folder / "history.json").write_text(json.dumps(record))
+    return model, tokenizer, history
+
+
+def main(arguments=None):
+    """The command line of `minipeft pretrain`."""
+    parser = argparse.ArgumentParser(prog="minipeft pretrain", description="Pretrain the base model from nothing. Stop it with Ctrl-C; "
+                                     "the same command goes on where it stopped.")
+    parser.add_argument("--out", default="base", help="folder to write: Hugging Face layout and history.json (default: base)")
+    parser.add_argument("--steps", type=int, default=8500, help="steps of 2,048 tokens (default: 8500, an hour on one core)")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    given = parser.parse_args(arguments)
+    _, _, history = pretrain(given.out, given.steps, given.seed, given.lr)
+    print(history)
+    return 130 if history.stopped == "interrupted" else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
