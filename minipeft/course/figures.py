@@ -3,6 +3,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import ScalarFormatter
 
 # Okabe and Ito's palette (2008), made to be told apart with any kind of colour vision; yellow last, as it is pale.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
@@ -21,12 +22,14 @@ STYLE = {
 
 
 def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=False, logy=False, **limits):
-    """One pair of axes in the course's style; limits: xlim=, ylim=, xticks=, ..."""
+    """One pair of axes in the course's style; logx=2 counts in powers of two; limits: xlim=, ylim=, xticks=, ..."""
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=size)
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if logx:
         ax.set_xscale("log", base=2 if logx == 2 else 10)
+    if logx == 2:
+        ax.xaxis.set_major_formatter(ScalarFormatter())  # 1, 2, 4 rather than powers
     if logy:
         ax.set_yscale("log")
     ax.set(**limits)
@@ -43,17 +46,20 @@ def done(ax=None, legend=True, outside=False) -> None:
     plt.close("all")
 
 
-def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, marks=False, smooth=1, outside=False, **options) -> None:
-    """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; smooth: a running mean over so many points."""
+def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, levels=None, marks=False, smooth=1, outside=False, **options) -> None:
+    """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; levels: {label: y}, dashed lines to compare with;
+    smooth: a running mean over so many points, the points themselves faint behind it."""
     ax = axes(title, xlabel, ylabel, **options)
     for number, (label, run) in enumerate(runs.items()):
         x, y = run if isinstance(run, tuple) else (range(1, len(run) + 1), run)
         x, y = np.asarray(list(x), float), np.asarray(list(y), float)
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)] if marks else None
         if smooth > 1 and len(y) > smooth:
-            ax.plot(x, y, color=colour, alpha=0.2, linewidth=1)
+            ax.plot(x, y, color=colour, alpha=0.25, linewidth=1)
             y, x = np.convolve(y, np.ones(smooth) / smooth, "valid"), x[smooth - 1:]
-        ax.plot(x, y, label=label, color=colour, marker=marker)
+        ax.plot(x, y, label=label, color=colour, marker=marker, linewidth=1.8, markersize=5)
+    for number, (label, level) in enumerate((levels or {}).items()):
+        ax.axhline(level, label=label, color="black", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2)
     done(ax, outside=outside)
 
 
@@ -83,11 +89,12 @@ def matrices(parts: list, title: str, note: str = "") -> None:
         name, rows, columns, colour, caption = part
         ax.add_patch(Rectangle((at, -rows / 2), columns, rows, facecolor=colour, alpha=0.85, edgecolor="black"))
         ax.text(at + columns / 2, 0, name, ha="center", va="center", fontsize=13,
-                color="white" if min(rows, columns) > 0.15 * tallest else "black")
+                color="white" if min(rows, columns) > 0.15 * tallest else "black", weight="bold")
         ax.text(at + columns / 2, -rows / 2 - 0.07 * tallest, caption, ha="center", va="top", fontsize=9)
         at += columns + gap
     ax.set(xlim=(-gap, at), ylim=(-0.78 * tallest, 0.58 * tallest), aspect="equal")
-    ax.set_title(title)
+    with plt.rc_context(STYLE):
+        ax.set_title(title)
     ax.axis("off")
     if note:
         ax.text(at / 2, -0.76 * tallest, note, ha="center", va="bottom", fontsize=9, color="#444444")

@@ -29,7 +29,7 @@ def run(path) -> float:
     os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")  # as under the tests
     path, start = Path(path), time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False,
+    NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False, coalesce_streams=True,
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     clean(notebook)
     nbformat.validate(notebook)
