@@ -1,0 +1,271 @@
+"""The command `minipeft`: pretrain, finetune, generate, evaluate, merge, doctor. What is heavy is imported where it is used."""
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+
+ABOUT = """Fine-tune a small language model on your own machine: the course's methods from the command line.
+
+Start with:
+  minipeft doctor                                     is everything here that is needed?
+  minipeft generate "Once upon a time"                what does the base model say?
+  minipeft finetune --data sql --out my-adapter       train a LoRA adapter on a task of the course (a minute)
+  minipeft generate "Question: How many bakers are there?\\nSQL:" --adapter my-adapter
+  minipeft evaluate --data sql --adapter my-adapter
+  minipeft merge --adapter my-adapter --out my-model  write it into the weights: a plain model again"""
+
+FINETUNE = """Train a model on data, all of it or a small adapter beside it, and save the adapter in Hugging Face PEFT's format.
+
+Data: a task of Lanternwick (mood, records, sql, voice, extract, newcomers), a real data set (e2e_nlg, sentence_polarity,
+tinyshakespeare; fetched on first use), or your own file: my.txt, or my.jsonl with {"prompt": ..., "completion": ...} lines.
+Ctrl-C stops and saves; the same command goes on where it stopped, to the same weights as without the stop."""
+
+FINETUNE_EXAMPLES = """examples:
+  minipeft finetune --data sql --out sql-lora
+  minipeft finetune --data e2e_nlg --method lora --r 16 --targets q_proj,v_proj --lr 5e-3 --steps 1000 --out e2e
+  minipeft finetune --data my.txt --steps 500 --out mine
+  minipeft finetune --data my.jsonl --base path/to/a/hugging-face/folder --lr 2e-4 --out mine
+  minipeft finetune --data sql --method full --out sql-full      every weight, saved as a plain model
+  minipeft finetune --data sql --set use_rslora=true --set init_lora_weights='"gaussian"' --out x"""
+
+
+class UserError(ValueError):
+    """Said in one line, without a traceback."""
+
+
+def nearest(what, value, valid):
+    close = difflib.get_close_matches(value, valid, n=1)
+    raise UserError(f"{what} {value!r}{f' (did you mean {close[0]}?)' if close else ''}: expected one of {', '.join(valid)}")
+
+
+def parser():
+    top = argparse.ArgumentParser("minipeft", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+
+    def add(name, help, description=None, epilog=None, model=True):
+        sub = commands.add_parser(name, help=help, description=description or help, epilog=epilog,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        if model:
+            sub.add_argument("--base", help="the model: a name (lanternwick), a folder in Hugging Face's layout, or a hub name. "
+                             "Default: the one an adapter was made for, else MINIPEFT_BASE, else lanternwick")
+            sub.add_argument("--device", help="cpu, cuda, mps; default: a GPU if there is one")
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object, everything else on stderr")
+        sub.add_argument("--traceback", action="store_true", help="on an error, show where in the code it happened")
+        return sub
+
+    commands.add_parser("pretrain", add_help=False, help="make the base model from nothing (hours; all options: minipeft pretrain --help)")
+    tune = add("finetune", "train an adapter, or the whole model, on data", FINETUNE, FINETUNE_EXAMPLES)
+    tune.add_argument("--data", required=True, help="a task's name, or a .txt or .jsonl file")
+    tune.add_argument("--out", required=True, help="folder for the result")
+    tune.add_argument("--method", default="lora", help="lora, another adapter, or full (default: %(default)s)")
+    tune.add_argument("--r", type=int, help="rank: how many directions a layer may change in (default: the method's own, 8 for LoRA)")
+    tune.add_argument("--alpha", type=float, help="the change is scaled by alpha / r (default: 2 r)")
+    tune.add_argument("--targets", help="layers that get an adapter, as q_proj,v_proj; or all-linear (LoRA's default here)")
+    tune.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the method, value as JSON")
+    tune.add_argument("--lr", type=float, help="peak learning rate. Small models want more, adapters ten times full fine-tuning's "
+                      "(default: lanternwick 1e-2, full 3e-3; other bases 2e-4, full 2e-5)")
+    tune.add_argument("--steps", type=int, default=300, help="batches to train on (default: %(default)s)")
+    tune.add_argument("--batch-size", type=int, default=16, help="rows in a batch (default: %(default)s)")
+    tune.add_argument("--accumulate", type=int, default=1, help="batches a step, for large ones in little memory (default: %(default)s)")
+    tune.add_argument("--bf16", action="store_true", help="compute in 16 bits: faster on a GPU and on newer processors")
+    tune.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
+    tune.add_argument("--limit", type=int, default=200, help="test examples for the final score, 0 for none (default: %(default)s)")
+    tune.add_argument("--restart", action="store_true", help="begin anew where --out holds an unfinished run")
+
+    text = add("generate", "continue a prompt", 'Continue a prompt; "\\n" in it is a new line. Without a prompt it is read from stdin.')
+    text.add_argument("prompt", nargs="?")
+    text.add_argument("--adapter", help="folder of an adapter")
+    text.add_argument("--max-new-tokens", type=int, default=100, help="at most so many (default: %(default)s)")
+    text.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest word; 1: as the model believes (default: 0)")
+    text.add_argument("--top-k", type=int, help="choose among the k likeliest only")
+    text.add_argument("--top-p", type=float, help="choose among the likeliest that together have this probability")
+    text.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+    test = add("evaluate", "score a model on data: loss, perplexity, the task's own metric")
+    test.add_argument("--data", required=True, help="a task's name, or a .txt or .jsonl file")
+    test.add_argument("--adapter", help="folder of an adapter")
+    test.add_argument("--split", default="test", choices=("train", "valid", "test"), help="default: %(default)s")
+    test.add_argument("--limit", type=int, help="only the first so many examples")
+    test.add_argument("--show", type=int, default=3, help="examples to show (default: %(default)s)")
+
+    merge = add("merge", "write an adapter into its base's weights: a plain model, with nothing to compute beside it")
+    merge.add_argument("--adapter", required=True, help="folder of the adapter")
+    merge.add_argument("--out", required=True, help="folder for the merged model, in Hugging Face's layout")
+
+    add("doctor", "check this machine: packages, the base model's files, memory, disk, GPU; says what to do", model=False)
+    return top
+
+
+# ---- what the commands share ----------------------------------------------------------------------------------------------------
+
+def device(args):
+    import torch
+    if args.device:
+        return args.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_model(args):
+    """(model, tokenizer, name of the base), with the adapter of --adapter if there is one."""
+    from . import PeftConfig, PeftModel
+    from .lm import load_pretrained, load_tokenizer
+    adapter, base = getattr(args, "adapter", None), args.base
+    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"no adapter in {adapter}: it has no adapter_config.json")
+    if adapter and not base:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    model, tokenizer = load_pretrained(base, device=device(args)), load_tokenizer(base)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model, tokenizer, model.name_or_path
+
+
+def adapter_config(args):
+    from .config import METHODS
+    names = {kind.lower().replace("_", "-"): kind for kind in METHODS}
+    if args.method not in names:
+        nearest("--method", args.method, [*names, "full"])
+    method = METHODS[names[args.method]]
+    fields, options = list(method.__dataclass_fields__), {}
+    for item in args.set:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set {item}: expected FIELD=VALUE")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    targets = args.targets.split(",") if args.targets and args.targets != "all-linear" else args.targets
+    for name, value in {"r": args.r, "lora_alpha": args.alpha, "target_modules": targets}.items():
+        if value is not None and name not in fields:
+            raise UserError(f"{args.method} has no field {name}; it has {', '.join(fields)}")
+        if value is not None:
+            options[name] = value
+    if "lora_alpha" in fields:
+        options = {"lora_alpha": 2 * options.get("r", method.r), "target_modules": "all-linear"} | options
+    for name in options:
+        if name not in fields:
+            nearest(f"--set: {args.method} has no field", name, fields)
+    return method(**options)
+
+
+def show(prompt, text, wanted=None):
+    print(f"\n{prompt}\n  said   {' '.join(text.split())[:200]}" + (f"\n  wanted {' '.join(wanted.split())[:200]}" if wanted else ""))
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------------------
+
+def finetune(args):
+    import torch
+    from . import get_peft_model
+    from .lm import evaluate, load_data, train
+    full, out = args.method == "full", Path(args.out)
+    config = None if full else adapter_config(args)
+    task = load_data(args.data)
+    model, tokenizer, name = open_model(args)
+    if args.lr is None:
+        args.lr = (3e-3 if full else 1e-2) if name == "lanternwick" else (2e-5 if full else 2e-4)
+    torch.manual_seed(args.seed)
+    if not full:
+        model = get_peft_model(model, config)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    print(f"{name}, {args.method}: {count[0]:,} of {count[1]:,} parameters are trained, rate {args.lr:g}, {len(task.train):,} examples")
+    history = train(model, task, tokenizer=tokenizer, steps=args.steps, batch_size=args.batch_size, lr=args.lr, bf16=args.bf16,
+                    warmup=min(20, args.steps // 10), accumulate=args.accumulate, seed=args.seed, folder=out / "training",
+                    resume=not args.restart)
+    model.save_pretrained(out, **({"tokenizer": tokenizer} if full else {}))
+    print(f"{history}\nsaved in {out}" + (": the same command goes on" if history.stopped == "interrupted" else ""))
+    if history.stopped == "diverged":
+        raise UserError(f"the loss became infinite after {history.steps} steps: try a smaller --lr than {args.lr:g}, with --restart")
+    result = {"base": name, "data": args.data, "method": args.method, "trained": count[0], "parameters": count[1], "lr": args.lr,
+              "steps": history.steps, "stopped": history.stopped, "loss": history.losses[-1], "seconds": round(history.seconds, 1),
+              "tokens_per_second": round(history.tokens_per_second), "out": str(out)}
+    if args.limit and not history.stopped:
+        scores = evaluate(model, tokenizer, task, limit=args.limit, predictions=task.score is not None)
+        for example, text in zip(task.test[:3], scores.pop("predictions", [])):
+            show(example.prompt, text, example.completion)
+        result["test"] = scores
+        print("\n" + table(scores))
+    return result, 130 if history.stopped else 0
+
+
+def table(scores):
+    return "\n".join(f"{name:12}{value:>10,}" if isinstance(value, int) else f"{name:12}{value:>10.2f}" for name, value in scores.items())
+
+
+def generate(args):
+    from .lm import generate as write
+    prompt = (args.prompt if args.prompt is not None else sys.stdin.read().rstrip("\n")).replace("\\n", "\n")
+    model, tokenizer, name = open_model(args)
+    pieces = [prompt]
+    print(prompt, end="", flush=True)
+    write(model, tokenizer, prompt, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+          seed=args.seed, stream=lambda piece: (pieces.append(piece), print(piece, end="", flush=True)))
+    print()
+    return {"base": name, "prompt": prompt, "completion": "".join(pieces[1:])}, 0
+
+
+def evaluate(args):
+    from .lm import evaluate as score, load_data
+    task = load_data(args.data)
+    model, tokenizer, name = open_model(args)
+    scores = score(model, tokenizer, task, split=args.split, limit=args.limit, predictions=task.score is not None)
+    for example, text in zip(getattr(task, args.split)[:args.show], scores.pop("predictions", [])):
+        show(example.prompt, text, example.completion)
+    print("\n" + table(scores))
+    return {"base": name, "adapter": args.adapter, "data": args.data, "split": args.split, **scores}, 0
+
+
+def merge(args):
+    model, tokenizer, name = open_model(args)
+    plain = model.merge_and_unload(safe_merge=True)
+    plain.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"{args.adapter} is written into {name}: {args.out}. Use it as --base {args.out}")
+    return {"base": name, "adapter": args.adapter, "out": args.out}, 0
+
+
+def doctor(args):
+    from .doctor import checks
+    found = []
+    for good, what, advice in checks():
+        print(f"{'ok ' if good else '-> '} {what}{'' if good else f'. {advice}'}")
+        found.append({"ok": good, "what": what, "advice": None if good else advice})
+    return {"checks": found}, 0 if all(check["ok"] for check in found) else 1
+
+
+COMMANDS = {"finetune": finetune, "generate": generate, "evaluate": evaluate, "merge": merge, "doctor": doctor}
+
+
+def main(argv=None):
+    """Returns the exit code: 0 done, 1 an error that you can mend (one line on stderr), 2 wrong usage, 130 stopped by Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = argparse.Namespace(traceback=True, json=False)
+    try:
+        if argv[:1] == ["pretrain"]:
+            from .lm.pretrain import main as pretrain
+            return pretrain(argv[1:]) or 0
+        args = parser().parse_args(argv)
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            result, code = COMMANDS[args.command](args)
+        if args.json:
+            print(json.dumps(result))
+        return code
+    except KeyboardInterrupt:
+        print("\nminipeft: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `minipeft ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"minipeft: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
