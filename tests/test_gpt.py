@@ -211,14 +211,18 @@ def test_sequences_that_would_come_out_wrong_are_refused():
     ids = torch.zeros(1, 9, dtype=torch.long)
     with pytest.raises(ValueError, match="sliding window of 8"):
         GPT(GPTConfig(**SIZES, model_type="mistral", sliding_window=8))(ids)
-    with pytest.raises(ValueError, match="max_position_embeddings 8"):
-        GPT(GPTConfig(**{**SIZES, "max_position_embeddings": 8}, model_type="gpt2"))(ids)
+    short = GPT(GPTConfig(**{**SIZES, "max_position_embeddings": 8}, model_type="gpt2"))
+    for positions in (None, torch.arange(9)[None]):
+        with pytest.raises(ValueError, match="9 tokens are more than max_position_embeddings 8"):
+            short(ids, position_ids=positions)
+    short(ids, position_ids=(torch.arange(9)[None] - 1).clamp(min=0))       # one of them is padding
 
 
 @pytest.mark.parametrize("fields, message", [
     (dict(model_type="lama"), "did you mean 'llama'"),
     (dict(hidden_act="sillu"), "did you mean 'silu'"),
     (dict(num_attention_heads=5), "cannot be shared among 5 heads"),
+    (dict(model_type="qwen2", mlp_bias=True), "qwen2 has no such biases"),
     (dict(num_key_value_heads=3), "not a multiple of num_key_value_heads 3"),
     (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "unknown rope_type 'yarn'"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "lacks low_freq_factor"),
@@ -226,3 +230,15 @@ def test_sequences_that_would_come_out_wrong_are_refused():
 def test_wrong_configurations(fields, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{**SIZES, **fields})
+
+
+def test_compiled():
+    model = GPT(GPTConfig(**SIZES)).eval()
+    ids = torch.randint(0, 61, (2, 7))
+    close(torch.compile(model, backend="aot_eager", fullgraph=True)(ids).logits, model(ids).logits)
+
+
+def test_runs_without_memory():
+    with torch.device("meta"):
+        model, ids = GPT(GPTConfig(**SIZES, model_type="gpt2")), torch.zeros(2, 7, dtype=torch.long)
+        assert model(ids, labels=ids).logits.shape == (2, 7, 61)

@@ -1,6 +1,6 @@
 """The language model: its network, tokenizer, files, text generation, training and evaluation."""
-# All at once, and not when first asked for: `generate`, `train` and `evaluate` are functions and files of the same name,
-# and whichever is bound last wins.
+# All at once, and not when first asked for: `generate`, `train` and `evaluate` are functions and files of one name, and
+# whichever is bound last wins.
 from .data import load_data
 from .evaluate import evaluate
 from .generate import generate

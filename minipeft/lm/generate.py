@@ -82,8 +82,8 @@ def _ends(model, tokenizer=None):
     return {e for e in [*ends, getattr(tokenizer, "eos_token_id", None)] if e is not None}
 
 
-def generate(model, tokenizer, prompts, max_new_tokens=64, temperature=0.0, top_k=None, top_p=None, stop=None, seed=None,
-             stream=False, batch_size=64, adapter_names=None):
+def generate(model, tokenizer, prompts, max_new_tokens=64, temperature=0.0, top_k=None, top_p=None, stop=None,
+             seed=None, stream=False, batch_size=64, adapter_names=None):
     """Continue a prompt (str -> str) or many (list -> list). Returns what comes after each prompt, end token left out.
 
     stop: strings or token ids at which a text ends, themselves left out. seed: makes sampling repeatable. stream: True
@@ -122,7 +122,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=64, temperature=0.0, top_
         return text.endswith("\ufffd") or any(text.endswith(s[:n]) for s in stop for n in range(1, len(s)))
 
     def pieces():
-        shown, order = 0, sorted(range(len(rows)), key=lambda i: len(rows[i]))      # alike lengths together: less padding
+        shown, order = 0, sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
         for start in range(0, len(order), batch_size):
             batch = order[start:start + batch_size]
             names = adapter_names and [adapter_names[i] for i in batch]
@@ -155,9 +155,9 @@ def generate_ids(model, input_ids, attention_mask=None, max_new_tokens=20, do_sa
     if pad_token_id is None:
         pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
     pad = pad_token_id if pad_token_id is not None else min(ends, default=0)
-    columns = []
+    columns, temperature = [], temperature if do_sample else 0.0
     for new in steps(model, rows, max_new_tokens, lambda i, token: token in ends, adapter_names,
-                     temperature=temperature if do_sample else 0.0, top_k=top_k, top_p=top_p, generator=_generator(model, seed)):
+                     temperature=temperature, top_k=top_k, top_p=top_p, generator=_generator(model, seed)):
         columns.append(torch.full_like(input_ids[:, :1], pad))
         for i, token in new:
             columns[-1][i] = token

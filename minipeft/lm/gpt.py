@@ -12,6 +12,7 @@ et al. 2023 (2305.13245); SwiGLU: Shazeer 2020 (2002.05202); GPT-2: Radford et a
 import difflib
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
+               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 ROPE_TYPES = {                                  # the fields of rope_scaling that each kind needs
     "default": (),
     "linear": ("factor",),
@@ -75,6 +71,8 @@ class GPTConfig:
             raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
         if self.is_gpt2:
             self.attention_bias = self.mlp_bias = True
+        elif self.mlp_bias and self.model_type != "llama" or self.attention_bias and self.model_type == "mistral":
+            raise ValueError(f"{self.model_type} has no such biases: transformers could not open it; take llama")
 
     @property
     def is_gpt2(self):
@@ -100,7 +98,7 @@ def nearest(what, value, valid):
 
 
 class Rotary:
-    """Turns positions into the angles of rotary embeddings. Plain tensors, always float32: no weights, nothing saved."""
+    """Turns positions into rotary angles. Plain tensors, always float32: no weights, nothing to save."""
 
     def __init__(self, config):
         h, scaling = config.head_dim, config.rope_scaling or {}
@@ -127,7 +125,7 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q kT / sqrt(h)) v; causal where there is no mask. q (B, H, T, h), k and v (B, K, S, h) -> (B, H, T, h)."""
+    """softmax(q kT / sqrt(h)) v, causal if there is no mask. q (B, H, T, h), k and v (B, K, S, h) -> (B, H, T, h)."""
     T, heads = q.shape[2], q.shape[1] // k.shape[1]
     causal = mask is None and T > 1
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
@@ -206,7 +204,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The body: token ids to what the head reads. `model(input_ids)` is a plain tensor (B, T, d), after the last norm."""
+    """The body: token ids (B, T) to what the head reads, a plain tensor (B, T, d) after the last norm."""
 
     def __init__(self, config):
         super().__init__()
@@ -232,6 +230,9 @@ class Decoder(nn.Module):
             position_ids = torch.arange(P, P + T, device=x.device)[None]                        # (1, T)
         if self.rotary is None:
             cos = sin = None
+            most, longest = self.config.max_position_embeddings, P + T if x.is_meta else int(position_ids.max()) + 1
+            if longest > most:
+                raise ValueError(f"{longest} tokens are more than max_position_embeddings {most}")
             x = x + self.embed_positions(position_ids)
         else:
             cos, sin = self.rotary(position_ids)
@@ -248,8 +249,6 @@ class Decoder(nn.Module):
         S, window = P + T, self.config.sliding_window
         if window is not None and S > window:
             raise ValueError(f"{S} tokens are more than this model's sliding window of {window}: not supported")
-        if self.rotary is None and S > self.config.max_position_embeddings:
-            raise ValueError(f"{S} tokens are more than max_position_embeddings {self.config.max_position_embeddings}")
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         if attention_mask is not None and attention_mask.shape != (B, S):
@@ -303,10 +302,9 @@ class GPT(nn.Module):
             labels = F.pad(labels[:, 1:], (0, 1), value=-100)               # position t predicts token t + 1
             if labels_only:
                 x, labels = x[labels != -100], labels[labels != -100]       # (N, d), (N,)
-        if logits_to_keep:
+        if logits_to_keep and x.dim() == 3:
             x, labels = x[:, -logits_to_keep:], None if labels is None else labels[:, -logits_to_keep:]
-        logits = self.lm_head(x)
-        loss = None
+        logits, loss = self.lm_head(x), None
         if labels is not None:
             loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100)
         return Output(logits, loss, tuple(present) if present is not None else None)

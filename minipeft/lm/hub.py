@@ -1,8 +1,8 @@
-"""Models on disk: Hugging Face's layout both ways, so that what is saved here opens in transformers, and the other way round.
+"""Models on disk in Hugging Face's layout: what is saved here opens in transformers, and the other way round.
 
 A folder holds config.json and model.safetensors, or the shards that model.safetensors.index.json lists. A file's header
-gives every tensor's name and shape, so everything is checked before a single weight is read; then the model, built without
-memory on torch's "meta" device, is filled tensor by tensor: never much more than one copy of the weights is in memory.
+gives every tensor's name and shape, so all is checked before a single weight is read. Then the model, built without
+memory on torch's "meta" device, is filled tensor by tensor: there is never much more than one copy of the weights.
 """
 import difflib
 import json
@@ -30,7 +30,8 @@ RENAMED["gpt2"] = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num
                    "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
                    "hidden_act": "activation_function", "norm_eps": "layer_norm_epsilon"}
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")       # never left out
-LLAMA_ONLY = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "attention_bias", "mlp_bias", "sliding_window")
+LLAMA_ONLY = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "attention_bias", "mlp_bias",
+              "sliding_window")
 # What transformers takes for a field that config.json leaves out, where GPTConfig would take something else.
 ABSENT = {kind: {"norm_eps": 1e-6, "tie_word_embeddings": False, **more} for kind, more in {
     "llama": {"max_position_embeddings": 2048}, "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -111,8 +112,8 @@ def _to_ours(theirs):
     if missing := [name[field] for field in SIZES if field not in ours]:
         raise ValueError(f"{', '.join(missing)} missing")
     ours = {**ABSENT[kind], **ours}
-    ours["intermediate_size"] = ours.get("intermediate_size") or 4 * ours["hidden_size"]    # GPT-2's n_inner may be null
-    # Newer files have one dict, rope_parameters; older ones have rope_theta, and rope_scaling with "rope_type" or "type".
+    ours["intermediate_size"] = ours.get("intermediate_size") or 4 * ours["hidden_size"]    # GPT-2: may be null
+    # Newer files have one dict, rope_parameters; older ones rope_theta, and rope_scaling with "rope_type" or "type".
     rope = dict(theirs.get("rope_parameters") or theirs.get("rope_scaling") or {})
     ours["rope_theta"] = rope.pop("rope_theta", theirs.get("rope_theta") or 10000.0)
     old_name = rope.pop("type", "default")
@@ -138,7 +139,7 @@ def _to_theirs(config, dtype):
 
 
 def _layout(model):
-    """{name in the file: the model's parameters that it holds}: one, or q, k and v in GPT-2's c_attn. A tied head: none."""
+    """{name in the file: the parameters that it holds}: one, or q, k and v for GPT-2's c_attn. No tied head."""
     layout = {}
     for name, _ in model.named_parameters():
         key = name
@@ -165,14 +166,15 @@ def _open(file):
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ModelFileError(f"{file} ({file.stat().st_size:,} bytes) is cut short or damaged, fetch it again: {error}") from None
+        size = file.stat().st_size
+        raise ModelFileError(f"{file} ({size:,} bytes) is cut short or damaged, fetch it again: {error}") from None
 
 
 def _weight_files(folder):
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"no {WEIGHTS} and no {INDEX} in {folder} (other formats, pickles above all, are not read)")
+        raise FileNotFoundError(f"no {WEIGHTS} or {INDEX} in {folder} (other formats, pickles above all, are not read)")
     try:
         shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -183,7 +185,7 @@ def _weight_files(folder):
 
 
 def _locate(folder, model, layout):
-    """{key: (file, its name there)}, after checking every name and shape against the model: one error lists all faults."""
+    """{key: (file, its name there)}, after every name and shape is checked: one error lists all that is wrong."""
     config, parameters = model.config, dict(model.named_parameters())
     shapes = {key: tuple(_pack(key, [parameters[n] for n in names], config).shape) for key, names in layout.items()}
     where, unexpected, wrong = {}, [], []
@@ -218,7 +220,7 @@ def load_pretrained(name=None, dtype=None, device=None):
     where = _locate(folder, model, layout)
     for key, names in tqdm(layout.items(), desc=f"loading {base_name(name)}", delay=3):
         file, stored = where[key]
-        with _open(file) as weights:                    # opened anew each time: else every page read so far stays in memory
+        with _open(file) as weights:                    # opened anew each time: else all that was read stays in memory
             parts = _unpack(key, weights.get_tensor(stored), len(names), config)
             for ours, part in zip(names, parts):
                 module, _, attribute = ours.rpartition(".")
@@ -230,22 +232,23 @@ def load_pretrained(name=None, dtype=None, device=None):
 
 
 def save_pretrained(model, folder, tokenizer=None):
-    """Write config.json, model.safetensors and, if given, the tokenizer's files. Raises ValueError for an adapted model."""
+    """Write config.json, model.safetensors and the tokenizer's files, if given. ValueError: the model is adapted."""
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     config = replace(model.config, tie_word_embeddings=tied)
     with torch.device("meta"):
         plain = GPT(config)
     shapes = lambda m: {name: p.shape for name, p in m.named_parameters()}
     if shapes(plain) != shapes(model):
-        odd = sorted(set(shapes(model).items()) ^ set(shapes(plain).items()))[:3]
-        raise ValueError(f"this is no longer a plain GPT ({', '.join(name for name, _ in odd)} ...): merge_and_unload() "
-                         "its adapters first, or save those alone")
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = {key: _pack(key, [parameters[n] for n in names], config).contiguous() for key, names in _layout(plain).items()}
+        odd, _ = min(set(shapes(model).items()) ^ set(shapes(plain).items()))
+        raise ValueError(f"this is no longer a plain GPT (look at {odd}): merge_and_unload() its adapters first, "
+                         "or save those alone")
+    have = {name: p.detach() for name, p in model.named_parameters()}
+    tensors = {key: _pack(key, [have[n] for n in names], config).contiguous() for key, names in _layout(plain).items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / (WEIGHTS + ".part"), metadata={"format": "pt"})     # beside; renamed when all is written
-    (folder / "config.json.part").write_text(json.dumps(_to_theirs(config, model.dtype), indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / (WEIGHTS + ".part"), metadata={"format": "pt"})     # beside, renamed when all is there
+    text = json.dumps(_to_theirs(config, model.dtype), indent=2) + "\n"
+    (folder / "config.json.part").write_text(text, encoding="utf-8")
     for file in (WEIGHTS, "config.json"):
         os.replace(folder / (file + ".part"), folder / file)
     if tokenizer is not None:
