@@ -85,7 +85,8 @@ def resolve(name=None):
         raise FileNotFoundError(
             f"no model {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}: it is not a folder, not in "
             f"{cache_folder()}, and Hugging Face's hub did not give it ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0]}). Without a network, copy its folder to {cache_folder() / name} or give its path.") from error
+            f"{(str(error).splitlines() or [''])[0]}). Without a network, copy its folder to {cache_folder() / name} "
+            "or give its path.") from error
 
 
 def read_config(folder):
