@@ -1,0 +1,134 @@
+"""What the base can do, measured: it tells a story, recalls the register, copies what it read a moment ago, and cannot do the tasks.
+
+    python benchmarks/gates.py [--base FOLDER] [--quick]       writes benchmarks/results/gates.json
+
+`tests/test_base.py` measures the same on fewer examples, on the shipped weights.
+"""
+import argparse
+import json
+import random
+import re
+from collections import Counter
+
+import torch
+from record import save, where_and_when
+
+from minipeft.lanternwick import words
+from minipeft.lanternwick.documents import ATTRIBUTES, crowd, heldout_questions, sections, stream, strangers
+from minipeft.lanternwick.register import register
+from minipeft.lanternwick.tasks import load_task
+from minipeft.lm import evaluate, generate, load_pretrained, load_tokenizer
+
+TASKS = ("mood", "records", "sql", "voice", "extract", "newcomers")
+
+
+def share(hits):
+    """Per cent, with one digit."""
+    hits = list(hits)
+    return round(100 * sum(hits) / len(hits), 1)
+
+
+def answers(model, tokenizer, prefixes, wanted):
+    """Whether the model's greedy continuation of each prefix begins with the wanted answer."""
+    longest = max(len(tokenizer.encode(answer)) for answer in wanted)
+    said = generate(model, tokenizer, [prefix.rstrip(" ") for prefix in prefixes], max_new_tokens=longest + 2)
+    plain = lambda text: re.sub(r"^(an?|the) ", "", text.strip(" \"'").lower())
+    return [bool(re.match(re.escape(plain(answer)) + r"\b", plain(text))) for text, answer in zip(said, wanted)]
+
+
+def copies(model, tokenizer, documents=150, seed=1):
+    """Questions about strangers who were introduced a sentence before: per cent answered, in all and by the number of people."""
+    rng = random.Random(f"gate {seed}")
+    rows = [(len(doc.meta["people"]), doc.text[:start], answer)
+            for doc in (strangers(rng) for _ in range(documents)) for start, answer in doc.meta["answers"]]
+    right = answers(model, tokenizer, [row[1] for row in rows], [row[2] for row in rows])
+    by_count = {f"{n} people": share(r for r, row in zip(right, rows) if row[0] == n) for n in sorted({row[0] for row in rows})}
+    return {"all": share(right), **by_count, "questions": len(rows)}
+
+
+def recalls(model, tokenizer):
+    """The register, each fact asked for in the one phrasing that the pretraining text never put to that resident: per cent right."""
+    rows = heldout_questions()
+    right = answers(model, tokenizer, [f"Question: {row['question']} Answer:" for row in rows], [row["answer"] for row in rows])
+    return {a: share(r for r, row in zip(right, rows) if row["attribute"] == a) for a in ATTRIBUTES}
+
+
+def told_things(text):
+    """[(adjective, noun)] of all things that a text names with their adjective."""
+    known = {(adjective, noun) for noun, adjectives in words.ADJECTIVES.items() for adjective in adjectives}
+    tokens = re.findall(r"[a-z-]+", text.lower())
+    return [pair for pair in zip(tokens, tokens[1:]) if pair in known]
+
+
+def tracks(model, tokenizer, stories=100, seed=1):
+    """Lost-and-found stories, begun by the grammar and ended by the model: does it keep to its people and its thing?
+
+    The beginning is cut where the thing and its owner have been named. `thing`: the thing is named again, whenever its noun
+    comes with an adjective it is the same adjective, and the last thing named is the lost one. `names`: whoever is named is
+    somebody of the beginning, or one of as many newcomers as the grammar's own ending has; and the owner is not forgotten.
+    `both` is the gate. Greedy, so a score can be repeated."""
+    rng = random.Random(f"gate {seed}")
+    lost = [s for s in sections("stories").values() if s.kind == "lost"]
+    every_name = set(words.GENDER) | set(register().by_name)
+    names = lambda text: {w for w in re.findall(r"[A-Z][a-z]+", text) if w in every_name}
+    rows = []
+    while len(rows) < stories:
+        told = rng.choice(lost).render(rng)
+        thing, owner = told.things["X"], told.cast["A"].name
+        sentences = re.split(r'(?<=[.!?]"|..[.!?]) ', told.text)
+        seen, k = "", 0
+        while k < len(sentences) and not (" ".join(thing) in seen and owner in seen and k >= 2):
+            seen, k = " ".join(sentences[:k + 1]), k + 1
+        rest = " ".join(sentences[k:])
+        if thing[1] in rest and len(told_things(rest)) and told_things(rest)[-1] == thing:     # the grammar itself passes
+            rows.append((seen, rest, thing, owner))
+    endings = generate(model, tokenizer, [row[0] for row in rows], max_new_tokens=160)
+    results = []
+    for (seen, rest, thing, owner), ending in zip(rows, endings):
+        things = told_things(ending)
+        same = all(pair == thing for pair in things if pair[1] == thing[1])
+        kept = bool(things) and things[-1] == thing and same
+        new, allowed = names(ending) - names(seen), len(names(rest) - names(seen))
+        people = len(new) <= allowed and (owner in ending or owner not in rest)
+        results.append((kept, people))
+    return {"thing": share(k for k, _ in results), "names": share(p for _, p in results),
+            "both": share(k and p for k, p in results), "stories": len(rows)}, [s + " |" + e for (s, *_), e in zip(rows, endings)]
+
+
+def unseen_outputs(tokenizer, documents=60_000):
+    """Tokens that some task must output and the pretraining text (a sample of it) does not hold."""
+    texts = stream()
+    seen = Counter(i for ids in tokenizer.encode_batch(next(texts).text for _ in range(documents)) for i in ids)
+    needed = {i for name in TASKS for split in ("train", "valid", "test")
+              for ids in tokenizer.encode_batch(e.completion for e in getattr(load_task(name), split)) for i in ids}
+    return sorted(tokenizer.raw.id_to_token(i) for i in needed - seen.keys())
+
+
+def zero_shot(model, tokenizer, limit=None):
+    """Each task's own metric without any training, beside the floor (the best constant answer)."""
+    out = {}
+    for name in TASKS:
+        task = load_task(name)
+        out[name] = {"score": round(evaluate(model, tokenizer, task, limit=limit, progress=False)[task.metric], 1), "floor": task.floor}
+    return out
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default="lanternwick")
+    parser.add_argument("--quick", action="store_true", help="fewer examples, nothing written")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    model, tokenizer = load_pretrained(given.base), load_tokenizer(given.base)
+    few = given.quick
+    tracked, stories = tracks(model, tokenizer, 40 if few else 200)
+    result = {"copies": copies(model, tokenizer, 60 if few else 400), "recalls": recalls(model, tokenizer), "tracks": tracked,
+              "unseen_outputs": unseen_outputs(tokenizer, 5000 if few else 60_000),
+              "zero_shot": zero_shot(model, tokenizer, 64 if few else None), "stories": stories[:3]}
+    print(json.dumps(result, indent=1))
+    if not few:
+        save("gates", {**where_and_when(), **result})
+
+
+if __name__ == "__main__":
+    main()
