@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/ready
+SETTINGS := .venv/share/jupyter/lab/settings
 # Extra arguments for pytest, say: make test ARGS="-x -k lora"
 ARGS ?=
 
@@ -25,6 +26,7 @@ $(READY): pyproject.toml
 		($(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	mkdir -p $(SETTINGS) && cp chapters/.jupyterlab.json $(SETTINGS)/overrides.json
 	touch $@
 
 lab: $(READY)

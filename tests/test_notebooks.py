@@ -122,7 +122,7 @@ def test_images_have_words_beside_them(chapter):
     """Each figure is followed by a sentence on what to see."""
     for at, cell in enumerate(chapter.cells):
         if cell.cell_type == "code" and any("image/png" in output.get("data", {}) for output in cell.outputs):
-            assert any(near.cell_type == "markdown" for near in chapter.cells[at + 1:at + 2]), cell.source
+            assert any(near.cell_type == "markdown" for near in chapter.cells[at + 1:at + 3]), cell.source
 
 
 def test_links_to_files_hold(path, chapter):

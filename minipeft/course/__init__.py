@@ -6,7 +6,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 from . import check, figures  # noqa: E402
 from .claims import claim  # noqa: E402
-from .figures import table  # noqa: E402
+from .figures import about, table  # noqa: E402
 from .show import show  # noqa: E402
 
-__all__ = ["check", "claim", "figures", "show", "table"]
+__all__ = ["about", "check", "claim", "figures", "show", "table"]

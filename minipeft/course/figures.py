@@ -3,7 +3,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import StrMethodFormatter
 
 # Okabe and Ito's palette (2008), made to be told apart with any kind of colour vision; yellow last, as it is pale.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
@@ -29,7 +29,7 @@ def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=Fals
     if logx:
         ax.set_xscale("log", base=2 if logx == 2 else 10)
     if logx == 2:
-        ax.xaxis.set_major_formatter(ScalarFormatter())  # 1, 2, 4 rather than powers
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 1, 2, 4 rather than powers
     if logy:
         ax.set_yscale("log")
     ax.set(**limits)
@@ -112,6 +112,11 @@ def heat(values, rows: list, columns: list, title: str, xlabel: str, ylabel: str
         ax.text(j, i, form.format(value), ha="center", va="center", color="white" if value < middle else "black")
     ax.grid(visible=False)
     done(ax)
+
+
+def about(number: float, form: str = "{:.2f}") -> str:
+    """A number that training has made: its last digits depend on the processor. `≈` says so, to readers and to the tests."""
+    return "≈ " + form.format(number)
 
 
 def table(rows: list, header: list) -> Markdown:
