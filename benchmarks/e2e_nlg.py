@@ -1,0 +1,112 @@
+"""Real data, real models: fine-tune on the E2E NLG Challenge (Novikova et al. 2017), the data of the LoRA paper's GPT-2 table.
+
+    python benchmarks/e2e_nlg.py                     # both bases; writes benchmarks/results/e2e_nlg.json after every run
+    python benchmarks/e2e_nlg.py --base stories260K  # one of them; runs that are already in the file are not run again
+
+Full fine-tuning, LoRA at two ranks on every linear layer, and the same network from random weights: equal steps, equal batches, two
+seeds. The rate is chosen by the loss on validation data after one short run a rate. BLEU (sacrebleu, mixed case) is that of greedy
+texts for the test set's meaning representations, against all their references.
+"""
+import argparse
+import json
+import time
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from common import RESULTS, facts, save
+
+from minipeft import LoraConfig, get_peft_model
+from minipeft.lm import GPT, evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm.data import Batches, room
+
+METHODS = {"full": (1e-3, 3e-3, 1e-2), "lora r=8": (3e-3, 1e-2, 3e-2), "lora r=1": (3e-3, 1e-2, 3e-2), "random init": (1e-3, 3e-3, 1e-2)}
+BATCH, SHOWN = 16, (0, 200, 600)  # examples a step; the test records whose texts are kept
+
+
+def make(base, method, seed):
+    torch.manual_seed(seed)
+    model = load_pretrained(base)
+    if method == "random init":
+        model = GPT(model.config)
+    if method.startswith("lora"):
+        r = int(method.split("=")[1])
+        model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
+    return model
+
+
+def one_run(task, base, tokenizer, batches, method, lr, seed, steps, limit=None, final=True):
+    """Train and judge; a short run (final=False) is judged by its validation loss alone."""
+    model, rows = make(base, method, seed), batches(seed)
+    started, used = time.perf_counter(), time.process_time()
+    history = train(model, rows, steps=steps, lr=lr, warmup=min(20, steps // 5), seed=seed, bf16=True)
+    run = {"base": base, "method": method, "lr": lr, "seed": seed, "steps": steps,
+           "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+           "train_loss": round(sum(history.losses[-20:]) / len(history.losses[-20:]), 4), "stopped": history.stopped,
+           "train_minutes": round((time.perf_counter() - started) / 60, 2), "train_cpu_minutes": round((time.process_time() - used) / 60, 2)}
+    run["valid_loss"] = round(evaluate(model, tokenizer, task, split="valid", limit=limit or 200, generate=False)["loss"], 4)
+    if final:
+        result = evaluate(model, tokenizer, task, split="test", limit=limit, predictions=True)
+        run |= {"test_loss": round(result["loss"], 4), "bleu": result["bleu"], "test_records": result["examples"],
+                "minutes": round((time.perf_counter() - started) / 60, 2),
+                "samples": [result["predictions"][i].strip() for i in SHOWN if i < result["examples"]]}
+    return run
+
+
+def table(record):
+    """One line a base and method, means over the seeds."""
+    lines = [f"{'base':12} {'method':12} {'rate':>6} {'trained':>10} {'test loss':>9} {'BLEU, each seed':>16} {'minutes of CPU':>15}"]
+    for base in dict.fromkeys(run["base"] for run in record["runs"]):
+        for method in METHODS:
+            if runs := [r for r in record["runs"] if (r["base"], r["method"]) == (base, method)]:
+                mean = lambda key: sum(run[key] for run in runs) / len(runs)
+                lines.append(f"{base:12} {method:12} {runs[0]['lr']:6g} {runs[0]['trained']:10,} {mean('test_loss'):9.3f} "
+                             f"{', '.join(str(round(run['bleu'], 1)) for run in runs):>16} "
+                             f"{mean('train_cpu_minutes'):15.1f}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", nargs="+", default=["lanternwick", "stories260K"], help="names or folders of base models")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--sweep-steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--limit", type=int, help="only so many validation and test records (default: 200 and all)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "e2e_nlg.json")
+    given = parser.parse_args(argv)
+    task = load_data("e2e_nlg")
+    record = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"sweep": [], "runs": []}
+    record = facts() | {key: record[key] for key in ("sweep", "runs")} | {
+        "task": task.description, "train_texts": len(task.train), "batch_size": BATCH, "alpha": "2 r", "targets": "all-linear",
+        "schedule": "20 steps of warm-up, cosine; AdamW; bf16 autocast", "decoding": "greedy",
+        "shown": [{"prompt": task.test[i].prompt, "references": task.test[i].meta["references"]} for i in SHOWN]}
+
+    def once(where, **job):
+        """Do a run, unless the file has it."""
+        found = [run for run in record[where] if all(run[key] == value for key, value in job.items())]
+        if not found:
+            print(where, job, flush=True)
+            found = [run := partial(one_run, task, tokenizer=tokenizer, batches=batches, limit=given.limit, final=where == "runs")(**job)]
+            run["commit"] = record["commit"]
+            record[where].append(run)
+            save(given.out, record)
+        return found[0]
+
+    for base in given.base:
+        tokenizer = load_tokenizer(base)
+        longest = room(load_pretrained(base))
+        batches = cache(lambda seed: Batches(task.train, tokenizer, BATCH, seed=seed, max_length=longest, bucket=True))
+        rates = {}
+        for seed in given.seeds:  # the first seed of every method first
+            for method, choices in METHODS.items():
+                if method not in rates:
+                    short = [once("sweep", base=base, method=method, lr=lr, seed=0, steps=given.sweep_steps) for lr in choices]
+                    rates[method] = min((run for run in short if not run["stopped"]), key=lambda run: run["valid_loss"])["lr"]
+                once("runs", base=base, method=method, lr=rates[method], seed=seed, steps=given.steps)
+    save(given.out, record)
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main()
