@@ -1,4 +1,4 @@
-"""The command `minipeft`: pretrain, finetune, generate, evaluate, merge, doctor. What is heavy is imported where it is used."""
+"""The command `minipeft`: pretrain, finetune, generate, evaluate, merge, doctor. Heavy imports stand where they are used."""
 import argparse
 import contextlib
 import difflib
@@ -17,10 +17,11 @@ Start with:
   minipeft evaluate --data sql --adapter my-adapter
   minipeft merge --adapter my-adapter --out my-model  write it into the weights: a plain model again"""
 
-FINETUNE = """Train a model on data, all of it or a small adapter beside it, and save the adapter in Hugging Face PEFT's format.
+FINETUNE = """Train a model on data, all of it or a small adapter beside it. Adapters are saved in Hugging Face PEFT's format.
 
-Data: a task of Lanternwick (mood, records, sql, voice, extract, newcomers), a real data set (e2e_nlg, sentence_polarity,
-tinyshakespeare; fetched on first use), or your own file: my.txt, or my.jsonl with {"prompt": ..., "completion": ...} lines.
+Data: a task of Lanternwick (mood, records, sql, voice, extract, newcomers), a real data set (e2e_nlg,
+sentence_polarity, tinyshakespeare; fetched on first use), or your own file: my.txt, or my.jsonl with lines of
+{"prompt": ..., "completion": ...} or {"text": ...}.
 Ctrl-C stops and saves; the same command goes on where it stopped, to the same weights as without the stop."""
 
 FINETUNE_EXAMPLES = """examples:
@@ -38,7 +39,8 @@ class UserError(ValueError):
 
 def nearest(what, value, valid):
     close = difflib.get_close_matches(value, valid, n=1)
-    raise UserError(f"{what} {value!r}{f' (did you mean {close[0]}?)' if close else ''}: expected one of {', '.join(valid)}")
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise UserError(f"{what} {value!r}{hint}: expected one of {', '.join(valid)}")
 
 
 def parser():
@@ -49,37 +51,38 @@ def parser():
         sub = commands.add_parser(name, help=help, description=description or help, epilog=epilog,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
         if model:
-            sub.add_argument("--base", help="the model: a name (lanternwick), a folder in Hugging Face's layout, or a hub name. "
+            sub.add_argument("--base", help="the model: lanternwick, a folder in Hugging Face's layout, or a hub name. "
                              "Default: the one an adapter was made for, else MINIPEFT_BASE, else lanternwick")
             sub.add_argument("--device", help="cpu, cuda, mps; default: a GPU if there is one")
-        sub.add_argument("--json", action="store_true", help="print the result as one JSON object, everything else on stderr")
+        sub.add_argument("--json", action="store_true", help="the result as one JSON object, all else on stderr")
         sub.add_argument("--traceback", action="store_true", help="on an error, show where in the code it happened")
         return sub
 
-    commands.add_parser("pretrain", add_help=False, help="make the base model from nothing (hours; all options: minipeft pretrain --help)")
+    commands.add_parser("pretrain", add_help=False, help="make the base model from nothing (options: pretrain --help)")
     tune = add("finetune", "train an adapter, or the whole model, on data", FINETUNE, FINETUNE_EXAMPLES)
     tune.add_argument("--data", required=True, help="a task's name, or a .txt or .jsonl file")
     tune.add_argument("--out", required=True, help="folder for the result")
     tune.add_argument("--method", default="lora", help="lora, another adapter, or full (default: %(default)s)")
-    tune.add_argument("--r", type=int, help="rank: how many directions a layer may change in (default: the method's own, 8 for LoRA)")
+    tune.add_argument("--r", type=int, help="rank: in how many directions a layer may change (default: the method's)")
     tune.add_argument("--alpha", type=float, help="the change is scaled by alpha / r (default: 2 r)")
-    tune.add_argument("--targets", help="layers that get an adapter, as q_proj,v_proj; or all-linear (LoRA's default here)")
-    tune.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the method, value as JSON")
-    tune.add_argument("--lr", type=float, help="peak learning rate. Small models want more, adapters ten times full fine-tuning's "
-                      "(default: lanternwick 1e-2, full 3e-3; other bases 2e-4, full 2e-5)")
+    tune.add_argument("--targets", help="layers with an adapter, as q_proj,v_proj; or all-linear (LoRA's default)")
+    tune.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                      help="any other field of the method's configuration, its value as JSON")
+    tune.add_argument("--lr", type=float, help="peak learning rate; small models want more, adapters more than full "
+                      "fine-tuning (default: lanternwick 1e-2, full 3e-3; other bases 2e-4, full 2e-5)")
     tune.add_argument("--steps", type=int, default=300, help="batches to train on (default: %(default)s)")
     tune.add_argument("--batch-size", type=int, default=16, help="rows in a batch (default: %(default)s)")
-    tune.add_argument("--accumulate", type=int, default=1, help="batches a step, for large ones in little memory (default: %(default)s)")
+    tune.add_argument("--accumulate", type=int, default=1, help="batches a step, to save memory (default: %(default)s)")
     tune.add_argument("--bf16", action="store_true", help="compute in 16 bits: faster on a GPU and on newer processors")
     tune.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
-    tune.add_argument("--limit", type=int, default=200, help="test examples for the final score, 0 for none (default: %(default)s)")
+    tune.add_argument("--limit", type=int, default=200, help="test examples for the score, 0 for none (default: 200)")
     tune.add_argument("--restart", action="store_true", help="begin anew where --out holds an unfinished run")
 
-    text = add("generate", "continue a prompt", 'Continue a prompt; "\\n" in it is a new line. Without a prompt it is read from stdin.')
+    text = add("generate", "continue a prompt", 'Continue a prompt, or what stdin says. "\\n" in it is a new line.')
     text.add_argument("prompt", nargs="?")
     text.add_argument("--adapter", help="folder of an adapter")
     text.add_argument("--max-new-tokens", type=int, default=100, help="at most so many (default: %(default)s)")
-    text.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest word; 1: as the model believes (default: 0)")
+    text.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word; 1: as the model believes")
     text.add_argument("--top-k", type=int, help="choose among the k likeliest only")
     text.add_argument("--top-p", type=float, help="choose among the likeliest that together have this probability")
     text.add_argument("--seed", type=int, help="makes sampling repeatable")
@@ -95,11 +98,11 @@ def parser():
     merge.add_argument("--adapter", required=True, help="folder of the adapter")
     merge.add_argument("--out", required=True, help="folder for the merged model, in Hugging Face's layout")
 
-    add("doctor", "check this machine: packages, the base model's files, memory, disk, GPU; says what to do", model=False)
+    add("doctor", "check packages, the base model, memory, disk and GPU, and say what to do", model=False)
     return top
 
 
-# ---- what the commands share ----------------------------------------------------------------------------------------------------
+# ---- what the commands share ---------------------------------------------------------------------------------------
 
 def device(args):
     import torch
@@ -152,11 +155,11 @@ def adapter_config(args):
     return method(**options)
 
 
-def show(prompt, text, wanted=None):
-    print(f"\n{prompt}\n  said   {' '.join(text.split())[:200]}" + (f"\n  wanted {' '.join(wanted.split())[:200]}" if wanted else ""))
+def show(prompt, text, wanted):
+    print(f"\n{prompt}\n  said   {' '.join(text.split())[:200]}\n  wanted {' '.join(wanted.split())[:200]}")
 
 
-# ---- the commands ---------------------------------------------------------------------------------------------------------------
+# ---- the commands --------------------------------------------------------------------------------------------------
 
 def finetune(args):
     import torch
@@ -171,17 +174,19 @@ def finetune(args):
     torch.manual_seed(args.seed)
     if not full:
         model = get_peft_model(model, config)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
-    print(f"{name}, {args.method}: {count[0]:,} of {count[1]:,} parameters are trained, rate {args.lr:g}, {len(task.train):,} examples")
-    history = train(model, task, tokenizer=tokenizer, steps=args.steps, batch_size=args.batch_size, lr=args.lr, bf16=args.bf16,
-                    warmup=min(20, args.steps // 10), accumulate=args.accumulate, seed=args.seed, folder=out / "training",
-                    resume=not args.restart)
+    trained, everything = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    print(f"{name}, {args.method}: {trained:,} of {everything:,} parameters are trained, rate {args.lr:g}, "
+          f"{len(task.train):,} examples")
+    history = train(model, task, tokenizer=tokenizer, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
+                    warmup=min(20, args.steps // 10), accumulate=args.accumulate, bf16=args.bf16, seed=args.seed,
+                    folder=out / "training", resume=not args.restart)
     model.save_pretrained(out, **({"tokenizer": tokenizer} if full else {}))
     print(f"{history}\nsaved in {out}" + (": the same command goes on" if history.stopped == "interrupted" else ""))
     if history.stopped == "diverged":
-        raise UserError(f"the loss became infinite after {history.steps} steps: try a smaller --lr than {args.lr:g}, with --restart")
-    result = {"base": name, "data": args.data, "method": args.method, "trained": count[0], "parameters": count[1], "lr": args.lr,
-              "steps": history.steps, "stopped": history.stopped, "loss": history.losses[-1], "seconds": round(history.seconds, 1),
+        raise UserError(f"the loss became infinite after {history.steps} steps: try a smaller --lr, with --restart")
+    result = {"base": name, "data": args.data, "method": args.method, "trained": trained, "parameters": everything,
+              "lr": args.lr, "steps": history.steps, "stopped": history.stopped, "loss": history.losses[-1],
+              "seconds": round(history.seconds, 1),
               "tokens_per_second": round(history.tokens_per_second), "out": str(out)}
     if args.limit and not history.stopped:
         scores = evaluate(model, tokenizer, task, limit=args.limit, predictions=task.score is not None)
@@ -193,7 +198,7 @@ def finetune(args):
 
 
 def table(scores):
-    return "\n".join(f"{name:12}{value:>10,}" if isinstance(value, int) else f"{name:12}{value:>10.2f}" for name, value in scores.items())
+    return "\n".join(f"{name:12}{value:>10{',' if isinstance(value, int) else '.2f'}}" for name, value in scores.items())
 
 
 def generate(args):
@@ -202,8 +207,8 @@ def generate(args):
     model, tokenizer, name = open_model(args)
     pieces = [prompt]
     print(prompt, end="", flush=True)
-    write(model, tokenizer, prompt, args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-          seed=args.seed, stream=lambda piece: (pieces.append(piece), print(piece, end="", flush=True)))
+    write(model, tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, seed=args.seed,
+          stream=lambda piece: (pieces.append(piece), print(piece, end="", flush=True)))
     print()
     return {"base": name, "prompt": prompt, "completion": "".join(pieces[1:])}, 0
 
@@ -241,7 +246,7 @@ COMMANDS = {"finetune": finetune, "generate": generate, "evaluate": evaluate, "m
 
 
 def main(argv=None):
-    """Returns the exit code: 0 done, 1 an error that you can mend (one line on stderr), 2 wrong usage, 130 stopped by Ctrl-C."""
+    """Returns the exit code: 0 done; 1 something to mend, in one line on stderr; 2 wrong usage; 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     args = argparse.Namespace(traceback=True, json=False)
     try:

@@ -6,8 +6,8 @@ import platform
 import shutil
 import sys
 
-NEEDED = {"torch": "2.4", "numpy": "1.26", "tokenizers": "0.20", "safetensors": "0.4.3", "tqdm": "4.66", "matplotlib": "3.8",
-          "jupyterlab": "4.2", "sacrebleu": "2.4"}
+NEEDED = {"torch": "2.4", "numpy": "1.26", "tokenizers": "0.20", "safetensors": "0.4.3", "tqdm": "4.66",
+          "matplotlib": "3.8", "jupyterlab": "4.2", "sacrebleu": "2.4"}
 FOR_TESTS = ("pytest", "nbval", "hypothesis", "transformers", "peft", "bitsandbytes")
 
 
@@ -26,8 +26,8 @@ def packages():
         found = version(name)
         good = found is not None and numbers(found) >= numbers(least)
         yield good, f"{name} {found or 'is not installed'}", f"{least} or newer is needed: pip install '{name}>={least}'"
-    absent = [name for name in FOR_TESTS if version(name) is None]
-    yield not absent, f"for the tests and some chapters: {', '.join(absent) + ' missing' if absent else 'all there'}", "pip install -e '.[test]'"
+    absent = ", ".join(name for name in FOR_TESTS if version(name) is None)
+    yield not absent, f"for tests and some chapters: {absent or 'all'} {'missing' if absent else 'there'}", "pip install -e '.[test]'"
 
 
 def base():
@@ -39,9 +39,9 @@ def base():
         return
     for wanted, name in (line.split() for line in sums.read_text().splitlines()):
         path = sums.parent / name.lstrip("*")
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        yield (found == wanted, f"base model: {path.name} {'is as shipped' if found == wanted else 'is missing' if not found else 'was changed'}",
-               "`git checkout data/base` brings it back")
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
+        state = {wanted: "is as shipped", "absent": "is missing"}.get(found, "was changed")
+        yield (found == wanted, f"base model: {path.name} {state}", "`git checkout data/base` brings it back")
 
 
 def memory():
@@ -62,13 +62,16 @@ def machine():
     import torch
     from .lm.hub import cache_folder
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    yield threads <= cores, f"{threads} threads on {cores} processors", f"more threads than processors slow each other down: OMP_NUM_THREADS={cores}"
+    yield (threads <= cores, f"{threads} threads on {cores} processors",
+           f"threads beyond the processors are in each other's way: set OMP_NUM_THREADS={cores}")
     if (found := memory()) is not None:
-        yield found[0] > 2e9, f"memory: {found[0] / 1e9:.1f} GB free of {found[1] / 1e9:.1f} GB", "a chapter needs up to 2 GB: close something"
+        yield (found[0] > 2e9, f"memory: {found[0] / 1e9:.1f} GB free of {found[1] / 1e9:.1f} GB",
+               "a chapter needs up to 2 GB: close something")
     folder = cache_folder()
     place = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(place).free
-    yield free > 1e9, f"disk: {free / 1e9:.1f} GB free for {folder}", "real data and models want 1 GB: make room, or set MINIPEFT_CACHE elsewhere"
+    yield (free > 1e9, f"disk: {free / 1e9:.1f} GB free for {folder}",
+           "real data and models want 1 GB: make room, or set MINIPEFT_CACHE to another place")
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         yield True, f"GPU: {torch.cuda.get_device_name(0)}, {total / 1e9:.0f} GB", ""

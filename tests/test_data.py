@@ -219,7 +219,7 @@ def test_own_text_by_line(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"", "a.txt is empty"),
     ("a.txt", b"  \n \n", "a.txt is empty"),
-    ("a.txt", b"fine\nfine\ncaf\xe9\n", "a.txt, line 3: not UTF-8 .byte 0xe9 at byte 4.*iconv"),
+    ("a.txt", b"fine\nfine\ncaf\xe9\n", "a.txt, line 3: not UTF-8 .0xe9 at byte 4.*iconv"),
     ("a.txt", "zwei\n".encode("utf-16"), "a.txt, line 1: not UTF-8"),
     ("a.txt", b"one\ntw\0o\n", "a.txt, line 2: holds a zero byte"),
     ("a.txt", b"one\n" + b"x" * 1_000_001, "a.txt, line 2: too long, 1,000,001 characters"),

@@ -9,8 +9,8 @@ from minipeft.lm.ledger import Ledger, memory_ledger
 
 def model(kind="llama", tied=True, layers=2, **fields):
     return GPT(GPTConfig(vocab_size=101, hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4,
-                         num_key_value_heads=4 if kind == "gpt2" else 2, max_position_embeddings=32, attention_bias=True, mlp_bias=True,
-                         model_type=kind, tie_word_embeddings=tied, **fields))
+                         num_key_value_heads=4 if kind == "gpt2" else 2, max_position_embeddings=32, attention_bias=True,
+                         mlp_bias=kind != "qwen3", model_type=kind, tie_word_embeddings=tied, **fields))
 
 
 def only(part):

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: ONE safetensors file, written beside and renamed, so that there is always a whole one.
 
-Its tensors are the trained weights ("model.*"), the optimizer's state ("optimizer.*") and the random state ("rng.*"). What is
-no tensor stands as JSON in its header. No pickle: opening a checkpoint never runs code.
+Its tensors are the trained weights ("model.*"), the optimizer's state ("optimizer.*") and the random state ("rng.*").
+What is no tensor stands as JSON in its header. No pickle: opening a checkpoint never runs code.
 """
 import json
 import os
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 
 def trained_tensors(model):
-    """Name -> tensor: everything that requires a gradient, and the buffers that stand beside it (running statistics)."""
+    """Name -> tensor: all that requires a gradient, and the buffers that stand beside it (running statistics)."""
     found = {}
     for prefix, module in model.named_modules():
         own = {f"{prefix}.{name}" if prefix else name: p for name, p in module._parameters.items()
@@ -33,7 +33,7 @@ def unshared(tensors):
 
 
 def save_checkpoint(path, model, optimizer=None, **facts):
-    """Write `path`: weights as "model.*"; with an optimizer also "optimizer.*" and the random state. `facts`: anything JSON."""
+    """Write the trained weights to `path`; with an optimizer also its state and the random state. `facts`: any JSON."""
     tensors = {f"model.{name}": t for name, t in unshared(trained_tensors(model)).items()}
     if optimizer is not None:
         scalars = {}
@@ -60,7 +60,7 @@ def read_facts(path):
 
 
 def load_checkpoint(path, model, optimizer=None):
-    """Put the tensors of `path` into `model` (and the optimizer and the random state); returns the facts saved with them."""
+    """Put what `path` holds into `model` (with an optimizer: also into that, and the random state); returns the facts."""
     facts, saved = read_facts(path), load_file(path)
     mine = unshared(trained_tensors(model))
     theirs = {name.removeprefix("model."): t for name, t in saved.items() if name.startswith("model.")}

@@ -2,16 +2,18 @@
 
     load_data("sql")          one of Lanternwick's tasks
     load_data("e2e_nlg")      a real data set: fetched once from its public home, checked, kept in a cache
-    load_data("my.jsonl")     your own: {"prompt": ..., "completion": ...} or {"text": ...} a line; or my.txt, plain text
+    load_data("my.jsonl")     your own, {"prompt": ..., "completion": ...} or {"text": ...} a line; or my.txt
 
-All are a Task: Examples in train, valid and test, and a score. The cache is ~/.cache/minipeft, or the folder MINIPEFT_CACHE.
+All are a Task: Examples in train, valid and test, and a score. The cache is ~/.cache/minipeft, or MINIPEFT_CACHE.
 """
 import csv
 import difflib
 import json
 import random
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm.auto import tqdm
@@ -34,28 +36,30 @@ def load_data(name):
     names = [*TASKS, *REAL]
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise DataError(f"no data set {str(name)!r}{hint}: expected one of {', '.join(names)}, or a file that ends in .txt or .jsonl")
+    raise DataError(f"no data set {str(name)!r}{hint}: expected one of {', '.join(names)}, or a .txt or .jsonl file")
 
 
 def split(groups):
-    """Lists of Examples -> train, valid, test: a tenth of the groups each for valid and test, the same ones every time."""
+    """Lists of Examples -> train, valid, test: a tenth of the groups for valid and for test, the same every time."""
     groups = random.Random("split").sample(groups, len(groups))
     tenth = max(1, len(groups) // 10)
     parts = groups[2 * tenth:], groups[:tenth], groups[tenth:2 * tenth]
     return [[example for group in part for example in group] for part in parts]
 
 
-# ---- real data sets -------------------------------------------------------------------------------------------------------------
+# ---- real data sets ------------------------------------------------------------------------------------------------
 
 def e2e_nlg():
-    """Restaurants, from data to text: Novikova et al. 2017 (arXiv 1706.09254), CC BY-SA 4.0. Valid and test group by record."""
+    """Restaurants, from data to text: Novikova et al. 2017 (arXiv 1706.09254), CC BY-SA 4.0.
+
+    An example a text in train; an example a record in valid and test, with all its texts as references."""
     short = {"eatType": "type", "priceRange": "price", "customer rating": "rating", "familyFriendly": "family friendly"}
 
     def read(file):
         references = defaultdict(list)  # prompt -> what people wrote
         with open(fetch(f"e2e_nlg/{file}"), encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
-                slots = [slot.rstrip("]").split("[", 1) for slot in row["mr"].split(", ")]  # "eatType[pub], food[English]"
+                slots = [slot.rstrip("]").split("[", 1) for slot in row["mr"].split(", ")]  # "food[French], area[city]"
                 record = " ; ".join(f"{short.get(key, key)}: {value}" for key, value in slots)
                 references[f"Record: {record}\nText:"].append(plain(row["ref"]))
         return references
@@ -64,12 +68,14 @@ def e2e_nlg():
     valid, test = ([Example(prompt, f" {texts[0]}", {"references": texts}) for prompt, texts in read(file).items()]
                    for file in ("devset.csv", "testset_w_refs.csv"))
     score = lambda predictions, examples: {"bleu": bleu(predictions, [e.meta["references"] for e in examples])}
-    return Task("e2e_nlg", "restaurants, from data to text (real; sacrebleu with all references)", train, valid, test, "bleu", 0.0, score)
+    return Task("e2e_nlg", "restaurants, from data to text (real; sacrebleu with all references)",
+                train, valid, test, "bleu", 0.0, score)
 
 
 def sentence_polarity():
     """Sentences of film reviews, for or against: Pang and Lee 2005 (arXiv cs/0506075), CC BY 4.0."""
-    examples = [Example(f"Review: {line.strip()}\nThe writer felt", f" {word}", {}) for word, end in (("glad", "pos"), ("sad", "neg"))
+    examples = [Example(f"Review: {line.strip()}\nThe writer felt", f" {word}", {})
+                for word, end in (("glad", "pos"), ("sad", "neg"))
                 for line in fetch(f"sentence_polarity/rt-polarity.{end}").read_text(encoding="utf-8").splitlines()]
     score = lambda predictions, examples: {"accuracy": exact(predictions, examples)["exact"]}
     return Task("sentence_polarity", "film reviews: is the writer glad or sad? (real)",
@@ -77,10 +83,11 @@ def sentence_polarity():
 
 
 def tinyshakespeare():
-    """A megabyte of Shakespeare's plays (public domain). The split follows the text: its last tenth is for valid and test."""
+    """A megabyte of Shakespeare's plays (public domain). Its last tenth is for valid and test."""
     blocks = [Example("", text, {}) for _, text in paragraphs(fetch("tinyshakespeare/input.txt"))]
     n = len(blocks) // 20
-    return Task("tinyshakespeare", "Shakespeare's plays (real; plain text)", blocks[:-2 * n], blocks[-2 * n:-n], blocks[-n:], *PLAIN_TEXT)
+    return Task("tinyshakespeare", "Shakespeare's plays (real; plain text)",
+                blocks[:-2 * n], blocks[-2 * n:-n], blocks[-n:], *PLAIN_TEXT)
 
 
 REAL = {"e2e_nlg": e2e_nlg, "sentence_polarity": sentence_polarity, "tinyshakespeare": tinyshakespeare}
@@ -91,7 +98,7 @@ def exact(predictions, examples):
     return {"exact": percent(plain(p) == plain(e.completion) for p, e in zip(predictions, examples, strict=True))}
 
 
-# ---- your own file --------------------------------------------------------------------------------------------------------------
+# ---- your own file -------------------------------------------------------------------------------------------------
 
 def own_file(path):
     """.txt: paragraphs, or single lines where there are few. .jsonl: records; equal prompts stay in one split."""
@@ -105,10 +112,10 @@ def own_file(path):
         records = [(*record(line, f"{path}, line {number}"), number) for number, line in lines_of(path) if line.strip()]
     for prompt, completion, number in records:
         if bool(prompt) != bool(records[0][0]):
-            raise DataError(f"{path}, line {number}: a text among prompts, or a prompt among texts: use one kind in a file")
+            raise DataError(f"{path}, line {number}: a text among prompts, or a prompt among texts")
         groups[prompt or completion].append(Example(prompt, completion, {"file": str(path), "line": number}))
     if len(groups) < 3:
-        raise DataError(f"{path}: only {len(groups)} different texts or prompts; train, valid and test need one each at least")
+        raise DataError(f"{path}: only {len(groups)} different texts or prompts; train, valid and test need one each")
     judged = ("exact", 0.0, exact) if records[0][0] else PLAIN_TEXT
     return Task(path.stem, f"your file {path.name}", *split(list(groups.values())), *judged)
 
@@ -124,7 +131,8 @@ def record(line, where):
         return "", found["text"]
     if filled("prompt") and filled("completion"):
         return found["prompt"].rstrip(), " " + found["completion"].strip()
-    raise DataError(f'{where}: expected {{"prompt": "...", "completion": "..."}} or {{"text": "..."}}, none empty; found {line[:80]}')
+    raise DataError(f'{where}: expected {{"prompt": "...", "completion": "..."}} or {{"text": "..."}}, none empty; '
+                    f"found {line[:80]}")
 
 
 def lines_of(path):
@@ -139,12 +147,12 @@ def lines_of(path):
         try:
             line = line.decode("utf-8").rstrip("\r")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line). "
-                            "Save it as UTF-8, for example: iconv -f latin1 -t utf-8 old.txt > new.txt") from error
+            raise DataError(f"{path}, line {number}: not UTF-8 (0x{line[error.start]:02x} at byte {error.start + 1} of the "
+                            "line). Save it as UTF-8, for example: iconv -f latin1 -t utf-8 old > new") from error
         if "\0" in line:
             raise DataError(f"{path}, line {number}: holds a zero byte; this is no UTF-8 text")
         if len(line) > LONGEST_LINE:
-            raise DataError(f"{path}, line {number}: too long, {len(line):,} characters (at most {LONGEST_LINE:,}): break it into several")
+            raise DataError(f"{path}, line {number}: too long, {len(line):,} characters (at most {LONGEST_LINE:,})")
         yield number, line
 
 
@@ -160,7 +168,7 @@ def paragraphs(path, enough=400):
     return found
 
 
-# ---- from examples to batches ---------------------------------------------------------------------------------------------------
+# ---- from examples to batches --------------------------------------------------------------------------------------
 
 def room(model):
     """How many tokens a row may have: the model's positions, or None where it sets no limit."""
@@ -168,9 +176,9 @@ def room(model):
 
 
 def encode(tokenizer, example, max_length=None, truncate=False):
-    """An Example -> (ids, labels): [bos] prompt completion [eos]; labels are -100 on bos and prompt: only the completion is learnt.
+    """An Example -> (ids, labels): [bos] prompt completion [eos]; only the completion is learnt, other labels are -100.
 
-    A row of more than max_length tokens is a DataError that names it; with truncate=True the prompt loses its beginning."""
+    More than max_length tokens are a DataError that names the example; with truncate=True its prompt loses its start."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     prompt = tokenizer.encode(example.prompt) if example.prompt else []
     completion = tokenizer.encode(example.completion) + [tokenizer.eos_token_id]
@@ -189,9 +197,9 @@ def encode(tokenizer, example, max_length=None, truncate=False):
 class Batches:
     """Examples as batches: `.batch(step)` is a pure function of (seed, step), so training can stop and go on anywhere.
 
-    Each epoch is a new permutation of the rows; what does not fill its last batch is left out of that epoch. Rows are padded on
-    the right. A text without a prompt that is too long for a row becomes several rows, each overlapping the one before by one
-    token, so every token is predicted once. bucket=True puts rows of like length together: less padding, less chance.
+    Each epoch is a new permutation of the rows; those that do not fill its last batch are left out of it. Rows are padded
+    on the right. A text without a prompt that is too long for a row becomes several rows, each overlapping the one before
+    by a token, so every token is predicted once. bucket=True puts rows of like length together: less padding to compute.
     """
 
     def __init__(self, examples, tokenizer, batch_size=16, seed=0, max_length=None, truncate=False, bucket=False):
@@ -200,15 +208,17 @@ class Batches:
         self.batch_size, self.seed, self.bucket = batch_size, seed, bucket
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.rows, self.truncated, self._epoch = [], 0, (None, None)
+        remembers = SimpleNamespace(encode=lru_cache(None)(tokenizer.encode), bos_token_id=tokenizer.bos_token_id,
+                                    eos_token_id=tokenizer.eos_token_id)  # prompts come again, with other completions
         for example in tqdm(examples, desc="encoding", leave=False, delay=3):
-            ids, labels = encode(tokenizer, example, None)
+            ids, labels = encode(remembers, example, None)
             if not max_length or len(ids) <= max_length:
                 self.rows.append((ids, labels))
             elif not example.prompt:
                 for at in range(0, len(ids) - 1, max_length - 1):
                     self.rows.append((ids[at:at + max_length], labels[at:at + max_length]))
             else:
-                self.rows.append(encode(tokenizer, example, max_length, truncate))
+                self.rows.append(encode(remembers, example, max_length, truncate))
                 self.truncated += 1
         if self.truncated:
             print(f"{self.truncated} of {len(examples)} prompts lost their beginning to fit into {max_length} tokens")

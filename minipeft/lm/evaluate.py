@@ -14,7 +14,7 @@ def bare(model):
 
 
 def fast_loss(model):
-    """Our GPT can apply its head only where a label is, which saves a small model a third of its time. Others get {}."""
+    """Our GPT can apply its head only where a label is, which saves a small model much of its time. Others get {}."""
     return {"labels_only": True} if isinstance(bare(model), GPT) else {}
 
 
@@ -22,7 +22,7 @@ def fast_loss(model):
 def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=False):
     """Mean loss in nats per token of the completions, their ends included: {"loss", "perplexity", "tokens"}.
 
-    `data`: a list of Examples, or a list of ready batches (dicts of tensors), or an object with .batch(i) and a length."""
+    `data`: a list of Examples, a list of ready batches (dicts of tensors), or an object with .batch(i) and a length."""
     if hasattr(data, "batch"):
         batches = map(data.batch, range(len(data)))
     elif isinstance(data[0], dict):

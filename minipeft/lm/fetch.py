@@ -1,4 +1,4 @@
-"""Fetch real files once from their public homes: resumed where a download broke, checked by sha256, never half-written."""
+"""Fetch real files from their public homes, once: resumed where it broke, checked by sha256, never half-written."""
 import hashlib
 import os
 import urllib.error
@@ -12,18 +12,17 @@ from tqdm.auto import tqdm
 from .hub import cache_folder
 
 RAW = "https://raw.githubusercontent.com"
+E2E = f"{RAW}/tuetschek/e2e-dataset/master"
 POLARITY = f"{RAW}/nltk/nltk_data/gh-pages/packages/corpora/sentence_polarity.zip"
+SHAKESPEARE = f"{RAW}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 HOMES = {  # file in the cache: (its home, sha256). A home that ends in .zip holds <zip's name>/<file's name>
-    "e2e_nlg/trainset.csv": (
-        f"{RAW}/tuetschek/e2e-dataset/master/trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6"),
-    "e2e_nlg/devset.csv": (
-        f"{RAW}/tuetschek/e2e-dataset/master/devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9"),
+    "e2e_nlg/trainset.csv": (f"{E2E}/trainset.csv", "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6"),
+    "e2e_nlg/devset.csv": (f"{E2E}/devset.csv", "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9"),
     "e2e_nlg/testset_w_refs.csv": (
-        f"{RAW}/tuetschek/e2e-dataset/master/testset_w_refs.csv", "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"),
+        f"{E2E}/testset_w_refs.csv", "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"),
     "sentence_polarity/rt-polarity.pos": (POLARITY, "c2dc6b2f55bcf725725372916287cc3f8f9b19402edaa9167de5287cb3ade421"),
     "sentence_polarity/rt-polarity.neg": (POLARITY, "614274f81185a850e5a88d533d4679f916d6f62e9af6f0b4ec71fb94bf466ea5"),
-    "tinyshakespeare/input.txt": (
-        f"{RAW}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "tinyshakespeare/input.txt": (SHAKESPEARE, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
 }
 
 
@@ -36,7 +35,7 @@ def sha256(content):
 
 
 def download(url, part, tries=3):
-    """Write `url` to the file `part`. What is there already is not fetched again: a broken download goes on where it broke."""
+    """Write `url` to the file `part`; what is there already is not fetched again."""
     part.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(tries):
         have = part.stat().st_size if part.exists() else 0
@@ -45,7 +44,7 @@ def download(url, part, tries=3):
             with urllib.request.urlopen(request, timeout=30) as answer:
                 have = have if answer.status == 206 else 0  # 200: the server sends the whole file again
                 length = int(answer.headers.get("Content-Length") or 0)
-                bar = tqdm(desc=url.rsplit("/", 1)[-1], total=have + length or None, initial=have, unit="B", unit_scale=True)
+                bar = tqdm(desc=Path(url).name, total=have + length or None, initial=have, unit="B", unit_scale=True)
                 with bar, open(part, "ab" if have else "wb") as file:
                     while block := answer.read(1 << 16):
                         file.write(block)
@@ -63,12 +62,12 @@ def download(url, part, tries=3):
 
 
 def fetch(name):
-    """The path of the file `name` (a key of HOMES) in the cache. Fetched, checked and put there whole when it is absent."""
+    """The path of the file `name` (a key of HOMES) in the cache; if it is absent: fetched, checked, put there whole."""
     home, wanted = HOMES[name]
     path = cache_folder() / name
     if path.is_file():
         if (found := sha256(path.read_bytes())) != wanted:
-            raise DataError(f"{path} is not the file it should be (sha256 {found}, expected {wanted}): delete it and try again")
+            raise DataError(f"{path} is not the file it should be (sha256 {found}, not {wanted}): delete it and try again")
         return path
     part = path.with_name(Path(home).name + ".part")
     try:
@@ -76,11 +75,12 @@ def fetch(name):
         files = {name: part.read_bytes()}
         if home.endswith(".zip"):
             with zipfile.ZipFile(part) as archive:
-                files = {key: archive.read(f"{Path(home).stem}/{Path(key).name}") for key in HOMES if HOMES[key][0] == home}
+                files = {key: archive.read(f"{Path(home).stem}/{Path(key).name}") for key, (url, _) in HOMES.items()
+                         if url == home}
         for key, content in files.items():
             if (found := sha256(content)) != HOMES[key][1]:
                 part.unlink()
-                raise DataError(f"{home} does not hold the {key} that is expected (sha256 {found}, expected {HOMES[key][1]}): "
+                raise DataError(f"{home} does not hold the {key} that is expected (sha256 {found}, not {HOMES[key][1]}): "
                                 "changed there or on the way. It was not kept")
         for key, content in files.items():
             beside = path.with_name(Path(key).name + ".tmp")
@@ -91,6 +91,6 @@ def fetch(name):
         if isinstance(error, (zipfile.BadZipFile, KeyError)):
             part.unlink()
         raise DataError(
-            f"{error}\nTo go on: try again (what has arrived is kept); or get the file elsewhere and save it as\n  {path}\n"
-            f"or set MINIPEFT_CACHE to a folder that holds {name}. Lanternwick's own tasks need no network.") from error
+            f"{error}\nTo go on: try again (what has arrived is kept); or get the file elsewhere and save it as\n"
+            f"  {path}\nor set MINIPEFT_CACHE to a folder that holds {name}. Lanternwick's own tasks need no network.") from error
     return path

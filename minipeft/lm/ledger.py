@@ -3,12 +3,13 @@
     weights        every parameter, trained or frozen
     gradients      one number for each trained parameter
     optimizer      two more for AdamW (the running means of the gradient and of its square)
-    activations    what the forward pass keeps for the backward pass; it grows with batch and length, not with what is trained
+    activations    what the forward pass keeps for the backward pass; it grows with the batch
 
-Activations follow from one rule: a product y = x W keeps x if W is trained, and W (a weight, already counted) if x is to get a
-gradient. So a frozen layer need not keep its input, but everything between the first adapter and the loss still keeps what its
-own derivative needs: the queries, the keys, the gate. That is why an adapter saves gradients and optimizer state almost
-entirely, and activations only by a part. The counts were read off what torch's autograd saves on a CPU, and are tested against it.
+Activations follow from one rule: a product y = x W keeps x if W is trained, and W (a weight, already counted) if x is to
+get a gradient. So a frozen layer need not keep its input, but everything between the first adapter and the loss still
+keeps what its own derivative needs: the queries, the keys, the gate. That is why an adapter saves gradients and optimizer
+state almost entirely, and activations only by a part. The counts were read off what torch's autograd saves on a CPU, and
+are tested against it.
 """
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def trained(module):
 
 
 class Layers:
-    """Counts the numbers a token keeps while it walks through a GPT; `flow` says whether gradients go back to what came before."""
+    """Counts the numbers that each token keeps, layer by layer. `flow`: do gradients go back to what came before?"""
 
     def __init__(self, flow):
         self.flow, self.numbers = flow, 0
@@ -62,7 +63,7 @@ class Layers:
         if isinstance(module, torch.nn.LayerNorm):
             self.numbers += d + 2 if self.flow or trained(module) else 0  # its input, mean, 1 / deviation
         else:
-            self.numbers += (d + heads if self.flow else 0) + (d if weight else 0)  # its input, 1 / rms; the normalised input
+            self.numbers += (d + heads if self.flow else 0) + (d if weight else 0)  # input, 1 / rms; normalised input
         self.flow = self.flow or trained(module)
 
     def linear(self, *sites, kept=False):
@@ -75,10 +76,10 @@ class Layers:
             if layer.weight.requires_grad:
                 shared = layer.in_features
             for adapter in adapters:
-                drops = isinstance(dropout := getattr(adapter, "dropout", None), torch.nn.Dropout) and dropout.training and dropout.p
-                if hasattr(adapter, "lora_A"):
-                    self.numbers += adapter.lora_A.out_features if adapter.lora_B.weight.requires_grad else 0  # A x, which B reads
-                    self.numbers += layer.in_features * 2 if drops else 0  # its own thinned copy of the input, and the mask
+                drops = bool(getattr(adapter, "dropout", 0)) and adapter.training
+                if hasattr(adapter, "lora_A") and trained(adapter.lora_B):
+                    self.numbers += adapter.lora_A.out_features  # A x, which B reads
+                    self.numbers += 2 * layer.in_features * drops  # its own thinned copy of the input, and the mask
                 if trained(adapter) and not drops:
                     shared = layer.in_features
         self.numbers += 0 if kept else shared
@@ -86,8 +87,10 @@ class Layers:
 
 
 def activation_bytes(model, batch_size, seq_len, labels=None):
-    """What the forward pass of a GPT (adapted or not) keeps, in bytes. `labels`: tokens of the batch with a label (default: all
-    that have one before them). None for other models. Exact for the GPT and LoRA in float32; other adapters count as their input."""
+    """What the forward pass of a GPT (adapted or not) keeps, in bytes; None for other models.
+
+    `labels`: tokens of the batch with a label (default: all but the first of each row). Exact for the GPT and LoRA in
+    float32 on a CPU; another adapter counts as the input that it reads."""
     gpt = bare(model)
     if not isinstance(gpt, GPT):
         return None
@@ -117,7 +120,7 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
         wide = config.intermediate_size
         if mlp.gated:
             gate, up = at.linear(mlp.gate_proj, mlp.up_proj)
-            at.numbers += wide * (gate + gate + up)  # the gate before its activation; the other factor for each of the two
+            at.numbers += wide * (gate + gate + up)  # the gate before its activation; each factor's other factor
             at.flow = gate or up
         else:
             at.flow, = at.linear(mlp.up_proj)
@@ -129,17 +132,18 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
     at.norm(gpt.model.norm, d)
     if gpt.is_gradient_checkpointing:  # each layer keeps its input alone; one layer at a time is computed again
         at.numbers += len(per_layer) * d + max(per_layer) - body
-    total = at.numbers * tokens * size + rotated * 2 * seq_len * h * size + positions * seq_len * 8  # angles, numbers: once
+    total = at.numbers * tokens * size
+    total += rotated * 2 * seq_len * h * size + positions * seq_len * 8  # the positions' angles or numbers: once
     total += at.flow * tokens  # where the labels are
     if at.flow or trained(gpt.lm_head):
         head_input = d * size if gpt.lm_head.weight.requires_grad else 0
-        total += labels * (head_input + config.vocab_size * 4 + 8) + 4  # the head's input, log-probabilities, labels; their number
+        total += labels * (head_input + config.vocab_size * 4 + 8) + 4  # input, log-probabilities, labels; how many
     return total
 
 
 @torch.enable_grad()
 def measured_step(model, batch_size, seq_len, optimizer):
-    """One real step at rate 0, which changes nothing: (gradients, optimizer state, saved activations), each in bytes."""
+    """One real step at rate 0, which changes nothing: bytes of (gradients, optimizer state, saved activations)."""
     params = [p for p in model.parameters() if p.requires_grad]
     device, saved = params[0].device, {}
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -173,19 +177,21 @@ def memory_ledger(model, batch_size=16, seq_len=64, optimizer="adamw", measure=F
 
     optimizer   "adamw", "adam", "sgd", or a factory (then its state is only measured)
     measure     also run one step with random tokens, at rate 0; weights and gradients are left as they were.
-                The prediction alone needs no memory: it works for models on the meta device, and so for 8 billion parameters"""
+                The prediction alone needs no memory: it works on torch's meta device, for 8 billion parameters too"""
     params = list(model.parameters())  # a tied head counts once
     ours = [p for p in params if p.requires_grad]
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     states = STATES.get(optimizer) if isinstance(optimizer, str) else None
-    predicted = {"weights": size([*params, *model.buffers()]), "gradients": size(ours),
-                 "optimizer": None if states is None else size(ours) * states + 4 * len(ours) * (states > 0),  # and a step count each
+    held = None if states is None else size(ours) * states + 4 * len(ours) * (states > 0)  # and for each a step count
+    predicted = {"weights": size([*params, *model.buffers()]), "gradients": size(ours), "optimizer": held,
                  "activations": activation_bytes(model, batch_size, seq_len) if ours else 0}
     measured = {}
     if measure:
         with torch.random.fork_rng(devices=[]):
             gradients, state, activations = measured_step(model, batch_size, seq_len, optimizer)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*params, *model.buffers()]}
+        if isinstance(bare(model), GPT) and bare(model).is_gradient_checkpointing:
+            activations = None  # checkpoints are kept elsewhere than where we look
         measured = {"weights": sum(storages.values()), "gradients": gradients, "optimizer": state,
-                    "activations": None if isinstance(gpt := bare(model), GPT) and gpt.is_gradient_checkpointing else activations}
+                    "activations": activations}
     return Ledger(predicted, measured, batch_size, seq_len)

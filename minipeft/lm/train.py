@@ -1,15 +1,13 @@
 """Train whatever requires a gradient: a whole model, or the few numbers of an adapter.
 
-One loop for pretraining, full fine-tuning and every adapter. It can be stopped at any time (Ctrl-C, a power cut) and goes on to
-bit-identical weights, because nothing hides: batches are a pure function of the step, and a checkpoint is ONE safetensors file
-that holds the trainable weights, the optimizer's state, the random state and, as JSON in its header, all that is not a tensor.
+One loop for pretraining, full fine-tuning and every adapter. It can be stopped at any time (Ctrl-C, a power cut) and goes
+on to bit-identical weights, because nothing hides: a batch is a pure function of the step, and a checkpoint holds all else.
 """
 import math
 import signal
 import threading
 import time
 import zlib
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +24,7 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch
 
 @dataclass
 class History:
-    """What happened. `losses`, `lr`, `grad_norm`: one number a step. `eval_loss`: (step, loss) pairs; `best`: the lowest of them."""
+    """What happened. `losses`, `lr`, `grad_norm`: one number a step. `eval_loss`: [step, loss] pairs; `best`: the lowest."""
     losses: list = field(default_factory=list)
     lr: list = field(default_factory=list)
     grad_norm: list = field(default_factory=list)
@@ -34,7 +32,7 @@ class History:
     best: list | None = None
     tokens: int = 0
     seconds: float = 0.0
-    stopped: str | None = None  # None: ran to the end; "interrupted" (Ctrl-C); "diverged" (the loss became nan or infinite)
+    stopped: str | None = None  # None: ran to the end; "interrupted": Ctrl-C; "diverged": the loss became nan or infinite
 
     @property
     def steps(self):
@@ -44,17 +42,22 @@ class History:
     def tokens_per_second(self):
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def recent(self):
+        """Mean loss of the last 20 steps."""
+        return sum(self.losses[-20:]) / max(1, len(self.losses[-20:]))
+
     def __repr__(self):
         text = f"{self.steps} steps, {self.seconds:.0f} s, {self.tokens_per_second:,.0f} tokens/s"
         if self.losses:
-            text += f", loss {self.losses[0]:.3f} -> {sum(self.losses[-10:]) / len(self.losses[-10:]):.3f}"
+            text += f", loss {self.losses[0]:.3f} -> {self.recent:.3f}"
         if self.best:
             text += f", best eval loss {self.best[1]:.3f} at step {self.best[0]}"
         return f"History({text}{', ' + self.stopped.upper() if self.stopped else ''})"
 
 
 def lr_factor(step, steps, warmup, schedule):
-    """What the learning rate is multiplied by at `step` (from 0): a linear warm-up, then constant, linear or cosine down to 0."""
+    """What the peak rate is multiplied by at `step` (from 0): a linear warm-up, then constant, linear or cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
@@ -62,7 +65,7 @@ def lr_factor(step, steps, warmup, schedule):
 
 
 def make_optimizer(model, optimizer, lr, betas, weight_decay):
-    """By name, by factory `f(param_groups, lr=...)`, or a ready torch optimizer (LoRA+ for example), which is returned as it is."""
+    """By name, by factory `f(param_groups, lr=...)`, or a ready torch optimizer (say LoRA+), returned as it is."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     if lr is None:
@@ -74,18 +77,34 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
     if callable(optimizer):
         return optimizer(groups, lr=lr)
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer {optimizer!r}: expected one of {', '.join(OPTIMIZERS)}, a factory, or a torch optimizer")
+        raise ValueError(f"optimizer {optimizer!r}: expected {', '.join(OPTIMIZERS)}, a factory, or a torch optimizer")
     extra = {} if optimizer == "sgd" else {"betas": betas}
     if params[0].device.type in ("cpu", "cuda"):
         extra["fused"] = True  # one kernel for all tensors: an adapter has many tiny ones
     return OPTIMIZERS[optimizer](groups, lr=lr, **extra)
 
 
+def gradients(model, batches, bf16=False):
+    """Add the gradients of the mean loss over all labels of `batches`; returns that loss.
+
+    Each batch weighs by its labels. A mean of the batches' means would favour the tokens of short completions."""
+    device, extra, loss = next(model.parameters()).device, fast_loss(model), 0.0
+    labels = [(batch["labels"][:, 1:] != -100).sum().item() for batch in batches]
+    for batch, count in zip(batches, labels):
+        if count:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                mean = model(**{name: tensor.to(device) for name, tensor in batch.items()}, **extra).loss
+            part = mean * (count / sum(labels))
+            part.backward()
+            loss += part.item()
+    return loss
+
+
 @contextmanager
 def stop_politely():
-    """First Ctrl-C: finish the step (no half-updated weights). Second: stop at once. Outside the main thread: nothing."""
+    """First Ctrl-C: finish the step, so that no weights are half-updated. Second: stop at once."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
         yield asked
         return
 
@@ -102,17 +121,18 @@ def stop_politely():
 
 
 def train(model, data, *, tokenizer=None, steps, batch_size=16, lr=None, warmup=0, schedule="cosine", weight_decay=0.0,
-          betas=(0.9, 0.999), clip=1.0, accumulate=1, bf16=False, optimizer="adamw", evaluate_every=None, valid=None, seed=0,
-          folder=None, save_every=None, resume=True, progress=True, log=None):
+          betas=(0.9, 0.999), clip=1.0, accumulate=1, bf16=False, optimizer="adamw", evaluate_every=None, valid=None,
+          seed=0, folder=None, save_every=None, resume=True, progress=True, log=None):
     """Train the parameters of `model` that require a gradient; returns a History.
 
-    data        a Task, a list of Examples (both need tokenizer=), or any object with .batch(step) -> dict of tensors for model(**dict)
-    lr          the peak rate (a ready optimizer brings its own, one a group); warmup: steps, or a fraction of all steps if below 1
-    accumulate  micro-batches of `batch_size` a step; weighted by their labels, so the gradient is that of one large batch
-    valid       examples for evaluate_every (a Task brings its own); the best is kept as folder/best.safetensors
-    folder      checkpoints: folder/latest.safetensors each `save_every` steps (default: as evaluate_every, or ten times a run),
-                at the end and on Ctrl-C. The same call again continues there to bit-identical weights; resume=False starts anew
-    log         called as log(step, {"loss", "lr", "grad_norm"}) after each step, gradients still in place
+    data        a Task, a list of Examples (both need tokenizer=), or any object with .batch(step) -> model's arguments
+    lr          the peak rate (a ready optimizer brings its own, one a group)
+    warmup      steps of rising rate, or a fraction of all steps if below 1
+    accumulate  batches of `batch_size` rows a step; the gradient is that of one large batch
+    valid       examples for evaluate_every (a Task brings its own); the best weights stay in folder/best.safetensors
+    folder      for checkpoints: latest.safetensors every `save_every` steps (default: as evaluate_every, else ten times),
+                at the end and on Ctrl-C. The same call again goes on there; resume=False starts anew
+    log         called as log(step, {"loss", "lr", "grad_norm"}) after each step, the gradients still in place
     """
     if schedule not in ("cosine", "constant", "linear"):
         raise ValueError(f"schedule {schedule!r}: expected cosine, constant or linear")
@@ -120,8 +140,7 @@ def train(model, data, *, tokenizer=None, steps, batch_size=16, lr=None, warmup=
         raise ValueError(f"steps and accumulate must be at least 1, not {steps} and {accumulate}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("nothing to train: no parameter of the model requires a gradient")
-    if valid is None and hasattr(data, "valid"):
-        valid = data.valid
+    valid = getattr(data, "valid", None) if valid is None else valid
     if evaluate_every and not valid:
         raise ValueError("evaluate_every needs valid=, a list of examples")
     if not hasattr(data, "batch"):
@@ -129,62 +148,51 @@ def train(model, data, *, tokenizer=None, steps, batch_size=16, lr=None, warmup=
             raise ValueError("train needs tokenizer= to make batches of examples")
         data = Batches(getattr(data, "train", data), tokenizer, batch_size, seed=seed, max_length=room(model))
     warmup = round(warmup * steps) if warmup < 1 else int(warmup)
-    device, extra = next(model.parameters()).device, fast_loss(model)
     save_every = save_every or evaluate_every or max(1, steps // 10)
-    last, best = (Path(folder) / f"{name}.safetensors" for name in ("latest", "best")) if folder else (None, None)
+    latest, best = (folder and Path(folder) / f"{name}.safetensors" for name in ("latest", "best"))
     optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    settings = {"steps": steps, "batch_size": batch_size, "rates": rates, "warmup": warmup, "schedule": schedule, "clip": clip,
-                "accumulate": accumulate, "bf16": bf16, "seed": seed, "optimizer": type(optimizer).__name__,
-                "weight_decay": weight_decay, "first_batch": zlib.crc32(data.batch(0)["input_ids"].numpy().tobytes())}
-    history, was_training = History(), model.training
-    forked = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "mps") else {"devices": []}
-    with torch.random.fork_rng(**forked), stop_politely() as asked_to_stop:  # the caller's random numbers stay as they were
+    settings = {"steps": steps, "batch_size": batch_size, "rates": rates, "warmup": warmup, "schedule": schedule,
+                "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "bf16": bf16, "seed": seed,
+                "optimizer": type(optimizer).__name__,
+                "first_batch": zlib.crc32(data.batch(0)["input_ids"].numpy().tobytes())}
+    history, was_training, device = History(), model.training, next(model.parameters()).device
+    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "mps") else {"devices": []}
+    with torch.random.fork_rng(**devices), stop_politely() as asked:  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
-        if last and last.exists() and resume:
-            facts = read_facts(last)
-            if other := [f"{k} {facts['settings'].get(k)} (now {v})" for k, v in settings.items() if facts["settings"].get(k) != v]:
-                raise ValueError(f"{last} was made with other settings: {', '.join(other)}. "
-                                 "Repeat them to continue, or pass resume=False, or another folder")
-            history = History(**load_checkpoint(last, model, optimizer)["history"])
+        if latest and latest.exists() and resume:
+            saved = read_facts(latest)["settings"]
+            if other := [f"{name} {saved.get(name)} (now {value})" for name, value in settings.items()
+                         if saved.get(name) != value]:
+                raise ValueError(f"{latest} was made with other settings: {', '.join(other)}. "
+                                 "Repeat them to go on, or pass resume=False, or another folder")
+            history = History(**load_checkpoint(latest, model, optimizer)["history"])
             history.stopped = None
         bar = tqdm(total=steps, initial=history.steps, disable=not progress, unit="step", mininterval=0.5)
-        recent = deque(history.losses[-20:], maxlen=20)
         try:
             model.train()
             for step in range(history.steps, steps):
-                started = time.perf_counter()
-                rate = lr_factor(step, steps, warmup, schedule)
+                started, done = time.perf_counter(), step + 1
                 for group, peak in zip(optimizer.param_groups, rates):
-                    group["lr"] = peak * rate
-                optimizer.zero_grad(set_to_none=True)
+                    group["lr"] = peak * lr_factor(step, steps, warmup, schedule)
                 batches = [data.batch(step * accumulate + i) for i in range(accumulate)]
-                labels = [(batch["labels"][:, 1:] != -100).sum().item() for batch in batches]
-                loss = 0.0
-                for batch, count in zip(batches, labels):
-                    if count == 0:
-                        continue
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        part = model(**{k: v.to(device) for k, v in batch.items()}, **extra).loss * (count / sum(labels))
-                    part.backward()
-                    loss += part.item()
+                optimizer.zero_grad(set_to_none=True)
+                loss = gradients(model, batches, bf16)
                 if not math.isfinite(loss):
-                    history.stopped = "diverged"  # before the step, so the weights are the last good ones
+                    history.stopped = "diverged"  # before the step: the weights are still the last good ones
                     break
-                params = [p for group in optimizer.param_groups for p in group["params"]]
                 norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf).item()
                 optimizer.step()
                 history.losses.append(loss)
                 history.lr.append(optimizer.param_groups[0]["lr"])
                 history.grad_norm.append(norm)
-                history.tokens += sum(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().item() for batch in batches)
+                history.tokens += sum(int(batch.get("attention_mask", batch["input_ids"] >= 0).sum()) for batch in batches)
                 history.seconds += time.perf_counter() - started
+                bar.set_postfix_str(f"loss {history.recent:.3f}, {history.tokens_per_second:,.0f} tokens/s", refresh=False)
+                bar.update()
                 if log:
                     log(step, {"loss": loss, "lr": history.lr[-1], "grad_norm": norm})
-                recent.append(loss)
-                bar.update()
-                bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}, {history.tokens_per_second:,.0f} tokens/s", refresh=False)
-                done = step + 1
                 if evaluate_every and (done % evaluate_every == 0 or done == steps):
                     now = completion_loss(model, tokenizer, valid, batch_size=4 * batch_size, bf16=bf16)["loss"]
                     history.eval_loss.append([done, now])
@@ -192,10 +200,10 @@ def train(model, data, *, tokenizer=None, steps, batch_size=16, lr=None, warmup=
                         history.best = [done, now]
                         if best:
                             save_checkpoint(best, model, step=done, loss=now)
-                if asked_to_stop.is_set() and done < steps:
+                if asked.is_set() and done < steps:
                     history.stopped = "interrupted"
-                if last and (done % save_every == 0 or done == steps or history.stopped):
-                    save_checkpoint(last, model, optimizer, settings=settings, history=asdict(history))
+                if latest and (done % save_every == 0 or done == steps or history.stopped):
+                    save_checkpoint(latest, model, optimizer, settings=settings, history=asdict(history))
                 if history.stopped:
                     break
         finally:
