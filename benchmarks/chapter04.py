@@ -57,6 +57,26 @@ def equal_ranks(budget_rank: int) -> dict:
     return {name: round(budget_rank * cost["all-linear"] / c) for name, c in cost.items()}
 
 
+def best(runs, **wanted) -> dict:
+    """The mean score over the seeds, at the rate that is best on the validation questions with seed 0."""
+    runs = [run for run in runs if all(run[key] == value for key, value in wanted.items())]
+    rate = min((run for run in runs if run["seed"] == SEEDS[0]), key=lambda run: run["valid_loss"])["lr"]
+    chosen = [run for run in runs if run["lr"] == rate]
+    return chosen[0] | {"score": sum(run["score"] for run in chosen) / len(chosen)}
+
+
+def draw(record: dict, path: Path) -> None:
+    """The rank sweep as a picture for the README."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from minipeft.course import figures
+    path.parent.mkdir(exist_ok=True)
+    label = {"all-linear": "LoRA on all linear layers", "q,v": "LoRA on q and v"}
+    sweep = {label[targets]: (RANKS, [best(record["runs"], kind="rank", targets=targets, r=r)["score"] for r in RANKS]) for targets in label}
+    figures.curves(sweep, f"English to SQL: a frozen 1.5M-parameter base, {record['steps']} steps", "rank r (log scale)", "queries answered right (%)",
+                   logx=2, marks=True, ylim=(0, 102), xticks=RANKS, levels={"full fine-tuning": best(record["runs"], kind="full")["score"]}, save=path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
@@ -81,6 +101,7 @@ def main():
     beside.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(json.dumps(record, indent=1).replace(",\n    ", ", "))
     beside.replace(arguments.out)
+    draw(record, HERE.parent / "chapters" / "figures" / "rank_sweep.png")
     for run in runs:
         print(f"{run['kind']:8} {run['targets'] or '':10} r {run['r'] or 0:3} lr {run['lr']:g} seed {run['seed']}: {run['parameters']:8,} "
               f"valid {run['valid_loss']:.3f} score {run['score']:.1f}")

@@ -36,17 +36,21 @@ def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=Fals
     return ax
 
 
-def done(ax=None, legend=True, outside=False) -> None:
-    """Add the legend, show the figure, forget it."""
+def done(ax=None, legend=True, outside=False, save=None) -> None:
+    """Add the legend, show the figure (or save it to a file), forget it."""
     ax = ax or plt.gca()
     if legend and ax.get_legend_handles_labels()[1]:
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if outside else {"loc": "best"}
         ax.legend(**place, fontsize=9, frameon=False)
-    plt.show()
+    if save:
+        ax.figure.savefig(save, dpi=144, metadata={"Software": None})
+    else:
+        plt.show()
     plt.close("all")
 
 
-def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, levels=None, marks=False, smooth=1, outside=False, **options) -> None:
+def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, levels=None, marks=False, smooth=1, outside=False,
+           save=None, **options) -> None:
     """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; levels: {label: y}, dashed lines to compare with;
     smooth: a running mean over so many points, the points themselves faint behind it."""
     ax = axes(title, xlabel, ylabel, **options)
@@ -60,7 +64,7 @@ def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, levels=None, mar
         ax.plot(x, y, label=label, color=colour, marker=marker, linewidth=1.8, markersize=5)
     for number, (label, level) in enumerate((levels or {}).items()):
         ax.axhline(level, label=label, color="black", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2)
-    done(ax, outside=outside)
+    done(ax, outside=outside, save=save)
 
 
 def bars(values: dict, title: str, ylabel: str, *, colours=None, form="{:.0f}", rotate=0, **options) -> None:
