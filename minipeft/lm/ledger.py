@@ -79,7 +79,7 @@ class Layers:
                 drops = bool(getattr(adapter, "dropout", 0)) and adapter.training
                 if hasattr(adapter, "lora_A") and trained(adapter.lora_B):
                     self.numbers += adapter.lora_A.out_features  # A x, which B reads
-                    self.numbers += 2 * layer.in_features * drops  # its own thinned copy of the input, and the mask
+                    self.numbers += drops * layer.in_features * (1 + self.flow)  # its own thinned input, and the mask
                 if trained(adapter) and not drops:
                     shared = layer.in_features
         self.numbers += 0 if kept else shared
