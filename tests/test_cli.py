@@ -152,7 +152,7 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["finetune", "generate", "evaluate", "merge", "doctor"])
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "generate", "evaluate", "merge", "doctor"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -187,7 +187,8 @@ def memory_ledger(model, batch_size=16, seq_len=64, optimizer="adamw", measure=F
                  "activations": activation_bytes(model, batch_size, seq_len) if ours else 0}
     measured = {}
     if measure:
-        with torch.random.fork_rng(devices=[]):
+        devices = [p.device for p in ours[:1] if p.device.type == "cuda"]
+        with torch.random.fork_rng(devices):
             gradients, state, activations = measured_step(model, batch_size, seq_len, optimizer)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*params, *model.buffers()]}
         if isinstance(bare(model), GPT) and bare(model).is_gradient_checkpointing:

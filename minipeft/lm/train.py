@@ -129,7 +129,8 @@ def train(model, data, *, tokenizer=None, steps, batch_size=16, lr=None, warmup=
     lr          the peak rate (a ready optimizer brings its own, one a group)
     warmup      steps of rising rate, or a fraction of all steps if below 1
     accumulate  batches of `batch_size` rows a step; the gradient is that of one large batch
-    valid       examples for evaluate_every (a Task brings its own); the best weights stay in folder/best.safetensors
+    valid       examples for evaluate_every (a Task brings its own). The best weights stay in folder/best.safetensors:
+                checkpoint.load_checkpoint(file, model) puts them back
     folder      for checkpoints: latest.safetensors every `save_every` steps (default: as evaluate_every, else ten times),
                 at the end and on Ctrl-C. The same call again goes on there; resume=False starts anew
     log         called as log(step, {"loss", "lr", "grad_norm"}) after each step, the gradients still in place
@@ -156,10 +157,10 @@ def train(model, data, *, tokenizer=None, steps, batch_size=16, lr=None, warmup=
     settings = {"steps": steps, "batch_size": batch_size, "rates": rates, "warmup": warmup, "schedule": schedule,
                 "weight_decay": weight_decay, "clip": clip, "accumulate": accumulate, "bf16": bf16, "seed": seed,
                 "optimizer": type(optimizer).__name__,
-                "first_batch": zlib.crc32(data.batch(0)["input_ids"].numpy().tobytes())}
+                "first_batch": zlib.crc32(data.batch(0)["input_ids"].cpu().numpy().tobytes())}
     history, was_training, device = History(), model.training, next(model.parameters()).device
-    devices = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "mps") else {"devices": []}
-    with torch.random.fork_rng(**devices), stop_politely() as asked:  # the caller's random numbers stay as they were
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), stop_politely() as asked:  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
         if latest and latest.exists() and resume:
             saved = read_facts(latest)["settings"]
