@@ -68,7 +68,7 @@ class PeftConfig:
         """The configuration that Hugging Face's JSON describes. ConfigError where it asks for what we do not have."""
         data = dict(data)
         peft_type = data.pop("peft_type", None)
-        if peft_type not in METHODS:
+        if not isinstance(peft_type, str) or peft_type not in METHODS:
             near = difflib.get_close_matches(str(peft_type), METHODS, n=1)
             raise ConfigError(("no peft_type is given" if peft_type is None else f"unknown peft_type {peft_type!r}")
                               + (f" (nearest: {near[0]})" if near else "") + f"; known: {', '.join(METHODS)}")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import combine, files, layers
@@ -38,24 +39,18 @@ class Root(Slot):
         """Adapters inside the model see to their rows themselves. For one around it, each group of rows is run alone."""
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(*args, **kwargs)
-        groups, order = rows.split(len(rows.names), "cpu")
-        outputs, counts, active = [], [], self.switch.active
+        labels, outputs = kwargs.pop("labels", None), []
+        groups, order = rows.split(len(rows.names), (*args, *kwargs.values())[0].device)
         for name, index in groups:
-            def take(value):
+            def own(value):
                 return value[index] if torch.is_tensor(value) and value.shape[:1] == order.shape else value
-            own = {key: take(value) for key, value in kwargs.items()}
-            try:
-                self.switch.rows, self.switch.active = None, [name]
-                outputs.append(self.stack([name], *map(take, args), **own))
-            finally:
-                self.switch.rows, self.switch.active = rows, active
-            counts.append((own["labels"][:, 1:] != -100).sum() if own.get("labels") is not None else len(index))
+            with self.switch.alone(name):
+                outputs.append(self.stack([name], *map(own, args), **{key: own(value) for key, value in kwargs.items()}))
         whole = copy.copy(outputs[0])
-        length = min(output.logits.shape[1] for output in outputs)          # prompts may add positions of their own
-        whole.logits = torch.cat([output.logits[:, -length:] for output in outputs])[order.to(outputs[0].logits.device)]
-        whole.past_key_values = None
-        if whole.loss is not None:
-            whole.loss = sum(output.loss * n for output, n in zip(outputs, counts)) / sum(counts)
+        length = min(output.logits.shape[1] for output in outputs)          # prompts add positions in front
+        whole.logits, whole.past_key_values = torch.cat([output.logits[:, -length:] for output in outputs])[order], None
+        if labels is not None:
+            whole.loss = F.cross_entropy(whole.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return whole
 
     def generate(self, *args, **kwargs):
@@ -405,6 +400,12 @@ def _from_folder(model, folder, is_trainable):
     config, tensors = files.load(folder)
     config.inference_mode = not is_trainable
     config.drop_absent(model)
+    modules = {files.key(path, ""): layers.bare(module) for path, _, _, module in layers.walk(model)}
+    for key in [key for key in tensors if ".base_layer." in key]:           # PEFT saves adapted embeddings with their base
+        before, _, name = key.partition("base_layer.")
+        own = getattr(modules.get(before), name, None)
+        if own is None or not torch.equal(own, tensors.pop(key).to(own)):
+            raise files.AdapterFileError(f"{key}: this adapter belongs to a model with another base weight there")
 
     def fill(parts):
         expected = _tensors(parts)

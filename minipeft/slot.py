@@ -10,6 +10,7 @@ So there is one kind of wrapper, the Slot, and it stands where a layer stood. Th
 merging. The adapter knows its own algebra and owns nothing but its own parameters.
 """
 import copy
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -154,6 +155,16 @@ class Switch:
         self.enabled = True
         self.rows = None                        # Rows: which adapter each row of the batch wants, instead of `active`
 
+    @contextmanager
+    def alone(self, name):
+        """Within it this adapter plays alone, for all rows."""
+        before = self.active, self.rows
+        self.active, self.rows = [name], None
+        try:
+            yield
+        finally:
+            self.active, self.rows = before
+
 
 class Rows:
     """The rows of a batch, sorted by the adapter that each of them wants. "__base__" wants none."""
@@ -209,7 +220,11 @@ class Slot(nn.Module):
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(x, *args, **kwargs)
         groups, order = rows.split(x.shape[0], x.device)
-        return torch.cat([self.stack([name], x[index], *args, **kwargs) for name, index in groups])[order]
+        parts = []
+        for name, index in groups:
+            with self.switch.alone(name):       # for the slots within this layer, which see these rows only
+                parts.append(self.stack([name], x[index], *args, **kwargs))
+        return torch.cat(parts)[order]
 
     def merge(self, names, lossy=False):
         """Write adapters into the weight, keeping the parameters that were there before."""

@@ -69,8 +69,9 @@ class BaseCase:
 
 @functools.cache
 def _made(name):
-    torch.manual_seed(1)
-    return BASES[name].build().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return BASES[name].build().eval()
 
 
 BASES = {case.name: case for case in [

@@ -80,7 +80,7 @@ def test_4_an_adapter_saved_here_loads_in_peft(method, base, tmp_path):
     model = adapted(method, base)
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out")
         oracle = peft.PeftModel.from_pretrained(base.make(), str(tmp_path))
     close(run(oracle), run(model))
