@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/ready
 SETTINGS := .venv/share/jupyter/lab/settings
-# Extra arguments for pytest, say: make test ARGS="-x -k lora"
+# Extra arguments, say: make test ARGS="-x -k lora", make lab ARGS="--no-browser --port 9000"
 ARGS ?=
 
 .PHONY: help lab test demo pretrain chapters bench clean
@@ -30,7 +30,7 @@ $(READY): pyproject.toml
 	touch $@
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters/README.md
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters/README.md $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests $(ARGS)
