@@ -37,7 +37,7 @@ test: $(READY)
 	$(BIN)/python -m pytest --nbval chapters $(ARGS)
 
 demo: $(READY)
-	$(BIN)/python -m minipeft.course.demo
+	$(BIN)/python benchmarks/demo.py
 
 pretrain: $(READY)
 	$(BIN)/python -m minipeft.lm.pretrain

@@ -1,0 +1,238 @@
+"""`make bench`: how fast, how much memory, against Hugging Face's peft where there is something to compare with.
+
+    python benchmarks/bench.py            # about two minutes; writes benchmarks/results/bench.json and bench.md
+    python benchmarks/bench.py --full     # larger batches, more rounds
+
+Contestants take turns within one process, round after round, and a ratio is the median of the rounds' ratios: whatever slows the
+machine slows both. Times are seconds of processor time on one thread, so other programs hardly matter. Memory and import time are
+measured in processes of their own.
+"""
+import argparse
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import RESULTS, facts, save
+from tqdm.auto import tqdm
+
+from minipeft import LoraConfig, get_peft_model
+from minipeft.lm import GPT, GPTConfig, load_data, load_pretrained, load_tokenizer, train
+
+DROPOUT = 0.05
+TARGETS = {"ours": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(), "gpt2": ["c_attn", "c_proj", "c_fc"]}
+TARGETS["llama"] = TARGETS["ours"]
+NAMES = {"ours": "our GPT", "gpt2": "Hugging Face GPT-2", "llama": "Hugging Face Llama"}
+
+
+def make(kind, size="full"):
+    """A random network: hidden 384 and 6 layers (10 to 13 million weights), or a toy."""
+    d, layers, vocab = {"full": (384, 6, 4096), "tiny": (32, 2, 64)}[size]
+    torch.manual_seed(0)
+    if kind == "ours":
+        return GPT(GPTConfig(vocab_size=vocab, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers, num_attention_heads=4))
+    import transformers
+    if kind == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=vocab, n_embd=d, n_layer=layers, n_head=4, n_positions=256,
+                                                                    resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=vocab, hidden_size=d, intermediate_size=2 * d,
+                                                                  num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4))
+
+
+def adapt(model, kind, library, dropout=0.0):
+    settings = dict(r=8, lora_alpha=16, target_modules=TARGETS[kind], lora_dropout=dropout)
+    if library == "minipeft":
+        return get_peft_model(model, LoraConfig(**settings))
+    import peft
+    return peft.get_peft_model(model, peft.LoraConfig(**settings, fan_in_fan_out=kind == "gpt2"))
+
+
+def stepper(model, batch, length):
+    """A function that does one training step on (batch, length) random tokens."""
+    model.train()
+    ids = torch.randint(0, 64, (batch, length))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def race(contestants, rounds, repeat=1):
+    """{name: function} -> {name: [seconds in each round]}; everyone once a round, the first round is thrown away."""
+    times = {name: [] for name in contestants}
+    for turn in range(rounds + 1):
+        for name in (list(contestants), list(contestants)[::-1])[turn % 2]:  # nobody is always the one after somebody
+            started = time.process_time()
+            for _ in range(repeat):
+                contestants[name]()
+            if turn:
+                times[name].append((time.process_time() - started) / repeat)
+    return times
+
+
+def row(what, value, unit, against=None, goal=None):
+    """value and against: lists of measurements, paired by round; or plain numbers. With `against` the goal is for the ratio."""
+    value, against = ([x] if isinstance(x, (int, float)) else x for x in (value, [] if against is None else against))
+    middle = lambda xs: statistics.median(xs) if xs else None
+    ratio = middle([a / b for a, b in zip(value, against)])
+    judged = middle(value) if ratio is None else ratio
+    return {"what": what, "value": middle(value), "against": middle(against), "unit": unit, "ratio": ratio, "goal": goal,
+            "met": None if goal is None else judged <= goal, "rounds": len(value)}
+
+
+def steps_against_peft(kind, rounds, batch, length, size="full"):
+    base = make(kind, size)
+    contestants = {"full": stepper(copy.deepcopy(base), batch, length)}
+    for library in ("minipeft", "peft"):
+        for dropout in (0.0, DROPOUT):
+            contestants[library, dropout] = stepper(adapt(copy.deepcopy(base), kind, library, dropout), batch, length)
+    times = race(contestants, rounds)
+    name = NAMES[kind]
+    yield row(f"LoRA step / full fine-tuning's step, {name}", times["minipeft", 0.0], "s", times["full"])
+    for dropout in (0.0, DROPOUT):
+        yield row(f"LoRA step / peft's, {name}, {f'dropout {dropout}' if dropout else 'no dropout'}",
+                  times["minipeft", dropout], "s", times["peft", dropout], goal=1.0)
+
+
+def child(code, *arguments):
+    """Run a function of this file in a process of its own; its result comes back as JSON."""
+    command = f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; print(json.dumps(bench.{code}(*{arguments!r})))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"bench.{code}{arguments} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_memory(kind, library, dropout, batch, length, size):
+    """In a fresh process: (MB the process held at its peak, MB of that which training added)."""
+    import peft  # noqa: F401: in every process, or the comparison would be between the imports
+    torch.set_num_threads(1)
+    model = adapt(make(kind, size), kind, library, dropout)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    step = stepper(model, batch, length)
+    for _ in range(3):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak / 1e6, (peak - before) / 1e6
+
+
+def kept_for_backward(kind, library, dropout, batch, length, size):
+    """Bytes of tensors that the forward pass keeps for the backward pass, weights not counted: exact, the same every time."""
+    model = adapt(make(kind, size), kind, library, dropout).train()
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if (storage := tensor.untyped_storage()).data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+    ids = torch.randint(0, 64, (batch, length))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss  # noqa: F841: alive until all is counted
+    return sum(storage.nbytes() for storage in kept.values()) / 1e6
+
+
+def memory_against_peft(kind, batch, length, times=1, size="full"):
+    for dropout in (0.0, DROPOUT):
+        end = f"{NAMES[kind]}, {f'dropout {dropout}' if dropout else 'no dropout'}"
+        held = {library: kept_for_backward(kind, library, dropout, batch, length, size) for library in ("minipeft", "peft")}
+        yield row(f"kept for backward / peft's, {end}", held["minipeft"], "MB", held["peft"], goal=1.0)
+        peaks = {library: [] for library in held}
+        for _ in range(times):
+            for library in held:
+                peaks[library].append(child("peak_memory", kind, library, dropout, batch, length, size))
+        for i, what in enumerate(("peak memory", "memory added by training")):
+            yield row(f"{what} / peft's, {end}", [p[i] for p in peaks["minipeft"]], "MB", [p[i] for p in peaks["peft"]], goal=1.0)
+
+
+def small_costs(rounds, size="full"):
+    """An idle slot, and a merged model against its base."""
+    layer, x = torch.nn.Linear(8, 8), torch.randn(1, 8)
+    holder = get_peft_model(torch.nn.Sequential(copy.deepcopy(layer)), LoraConfig(target_modules=["0"]))
+    slot = holder.get_base_model()[0]
+    with torch.no_grad(), holder.disable_adapter():
+        times = race({"slot": lambda: slot(x), "layer": lambda: layer(x)}, 5 * rounds, repeat=500)
+    yield row("an idle slot (adapters disabled), a call", [(a - b) * 1e6 for a, b in zip(times["slot"], times["layer"])], "µs", goal=3.0)
+    base = make("ours", size).eval()
+    ids = torch.randint(0, 64, (2, 32))
+    models = {"base": base, "unmerged": adapt(copy.deepcopy(base), "ours", "minipeft").eval(),
+              "merged": adapt(copy.deepcopy(base), "ours", "minipeft").eval(), "folded": adapt(copy.deepcopy(base), "ours", "minipeft")}
+    models["merged"].merge_adapter()
+    models["folded"] = models["folded"].merge_and_unload().eval()
+    with torch.no_grad():
+        times = race({name: lambda model=model: model(input_ids=ids) for name, model in models.items()}, 3 * rounds)
+    yield row("forward of merge_and_unload / base", times["folded"], "s", times["base"], goal=1.02)
+    yield row("forward of merge_adapter / base (slots stay)", times["merged"], "s", times["base"])
+    yield row("forward of LoRA unmerged / base", times["unmerged"], "s", times["base"])
+
+
+def imports(times=3):
+    code = "import time, torch; t = time.process_time(); import {}; print(time.process_time() - t)"
+    run = lambda name: [float(subprocess.run([sys.executable, "-c", code.format(name)], check=True, capture_output=True, text=True).stdout)
+                        for _ in range(times)]
+    yield row("import minipeft, after torch", run("minipeft"), "s", goal=0.3)
+    yield row("import minipeft.lm, after torch", run("minipeft.lm"), "s")
+
+
+def training_speed(steps=20):
+    """Wall time, with the threads that torch would take: what a reader sees."""
+    tokenizer, data = load_tokenizer(), load_data("sql")
+    for name, adapted in (("full", False), ("LoRA r=8", True)):
+        for bf16 in (False, True):
+            model = load_pretrained()
+            if adapted:
+                model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+            history = train(model, data, tokenizer=tokenizer, steps=steps, lr=1e-4, bf16=bf16, progress=False)
+            yield row(f"training the base on sql, {name}, {'bf16' if bf16 else 'fp32'}", history.tokens_per_second, "tokens/s")
+
+
+def show(number):
+    return "" if number is None else f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def markdown(record):
+    lines = ["| what | ours | against | unit | ratio | goal | met |", "|---|---:|---:|---|---:|---:|---|"]
+    for r in record["rows"]:
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        lines.append(f"| {r['what']} | {show(r['value'])} | {show(r['against'])} | {r['unit']} | {ratio} | "
+                     f"{'' if r['goal'] is None else '≤ ' + show(r['goal'])} | "
+                     f"{'' if r['met'] is None else 'yes' if r['met'] else 'NO'} |")
+    return (f"`{record['command']}`, {record['date']}, commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}, "
+            f"peft {record['versions']['peft']}\n\n" + "\n".join(lines) + "\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="16 x 128 tokens, 15 rounds")
+    parser.add_argument("--tiny", action="store_true", help="toy networks: does it work at all?")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench.json")
+    given = parser.parse_args(argv)
+    threads, size = torch.get_num_threads(), "tiny" if given.tiny else "full"
+    rounds, batch, length = (2, 2, 8) if given.tiny else (15, 16, 128) if given.full else (7, 4, 64)
+    parts = [*(lambda kind=kind: steps_against_peft(kind, rounds, batch, length, size) for kind in NAMES),
+             lambda: memory_against_peft("ours", batch, length, 3 if given.full else 1, size),
+             lambda: small_costs(rounds, size), lambda: imports(5 if given.full else 3)]
+    rows = []
+    torch.set_num_threads(1)
+    for part in tqdm(parts, desc="bench"):
+        rows += part()
+    torch.set_num_threads(threads)
+    try:
+        rows += training_speed(2 if given.tiny else 60 if given.full else 20)
+    except FileNotFoundError as error:
+        print(f"no speed of training: {error}")
+    record = facts() | {"batch": [batch, length], "rows": rows}
+    save(given.out, record)
+    given.out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    print(markdown(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`make demo`: LoRA in about a minute. What the model says before, the training, what it says after, and what that cost.
+
+    python benchmarks/demo.py                 # questions -> SQL
+    python benchmarks/demo.py --task voice --keep my_adapter
+"""
+import argparse
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from minipeft import LoraConfig, get_peft_model
+from minipeft.lm import evaluate, generate, load_data, load_pretrained, load_tokenizer, memory_ledger, train
+from minipeft.lm.ledger import human
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="sql", help="sql, voice, records, mood, extract, newcomers, or your own .jsonl")
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--limit", type=int, default=100, help="test examples to score")
+    parser.add_argument("--keep", type=Path, help="save the adapter in this folder")
+    given = parser.parse_args(argv)
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    tokenizer, task = load_tokenizer(), load_data(given.task)
+    model = load_pretrained()
+    examples, length = task.test[:3], 64
+    whole = memory_ledger(model, seq_len=length)  # everything trained: full fine-tuning
+    model = get_peft_model(model, LoraConfig(r=given.r, lora_alpha=2 * given.r, target_modules="all-linear"))
+    print(f"{given.task}: {task.description}. A LoRA of rank {given.r} on every linear layer; the model itself is frozen.")
+    model.print_trainable_parameters()
+
+    def look():
+        said = generate(model, tokenizer, [example.prompt for example in examples], 40)
+        return said, evaluate(model, tokenizer, task, limit=given.limit)
+
+    before, scored_before = look()
+    print("\nBefore:")
+    for example, text in zip(examples, before):
+        print(f"  {example.prompt!r}\n    {' '.join(text.split())[:100]}")
+    print()
+    history = train(model, task, tokenizer=tokenizer, steps=given.steps, lr=given.lr, warmup=min(10, given.steps // 2))
+    after, scored_after = look()
+    print("\nAfter:")
+    for example, text in zip(examples, after):
+        print(f"  {example.prompt!r}\n    {' '.join(text.split())[:100]}\n    {example.completion.strip()}   <- expected")
+
+    folder = given.keep or Path(tempfile.mkdtemp())
+    model.save_pretrained(folder)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    if not given.keep:
+        shutil.rmtree(folder)
+    ledger, (trained, everything) = memory_ledger(model, seq_len=length), model.get_nb_trainable_parameters()
+    print(f"\n{f'{given.steps} steps of 16 examples':34}{'before':>12}{'after':>12}")
+    if task.score:
+        print(f"{f'{task.metric} (of 100), {given.limit} test items':34}{scored_before[task.metric]:12.1f}{scored_after[task.metric]:12.1f}")
+    print(f"{'loss a token, nats':34}{scored_before['loss']:12.2f}{scored_after['loss']:12.2f}\n")
+    rows = [("trained parameters", f"{trained:,}", f"{everything - trained:,}"),
+            *((f"memory: {name}", human(ledger.predicted[name]), human(n)) for name, n in whole.predicted.items()),
+            ("memory: in all", human(ledger.total()), human(whole.total())), ("the file to keep", human(size), human(whole.predicted["weights"]))]
+    print(f"{f'what it cost (16 x {length} tokens)':34}{'LoRA':>12}{'training all':>14}")
+    print("\n".join(f"{what:34}{ours:>12}{all_:>14}" for what, ours, all_ in rows))
+    print(f"\ntraining {history.seconds:.0f} s ({history.tokens_per_second:,.0f} tokens/s), everything {time.perf_counter() - started:.0f} s")
+    return scored_before, scored_after
+
+
+if __name__ == "__main__":
+    main()
