@@ -10,7 +10,7 @@ texts for the test set's meaning representations, against all their references.
 import argparse
 import json
 import time
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -76,22 +76,25 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=RESULTS / "e2e_nlg.json")
     given = parser.parse_args(argv)
     task = load_data("e2e_nlg")
-    record = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"sweep": [], "runs": []}
-    record = facts() | {key: record[key] for key in ("sweep", "runs")} | {
+    header = facts() | {
         "task": task.description, "train_texts": len(task.train), "batch_size": BATCH, "alpha": "2 r", "targets": "all-linear",
         "schedule": "20 steps of warm-up, cosine; AdamW; bf16 autocast", "decoding": "greedy",
         "shown": [{"prompt": task.test[i].prompt, "references": task.test[i].meta["references"]} for i in SHOWN]}
 
+    def stored():
+        return json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"sweep": [], "runs": []}
+
     def once(where, **job):
-        """Do a run, unless the file has it."""
-        found = [run for run in record[where] if all(run[key] == value for key, value in job.items())]
-        if not found:
-            print(where, job, flush=True)
-            found = [run := partial(one_run, task, tokenizer=tokenizer, batches=batches, limit=given.limit, final=where == "runs")(**job)]
-            run["commit"] = record["commit"]
-            record[where].append(run)
-            save(given.out, record)
-        return found[0]
+        """Do a run, unless the file has it. The file is read anew each time: another process may work on another base."""
+        for run in stored()[where]:
+            if all(run[key] == value for key, value in job.items()):
+                return run
+        print(where, job, flush=True)
+        run = one_run(task, tokenizer=tokenizer, batches=batches, limit=given.limit, final=where == "runs", **job)
+        record = header | {key: stored()[key] for key in ("sweep", "runs")}
+        record[where].append(run | {"commit": header["commit"]})
+        save(given.out, record)
+        return run
 
     for base in given.base:
         tokenizer = load_tokenizer(base)
@@ -104,8 +107,7 @@ def main(argv=None):
                     short = [once("sweep", base=base, method=method, lr=lr, seed=0, steps=given.sweep_steps) for lr in choices]
                     rates[method] = min((run for run in short if not run["stopped"]), key=lambda run: run["valid_loss"])["lr"]
                 once("runs", base=base, method=method, lr=rates[method], seed=seed, steps=given.steps)
-    save(given.out, record)
-    print(table(record))
+    print(table(stored()))
 
 
 if __name__ == "__main__":
