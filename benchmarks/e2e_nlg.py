@@ -79,7 +79,7 @@ def main(argv=None):
     header = facts() | {
         "task": task.description, "train_texts": len(task.train), "batch_size": BATCH, "alpha": "2 r", "targets": "all-linear",
         "schedule": "20 steps of warm-up, cosine; AdamW; bf16 autocast", "decoding": "greedy",
-        "shown": [{"prompt": task.test[i].prompt, "references": task.test[i].meta["references"]} for i in SHOWN]}
+        "shown": [{"prompt": task.test[i].prompt, "references": task.test[i].meta["references"]} for i in SHOWN if i < len(task.test)]}
 
     def stored():
         return json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"sweep": [], "runs": []}

@@ -1,0 +1,81 @@
+"""The benchmarks run, at a toy size, and write down what they promise."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipeft.lanternwick.scoring import bleu
+from minipeft.lanternwick.tasks import Example, Task
+from minipeft.lm import GPT, GPTConfig
+from minipeft.lm.tokenizer import train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench  # noqa: E402
+import common  # noqa: E402
+import demo  # noqa: E402
+import e2e_nlg  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A base model's folder and a task of six examples."""
+    folder = tmp_path_factory.mktemp("toy")
+    train = [Example(f"Record: name: {name}\nText:", f" {name} is a pub.", {}) for name in ("Ann", "Bob", "Cat")]
+    judged = [Example(e.prompt, e.completion, {"references": [e.completion, f"A pub called {e.completion}"]}) for e in train]
+    tokenizer = train_tokenizer([e.prompt + e.completion for e in train] * 3, 450)
+    torch.manual_seed(0)
+    GPT(GPTConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2)).save_pretrained(folder, tokenizer)
+    score = lambda said, examples: {"bleu": bleu(said, [e.meta["references"] for e in examples])}
+    return str(folder), Task("toy", "pubs", train * 8, judged, judged, "bleu", 0.0, score)
+
+
+def test_e2e_writes_every_run_and_does_none_twice(toy, tmp_path, monkeypatch, capsys):
+    base, task = toy
+    monkeypatch.setattr(e2e_nlg, "load_data", lambda name: task)
+    out = tmp_path / "e2e.json"
+    arguments = ["--base", base, "--steps", "2", "--sweep-steps", "1", "--limit", "2", "--seeds", "0", "--out", str(out)]
+    e2e_nlg.main(arguments)
+    record = json.loads(out.read_text())
+    assert {"command", "date", "commit", "machine", "versions"} <= record.keys()
+    assert [run["method"] for run in record["runs"]] == list(e2e_nlg.METHODS) and len(record["sweep"]) == 12
+    for run in record["runs"]:
+        tried = [s for s in record["sweep"] if s["method"] == run["method"]]
+        assert run["lr"] == min(tried, key=lambda s: s["valid_loss"])["lr"]
+        assert run["test_records"] == 2 and 0 <= run["bleu"] <= 100
+    full, eight, one, fresh = (run["trained"] for run in record["runs"])
+    assert full == fresh > eight == 8 * one
+    monkeypatch.setattr(e2e_nlg, "one_run", lambda *a, **k: pytest.fail("it was done already"))
+    e2e_nlg.main(arguments)
+    assert json.loads(out.read_text()) == record
+    assert capsys.readouterr().out.count("random init") >= 2  # the table
+
+
+def test_demo_shows_before_after_and_the_cost(toy, tmp_path, monkeypatch, capsys):
+    base, task = toy
+    monkeypatch.setenv("MINIPEFT_BASE", base)
+    monkeypatch.setattr(demo, "load_data", lambda name: task)
+    before, after = demo.main(["--steps", "30", "--limit", "3", "--keep", str(tmp_path / "kept")])
+    assert after["loss"] < before["loss"]
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("Before:", "After:", "trained parameters", "memory: optimizer", "the file to keep"))
+    assert (tmp_path / "kept" / "adapter_config.json").is_file()
+
+
+def test_bench_measures_and_judges(tmp_path):
+    rows = [*bench.steps_against_peft("ours", 1, 1, 4, "tiny"), *bench.small_costs(1, "tiny")]
+    assert all(row["value"] is not None for row in rows)
+    record = common.facts() | {"rows": rows}
+    common.save(tmp_path / "bench.json", record)
+    assert json.loads((tmp_path / "bench.json").read_text()) == record
+    assert bench.markdown(record).count("\n| ") == len(rows) + 1
+    assert bench.row("a / b", [2.0, 4.0, 9.0], "s", [1.0, 4.0, 3.0], goal=1.0) == {
+        "what": "a / b", "value": 4.0, "against": 3.0, "unit": "s", "ratio": 2.0, "goal": 1.0, "met": False, "rounds": 3}
+
+
+def test_lora_keeps_no_more_for_backward_than_pefts():
+    for kind in bench.NAMES:
+        for dropout in (0.0, bench.DROPOUT):
+            ours, theirs = (bench.kept_for_backward(kind, library, dropout, 2, 8, "tiny") for library in ("minipeft", "peft"))
+            assert ours <= theirs
