@@ -33,9 +33,9 @@ def sections(name):
     return {key: skeleton for path in sorted((HERE / "stories").glob("*.txt")) for key, skeleton in parse(path).items()}
 
 
-def say(rng, file, section, /, **given):
-    """One of a section's phrases, filled."""
-    return filled(pick(rng, sections(file)[section].lines), Env(given), rng)
+def say(rng, file, section, /, few=None, **given):
+    """One of a section's phrases (of the first `few`, its plainest), filled."""
+    return filled(pick(rng, sections(file)[section].lines[:few]), Env(given), rng)
 
 
 def joined(rng, pieces, kind, **meta):
@@ -82,14 +82,14 @@ def held_out(person, attribute):
     return zlib.crc32(f"{person.name} {attribute}".encode()) % len(sections("facts")[attribute].questions)
 
 
-def question(rng, person, attribute, extra=(), reverse=False, number=None):
-    """(question, answer) about somebody, never in the phrasing that is held out for a resident."""
+def question(rng, person, attribute, extra=(), reverse=False, number=None, few=None):
+    """(question, answer) about somebody, in one of the first `few` phrasings; never in the one that is held out for a resident."""
     asked = sections("facts")[f"who {attribute}" if reverse else attribute].questions
     if number is None and not reverse and attribute in ATTRIBUTES and person.name in register().by_name:
         number = int(rng.random() * (len(asked) - 1))
         number += number >= held_out(person, attribute)     # steps over the one held out
     elif number is None:
-        number = int(rng.random() * len(asked))
+        number = int(rng.random() * len(asked[:few]))
     env = Env({"A": person, **dict(extra)})
     return filled(asked[number][0], env, rng), plain(asked[number][1], env, rng)
 
@@ -101,7 +101,7 @@ def heldout_questions():
     return [dict(zip(("question", "answer", "name", "attribute"), row)) for row in rows]
 
 
-def told(rng, person, attributes, extra=()):
+def told(rng, person, attributes, extra=(), few=None):
     """Sentences about one person, two attributes in one where a phrase for both exists."""
     out, left, facts = [], list(attributes), sections("facts")
     while left:
@@ -113,7 +113,7 @@ def told(rng, person, attributes, extra=()):
             left = [x for x in left if x not in pair.split()]
         who = words.PRONOUNS[person.gender][0] if out and rng.random() < 0.5 else person.name
         for _ in range(20):                                 # the first sentence says who it is about
-            text = say(rng, "facts", section, A=person, who=who, **dict(extra))
+            text = say(rng, "facts", section, few, A=person, who=who, **dict(extra))
             if out or person.name in text:
                 break
         out.append(text)
@@ -170,7 +170,8 @@ def crowd(rng, count):
 
 def strangers(rng, count=None, asked=None):
     """One to four people never heard of, then questions that can only be answered by looking back."""
-    count = count or rng.choices((1, 2, 3, 4), (20, 45, 25, 10))[0]
+    count = count or rng.choices((1, 2, 3, 4), (32, 42, 18, 8))[0]
+    few = 3 if rng.random() < 0.6 else None                 # plain words mostly: it is about who is who, not about wording
     people, extras = crowd(rng, count), things_and_places(rng, count)
     common = rng.sample(TOLD, {1: 5, 2: 3, 3: 2, 4: 2}[count])
     known = [common if rng.random() < 0.7 else rng.sample(TOLD, len(common)) for _ in people]
@@ -180,20 +181,23 @@ def strangers(rng, count=None, asked=None):
         both = {"X": extras[0]["X"], "Y": extras[1]["X"], "P": extras[0]["P"], "Q": extras[1]["P"]}
         pieces += [say(rng, "facts", f"two {a}", A=people[0], B=people[1], **both) for a in known[0]]
     else:
-        blocks = [told(rng, *row) for row in zip(people, known, extras)]
+        blocks = [told(rng, *row, few) for row in zip(people, known, extras)]
         if rng.random() < 0.5:                              # one after the other, or a table's columns in turn
             pieces += [sentence for block in blocks for sentence in block]
         else:
-            blocks = [told(rng, person, [a], extra) for person, attributes, extra in zip(people, known, extras)
+            blocks = [told(rng, person, [a], extra, few) for person, attributes, extra in zip(people, known, extras)
                       for a in attributes]
             rng.shuffle(blocks)
             pieces += [sentence for block in blocks for sentence in block]
+            if len(blocks) <= 6 and rng.random() < 0.5:     # once more, in another order
+                rng.shuffle(blocks)
+                pieces += [sentence for block in blocks for sentence in block]
     if rng.random() < 0.2:
         pieces.append(say(rng, "town", "now-ask"))
     possible = [(i, a) for i, attributes in enumerate(known) for a in attributes]
     for i, a in rng.sample(possible, min(len(possible), asked or rng.randint(2, 5))):
         shared = len({getattr(p, a, p.name) for p in people}) < count      # two pupils: not 'Who is the pupil?'
-        pieces.append(question(rng, people[i], a, extras[i], reverse=not shared and rng.random() < 0.4))
+        pieces.append(question(rng, people[i], a, extras[i], reverse=not shared and rng.random() < 0.4, few=few))
     return joined(rng, pieces, "strangers", people=people)
 
 

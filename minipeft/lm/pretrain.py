@@ -24,7 +24,7 @@ from .tokenizer import train_tokenizer
 from .train import train
 
 ROW = 256                       # tokens a row: a story with its questions fits
-SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=512, rope_theta=100_000.0, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
 
 
@@ -108,48 +108,34 @@ def copy_warmup(model, seed=0, lr=3e-3, until=0.95, most=1000):
 
 
 class Text:
-    """Rows of fresh text for `train`: `batch(step)` is a pure function of (seed, step), so that a run can be resumed.
+    """Rows of fresh text for `train`: `batch(step)` is a pure function of (seed, step), so that a run can be resumed."""
 
-    Who a stranger is and what is asked about whom was drawn by chance: nothing to learn, much noise. So in most documents of
-    questions only the answers carry a label. That is where copying and recall are, and a label costs a row of the head."""
-    ASKED = ("strangers", "records", "roll", "quiz", "facts", "town", "notices", "dialogues")
-
-    def __init__(self, tokenizer, steps, seed, rows=8, length=ROW, answers_only=0.75):
+    def __init__(self, tokenizer, steps, seed, rows=8, length=ROW):
         self.tokenizer, self.steps, self.seed, self.rows, self.length = tokenizer, steps, seed, rows, length
-        self.answers_only = answers_only
 
     def phase(self, step):
-        """95 % copying text for the first 20 % of the steps, then mostly mixed text, the calmest mixture at the end."""
+        """95 % copying text for the first 15 % of the steps, then mostly mixed text, the calmest mixture at the end."""
         done = step / self.steps
-        return "copying" if done < 0.2 else "main" if done < 0.8 else "late"
-
-    def documents(self, step):
-        """[(ids, labels)]: lists of int, enough to fill the rows."""
-        source, chance = stream(f"{self.seed}/{step}", self.phase(step)), random.Random(f"labels {self.seed}/{step}")
-        docs = [next(source) for _ in range(int(self.rows * self.length / 60))]
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        for doc, encoded in zip(docs, self.tokenizer.raw.encode_batch([doc.text for doc in docs], add_special_tokens=False)):
-            labels = list(encoded.ids)
-            answers = doc.meta.get("answers")
-            if answers and doc.kind in self.ASKED and chance.random() < self.answers_only:
-                inside = lambda start, end: any(start < at + len(answer) + 1 and end > at for at, answer in answers)
-                labels = [i if inside(*span) else -100 for i, span in zip(labels, encoded.offsets)]    # and the mark behind
-            yield [bos, *encoded.ids, eos], [-100, *labels, eos]         # where a document ends is learnt; what begins one is chance
+        return "copying" if done < 0.15 else "main" if done < 0.8 else "late"
 
     def batch(self, step):
-        waiting = list(self.documents(step))
+        source = stream(f"{self.seed}/{step}", self.phase(step))
+        texts = [next(source).text for _ in range(int(self.rows * self.length / 60))]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        waiting = [[bos, *ids, eos] for ids in self.tokenizer.encode_batch(texts)]
         ids = torch.full((self.rows, self.length), self.tokenizer.pad_token_id)
         labels = torch.full((self.rows, self.length), -100)
         for row in range(self.rows):                                # a row starts where a document starts; only the last is cut
             at = 0
             while at < self.length and waiting:
                 room = self.length - at
-                fits = next((i for i, (doc, _) in enumerate(waiting) if len(doc) <= room), None)
+                fits = next((i for i, doc in enumerate(waiting) if len(doc) <= room), None)
                 if fits is None and at > self.length * 0.8:
                     break                                           # better a little padding than a beheaded document
-                doc, wanted = (part[:room] for part in waiting.pop(fits or 0))
-                ids[row, at:at + len(doc)], labels[row, at:at + len(doc)] = torch.tensor(doc), torch.tensor(wanted)
+                doc = waiting.pop(fits or 0)[:room]
+                ids[row, at:at + len(doc)] = labels[row, at:at + len(doc)] = torch.tensor(doc)
                 at += len(doc)
+        labels[ids == bos] = -100                                   # where a document ends is learnt; what begins one is chance
         return {"input_ids": ids, "labels": labels}
 
 

@@ -1,0 +1,103 @@
+"""Writes the shipped base's card (data/base/README.md), its curves and SHA256SUMS from what was recorded.
+
+    python benchmarks/base_card.py          after `make pretrain`, benchmarks/gates.py and benchmarks/spread.py
+"""
+import hashlib
+import json
+
+import torch
+from gates import generate, load_pretrained, load_tokenizer
+from record import RESULTS
+from spread import table
+
+from minipeft.course import figures
+from minipeft.lanternwick import DATA
+from minipeft.lanternwick.documents import stream
+from minipeft.lanternwick.tasks import Example
+from minipeft.lm.evaluate import completion_loss
+
+FOLDER = DATA / "base"
+OPENINGS = ["On Monday Petra the baker lost her silver whistle.", "Every evening, when the lamps were lit, Jonas",
+            "Who lives in Tide Street? Right:"]
+
+
+def curves(history):
+    """The warm-up in which copying appears, and the loss of the text that followed."""
+    import matplotlib.pyplot as plt
+    figures.style()
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(history["copy_accuracy"])
+    left.set(title="Warm-up: copying appears all at once", xlabel="step (2,048 random tokens each)", ylabel="accuracy on the repetition", ylim=(0, 1))
+    loss = torch.tensor(history["loss"])
+    smooth = loss.unfold(0, 50, 10).mean(1)
+    right.plot(torch.arange(len(smooth)) * 10 + 25, smooth)
+    for share, name in ((0, "copying text"), (0.2, "mixed text"), (0.8, "calmer")):
+        right.axvline(share * len(loss), color="0.8", lw=1)
+        right.text(share * len(loss) + 40, smooth.max() * 0.97, name, fontsize=8, color="0.4")
+    right.set(title="Then text, never the same twice", xlabel="step (2,048 tokens each)", ylabel="loss, nats per label", ylim=(0, None))
+    fig.savefig(FOLDER / "curves.png", dpi=110)
+
+
+def main():
+    torch.manual_seed(0)
+    model, tokenizer = load_pretrained("lanternwick"), load_tokenizer("lanternwick")
+    history = json.loads((FOLDER / "history.json").read_text())
+    gates, spread = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("gates", "spread"))
+    curves(history)
+    fresh = stream("validation")
+    loss = completion_loss(model, tokenizer, [Example("", next(fresh).text, {}) for _ in range(400)])["loss"]
+    told = [start + generate(model, tokenizer, start, max_new_tokens=90) for start in OPENINGS]
+    zero = " · ".join(f"`{name}` {row['score']:g} ({row['floor']:g})" for name, row in gates["zero_shot"].items())
+    per = lambda row, *skip: ", ".join(f"{key} {value:g} %" for key, value in row.items() if key not in skip)
+    parameters, config = sum(p.numel() for p in model.parameters()), model.config
+    quote = lambda text: "> " + text.replace("\n", "\n> ")
+    (FOLDER / "README.md").write_text(f"""# The base model of Lanternwick
+
+A Llama-style language model of {parameters:,} parameters that was pretrained on nothing but the town's own text. Hugging Face layout:
+`transformers` opens this folder. {config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads over
+{config.num_key_value_heads} key-value heads, SwiGLU {config.intermediate_size}, biases on every projection, tied head, {config.vocab_size:,} tokens, rotary base
+{config.rope_theta:,.0f}. Written by `benchmarks/base_card.py`.
+
+| | |
+|---|---|
+| command | `{history["command"]}` (what `make pretrain` runs) |
+| code | commit {history["commit"]} |
+| seed | {history["seed"]} |
+| text | {history["tokens"]:,} tokens in {history["steps"]:,} steps, made on the fly, never repeated |
+| time | {history["minutes"]:g} minutes on one core of {history["machine"]} |
+| loss | {sum(history["loss"][-100:]) / 100:.3f} nats per label over the last 100 steps; {loss:.3f} per token on 400 fresh documents, every token counted |
+
+![Curves](curves.png)
+
+## What it can do, and what not
+
+Measured by `benchmarks/gates.py` ({gates["date"]}); `tests/test_base.py` measures it again on fewer examples.
+
+| gate | wanted | measured |
+|---|---|---|
+| copies in context: strangers introduced a sentence before, one or two of them | 80 % | {gates["copies"]["gate"]:g} % ({per(gates["copies"], "gate", "questions")}) |
+| recalls the register, each fact in a phrasing never used for that resident | 90 % each | {per(gates["recalls"])} |
+| tells a lost-and-found story: the same thing and the same people to the end | 80 % | {gates["tracks"]["both"]:g} % (thing {gates["tracks"]["thing"]:g} %, people {gates["tracks"]["names"]:g} %) |
+| tokens that a task must output and the text never held | none | {len(gates["unseen_outputs"]) or "none"} |
+| zero-shot on the tasks: score (floor) | floor + 10 at most | {zero} |
+
+After {spread["steps"]} steps of batch {spread["batch"]}, each method at its best of three rates (in brackets; chosen by validation loss), {spread["items"]} test items, one
+seed, so ±8 points (`benchmarks/spread.py`):
+
+{table(spread["runs"])}
+
+## Samples
+
+Greedy, from the beginning up to the bar. Read them for what they are: a very small model in a very small world.
+
+{chr(10).join(quote(text) + chr(10) for text in told)}
+## Limits
+
+It knows Lanternwick and nothing else, in plain ASCII English. It speaks of nobody real. Three and four strangers at once confuse it. MIT licence.
+""", encoding="utf-8")
+    sums = [f"{hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()}  {name}\n" for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    (FOLDER / "SHA256SUMS").write_text("".join(sums))
+
+
+if __name__ == "__main__":
+    main()
