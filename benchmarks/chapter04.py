@@ -1,4 +1,4 @@
-"""The longer runs of chapter 04: which rank, which layers, at each one's best of three learning rates, over two seeds.
+"""The longer runs of chapter 04: which rank, which layers, at each one's best of four learning rates (full fine-tuning: of three), over two seeds.
 
     python benchmarks/chapter04.py --jobs 2        # writes benchmarks/results/chapter04.json
 
@@ -6,24 +6,20 @@ The learning rate is chosen by the loss on validation questions with seed 0; onl
 """
 import argparse
 import copy
-import datetime
-import json
 import os
-import platform
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from common import RESULTS, facts, save
 from tqdm.auto import tqdm
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
-HERE = Path(__file__).parent
 STEPS, WARMUP, RANKS, SEEDS = 150, 10, [1, 2, 4, 8, 16, 32], (0, 1)
-RATES = {"lora": (3e-3, 1e-2, 3e-2), "full": (1e-3, 3e-3, 1e-2)}
+RATES = {"lora": (5e-3, 1e-2, 2e-2, 4e-2), "full": (1e-3, 3e-3, 1e-2)}
 TARGETS = {
     "all-linear": "all-linear",
     "q,v": ["q_proj", "v_proj"],
@@ -45,7 +41,7 @@ def one_run(job: dict) -> dict:
     valid = evaluate(model, tokenizer, sql, split="valid", generate=False, progress=False)
     test = evaluate(model, tokenizer, sql, split="test", progress=False)
     return job | {"parameters": parameters, "valid_loss": round(valid["loss"], 4), "score": round(test[sql.metric], 2),
-                  "test_loss": round(test["loss"], 4), "losses": [round(loss, 3) for loss in history.losses]}
+                  "test_loss": round(test["loss"], 4), "losses": " ".join(f"{loss:.3f}" for loss in history.losses)}
 
 
 def equal_ranks(budget_rank: int) -> dict:
@@ -81,7 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--budget-rank", type=int, default=4, help="the rank of all-linear that sets the budget of equal parameters")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "chapter04.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "chapter04.json")
     arguments = parser.parse_args()
     started = time.time()
     cases = [{"kind": "full", "targets": None, "r": None}]
@@ -89,19 +85,14 @@ def main():
     cases += [{"kind": "targets", "targets": targets, "r": r} for targets, r in equal_ranks(arguments.budget_rank).items()]
     first = [case | {"lr": lr, "seed": SEEDS[0]} for case in cases for lr in RATES["lora" if case["targets"] else "full"]]
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        runs = list(tqdm(pool.map(one_run, first), total=len(first), desc="three rates"))
+        runs = list(tqdm(pool.map(one_run, first), total=len(first), desc="every rate"))
         chosen = [min((run for run in runs if all(run[key] == case[key] for key in case)), key=lambda run: run["valid_loss"]) for case in cases]
         again = [case | {"lr": run["lr"], "seed": seed} for case, run in zip(cases, chosen) for seed in SEEDS[1:]]
         runs += tqdm(pool.map(one_run, again), total=len(again), desc="the best, again")
-    record = {"command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "date": datetime.date.today().isoformat(),
-              "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "minutes": round((time.time() - started) / 60, 1),
-              "base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": STEPS, "batch_size": 16, "warmup": WARMUP,
-              "alpha": "2 r", "seeds": list(SEEDS), "ranks": RANKS, "runs": runs}
-    beside = arguments.out.with_suffix(".partial")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(record, indent=1).replace(",\n    ", ", "))
-    beside.replace(arguments.out)
-    draw(record, HERE.parent / "chapters" / "figures" / "rank_sweep.png")
+    record = facts() | {"minutes": round((time.time() - started) / 60, 1), "base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql",
+                        "steps": STEPS, "batch_size": 16, "warmup": WARMUP, "alpha": "2 r", "seeds": list(SEEDS), "ranks": RANKS, "runs": runs}
+    save(arguments.out, record)
+    draw(record, RESULTS.parents[1] / "chapters" / "figures" / "rank_sweep.png")
     for run in runs:
         print(f"{run['kind']:8} {run['targets'] or '':10} r {run['r'] or 0:3} lr {run['lr']:g} seed {run['seed']}: {run['parameters']:8,} "
               f"valid {run['valid_loss']:.3f} score {run['score']:.1f}")

@@ -135,8 +135,8 @@ def test_links_to_files_hold(path, chapter):
 
 def test_the_first_cell_says_what_to_expect(chapter):
     first = chapter.cells[0].source
-    for word in ("claim", "You will build", "minutes to read", "minutes to run", "You need"):
-        assert word in first, f"the first cell does not say: {word}"
+    for words in ("claim", "You will build", "minutes? to read", "minutes? to run", "You need"):
+        assert re.search(words, first), f"the first cell does not say: {words}"
 
 
 def test_sections_in_order(chapter):
@@ -218,8 +218,8 @@ def test_every_check_has_wrong_answers():
     for cell in (cell for path in CHAPTERS for cell in nbformat.read(path, as_version=4).cells if role(cell) == "check"):
         name = re.search(r"check\.(\w+)\(", cell.source)[1]
         assert re.search(rf"accepts\(check\.{name},", text), name
-        tables = re.findall(rf"parametrize\([^@]*?rejects\(says, check\.{name},", text, re.S)
-        assert tables and len(re.findall(r"^    \(\"", tables[-1], re.M)) >= 5, name  # four, and the blank stub
+        tables = [part for part in text.split("@pytest.mark.parametrize(") if f"rejects(says, check.{name}," in part]
+        assert len(tables) == 1 and len(re.findall(r"^    \(\"", tables[0], re.M)) >= 5, name  # four, and the blank stub
 
 
 def test_practice_and_summary(chapter):
