@@ -71,7 +71,7 @@ def weighted(factors, weights, way, rank, svd=(), density=None, majority="total"
             sum_of([B for _, B, _ in factors], roots, way, density, majority))
 
 
-def plan(configs, parts, weights, paths, way, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority):
+def plan(configs, parts, weights, paths, way, svd_rank, svd, density, majority):
     """The new adapter's config, and the function that fills its {path: adapter}. parts: the same of the old ones."""
     if way not in WAYS:
         near = difflib.get_close_matches(str(way), WAYS, n=1)
@@ -98,8 +98,7 @@ def plan(configs, parts, weights, paths, way, svd_rank, svd_clamp, svd_full_matr
         for path, adapter in new.items():
             here = [(part[path], w) for part, w in zip(parts, weights) if path in part]
             factors = [(*(factor.detach() for factor in old.factors), old.scaling) for old, _ in here]
-            A, B = weighted(factors, [w for _, w in here], way, rank, (svd_clamp, svd_full_matrices, svd_driver),
-                            density, majority)
+            A, B = weighted(factors, [w for _, w in here], way, rank, svd, density, majority)
             for own, factor, taken in zip(adapter.factors, (A, B), (slice(len(A)), (slice(None), slice(B.shape[1])))):
                 own.zero_()                     # where fewer than `rank` came together, the rest stays zero
                 own[taken] = factor

@@ -111,6 +111,9 @@ class LayerConfig(PeftConfig):
             raise ConfigError("layers_to_transform works with a list of target_modules; a regular expression can say it itself")
 
     def select(self, model):
+        if self.task_type in ("SEQ_CLS", "TOKEN_CLS"):                          # their heads are new: train them too
+            heads = {path for path, *_ in layers.walk(model)} & {"classifier", "score"}
+            self.modules_to_save = sorted({*(self.modules_to_save or ()), *heads}) or None
         modules = {path: layers.bare(module) for path, _, _, module in layers.walk(model)}
         if self.target_modules is None:
             self.target_modules = self._usual(modules)

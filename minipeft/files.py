@@ -7,6 +7,9 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
+from . import layers
 from .config import ConfigError, PeftConfig
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -19,6 +22,34 @@ class AdapterFileError(ValueError):
 def key(path, name):
     """`path` is None for what all slots share. Adapters around the whole model, at path "", have bare keys."""
     return f"base_model.{name}" if path is None else f"base_model.model.{path}.{name}" if path else name
+
+
+def tensors(parts):
+    """{key: tensor} of {path: adapter}."""
+    return {key(path, name): tensor for path, part in parts.items()
+            for name, tensor in getattr(part, "to_file", part.state_dict)().items()}
+
+
+def fill(parts, found):
+    """Give {path: adapter} the values of {key: tensor}: all of them, or AdapterFileError and none."""
+    check(tensors(parts), found)
+    for path, part in parts.items():
+        names = getattr(part, "to_file", part.state_dict)()
+        getattr(part, "from_file", part.load_state_dict)({name: found[key(path, name)] for name in names})
+
+
+def adapter(folder, model, is_trainable):
+    """The config in a folder, ready for `model`, and the function that fills {path: adapter} with what is there."""
+    config, found = load(folder)
+    config.inference_mode = not is_trainable
+    config.drop_absent(model)
+    modules = {key(path, ""): layers.bare(module) for path, _, _, module in layers.walk(model)}
+    for name in [name for name in found if ".base_layer." in name]:         # PEFT saves adapted embeddings with their base
+        before, _, tensor = name.partition("base_layer.")
+        own = getattr(modules.get(before), tensor, None)
+        if own is None or not torch.equal(own, found.pop(name).to(own)):
+            raise AdapterFileError(f"{name}: this adapter belongs to a model with another base weight there")
+    return config, lambda parts: fill(parts, found)
 
 
 def save(folder, config, tensors):

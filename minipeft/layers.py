@@ -94,6 +94,12 @@ def write_weight(layer, weight, lossy=False):
     storage(layer).write(layer, weight.detach())
 
 
+def write_bias(layer, bias):
+    if getattr(layer, "bias", None) is None:
+        raise NotMergeableError(f"this {type(layer).__name__} has no bias to merge a bias into")
+    layer.bias = nn.Parameter(bias.detach().to(layer.bias.device, layer.bias.dtype), requires_grad=False)
+
+
 def held(parameter):
     """How many weights a parameter holds: a packed 4-bit one holds two in each byte."""
     packed = type(parameter).__name__ == "Params4bit"

@@ -12,11 +12,12 @@ from torch import nn
 
 from . import combine, files, layers
 from .layers import NotMergeableError, TargetError
-from .slot import AdapterNameError, Base, Copy, Rows, Slot, Switch
+from .methods.modules_to_save import Copy
+from .slot import AdapterNameError, Base, Rows, Slot, Switch
 
 
 def get_peft_model(model, peft_config, adapter_name="default", autocast_adapter_dtype=True):
-    """`model`, frozen, with a new adapter. Its layers are changed in place: `unload` gives them back.
+    """`model`, frozen, with a new adapter. Layers get their slots in place; `unload` takes them out again.
 
     Adapters of a 16-bit model are kept in 32 bits, unless autocast_adapter_dtype is False.
     Raises ConfigError, TargetError or AdapterNameError, and then leaves the model as it was.
@@ -36,7 +37,7 @@ class Root(Slot):
         return self._modules["model"]
 
     def by_rows(self, rows, *args, **kwargs):
-        """Adapters inside the model see to their rows themselves. For one around it, each group of rows is run alone."""
+        """Adapters inside the model see to their rows themselves. For those around it, each group of rows runs alone."""
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(*args, **kwargs)
         labels, outputs = kwargs.pop("labels", None), []
@@ -54,9 +55,9 @@ class Root(Slot):
         return whole
 
     def generate(self, *args, **kwargs):
-        """The model's own generate, within those of the adapters around it."""
+        """The model's own generate, as the adapters around it change it."""
         call = self.base_layer.generate
-        for name in self.switch.active if self.switch.enabled and self.switch.rows is None else []:
+        for name in self.switch.active if self.switch.enabled and self.switch.rows is None else ():
             if name in self.adapters:
                 call = partial(self.adapters[name].generate, Base(self, name, call))
         return call(*args, **kwargs)
@@ -70,29 +71,29 @@ class PeftModel(nn.Module):
         if any(isinstance(module, (Slot, PeftModel)) for module in model.modules()):
             raise TargetError("this model carries adapters already: use add_adapter on its PeftModel, or unload that first")
         self.base_model = Root(model, Switch())
-        self.shared = nn.ModuleDict()           # parts that an adapter shares over its slots, owned here and lent to them
+        self.shared = nn.ModuleDict()           # what an adapter shares over its slots is owned here, and lent to them
         self.peft_config = {}
         self._add(adapter_name, peft_config, autocast_adapter_dtype, fill)
         model.requires_grad_(False)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        new_name, name = "is_activation_checkpointing", "is_gradient_checkpointing"     # transformers renamed it
-        if getattr(model, new_name if hasattr(model, new_name) else name, False):
-            self.enable_input_require_grads()
         self.training = model.training
+        if getattr(model, "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing")
+                   else "is_gradient_checkpointing", False):                # transformers 5 renamed it
+            self.enable_input_require_grads()
 
     def forward(self, *args, adapter_names=None, **kwargs):
         """adapter_names: one name for each row of the batch, "__base__" for none. Without it, the active adapters."""
         size = next((value.shape[0] for value in (*args, *kwargs.values()) if torch.is_tensor(value)), None)
         # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
-        self._switch.rows = self._rows(adapter_names, size)
+        self.base_model.switch.rows = self._rows(adapter_names, size)
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args, adapter_names=None, **kwargs):
-        self._switch.rows = self._rows(adapter_names)
+        self.base_model.switch.rows = self._rows(adapter_names)
         try:
             return self.base_model.generate(*args, **kwargs)
         finally:
-            self._switch.rows = None
+            self.base_model.switch.rows = None
 
     def _rows(self, names, size=None):
         if names is None:
@@ -106,13 +107,12 @@ class PeftModel(nn.Module):
 
     # The book.
 
-    @property
-    def _switch(self):
-        return self.base_model.switch
+    def get_base_model(self):
+        return self.base_model.base_layer
 
     @property
     def active_adapters(self):
-        return list(self._switch.active)
+        return list(self.base_model.switch.active)
 
     @property
     def active_adapter(self):
@@ -122,17 +122,16 @@ class PeftModel(nn.Module):
     def merged_adapters(self):
         return list(dict.fromkeys(name for _, slot, _ in self._slots() for name in slot.merged))
 
-    def get_base_model(self):
-        return self.base_model.base_layer
+    def _places(self):
+        """{path: (the module or slot there, the function that puts something else there)}"""
+        return {"": (self.base_model, None)} | {path: (module, partial(setattr, parent, name))
+                                                for path, parent, name, module in layers.walk(self.base_model)}
 
     def _slots(self):
-        """[(path, slot, how to put something else in its place)]"""
-        return [("", self.base_model, None)] + [
-            (path, module, partial(setattr, parent, name))
-            for path, parent, name, module in layers.walk(self.base_model) if isinstance(module, Slot)]
+        return [(path, module, put) for path, (module, put) in self._places().items() if isinstance(module, Slot)]
 
     def _parts(self, name):
-        """{path: adapter of that name}; the shared part has the path None."""
+        """{path: the adapter of that name there}; what they share has the path None."""
         parts = {None: self.shared[name]} if name in self.shared else {}
         return parts | {path: slot.adapters[name] for path, slot, _ in self._slots() if name in slot.adapters}
 
@@ -144,67 +143,65 @@ class PeftModel(nn.Module):
                                        + f"; there are: {', '.join(map(repr, self.peft_config)) or 'none'}")
 
     def _add(self, name, config, autocast_adapter_dtype=True, fill=None):
-        """Make adapter `name`, let `fill` give {path: adapter} its values, and put it in. Nothing is touched before all
-        of it has succeeded."""
+        """Make adapter `name`, let `fill` give {path: adapter} its values, and put it in, frozen and inactive. The model
+        is touched only when all of that has succeeded."""
         if not isinstance(name, str) or not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name):
             raise AdapterNameError(f"{name!r} cannot name an adapter: expected is a string without dots, which is neither "
                                    "'__base__' nor the name of a method of torch's ModuleDict")
         if name in self.peft_config:
             raise AdapterNameError(f"there is an adapter {name!r} already; delete it first, or take another name")
-        model, config = self.get_base_model(), copy.deepcopy(config)
+        model, config, places = self.get_base_model(), copy.deepcopy(config), self._places()
         config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-        modules = {"": self.base_model} | {path: module for path, _, _, module in layers.walk(model)}
-        place = {path: partial(setattr, parent, attribute) for path, parent, attribute, _ in layers.walk(model)}
-
-        def base_at(path):
-            module = modules[path]
-            return Base(module if isinstance(module, Slot) else Slot(module, self._switch), name, lossy=True)
-
-        bases = {path: base_at(path) for path in config.select(model)}
-        before = {path: dict(base.module._parameters) for path, base in bases.items()}
+        chosen = config.select(model)
+        copied = layers.find(places, getattr(config, "modules_to_save", None) or (), "modules_to_save", layers.ends)
+        slots = {path: places[path][0] for path in [*chosen, *copied]}
+        slots = {path: slot if isinstance(slot, Slot) else Slot(slot, self.base_model.switch) for path, slot in slots.items()}
+        bases = {path: Base(slots[path], name, lossy=True) for path in chosen}
+        before = [(base.module, dict(base.module._parameters)) for base in bases.values()]
         try:
             shared = config.create_shared(bases)
             parts = {} if shared is None else {None: shared}
             for path, base in bases.items():
                 try:
-                    adapter = config.create(base, path)
+                    parts[path] = config.create(base, path).to(*layers.like(base.module, autocast_adapter_dtype))
                 except TargetError as error:
                     raise TargetError(f"{path}: {error}") from None
-                parts[path] = adapter.to(*layers.like(base.module, autocast_adapter_dtype))
-            for path in layers.find(modules, getattr(config, "modules_to_save", None) or (), "modules_to_save", layers.ends):
-                bases[path] = base_at(path)
-                if any(isinstance(module, Slot) for module in bases[path].module.modules()):
-                    raise TargetError(f"modules_to_save: there are adapters inside {path}")
-                parts[path] = Copy(copy.deepcopy(bases[path].module))
+            for path in copied:
+                if any(isinstance(module, Slot) for module in slots[path].base_layer.modules()):
+                    raise TargetError(f"modules_to_save: {path} holds adapters")
+                parts[path] = Copy(slots[path].base_layer)
             if fill is not None:
                 fill(parts)
         except BaseException:                   # an initialisation may have changed weights
-            for path, parameters in before.items():
-                bases[path].module._parameters.update(parameters)
+            for module, parameters in before:
+                module._parameters.update(parameters)
             raise
-        for path, base in bases.items():
-            base.slot.train(base.module.training).adapters[name] = parts[path].train(base.module.training)
-            base.slot.shared |= {} if shared is None else {name: shared}
-            if base.slot is not modules[path]:
-                place[path](base.slot)
-        if shared is not None:
-            self.shared[name] = shared
+        for path, slot in slots.items():
+            slot.training = slot.base_layer.training
+            slot.adapters[name] = parts[path].train(slot.training)
+            if shared is not None:
+                slot.shared[name] = self.shared[name] = shared
+            if slot is not places[path][0]:
+                places[path][1](slot)
+        for part in parts.values():
+            part.requires_grad_(False)
         self.peft_config[name] = config
 
     def add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype=True):
         """One more adapter, inactive until `set_adapter`. Any method can stand beside any other."""
         self._add(adapter_name, peft_config, autocast_adapter_dtype)
-        self.set_adapter(self.active_adapters or adapter_name)
+        if not self.active_adapters:
+            self.set_adapter(adapter_name)
 
     def set_adapter(self, adapter_name, inference_mode=False):
-        """Activate one adapter, or a list: each is given the ones before it as its base. Only they can be trained."""
+        """Activate one adapter, or a list: each is given those before it as its base. Only they are trained."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._known(names)
         for path, slot, _ in self._slots():
-            copies = [name for name in names if isinstance(dict(slot.adapters.items()).get(name), Copy)]
+            copies = [name for name in names if name in slot.adapters and isinstance(slot.adapters[name], Copy)]
             if len(copies) > 1:
                 raise AdapterNameError(f"{copies} each have their own copy of {path} (modules_to_save): one at a time")
-        self._switch.active = names
+        self.base_model.switch.active = names
         for name in self.peft_config:
             for part in self._parts(name).values():
                 part.requires_grad_(name in names and not inference_mode)
@@ -212,57 +209,52 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name):
         self._known([adapter_name])
         merged = self.merged_adapters
-        if adapter_name in merged:
-            self.unmerge_adapter()
-            self.merge_adapter([name for name in merged if name != adapter_name])
-        for path, slot, put in self._slots():
+        self.unmerge_adapter()
+        for _, slot, put in self._slots():
             if adapter_name in slot.adapters:
                 del slot.adapters[adapter_name]
                 slot.shared.pop(adapter_name, None)
-                if not slot.adapters and put:
+                if put and not slot.adapters:
                     put(slot.base_layer)
-        self.shared.pop(adapter_name) if adapter_name in self.shared else None
+        if adapter_name in self.shared:
+            del self.shared[adapter_name]
         del self.peft_config[adapter_name]
-        if adapter_name in self.active_adapters:
-            rest = [name for name in self.active_adapters if name != adapter_name]
-            if not rest and self.peft_config:
-                rest = list(self.peft_config)[:1]
-                warnings.warn(f"the active adapter {adapter_name!r} was deleted; {rest[0]!r} is active now", stacklevel=2)
-            self.set_adapter(rest)
+        self.merge_adapter([name for name in merged if name != adapter_name])
+        rest = self.base_model.switch.active = [name for name in self.active_adapters if name != adapter_name]
+        if not rest and self.peft_config:
+            self.set_adapter(next(iter(self.peft_config)))
+            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {self.active_adapter!r} is active now", stacklevel=2)
 
     @contextmanager
     def disable_adapter(self):
         """Within it the model is the base, bit for bit."""
-        enabled, merged = self._switch.enabled, self.merged_adapters
-        if merged:
-            self.unmerge_adapter()
-        self._switch.enabled = False
+        switch, merged = self.base_model.switch, self.merged_adapters
+        before, switch.enabled = switch.enabled, False
+        self.unmerge_adapter()
         try:
             yield
         finally:
-            self._switch.enabled = enabled
-            if merged:
-                self.merge_adapter(merged)
+            switch.enabled = before
+            self.merge_adapter(merged, lossy=True)
 
     # Merging.
 
     def merge_adapter(self, adapter_names=None, safe_merge=False, lossy=False):
-        """Write adapters (the active ones) into the weights, all or none. The weights from before are kept for unmerging.
+        """Write adapters (the active ones) into the weights: all or nothing. `unmerge_adapter` puts the old weights back.
 
-        safe_merge refuses what is not finite. lossy allows 4-bit layers, whose weights are rounded again.
+        safe_merge refuses results that are not finite. lossy allows 4-bit layers, whose weights are rounded once more.
         Raises NotMergeableError.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._known(names)
-        merged = self.merged_adapters
+        merged, slots = self.merged_adapters, [slot for _, slot, _ in self._slots()]
         fresh = [name for name in names if name not in merged]
         if names and not fresh:
             warnings.warn(f"already merged: {', '.join(names)}. Nothing to do", stacklevel=2)
         for name in fresh:
             for adapter in self._parts(name).values():
                 if not getattr(adapter, "mergeable", True):
-                    raise NotMergeableError(f"{name!r} cannot be merged: a {type(adapter).__name__} is no change of weights")
-        slots = [slot for _, slot, _ in self._slots()]
+                    raise NotMergeableError(f"{name!r} cannot be merged: {type(adapter).__name__} is no change of weights")
         try:
             for slot in slots:
                 slot.merge(fresh, lossy)
@@ -291,28 +283,28 @@ class PeftModel(nn.Module):
         return self._take_out()
 
     def _take_out(self):
-        for path, slot, put in self._slots():
+        for _, slot, put in self._slots():
+            slot.adapters.clear()
             if put:
                 put(slot.base_layer)
-        self.base_model.adapters.clear()
         self.shared.clear()
         self.peft_config.clear()
-        self._switch.active = []
-        hooks = self._embeddings()._forward_hooks if self._embeddings() is not None else {}
+        self.base_model.switch.active = []
+        hooks = getattr(self._embeddings(), "_forward_hooks", {})
         for key in [key for key, hook in hooks.items() if hook is _require_grad]:
             del hooks[key]
         return self.get_base_model()
 
-    # Files.
+    # Files and combinations.
 
-    def save_pretrained(self, save_directory, selected_adapters=None, **ignored):
+    def save_pretrained(self, save_directory, selected_adapters=None):
         """Hugging Face PEFT's files: the adapter "default" in the folder itself, others in folders of their names."""
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         self._known(names)
         for name in names:
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
-            files.save(Path(save_directory) / ("" if name == "default" else name), config, _tensors(self._parts(name)))
+            files.save(Path(save_directory) / ("" if name == "default" else name), config, files.tensors(self._parts(name)))
 
     @classmethod
     def from_pretrained(cls, model, model_id, adapter_name="default", is_trainable=False, autocast_adapter_dtype=True):
@@ -320,35 +312,29 @@ class PeftModel(nn.Module):
 
         Raises AdapterFileError, ConfigError or TargetError, and then leaves the model as it was.
         """
-        config, fill = _from_folder(model, model_id, is_trainable)
+        config, fill = files.adapter(model_id, model, is_trainable)
         return cls(model, config, adapter_name, autocast_adapter_dtype, fill).train(is_trainable and model.training)
 
     def load_adapter(self, model_id, adapter_name, is_trainable=False, autocast_adapter_dtype=True):
-        config, fill = _from_folder(self.get_base_model(), model_id, is_trainable)
-        active = self.active_adapters
+        """One more adapter, from a folder; inactive until `set_adapter`, if another is active."""
+        config, fill = files.adapter(model_id, self.get_base_model(), is_trainable)
         self._add(adapter_name, config, autocast_adapter_dtype, fill)
-        if not active:
+        if not self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=not is_trainable)
-        else:
-            for part in self._parts(adapter_name).values():
-                part.requires_grad_(False)
         if not is_trainable:
             self.eval()
 
     def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, svd_clamp=None,
                              svd_full_matrices=True, svd_driver=None, density=None, majority_sign_method="total"):
-        """A new LoRA from others: see minipeft/combine.py for the ways."""
+        """A new LoRA from others, inactive until `set_adapter`. The ways are told in minipeft/combine.py."""
         self._known(adapters)
         parts = [self._parts(name) for name in adapters]
         paths = [path for path, _, _ in self._slots() if any(path in part for part in parts)]
         config, fill = combine.plan([self.peft_config[name] for name in adapters], parts, weights, paths, combination_type,
-                                    svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method)
-        active = self.active_adapters
+                                    svd_rank, (svd_clamp, svd_full_matrices, svd_driver), density, majority_sign_method)
         self._add(adapter_name, config, fill=fill)
-        for part in self._parts(adapter_name).values():
-            part.requires_grad_(False)
 
-    # Counting, and what a learner may ask of the model itself.
+    # Counting, and what a trainer asks of a model.
 
     def get_nb_trainable_parameters(self):
         """(trainable, all). A packed 4-bit weight counts as the weights that it holds."""
@@ -360,22 +346,21 @@ class PeftModel(nn.Module):
         print(f"trainable params: {trainable:,d} || all params: {everything:,d} || "
               f"trainable%: {100 * trainable / everything:.4f}")
 
-    def _embeddings(self):
-        base = self.get_base_model()
-        try:
-            return base.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
-            return None
+    def gradient_checkpointing_enable(self, *args, **kwargs):
+        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
+        self.enable_input_require_grads()
 
     def enable_input_require_grads(self):
-        """Reentrant gradient checkpointing gives no gradients where no input asks for one, as behind frozen embeddings."""
+        """Reentrant checkpointing gives no gradients where no input asks for one, as behind a frozen embedding."""
         embeddings = self._embeddings()
         if embeddings is not None and _require_grad not in embeddings._forward_hooks.values():
             embeddings.register_forward_hook(_require_grad)
 
-    def gradient_checkpointing_enable(self, *args, **kwargs):
-        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
-        self.enable_input_require_grads()
+    def _embeddings(self):
+        try:
+            return self.get_base_model().get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
 
     def __getattr__(self, name):                # whatever else is asked of a model (config, device), the model answers
         try:
@@ -390,41 +375,14 @@ def _require_grad(module, args, output):
     output.requires_grad_(True)
 
 
-def _tensors(parts):
-    return {files.key(path, name): tensor for path, part in parts.items()
-            for name, tensor in (part.to_file() if path is not None else part.state_dict()).items()}
-
-
-def _from_folder(model, folder, is_trainable):
-    """The config in a folder, and a function that fills adapters with the tensors there."""
-    config, tensors = files.load(folder)
-    config.inference_mode = not is_trainable
-    config.drop_absent(model)
-    modules = {files.key(path, ""): layers.bare(module) for path, _, _, module in layers.walk(model)}
-    for key in [key for key in tensors if ".base_layer." in key]:           # PEFT saves adapted embeddings with their base
-        before, _, name = key.partition("base_layer.")
-        own = getattr(modules.get(before), name, None)
-        if own is None or not torch.equal(own, tensors.pop(key).to(own)):
-            raise files.AdapterFileError(f"{key}: this adapter belongs to a model with another base weight there")
-
-    def fill(parts):
-        expected = _tensors(parts)
-        files.check(expected, tensors)
-        for path, part in parts.items():
-            names = part.to_file() if path is not None else part.state_dict()
-            own = {name: tensors[files.key(path, name)] for name in names}
-            part.from_file(own) if path is not None else part.load_state_dict(own)
-    return config, fill
-
-
 def prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
-    """Ready a quantised model for training beside it: freeze it, keep what is not quantised in 32 bits, and let it
-    compute activations again in the backward pass rather than store them."""
+    """Ready a quantised model for training adapters: freeze it, hold in 32 bits what is not quantised, and let it compute
+    activations again in the backward pass rather than keep them."""
+    quantised = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
     for parameter in model.parameters():
         parameter.requires_grad = False
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.float()
-    quantised = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
     if quantised and use_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
     return model

@@ -9,7 +9,6 @@ whose rows want different adapters is split by rows, and merging an adapter is l
 So there is one kind of wrapper, the Slot, and it stands where a layer stood. The slot knows names, order, rows and
 merging. The adapter knows its own algebra and owns nothing but its own parameters.
 """
-import copy
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import layers
-from .layers import NotMergeableError
 
 
 class AdapterNameError(ValueError):
@@ -40,10 +38,6 @@ class Base:
         """The frozen layer itself."""
         return self.slot.base_layer
 
-    @module.setter
-    def module(self, module):
-        self.slot.base_layer = module
-
     @property
     def weight(self):
         """The frozen weight, dense, (d_out, d_in), however the layer stores it. Assigning stores it that way again."""
@@ -60,13 +54,11 @@ class Base:
 
     @bias.setter
     def bias(self, bias):
-        if self.bias is None:
-            raise NotMergeableError(f"this {type(self.module).__name__} has no bias to merge a bias into")
-        self.module.bias = nn.Parameter(bias.detach().to(self.bias.dtype), requires_grad=False)
+        layers.write_bias(self.module, bias)
 
     @property
     def shared(self):
-        """What this adapter shares between all its slots: the module that its config's `create_shared` made."""
+        """The part that this adapter shares between all its slots, as its config's `create_shared` made it."""
         return self.slot.shared[self.name]
 
     def peer(self, name):
@@ -77,7 +69,7 @@ class Base:
 
 
 class Adapter(nn.Module):
-    """A method. `forward` is its equation. Its state_dict holds the names that its tensors have in files."""
+    """A method. `forward` is its equation; the names in its state_dict are those that its tensors have in files."""
     mergeable = False
 
     def forward(self, base, *args, **kwargs):
@@ -85,19 +77,19 @@ class Adapter(nn.Module):
 
     def fold(self, base):
         """Write yourself into base.weight."""
-        raise NotMergeableError(f"{type(self).__name__} is no change of a weight, so it cannot be merged into one")
+        raise layers.NotMergeableError(f"{type(self).__name__} is no change of a weight: it cannot be merged into one")
 
     def to_file(self):
         """The tensors to save, by name."""
         return self.state_dict()
 
     def from_file(self, tensors):
-        """Take over tensors as `to_file` gave them: same names, same shapes."""
+        """Take over tensors of the names and shapes that `to_file` gives."""
         self.load_state_dict(tensors)
 
 
 class LinearDelta(Adapter):
-    """A method that changes a linear layer's weight: W' = W + delta. Most only say what their delta is."""
+    """A method that changes a linear layer's weight: W' = W + delta. Most need only say what their delta is."""
     mergeable = True
     dropout = 0.0                               # the share of x that the update does not see in training
 
@@ -110,81 +102,18 @@ class LinearDelta(Adapter):
         return F.linear(x, self.delta(base))
 
     def forward(self, base, x):
-        y, x = base(x), cast(x, self)
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        return (y + self.update(base, x)).to(y.dtype)
+        y = base(x)
+        return (y + self.update(base, self.seen(x))).to(y.dtype)
+
+    def seen(self, x):
+        """x as the update sees it: in the adapter's precision (autocast sees to that itself), and thinned in training."""
+        dtype = next(self.parameters()).dtype
+        if x.dtype != dtype and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(dtype)
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def fold(self, base):
         base.weight = base.weight + self.delta(base)
-
-
-class Copy(Adapter):
-    """A trained copy of the whole layer, which takes its place: PEFT's modules_to_save."""
-    mergeable = True
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, base, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
-    def fold(self, base):
-        base.module = copy.deepcopy(self.module).requires_grad_(False)
-
-    def to_file(self):
-        return self.module.state_dict()
-
-    def from_file(self, tensors):
-        self.module.load_state_dict(tensors)
-
-
-def cast(x, adapter):
-    """x in the adapter's precision. Autocast sees to that itself."""
-    dtype = next(adapter.parameters()).dtype
-    same = x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type)
-    return x if same else x.to(dtype)
-
-
-class Switch:
-    """Who plays: one for the whole model, read by every slot."""
-
-    def __init__(self):
-        self.active = []                        # names of the active adapters, the lowest first
-        self.enabled = True
-        self.rows = None                        # Rows: which adapter each row of the batch wants, instead of `active`
-
-    @contextmanager
-    def alone(self, name):
-        """Within it this adapter plays alone, for all rows."""
-        before = self.active, self.rows
-        self.active, self.rows = [name], None
-        try:
-            yield
-        finally:
-            self.active, self.rows = before
-
-
-class Rows:
-    """The rows of a batch, sorted by the adapter that each of them wants. "__base__" wants none."""
-
-    def __init__(self, names):
-        self.names, self.known = list(names), {}
-
-    def split(self, size, device):
-        """([(adapter's name, its row numbers)], the order that undoes the sorting) for a batch of `size` rows.
-
-        Rows may come several times over, as in beam search, or where a layer is given every token as a row.
-        """
-        if (size, device) not in self.known:
-            if size % len(self.names):
-                raise ValueError(f"{len(self.names)} adapter_names for a batch of {size} rows")
-            rows = torch.arange(size, device=device).view(len(self.names), -1)
-            groups = [(name, rows[torch.tensor([n == name for n in self.names])].flatten())
-                      for name in dict.fromkeys(self.names)]
-            self.known[size, device] = groups, torch.cat([index for _, index in groups]).argsort()
-        return self.known[size, device]
 
 
 class Slot(nn.Module):
@@ -196,9 +125,9 @@ class Slot(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.switch = switch
-        self.shared = {}                        # lent: the parts that adapters share over slots belong to the PeftModel
+        self.shared = {}                        # lent: what adapters share over slots belongs to the PeftModel
         self.merged = []                        # names of the adapters that are written into the weight
-        self.original = None                    # (layer, its parameters, its buffers) from before merging
+        self.original = []                      # [(a module of the layer, its parameters, its buffers)] from before that
 
     def forward(self, *args, **kwargs):
         if not self.switch.enabled:
@@ -219,30 +148,27 @@ class Slot(nn.Module):
         """Each row through its own adapter. x (B, ...), and so is the result."""
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(x, *args, **kwargs)
-        groups, order = rows.split(x.shape[0], x.device)
-        parts = []
+        parts, (groups, order) = [], rows.split(x.shape[0], x.device)
         for name, index in groups:
-            with self.switch.alone(name):       # for the slots within this layer, which see these rows only
+            with self.switch.alone(name):       # for the slots within this layer: they see these rows only
                 parts.append(self.stack([name], x[index], *args, **kwargs))
         return torch.cat(parts)[order]
 
     def merge(self, names, lossy=False):
-        """Write adapters into the weight, keeping the parameters that were there before."""
+        """Write adapters into the weight, keeping the parameters from before."""
         for name in names:
             if name in self.adapters:
-                if self.original is None:
-                    layer = self.base_layer
-                    self.original = layer, dict(layer._parameters), dict(layer._buffers)
+                self.original = self.original or [(module, dict(module._parameters), dict(module._buffers))
+                                                  for module in self.base_layer.modules()]
                 self.adapters[name].fold(Base(self, name, lossy=lossy))
                 self.merged.append(name)
 
     def unmerge(self):
-        """Put back the very parameters from before merging, so that nothing is lost to rounding."""
-        if self.original is not None:
-            self.base_layer, parameters, buffers = self.original
-            self.base_layer._parameters.update(parameters)
-            self.base_layer._buffers.update(buffers)
-        self.merged, self.original = [], None
+        """Put back the very parameters from before merging: nothing is lost to rounding."""
+        for module, parameters, buffers in self.original:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        self.merged, self.original = [], []
 
     def __getattr__(self, name):                # whatever else is asked of a layer (weight, in_features), the layer answers
         try:
@@ -251,3 +177,43 @@ class Slot(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+class Switch:
+    """Who plays. There is one for the whole model, and every slot reads it."""
+
+    def __init__(self):
+        self.active = []                        # names of the active adapters, the lowest first
+        self.enabled = True
+        self.rows = None                        # Rows, where each row of the batch wants its own adapter
+
+    @contextmanager
+    def alone(self, name):
+        """Within it one adapter plays alone, for all rows."""
+        before = self.active, self.rows
+        self.active, self.rows = [name], None
+        try:
+            yield
+        finally:
+            self.active, self.rows = before
+
+
+class Rows:
+    """The adapter that each row of a batch wants. "__base__" is none."""
+
+    def __init__(self, names):
+        self.names, self.known = list(names), {}
+
+    def split(self, size, device):
+        """([(adapter's name, the rows that want it)], the order that puts all of these back in their places).
+
+        A batch may have `size` rows, several for each name: beams, or tokens where a layer takes each as a row.
+        """
+        if (size, device) not in self.known:
+            if size % len(self.names):
+                raise ValueError(f"{len(self.names)} adapter_names for a batch of {size} rows")
+            rows = torch.arange(size, device=device).view(len(self.names), -1)
+            groups = [(name, rows[[i for i, other in enumerate(self.names) if other == name]].flatten())
+                      for name in dict.fromkeys(self.names)]
+            self.known[size, device] = groups, torch.cat([index for _, index in groups]).argsort()
+        return self.known[size, device]

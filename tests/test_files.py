@@ -102,3 +102,12 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs)) or str(tmp_path))
     PeftModel.from_pretrained(BASE.make(), "somebody/adapter")
     assert asked == [("somebody/adapter", {"allow_patterns": [files.CONFIG, files.TENSORS]})]
+
+
+def test_a_frozen_adapter_stays_frozen_beside_a_new_one(tmp_path):
+    adapted(LORA, BASE).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(BASE.make(), tmp_path)
+    model.add_adapter("b", LORA.ours(BASE))
+    assert model.active_adapters == ["default"] and not any(p.requires_grad for p in model.parameters())
+    model.set_adapter("b")
+    assert sum(p.requires_grad for p in model.parameters()) == 12

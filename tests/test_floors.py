@@ -52,12 +52,6 @@ def test_the_other_towers_import_no_adapters(tower, allowed):
         assert parts_imported(path) & everything <= allowed, path
 
 
-def test_no_method_imports_another_except_to_build_on_it():
-    """A method may subclass another's (DoRA is a LoRA); the registry in methods/__init__.py knows all; nobody else asks."""
-    for path in (p for p in FILES if part(p) in HEIGHT and part(p) not in ("methods", "combine")):
-        assert "methods" not in parts_imported(path), path
-
-
 @pytest.mark.parametrize("path", [p for p in FILES if part(p) in HEIGHT or p == PACKAGE / "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_import_minipeft_is_light(path):
     outside = {name.partition(".")[0] for name in imports(path, everywhere=False)}

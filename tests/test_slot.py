@@ -10,7 +10,8 @@ import minipeft
 from bases import BASES, close, inputs, run
 from minipeft import Adapter, AdapterNameError, LinearDelta, NotMergeableError, Slot, get_peft_model
 from minipeft.config import METHODS, LayerConfig, PeftConfig
-from minipeft.slot import Base, Copy, Rows, Switch
+from minipeft.methods.modules_to_save import Copy
+from minipeft.slot import Base, Rows, Switch
 
 
 class Times(Adapter):
@@ -113,15 +114,18 @@ def test_peers_are_not_children():
 
 def test_a_copy_takes_the_place_of_the_layer():
     slot, x = slot_with()
-    slot.adapters["copy"] = Copy(nn.Linear(3, 2))
+    slot.adapters["copy"] = Copy(slot.base_layer)
+    nn.init.normal_(slot.adapters["copy"].module.weight)
+    before = slot(x)
     slot.switch.active = ["copy"]
-    assert torch.equal(slot(x), slot.adapters["copy"].module(x))
-    old = slot.base_layer
     expected = slot(x)
+    assert torch.equal(expected, slot.adapters["copy"].module(x)) and not torch.equal(expected, before)
     slot.merge(["copy"])
-    assert torch.equal(slot(x), expected) and slot.base_layer is not slot.adapters["copy"].module
+    slot.switch.active = []
+    assert torch.equal(slot(x), expected)
+    assert slot.weight is not slot.adapters["copy"].module.weight and not slot.weight.requires_grad
     slot.unmerge()
-    assert slot.base_layer is old
+    assert torch.equal(slot(x), before)
 
 
 def test_a_slot_answers_for_its_layer():

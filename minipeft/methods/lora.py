@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import layers
 from ..config import ConfigError, LayerConfig
+from ..layers import TargetError
 from ..slot import LinearDelta
 
 INITS = {}      # init_lora_weights="name" or "name_...": a function (adapter, base, config); it may assign base.weight
@@ -49,15 +50,17 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"bias={self.bias!r} is not supported; to train biases use BitFitConfig, or lora_bias=True")
         if isinstance(self.init_lora_weights, str):
             initialiser(self.init_lora_weights)
-        for name in ("use_dora",):
-            if getattr(self, name) and name not in VARIANTS:
-                raise ConfigError(f"{name} is not available")
+        if self.use_dora and "use_dora" not in VARIANTS:
+            raise ConfigError("use_dora is not available")
 
     def create(self, base, path):
         r = layers.lookup(self.rank_pattern, path, self.r)
         alpha = layers.lookup(self.alpha_pattern, path, self.lora_alpha)
-        kind = LoraEmbedding if isinstance(base.module, nn.Embedding) else next(
-            (VARIANTS[name] for name in VARIANTS if getattr(self, name)), Lora)
+        variant = next((name for name in VARIANTS if getattr(self, name)), None)
+        embedding = isinstance(base.module, nn.Embedding)
+        if embedding and (variant or self.lora_bias):
+            raise TargetError(f"{variant or 'lora_bias'} is for linear layers, not for embeddings")
+        kind = LoraEmbedding if embedding else VARIANTS.get(variant, Lora)
         adapter = kind(*layers.features(base.module), r, alpha / (math.sqrt(r) if self.use_rslora else r),
                        dropout=self.lora_dropout, bias=self.lora_bias)
         adapter.reset(base, self)
@@ -103,10 +106,15 @@ class Lora(LinearDelta):
     def delta(self, base):
         return self.scaling * self.lora_B.weight @ self.lora_A.weight       # (d_out, d_in): formed for merging only
 
-    def update(self, base, x):
-        h = F.linear(x, self.lora_A.weight) * self.scaling                  # (..., r): scaled where it is thin
-        bias = self.lora_B.bias
-        return F.linear(h, self.lora_B.weight, bias if bias is None else bias * self.scaling)
+    def forward(self, base, x):
+        y = base(x)                                                         # (..., d_out)
+        h = F.linear(self.seen(x), self.lora_A.weight)                      # (..., r)
+        d_out, r = self.lora_B.weight.shape
+        # y + s h B^T in one call: delta is never formed, nor is a second tensor of y's size
+        out = torch.addmm(y.to(h.dtype).reshape(-1, d_out), h.reshape(-1, r), self.lora_B.weight.T, alpha=self.scaling)
+        if self.lora_B.bias is not None:
+            out = out + self.scaling * self.lora_B.bias
+        return out.view(y.shape).to(y.dtype)
 
     def fold(self, base):
         if self.lora_B.bias is not None:
