@@ -1,0 +1,10 @@
+"""Checks of a learner's own code: they run it on random shapes, and say what is wrong as a teacher would.
+
+Every check knows the right answer from a closed formula written beside it, not from the package; and it knows the
+mistakes that people make, so that the message can name the mistake instead of printing two tensors. A check returns a
+Verdict: true or false, and readable. In graded work: `verdict = check.lora_delta(mine); assert verdict, verdict`.
+"""
+from .chapter04 import count_parameters, first_gradients, lora_delta, lora_layer, merging, six_million
+from .teacher import Verdict
+
+__all__ = ["Verdict", "count_parameters", "first_gradients", "lora_delta", "lora_layer", "merging", "six_million"]
