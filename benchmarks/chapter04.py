@@ -1,11 +1,13 @@
-"""The longer runs of chapter 04: which rank, which layers, at each one's best of four learning rates (full fine-tuning: of three), over two seeds.
+"""The longer runs of chapter 04: which rank, which layers, each at its own best learning rate, over two seeds.
 
     python benchmarks/chapter04.py --jobs 2        # writes benchmarks/results/chapter04.json
 
 The learning rate is chosen by the loss on validation questions with seed 0; only the chosen one is run with seed 1 too.
+The file is written as the runs come in; those that are in it already are not run again.
 """
 import argparse
 import copy
+import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -29,15 +31,16 @@ TARGETS = {
 
 
 def one_run(job: dict) -> dict:
-    """job: {"kind", "targets", "r", "lr", "seed"}; targets None is full fine-tuning."""
+    """job: {"targets", "r", "lr", "seed"}; targets None is full fine-tuning."""
     torch.set_num_threads(1)
-    tokenizer, sql = load_tokenizer(), load_data("sql")
-    model = load_pretrained()
+    tokenizer, sql, model = load_tokenizer(), load_data("sql"), load_pretrained()
     if job["targets"]:
         torch.manual_seed(job["seed"])
-        model = get_peft_model(model, LoraConfig(r=job["r"], lora_alpha=2 * job["r"], target_modules=TARGETS[job["targets"]]))
+        config = LoraConfig(r=job["r"], lora_alpha=2 * job["r"], target_modules=TARGETS[job["targets"]])
+        model = get_peft_model(model, config)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(model, sql, tokenizer=tokenizer, steps=STEPS, lr=job["lr"], warmup=WARMUP, seed=job["seed"], progress=False)
+    history = train(model, sql, tokenizer=tokenizer, steps=STEPS, lr=job["lr"], warmup=WARMUP, seed=job["seed"],
+                    progress=False)
     valid = evaluate(model, tokenizer, sql, split="valid", generate=False, progress=False)
     test = evaluate(model, tokenizer, sql, split="test", progress=False)
     return job | {"parameters": parameters, "valid_loss": round(valid["loss"], 4), "score": round(test[sql.metric], 2),
@@ -48,16 +51,19 @@ def equal_ranks(budget_rank: int) -> dict:
     """For each choice of targets, the rank that trains about as many numbers as all-linear at `budget_rank`."""
     cost = {}
     for name, targets in TARGETS.items():
-        model = get_peft_model(copy.deepcopy(load_pretrained()), LoraConfig(r=1, target_modules=targets))
+        model = get_peft_model(load_pretrained(), LoraConfig(r=1, target_modules=targets))
         cost[name] = model.get_nb_trainable_parameters()[0]
     return {name: round(budget_rank * cost["all-linear"] / c) for name, c in cost.items()}
 
 
-def best(runs, **wanted) -> dict:
+def found(runs: list, **wanted) -> list:
+    return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
+
+
+def best(runs: list, **wanted) -> dict:
     """The mean score over the seeds, at the rate that is best on the validation questions with seed 0."""
-    runs = [run for run in runs if all(run[key] == value for key, value in wanted.items())]
-    rate = min((run for run in runs if run["seed"] == SEEDS[0]), key=lambda run: run["valid_loss"])["lr"]
-    chosen = [run for run in runs if run["lr"] == rate]
+    rate = min(found(runs, seed=SEEDS[0], **wanted), key=lambda run: run["valid_loss"])["lr"]
+    chosen = found(runs, lr=rate, **wanted)
     return chosen[0] | {"score": sum(run["score"] for run in chosen) / len(chosen)}
 
 
@@ -67,35 +73,40 @@ def draw(record: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from minipeft.course import figures
     path.parent.mkdir(exist_ok=True)
-    label = {"all-linear": "LoRA on all linear layers", "q,v": "LoRA on q and v"}
-    sweep = {label[targets]: (RANKS, [best(record["runs"], kind="rank", targets=targets, r=r)["score"] for r in RANKS]) for targets in label}
-    figures.curves(sweep, f"English to SQL: a frozen 1.5M-parameter base, {record['steps']} steps", "rank r (log scale)", "queries answered right (%)",
-                   logx=2, marks=True, ylim=(0, 102), xticks=RANKS, levels={"full fine-tuning": best(record["runs"], kind="full")["score"]}, save=path)
+    runs, labels = record["runs"], {"all-linear": "LoRA on all linear layers", "q,v": "LoRA on q and v"}
+    scores = {targets: [best(runs, targets=targets, r=r)["score"] for r in RANKS] for targets in labels}
+    figures.curves({label: (RANKS, scores[targets]) for targets, label in labels.items()},
+                   f"From English to SQL: a frozen base of 1.5M parameters, {STEPS} steps", "rank r (log scale)",
+                   "queries answered right (%)", levels={"full fine-tuning": best(runs, targets=None)["score"]},
+                   logx=2, marks=True, ylim=(0, 102), xticks=RANKS, save=path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--budget-rank", type=int, default=4, help="the rank of all-linear that sets the budget of equal parameters")
+    parser.add_argument("--budget-rank", type=int, default=4, help="its all-linear LoRA sets the budget for the targets")
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter04.json")
-    arguments = parser.parse_args()
-    started = time.time()
-    cases = [{"kind": "full", "targets": None, "r": None}]
-    cases += [{"kind": "rank", "targets": targets, "r": r} for targets in ("all-linear", "q,v") for r in RANKS]
-    cases += [{"kind": "targets", "targets": targets, "r": r} for targets, r in equal_ranks(arguments.budget_rank).items()]
-    first = [case | {"lr": lr, "seed": SEEDS[0]} for case in cases for lr in RATES["lora" if case["targets"] else "full"]]
-    with ProcessPoolExecutor(arguments.jobs) as pool:
-        runs = list(tqdm(pool.map(one_run, first), total=len(first), desc="every rate"))
-        chosen = [min((run for run in runs if all(run[key] == case[key] for key in case)), key=lambda run: run["valid_loss"]) for case in cases]
-        again = [case | {"lr": run["lr"], "seed": seed} for case, run in zip(cases, chosen) for seed in SEEDS[1:]]
-        runs += tqdm(pool.map(one_run, again), total=len(again), desc="the best, again")
-    record = facts() | {"minutes": round((time.time() - started) / 60, 1), "base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql",
-                        "steps": STEPS, "batch_size": 16, "warmup": WARMUP, "alpha": "2 r", "seeds": list(SEEDS), "ranks": RANKS, "runs": runs}
-    save(arguments.out, record)
-    draw(record, RESULTS.parents[1] / "chapters" / "figures" / "rank_sweep.png")
+    given = parser.parse_args()
+    runs = json.loads(given.out.read_text(encoding="utf-8"))["runs"] if given.out.exists() else []
+    started, budget = time.time(), equal_ranks(given.budget_rank)
+    cases = [(None, None), *((targets, r) for targets in ("all-linear", "q,v") for r in RANKS)]
+    cases += [case for case in budget.items() if case not in cases]
+    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": STEPS,
+                        "batch_size": 16, "warmup": WARMUP, "alpha": "2 r", "seeds": list(SEEDS), "ranks": RANKS,
+                        "budget": budget}
+    with ProcessPoolExecutor(given.jobs) as pool:
+        for seed in SEEDS:  # the first seed finds the rate, the others repeat it
+            rates = {case: RATES["lora" if case[0] else "full"] if seed == SEEDS[0] else
+                     [best(runs, targets=case[0], r=case[1])["lr"]] for case in cases}
+            jobs = [{"targets": targets, "r": r, "lr": lr, "seed": seed} for (targets, r), lrs in rates.items() for lr in lrs]
+            jobs = [job for job in jobs if not found(runs, **job)]
+            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
+                runs.append(run)
+                save(given.out, record | {"minutes": round((time.time() - started) / 60, 1), "runs": runs})
+    draw(record | {"runs": runs}, RESULTS.parents[1] / "chapters" / "figures" / "rank_sweep.png")
     for run in runs:
-        print(f"{run['kind']:8} {run['targets'] or '':10} r {run['r'] or 0:3} lr {run['lr']:g} seed {run['seed']}: {run['parameters']:8,} "
-              f"valid {run['valid_loss']:.3f} score {run['score']:.1f}")
+        print(f"{run['targets'] or 'full':10} r {run['r'] or 0:3} lr {run['lr']:<5g} seed {run['seed']} "
+              f"{run['parameters']:9,} valid {run['valid_loss']:.3f} score {run['score']:.1f}")
 
 
 if __name__ == "__main__":

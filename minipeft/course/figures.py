@@ -1,4 +1,4 @@
-"""One style for all figures: a title that says what it shows, axes with units, colours that everybody can tell apart."""
+"""One style for all figures: titles that say what one sees, axes with units, colours that everybody can tell apart."""
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
@@ -22,7 +22,7 @@ STYLE = {
 
 
 def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=False, logy=False, **limits):
-    """One pair of axes in the course's style; logx=2 counts in powers of two; limits: xlim=, ylim=, xticks=, ..."""
+    """One pair of axes in the course's style; logx=2: powers of two; limits: xlim=, ylim=, xticks=, ..."""
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=size)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -119,7 +119,7 @@ def heat(values, rows: list, columns: list, title: str, xlabel: str, ylabel: str
 
 
 def about(number: float, form: str = "{:.2f}") -> str:
-    """A number that training has made: its last digits depend on the processor. `≈` says so, to readers and to the tests."""
+    """A number that training has made: its last digits depend on the processor. `≈` tells readers and tests so."""
     return "≈ " + form.format(number)
 
 

@@ -43,15 +43,15 @@ def lora_delta(function) -> None:
         need(torch.equal(before_A, A) and torch.equal(before_B, B),
              "You changed A or B on the way: leave them as they are.")
         need(not (isinstance(got, torch.Tensor) and got.shape == (d_in, d_out)),
-             "Your update lies on its side: it is (d_in, d_out). PyTorch keeps a weight as (d_out, d_in), and B @ A has "
-             "that shape already: nothing needs a transpose.")
+             "Your update lies on its side: it is (d_in, d_out). PyTorch keeps a weight as (d_out, d_in), and B @ A "
+             "has that shape already: nothing needs a transpose.")
         compare(got, alpha / r * product, wrong_scales(product, alpha, r), "Your update")
         need(got.requires_grad, "The numbers are right, but the result has lost touch with A and B (.detach() or "
                                 ".data?): nothing could be learnt through it.")
 
 
-@checks("Frozen base, A and B of the right shapes, nothing changes at the start, (alpha / r) B A after it, dropout on the "
-        "input alone, gradients in A and B alone. This is LoRA.", SHAPES)
+@checks("Frozen base, A and B of the right shapes, nothing changes at the start, (alpha / r) B A after it, dropout on "
+        "the input alone, gradients in A and B alone. This is LoRA.", SHAPES)
 def lora_layer(layer_class) -> None:
     """layer_class(linear, r, alpha, dropout=0.0), an nn.Module with parameters A (r, d_in) and B (d_out, r)."""
     need(isinstance(layer_class, type) and issubclass(layer_class, nn.Module),
@@ -109,7 +109,8 @@ def check_shapes(A, B, r, d_in, d_out) -> None:
     need((a, b) != ((d_out, r), (r, d_in)),
          "A and B are swapped: A reads the input, (r, d_in); B writes the output, (d_out, r).")
     need((a, b) != ((d_in, r), (r, d_out)),
-         "A and B are transposed: as in nn.Linear the output's size comes first, so A is (r, d_in) and B is (d_out, r).")
+         "A and B are transposed: as in nn.Linear the output's size comes first, so A is (r, d_in) and B is "
+         "(d_out, r).")
     need(a == (r, d_in), f"A has the shape {a}; it takes d_in numbers to r, so it is (r, d_in) = {(r, d_in)}.")
     need(b == (d_out, r), f"B has the shape {b}; it takes r numbers to d_out, so it is (d_out, r) = {(d_out, r)}.")
 
@@ -120,8 +121,8 @@ def check_start(A, B) -> None:
                  "ever learn. Make A random and leave B zero.")
     need(not (a and b), "B is random at the start, so B A is not zero, and the model is damaged before the first step. "
                         "B starts at zero.")
-    need(a, "You made A zero and B random. That starts at zero too, and learns; but the convention, which every file of "
-            "weights follows, is the other way round: A random, B zero.")
+    need(a, "You made A zero and B random. That starts at zero too, and learns; but the convention, which every file "
+            "of weights follows, is the other way round: A random, B zero.")
     need(A.std() > 0 and not torch.allclose(A[0], A[1]),
          "The rows of A are all alike: then all r of them learn the same thing. Draw them at random.")
 
@@ -132,8 +133,9 @@ def check_trainable(layer, original, A, B) -> None:
          "A or B is frozen (requires_grad is False): they are all that LoRA trains.")
     extra = [name for number, name in trained.items() if number not in (id(A), id(B))]
     sizes = {tuple(p.shape) for name, p in layer.named_parameters() if name in extra}
-    need(tuple(original.weight.shape) not in sizes, "The base weight is not frozen: an optimizer would train it as well. "
-                                                    "Set requires_grad to False, for the weight and for the bias.")
+    need(tuple(original.weight.shape) not in sizes,
+         "The base weight is not frozen: an optimizer would train it as well. Set requires_grad to False, for the "
+         "weight and for the bias.")
     need(tuple(original.bias.shape) not in sizes, "The base's weight is frozen, but its bias is not.")
     need(not extra, f"Something else would train too: {', '.join(extra)}. LoRA has A and B, and nothing more.")
 
@@ -153,8 +155,8 @@ def check_dropout(layer_class, alpha) -> None:
     layer = layer_class(linear, 1, alpha, p).train()
     x = torch.randn(4000, d_in)
     need(same(layer(x), linear(x)),
-         "B is zero, so the output must be the base's, in training too; but it changes. Your dropout touches the base's "
-         "path: drop only what goes into A.")
+         "B is zero, so the output must be the base's, in training too; but it changes. Your dropout touches the "
+         "base's path: drop only what goes into A.")
     with torch.no_grad():
         linear.weight.zero_()
         linear.bias.zero_()
@@ -214,8 +216,8 @@ def merging(merge, unmerge) -> None:
         "You replaced the weight by the update: add it to the old weight.": alpha / r * product,
     }
     compare(got.detach(), right, mistakes, "The merged weight")
-    need(layer.merged is True, "The weight is right, but layer.merged is still False: so forward adds the update a second "
-                               "time.")
+    need(layer.merged is True,
+         "The weight is right, but layer.merged is still False: so forward adds the update a second time.")
     need(same(layer(x), output), "The merged layer gives another output than the unmerged one.")
     merge(layer)
     need(same(layer.linear.weight, right),
@@ -309,7 +311,7 @@ def six_million(answer) -> None:
     wanted, layers = 6_815_744, 32
     if answer is None or answer == []:
         raise NotImplementedError
-    pairs = isinstance(answer, (list, tuple)) and all(isinstance(one, (list, tuple)) and len(one) == 2 for one in answer)
+    pairs = isinstance(answer, list | tuple) and all(isinstance(one, list | tuple) and len(one) == 2 for one in answer)
     need(pairs and all(isinstance(r, int) and not isinstance(targets, str) for r, targets in answer),
          "Write it as [(r, [targets]), (r, [targets])].")
     found = set()
@@ -319,8 +321,7 @@ def six_million(answer) -> None:
         need(not unknown, f"{', '.join(unknown)}: the attention's matrices are called {', '.join(attention)}.")
         count = layers * r * sum(sum(attention[name]) for name in set(targets))
         said = f"r = {r} on {', '.join(targets)} trains {count:,}"
-        need(count != 2 * wanted, f"{said}: exactly twice the number. Is it the configuration in the document, that is, "
-                                  "its mistake?")
+        need(count != 2 * wanted, f"{said}: exactly twice the number.")
         need(count != wanted / 2, f"{said}: exactly half the number.")
         need(count != layers * wanted, f"{said}: your number is right for one layer; the model has {layers}.")
         need(count == wanted or layers * r * 8192 * len(set(targets)) != wanted,
