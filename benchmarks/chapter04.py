@@ -84,7 +84,7 @@ def draw(record: dict, path: Path) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--budget-rank", type=int, default=4, help="its all-linear LoRA sets the budget for the targets")
+    parser.add_argument("--budget-rank", type=int, default=4, help="all-linear at this rank sets the budget")
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter04.json")
     given = parser.parse_args()
     runs = json.loads(given.out.read_text(encoding="utf-8"))["runs"] if given.out.exists() else []
@@ -96,9 +96,10 @@ def main():
                         "budget": budget}
     with ProcessPoolExecutor(given.jobs) as pool:
         for seed in SEEDS:  # the first seed finds the rate, the others repeat it
-            rates = {case: RATES["lora" if case[0] else "full"] if seed == SEEDS[0] else
-                     [best(runs, targets=case[0], r=case[1])["lr"]] for case in cases}
-            jobs = [{"targets": targets, "r": r, "lr": lr, "seed": seed} for (targets, r), lrs in rates.items() for lr in lrs]
+            rates = {(targets, r): RATES["lora" if targets else "full"] if seed == SEEDS[0] else
+                     [best(runs, targets=targets, r=r)["lr"]] for targets, r in cases}
+            jobs = [{"targets": targets, "r": r, "lr": lr, "seed": seed}
+                    for (targets, r), lrs in rates.items() for lr in lrs]
             jobs = [job for job in jobs if not found(runs, **job)]
             for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
                 runs.append(run)

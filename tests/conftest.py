@@ -19,7 +19,7 @@ class RealData(type(Path())):
     def __truediv__(self, name):
         path = super().__truediv__(name)
         if not path.exists():
-            pytest.skip(f"real data {path.name!r} is not in the cache folder (set MINIPEFT_CACHE to a folder that holds it)")
+            pytest.skip(f"real data {path.name!r} is not here (set MINIPEFT_CACHE to a folder that holds it)")
         return path
 
 

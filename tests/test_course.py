@@ -66,13 +66,15 @@ def test_numbers_made_by_training_are_not_compared():
         for regex, replacement in patterns:
             text = re.sub(regex, replacement, text)
         return text
-    assert clean(f"| x | {about(0.123)} | {about(87, '{:.0f} %')} |") == clean(f"| x | {about(-4.5)} | {about(9, '{:.0f} %')} |")
+    table_of = lambda loss, share: clean(f"| x | {about(loss)} | {about(share, '{:.0f} %')} |")
+    assert table_of(0.123, 87) == table_of(-4.5, 9)
     assert clean("13,631,488 and 0.1695 stay") == "13,631,488 and 0.1695 stay"
     assert clean("took 3.1 s at 5,000 tokens/s") == clean("took 12 s at 7.1k tokens/s")
 
 
 def test_figures_say_what_they_show(tmp_path):
-    figures.curves({"a": [3, 2, 1], "b": ([1, 2, 4], [1, 2, 3])}, "Title", "x (steps)", "y (nats)", logx=2, levels={"c": 2}, save=tmp_path / "a.png")
+    figures.curves({"a": [3, 2, 1], "b": ([1, 2, 4], [1, 2, 3])}, "Title", "x (steps)", "y (nats)", logx=2,
+                   levels={"c": 2}, save=tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     ax = figures.axes("Title", "x (steps)", "y (nats)", logx=2, xlim=(1, 8))
     ax.figure.canvas.draw()
@@ -82,7 +84,8 @@ def test_figures_say_what_they_show(tmp_path):
 
 
 def test_a_chapter_is_run_and_saved_clean(tmp_path):
-    cells = [nbformat.v4.new_code_cell("import sys\nprint('seen')\nprint('noise', file=sys.stderr)\nprint('too')"), nbformat.v4.new_code_cell("1 + 1")]
+    cells = [nbformat.v4.new_code_cell("import sys\nprint('seen')\nprint('noise', file=sys.stderr)\nprint('too')"),
+             nbformat.v4.new_code_cell("1 + 1")]
     path = tmp_path / "00_x.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     notebook.run(path)

@@ -11,8 +11,8 @@ from minipeft.course import check
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
-SECTIONS = ["The idea in one picture", "Derivation", "Build it", "Laws", "Experiment", "Claim check", "What goes wrong", "Exercises",
-            "In practice", "Summary"]
+SECTIONS = ["The idea in one picture", "Derivation", "Build it", "Laws", "Experiment", "Claim check", "What goes wrong",
+            "Exercises", "In practice", "Summary"]
 MACHINE = re.compile(r"(?<![\w.])(/(home|root|Users|work|tmp|opt|usr)/|[A-Z]:\\\\?\w)")
 HEAVY = 1_500_000
 
@@ -38,8 +38,12 @@ def prose(chapter):
 
 
 def text_of(output) -> str:
-    data = output.get("data", {})
-    return "".join(["".join(output.get("text", ""))] + ["".join(value) for key, value in data.items() if not key.startswith("image/")])
+    texts = [output.get("text", "")] + [text for kind, text in output.get("data", {}).items() if "image/" not in kind]
+    return "".join("".join(text) for text in texts)
+
+
+def pictures(cells) -> list:
+    return [output for cell in cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
 
 
 def role(cell) -> str:
@@ -102,9 +106,10 @@ def test_imports_are_public(chapter):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "minipeft":
                 module = importlib.import_module(node.module)
                 assert not any(part.startswith("_") for part in node.module.split("."))
-                for alias in node.names:
-                    assert not alias.name.startswith("_") and hasattr(module, alias.name), f"{node.module} has no public {alias.name}"
-            assert not (isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr)), f"uses a private name: {node.attr}"
+                for name in (alias.name for alias in node.names):
+                    assert not name.startswith("_") and hasattr(module, name), f"{node.module} has no public {name}"
+            private = isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr)
+            assert not private, f"uses a private name: {node.attr}"
 
 
 def test_tags_are_spelt_as_nbval_reads_them(chapter):
@@ -114,14 +119,15 @@ def test_tags_are_spelt_as_nbval_reads_them(chapter):
 
 
 def test_few_outputs_go_unchecked(chapter):
-    ignored = [c for c in code(chapter) if "nbval-ignore-output" in c.metadata.get("tags", []) or "NBVAL_IGNORE_OUTPUT" in c.source]
+    ignored = [cell for cell in code(chapter)
+               if "nbval-ignore-output" in cell.metadata.get("tags", []) or "NBVAL_IGNORE_OUTPUT" in cell.source]
     assert len(ignored) <= len(code(chapter)) / 10
 
 
 def test_images_have_words_beside_them(chapter):
     """Each figure is followed by a sentence on what to see."""
     for at, cell in enumerate(chapter.cells):
-        if cell.cell_type == "code" and any("image/png" in output.get("data", {}) for output in cell.outputs):
+        if pictures([cell]):
             assert any(near.cell_type == "markdown" for near in chapter.cells[at + 1:at + 3]), cell.source
 
 
@@ -147,8 +153,7 @@ def test_sections_in_order(chapter):
 
 
 def test_the_idea_is_drawn(chapter):
-    pictures = [output for cell in section(chapter, "The idea") for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
-    assert pictures
+    assert pictures(section(chapter, "The idea"))
 
 
 def test_each_step_of_the_derivation_is_shown(chapter):
@@ -163,8 +168,9 @@ def test_build_it(chapter):
     cells = section(chapter, "Build it")
     (toy,) = [cell for cell in cells if role(cell) == "toy"]
     assert len([line for line in toy.source.splitlines() if line.strip()]) <= 25
-    assert any(cell.cell_type == "code" and re.search(r"^show\(", cell.source, re.M) for cell in cells), "the package's class is not shown"
-    assert any("grad" in cell.source and "assert" in cell.source for cell in cells if cell.cell_type == "code"), "gradients are not compared"
+    sources = [cell.source for cell in cells if cell.cell_type == "code"]
+    assert any(re.search(r"^show\(", source, re.M) for source in sources), "the package's class is not shown"
+    assert any("grad" in source and "assert" in source for source in sources), "gradients are not compared"
 
 
 def test_laws_are_asserted(chapter):
@@ -175,14 +181,15 @@ def test_experiment_trains_and_shows(chapter):
     cells = section(chapter, "Experiment")
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     assert "train(" in text and "generate(" in text and "table(" in text
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+    assert pictures(cells)
 
 
 def test_claims_are_judged(chapter):
-    cells = [cell for cell in section(chapter, "Claim check") if cell.cell_type == "code" and "claim(" in cell.source]
+    cells = [cell for cell in section(chapter, "Claim check") if "claim(" in cell.source and cell.cell_type == "code"]
     assert len(cells) >= 3
     for cell in cells:
-        assert any(re.search(r"\*\*(RIGHT|WRONG|DEPENDS)\.\*\*", text_of(output)) for output in cell.outputs), cell.source
+        said = "".join(text_of(output) for output in cell.outputs)
+        assert re.search(r"\*\*(RIGHT|WRONG|DEPENDS)\.\*\*", said), cell.source
 
 
 def test_mistakes_are_made_on_purpose(chapter):
@@ -193,12 +200,15 @@ def test_mistakes_are_made_on_purpose(chapter):
 
 def test_exercises(chapter):
     cells = section(chapter, "Exercises")
-    names = list(dict.fromkeys(cell.metadata.minipeft.exercise for cell in cells if "exercise" in cell.metadata.get("minipeft", {})))
-    assert 3 <= len(names) <= 6
-    for name in names:
-        parts = {role(cell): cell for cell in cells if cell.metadata.get("minipeft", {}).get("exercise") == name}
+    exercises = {}
+    for cell in cells:
+        if "exercise" in cell.metadata.get("minipeft", {}):
+            exercises.setdefault(cell.metadata.minipeft.exercise, {})[role(cell)] = cell
+    assert 3 <= len(exercises) <= 6
+    for name, parts in exercises.items():
         assert list(parts) == ["question", "stub", "check", "hint", "solution"], name
-        assert re.search(r"difficulty [123]", parts["question"].source) and re.search(r"\d+ minutes", parts["question"].source), name
+        assert re.search(r"difficulty [123]", parts["question"].source), name
+        assert re.search(r"\d+ minutes", parts["question"].source), name
         assert "raise NotImplementedError" in parts["stub"].source or "= None" in parts["stub"].source, name
         assert parts["hint"].source.startswith("<details>"), name
         solution = parts["solution"]
@@ -215,18 +225,21 @@ def test_exercises(chapter):
 def test_every_check_has_wrong_answers():
     """For each check, test_checks.py holds the solution and at least four wrong answers."""
     text = (Path(__file__).parent / "test_checks.py").read_text(encoding="utf-8")
-    for cell in (cell for path in CHAPTERS for cell in nbformat.read(path, as_version=4).cells if role(cell) == "check"):
+    cells = [cell for path in CHAPTERS for cell in nbformat.read(path, as_version=4).cells]
+    for cell in (cell for cell in cells if role(cell) == "check"):
         name = re.search(r"check\.(\w+)\(", cell.source)[1]
         assert re.search(rf"accepts\(check\.{name},", text), name
         tables = [part for part in text.split("@pytest.mark.parametrize(") if f"rejects(says, check.{name}," in part]
-        assert len(tables) == 1 and len(re.findall(r"^    \(\"", tables[0], re.M)) >= 5, name  # four, and the blank stub
+        assert len(tables) == 1, name
+        assert len(re.findall(r"^    \(\"", tables[0], re.M)) >= 5, name  # four, and the blank stub
 
 
 def test_practice_and_summary(chapter):
     practice = "\n".join(cell.source for cell in section(chapter, "In practice"))
     assert "peft" in practice
     summary = "\n".join(cell.source for cell in section(chapter, "Summary"))
-    assert summary.count("<details>") >= 4 and summary.count("<details>") == summary.count("</details>"), "recall questions have folded answers"
+    assert summary.count("<details>") >= 4, "recall questions have folded answers"
+    assert summary.count("<details>") == summary.count("</details>")
     assert re.search(r"arxiv\.org/abs/\d{4}\.\d{4,5}", summary), "references have arXiv ids"
 
 
