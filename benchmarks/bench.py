@@ -3,9 +3,10 @@
     python benchmarks/bench.py            # about two minutes; writes benchmarks/results/bench.json and bench.md
     python benchmarks/bench.py --full     # larger batches, more rounds
 
-Contestants take turns within one process, round after round, and a ratio is the median of the rounds' ratios: whatever slows the
-machine slows both. Times are seconds of processor time on one thread, so other programs hardly matter. Memory and import time are
-measured in processes of their own.
+Contestants take turns within one process, round after round, and a ratio is the median of the rounds' ratios: whatever
+slows the machine slows both. Times are seconds of processor time on one thread, so other programs matter little; how
+much chance is left is shown by racing one contestant against its own twin. Memory and import time are measured in
+processes of their own.
 """
 import argparse
 import copy
@@ -31,17 +32,18 @@ NAMES = {"ours": "our GPT", "gpt2": "Hugging Face GPT-2", "llama": "Hugging Face
 
 
 def make(kind, size="full"):
-    """A random network: hidden 384 and 6 layers (10 to 13 million weights), or a toy."""
+    """A random network: hidden size 384, 6 layers, 10 to 13 million weights; or a toy."""
     d, layers, vocab = {"full": (384, 6, 4096), "tiny": (32, 2, 64)}[size]
     torch.manual_seed(0)
     if kind == "ours":
-        return GPT(GPTConfig(vocab_size=vocab, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers, num_attention_heads=4))
+        return GPT(GPTConfig(vocab_size=vocab, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers))
     import transformers
     if kind == "gpt2":
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=vocab, n_embd=d, n_layer=layers, n_head=4, n_positions=256,
-                                                                    resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=vocab, hidden_size=d, intermediate_size=2 * d,
-                                                                  num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4))
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=vocab, n_embd=d, n_layer=layers, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=vocab, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers, num_attention_heads=4))
 
 
 def adapt(model, kind, library, dropout=0.0):
@@ -94,17 +96,19 @@ def steps_against_peft(kind, rounds, batch, length, size="full"):
     for library in ("minipeft", "peft"):
         for dropout in (0.0, DROPOUT):
             contestants[library, dropout] = stepper(adapt(copy.deepcopy(base), kind, library, dropout), batch, length)
-    times = race(contestants, rounds)
-    name = NAMES[kind]
+    contestants["twin"] = stepper(adapt(copy.deepcopy(base), kind, "peft"), batch, length)
+    times, name = race(contestants, rounds), NAMES[kind]
     yield row(f"LoRA step / full fine-tuning's step, {name}", times["minipeft", 0.0], "s", times["full"])
     for dropout in (0.0, DROPOUT):
-        yield row(f"LoRA step / peft's, {name}, {f'dropout {dropout}' if dropout else 'no dropout'}",
-                  times["minipeft", dropout], "s", times["peft", dropout], goal=1.0)
+        yield row(f"LoRA step / peft's, {name}, dropout {dropout}", times["minipeft", dropout], "s",
+                  times["peft", dropout], goal=1.0)
+    yield row(f"chance: peft's step / the same again, {name}", times["twin"], "s", times["peft", 0.0])
 
 
 def child(code, *arguments):
     """Run a function of this file in a process of its own; its result comes back as JSON."""
-    command = f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; print(json.dumps(bench.{code}(*{arguments!r})))"
+    command = (f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; "
+               f"print(json.dumps(bench.{code}(*{arguments!r})))")
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"bench.{code}{arguments} failed:\n{done.stderr[-2000:]}")
@@ -115,17 +119,18 @@ def peak_memory(kind, library, dropout, batch, length, size):
     """In a fresh process: (MB the process held at its peak, MB of that which training added)."""
     import peft  # noqa: F401: in every process, or the comparison would be between the imports
     torch.set_num_threads(1)
+    stepper(adapt(make(kind, "tiny"), kind, library, dropout), 2, 8)()  # what a first step loads is nobody's
     model = adapt(make(kind, size), kind, library, dropout)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step = stepper(model, batch, length)
-    for _ in range(3):
+    for _ in range(2):
         step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak / 1e6, (peak - before) / 1e6
 
 
 def kept_for_backward(kind, library, dropout, batch, length, size):
-    """Bytes of tensors that the forward pass keeps for the backward pass, weights not counted: exact, the same every time."""
+    """MB that the forward pass keeps for the backward pass, weights not counted: exact, the same every time."""
     model = adapt(make(kind, size), kind, library, dropout).train()
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
@@ -141,7 +146,7 @@ def kept_for_backward(kind, library, dropout, batch, length, size):
 
 def memory_against_peft(kind, batch, length, times=1, size="full"):
     for dropout in (0.0, DROPOUT):
-        end = f"{NAMES[kind]}, {f'dropout {dropout}' if dropout else 'no dropout'}"
+        end = f"{NAMES[kind]}, dropout {dropout}"
         held = {library: kept_for_backward(kind, library, dropout, batch, length, size) for library in ("minipeft", "peft")}
         yield row(f"kept for backward / peft's, {end}", held["minipeft"], "MB", held["peft"], goal=1.0)
         peaks = {library: [] for library in held}
@@ -149,7 +154,8 @@ def memory_against_peft(kind, batch, length, times=1, size="full"):
             for library in held:
                 peaks[library].append(child("peak_memory", kind, library, dropout, batch, length, size))
         for i, what in enumerate(("peak memory", "memory added by training")):
-            yield row(f"{what} / peft's, {end}", [p[i] for p in peaks["minipeft"]], "MB", [p[i] for p in peaks["peft"]], goal=1.0)
+            ours, theirs = ([peak[i] for peak in peaks[library]] for library in held)
+            yield row(f"{what} / peft's, {end}", ours, "MB", theirs, goal=1.0)
 
 
 def small_costs(rounds, size="full"):
@@ -159,15 +165,14 @@ def small_costs(rounds, size="full"):
     slot = holder.get_base_model()[0]
     with torch.no_grad(), holder.disable_adapter():
         times = race({"slot": lambda: slot(x), "layer": lambda: layer(x)}, 5 * rounds, repeat=500)
-    yield row("an idle slot (adapters disabled), a call", [(a - b) * 1e6 for a, b in zip(times["slot"], times["layer"])], "µs", goal=3.0)
-    base = make("ours", size).eval()
-    ids = torch.randint(0, 64, (2, 32))
-    models = {"base": base, "unmerged": adapt(copy.deepcopy(base), "ours", "minipeft").eval(),
-              "merged": adapt(copy.deepcopy(base), "ours", "minipeft").eval(), "folded": adapt(copy.deepcopy(base), "ours", "minipeft")}
+    idle = [(slow - fast) * 1e6 for slow, fast in zip(times["slot"], times["layer"])]
+    yield row("an idle slot (adapters disabled), a call", idle, "µs", goal=3.0)
+    base, ids = make("ours", size).eval(), torch.randint(0, 64, (2, 32))
+    lora = lambda: adapt(copy.deepcopy(base), "ours", "minipeft").eval()
+    models = {"base": base, "unmerged": lora(), "merged": lora(), "folded": lora().merge_and_unload()}
     models["merged"].merge_adapter()
-    models["folded"] = models["folded"].merge_and_unload().eval()
     with torch.no_grad():
-        times = race({name: lambda model=model: model(input_ids=ids) for name, model in models.items()}, 3 * rounds)
+        times = race({name: lambda model=model: model(input_ids=ids) for name, model in models.items()}, 3 * rounds, repeat=5)
     yield row("forward of merge_and_unload / base", times["folded"], "s", times["base"], goal=1.02)
     yield row("forward of merge_adapter / base (slots stay)", times["merged"], "s", times["base"])
     yield row("forward of LoRA unmerged / base", times["unmerged"], "s", times["base"])
@@ -175,8 +180,8 @@ def small_costs(rounds, size="full"):
 
 def imports(times=3):
     code = "import time, torch; t = time.process_time(); import {}; print(time.process_time() - t)"
-    run = lambda name: [float(subprocess.run([sys.executable, "-c", code.format(name)], check=True, capture_output=True, text=True).stdout)
-                        for _ in range(times)]
+    once = lambda name: subprocess.run([sys.executable, "-c", code.format(name)], check=True, capture_output=True, text=True)
+    run = lambda name: [float(once(name).stdout) for _ in range(times)]
     yield row("import minipeft, after torch", run("minipeft"), "s", goal=0.3)
     yield row("import minipeft.lm, after torch", run("minipeft.lm"), "s")
 
@@ -190,7 +195,8 @@ def training_speed(steps=20):
             if adapted:
                 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
             history = train(model, data, tokenizer=tokenizer, steps=steps, lr=1e-4, bf16=bf16, progress=False)
-            yield row(f"training the base on sql, {name}, {'bf16' if bf16 else 'fp32'}", history.tokens_per_second, "tokens/s")
+            precision = "bf16" if bf16 else "fp32"
+            yield row(f"training the base on sql, {name}, {precision}", history.tokens_per_second, "tokens/s")
 
 
 def show(number):
@@ -201,27 +207,28 @@ def markdown(record):
     lines = ["| what | ours | against | unit | ratio | goal | met |", "|---|---:|---:|---|---:|---:|---|"]
     for r in record["rows"]:
         ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
-        lines.append(f"| {r['what']} | {show(r['value'])} | {show(r['against'])} | {r['unit']} | {ratio} | "
-                     f"{'' if r['goal'] is None else '≤ ' + show(r['goal'])} | "
-                     f"{'' if r['met'] is None else 'yes' if r['met'] else 'NO'} |")
-    return (f"`{record['command']}`, {record['date']}, commit {record['commit']}, {record['machine']}, torch {record['versions']['torch']}, "
-            f"peft {record['versions']['peft']}\n\n" + "\n".join(lines) + "\n")
+        goal, met = "" if r["goal"] is None else f"≤ {r['goal']:g}", {None: "", True: "yes", False: "NO"}[r["met"]]
+        lines.append(f"| {r['what']} | {show(r['value'])} | {show(r['against'])} | {r['unit']} | {ratio} | {goal} | {met} |")
+    where = [f"`{record['command']}`", record["date"], f"commit {record['commit']}", record["machine"],
+             *(f"{name} {record['versions'][name]}" for name in ("torch", "peft", "transformers"))]
+    return ", ".join(where) + ".\n\n" + "\n".join(lines) + "\n"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="16 x 128 tokens, 15 rounds")
+    parser.add_argument("--full", action="store_true", help="steps of 16 x 128 tokens, 15 rounds")
     parser.add_argument("--tiny", action="store_true", help="toy networks: does it work at all?")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench.json")
     given = parser.parse_args(argv)
     threads, size = torch.get_num_threads(), "tiny" if given.tiny else "full"
     rounds, batch, length = (2, 2, 8) if given.tiny else (15, 16, 128) if given.full else (7, 4, 64)
-    parts = [*(lambda kind=kind: steps_against_peft(kind, rounds, batch, length, size) for kind in NAMES),
-             lambda: memory_against_peft("ours", batch, length, 3 if given.full else 1, size),
-             lambda: small_costs(rounds, size), lambda: imports(5 if given.full else 3)]
-    rows = []
+    parts = {NAMES[kind]: lambda kind=kind: steps_against_peft(kind, rounds, batch, length, size) for kind in NAMES}
+    parts["memory"] = lambda: memory_against_peft("ours", *((2, 8) if given.tiny else (16, 128)), 3 if given.full else 1, size)
+    parts |= {"small costs": lambda: small_costs(rounds, size), "imports": lambda: imports(5 if given.full else 3)}
+    rows, progress = [], tqdm(parts.items())
     torch.set_num_threads(1)
-    for part in tqdm(parts, desc="bench"):
+    for name, part in progress:
+        progress.set_description(name)
         rows += part()
     torch.set_num_threads(threads)
     try:

@@ -15,10 +15,10 @@ RESULTS = Path(__file__).parent / "results"
 
 def processor():
     try:
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    except OSError:
-        names = []
-    return (names or [platform.processor() or platform.machine()])[0]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def facts():
@@ -28,7 +28,8 @@ def facts():
             return version(name)
         except PackageNotFoundError:
             return None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    ask = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True)
     return {"command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": commit.stdout.strip() or None,
             "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
@@ -37,7 +38,7 @@ def facts():
 
 
 def save(path, record):
-    """Write beside, then rename. Lists of plain values stay on one line."""
+    """Write beside, then rename."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     beside = Path(path).with_suffix(".partial")
     beside.parent.mkdir(parents=True, exist_ok=True)

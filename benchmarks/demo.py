@@ -32,7 +32,7 @@ def main(argv=None):
     examples, length = task.test[:3], 64
     whole = memory_ledger(model, seq_len=length)  # everything trained: full fine-tuning
     model = get_peft_model(model, LoraConfig(r=given.r, lora_alpha=2 * given.r, target_modules="all-linear"))
-    print(f"{given.task}: {task.description}. A LoRA of rank {given.r} on every linear layer; the model itself is frozen.")
+    print(f"{given.task}: {task.description}. A LoRA of rank {given.r} on every linear layer; the model itself stays frozen.")
     model.print_trainable_parameters()
 
     def look():
@@ -56,16 +56,18 @@ def main(argv=None):
     if not given.keep:
         shutil.rmtree(folder)
     ledger, (trained, everything) = memory_ledger(model, seq_len=length), model.get_nb_trainable_parameters()
-    print(f"\n{f'{given.steps} steps of 16 examples':34}{'before':>12}{'after':>12}")
+    rows = [(f"{given.steps} steps of 16 examples", "before", "after")]
     if task.score:
-        print(f"{f'{task.metric} (of 100), {given.limit} test items':34}{scored_before[task.metric]:12.1f}{scored_after[task.metric]:12.1f}")
-    print(f"{'loss a token, nats':34}{scored_before['loss']:12.2f}{scored_after['loss']:12.2f}\n")
-    rows = [("trained parameters", f"{trained:,}", f"{everything - trained:,}"),
-            *((f"memory: {name}", human(ledger.predicted[name]), human(n)) for name, n in whole.predicted.items()),
-            ("memory: in all", human(ledger.total()), human(whole.total())), ("the file to keep", human(size), human(whole.predicted["weights"]))]
-    print(f"{f'what it cost (16 x {length} tokens)':34}{'LoRA':>12}{'training all':>14}")
-    print("\n".join(f"{what:34}{ours:>12}{all_:>14}" for what, ours, all_ in rows))
-    print(f"\ntraining {history.seconds:.0f} s ({history.tokens_per_second:,.0f} tokens/s), everything {time.perf_counter() - started:.0f} s")
+        scores = (f"{scored[task.metric]:.1f}" for scored in (scored_before, scored_after))
+        rows.append((f"{task.metric} of {given.limit} test items", *scores))
+    rows += [("loss a token, nats", f"{scored_before['loss']:.2f}", f"{scored_after['loss']:.2f}"), ("", "", ""),
+             ("what it cost", "LoRA", "training all"), ("trained parameters", f"{trained:,}", f"{everything - trained:,}")]
+    rows += [(f"memory: {name}", human(ledger.predicted[name]), human(n)) for name, n in whole.predicted.items()]
+    rows += [(f"memory: in all, 16 x {length} tokens", human(ledger.total()), human(whole.total())),
+             ("the file to keep", human(size), human(whole.predicted["weights"])), ("", "", ""),
+             ("training", f"{history.seconds:.0f} s", f"{history.tokens_per_second:,.0f} tokens/s"),
+             ("everything", f"{time.perf_counter() - started:.0f} s", "")]
+    print("\n" + "\n".join(f"{what:34}{one:>14}{other:>16}".rstrip() for what, one, other in rows))
     return scored_before, scored_after
 
 

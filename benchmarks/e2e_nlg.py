@@ -1,11 +1,11 @@
-"""Real data, real models: fine-tune on the E2E NLG Challenge (Novikova et al. 2017), the data of the LoRA paper's GPT-2 table.
+"""Real data, real models: the E2E NLG Challenge (Novikova et al. 2017), the data of the LoRA paper's GPT-2 table.
 
     python benchmarks/e2e_nlg.py                     # both bases; writes benchmarks/results/e2e_nlg.json after every run
     python benchmarks/e2e_nlg.py --base stories260K  # one of them; runs that are already in the file are not run again
 
-Full fine-tuning, LoRA at two ranks on every linear layer, and the same network from random weights: equal steps, equal batches, two
-seeds. The rate is chosen by the loss on validation data after one short run a rate. BLEU (sacrebleu, mixed case) is that of greedy
-texts for the test set's meaning representations, against all their references.
+Full fine-tuning, LoRA at two ranks on every linear layer, and the same network from random weights: equal steps, equal
+batches, two seeds. The rate is chosen by the loss on validation data after one short run a rate. BLEU (sacrebleu, mixed
+case) is that of greedy texts for the test set's meaning representations, against all their references.
 """
 import argparse
 import json
@@ -20,7 +20,8 @@ from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches, room
 
-METHODS = {"full": (1e-3, 3e-3, 1e-2), "lora r=8": (3e-3, 1e-2, 3e-2), "lora r=1": (3e-3, 1e-2, 3e-2), "random init": (1e-3, 3e-3, 1e-2)}
+METHODS = {"full": (1e-3, 3e-3, 1e-2), "lora r=8": (3e-3, 1e-2, 3e-2), "lora r=1": (3e-3, 1e-2, 3e-2),
+           "random init": (1e-3, 3e-3, 1e-2)}  # and the rates to try
 BATCH, SHOWN = 16, (0, 200, 600)  # examples a step; the test records whose texts are kept
 
 
@@ -43,8 +44,10 @@ def one_run(task, base, tokenizer, batches, method, lr, seed, steps, limit=None,
     run = {"base": base, "method": method, "lr": lr, "seed": seed, "steps": steps,
            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
            "train_loss": round(sum(history.losses[-20:]) / len(history.losses[-20:]), 4), "stopped": history.stopped,
-           "train_minutes": round((time.perf_counter() - started) / 60, 2), "train_cpu_minutes": round((time.process_time() - used) / 60, 2)}
-    run["valid_loss"] = round(evaluate(model, tokenizer, task, split="valid", limit=limit or 200, generate=False)["loss"], 4)
+           "train_minutes": round((time.perf_counter() - started) / 60, 2),
+           "train_cpu_minutes": round((time.process_time() - used) / 60, 2)}
+    valid = evaluate(model, tokenizer, task, split="valid", limit=limit or 200, generate=False)
+    run["valid_loss"] = round(valid["loss"], 4)
     if final:
         result = evaluate(model, tokenizer, task, split="test", limit=limit, predictions=True)
         run |= {"test_loss": round(result["loss"], 4), "bleu": result["bleu"], "test_records": result["examples"],
@@ -55,14 +58,14 @@ def one_run(task, base, tokenizer, batches, method, lr, seed, steps, limit=None,
 
 def table(record):
     """One line a base and method, means over the seeds."""
-    lines = [f"{'base':12} {'method':12} {'rate':>6} {'trained':>10} {'test loss':>9} {'BLEU, each seed':>16} {'minutes of CPU':>15}"]
+    lines = ["base         method         rate    trained test loss  BLEU, each seed  minutes of CPU"]
     for base in dict.fromkeys(run["base"] for run in record["runs"]):
         for method in METHODS:
             if runs := [r for r in record["runs"] if (r["base"], r["method"]) == (base, method)]:
                 mean = lambda key: sum(run[key] for run in runs) / len(runs)
+                bleu = ", ".join(f"{run['bleu']:.1f}" for run in runs)
                 lines.append(f"{base:12} {method:12} {runs[0]['lr']:6g} {runs[0]['trained']:10,} {mean('test_loss'):9.3f} "
-                             f"{', '.join(str(round(run['bleu'], 1)) for run in runs):>16} "
-                             f"{mean('train_cpu_minutes'):15.1f}")
+                             f"{bleu:>16} {mean('train_cpu_minutes'):15.1f}")
     return "\n".join(lines)
 
 
@@ -79,16 +82,15 @@ def main(argv=None):
     header = facts() | {
         "task": task.description, "train_texts": len(task.train), "batch_size": BATCH, "alpha": "2 r", "targets": "all-linear",
         "schedule": "20 steps of warm-up, cosine; AdamW; bf16 autocast", "decoding": "greedy",
-        "shown": [{"prompt": task.test[i].prompt, "references": task.test[i].meta["references"]} for i in SHOWN if i < len(task.test)]}
+        "shown": [{"prompt": e.prompt, "references": e.meta["references"]} for i, e in enumerate(task.test) if i in SHOWN]}
 
     def stored():
         return json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"sweep": [], "runs": []}
 
     def once(where, **job):
         """Do a run, unless the file has it. The file is read anew each time: another process may work on another base."""
-        for run in stored()[where]:
-            if all(run[key] == value for key, value in job.items()):
-                return run
+        if found := [run for run in stored()[where] if all(run[key] == value for key, value in job.items())]:
+            return found[0]
         print(where, job, flush=True)
         run = one_run(task, tokenizer=tokenizer, batches=batches, limit=given.limit, final=where == "runs", **job)
         record = header | {key: stored()[key] for key in ("sweep", "runs")}
@@ -104,8 +106,8 @@ def main(argv=None):
         for seed in given.seeds:  # the first seed of every method first
             for method, choices in METHODS.items():
                 if method not in rates:
-                    short = [once("sweep", base=base, method=method, lr=lr, seed=0, steps=given.sweep_steps) for lr in choices]
-                    rates[method] = min((run for run in short if not run["stopped"]), key=lambda run: run["valid_loss"])["lr"]
+                    tried = [once("sweep", base=base, method=method, lr=lr, seed=0, steps=given.sweep_steps) for lr in choices]
+                    rates[method] = min((t for t in tried if not t["stopped"]), key=lambda t: t["valid_loss"])["lr"]
                 once("runs", base=base, method=method, lr=rates[method], seed=seed, steps=given.steps)
     print(table(stored()))
 
