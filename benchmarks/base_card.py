@@ -77,7 +77,7 @@ Measured by `benchmarks/gates.py` ({gates["date"]}); `tests/test_base.py` measur
 |---|---|---|
 | copies in context: strangers introduced a sentence before, one or two of them | 80 % | {gates["copies"]["gate"]:g} % ({per(gates["copies"], "gate", "questions")}) |
 | recalls the register, each fact in a phrasing never used for that resident | 90 % each | {per(gates["recalls"])} |
-| tells a lost-and-found story: the same thing and the same people to the end | 80 % | {gates["tracks"]["both"]:g} % (thing {gates["tracks"]["thing"]:g} %, people {gates["tracks"]["names"]:g} %) |
+| ends lost-and-found stories: what is found is what was lost; names and things keep to the story | 80 % each | {gates["tracks"]["found"]:g} % of stories; {gates["tracks"]["mentions"]:g} % of mentions (no slip at all: {gates["tracks"]["whole"]:g} % of stories) |
 | tokens that a task must output and the text never held | none | {len(gates["unseen_outputs"]) or "none"} |
 | zero-shot on the tasks: score (floor) | floor + 10 at most | {zero} |
 
