@@ -7,7 +7,7 @@ import json
 
 import torch
 from gates import generate, load_pretrained, load_tokenizer
-from record import RESULTS
+from common import RESULTS
 from spread import table
 
 from minipeft.course import figures

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 
 import torch
-from record import save, where_and_when
+from common import RESULTS, facts, save
 
 from minipeft.lanternwick import words
 from minipeft.lanternwick.documents import ATTRIBUTES, crowd, heldout_questions, sections, stream, strangers
@@ -135,7 +135,7 @@ def main():
               "zero_shot": zero_shot(model, tokenizer, 64 if few else None), "stories": stories[:3]}
     print(json.dumps(result, indent=1))
     if not few:
-        save("gates", {**where_and_when(), **result})
+        save(RESULTS / "gates.json", facts() | result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from record import RESULTS, save, where_and_when
+from common import RESULTS, facts, save
 from torch import nn
 from tqdm import tqdm
 
@@ -107,7 +107,7 @@ def main():
     with ProcessPoolExecutor(given.jobs) as pool:
         for result in tqdm(pool.map(run, jobs), total=len(jobs)):
             runs.append(result)
-            save(given.out, {**where_and_when(), "steps": STEPS, "batch": 16, "items": ITEMS, "seed": 0, "runs": runs})
+            save(file, {**facts(), "steps": STEPS, "batch": 16, "items": ITEMS, "seed": 0, "runs": runs})
     print(table(runs))
 
 
