@@ -52,7 +52,6 @@ STORAGE = {
     "torch.nn.modules.sparse.Embedding": Transposed,
     "transformers.pytorch_utils.Conv1D": Transposed,
     "bitsandbytes.nn.modules.Linear4bit": Bitsandbytes4bit,
-    "bitsandbytes.nn.modules.Linear8bitLt": None,
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,    # attention reads its weight, never calls it
 }
 
@@ -81,8 +80,8 @@ def read_weight(layer):
     d_in, d_out = features(layer)
     weight = storage(layer).read(layer)
     if not weight.is_floating_point() or weight.shape != (d_out, d_in):
-        raise TypeError(f"the weight of this {type(layer).__name__} reads as {tuple(weight.shape)} {weight.dtype}, "
-                        f"expected ({d_out}, {d_in}) floating-point numbers")
+        raise TypeError(f"the weight of this {type(layer).__name__} reads as {tuple(weight.shape)} {weight.dtype}; "
+                        f"({d_out}, {d_in}) floating-point numbers are expected")
     return weight
 
 

@@ -136,11 +136,14 @@ class PeftModel(nn.Module):
         return parts | {path: slot.adapters[name] for path, slot, _ in self._slots() if name in slot.adapters}
 
     def _known(self, names):
+        """A list of adapter names, given one or several."""
+        names = [names] if isinstance(names, str) else list(names)
         for name in names:
             if name not in self.peft_config:
                 near = difflib.get_close_matches(str(name), self.peft_config, n=1)
                 raise AdapterNameError(f"there is no adapter {name!r}" + (f" (nearest: {near[0]!r})" if near else "")
                                        + f"; there are: {', '.join(map(repr, self.peft_config)) or 'none'}")
+        return names
 
     def _add(self, name, config, autocast_adapter_dtype=True, fill=None):
         """Make adapter `name`, let `fill` give {path: adapter} its values, and put it in, frozen and inactive. The model
@@ -161,7 +164,7 @@ class PeftModel(nn.Module):
         try:
             shared = config.create_shared(bases)
             parts = {} if shared is None else {None: shared}
-            for path, base in bases.items():
+            for path, base in _bar(list(bases.items()), "making adapters"):
                 try:
                     parts[path] = config.create(base, path).to(*layers.like(base.module, autocast_adapter_dtype))
                 except TargetError as error:
@@ -195,8 +198,7 @@ class PeftModel(nn.Module):
 
     def set_adapter(self, adapter_name, inference_mode=False):
         """Activate one adapter, or a list: each is given those before it as its base. Only they are trained."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._known(names)
+        names = self._known(adapter_name)
         for path, slot, _ in self._slots():
             copies = [name for name in names if name in slot.adapters and isinstance(slot.adapters[name], Copy)]
             if len(copies) > 1:
@@ -207,7 +209,7 @@ class PeftModel(nn.Module):
                 part.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name):
-        self._known([adapter_name])
+        self._known(adapter_name)
         merged = self.merged_adapters
         self.unmerge_adapter()
         for _, slot, put in self._slots():
@@ -219,7 +221,7 @@ class PeftModel(nn.Module):
         if adapter_name in self.shared:
             del self.shared[adapter_name]
         del self.peft_config[adapter_name]
-        self.merge_adapter([name for name in merged if name != adapter_name])
+        self.merge_adapter([name for name in merged if name != adapter_name], lossy=True)
         rest = self.base_model.switch.active = [name for name in self.active_adapters if name != adapter_name]
         if not rest and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
@@ -245,8 +247,7 @@ class PeftModel(nn.Module):
         safe_merge refuses results that are not finite. lossy allows 4-bit layers, whose weights are rounded once more.
         Raises NotMergeableError.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        self._known(names)
+        names = self.active_adapters if adapter_names is None else self._known(adapter_names)
         merged, slots = self.merged_adapters, [slot for _, slot, _ in self._slots()]
         fresh = [name for name in names if name not in merged]
         if names and not fresh:
@@ -256,9 +257,9 @@ class PeftModel(nn.Module):
                 if not getattr(adapter, "mergeable", True):
                     raise NotMergeableError(f"{name!r} cannot be merged: {type(adapter).__name__} is no change of weights")
         try:
-            for slot in slots:
+            for slot in _bar(slots, "merging"):
                 slot.merge(fresh, lossy)
-                if safe_merge and not all(p.isfinite().all() for p in slot.base_layer.parameters(recurse=False)):
+                if safe_merge and slot.merged and not all(p.isfinite().all() for p in slot.base_layer.parameters()):
                     raise NotMergeableError(f"merging {fresh} gives weights that are not finite: the adapter is broken")
         except BaseException:
             for slot in slots:
@@ -272,7 +273,7 @@ class PeftModel(nn.Module):
 
     def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, lossy=False):
         """The plain model with the adapters written into it. This PeftModel is empty afterwards."""
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = self.active_adapters if adapter_names is None else self._known(adapter_names)
         if set(names) - set(self.merged_adapters):
             self.merge_adapter(names, safe_merge, lossy)
         return self._take_out()
@@ -299,9 +300,7 @@ class PeftModel(nn.Module):
 
     def save_pretrained(self, save_directory, selected_adapters=None):
         """Hugging Face PEFT's files: the adapter "default" in the folder itself, others in folders of their names."""
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        self._known(names)
-        for name in names:
+        for name in self.peft_config if selected_adapters is None else self._known(selected_adapters):
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
             files.save(Path(save_directory) / ("" if name == "default" else name), config, files.tensors(self._parts(name)))
@@ -327,8 +326,7 @@ class PeftModel(nn.Module):
     def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, svd_clamp=None,
                              svd_full_matrices=True, svd_driver=None, density=None, majority_sign_method="total"):
         """A new LoRA from others, inactive until `set_adapter`. The ways are told in minipeft/combine.py."""
-        self._known(adapters)
-        parts = [self._parts(name) for name in adapters]
+        parts = [self._parts(name) for name in self._known(adapters)]
         paths = [path for path, _, _ in self._slots() if any(path in part for part in parts)]
         config, fill = combine.plan([self.peft_config[name] for name in adapters], parts, weights, paths, combination_type,
                                     svd_rank, (svd_clamp, svd_full_matrices, svd_driver), density, majority_sign_method)
@@ -369,6 +367,12 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _bar(things, what):
+    """Shows how far it is, where it takes longer than three seconds."""
+    from tqdm.auto import tqdm
+    return tqdm(things, desc=what, delay=3, leave=False)
 
 
 def _require_grad(module, args, output):

@@ -103,11 +103,10 @@ class LinearDelta(Adapter):
 
     def forward(self, base, x):
         y = base(x)
-        return (y + self.update(base, self.seen(x))).to(y.dtype)
+        return (y + self.update(base, self.seen(x, next(self.parameters()).dtype))).to(y.dtype)
 
-    def seen(self, x):
+    def seen(self, x, dtype):
         """x as the update sees it: in the adapter's precision (autocast sees to that itself), and thinned in training."""
-        dtype = next(self.parameters()).dtype
         if x.dtype != dtype and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
         return F.dropout(x, self.dropout) if self.dropout and self.training else x

@@ -107,11 +107,10 @@ class Lora(LinearDelta):
         return self.scaling * self.lora_B.weight @ self.lora_A.weight       # (d_out, d_in): formed for merging only
 
     def forward(self, base, x):
-        y = base(x)                                                         # (..., d_out)
-        h = F.linear(self.seen(x), self.lora_A.weight)                      # (..., r)
-        d_out, r = self.lora_B.weight.shape
+        y, A, B = base(x), self.lora_A.weight, self.lora_B.weight
+        h = F.linear(self.seen(x, A.dtype), A)                              # (..., r)
         # y + s h B^T in one call: delta is never formed, nor is a second tensor of y's size
-        out = torch.addmm(y.to(h.dtype).reshape(-1, d_out), h.reshape(-1, r), self.lora_B.weight.T, alpha=self.scaling)
+        out = torch.addmm(y.to(h.dtype).reshape(-1, len(B)), h.reshape(-1, len(A)), B.T, alpha=self.scaling)
         if self.lora_B.bias is not None:
             out = out + self.scaling * self.lora_B.bias
         return out.view(y.shape).to(y.dtype)
