@@ -40,6 +40,8 @@ class Root(Slot):
         """Adapters inside the model see to their rows themselves. For those around it, each group of rows runs alone."""
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(*args, **kwargs)
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            raise ValueError("adapters around the whole model keep caches of unlike lengths: generate for one at a time")
         labels, outputs = kwargs.pop("labels", None), []
         groups, order = rows.split(len(rows.names), (*args, *kwargs.values())[0].device)
         for name, index in groups:

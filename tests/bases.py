@@ -120,6 +120,7 @@ METHODS = {method.name: method for method in [
     Method("lora", "LoraConfig", lambda base: dict(r=4, lora_alpha=8), peft="LoraConfig", dropout="lora_dropout",
            count=lambda d_in, d_out: 4 * (d_in + d_out), bases=tuple(BASES)),
 ]}
+APART = set()                                               # configurations whose methods are tested in files of their own only
 CASES = [(method, BASES[name]) for method in METHODS.values() for name in method.bases]
 
 

@@ -252,6 +252,9 @@ def test_an_adapter_around_the_whole_model(methods, tmp_path, name):
     shifted = nn.functional.cross_entropy(mixed[:, :-1].reshape(-1, mixed.shape[-1]), labels[:, 1:].reshape(-1))
     close(loss, shifted)
     assert model.active_adapters == ["lora"] and torch.equal(run(model), with_lora)
+    with pytest.raises(ValueError, match="one at a time"):
+        run(model, adapter_names=["lora", "default", "__base__"], use_cache=True)
+    assert torch.equal(run(model), with_lora)
     if name == "hf_llama":
         model.set_adapter("default")
         assert model.generate(ids, max_new_tokens=1, do_sample=False)[0] == "generated around"
