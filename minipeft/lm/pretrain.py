@@ -9,6 +9,7 @@ missing. Every small adapter in this course steers abilities that the base has; 
 import argparse
 import json
 import math
+import platform
 import random
 import time
 from pathlib import Path
@@ -139,7 +140,7 @@ class Text:
         return {"input_ids": ids, "labels": labels}
 
 
-def pretrain(folder, steps=12_000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=SHAPE, warm=True, **train_options):
+def pretrain(folder, steps=8000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=SHAPE, warm=True, **train_options):
     """Pretrains a base into `folder` (Hugging Face layout plus history.json) and returns (model, tokenizer, history)."""
     folder, started = Path(folder), time.time()
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +159,8 @@ def pretrain(folder, steps=12_000, seed=7, lr=3e-3, rows=8, tokenizer=None, shap
                     save_every=500, **train_options)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    record = {"steps": steps, "tokens": steps * rows * ROW, "minutes": round((time.time() - started) / 60, 1), "seed": seed,
+    record = {"command": f"minipeft pretrain --steps {steps} --seed {seed} --lr {lr:g}", "machine": platform.processor() or platform.machine(),
+              "threads": torch.get_num_threads(), "steps": steps, "tokens": steps * rows * ROW, "minutes": round((time.time() - started) / 60, 1), "seed": seed,
               "copy_accuracy": [round(a, 4) for a in accuracies], "loss": [round(x, 4) for x in history.losses]}
     (folder / "history.json").write_text(json.dumps(record))
     return model, tokenizer, history
@@ -169,7 +171,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="minipeft pretrain", description="Pretrain the base model from nothing. Stop it with Ctrl-C; "
                                      "the same command goes on where it stopped.")
     parser.add_argument("--out", default="base", help="folder to write: Hugging Face layout and history.json (default: base)")
-    parser.add_argument("--steps", type=int, default=8500, help="steps of 2,048 tokens (default: 8500, an hour on one core)")
+    parser.add_argument("--steps", type=int, default=8000, help="steps of 2,048 tokens (default: 8000, half an hour on one core)")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--lr", type=float, default=3e-3)
     given = parser.parse_args(arguments)
