@@ -11,7 +11,6 @@ processes of their own.
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -115,18 +114,24 @@ def child(code, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def resident():
+    """MB that this process holds in memory, now and at most so far. Not getrusage: its peak may be the parent's, from before exec."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return [int(status[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM")]
+
+
 def peak_memory(kind, library, dropout, batch, length, size):
     """In a fresh process: (MB the process held at its peak, MB of that which training added)."""
     import peft  # noqa: F401: in every process, or the comparison would be between the imports
     torch.set_num_threads(1)
     stepper(adapt(make(kind, "tiny"), kind, library, dropout), 2, 8)()  # what a first step loads is nobody's
     model = adapt(make(kind, size), kind, library, dropout)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before, _ = resident()
     step = stepper(model, batch, length)
     for _ in range(2):
         step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak / 1e6, (peak - before) / 1e6
+    _, peak = resident()
+    return peak, peak - before
 
 
 def kept_for_backward(kind, library, dropout, batch, length, size):
@@ -149,6 +154,8 @@ def memory_against_peft(kind, batch, length, times=1, size="full"):
         end = f"{NAMES[kind]}, dropout {dropout}"
         held = {library: kept_for_backward(kind, library, dropout, batch, length, size) for library in ("minipeft", "peft")}
         yield row(f"kept for backward / peft's, {end}", held["minipeft"], "MB", held["peft"], goal=1.0)
+        if not Path("/proc/self/status").is_file():
+            continue  # no Linux: no way to ask
         peaks = {library: [] for library in held}
         for _ in range(times):
             for library in held:
