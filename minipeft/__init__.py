@@ -11,7 +11,8 @@ from .slot import Adapter, AdapterNameError, Base, LinearDelta, Slot
 
 __version__ = "0.1.0"
 __all__ = ["Adapter", "AdapterFileError", "AdapterNameError", "Base", "ConfigError", "LinearDelta", "NotMergeableError",
-           "PeftConfig", "PeftModel", "Slot", "TargetError", "get_peft_model", "prepare_model_for_kbit_training", *_methods]
+           "PeftConfig", "PeftModel", "Slot", "TargetError", "get_peft_model", "prepare_model_for_kbit_training",
+           *_methods]
 
 
 def __getattr__(name):          # minipeft.lm and the rest of the course: imported when asked for

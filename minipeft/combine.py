@@ -61,10 +61,11 @@ def low_rank(delta, rank, clamp=None, full_matrices=True, driver=None):
 def weighted(factors, weights, way, rank, svd=(), density=None, majority="total"):
     """One layer: the (A, B) of the new adapter, whose scaling is 1, from [(A, B, scaling)]."""
     if way == "cat":
-        return torch.cat([A * (w * s) for (A, _, s), w in zip(factors, weights)]), torch.cat([B for _, B, _ in factors], 1)
+        scaled = [A * (w * s) for (A, _, s), w in zip(factors, weights)]
+        return torch.cat(scaled), torch.cat([B for _, B, _ in factors], 1)
     if way.endswith("svd"):
-        deltas = [B @ A * s for A, B, s in factors]
-        return low_rank(sum_of(deltas, weights, way.removesuffix("svd").strip("_") or "linear", density, majority), rank, *svd)
+        deltas, how = [B @ A * s for A, B, s in factors], way.removesuffix("svd").strip("_") or "linear"
+        return low_rank(sum_of(deltas, weights, how, density, majority), rank, *svd)
     roots = [math.sqrt(abs(w * s)) for (_, _, s), w in zip(factors, weights)]
     signed = [math.copysign(root, w * s) for root, (_, _, s), w in zip(roots, factors, weights)]
     return (sum_of([A for A, _, _ in factors], signed, way, density, majority),
@@ -90,8 +91,9 @@ def plan(configs, parts, weights, paths, way, svd_rank, svd, density, majority):
     if way in SEPARATE and len(set(ranks)) > 1:
         raise ConfigError(f"{way} needs adapters of one rank; these have {ranks}. cat and svd take any")
     rank = sum(ranks) if way == "cat" else svd_rank or max(ranks) if way.endswith("svd") else ranks[0]
-    config = dataclasses.replace(configs[0], r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={},
-                                 target_modules=paths, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+    config = dataclasses.replace(configs[0], r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={},
+                                 alpha_pattern={}, target_modules=paths, exclude_modules=None,
+                                 layers_to_transform=None, layers_pattern=None)
 
     @torch.no_grad()
     def fill(new):

@@ -12,7 +12,8 @@ from .layers import TargetError
 METHODS = {}                                    # peft_type -> its dataclass
 # What Hugging Face's files may say without changing what an adapter computes, whatever the value.
 HARMLESS = {"peft_version", "auto_mapping", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-            "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "fan_in_fan_out"}
+            "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+            "fan_in_fan_out"}
 
 
 class ConfigError(ValueError):
@@ -53,7 +54,7 @@ class PeftConfig:
         """An nn.Module that all adapters of this name share, from {path: Base}, or None."""
 
     def drop_absent(self, model):
-        """Forget target names that this model does not have: in a file made for several architectures they do no harm."""
+        """Forget targets that this model does not have: in a file meant for several architectures they do no harm."""
 
     # Files.
 
@@ -76,8 +77,8 @@ class PeftConfig:
         known = {f.name for f in dataclasses.fields(method)}
         asked = {name: value for name, value in data.items() if name not in known | HARMLESS and value}
         if asked:
-            raise ConfigError(f"{method.__name__} has no {', '.join(f'{k}={v!r}' for k, v in asked.items())}: without it "
-                              "the adapter would compute something else")
+            asked = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+            raise ConfigError(f"{method.__name__} has no {asked}: without it the adapter would compute something else")
         return method(**{name: value for name, value in data.items() if name in known})
 
     def save_pretrained(self, folder):
@@ -108,7 +109,7 @@ class LayerConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError("layers_to_transform works with a list of target_modules; a regular expression can say it itself")
+            raise ConfigError("layers_to_transform needs a list of target_modules; an expression can say it itself")
 
     def select(self, model):
         if self.task_type in ("SEQ_CLS", "TOKEN_CLS"):                          # their heads are new: train them too
@@ -120,7 +121,7 @@ class LayerConfig(PeftConfig):
         if self.target_modules == "all-linear":
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             found = [path for path, m in modules.items() if layers.is_linear(m) and m is not layers.bare(head)]
-            ends = sorted({path.rpartition(".")[2] for path in found})          # in files the short names, if they suffice
+            ends = sorted({path.rpartition(".")[2] for path in found})    # for files: short names, if they suffice
             self.target_modules = ends if layers.find(modules, ends) == found else found
         found = layers.find(modules, self.target_modules)
         out = layers.find(modules, self.exclude_modules, "exclude_modules") if self.exclude_modules else []
@@ -138,7 +139,8 @@ class LayerConfig(PeftConfig):
             if all(any(layers.named(name, path) for path in modules) for name in names):
                 return list(names)
         linear = sorted({path.rpartition(".")[2] for path in modules if layers.is_linear(modules[path])})
-        raise TargetError(f"say target_modules: this model has none of the usual names. Its linear layers: {', '.join(linear)}")
+        raise TargetError("say target_modules: this model has none of the usual names. Its linear layers are named: "
+                          + ", ".join(linear))
 
     def drop_absent(self, model):
         paths = [path for path, *_ in layers.walk(model)]

@@ -44,7 +44,7 @@ def adapter(folder, model, is_trainable):
     config.inference_mode = not is_trainable
     config.drop_absent(model)
     modules = {key(path, ""): layers.bare(module) for path, _, _, module in layers.walk(model)}
-    for name in [name for name in found if ".base_layer." in name]:         # PEFT saves adapted embeddings with their base
+    for name in [name for name in found if ".base_layer." in name]:     # PEFT saves adapted embeddings with their base
         before, _, tensor = name.partition("base_layer.")
         own = getattr(modules.get(before), tensor, None)
         if own is None or not torch.equal(own, found.pop(name).to(own)):
@@ -77,7 +77,7 @@ def load(folder):
     except ValueError as error:
         raise AdapterFileError(f"{folder / CONFIG} is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise AdapterFileError(f"{folder / CONFIG} holds a {type(data).__name__}; an object with a peft_type is expected")
+        raise AdapterFileError(f"{folder / CONFIG} holds a {type(data).__name__}, not an object with a peft_type")
     try:
         config = PeftConfig.from_dict(data)
     except (ConfigError, TypeError) as error:
@@ -89,7 +89,7 @@ def load(folder):
     try:
         return config, load_file(folder / TENSORS)
     except SafetensorError as error:
-        raise AdapterFileError(f"{folder / TENSORS} is damaged or cut short ({error}); copy or download it again") from None
+        raise AdapterFileError(f"{folder / TENSORS} is damaged or cut short ({error}): copy it again") from None
 
 
 def find(folder):
@@ -98,8 +98,8 @@ def find(folder):
     if (path / CONFIG).exists():
         return path
     if path.is_dir():
-        inside = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
-        raise AdapterFileError(f"{path} has no {CONFIG}" + (f"; its folders {', '.join(inside)} have one" if inside else ""))
+        inside = ", ".join(sorted(p.parent.name for p in path.glob(f"*/{CONFIG}")))
+        raise AdapterFileError(f"{path} has no {CONFIG}" + (f"; folders in it that do: {inside}" if inside else ""))
     if str(folder).count("/") != 1 or path.is_absolute():
         raise AdapterFileError(f"there is no folder {path}")
     from huggingface_hub import snapshot_download

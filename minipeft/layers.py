@@ -111,8 +111,8 @@ def bare(module):
 
 
 def walk(model):
-    """Every module below `model` once, parents first, as (path, parent, name, module). Slots are seen through: paths are
-    those of the bare model, and a module that is in a slot comes as the slot."""
+    """Every module below `model` once, parents first, as (path, parent, name, module). Slots are seen through: paths
+    are those of the bare model, and a module that is in a slot comes as the slot."""
     seen = set()
 
     def below(parent, prefix):
@@ -158,10 +158,11 @@ def find(paths, targets, what="target_modules", fits=named):
         found = [path for path in paths if any(fits(name, path) for name in targets)]
         missing = [name for name in targets if not any(fits(name, path) for path in found)]
     if missing:
-        short = sorted({path.rpartition(".")[2] for path in paths} - {""} - {str(i) for i in range(1000)}) or list(paths)
+        short = {path.rpartition(".")[2] for path in paths}
+        short = sorted(name for name in short if name and not name.isdigit()) or list(paths)
         near = {name: difflib.get_close_matches(name, [*short, *paths], n=3, cutoff=0.4) for name in missing}
-        hints = "; ".join(f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "") for name in missing)
-        raise TargetError(f"{what} finds no module for {hints}. This model's modules are named: {', '.join(short)}")
+        hints = [f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "") for name in missing]
+        raise TargetError(f"{what} finds no module for {'; '.join(hints)}. There are: {', '.join(short)}")
     return found
 
 

@@ -1,4 +1,7 @@
-"""Floor 5: the book of adapters. A PeftModel puts slots into a model, and knows which adapters there are and who plays."""
+"""Floor 5: the book of adapters. A PeftModel puts slots into a model, and knows which adapters there are and who plays.
+
+All that touches several layers at once is here, and is done for all of them or for none.
+"""
 import copy
 import difflib
 import warnings
@@ -37,18 +40,18 @@ class Root(Slot):
         return self._modules["model"]
 
     def by_rows(self, rows, *args, **kwargs):
-        """Adapters inside the model see to their rows themselves. For those around it, each group of rows runs alone."""
+        """Adapters inside the model see to their rows themselves. Around it, each group of rows runs alone."""
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(*args, **kwargs)
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-            raise ValueError("adapters around the whole model keep caches of unlike lengths: generate for one at a time")
+            raise ValueError("adapters around the model have caches of unlike lengths: generate for one at a time")
         labels, outputs = kwargs.pop("labels", None), []
         groups, order = rows.split(len(rows.names), (*args, *kwargs.values())[0].device)
         for name, index in groups:
             def own(value):
                 return value[index] if torch.is_tensor(value) and value.shape[:1] == order.shape else value
             with self.switch.alone(name):
-                outputs.append(self.stack([name], *map(own, args), **{key: own(value) for key, value in kwargs.items()}))
+                outputs.append(self.stack([name], *map(own, args), **{key: own(kwargs[key]) for key in kwargs}))
         whole = copy.copy(outputs[0])
         length = min(output.logits.shape[1] for output in outputs)          # prompts add positions in front
         whole.logits, whole.past_key_values = torch.cat([output.logits[:, -length:] for output in outputs])[order], None
@@ -71,7 +74,7 @@ class PeftModel(nn.Module):
     def __init__(self, model, peft_config, adapter_name="default", autocast_adapter_dtype=True, fill=None):
         super().__init__()
         if any(isinstance(module, (Slot, PeftModel)) for module in model.modules()):
-            raise TargetError("this model carries adapters already: use add_adapter on its PeftModel, or unload that first")
+            raise TargetError("this model has adapters already: use add_adapter on its PeftModel, or unload it first")
         self.base_model = Root(model, Switch())
         self.shared = nn.ModuleDict()           # what an adapter shares over its slots is owned here, and lent to them
         self.peft_config = {}
@@ -104,7 +107,7 @@ class PeftModel(nn.Module):
         if not names or size not in (None, len(names)):
             raise ValueError(f"{len(names)} adapter_names for a batch of {size} rows: one name a row is expected")
         if self.merged_adapters:
-            raise ValueError(f"{self.merged_adapters} are merged into the weights of all rows: call unmerge_adapter() first")
+            raise ValueError(f"{self.merged_adapters} are merged, so all rows have them: call unmerge_adapter() first")
         return Rows(names)
 
     # The book.
@@ -148,11 +151,11 @@ class PeftModel(nn.Module):
         return names
 
     def _add(self, name, config, autocast_adapter_dtype=True, fill=None):
-        """Make adapter `name`, let `fill` give {path: adapter} its values, and put it in, frozen and inactive. The model
-        is touched only when all of that has succeeded."""
+        """Make adapter `name`, let `fill` give {path: adapter} its values, and put it in, frozen and inactive. The
+        model is touched only when all of that has succeeded."""
         if not isinstance(name, str) or not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name):
-            raise AdapterNameError(f"{name!r} cannot name an adapter: expected is a string without dots, which is neither "
-                                   "'__base__' nor the name of a method of torch's ModuleDict")
+            raise AdapterNameError(f"{name!r} cannot name an adapter: expected is a string without dots, which is "
+                                   "neither '__base__' nor the name of a method of torch's ModuleDict")
         if name in self.peft_config:
             raise AdapterNameError(f"there is an adapter {name!r} already; delete it first, or take another name")
         model, config, places = self.get_base_model(), copy.deepcopy(config), self._places()
@@ -160,7 +163,8 @@ class PeftModel(nn.Module):
         chosen = config.select(model)
         copied = layers.find(places, getattr(config, "modules_to_save", None) or (), "modules_to_save", layers.ends)
         slots = {path: places[path][0] for path in [*chosen, *copied]}
-        slots = {path: slot if isinstance(slot, Slot) else Slot(slot, self.base_model.switch) for path, slot in slots.items()}
+        slots = {path: module if isinstance(module, Slot) else Slot(module, self.base_model.switch)
+                 for path, module in slots.items()}
         bases = {path: Base(slots[path], name, lossy=True) for path in chosen}
         before = [(base.module, dict(base.module._parameters)) for base in bases.values()]
         try:
@@ -227,7 +231,7 @@ class PeftModel(nn.Module):
         rest = self.base_model.switch.active = [name for name in self.active_adapters if name != adapter_name]
         if not rest and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
-            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {self.active_adapter!r} is active now", stacklevel=2)
+            warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is active now", stacklevel=2)
 
     @contextmanager
     def disable_adapter(self):
@@ -244,7 +248,7 @@ class PeftModel(nn.Module):
     # Merging.
 
     def merge_adapter(self, adapter_names=None, safe_merge=False, lossy=False):
-        """Write adapters (the active ones) into the weights: all or nothing. `unmerge_adapter` puts the old weights back.
+        """Write adapters (the active ones) into the weights, all or nothing. `unmerge_adapter` puts back the old ones.
 
         safe_merge refuses results that are not finite. lossy allows 4-bit layers, whose weights are rounded once more.
         Raises NotMergeableError.
@@ -257,7 +261,7 @@ class PeftModel(nn.Module):
         for name in fresh:
             for adapter in self._parts(name).values():
                 if not getattr(adapter, "mergeable", True):
-                    raise NotMergeableError(f"{name!r} cannot be merged: {type(adapter).__name__} is no change of weights")
+                    raise NotMergeableError(f"{name!r} cannot be merged: a {type(adapter).__name__} changes no weights")
         try:
             for slot in _bar(slots, "merging"):
                 slot.merge(fresh, lossy)
@@ -278,7 +282,10 @@ class PeftModel(nn.Module):
         names = self.active_adapters if adapter_names is None else self._known(adapter_names)
         if set(names) - set(self.merged_adapters):
             self.merge_adapter(names, safe_merge, lossy)
-        return self._take_out()
+        base, config = self._take_out(), getattr(self.get_base_model(), "config", None)
+        if getattr(config, "tie_word_embeddings", False):                   # merging into one of the two ends the tie
+            config.tie_word_embeddings = base.get_output_embeddings().weight is self._embeddings().weight
+        return base
 
     def unload(self):
         """The plain model as it was before. This PeftModel is empty afterwards."""
@@ -305,7 +312,8 @@ class PeftModel(nn.Module):
         for name in self.peft_config if selected_adapters is None else self._known(selected_adapters):
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
-            files.save(Path(save_directory) / ("" if name == "default" else name), config, files.tensors(self._parts(name)))
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            files.save(folder, config, files.tensors(self._parts(name)))
 
     @classmethod
     def from_pretrained(cls, model, model_id, adapter_name="default", is_trainable=False, autocast_adapter_dtype=True):
@@ -325,13 +333,15 @@ class PeftModel(nn.Module):
         if not is_trainable:
             self.eval()
 
-    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None, svd_clamp=None,
-                             svd_full_matrices=True, svd_driver=None, density=None, majority_sign_method="total"):
+    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None,
+                             svd_clamp=None, svd_full_matrices=True, svd_driver=None, density=None,
+                             majority_sign_method="total"):
         """A new LoRA from others, inactive until `set_adapter`. The ways are told in minipeft/combine.py."""
         parts = [self._parts(name) for name in self._known(adapters)]
         paths = [path for path, _, _ in self._slots() if any(path in part for part in parts)]
-        config, fill = combine.plan([self.peft_config[name] for name in adapters], parts, weights, paths, combination_type,
-                                    svd_rank, (svd_clamp, svd_full_matrices, svd_driver), density, majority_sign_method)
+        configs, svd = [self.peft_config[name] for name in adapters], (svd_clamp, svd_full_matrices, svd_driver)
+        config, fill = combine.plan(configs, parts, weights, paths, combination_type, svd_rank, svd, density,
+                                    majority_sign_method)
         self._add(adapter_name, config, fill=fill)
 
     # Counting, and what a trainer asks of a model.
@@ -382,8 +392,8 @@ def _require_grad(module, args, output):
 
 
 def prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
-    """Ready a quantised model for training adapters: freeze it, hold in 32 bits what is not quantised, and let it compute
-    activations again in the backward pass rather than keep them."""
+    """Ready a quantised model for training adapters: freeze it, hold in 32 bits what is not quantised, and let it
+    compute activations again in the backward pass rather than keep them."""
     quantised = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
     for parameter in model.parameters():
         parameter.requires_grad = False

@@ -106,7 +106,7 @@ class LinearDelta(Adapter):
         return (y + self.update(base, self.seen(x, next(self.parameters()).dtype))).to(y.dtype)
 
     def seen(self, x, dtype):
-        """x as the update sees it: in the adapter's precision (autocast sees to that itself), and thinned in training."""
+        """x as the update sees it: in the adapter's precision (autocast does that itself), and thinned in training."""
         if x.dtype != dtype and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
             x = x.to(dtype)
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
@@ -126,7 +126,7 @@ class Slot(nn.Module):
         self.switch = switch
         self.shared = {}                        # lent: what adapters share over slots belongs to the PeftModel
         self.merged = []                        # names of the adapters that are written into the weight
-        self.original = []                      # [(a module of the layer, its parameters, its buffers)] from before that
+        self.original = []                      # [(a module of the layer, its parameters, buffers)] from before
 
     def forward(self, *args, **kwargs):
         if not self.switch.enabled:
@@ -169,7 +169,7 @@ class Slot(nn.Module):
             module._buffers.update(buffers)
         self.merged, self.original = [], []
 
-    def __getattr__(self, name):                # whatever else is asked of a layer (weight, in_features), the layer answers
+    def __getattr__(self, name):                # whatever else is asked (weight, in_features), the layer answers
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -41,9 +41,12 @@ def gpt(**fields):
 
 def transformers(name, **fields):
     import transformers
-    sizes = dict(n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0) \
-        if name == "GPT2" else dict(hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=LAYERS,
-                                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    if name == "GPT2":
+        sizes = dict(n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
+                     attn_pdrop=0.0)
+    else:
+        sizes = dict(hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=4,
+                     num_key_value_heads=2, max_position_embeddings=32)
     config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, initializer_range=0.2, bos_token_id=1,
                                                     eos_token_id=2, pad_token_id=0, **sizes, **fields)
     return getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM"))(config)
@@ -54,7 +57,7 @@ class BaseCase:
     name: str
     build: Callable[[], nn.Module]
     targets: tuple = ("q_proj", "v_proj", "down_proj")      # some linear layers, of unequal shapes
-    block: str = "mlp"                                      # modules that are more than one layer: x -> x, in every layer
+    block: str = "mlp"                                      # a module of several layers: x -> x, in every layer
     embedding: str = "embed_tokens"
     norm: str = "norm"                                      # a small module outside the targets: for modules_to_save
     layered: bool = True                                    # a transformer, with checkpointing
@@ -120,7 +123,7 @@ METHODS = {method.name: method for method in [
     Method("lora", "LoraConfig", lambda base: dict(r=4, lora_alpha=8), peft="LoraConfig", dropout="lora_dropout",
            count=lambda d_in, d_out: 4 * (d_in + d_out), bases=tuple(BASES)),
 ]}
-APART = set()                                               # configurations whose methods are tested in files of their own only
+APART = set()                                               # configurations that are tested in files of their own only
 CASES = [(method, BASES[name]) for method in METHODS.values() for name in method.bases]
 
 

@@ -92,7 +92,7 @@ def test_5_saving_and_loading_keeps_every_bit(method, base, tmp_path):
     model.save_pretrained(tmp_path / "a")
     again = PeftModel.from_pretrained(base.make(), tmp_path / "a")
     again.save_pretrained(tmp_path / "b")
-    same_tensors(load_file(tmp_path / "a" / "adapter_model.safetensors"), load_file(tmp_path / "b" / "adapter_model.safetensors"))
+    same_tensors(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"))
     assert torch.equal(run(model), run(again))
 
 
@@ -103,7 +103,8 @@ def test_7_8_gradients_and_one_step_are_those_of_peft(method, base, tmp_path):
     model = PeftModel.from_pretrained(base.make(), tmp_path, is_trainable=True)
     for each in (oracle, model):
         loss_of(each).backward()
-    gradients = peft.get_peft_model_state_dict(oracle, state_dict={n: p.grad for n, p in oracle.named_parameters() if p.requires_grad})
+    gradients = {n: p.grad for n, p in oracle.named_parameters() if p.requires_grad}
+    gradients = peft.get_peft_model_state_dict(oracle, state_dict=gradients)
     parts = model._parts("default")
     own = {minipeft.files.key(path, name): p.grad for path, part in parts.items() for name, p in part.named_parameters()
            if p.requires_grad}
@@ -204,7 +205,7 @@ def test_18_20_merge_and_unload_gives_a_plain_model(method, base, safe, tmp_path
     plain = model.merge_and_unload(safe_merge=safe)
     close(run(plain), apart)
     assert type(plain) is type(base.make())
-    assert [(name, type(m)) for name, m in plain.named_modules()] == [(n, type(m)) for n, m in base.make().named_modules()]
+    assert [(n, type(m)) for n, m in plain.named_modules()] == [(n, type(m)) for n, m in base.make().named_modules()]
     assert all(tensor.is_contiguous() for tensor in plain.state_dict().values())
     save_model(plain, tmp_path / "model.safetensors")
     again = base.make()
@@ -374,7 +375,8 @@ def test_34_checkpointing_gives_the_same_gradients(method, base, reentrant, rows
     for name, gradient in gradients[0].items():
         close(gradients[1][name], gradient)
     assert any(g.abs().max() > 1e-6 for g in gradients[1].values())
-    assert not any("minipeft" in hook.__module__ for m in model.unload().modules() for hook in m._forward_hooks.values())
+    hooks = [hook for module in model.unload().modules() for hook in module._forward_hooks.values()]
+    assert not any(hook.__module__.startswith("minipeft.model") for hook in hooks)
 
 
 @only(lambda m, b: m.where and b.layered)
@@ -450,7 +452,8 @@ def test_40_modules_to_save(method, base, tmp_path):
         close(run(plain), expected)
         assert not any(isinstance(m, Slot) for m in plain.modules())
     if method.peft:
-        close(run(peft.PeftModel.from_pretrained(base.make(), str(tmp_path))), run(PeftModel.from_pretrained(base.make(), tmp_path)))
+        oracle = peft.PeftModel.from_pretrained(base.make(), str(tmp_path))
+        close(run(oracle), run(PeftModel.from_pretrained(base.make(), tmp_path)))
 
 
 # and what PyTorch does to models

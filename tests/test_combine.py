@@ -16,7 +16,8 @@ def several(base, package=minipeft, config=LoraConfig, ranks=(4, 4), **fields):
     torch.manual_seed(0)
     model = None
     for name, r in zip("abc", ranks):
-        adapter = config(r=r, lora_alpha=2 * r + len(name), init_lora_weights=False, target_modules=list(base.targets), **fields)
+        adapter = config(r=r, lora_alpha=2 * r + (name == "b"), init_lora_weights=False,
+                         target_modules=list(base.targets), **fields)
         if model is None:
             model = package.get_peft_model(base.make(), adapter, adapter_name=name)
         else:
@@ -32,7 +33,7 @@ def deltas(model, name):
 @pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "mlp"])
 def test_every_way_is_that_of_peft(way, name, tmp_path):
     if name == "hf_gpt2" and way in ("dare_linear_svd", "dare_ties_svd"):
-        pytest.skip("for Conv1D PEFT draws which entries stay for the transposed matrix: others than ours, by the same law")
+        pytest.skip("for Conv1D PEFT draws which entries stay for the transposed matrix: others, by the same law")
     states = []
     for package, config in ((minipeft, LoraConfig), (peft, peft.LoraConfig)):
         model = several(BASES[name], package, config)
@@ -40,7 +41,8 @@ def test_every_way_is_that_of_peft(way, name, tmp_path):
         torch.manual_seed(7)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            (model if package is minipeft else model.base_model).add_weighted_adapter(["a", "b"], [0.7, -0.4], "ab", way, **more)
+            book = model if package is minipeft else model.base_model
+            book.add_weighted_adapter(["a", "b"], [0.7, -0.4], "ab", way, **more)
             model.set_adapter("ab")
         model.save_pretrained(str(tmp_path / package.__name__), selected_adapters=["ab"])
         states.append((load_file(tmp_path / package.__name__ / "ab" / "adapter_model.safetensors"), run(model)))
@@ -91,7 +93,7 @@ def test_linear_is_not_the_sum_of_changes():
 def test_adapters_that_share_only_some_layers():
     base = BASES["llama"]
     model = get_peft_model(base.make(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "a")
-    model.add_adapter("b", LoraConfig(r=3, target_modules="all-linear", layers_to_transform=None, init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
     model.add_weighted_adapter(["a", "b"], [1.0, 2.0], "sum", "cat")
     for path, delta in deltas(model, "sum").items():
         close(delta, deltas(model, "a").get(path, 0) + 2 * deltas(model, "b")[path])
@@ -122,7 +124,8 @@ def test_a_combination_waits_and_is_saved_like_any_other(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(adapters=["a", "d"]), "'d'"), (dict(weights=[1.0]), "one weight for each"), (dict(adapter_name="a"), "already"),
+    (dict(adapters=["a", "d"]), "'d'"), (dict(weights=[1.0]), "one weight for each"),
+    (dict(adapter_name="a"), "already"),
     (dict(combination_type="tie"), "nearest: ties"), (dict(combination_type="ties"), "density"),
     (dict(combination_type="ties", density=-0.1), "density"), (dict(adapters=[], weights=[]), "one weight for each")])
 def test_wrong_requests(arguments, message):

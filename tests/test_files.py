@@ -23,13 +23,15 @@ def test_the_layout_of_a_folder(tmp_path):
         assert file.metadata() == {"format": "pt"}
         assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in file.keys()
     data = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert data["peft_type"] == "LORA" and data["inference_mode"] is True and data["target_modules"] == list(BASE.targets)
+    assert data["peft_type"] == "LORA" and data["inference_mode"] is True
+    assert data["target_modules"] == list(BASE.targets)
     assert model.peft_config["default"].inference_mode is False
 
 
 def test_a_configuration_survives_its_file(tmp_path):
-    config = LoraConfig(r=3, lora_alpha=7, target_modules={"v_proj", "q_proj"}, rank_pattern={"v_proj": 2}, modules_to_save=["norm"],
-                        layers_to_transform=[1], use_rslora=True, init_lora_weights="gaussian", task_type="CAUSAL_LM")
+    config = LoraConfig(r=3, lora_alpha=7, target_modules={"v_proj", "q_proj"}, rank_pattern={"v_proj": 2},
+                        modules_to_save=["norm"], layers_to_transform=[1], use_rslora=True,
+                        init_lora_weights="gaussian", task_type="CAUSAL_LM")
     config.save_pretrained(tmp_path)
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is LoraConfig and again.target_modules == ["q_proj", "v_proj"]
@@ -54,7 +56,8 @@ def test_what_would_compute_something_else_is_refused(tmp_path):
 
 def test_a_target_of_another_architecture_does_no_harm_in_a_file(tmp_path):
     import peft
-    model = peft.get_peft_model(BASE.make(), peft.LoraConfig(r=4, target_modules=["q_proj", "c_attn"], init_lora_weights=False))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "c_attn"], init_lora_weights=False)
+    model = peft.get_peft_model(BASE.make(), config)
     model.save_pretrained(str(tmp_path))
     ours = PeftModel.from_pretrained(BASE.make(), tmp_path)
     assert ours.peft_config["default"].target_modules == ["q_proj"]
@@ -99,7 +102,11 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     adapted(LORA, BASE).save_pretrained(tmp_path)
     import huggingface_hub
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: asked.append((name, kwargs)) or str(tmp_path))
+
+    def download(name, **kwargs):
+        asked.append((name, kwargs))
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     PeftModel.from_pretrained(BASE.make(), "somebody/adapter")
     assert asked == [("somebody/adapter", {"allow_patterns": [files.CONFIG, files.TENSORS]})]
 

@@ -18,7 +18,8 @@ def conv1d(d_in, d_out):
 def four_bit(d_in, d_out):
     import bitsandbytes as bnb
     layer = bnb.nn.Linear4bit(d_in, d_out, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=False)
-    layer.weight = bnb.nn.Params4bit(torch.randn(d_out, d_in), requires_grad=False, quant_type="nf4", compress_statistics=False)
+    layer.weight = bnb.nn.Params4bit(torch.randn(d_out, d_in), requires_grad=False, quant_type="nf4",
+                                     compress_statistics=False)
     return layer.to("cpu").train()              # in training mode this machine's forward is exact
 
 
@@ -104,7 +105,8 @@ def test_walking_sees_through_slots():
 @pytest.mark.parametrize("path, index, pattern, expected", [
     ("model.layers.1.mlp.up_proj", 1, None, True), ("model.layers.1.mlp.up_proj", [0, 2], None, False),
     ("model.layers.1.experts.0.up_proj", [1], None, True), ("model.layers.1.experts.0.up_proj", [0], None, False),
-    ("model.layers.1.experts.0.up_proj", [0], "experts", True), ("transformer.h.11.attn.c_attn", [11], ["layers", "h"], True),
+    ("model.layers.1.experts.0.up_proj", [0], "experts", True),
+    ("transformer.h.11.attn.c_attn", [11], ["layers", "h"], True),
     ("layers.0.up", [0], "layers", True), ("lm_head", [0], None, False)])
 def test_layer_numbers(path, index, pattern, expected):
     assert layers.in_layers(path, index, pattern) == expected

@@ -180,7 +180,8 @@ def test_a_shared_part_is_owned_once_and_lent(methods, tmp_path):
     base, config = BASES["llama"], shared_method()(target_modules=["mlp"])
     model = get_peft_model(base.make(), config)             # slots around blocks, not only around linear layers
     assert model.get_nb_trainable_parameters()[0] == 3
-    assert [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("shared")] == ["shared.default.scale"]
+    owned = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("shared")]
+    assert owned == ["shared.default.scale"]
     run_before = run(model)
     model(**inputs()).logits.sum().backward()
     assert model.shared["default"].scale.grad.abs() > 0
@@ -188,7 +189,8 @@ def test_a_shared_part_is_owned_once_and_lent(methods, tmp_path):
     again = minipeft.PeftModel.from_pretrained(base.make(), tmp_path)
     assert torch.equal(run(again), run_before)
     model.add_adapter("b", config)
-    model.add_adapter("inner", minipeft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False))  # a slot in a slot
+    within = minipeft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
+    model.add_adapter("inner", within)                      # slots in slots
     model.set_adapter(["default", "inner"])
     assert not torch.equal(run(model), run_before)
     close(run(model, adapter_names=["inner", "default", "b"])[1:], run_before[1:])
@@ -235,7 +237,8 @@ def test_an_adapter_around_the_whole_model(methods, tmp_path, name):
     model = get_peft_model(base.make(), config)
     width, ids = 16, inputs()["input_ids"]
     with_prompt = run(model)
-    close(with_prompt, base.make()(inputs_embeds=torch.cat([torch.ones(3, 1, width), base.make().get_input_embeddings()(ids)], 1)).logits)
+    embedded = torch.cat([torch.ones(3, 1, width), base.make().get_input_embeddings()(ids)], 1)
+    close(with_prompt, base.make()(inputs_embeds=embedded).logits)
     model.save_pretrained(tmp_path)
     assert set(minipeft.files.load(tmp_path)[1]) == {"prompt"}          # as PEFT's prompts: no path, no prefix
     assert torch.equal(run(minipeft.PeftModel.from_pretrained(base.make(), tmp_path)), with_prompt)

@@ -2,8 +2,8 @@
 
     y = W x + s B A x,    A (r, d_in),  B (d_out, r),  s = alpha / r                        (equation 3)
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. W is frozen. B starts at zero, so
-that training starts from the model as it was; A starts random, for with both at zero neither would ever get a gradient.
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. W is frozen. B starts at zero,
+so that training starts from the model as it was. A starts random: with both at zero neither would ever get a gradient.
 rsLoRA (Kalajdzievski 2023, 2312.03732): s = alpha / sqrt(r), so that a higher rank does not make for a smaller change.
 """
 import math
@@ -35,8 +35,8 @@ class LoraConfig(LayerConfig):
     use_dora: bool = False
     lora_bias: bool = False                     # a trained bias on B
     init_lora_weights: bool | str = True        # True: A as nn.Linear does, B zero; "gaussian"; False: both random
-    rank_pattern: dict = field(default_factory=dict)    # another r for some layers: {end of a path, as a regular expression: r}
-    alpha_pattern: dict = field(default_factory=dict)
+    rank_pattern: dict = field(default_factory=dict)    # {expression for the end of a path: r for such layers}
+    alpha_pattern: dict = field(default_factory=dict)   # likewise
     fan_in_fan_out: bool = False                # for PEFT; here the layer's class says how its weight is stored
 
     def __post_init__(self):
@@ -47,7 +47,7 @@ class LoraConfig(LayerConfig):
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: a probability in [0, 1) is expected")
         if self.bias != "none":
-            raise ConfigError(f"bias={self.bias!r} is not supported; to train biases use BitFitConfig, or lora_bias=True")
+            raise ConfigError(f"bias={self.bias!r} is not supported; BitFitConfig trains biases, lora_bias adds some")
         if isinstance(self.init_lora_weights, str):
             initialiser(self.init_lora_weights)
         if self.use_dora and "use_dora" not in VARIANTS:
@@ -122,7 +122,7 @@ class Lora(LinearDelta):
 
 
 class LoraEmbedding(LinearDelta):
-    """x (...) token ids -> (..., d). An embedding is a linear map of one-hot vectors, and A times one picks a column."""
+    """x (...) token ids -> (..., d). An embedding is a linear map of one-hot vectors: A times one picks a column."""
 
     def __init__(self, d_in, d_out, r, scaling, dropout=0.0, bias=False):
         super().__init__()

@@ -19,8 +19,8 @@ class Copy(Adapter):
 
     def fold(self, base):
         for trained, frozen in zip(self.module.modules(), base.module.modules()):
-            frozen._parameters.update({name: parameter if parameter is None else nn.Parameter(parameter.detach().clone(), False)
-                                       for name, parameter in trained._parameters.items()})
+            frozen._parameters.update({name: p if p is None else nn.Parameter(p.detach().clone(), requires_grad=False)
+                                       for name, p in trained._parameters.items()})
             frozen._buffers.update(copy.deepcopy(trained._buffers))
 
     def to_file(self):                          # in files it bears the module's own names
