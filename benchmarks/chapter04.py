@@ -21,7 +21,7 @@ from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
 STEPS, WARMUP, RANKS, SEEDS = 150, 10, [1, 2, 4, 8, 16, 32], (0, 1)
-RATES = {"lora": (5e-3, 1e-2, 2e-2, 4e-2), "full": (1e-3, 3e-3, 1e-2)}
+RATES = {"lora": (5e-3, 1e-2, 3e-2), "full": (1e-3, 3e-3, 1e-2)}
 TARGETS = {
     "all-linear": "all-linear",
     "q,v": ["q_proj", "v_proj"],
