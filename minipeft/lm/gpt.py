@@ -127,7 +127,7 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask=None):
     """softmax(q kT / sqrt(h)) v, causal if there is no mask. q (B, H, T, h), k and v (B, K, S, h) -> (B, H, T, h)."""
     T, heads = q.shape[2], q.shape[1] // k.shape[1]
-    causal = mask is None and T > 1
+    causal = True if mask is None and T > 1 else False      # a plain bool even where torch.compile has a symbol for T
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads > 1)
     # Written out: on a CPU, the backward pass of torch's bfloat16 kernel takes 40 % of a small model's whole step.
