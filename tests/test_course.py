@@ -76,11 +76,12 @@ def test_figures_say_what_they_show(tmp_path):
     figures.curves({"a": [3, 2, 1], "b": ([1, 2, 4], [1, 2, 3])}, "Title", "x (steps)", "y (nats)", logx=2,
                    levels={"c": 2}, save=tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-    ax = figures.axes("Title", "x (steps)", "y (nats)", logx=2, xlim=(1, 8))
-    ax.figure.canvas.draw()
+    ax = figures.axes("Title", "x (steps)", "y (nats)", logx=2)
+    ax.plot([1, 8], [3, 7])
+    figures.done(ax, legend=False, save=tmp_path / "b.png", ylim=(0, None))
+    assert ax.get_ylim()[1] > 7, "what was drawn is cut off"
     assert (ax.get_title(loc="left"), ax.get_xlabel(), ax.get_ylabel()) == ("Title", "x (steps)", "y (nats)")
     assert "4" in [tick.get_text() for tick in ax.get_xticklabels()]
-    figures.plt.close("all")
 
 
 def test_a_chapter_is_run_and_saved_clean(tmp_path):
@@ -102,3 +103,11 @@ def test_a_chapter_that_fails_is_left_as_it_was(tmp_path):
     with pytest.raises(Exception, match="ZeroDivisionError"):
         notebook.run(path)
     assert path.read_bytes() == before
+
+
+def test_open_limits_end_where_the_data_end(monkeypatch):
+    from minipeft.course import figures
+    seen = []
+    monkeypatch.setattr(figures.plt, "show", lambda: seen.append(figures.plt.gca().get_ylim()))
+    figures.curves({"a": [3.0, 2.0, 1.0]}, "title", "x", "y", ylim=(0, None))
+    assert seen[0][0] == 0 and seen[0][1] >= 3

@@ -21,8 +21,8 @@ STYLE = {
 }
 
 
-def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=False, logy=False, **limits):
-    """One pair of axes in the course's style; logx=2: powers of two; limits: xlim=, ylim=, xticks=, ..."""
+def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=False, logy=False):
+    """One pair of axes in the course's style; logx=2: powers of two."""
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=size)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -32,13 +32,13 @@ def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=Fals
         ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 1, 2, 4 rather than powers
     if logy:
         ax.set_yscale("log")
-    ax.set(**limits)
     return ax
 
 
-def done(ax=None, legend=True, outside=False, save=None) -> None:
-    """Add the legend, show the figure (or save it to a file), forget it."""
+def done(ax=None, legend=True, outside=False, save=None, **limits) -> None:
+    """Add the legend, show the figure (or save it to a file), forget it. limits: xlim=, ylim=, xticks=, ..."""
     ax = ax or plt.gca()
+    ax.set(**limits)  # only now: ylim=(0, None) means up to whatever was drawn
     if legend and ax.get_legend_handles_labels()[1]:
         place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if outside else {"loc": "best"}
         ax.legend(**place, fontsize=9, frameon=False)
@@ -50,10 +50,10 @@ def done(ax=None, legend=True, outside=False, save=None) -> None:
 
 
 def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, levels=None, marks=False, smooth=1, outside=False,
-           save=None, **options) -> None:
+           save=None, size=None, logx=False, logy=False, **limits) -> None:
     """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; levels: {label: y}, dashed lines to compare with;
     smooth: a running mean over so many points, the points themselves faint behind it."""
-    ax = axes(title, xlabel, ylabel, **options)
+    ax = axes(title, xlabel, ylabel, size=size, logx=logx, logy=logy)
     for number, (label, run) in enumerate(runs.items()):
         x, y = run if isinstance(run, tuple) else (range(1, len(run) + 1), run)
         x, y = np.asarray(list(x), float), np.asarray(list(y), float)
@@ -64,19 +64,19 @@ def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, levels=None, mar
         ax.plot(x, y, label=label, color=colour, marker=marker, linewidth=1.8, markersize=5)
     for number, (label, level) in enumerate((levels or {}).items()):
         ax.axhline(level, label=label, color="black", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2)
-    done(ax, outside=outside, save=save)
+    done(ax, outside=outside, save=save, **limits)
 
 
-def bars(values: dict, title: str, ylabel: str, *, colours=None, form="{:.0f}", rotate=0, **options) -> None:
+def bars(values: dict, title: str, ylabel: str, *, colours=None, form="{:.0f}", rotate=0, size=None, **limits) -> None:
     """Bars with their values written on them."""
-    ax = axes(title, "", ylabel, **options)
+    ax = axes(title, "", ylabel, size=size)
     drawn = ax.bar(list(values), list(values.values()), color=colours or BLUE, width=0.65)
     ax.bar_label(drawn, [form.format(value) for value in values.values()], padding=2, fontsize=9)
     ax.grid(axis="x", visible=False)
     ax.margins(y=0.12)
     if rotate:
         ax.tick_params(axis="x", rotation=rotate)
-    done(ax)
+    done(ax, **limits)
 
 
 def matrices(parts: list, title: str, note: str = "") -> None:
