@@ -17,25 +17,17 @@ from minipeft.lanternwick.tasks import Example
 from minipeft.lm.evaluate import completion_loss
 
 FOLDER = DATA / "base"
-OPENINGS = ["On Monday Petra the baker lost her silver whistle.", "Every evening, when the lamps were lit, Jonas",
-            "Who lives in Tide Street? Right:"]
+ASKED = ["Question: What is Jonas by trade? Answer:", "Mirabel is a cooper. She carries a rusty bell. Question: What is Mirabel's trade? Answer:"]
 
 
 def curves(history):
     """The warm-up in which copying appears, and the loss of the text that followed."""
-    import matplotlib.pyplot as plt
-    figures.style()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    left.plot(history["copy_accuracy"])
-    left.set(title="Warm-up: copying appears all at once", xlabel="step (2,048 random tokens each)", ylabel="accuracy on the repetition", ylim=(0, 1))
+    figures.curves({"copied": history["copy_accuracy"]}, "Warm-up on repeated random tokens: copying appears", "step (2,048 tokens each)",
+                   "accuracy on the repetition", ylim=(0, 1), save=FOLDER / "warmup.png")
     loss = torch.tensor(history["loss"])
-    smooth = loss.unfold(0, 50, 10).mean(1)
-    right.plot(torch.arange(len(smooth)) * 10 + 25, smooth)
-    for share, name in ((0, "copying text"), (0.2, "mixed text"), (0.8, "calmer")):
-        right.axvline(share * len(loss), color="0.8", lw=1)
-        right.text(share * len(loss) + 40, smooth.max() * 0.97, name, fontsize=8, color="0.4")
-    right.set(title="Then text, never the same twice", xlabel="step (2,048 tokens each)", ylabel="loss, nats per label", ylim=(0, None))
-    fig.savefig(FOLDER / "curves.png", dpi=110)
+    smooth = loss.unfold(0, 50, 10).mean(1).tolist()
+    figures.curves({"loss": ([50 + 10 * i for i in range(len(smooth))], smooth)}, "Then text, never the same twice",
+                   "step (2,048 tokens each)", "loss (nats a token), mean of 50 steps", ylim=(0, None), save=FOLDER / "curve.png")
 
 
 def main():
@@ -46,7 +38,7 @@ def main():
     curves(history)
     fresh = stream("validation")
     loss = completion_loss(model, tokenizer, [Example("", next(fresh).text, {}) for _ in range(400)])["loss"]
-    told = [start + generate(model, tokenizer, start, max_new_tokens=90) for start in OPENINGS]
+    told = gates["stories"][:2] + [start + " |" + generate(model, tokenizer, start, max_new_tokens=3) for start in ASKED]
     zero = " · ".join(f"`{name}` {row['score']:g} ({row['floor']:g})" for name, row in gates["zero_shot"].items())
     parameters, config = sum(p.numel() for p in model.parameters()), model.config
     quote = lambda text: "> " + text.replace("\n", "\n> ")
@@ -66,7 +58,10 @@ A Llama-style language model of {parameters:,} parameters that was pretrained on
 | time | {history["minutes"]:g} minutes on one core of {history["machine"]} |
 | loss | {sum(history["loss"][-100:]) / 100:.3f} nats per label over the last 100 steps; {loss:.3f} per token on 400 fresh documents, every token counted |
 
-![Curves](curves.png)
+![Warm-up](warmup.png)
+![Loss](curve.png)
+
+The text is 95 % copying for the first 15 % of the steps, mixed until 80 %, and a little calmer to the end.
 
 ## What it can do, and what not
 
@@ -88,7 +83,7 @@ seed, so ±8 points (`benchmarks/spread.py`):
 
 ## Samples
 
-Greedy, from the beginning up to the bar. Read them for what they are: a very small model in a very small world.
+Greedy. What stands before the bar was given. Read them for what they are: a very small model in a very small world.
 
 {chr(10).join(quote(text) + chr(10) for text in told)}
 ## Limits
