@@ -4,7 +4,8 @@ Every check knows the right answer from a closed formula written beside it, not 
 mistakes that people make, so that the message can name the mistake instead of printing two tensors. A check returns a
 Verdict: true or false, and readable. In graded work: `verdict = check.lora_delta(mine); assert verdict, verdict`.
 """
-from .chapter04 import count_parameters, first_gradients, lora_delta, lora_layer, merging, six_million
+from . import chapter04
+from .chapter04 import *  # noqa: F403
 from .teacher import Verdict
 
-__all__ = ["Verdict", "count_parameters", "first_gradients", "lora_delta", "lora_layer", "merging", "six_million"]
+__all__ = ["Verdict", *chapter04.__all__]

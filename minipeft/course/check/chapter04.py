@@ -7,6 +7,8 @@ from torch import nn
 
 from .teacher import Wrong, checks, compare, need, same
 
+__all__ = ["count_parameters", "first_gradients", "lora_delta", "lora_layer", "merging", "six_million"]
+
 SHAPES = ("A is (r, d_in) and B is (d_out, r), so the product is B @ A, in this order; x (…, d_in) meets A first: "
           "x @ A.T.")
 

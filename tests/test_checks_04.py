@@ -1,30 +1,12 @@
-"""Every check accepts the solution, refuses the blank stub kindly, and names the mistake in what is plausibly wrong."""
+"""Chapter 04's checks accept the solution, refuse the blank stub kindly, and name the mistake in what is plausibly wrong."""
 import math
-import random
 
 import pytest
 import torch
 from torch import nn
 
+from judging import accepts, judge, rejects
 from minipeft.course import check
-
-SHAPES_SEEN = 5  # the checks draw their own shapes: try each answer on several draws
-
-
-def judge(checker, *answers) -> list:
-    random.seed(0)
-    return [checker(*answers) for _ in range(SHAPES_SEEN)]
-
-
-def accepts(checker, *answers):
-    for verdict in judge(checker, *answers):
-        assert verdict, verdict
-
-
-def rejects(says: str, checker, *answers):
-    for verdict in judge(checker, *answers):
-        assert not verdict
-        assert says in verdict.message, verdict.message
 
 
 # ------------------------------------------------------------------------------------------------------- lora_delta
