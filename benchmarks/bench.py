@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, facts, save
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, GPTConfig, load_data, load_pretrained, load_tokenizer, train

@@ -383,7 +383,7 @@ class PeftModel(nn.Module):
 
 def _bar(things, what):
     """Shows how far it is, where it takes longer than three seconds."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     return tqdm(things, desc=what, delay=3, leave=False)
 
 

@@ -111,3 +111,11 @@ def test_open_limits_end_where_the_data_end(monkeypatch):
     monkeypatch.setattr(figures.plt, "show", lambda: seen.append(figures.plt.gca().get_ylim()))
     figures.curves({"a": [3.0, 2.0, 1.0]}, "title", "x", "y", ylim=(0, None))
     assert seen[0][0] == 0 and seen[0][1] >= 3
+
+
+def test_progress_bars_are_text_even_where_widgets_are_installed(tmp_path):
+    path = tmp_path / "00_x.ipynb"
+    bar = "import minipeft.course\nfrom tqdm.auto import tqdm\nprint(sum(tqdm([1, 2], disable=False)))"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(bar)]), path)
+    notebook.run(path)
+    assert [output.text for output in nbformat.read(path, as_version=4).cells[0].outputs] == ["3\n"]

@@ -1,8 +1,10 @@
 """What the notebooks use: live source, figures, claims, checks of a learner's code. Nothing below imports this."""
 import warnings
 
-# Without ipywidgets the progress bars are plain text, which is what we want; no need to say so in every chapter.
-warnings.filterwarnings("ignore", message="IProgress not found")
+# Progress bars are plain text, other libraries' too: a widget, which they take to be better, shows nothing in a saved file.
+with warnings.catch_warnings(action="ignore"):  # "IProgress not found": no need to say so in every chapter
+    import tqdm.auto
+tqdm.auto.tqdm = tqdm.tqdm
 
 from . import check, figures  # noqa: E402
 from .claims import claim  # noqa: E402

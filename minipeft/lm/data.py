@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..lanternwick.scoring import bleu, percent, plain
 from ..lanternwick.tasks import TASKS, Example, Task, load_task

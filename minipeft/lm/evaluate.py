@@ -2,7 +2,7 @@
 import math
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import Batches, DataError, room
 from .gpt import GPT

@@ -7,7 +7,7 @@ import zipfile
 from http.client import HTTPException
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .hub import cache_folder
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..lanternwick import DATA
 from .gpt import GPT, GPTConfig, MODEL_TYPES, nearest
