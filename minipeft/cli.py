@@ -1,4 +1,4 @@
-"""The command `minipeft`: pretrain, finetune, generate, evaluate, merge, doctor. Heavy imports stand where they are used."""
+"""The command `minipeft`: pretrain, finetune, generate, evaluate, merge, student, doctor. Heavy imports stand where they are used."""
 import argparse
 import contextlib
 import difflib
@@ -31,6 +31,11 @@ FINETUNE_EXAMPLES = """examples:
   minipeft finetune --data my.jsonl --base path/to/a/hugging-face/folder --lr 2e-4 --out mine
   minipeft finetune --data sql --method full --out sql-full      every weight, saved as a plain model
   minipeft finetune --data sql --set use_rslora=true --set init_lora_weights='"gaussian"' --out x"""
+
+STUDENT = """Write the student's edition of chapters: solutions and hidden tests are taken out, outputs cleared, checks and hints kept.
+
+With --nbgrader a course folder is written: source/NAME/NAME.ipynb with solutions and points, and nbgrader_config.py.
+In that folder `nbgrader generate_assignment NAME` makes what students get, `nbgrader autograde NAME` marks what they hand in."""
 
 
 class UserError(ValueError):
@@ -97,6 +102,13 @@ def parser():
     merge = add("merge", "write an adapter into its base's weights: a plain model, with nothing to compute beside it")
     merge.add_argument("--adapter", required=True, help="folder of the adapter")
     merge.add_argument("--out", required=True, help="folder for the merged model, in Hugging Face's layout")
+
+    handout = add("student", "chapters without their solutions, for learners or for nbgrader", STUDENT, model=False)
+    handout.add_argument("chapters", nargs="*", metavar="chapter.ipynb", help="chapters, in their full edition")
+    handout.add_argument("--all", action="store_true", help="all chapters of the course")
+    handout.add_argument("--out", required=True, help="folder for the result")
+    handout.add_argument("--nbgrader", action="store_true", help="write an nbgrader course folder (needs minipeft[teach])")
+    handout.add_argument("--force", action="store_true", help="replace editions that are in --out already")
 
     add("doctor", "check packages, the base model, memory, disk and GPU, and say what to do", model=False)
     return top
@@ -233,6 +245,19 @@ def merge(args):
     return {"base": name, "adapter": args.adapter, "out": args.out}, 0
 
 
+def student(args):
+    from .course.student import write
+    home = Path(__file__).parents[1] / "chapters"
+    chapters = sorted(home.glob("*.ipynb")) if args.all else [Path(name) for name in args.chapters]
+    if not chapters:
+        raise UserError(f"no chapters in {home}" if args.all else "name a chapter, or say --all")
+    made = [str(write(path, args.out, args.nbgrader, args.force)) for path in chapters]
+    print(*made, sep="\n")
+    if args.nbgrader:
+        print(f"now: cd {args.out} && nbgrader generate_assignment {chapters[0].stem}")
+    return {"made": made}, 0
+
+
 def doctor(args):
     from .doctor import checks
     found = []
@@ -242,7 +267,8 @@ def doctor(args):
     return {"checks": found}, 0 if all(check["ok"] for check in found) else 1
 
 
-COMMANDS = {"finetune": finetune, "generate": generate, "evaluate": evaluate, "merge": merge, "doctor": doctor}
+COMMANDS = {"finetune": finetune, "generate": generate, "evaluate": evaluate, "merge": merge, "student": student,
+            "doctor": doctor}
 
 
 def main(argv=None):
