@@ -66,6 +66,12 @@ def is_linear(layer):
     return storage(layer) is not None and not isinstance(layer, nn.Embedding)
 
 
+def is_norm(module):
+    """LayerNorm, RMSNorm and their relatives, whatever their class: a weight of one dimension, and nothing below."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 1 and not any(True for _ in module.children())
+
+
 def features(layer):
     """(d_in, d_out)"""
     if storage(layer) is None:
@@ -73,6 +79,13 @@ def features(layer):
     if hasattr(layer, "in_features"):           # packed weights do not show their shape
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape)            # transposed
+
+
+def linear_features(layer):
+    """(d_in, d_out), for methods that have no way to look up token ids."""
+    if isinstance(layer, nn.Embedding):
+        raise TargetError("this method is for linear layers, not for embeddings (LoRA adapts both)")
+    return features(layer)
 
 
 def read_weight(layer):
@@ -164,6 +177,12 @@ def find(paths, targets, what="target_modules", fits=named):
         hints = [f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "") for name in missing]
         raise TargetError(f"{what} finds no module for {'; '.join(hints)}. There are: {', '.join(short)}")
     return found
+
+
+def short(paths, found):
+    """Names for `found` that mean just these of all `paths`: the last parts, if they suffice; else whole paths."""
+    ends = sorted({path.rpartition(".")[2] for path in found})
+    return ends if [path for path in paths if any(named(name, path) for name in ends)] == list(found) else list(found)
 
 
 def like(layer, at_least_32_bits=True):

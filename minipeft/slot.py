@@ -9,6 +9,7 @@ whose rows want different adapters is split by rows, and merging an adapter is l
 So there is one kind of wrapper, the Slot, and it stands where a layer stood. The slot knows names, order, rows and
 merging. The adapter knows its own algebra and owns nothing but its own parameters.
 """
+import copy
 from contextlib import contextmanager
 from functools import partial
 
@@ -37,6 +38,16 @@ class Base:
     def module(self):
         """The frozen layer itself."""
         return self.slot.base_layer
+
+    @property
+    def frozen(self):
+        """That layer as it was before anything was merged into it."""
+        for module, parameters, _ in self.slot.original:
+            if module is self.module:
+                before = copy.copy(module)
+                before._parameters = parameters
+                return before
+        return self.module
 
     @property
     def weight(self):
@@ -143,14 +154,18 @@ class Slot(nn.Module):
                 call = partial(self.adapters[name], Base(self, name, call))
         return call(*args, **kwargs)
 
-    def by_rows(self, rows, x, *args, **kwargs):
-        """Each row through its own adapter. x (B, ...), and so is the result."""
+    def by_rows(self, rows, *args, **kwargs):
+        """Each row through its own adapter. The one argument is x (B, ...), and so is the result."""
         if self.adapters.keys().isdisjoint(rows.names):
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        if len(args) != 1 or kwargs:            # attention's masks and caches cannot be told apart by rows
+            raise ValueError(f"a {type(self.base_layer).__name__} is given more than one tensor: its rows cannot go "
+                             "through different adapters. Put the adapters at its last linear layer instead")
+        x, = args
         parts, (groups, order) = [], rows.split(x.shape[0], x.device)
         for name, index in groups:
             with self.switch.alone(name):       # for the slots within this layer: they see these rows only
-                parts.append(self.stack([name], x[index], *args, **kwargs))
+                parts.append(self.stack([name], x[index]))
         return torch.cat(parts)[order]
 
     def merge(self, names, lossy=False):

@@ -87,6 +87,8 @@ BASES = {case.name: case for case in [
     BaseCase("mlp", MLP, ("up", "layers.1.down"), "up", "embed", "norm", layered=False),
 ]}
 FEW = ("llama", "hf_llama", "hf_gpt2")                      # enough for a method that does nothing unusual
+WIDE = ("llama", "gpt2", "hf_llama", "hf_gpt2")             # both of our styles, both of Hugging Face's kinds of layer
+TEXTS = tuple(name for name, base in BASES.items() if base.layered)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Method:
     """One way to adapt a model. `fields` go to our configuration and to PEFT's alike."""
     name: str
     config: str                                             # the class's name in minipeft
-    fields: Callable = dict                                 # base case -> fields besides target_modules
+    fields: Callable = lambda base: {}                      # base case -> fields besides target_modules
     peft: str | None = None                                 # the class's name in Hugging Face PEFT; None: not there
     count: Callable | None = None                           # trainable parameters of one layer, from (d_in, d_out)
     bases: tuple = FEW
@@ -122,8 +124,28 @@ class Method:
 METHODS = {method.name: method for method in [
     Method("lora", "LoraConfig", lambda base: dict(r=4, lora_alpha=8), peft="LoraConfig", dropout="lora_dropout",
            count=lambda d_in, d_out: 4 * (d_in + d_out), bases=tuple(BASES)),
+    Method("dora", "DoraConfig", lambda base: dict(r=4, lora_alpha=8, use_dora=True), peft="LoraConfig",
+           dropout="lora_dropout", count=lambda d_in, d_out: 4 * (d_in + d_out) + d_out, bases=WIDE,
+           additive=False),
+    Method("ia3", "IA3Config", lambda base: dict(feedforward_modules=[base.targets[-1]]), peft="IA3Config",
+           bases=tuple(BASES), additive=False),
+    Method("bottleneck", "BottleneckConfig", lambda base: dict(r=3), bases=tuple(BASES), mergeable=False,
+           where=lambda base: [base.block]),
+    Method("bottleneck_parallel", "BottleneckConfig", lambda base: dict(r=3, placement="parallel", scaling="learned"),
+           mergeable=False, where=lambda base: [base.block]),
+    Method("bitfit", "BitFitConfig", count=lambda d_in, d_out: d_out, bases=("llama", "gpt2", "hf_gpt2", "mlp")),
+    Method("bitfit_added", "BitFitConfig", lambda base: dict(add_bias=True), count=lambda d_in, d_out: d_out,
+           bases=("hf_llama", "hf_qwen2"), mergeable=False),
+    Method("ln_tuning", "LNTuningConfig", peft="LNTuningConfig", bases=("hf_gpt2",), additive=False,
+           where=lambda base: ["ln_1", "ln_2"]),
+    Method("prompt", "PromptTuningConfig", lambda base: dict(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+           peft="PromptTuningConfig", bases=TEXTS, mergeable=False, where=None),
+    Method("p_tuning", "PromptEncoderConfig", lambda base: dict(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+           peft="PromptEncoderConfig", mergeable=False, where=None),
+    Method("prefix", "PrefixTuningConfig", lambda base: dict(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+           peft="PrefixTuningConfig", bases=TEXTS, mergeable=False, where=None),
 ]}
-APART = set()                                               # configurations that are tested in files of their own only
+APART = {"FusionConfig"}                                               # configurations that are tested in files of their own only
 CASES = [(method, BASES[name]) for method in METHODS.values() for name in method.bases]
 
 
@@ -133,9 +155,9 @@ def inputs(rows=3, length=6):
 
 
 def run(model, **kwargs):
-    """Logits (B, T, V) without gradients, of whatever model."""
+    """Logits (B, T, V) without gradients, of whatever model; those of virtual tokens in front are left out."""
     with torch.no_grad():
-        return logits(model(**inputs(), **kwargs))
+        return logits(model(**inputs(), **kwargs))[:, -inputs()["input_ids"].shape[1]:]
 
 
 def logits(output):

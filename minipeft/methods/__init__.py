@@ -1,4 +1,13 @@
 """Floor 3: the methods, one file each. Importing a file makes its method known."""
+from .bitfit import BitFitConfig
+from .bottleneck import BottleneckConfig
+from .dora import DoraConfig
+from .fusion import FusionConfig
+from .ia3 import IA3Config
+from .layernorm import LNTuningConfig
 from .lora import LoraConfig
+from .p_tuning import PromptEncoderConfig
+from .prefix import PrefixTuningConfig
+from .prompt import PromptTuningConfig
 
-__all__ = ["LoraConfig"]
+__all__ = sorted(name for name in dir() if name.endswith("Config"))

@@ -6,7 +6,9 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106
 so that training starts from the model as it was. A starts random: with both at zero neither would ever get a gradient.
 rsLoRA (Kalajdzievski 2023, 2312.03732): s = alpha / sqrt(r), so that a higher rank does not make for a smaller change.
 """
+import difflib
 import math
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,7 +21,7 @@ from ..config import ConfigError, LayerConfig
 from ..layers import TargetError
 from ..slot import LinearDelta
 
-INITS = {}      # init_lora_weights="name" or "name_...": a function (adapter, base, config); it may assign base.weight
+INITS = {}      # init_lora_weights="name", or "name_4" for "name_[number]": a function (adapter, base, config)
 VARIANTS = {}   # a field of LoraConfig, such as "use_dora": the class of adapter that is made where the field is set
 
 
@@ -50,8 +52,14 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"bias={self.bias!r} is not supported; BitFitConfig trains biases, lora_bias adds some")
         if isinstance(self.init_lora_weights, str):
             initialiser(self.init_lora_weights)
-        if self.use_dora and "use_dora" not in VARIANTS:
-            raise ConfigError("use_dora is not available")
+        if self.use_dora and self.lora_bias:
+            raise ConfigError("use_dora has no lora_bias: it has no B of its own that a bias could go with")
+
+    def loaded(self):
+        if "niter" in str(self.init_lora_weights):
+            raise ConfigError(f"{self.init_lora_weights} draws random numbers: the base that this adapter fits cannot "
+                              "be made again. If you saved that base, and it is the model given, write "
+                              '"init_lora_weights": true into the file. Or save the adapter as a plain LoRA')
 
     def create(self, base, path):
         r = layers.lookup(self.rank_pattern, path, self.r)
@@ -76,9 +84,12 @@ INITS["gaussian"] = gaussian
 
 
 def initialiser(name):
-    if name not in INITS and name.partition("_")[0] not in INITS:
-        raise ConfigError(f"unknown init_lora_weights {name!r}; valid: True, False, {', '.join(map(repr, INITS))}")
-    return INITS.get(name) or INITS[name.partition("_")[0]]
+    known = re.sub(r"_\d+$", "_[number]", name)
+    if known not in INITS:
+        near = difflib.get_close_matches(name, INITS, n=1)
+        raise ConfigError(f"unknown init_lora_weights {name!r}" + (f" (nearest: {near[0]!r})" if near else "")
+                          + f"; valid: True, False, {', '.join(map(repr, INITS))}")
+    return INITS[known]
 
 
 class Lora(LinearDelta):
