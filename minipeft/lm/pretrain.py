@@ -1,7 +1,7 @@
 """The base model from nothing: `make pretrain`.
 
-Three steps. (1) Two heads start out as a rough circuit that copies. (2) A short warm-up on repeated random tokens, until the
-model does copy. (3) Text, made on the fly and never repeated. Without (1) and (2) a network of this size learns to tell
+Three steps. (1) Four heads start out as two rough circuits: one copies, one knows who a sentence is about. (2) A short warm-up on
+random tokens, until the model does copy, and tells people apart. (3) Text, made on the fly and never repeated. Without (1) and (2) a network of this size learns to tell
 stories and forgets who they are about: the ability to copy from the context ("induction", Olsson et al. 2022, arXiv
 2209.11895) does not form by itself within millions of tokens of simple prose, and the loss does not show that it is
 missing. Every small adapter in this course steers abilities that the base has; this is the one they lean on most.
@@ -64,46 +64,107 @@ def induction_head(model, strength=3.0, sharpness=2.0):
     second.v_proj.weight[:h], second.o_proj.weight[:, :h] = 0.2 * said, 0.2 * said.T
 
 
-def copy_batch(vocab, generator, rows=32, length=64):
-    """Repeated random rows: ids (rows, length), labels that are -100 until the first repetition, and the 256 tokens in play."""
-    pool = torch.randperm(vocab, generator=generator)[:256]
+@torch.no_grad()
+def name_head(model, names, recency=3.0, strength=3.0, sharpness=2.0):
+    """Writes by hand, into two more heads, the start of a circuit that knows who a sentence is about. Call it after `induction_head`.
+
+    names: token ids (n,). All names share a direction in the embedding. Layer 0, head 2 looks for that direction, and by
+    middling frequencies, whose cosines fall with the distance, for the latest place that has it; it hands on which name that is.
+    Layer 1, head 2 asks "who follows a token like mine, and is about the one I am about?". Half of its query and key compare
+    tokens, as in head 0; the other half compare names. With that, two people told in the same words can be told apart."""
+    config, h, half = model.config, model.config.head_dim, model.config.head_dim // 2
+    group = config.num_attention_heads // config.num_key_value_heads
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    f = [config.rope_theta ** (-j / half) for j in range(half)]
+    token, before = first.v_proj.weight[:h] / 0.2, first.o_proj.weight[:, :h].T / 0.2     # what induction_head wrote: (h, d) each
+    query, key = slice(2 * h, 3 * h), slice(2 // group * h, (2 // group + 1) * h)         # the rows of head 2
+    table = model.get_input_embeddings().weight
+    name = F.normalize(torch.randn(config.hidden_size), dim=0)
+    table[names] += 0.7 * table.norm(dim=1).mean() * name
+    for layer in (first, second):
+        layer.q_proj.weight[query], layer.k_proj.weight[key] = 0.0, 0.0
+    near = [j for j in range(half) if 0.02 < f[j] < 0.6]
+    first.q_proj.bias[query][near], first.k_proj.bias[key][near] = recency, recency
+    first.q_proj.bias[query][half - 1] = strength                                         # the slowest: no matter how far
+    first.k_proj.weight[key][half - 1] = strength * name
+    who, handed, said = (torch.linalg.qr(torch.randn(config.hidden_size, h))[0].T for _ in range(3))
+    first.v_proj.weight[key], first.o_proj.weight[:, query] = 0.2 * who, 0.2 * handed.T
+    slow = [j for j in range(half) if f[j] < 0.02]
+    for dims, asks, finds in ((slow[::2], token, before), (slow[1::2], handed, handed)):
+        dims = dims + [j + half for j in dims]
+        second.q_proj.weight[query][dims], second.k_proj.weight[key][dims] = sharpness * asks[dims], sharpness * finds[dims]
+    second.v_proj.weight[key], second.o_proj.weight[:, query] = 0.2 * said, 0.2 * said.T
+
+
+def copy_batch(pool, generator, rows=16, length=64):
+    """Repeated random rows: token ids (rows, length) of the pool, and labels: places in the pool, -100 until the first repetition."""
     ids, labels = torch.empty(rows, length, dtype=torch.long), torch.full((rows, length), -100)
     for row in range(rows):
         period = int(torch.randint(4, 25, (1,), generator=generator))
-        unit = torch.randint(256, (period,), generator=generator)
+        unit = torch.randint(len(pool), (period,), generator=generator)
         ids[row] = unit.repeat(length // period + 1)[:length]
         labels[row, period + 1:] = ids[row, period + 1:]
-    return pool[ids], labels, pool
+    return pool[ids], labels
 
 
-def copy_warmup(model, seed=0, lr=3e-3, until=0.95, most=1000):
-    """Trains on repeated random rows until the accuracy on the repetition (running mean) passes `until`; returns the accuracies.
+def recall_batch(pool, names, generator, rows=16, length=64):
+    """Two to four names, each with a value, all told in the same random words; then asked for in other words that end alike.
 
-    Every batch draws a fresh sub-vocabulary and the logits are restricted to it. A fixed sub-vocabulary is learnt by heart and
-    the skill is gone when text begins; over the whole vocabulary it does not form in this time."""
+    Token ids (rows, length); labels: the value's place in the pool where it is asked for, -100 elsewhere. The word before the
+    value is the same for all, so copying what followed it gives one of the values; only the name tells which."""
+    number = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))
+    draw = lambda count: pool[torch.randint(len(pool), (count,), generator=generator)].tolist()
+    ids, labels = torch.empty(rows, length, dtype=torch.long), torch.empty(rows, length, dtype=torch.long)
+    for row in range(rows):
+        count = number(2, 5)
+        who = names[torch.randperm(len(names), generator=generator)[:count]].tolist()
+        values = torch.randperm(len(pool), generator=generator)[:count].tolist()
+        before, told, after, ask, last = draw(number(0, 3)), draw(number(0, 5)), draw(number(0, 3)), draw(number(0, 4)), draw(1)
+        end = draw(number(0, 4)) + last
+        text = [token for name, value in zip(who, values) for token in [*before, name, *told, *last, int(pool[value]), *after]]
+        label = [-100] * len(text)
+        while len(text) < length:
+            i = number(0, count)
+            text += [*ask, who[i], *end, int(pool[values[i]])]
+            label += [-100] * (len(ask) + 1 + len(end)) + [values[i]]
+        ids[row], labels[row] = torch.tensor(text[:length]), torch.tensor(label[:length])
+    return ids, labels
+
+
+def copy_warmup(model, names, seed=0, lr=3e-3, until=(0.95, 0.85), most=1200):
+    """Trains on repeated random rows, and on rows about several names, until the running accuracies on both pass `until`.
+
+    names: token ids (n,). Returns {"copied": [...], "told apart": [...]}, the accuracy of every step. Every batch draws a fresh
+    sub-vocabulary of 256 tokens and the logits are restricted to it. A fixed sub-vocabulary is learnt by heart and the skill is
+    gone when text begins; over the whole vocabulary it does not form in this time."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     head = model.get_output_embeddings().weight
-    accuracies, running = [], 0.0
+    others = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    others[names] = False
+    others = others.nonzero().flatten()                                         # in these rows a name is nothing but a name
+    accuracies, running = {"copied": [], "told apart": []}, [0.0, 0.0]
     bar = tqdm(range(most), desc="copy warm-up")
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 60)
-        ids, labels, pool = copy_batch(model.config.vocab_size, generator)
-        ids, labels, pool = (t.to(head.device) for t in (ids, labels, pool))
-        hidden = model.model(ids)                                   # (rows, length, d), after the last norm
-        logits = F.linear(hidden[:, :-1], head[pool]).float()       # (rows, length - 1, 256)
-        target = labels[:, 1:]
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+        pool = others[torch.randperm(len(others), generator=generator)[:256]]
+        pairs = copy_batch(pool, generator), recall_batch(pool, names, generator)
+        ids, labels = (torch.cat(part).to(head.device) for part in zip(*pairs))
+        hidden = model.model(ids)                                               # (rows, length, d), after the last norm
+        logits = F.linear(hidden[:, :-1], head[pool.to(head.device)]).float()   # (rows, length - 1, 256)
+        halves = list(zip(logits.chunk(2), labels[:, 1:].chunk(2)))
+        loss = sum(F.cross_entropy(logit.flatten(0, 1), target.flatten(), ignore_index=-100) for logit, target in halves)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        seen = target >= 0
-        accuracies.append((logits.argmax(-1) == target)[seen].float().mean().item())
-        running += 0.1 * (accuracies[-1] - running)
-        bar.set_postfix(copied=f"{running:.2f}")
-        if running >= until:
+        for i, (skill, (logit, target)) in enumerate(zip(accuracies, halves)):
+            seen = target >= 0
+            accuracies[skill].append((logit.argmax(-1) == target)[seen].float().mean().item())
+            running[i] += 0.1 * (accuracies[skill][-1] - running[i])
+        bar.set_postfix({skill: f"{value:.2f}" for skill, value in zip(accuracies, running)})
+        if all(value >= least for value, least in zip(running, until)):
             break
     return accuracies
 
@@ -140,6 +201,11 @@ class Text:
         return {"input_ids": ids, "labels": labels}
 
 
+def name_tokens(tokenizer):
+    """Token ids of all first names, (n,)."""
+    return torch.tensor([ids[0] for ids in map(tokenizer.encode, words.WOMEN + words.MEN) if len(ids) == 1])
+
+
 def pretrain(folder, steps=8000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=SHAPE, warm=True, **train_options):
     """Pretrains a base into `folder` (Hugging Face layout plus history.json) and returns (model, tokenizer, history)."""
     folder, started = Path(folder), time.time()
@@ -149,10 +215,12 @@ def pretrain(folder, steps=8000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=
     model = GPT(GPTConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                           pad_token_id=tokenizer.pad_token_id, **shape))
     run = folder / "run"
-    accuracies = []
+    accuracies = {}
     if warm and not (run / "latest.safetensors").exists():                      # a resumed run has its warm-up behind it
+        names = name_tokens(tokenizer)
         induction_head(model)
-        accuracies = copy_warmup(model, seed)
+        name_head(model, names)
+        accuracies = copy_warmup(model, names, seed)
     model.compile()                                                 # 1.6 times as fast on a CPU
     history = train(model, Text(tokenizer, steps, seed, rows), tokenizer=tokenizer, steps=steps, lr=lr, warmup=200, schedule="cosine",
                     weight_decay=0.1, betas=(0.9, 0.95), bf16=True, seed=seed, folder=run,
@@ -161,7 +229,7 @@ def pretrain(folder, steps=8000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=
     tokenizer.save_pretrained(folder)
     record = {"command": f"minipeft pretrain --steps {steps} --seed {seed} --lr {lr:g}", "machine": platform.processor() or platform.machine(),
               "threads": torch.get_num_threads(), "steps": steps, "tokens": steps * rows * ROW, "minutes": round((time.time() - started) / 60, 1), "seed": seed,
-              "copy_accuracy": [round(a, 4) for a in accuracies], "loss": [round(x, 4) for x in history.losses]}
+              "warmup": {skill: [round(a, 4) for a in values] for skill, values in accuracies.items()}, "loss": [round(x, 4) for x in history.losses]}
     (folder / "history.json").write_text(json.dumps(record))
     return model, tokenizer, history
 
