@@ -92,4 +92,4 @@ def compare(got, right, mistakes: dict, what: str) -> None:
     need(got.shape == right.shape, f"{what} has the shape {tuple(got.shape)}, and should have {tuple(right.shape)}.")
     error = ((got - right).norm() / right.norm()).item()
     raise Wrong(f"{what} has the right shape, but differs from the formula (relative error {error:.0%}), and it is "
-                "none of the usual slips. Work out one entry by hand, for r = 1.")
+                "none of the usual slips. Work out one entry by hand, in the smallest case.")
