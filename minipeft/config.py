@@ -27,6 +27,7 @@ class PeftConfig:
     A subclass that sets `peft_type` is known from then on to `PeftConfig.from_pretrained`, and so to every loader.
     """
     peft_type: ClassVar[str] = ""
+    penalised: ClassVar[bool] = False           # in training, each of its adapters adds its `penalty()` to the loss
     task_type: str | None = None                # noted in files; nothing here depends on it, except SEQ_CLS's head
     base_model_name_or_path: str | None = None  # noted in files
     revision: str | None = None                 # noted in files
@@ -52,6 +53,9 @@ class PeftConfig:
 
     def create_shared(self, bases):
         """An nn.Module that all adapters of this name share, from {path: Base}, or None."""
+
+    def loaded(self):
+        """This comes from a file: raise ConfigError where the adapter cannot be made again as it was."""
 
     def drop_absent(self, model):
         """Forget targets that this model does not have: in a file meant for several architectures they do no harm."""
@@ -121,8 +125,7 @@ class LayerConfig(PeftConfig):
         if self.target_modules == "all-linear":
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             found = [path for path, m in modules.items() if layers.is_linear(m) and m is not layers.bare(head)]
-            ends = sorted({path.rpartition(".")[2] for path in found})    # for files: short names, if they suffice
-            self.target_modules = ends if layers.find(modules, ends) == found else found
+            self.target_modules = layers.short(modules, found)
         found = layers.find(modules, self.target_modules)
         out = layers.find(modules, self.exclude_modules, "exclude_modules") if self.exclude_modules else []
         saved = layers.find(modules, self.modules_to_save or (), "modules_to_save", layers.ends)
@@ -144,8 +147,8 @@ class LayerConfig(PeftConfig):
 
     def drop_absent(self, model):
         paths = [path for path, *_ in layers.walk(model)]
-        for field in ("target_modules", "modules_to_save"):
-            names = getattr(self, field)
+        for field in ("target_modules", "feedforward_modules", "modules_to_save"):
+            names = getattr(self, field, None)
             if isinstance(names, list):
                 there = [name for name in names if any(layers.ends(name, path) for path in paths)]
                 setattr(self, field, there or names)

@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import combine, files, layers
+from .config import ConfigError
 from .layers import NotMergeableError, TargetError
+from .methods import inits
 from .methods.modules_to_save import Copy
+from .quant import linear4bit
 from .slot import AdapterNameError, Base, Rows, Slot, Switch
 
 
@@ -61,8 +64,11 @@ class Root(Slot):
 
     def generate(self, *args, **kwargs):
         """The model's own generate, as the adapters around it change it."""
-        call = self.base_layer.generate
-        for name in self.switch.active if self.switch.enabled and self.switch.rows is None else ():
+        call, rows = self.base_layer.generate, self.switch.rows
+        if rows is not None and not self.adapters.keys().isdisjoint(rows.names):
+            raise ValueError("adapters around the model have caches of unlike lengths: generate for one at a time")
+        # The one that runs first in forward is asked last, so that it goes around the model before the others do.
+        for name in reversed(self.switch.active) if self.switch.enabled and rows is None else ():
             if name in self.adapters:
                 call = partial(self.adapters[name].generate, Base(self, name, call))
         return call(*args, **kwargs)
@@ -79,7 +85,7 @@ class PeftModel(nn.Module):
         self.shared = nn.ModuleDict()           # what an adapter shares over its slots is owned here, and lent to them
         self.peft_config = {}
         self._add(adapter_name, peft_config, autocast_adapter_dtype, fill)
-        model.requires_grad_(False)
+        layers.settle(model).requires_grad_(False)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         self.training = model.training
         if getattr(model, "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing")
@@ -91,7 +97,12 @@ class PeftModel(nn.Module):
         size = next((value.shape[0] for value in (*args, *kwargs.values()) if torch.is_tensor(value)), None)
         # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
         self.base_model.switch.rows = self._rows(adapter_names, size)
-        return self.base_model(*args, **kwargs)
+        output = self.base_model(*args, **kwargs)
+        if self.training and getattr(output, "loss", None) is not None:
+            for name in self.active_adapters:
+                if self.peft_config[name].penalised:
+                    output.loss = output.loss + sum(part.penalty() for part in self._parts(name).values())
+        return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
         self.base_model.switch.rows = self._rows(adapter_names)
@@ -160,6 +171,9 @@ class PeftModel(nn.Module):
             raise AdapterNameError(f"there is an adapter {name!r} already; delete it first, or take another name")
         model, config, places = self.get_base_model(), copy.deepcopy(config), self._places()
         config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+        if self.peft_config and inits.changes_base(config):
+            raise ConfigError(f"{config.init_lora_weights!r} changes the base, on which {', '.join(self.peft_config)} "
+                              "stand: make it on a model without adapters, or load it converted to a plain LoRA")
         chosen = config.select(model)
         copied = layers.find(places, getattr(config, "modules_to_save", None) or (), "modules_to_save", layers.ends)
         slots = {path: places[path][0] for path in [*chosen, *copied]}
@@ -227,7 +241,7 @@ class PeftModel(nn.Module):
         if adapter_name in self.shared:
             del self.shared[adapter_name]
         del self.peft_config[adapter_name]
-        self.merge_adapter([name for name in merged if name != adapter_name], lossy=True)
+        self._merge([name for name in merged if name != adapter_name], lossy=True)
         rest = self.base_model.switch.active = [name for name in self.active_adapters if name != adapter_name]
         if not rest and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
@@ -243,21 +257,32 @@ class PeftModel(nn.Module):
             yield
         finally:
             switch.enabled = before
-            self.merge_adapter(merged, lossy=True)
+            self._merge(merged, lossy=True)
 
     # Merging.
 
     def merge_adapter(self, adapter_names=None, safe_merge=False, lossy=False):
         """Write adapters (the active ones) into the weights, all or nothing. `unmerge_adapter` puts back the old ones.
 
-        safe_merge refuses results that are not finite. lossy allows 4-bit layers, whose weights are rounded once more.
-        Raises NotMergeableError.
+        safe_merge refuses results that are not finite. lossy allows 4-bit layers, whose weights are rounded once more:
+        a warning says how much of the adapters' change that costs. Raises NotMergeableError.
         """
         names = self.active_adapters if adapter_names is None else self._known(adapter_names)
-        merged, slots = self.merged_adapters, [slot for _, slot, _ in self._slots()]
-        fresh = [name for name in names if name not in merged]
+        fresh = [name for name in names if name not in self.merged_adapters]
         if names and not fresh:
             warnings.warn(f"already merged: {', '.join(names)}. Nothing to do", stacklevel=2)
+        self._merge(fresh, safe_merge, lossy)
+        self._report_rounding(stacklevel=3)
+
+    def _report_rounding(self, stacklevel):
+        rounding = torch.tensor([pair for _, slot, _ in self._slots() for pair in slot.rounding]).view(-1, 2)
+        if len(rounding):
+            lost, written = rounding.norm(dim=0).tolist()
+            warnings.warn(f"rounding {len(rounding)} merged weights to 4 bits again: the error is {lost / written:.0%} "
+                          "of the size of the adapter's change", stacklevel=stacklevel)
+
+    def _merge(self, fresh, safe_merge=False, lossy=False):
+        merged, slots = self.merged_adapters, [slot for _, slot, _ in self._slots()]
         for name in fresh:
             for adapter in self._parts(name).values():
                 if not getattr(adapter, "mergeable", True):
@@ -277,18 +302,32 @@ class PeftModel(nn.Module):
         for _, slot, _ in self._slots():
             slot.unmerge()
 
-    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, lossy=False):
-        """The plain model with the adapters written into it. This PeftModel is empty afterwards."""
+    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, lossy=False, dequantize=False):
+        """The plain model with the adapters written into it. This PeftModel is empty afterwards.
+
+        4-bit layers refuse, unless `dequantize` makes the whole model dense first, or `lossy` rounds the result again.
+        """
         names = self.active_adapters if adapter_names is None else self._known(adapter_names)
-        if set(names) - set(self.merged_adapters):
-            self.merge_adapter(names, safe_merge, lossy)
+        before = linear4bit.sites(self.get_base_model()) if dequantize else []
+        if before:
+            names = list(dict.fromkeys([*self.merged_adapters, *names]))
+            self.unmerge_adapter()
+            linear4bit.dequantize_model(self.get_base_model())
+        try:
+            self._merge([name for name in names if name not in self.merged_adapters], safe_merge, lossy)
+        except BaseException:
+            for _, layer, put in before:
+                put(layer)
+            raise
+        self._report_rounding(stacklevel=3)
         base, config = self._take_out(), getattr(self.get_base_model(), "config", None)
         if getattr(config, "tie_word_embeddings", False):                   # merging into one of the two ends the tie
             config.tie_word_embeddings = base.get_output_embeddings().weight is self._embeddings().weight
         return base
 
     def unload(self):
-        """The plain model as it was before. This PeftModel is empty afterwards."""
+        """The plain model as it was before (after PiSSA or OLoRA: less what they took out of its weights). This
+        PeftModel is empty afterwards."""
         self.unmerge_adapter()
         return self._take_out()
 
@@ -307,13 +346,25 @@ class PeftModel(nn.Module):
 
     # Files and combinations.
 
-    def save_pretrained(self, save_directory, selected_adapters=None):
-        """Hugging Face PEFT's files: the adapter "default" in the folder itself, others in folders of their names."""
+    def save_pretrained(self, save_directory, selected_adapters=None, path_initial_model_for_weight_conversion=None):
+        """Hugging Face PEFT's files: the adapter "default" in the folder itself, others in folders of their names.
+
+        path_initial_model_for_weight_conversion: where a PiSSA or OLoRA was saved before training. It is then saved as
+        a plain LoRA of twice the rank, for the base as it was before the initialisation changed it.
+        """
         for name in self.peft_config if selected_adapters is None else self._known(selected_adapters):
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
             folder = Path(save_directory) / ("" if name == "default" else name)
-            files.save(folder, config, files.tensors(self._parts(name)))
+            tensors = files.tensors(self._parts(name))
+            if path_initial_model_for_weight_conversion is not None:
+                start = files.load(path_initial_model_for_weight_conversion)[1]
+                config, tensors = inits.as_lora(config, tensors, start)
+            elif inits.changes_base(config):
+                warnings.warn(f"{name!r} began as {config.init_lora_weights!r}, which changed the base: what is saved "
+                              "fits only a base that was changed likewise. For a plain LoRA, which fits the base from "
+                              "before, give path_initial_model_for_weight_conversion", stacklevel=2)
+            files.save(folder, config, tensors)
 
     @classmethod
     def from_pretrained(cls, model, model_id, adapter_name="default", is_trainable=False, autocast_adapter_dtype=True):
@@ -392,13 +443,18 @@ def _require_grad(module, args, output):
 
 
 def prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
-    """Ready a quantised model for training adapters: freeze it, hold in 32 bits what is not quantised, and let it
-    compute activations again in the backward pass rather than keep them."""
+    """Ready a quantised model for training adapters, in place; returns it. Line by line:
+
+    all is frozen; what is not quantised (norms, embeddings, the head) is held in 32 bits from now on; activations are
+    computed again in the backward pass rather than kept, for which a reentrant checkpoint needs an input with a gradient.
+    """
+    layers.settle(model).requires_grad_(False)
     quantised = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
     for parameter in model.parameters():
-        parameter.requires_grad = False
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.float()
     if quantised and use_gradient_checkpointing:
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
+            model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
     return model

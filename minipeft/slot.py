@@ -40,12 +40,17 @@ class Base:
         return self.slot.base_layer
 
     @property
+    def plain(self):
+        """Is nothing below but a linear layer of torch's own, without hooks? Then its weight may be used in its place."""
+        return type(self.below) is nn.Linear and not (self.below._forward_hooks or self.below._forward_pre_hooks)
+
+    @property
     def frozen(self):
         """That layer as it was before anything was merged into it."""
-        for module, parameters, _ in self.slot.original:
+        for module, parameters, buffers in self.slot.original:
             if module is self.module:
                 before = copy.copy(module)
-                before._parameters = parameters
+                before._parameters, before._buffers = parameters, buffers
                 return before
         return self.module
 
@@ -56,7 +61,9 @@ class Base:
 
     @weight.setter
     def weight(self, weight):
-        layers.write_weight(self.module, weight, self.lossy)
+        rounding = layers.write_weight(self.module, weight, self.lossy)
+        if rounding:
+            self.slot.rounding.append(rounding)
 
     @property
     def bias(self):
@@ -138,6 +145,7 @@ class Slot(nn.Module):
         self.shared = {}                        # lent: what adapters share over slots belongs to the PeftModel
         self.merged = []                        # names of the adapters that are written into the weight
         self.original = []                      # [(a module of the layer, its parameters, buffers)] from before
+        self.rounding = []                      # (what was lost to rounding, what was to be written), 4-bit layers only
 
     def forward(self, *args, **kwargs):
         if not self.switch.enabled:
@@ -182,7 +190,7 @@ class Slot(nn.Module):
         for module, parameters, buffers in self.original:
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-        self.merged, self.original = [], []
+        self.merged, self.original, self.rounding = [], [], []
 
     def __getattr__(self, name):                # whatever else is asked (weight, in_features), the layer answers
         try:

@@ -87,6 +87,7 @@ BASES = {case.name: case for case in [
     BaseCase("mlp", MLP, ("up", "layers.1.down"), "up", "embed", "norm", layered=False),
 ]}
 FEW = ("llama", "hf_llama", "hf_gpt2")                      # enough for a method that does nothing unusual
+LINEAR = ("llama", "gpt2", "hf_llama")                      # where PEFT adapts no Conv1D
 WIDE = ("llama", "gpt2", "hf_llama", "hf_gpt2")             # both of our styles, both of Hugging Face's kinds of layer
 TEXTS = tuple(name for name, base in BASES.items() if base.layered)
 
@@ -127,8 +128,17 @@ METHODS = {method.name: method for method in [
     Method("dora", "DoraConfig", lambda base: dict(r=4, lora_alpha=8, use_dora=True), peft="LoraConfig",
            dropout="lora_dropout", count=lambda d_in, d_out: 4 * (d_in + d_out) + d_out, bases=WIDE,
            additive=False),
+    Method("loha", "LoHaConfig", lambda base: dict(r=3, alpha=6), peft="LoHaConfig",
+           count=lambda d_in, d_out: 2 * 3 * (d_in + d_out), bases=LINEAR, step=0.4),
+    Method("loha_conv1d", "LoHaConfig", lambda base: dict(r=3, alpha=6), bases=("hf_gpt2",), step=0.4),
+    Method("lokr", "LoKrConfig", lambda base: dict(r=4, alpha=8), peft="LoKrConfig", bases=LINEAR),
+    Method("lokr_factored", "LoKrConfig", lambda base: dict(r=1, alpha=1, decompose_both=True), peft="LoKrConfig",
+           bases=("llama", "hf_llama")),
+    Method("lokr_conv1d", "LoKrConfig", lambda base: dict(r=4, alpha=8), bases=("hf_gpt2",)),
+    Method("vera", "VeraConfig", lambda base: dict(r=10), peft="VeraConfig", dropout="vera_dropout",
+           count=lambda d_in, d_out: 10 + d_out, bases=WIDE, step=0.6),
     Method("ia3", "IA3Config", lambda base: dict(feedforward_modules=[base.targets[-1]]), peft="IA3Config",
-           bases=tuple(BASES), additive=False),
+           bases=tuple(BASES), additive=False, step=0.5),
     Method("bottleneck", "BottleneckConfig", lambda base: dict(r=3), bases=tuple(BASES), mergeable=False,
            where=lambda base: [base.block]),
     Method("bottleneck_parallel", "BottleneckConfig", lambda base: dict(r=3, placement="parallel", scaling="learned"),
@@ -145,7 +155,7 @@ METHODS = {method.name: method for method in [
     Method("prefix", "PrefixTuningConfig", lambda base: dict(num_virtual_tokens=3, task_type="CAUSAL_LM"),
            peft="PrefixTuningConfig", bases=TEXTS, mergeable=False, where=None),
 ]}
-APART = {"FusionConfig"}                                               # configurations that are tested in files of their own only
+APART = {"FusionConfig"}                                    # configurations that are tested in files of their own only
 CASES = [(method, BASES[name]) for method in METHODS.values() for name in method.bases]
 
 

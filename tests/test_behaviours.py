@@ -25,7 +25,7 @@ def only(condition):
     return pytest.mark.parametrize("method, base", cases, ids=[f"{m}-{b}" for m, b in cases])
 
 
-with_oracle = only(lambda m, b: m.peft)
+with_oracle = only(lambda m, b: m.peft and (m.where or b.name.startswith("hf")))    # PEFT's prompts need transformers
 merging = only(lambda m, b: m.mergeable)
 layer_methods = only(lambda m, b: m.where)
 
@@ -81,7 +81,7 @@ def test_4_an_adapter_saved_here_loads_in_peft(method, base, tmp_path):
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out")
+        warnings.filterwarnings("ignore", "fan_in_fan_out|Unsupported layer type.*LayerNorm")
         oracle = peft.PeftModel.from_pretrained(base.make(), str(tmp_path))
     close(run(oracle), run(model))
 
@@ -96,7 +96,7 @@ def test_5_saving_and_loading_keeps_every_bit(method, base, tmp_path):
     assert torch.equal(run(model), run(again))
 
 
-@with_oracle
+@only(lambda m, b: m.peft and m.where)          # PEFT trains no loaded prompts: see test_virtual.py
 def test_7_8_gradients_and_one_step_are_those_of_peft(method, base, tmp_path):
     theirs(method, base).save_pretrained(str(tmp_path))
     oracle = peft.PeftModel.from_pretrained(base.make(), str(tmp_path), is_trainable=True)
@@ -104,7 +104,9 @@ def test_7_8_gradients_and_one_step_are_those_of_peft(method, base, tmp_path):
     for each in (oracle, model):
         loss_of(each).backward()
     gradients = {n: p.grad for n, p in oracle.named_parameters() if p.requires_grad}
-    gradients = peft.get_peft_model_state_dict(oracle, state_dict=gradients)
+    buffers = dict(oracle.named_buffers())      # VeRA's state has some that are no parameters
+    gradients = peft.get_peft_model_state_dict(oracle, state_dict=gradients | buffers)
+    gradients = {key: g for key, g in gradients.items() if not any(g is b for b in buffers.values())}
     parts = model._parts("default")
     own = {minipeft.files.key(path, name): p.grad for path, part in parts.items() for name, p in part.named_parameters()
            if p.requires_grad}
@@ -365,6 +367,8 @@ def test_30_a_mixed_batch_with_unknown_names_or_of_the_wrong_length(method, base
 def test_34_checkpointing_gives_the_same_gradients(method, base, reentrant, rows):
     if rows and not method.where:
         pytest.skip("rows of adapters around the whole model are run group by group, which checkpointing cannot repeat")
+    if method.name == "prefix" and base.name.startswith("hf"):
+        pytest.skip("refused: see test_prefix.py")
     gradients = []
     for checkpointing in (False, True):
         model = adapted(method, base).train()

@@ -5,9 +5,12 @@ from .dora import DoraConfig
 from .fusion import FusionConfig
 from .ia3 import IA3Config
 from .layernorm import LNTuningConfig
+from .loha import LoHaConfig
+from .lokr import LoKrConfig
 from .lora import LoraConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig
+from .vera import VeraConfig
 
 __all__ = sorted(name for name in dir() if name.endswith("Config"))
