@@ -91,9 +91,11 @@ def plan(configs, parts, weights, paths, way, svd_rank, svd, density, majority):
     if way in SEPARATE and len(set(ranks)) > 1:
         raise ConfigError(f"{way} needs adapters of one rank; these have {ranks}. cat and svd take any")
     rank = sum(ranks) if way == "cat" else svd_rank or max(ranks) if way.endswith("svd") else ranks[0]
+    init = configs[0].init_lora_weights
     config = dataclasses.replace(configs[0], r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={},
                                  alpha_pattern={}, target_modules=paths, exclude_modules=None,
-                                 layers_to_transform=None, layers_pattern=None)
+                                 layers_to_transform=None, layers_pattern=None,
+                                 init_lora_weights=init if isinstance(init, bool) else True)    # leave the base alone
 
     @torch.no_grad()
     def fill(new):

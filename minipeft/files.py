@@ -41,6 +41,7 @@ def fill(parts, found):
 def adapter(folder, model, is_trainable):
     """The config in a folder, ready for `model`, and the function that fills {path: adapter} with what is there."""
     config, found = load(folder)
+    config.loaded()
     config.inference_mode = not is_trainable
     config.drop_absent(model)
     modules = {key(path, ""): layers.bare(module) for path, _, _, module in layers.walk(model)}
