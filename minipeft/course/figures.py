@@ -105,6 +105,34 @@ def matrices(parts: list, title: str, note: str = "") -> None:
     done(ax, legend=False)
 
 
+def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
+    """A drawing of boxes and arrows. places: {label: (x, y, width, colour)}, x and y the middle of a box, a colour of None
+    for words without a box; arrows: [(label, label)] or [(label, label, colour)], from box to box."""
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=size)
+        ax.set_title(title)
+    tall = 0.62
+    for label, (x, y, width, colour) in places.items():
+        if colour:
+            ax.add_patch(Rectangle((x - width / 2, y - tall / 2), width, tall, facecolor=colour, alpha=0.85,
+                                   edgecolor="black", zorder=2))
+        ax.text(x, y, label.strip(), ha="center", va="center", fontsize=9, zorder=3,
+                color="white" if colour in (BLUE, GREEN, GREY, RED) else "black")
+    for start, end, *colour in arrows:
+        (x0, y0, w0, _), (x1, y1, w1, _) = places[start], places[end]
+        if y0 == y1:
+            x0, x1 = (x0 + w0 / 2, x1 - w1 / 2) if x0 < x1 else (x0 - w0 / 2, x1 + w1 / 2)
+        else:
+            y0, y1 = (y0 + tall / 2, y1 - tall / 2) if y0 < y1 else (y0 - tall / 2, y1 + tall / 2)
+        ax.annotate("", (x1, y1), (x0, y0), zorder=1,
+                    arrowprops={"arrowstyle": "-|>", "color": (colour or ["black"])[0], "linewidth": 1.3})
+    ax.autoscale_view()
+    ax.margins(0.04, 0.12)
+    ax.set_aspect("equal")
+    ax.axis("off")
+    done(ax, legend=False)
+
+
 def heat(values, rows: list, columns: list, title: str, xlabel: str, ylabel: str, form="{:.0f}") -> None:
     """A grid of numbers, coloured and written out."""
     values = np.asarray(values, float)

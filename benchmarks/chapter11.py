@@ -1,0 +1,135 @@
+"""The longer runs of chapter 11: where an adapter stands, and how it is joined, at equal parameters; and what it costs.
+
+    python benchmarks/chapter11.py --jobs 2        # writes benchmarks/results/chapter11.json
+
+Each case trains about as many numbers as a LoRA of rank 4 on all linear layers. The learning rate is chosen by the loss on
+validation questions with seed 0; the chosen one is run with the other seeds too. The file is written as the runs come in;
+those that are in it already are not run again. Latency: forward passes without gradients, contestants taking turns.
+"""
+import argparse
+import copy
+import hashlib
+import json
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from common import RESULTS, facts, save
+from tqdm.auto import tqdm
+
+from minipeft import BottleneckConfig, LoraConfig, get_peft_model
+from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+
+STEPS, WARMUP, SEEDS, RATES = 120, 10, (0, 1), (3e-3, 1e-2)
+CASES = {                                       # how wide a bottleneck (or how high a rank) -> its configuration
+    "LoRA, all linear layers": lambda r: LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"),
+    "LoRA, feed-forward": lambda r: LoraConfig(r=r, lora_alpha=2 * r, target_modules=["gate_proj", "up_proj", "down_proj"]),
+    "Houlsby": lambda r: BottleneckConfig(r=r, placement="houlsby"),
+    "Pfeiffer": lambda r: BottleneckConfig(r=r, placement="pfeiffer"),
+    "after attention": lambda r: BottleneckConfig(r=r, target_modules=["o_proj"]),
+    "parallel": lambda r: BottleneckConfig(r=r, placement="parallel"),
+    "beside attention": lambda r: BottleneckConfig(r=r, placement="parallel", target_modules=["self_attn"]),
+}
+SHAPES = {"1": (1, 24), "32": (32, 24)}         # rows, tokens a row
+
+
+def trained(name: str, r: int) -> int:
+    return get_peft_model(load_pretrained(), CASES[name](r)).get_nb_trainable_parameters()[0]
+
+
+def at_budget(name: str, budget: int) -> int:
+    """The width with which a case trains nearest to `budget` numbers: its count is a straight line in the width."""
+    one, two = trained(name, 1), trained(name, 2)
+    return max(1, round((budget - 2 * one + two) / (two - one)))
+
+
+def one_run(job: dict) -> dict:
+    """job: {"case", "r", "lr", "seed"}"""
+    torch.set_num_threads(1)
+    tokenizer, sql = load_tokenizer(), load_data("sql")
+    torch.manual_seed(job["seed"])
+    model = get_peft_model(load_pretrained(), CASES[job["case"]](job["r"]))
+    history = train(model, sql, tokenizer=tokenizer, steps=STEPS, lr=job["lr"], warmup=WARMUP, seed=job["seed"],
+                    progress=False)
+    valid = evaluate(model, tokenizer, sql, split="valid", generate=False, progress=False)
+    test = evaluate(model, tokenizer, sql, split="test", limit=200, progress=False)
+    return job | {"parameters": model.get_nb_trainable_parameters()[0], "valid_loss": round(valid["loss"], 4),
+                  "score": round(test[sql.metric], 2), "losses": " ".join(f"{loss:.3f}" for loss in history.losses[:40])}
+
+
+def found(runs: list, **wanted) -> list:
+    return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
+
+
+def weights() -> str:
+    """A fingerprint of the base: runs on another one are not kept."""
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in load_pretrained().parameters())).hexdigest()[:12]
+
+
+def sweep(jobs_of, one_run, seeds, record: dict, out: Path, workers: int) -> list:
+    """Run jobs_of(seed, runs so far) for every seed, keep the results in `out` as they come in, return all of them."""
+    before, started = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}, time.time()
+    record = record | {"weights": weights()}
+    runs = before["runs"] if before.get("weights") == record["weights"] else []
+    with ProcessPoolExecutor(workers) as pool:
+        for seed in seeds:
+            jobs = [job for job in jobs_of(seed, runs) if not found(runs, **job)]
+            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
+                runs.append(run)
+                save(out, record | {"minutes": round((time.time() - started) / 60, 1), "runs": runs})
+    return runs
+
+
+def best_rate(runs: list, **wanted) -> float:
+    return min(found(runs, **wanted), key=lambda run: run["valid_loss"])["lr"]
+
+
+def latency(widths: dict, rounds: int) -> dict:
+    """{rows: {case: milliseconds of processor time a forward pass}}, medians; "merged": a LoRA that is merged."""
+    torch.set_num_threads(1)
+    models = {"base": load_pretrained().eval()}
+    for name, r in widths.items():
+        model = get_peft_model(load_pretrained(), CASES[name](r)).eval()
+        models[name] = model
+        if name.startswith("LoRA"):
+            models[f"{name}, merged"] = copy.deepcopy(model).merge_and_unload()
+    times = {rows: {name: [] for name in models} for rows in SHAPES}
+    with torch.no_grad():
+        for turn in tqdm(range(rounds + 1), desc="latency"):
+            for rows, shape in SHAPES.items():
+                ids, repeat = torch.randint(5, 1000, shape), 8 if shape[0] == 1 else 1
+                for name in (list(models), list(models)[::-1])[turn % 2]:
+                    started = time.process_time()
+                    for _ in range(repeat):
+                        models[name](input_ids=ids)
+                    if turn:                                        # the first round warms up
+                        times[rows][name].append(1000 * (time.process_time() - started) / repeat)
+    return {rows: {name: round(statistics.median(t), 3) for name, t in each.items()} for rows, each in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of the latency race")
+    parser.add_argument("--out", type=Path, default=RESULTS / "chapter11.json")
+    given = parser.parse_args()
+    budget = trained("LoRA, all linear layers", 4)
+    widths = {name: at_budget(name, budget) for name in CASES}
+    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": STEPS,
+                        "batch_size": 16, "warmup": WARMUP, "seeds": list(SEEDS), "rates": list(RATES), "widths": widths,
+                        "shapes": SHAPES, "latency_ms": latency(widths, given.rounds)}
+
+    def jobs_of(seed, runs):
+        for name, r in widths.items():
+            rates = RATES if seed == SEEDS[0] else [best_rate(runs, case=name, seed=SEEDS[0])]
+            yield from ({"case": name, "r": r, "lr": lr, "seed": seed} for lr in rates)
+    for run in sweep(jobs_of, one_run, SEEDS, record, given.out, given.jobs):
+        print(f"{run['case']:26} r {run['r']:3} lr {run['lr']:<6g} seed {run['seed']} {run['parameters']:9,} "
+              f"valid {run['valid_loss']:.3f} score {run['score']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
