@@ -133,7 +133,7 @@ METHODS = {method.name: method for method in [
     Method("loha_conv1d", "LoHaConfig", lambda base: dict(r=3, alpha=6), bases=("hf_gpt2",), step=0.4),
     Method("lokr", "LoKrConfig", lambda base: dict(r=4, alpha=8), peft="LoKrConfig", bases=LINEAR),
     Method("lokr_factored", "LoKrConfig", lambda base: dict(r=1, alpha=1, decompose_both=True), peft="LoKrConfig",
-           bases=("llama", "hf_llama")),
+           bases=("llama", "hf_llama"), step=0.4),
     Method("lokr_conv1d", "LoKrConfig", lambda base: dict(r=4, alpha=8), bases=("hf_gpt2",)),
     Method("vera", "VeraConfig", lambda base: dict(r=10), peft="VeraConfig", dropout="vera_dropout",
            count=lambda d_in, d_out: 10 + d_out, bases=WIDE, step=0.6),
