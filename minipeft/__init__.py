@@ -6,13 +6,14 @@ from .files import AdapterFileError
 from .layers import NotMergeableError, TargetError
 from .methods import *  # noqa: F403: the configurations, one a method
 from .methods import __all__ as _methods
+from .methods.prefix import initialize_kv_prefix_from_text
 from .model import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from .slot import Adapter, AdapterNameError, Base, LinearDelta, Slot
 
 __version__ = "0.1.0"
 __all__ = ["Adapter", "AdapterFileError", "AdapterNameError", "Base", "ConfigError", "LinearDelta", "NotMergeableError",
-           "PeftConfig", "PeftModel", "Slot", "TargetError", "get_peft_model", "prepare_model_for_kbit_training",
-           *_methods]
+           "PeftConfig", "PeftModel", "Slot", "TargetError", "get_peft_model", "initialize_kv_prefix_from_text",
+           "prepare_model_for_kbit_training", *_methods]
 
 
 def __getattr__(name):          # minipeft.lm and the rest of the course: imported when asked for
