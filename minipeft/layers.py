@@ -38,12 +38,24 @@ class Transposed:                               # stored as (d_in, d_out): Huggi
 class Bitsandbytes4bit:                         # packed: two weights to a byte
     def read(layer):
         from bitsandbytes.functional import dequantize_4bit
+        Bitsandbytes4bit.settle(layer)
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
     def write(layer, weight):                   # rounds the weight to 4 bits again
         old = layer.weight
-        layer.weight = type(old)(weight.to("cpu"), requires_grad=False, quant_type=old.quant_type,
+        layer.weight = type(old)(weight.to("cpu"), requires_grad=False, quant_type=old.quant_type, module=layer,
                                  blocksize=old.blocksize, compress_statistics=old.compress_statistics).to(old.device)
+
+    def settle(layer):
+        """On CPUs with AVX512-BF16 its first call in eval mode packs the weight anew, for a product in 16 bits that gives
+        no gradients. Undo that, and let it not happen again."""
+        state, layer.support_avx512bf16_for_cpu = layer.weight.quant_state, False
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+            if not state.original_nested:
+                state.absmax = state.absmax.T.reshape(-1).float()
+            layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, state)
+            layer.quant_state = layer.weight.quant_state
 
 
 # The storage of each class, by name, so that nothing is imported for it. Later floors add theirs. None: not adaptable.
@@ -99,11 +111,31 @@ def read_weight(layer):
 
 
 def write_weight(layer, weight, lossy=False):
-    """Store a dense weight (d_out, d_in). A quantised layer would round it: refused, unless `lossy`."""
-    if not storage(layer) in (Straight, Transposed) and not lossy:
-        raise NotMergeableError(f"merging into a 4-bit {type(layer).__name__} rounds the result to 4 bits again. Merge "
-                                "into the base loaded in 16 or 32 bits, or pass lossy=True to accept the loss")
-    storage(layer).write(layer, weight.detach())
+    """Store a dense weight (d_out, d_in). A quantised layer would round it: refused, unless `lossy`.
+
+    Returns the norms of what rounding did to it, and of the change that was to be written."""
+    weight, dense = weight.detach(), is_dense(layer)
+    if not dense and not lossy:
+        raise NotMergeableError(f"merging into a 4-bit {type(layer).__name__} rounds the result to 4 bits again. Pass "
+                                "dequantize=True to merge_and_unload for a dense model, merge into the base loaded in 16 "
+                                "or 32 bits, or pass lossy=True to accept the loss")
+    before = None if dense else read_weight(layer)
+    storage(layer).write(layer, weight)
+    if not dense:
+        return float((read_weight(layer) - weight).norm()), float((weight - before).norm())
+
+
+def is_dense(layer):
+    """Is the weight stored as the numbers themselves, not quantised?"""
+    return storage(layer) in (Straight, Transposed)
+
+
+def settle(model):
+    """Keep bitsandbytes' layers in the one form that gives gradients; returns the model."""
+    for module in model.modules():
+        if storage(module) is Bitsandbytes4bit:
+            Bitsandbytes4bit.settle(module)
+    return model
 
 
 def write_bias(layer, bias):
@@ -183,6 +215,12 @@ def short(paths, found):
     """Names for `found` that mean just these of all `paths`: the last parts, if they suffice; else whole paths."""
     ends = sorted({path.rpartition(".")[2] for path in found})
     return ends if [path for path in paths if any(named(name, path) for name in ends)] == list(found) else list(found)
+
+
+def checkpoints(model):
+    """Does it compute activations again in the backward pass?"""
+    name = "is_activation_checkpointing"                # transformers 5 renamed it
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
 def like(layer, at_least_32_bits=True):
