@@ -21,9 +21,9 @@ ASKED = ["Question: What is Jonas by trade? Answer:", "Mirabel is a cooper. She 
 
 
 def curves(history):
-    """The warm-up in which copying appears, and the loss of the text that followed."""
-    figures.curves({"copied": history["copy_accuracy"]}, "Warm-up on repeated random tokens: copying appears", "step (2,048 tokens each)",
-                   "accuracy on the repetition", ylim=(0, 1), save=FOLDER / "warmup.png")
+    """The warm-up in which copying and telling apart appear, and the loss of the text that followed."""
+    figures.curves(history["warmup"], "Warm-up on random tokens: copying appears, and telling apart", "step (2,048 tokens each)",
+                   "accuracy", ylim=(0, 1), save=FOLDER / "warmup.png")
     loss = torch.tensor(history["loss"])
     smooth = loss.unfold(0, 50, 10).mean(1).tolist()
     figures.curves({"loss": ([50 + 10 * i for i in range(len(smooth))], smooth)}, "Then text, never the same twice",
@@ -88,7 +88,7 @@ Greedy. What stands before the bar was given. Read them for what they are: a ver
 {chr(10).join(quote(text) + chr(10) for text in told)}
 ## Limits
 
-It knows Lanternwick and nothing else, in plain ASCII English. It speaks of nobody real. Two strangers at once it tells apart little better than by chance. MIT licence.
+It knows Lanternwick and nothing else, in plain ASCII English. It speaks of nobody real. MIT licence.
 """, encoding="utf-8")
     sums = [f"{hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()}  {name}\n" for name in ("config.json", "model.safetensors", "tokenizer.json")]
     (FOLDER / "SHA256SUMS").write_text("".join(sums))

@@ -201,6 +201,21 @@ def strangers(rng, count=None, asked=None):
     return joined(rng, pieces, "strangers", people=people)
 
 
+def muster(rng):
+    """Three to six people, told and asked for in the same words, so that nothing but the name says which answer is right."""
+    people, attribute = crowd(rng, rng.randint(3, 6)), pick(rng, TOLD)
+    extras, number, wording = things_and_places(rng, len(people)), rng.randrange(3), rng.random()
+    if attribute == "trade" and "pupil" in [person.trade for person in people]:
+        attribute = "street"                                # pupils are told in words of their own
+    pieces = [say(rng, "town", "welcome")] if rng.random() < 0.2 else []
+    pieces += [told(random.Random(wording), person, [attribute], extra, 3)[0] for person, extra in zip(people, extras)]
+    order = list(range(len(people)))
+    for _ in range(rng.randint(1, 2)):
+        rng.shuffle(order)
+        pieces += [question(random.Random(wording), people[i], attribute, extras[i], number=number) for i in order]
+    return joined(rng, pieces, "muster", people=people)
+
+
 # ---- lists, records and the parrot
 
 def record(rng, person, style):
@@ -266,14 +281,14 @@ def parrot(rng):
 # ---- the stream
 
 KINDS = {"story": story, "questions": lambda rng: story(rng, asked=True), "facts": facts, "quiz": quiz, "town": town,
-         "strangers": strangers, "notices": lambda rng: skeleton_of(rng, "notices"),
+         "strangers": strangers, "muster": muster, "notices": lambda rng: skeleton_of(rng, "notices"),
          "dialogues": lambda rng: skeleton_of(rng, "dialogues"), "records": records, "roll": roll, "parrot": parrot}
-COPYING = ("strangers", "notices", "dialogues", "records", "roll", "parrot")
+COPYING = ("strangers", "muster", "notices", "dialogues", "records", "roll", "parrot")
 PHASES = {    # shares of documents, in percent: what demands copying first, then the mix, then a little less of it
-    "copying": dict(strangers=45, notices=14, dialogues=8, records=10, roll=10, parrot=8, story=2, questions=3),
-    "main": dict(strangers=19, notices=6, dialogues=4, records=4, roll=4, parrot=3,
+    "copying": dict(strangers=30, muster=20, notices=12, dialogues=8, records=10, roll=7, parrot=8, story=2, questions=3),
+    "main": dict(strangers=18, muster=6, notices=6, dialogues=4, records=4, roll=3, parrot=2,
                  story=20, questions=15, facts=15, quiz=6, town=4),
-    "late": dict(strangers=15, notices=4, dialogues=3, records=3, roll=3, parrot=2,
+    "late": dict(strangers=16, muster=4, notices=4, dialogues=3, records=3, roll=2, parrot=2,
                  story=27, questions=18, facts=14, quiz=7, town=4)}
 try:    # the captain's tales, the clerk's log, labels and diaries, where they exist
     from . import diaries, labels, queries, voices

@@ -140,9 +140,7 @@ def copy_warmup(model, names, seed=0, lr=3e-3, until=(0.95, 0.85), most=1200):
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     head = model.get_output_embeddings().weight
-    others = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    others[names] = False
-    others = others.nonzero().flatten()                                         # in these rows a name is nothing but a name
+    others = not_names(model.config.vocab_size, names)
     accuracies, running = {"copied": [], "told apart": []}, [0.0, 0.0]
     bar = tqdm(range(most), desc="copy warm-up")
     for step in bar:
@@ -174,6 +172,8 @@ class Text:
 
     def __init__(self, tokenizer, steps, seed, rows=8, length=ROW):
         self.tokenizer, self.steps, self.seed, self.rows, self.length = tokenizer, steps, seed, rows, length
+        self.names = name_tokens(tokenizer)
+        self.others = not_names(len(tokenizer), self.names)
 
     def phase(self, step):
         """95 % copying text for the first 15 % of the steps, then mostly mixed text, the calmest mixture at the end."""
@@ -198,12 +198,24 @@ class Text:
                 ids[row, at:at + len(doc)] = labels[row, at:at + len(doc)] = torch.tensor(doc)
                 at += len(doc)
         labels[ids == bos] = -100                                   # where a document ends is learnt; what begins one is chance
+        if self.phase(step) == "copying" and len(self.names) > 3:   # one row of the warm-up's, or text soon undoes the new skill
+            generator = torch.Generator().manual_seed(step)
+            pool = self.others[torch.randperm(len(self.others), generator=generator)[:256]]
+            ids[-1:], labels[-1:] = recall_batch(pool, self.names, generator, 1, self.length)
+            labels[-1:] = torch.where(labels[-1:] >= 0, ids[-1:], -100)
         return {"input_ids": ids, "labels": labels}
 
 
 def name_tokens(tokenizer):
     """Token ids of all first names, (n,)."""
-    return torch.tensor([ids[0] for ids in map(tokenizer.encode, words.WOMEN + words.MEN) if len(ids) == 1])
+    return torch.tensor([ids[0] for ids in map(tokenizer.encode, words.WOMEN + words.MEN) if len(ids) == 1], dtype=torch.long)
+
+
+def not_names(vocab_size, names):
+    """All other token ids: in the warm-up's rows a name is nothing but a name."""
+    others = torch.ones(vocab_size, dtype=torch.bool)
+    others[names] = False
+    return others.nonzero().flatten()
 
 
 def pretrain(folder, steps=8000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=SHAPE, warm=True, **train_options):
