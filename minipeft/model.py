@@ -55,6 +55,8 @@ class Root(Slot):
                 return value[index] if torch.is_tensor(value) and value.shape[:1] == order.shape else value
             with self.switch.alone(name):
                 outputs.append(self.stack([name], *map(own, args), **{key: own(kwargs[key]) for key in kwargs}))
+        if torch.is_tensor(outputs[0]):
+            return torch.cat(outputs)[order]
         whole = copy.copy(outputs[0])
         length = min(output.logits.shape[1] for output in outputs)          # prompts add positions in front
         whole.logits, whole.past_key_values = torch.cat([output.logits[:, -length:] for output in outputs])[order], None
@@ -88,8 +90,7 @@ class PeftModel(nn.Module):
         layers.settle(model).requires_grad_(False)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         self.training = model.training
-        if getattr(model, "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing")
-                   else "is_gradient_checkpointing", False):                # transformers 5 renamed it
+        if layers.checkpoints(model):
             self.enable_input_require_grads()
 
     def forward(self, *args, adapter_names=None, **kwargs):
@@ -98,10 +99,11 @@ class PeftModel(nn.Module):
         # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
         self.base_model.switch.rows = self._rows(adapter_names, size)
         output = self.base_model(*args, **kwargs)
-        if self.training and getattr(output, "loss", None) is not None:
+        if self.training and self.base_model.switch.enabled and getattr(output, "loss", None) is not None:
             for name in self.active_adapters:
                 if self.peft_config[name].penalised:
-                    output.loss = output.loss + sum(part.penalty() for part in self._parts(name).values())
+                    output.loss = output.loss + sum(part.penalty() for part in self._parts(name).values()
+                                                    if hasattr(part, "penalty"))
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
@@ -183,7 +185,8 @@ class PeftModel(nn.Module):
         before = [(base.module, dict(base.module._parameters)) for base in bases.values()]
         try:
             shared = config.create_shared(bases)
-            parts = {} if shared is None else {None: shared}
+            like = layers.like(bases[chosen[0]].module, autocast_adapter_dtype)
+            parts = {} if shared is None else {None: shared.to(*like)}
             for path, base in _bar(list(bases.items()), "making adapters"):
                 try:
                     parts[path] = config.create(base, path).to(*layers.like(base.module, autocast_adapter_dtype))
@@ -293,13 +296,14 @@ class PeftModel(nn.Module):
                 if safe_merge and slot.merged and not all(p.isfinite().all() for p in slot.base_layer.parameters()):
                     raise NotMergeableError(f"merging {fresh} gives weights that are not finite: the adapter is broken")
         except BaseException:
-            for slot in slots:
+            for slot in reversed(slots):
                 slot.unmerge()
+            for slot in slots:
                 slot.merge(merged, lossy=True)
             raise
 
     def unmerge_adapter(self):
-        for _, slot, _ in self._slots():
+        for _, slot, _ in reversed(self._slots()):          # the outermost was merged first
             slot.unmerge()
 
     def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, lossy=False, dequantize=False):

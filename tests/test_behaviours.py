@@ -132,7 +132,10 @@ def test_9_only_the_adapter_gets_gradients(method, base):
 @with_oracle
 def test_10_trainable_count_is_that_of_peft(method, base):
     model = get_peft_model(base.make(), method.ours(base))
-    assert model.get_nb_trainable_parameters() == theirs(method, base).get_nb_trainable_parameters()
+    oracle = theirs(method, base)
+    ranknum = sum(p.numel() for name, p in oracle.named_parameters() if "ranknum" in name)  # AdaLoRA's, a constant
+    trainable, everything = oracle.get_nb_trainable_parameters()
+    assert model.get_nb_trainable_parameters() == (trainable, everything - ranknum)
 
 
 @only(lambda m, b: m.count)
@@ -369,6 +372,8 @@ def test_34_checkpointing_gives_the_same_gradients(method, base, reentrant, rows
         pytest.skip("rows of adapters around the whole model are run group by group, which checkpointing cannot repeat")
     if method.name == "prefix" and base.name.startswith("hf"):
         pytest.skip("refused: see test_prefix.py")
+    if method.config == "SubspaceConfig":
+        pytest.skip("refused: see test_subspace.py")
     gradients = []
     for checkpointing in (False, True):
         model = adapted(method, base).train()
