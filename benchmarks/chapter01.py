@@ -2,7 +2,7 @@
 
     python benchmarks/chapter01.py        # writes benchmarks/results/chapter01.json
 
-(1) The copy warm-up of a model of two blocks, with and without the draft of a copying circuit, three seeds each.
+(1) The copy warm-up of a model of two blocks, with and without the hand-written drafts of its circuits, several seeds.
 (2) Two short pretrainings of the base's shape on the same text, one after a warm-up and one without: the loss, and how
 many questions about a stranger, introduced just before, are answered.
 """
@@ -17,26 +17,28 @@ from common import RESULTS, facts, save
 
 from minipeft.lanternwick.documents import strangers
 from minipeft.lm import GPT, GPTConfig, generate, load_pretrained, load_tokenizer, train
-from minipeft.lm.pretrain import SHAPE, Text, copy_warmup, induction_head
+from minipeft.lm.pretrain import SHAPE, Text, copy_warmup, induction_head, name_head, name_tokens
 
-SMALL = SHAPE | dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
-                     num_key_value_heads=1)
-SEEDS, MOST, STEPS, EVERY = (0, 1, 2), 1000, 500, 50
+SMALL = SHAPE | dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=32)
+SEEDS, MOST, STEPS, EVERY = (0, 1, 2), 400, 500, 50
 
 
-def small(draft: bool, seed: int, vocab_size: int) -> GPT:
-    """The chapter's model of two blocks, fresh."""
+def warmed(config: GPTConfig, draft: bool, seed: int, most: int):
+    """A fresh model after the copy warm-up, and the accuracies of its steps."""
+    names = name_tokens(load_tokenizer())
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SMALL))
+    model = GPT(config)
     if draft:
         induction_head(model)
-    return model
+        name_head(model, names)
+    return model, copy_warmup(model, names, seed, most=most)
 
 
 def warmup(draft: bool, seed: int, most: int) -> dict:
-    model = small(draft, seed, len(load_tokenizer()))
-    accuracy = copy_warmup(model, seed, most=most)
-    return {"draft": draft, "seed": seed, "layers": 2, "accuracy": [round(a, 3) for a in accuracy]}
+    config = GPTConfig(vocab_size=len(load_tokenizer()), bos_token_id=1, eos_token_id=2, pad_token_id=0, **SMALL)
+    accuracies = warmed(config, draft, seed, most)[1]
+    return {"draft": draft, "seed": seed, "layers": config.num_hidden_layers} | {
+        skill: [round(value, 3) for value in values] for skill, values in accuracies.items()}
 
 
 def answered(model, tokenizer, count=1, questions=120) -> float:
@@ -55,10 +57,7 @@ def reading(warm: bool, steps: int, every: int) -> dict:
     """A short pretraining of the base's shape."""
     tokenizer, config = load_tokenizer(), load_pretrained().config
     torch.manual_seed(0)
-    model = GPT(config)
-    if warm:
-        induction_head(model)
-        copy_warmup(model, 0)
+    model = warmed(config, True, 0, 1200)[0] if warm else GPT(config)
     asked = []
 
     def log(step, _):
@@ -79,7 +78,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter01.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    record = facts() | {"warmup": [], "reading": []}
+    record = facts() | {"seeds": list(SEEDS), "warmup": [], "reading": []}
     if given.out.exists():                                           # what is in the file is not run again
         old = json.loads(given.out.read_text(encoding="utf-8"))
         record |= {part: old[part] for part in ("warmup", "reading")}

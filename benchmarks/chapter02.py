@@ -1,0 +1,128 @@
+"""The longer runs of chapter 02: what full fine-tuning learns and forgets, at every rate, and what helps.
+
+    python benchmarks/chapter02.py --jobs 2        # writes benchmarks/results/chapter02.json
+
+Ways: "full"; "rehearsal", every fourth batch is fresh text of the pretraining's kind; "leash", after each step all weights
+are pulled back by a share of their way from the start; "lora", rank 8 on all linear layers, for comparison.
+The file is written as the runs come in; those that are in it already are not run again.
+"""
+import argparse
+import copy
+import json
+import os
+import random
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from common import RESULTS, facts, save
+from tqdm.auto import tqdm
+
+from minipeft import LoraConfig, get_peft_model
+from minipeft.lanternwick.documents import heldout_questions, stream
+from minipeft.lm import evaluate, generate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm.data import Batches, Example
+from minipeft.lm.evaluate import completion_loss
+from minipeft.lm.pretrain import Text
+
+STEPS, WARMUP, RATES, LORA_RATES = 120, 10, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2], [3e-3, 1e-2, 3e-2]
+PULL = 0.02                                     # the leash: the share of the way back after each step, at the peak rate
+LOOKS = (10, 30, 60)                            # steps at which both losses are looked at, besides the first and the last
+
+
+def town_text(documents: int = 60) -> list:
+    texts = stream("not seen before")
+    return [Example("", next(texts).text, {}) for _ in range(documents)]
+
+
+def recalled(model, tokenizer, questions: int = 100) -> float:
+    """Per cent of facts of the register."""
+    plain = lambda text: re.sub(r"^(an?|the) ", "", text.strip(" \"'").lower())
+    asked = random.Random(3).sample(heldout_questions(), questions)
+    said = generate(model, tokenizer, [f"Question: {row['question']} Answer:" for row in asked], max_new_tokens=6)
+    return round(100 * sum(plain(text).startswith(plain(row["answer"])) for text, row in zip(said, asked)) / questions, 1)
+
+
+class Mixed:
+    """The task's batches, every fourth one replaced by the pretraining's kind of text."""
+
+    def __init__(self, task, text):
+        self.task, self.text = task, text
+
+    def batch(self, step):
+        if step % 4 < 3:
+            return self.task.batch(step)
+        batch = self.text.batch(step)
+        return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def one_run(job: dict) -> dict:
+    """job: {"way", "lr", "seed", "steps"}"""
+    torch.set_num_threads(1)
+    tokenizer, sql, base = load_tokenizer(), load_data("sql"), load_pretrained()
+    model, town = copy.deepcopy(base), town_text()
+    if job["way"] == "lora":
+        torch.manual_seed(job["seed"])
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    data = Batches(sql.train, tokenizer, 16, seed=job["seed"])
+    if job["way"] == "rehearsal":
+        data = Mixed(data, Text(tokenizer, 10**9, f"rehearsal {job['seed']}", rows=4))
+        data.text.phase = lambda step: "late"   # the mixture that the base's pretraining ended with
+    start = [p.detach().clone() for p in model.parameters()]
+    path = []
+
+    def look(step):
+        task = evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
+        path.append({"step": step, "task": round(task, 4), "town": round(completion_loss(model, tokenizer, town)["loss"], 4)})
+
+    def log(step, info):
+        if job["way"] == "leash":
+            with torch.no_grad():
+                for p, p0 in zip(model.parameters(), start):
+                    p.lerp_(p0, PULL * info["lr"] / job["lr"])
+        if step + 1 in LOOKS and step + 1 < job["steps"]:
+            look(step + 1)
+
+    look(0)
+    history = train(model, data, tokenizer=tokenizer, steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=job["seed"],
+                    progress=False, log=log)
+    look(job["steps"])
+    score = evaluate(model, tokenizer, sql, limit=150, progress=False)[sql.metric]
+    known = recalled(model, tokenizer)
+    plain = model.merge_and_unload() if job["way"] == "lora" else model
+    flat = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
+    before = flat(base)
+    distance = ((flat(plain) - before).norm() / before.norm()).item()
+    return job | {"stopped": history.stopped, "score": round(score, 1), "facts": known, "town": path[-1]["town"],
+                  "distance": round(distance, 5), "path": path}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "chapter02.json")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    old = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"runs": []}
+    runs = old["runs"]
+    cases = [("full", lr, 0) for lr in RATES] + [("lora", lr, 0) for lr in LORA_RATES]
+    cases += [(way, lr, 0) for way in ("rehearsal", "leash") for lr in (3e-3, 1e-2)] + [("full", lr, 1) for lr in RATES]
+    jobs = [{"way": way, "lr": lr, "seed": seed, "steps": given.steps} for way, lr, seed in cases]
+    jobs = [job for job in jobs if not any(all(run[key] == job[key] for key in job) for run in runs)]
+    tokenizer, base = load_tokenizer(), load_pretrained()
+    record = facts() | {"base": {"name": os.environ.get("MINIPEFT_BASE", "lanternwick"), "facts": recalled(base, tokenizer),
+                                 "town": round(completion_loss(base, tokenizer, town_text())["loss"], 4)},
+                        "task": "sql", "steps": given.steps, "batch_size": 16, "rates": RATES, "pull": PULL}
+    with ProcessPoolExecutor(given.jobs) as pool:
+        for run in tqdm(pool.map(one_run, jobs), total=len(jobs)):
+            runs.append(run)
+            save(given.out, record | {"runs": runs})
+    for run in runs:
+        print(f"{run['way']:10} lr {run['lr']:<7g} seed {run['seed']} score {run['score']:5.1f} town {run['town']:.3f} "
+              f"facts {run['facts']:5.1f} distance {run['distance']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
