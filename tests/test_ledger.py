@@ -2,15 +2,17 @@
 import pytest
 import torch
 
-from minipeft import LoraConfig, get_peft_model
+from minipeft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from minipeft.lm import on_paper
 from minipeft.lm.gpt import GPT, GPTConfig
 from minipeft.lm.ledger import Ledger, memory_ledger
+from minipeft.quant import quantize_model
 
 
-def model(kind="llama", tied=True, layers=2, **fields):
-    return GPT(GPTConfig(vocab_size=101, hidden_size=24, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4,
-                         num_key_value_heads=4 if kind == "gpt2" else 2, max_position_embeddings=32, attention_bias=True,
-                         mlp_bias=kind != "qwen3", model_type=kind, tie_word_embeddings=tied, **fields))
+def model(kind="llama", tied=True, layers=2, hidden_size=24, intermediate_size=40, **fields):
+    return GPT(GPTConfig(vocab_size=101, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=4 if kind == "gpt2" else 2, max_position_embeddings=32,
+                         attention_bias=True, mlp_bias=kind != "qwen3", model_type=kind, tie_word_embeddings=tied, **fields))
 
 
 def only(part):
@@ -77,7 +79,6 @@ def test_checkpointing_keeps_one_input_a_layer_and_one_layer():
     m.gradient_checkpointing_enable()
     ledger = memory_ledger(m, 3, 10, measure=True)
     assert ledger.predicted["activations"] == before - 11 * one + 12 * 3 * 10 * 24 * 4
-    assert ledger.measured["activations"] is None
 
 
 def test_other_models_and_optimizers_are_measured_only():
@@ -97,3 +98,83 @@ def test_the_table():
 
 def test_nothing_trained():
     assert memory_ledger(model().requires_grad_(False), 2, 8).total() == memory_ledger(model(), 2, 8).predicted["weights"]
+
+
+# In 4 bits, with 8-bit states, with checkpointing
+
+def near(a, b, share=0.1):
+    assert abs(a - b) <= share * b, f"{a:,} predicted, {b:,} measured"
+
+
+@pytest.mark.parametrize("backend", ["torch", "bitsandbytes"])
+def test_weights_by_format(backend):
+    m = model(tied=False, hidden_size=64, intermediate_size=128)
+    before = memory_ledger(m, 2, 8)
+    assert before.formats == {"float32": before.predicted["weights"]}
+    inside = [layer for layer in m.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+    n, biases = sum(layer.weight.numel() for layer in inside), sum(layer.bias.numel() for layer in inside)
+    ledger = memory_ledger(get_peft_model(quantize_model(m, backend), LoraConfig(r=4, target_modules=["q_proj"])), 2, 8, measure=True)
+    tables = len(inside) * 4 * (16 + 256) if backend == "bitsandbytes" else 0      # its layers each keep their codebooks
+    assert ledger.formats["nf4"] == n // 2 + n // 64 + sum(4 * -(-layer.weight.numel() // 64 // 256) for layer in inside) + 4 * len(inside) + tables
+    assert ledger.formats["float32"] == before.predicted["weights"] - 4 * n + 4 * 2 * 4 * 128
+    assert ledger.predicted["weights"] == ledger.measured["weights"] == sum(ledger.formats.values())
+    assert ledger.predicted["activations"] == ledger.measured["activations"]
+    assert ledger.predicted["a dense weight"] == 64 * 128 * 4
+    assert "of it nf4" in repr(ledger)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "sgd"])
+@pytest.mark.filterwarnings("ignore:paging")
+def test_optimizers_by_kind(optimizer):
+    m = model(hidden_size=80, intermediate_size=100)       # tensors above and below 4,096 numbers
+    ledger = memory_ledger(m, 2, 8, optimizer=optimizer, measure=True)
+    assert ledger.predicted["optimizer"] == ledger.measured["optimizer"]
+    assert (optimizer == "sgd") == (ledger.predicted["optimizer"] == 0)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("way", ["full", "all", "q, v"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activations_with_checkpointing(way, quantised, reentrant):
+    m = model("llama", layers=6, hidden_size=64, intermediate_size=160)
+    if quantised:
+        m = quantize_model(m) if way != "full" else m
+    m = WAYS[way](m).train()
+    m.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if way == "full":
+        m.enable_input_require_grads()
+    ledger = memory_ledger(m, 4, 24, measure=True)
+    near(ledger.predicted["activations"], ledger.measured["activations"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_16_bits_with_adapters_in_32(checkpointing):
+    m = WAYS["all"](quantize_model(model(tied=False, layers=4, hidden_size=64, intermediate_size=128).bfloat16())).train()
+    if checkpointing:
+        m.gradient_checkpointing_enable()
+    ledger = memory_ledger(m, 4, 24, measure=True)
+    near(ledger.predicted["activations"], ledger.measured["activations"])
+
+
+COUNTS = {"llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672, "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320,
+          "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496, "mistral-7b": 7_241_732_096,
+          "qwen2.5-7b": 7_615_616_512}             # as their safetensors files count them
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_real_shapes_have_the_published_counts(name):
+    m = on_paper(name)
+    assert sum(p.numel() for p in m.parameters()) == COUNTS[name]
+    assert memory_ledger(m, 1, 16).predicted["weights"] == 2 * COUNTS[name]
+
+
+def test_qlora_on_paper():
+    m = quantize_model(on_paper("llama-3-8b"))
+    inside = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096                 # less embedding, head and norms
+    assert memory_ledger(m, 1, 16).formats["nf4"] == pytest.approx(inside * 4.127 / 8, rel=1e-3)
+    m = get_peft_model(prepare_model_for_kbit_training(m), LoraConfig(r=16, target_modules="all-linear")).train()
+    ledger = memory_ledger(m, 1, 512, optimizer="paged_adamw")
+    assert ledger.predicted["gradients"] == 4 * 41_943_040
+    assert 7e9 < ledger.total() < 12e9
+    with pytest.raises(ValueError, match="did you mean 'llama-3-8b'"):
+        on_paper("llama-3-8")

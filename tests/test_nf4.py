@@ -30,7 +30,7 @@ def same(w, block_size=64, double_quant=True, quant_type="nf4"):
     got = dequantize_4bit(ours)
     assert torch.equal(got, theirs.view(w.shape)) and got.dtype == w.dtype
     if w.shape[-1] % 64 == 0 and block_size == 64:      # the one written in C++ is wrong for some other widths
-        assert torch.equal(got, bnb.dequantize_4bit(packed, state))
+        assert torch.equal(got, bnb.dequantize_4bit(packed, state).view(w.shape))
     return ours
 
 
@@ -43,7 +43,7 @@ def test_bitsandbytes_to_the_bit(shape, block_size, double_quant, quant_type, dt
     w = torch.randn(shape, generator=generator) * scale
     for _ in range(outliers):
         w.view(-1)[torch.randint(w.numel(), (1,), generator=generator)] *= 50
-    same(w.to(dtype), block_size, double_quant, quant_type)
+    same(w.clamp(-60000, 60000).to(dtype), block_size, double_quant, quant_type)      # what 16 bits can hold
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

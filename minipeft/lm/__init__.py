@@ -7,8 +7,9 @@ from .generate import generate
 from .gpt import GPT, GPTConfig
 from .hub import load_pretrained, save_pretrained
 from .ledger import memory_ledger
+from .shapes import SHAPES, on_paper
 from .tokenizer import Tokenizer, load_tokenizer
 from .train import train
 
-__all__ = ["GPT", "GPTConfig", "Tokenizer", "evaluate", "generate", "load_data", "load_pretrained", "load_tokenizer",
-           "memory_ledger", "save_pretrained", "train"]
+__all__ = ["GPT", "GPTConfig", "SHAPES", "Tokenizer", "evaluate", "generate", "load_data", "load_pretrained", "load_tokenizer",
+           "memory_ledger", "on_paper", "save_pretrained", "train"]

@@ -6,7 +6,9 @@ memory on torch's "meta" device, is filled tensor by tensor: there is never much
 """
 import difflib
 import json
+import math
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..lanternwick import DATA
+from ..quant.linear4bit import BACKENDS, BitsAndBytesConfig, Linear4bit, from_bitsandbytes, targets
 from .gpt import GPT, GPTConfig, MODEL_TYPES, nearest
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -45,8 +48,8 @@ GPT2_NAMES = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "mode
               "self_attn.k_proj": "attn.c_attn", "self_attn.v_proj": "attn.c_attn"}
 
 
-UNSUPPORTED = {"partial_rotary_factor": 1.0, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-               "quantization_config": None}     # fields that must have this value, or the result would be wrong
+# Fields that must have this value, or the result would be wrong.
+UNSUPPORTED = {"partial_rotary_factor": 1.0, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 
 class ModelFileError(ValueError):
@@ -91,6 +94,11 @@ def resolve(name=None):
 
 def read_config(folder):
     """config.json -> GPTConfig. Raises ModelFileError for any model that GPT would compute wrongly."""
+    return _read_config(folder)[0]
+
+
+def _read_config(folder):
+    """(GPTConfig, how its weights are stored in 4 bits: a BitsAndBytesConfig, or None)"""
     file = Path(folder) / "config.json"
     if not file.is_file():
         adapter = (file.parent / "adapter_config.json").is_file()
@@ -100,7 +108,11 @@ def read_config(folder):
         theirs = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(theirs, dict):
             raise ValueError("not a JSON object")
-        return _to_ours(theirs)
+        stored = theirs.get("quantization_config")
+        if stored and stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
+            raise ValueError(f"quantization_config: quant_method {stored['quant_method']!r} is not supported, only "
+                             "'bitsandbytes'")
+        return _to_ours(theirs), BitsAndBytesConfig.make(stored) if stored else None
     except (ValueError, TypeError) as error:
         raise ModelFileError(f"{file}: {error}") from None
 
@@ -185,17 +197,22 @@ def _weight_files(folder):
     return [folder / shard for shard in shards]
 
 
-def _locate(folder, model, layout):
-    """{key: (file, its name there)}, after every name and shape is checked: one error lists all that is wrong."""
+def _locate(folder, model, layout, packed=()):
+    """{key: (file, its name there)}, after every name and shape is checked: one error lists all that is wrong.
+
+    packed: the keys of weights that are stored in 4 bits. What stands beside them in the file is in the result too."""
     config, parameters = model.config, dict(model.named_parameters())
     shapes = {key: tuple(_pack(key, [parameters[n] for n in names], config).shape) for key, names in layout.items()}
+    shapes |= {key: ((math.prod(shapes[key]) + 1) // 2, 1) for key in packed}
     where, unexpected, wrong = {}, [], []
     for file in _weight_files(folder):
         with _open(file) as weights:
             for stored in weights.keys():
                 key = stored.removeprefix("transformer.") if config.is_gpt2 else stored
                 shape = tuple(weights.get_slice(stored).get_shape())
-                if key not in shapes:
+                if key not in shapes and re.sub(r"\.weight\..*", ".weight", key) in packed:
+                    pass                                # the scales of a packed weight, and what else it needs
+                elif key not in shapes:
                     harmless = key.endswith(IGNORED) or key == "lm_head.weight" and config.tie_word_embeddings
                     unexpected += [] if harmless else [f"{stored} {shape}"]
                 elif shape != shapes[key]:
@@ -209,48 +226,91 @@ def _locate(folder, model, layout):
     return where
 
 
-def load_pretrained(name=None, dtype=None, device=None):
+def load_pretrained(name=None, dtype=None, device=None, quantization=None):
     """A GPT from `name` (see resolve), in evaluation mode. dtype None: as it is stored. device None: the CPU.
 
+    quantization: "nf4", a dict of the fields of BitsAndBytesConfig, or one of transformers: linear layers are put into 4
+    bits as they are read, so that hardly more memory is needed than they then take. What was saved in 4 bits stays so.
     Raises FileNotFoundError for files that are not there, ModelFileError for those that do not fit or are damaged."""
     folder = resolve(name)
-    config = read_config(folder)
+    config, stored = _read_config(folder)
     with torch.device("meta"):
         model = GPT(config)
     layout = _layout(model)
-    where = _locate(folder, model, layout)
-    for key, names in tqdm(layout.items(), desc=f"loading {base_name(name)}", delay=3):
-        file, stored = where[key]
+    if stored and quantization:
+        raise ValueError(f"{base_name(name)} is stored in 4 bits already: leave quantization out")
+    options = (stored or BitsAndBytesConfig.make(quantization)).options() if stored or quantization else {"skip": ()}
+    backend, skip = options.pop("backend", None), options.pop("skip")
+    chosen = {path: put for path, (_, put) in targets(model, skip).items()} if options else {}
+    packed = {f"{path}.weight" for path in chosen} if stored else set()
+    where = _locate(folder, model, layout, packed)
+
+    def read(key):
+        file, stored_name = where[key]
         with _open(file) as weights:                    # opened anew each time: else all that was read stays in memory
-            parts = _unpack(key, weights.get_tensor(stored), len(names), config)
-            for ours, part in zip(names, parts):
-                module, _, attribute = ours.rpartition(".")
-                part = part.to(device or "cpu", dtype, copy=True).contiguous()
-                setattr(model.get_submodule(module), attribute, nn.Parameter(part))
+            return weights.get_tensor(stored_name)
+
+    for key, names in tqdm(layout.items(), desc=f"loading {base_name(name)}", delay=3):
+        for ours, part in zip(names, [read(key)] if key in packed else _unpack(key, read(key), len(names), config)):
+            module, _, attribute = ours.rpartition(".")
+            layer = model.get_submodule(module)
+            part = part.to(device or "cpu", None if key in packed else dtype, copy=True).contiguous()
+            if key in packed:
+                beside = {k.removeprefix(f"{key}."): read(k).to(part.device) for k in where if k.startswith(f"{key}.")}
+                new = Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta",
+                                 compute_dtype=options["compute_dtype"])
+                new.store(from_bitsandbytes(part, beside))
+                new.bias = layer.bias
+                chosen[module](new)
+            else:
+                setattr(layer, attribute, nn.Parameter(part))
+                if attribute == "weight" and module in chosen:
+                    chosen[module](BACKENDS[backend](layer, **options))
     model.tie_weights()
     model.name_or_path = base_name(name)
     return model.eval()
 
 
 def save_pretrained(model, folder, tokenizer=None):
-    """Write config.json, model.safetensors and the tokenizer's files, if given. ValueError: the model is adapted."""
+    """Write config.json, model.safetensors and the tokenizer's files, if given. ValueError: the model is adapted.
+
+    Layers in 4 bits are written as bitsandbytes and transformers store them."""
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     config = replace(model.config, tie_word_embeddings=tied)
     with torch.device("meta"):
         plain = GPT(config)
     shapes = lambda m: {name: p.shape for name, p in m.named_parameters()}
-    if shapes(plain) != shapes(model):
-        odd, _ = min(set(shapes(model).items()) ^ set(shapes(plain).items()))
+    four = {path: module for path, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    if four and config.is_gpt2:
+        raise ValueError("a GPT-2 in 4 bits cannot be saved: its file joins q, k and v into one matrix")
+    shapes_now = shapes(model) | {f"{path}.weight": torch.Size((m.out_features, m.in_features)) for path, m in four.items()}
+    if shapes(plain) != shapes_now:
+        odd, _ = min(set(shapes_now.items()) ^ set(shapes(plain).items()))
         raise ValueError(f"this is no longer a plain GPT (look at {odd}): merge_and_unload() its adapters first, "
                          "or save those alone")
     have = {name: p.detach() for name, p in model.named_parameters()}
     tensors = {key: _pack(key, [have[n] for n in names], config).contiguous() for key, names in _layout(plain).items()}
+    theirs = _to_theirs(config, model.dtype)
+    if four:                                            # and what stands beside the packed weights
+        tensors |= {key: t.contiguous() for key, t in model.state_dict().items() if ".weight." in key}
+        theirs["quantization_config"] = _describe(four)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / (WEIGHTS + ".part"), metadata={"format": "pt"})     # beside, renamed when all is there
-    text = json.dumps(_to_theirs(config, model.dtype), indent=2) + "\n"
+    text = json.dumps(theirs, indent=2) + "\n"
     (folder / "config.json.part").write_text(text, encoding="utf-8")
     for file in (WEIGHTS, "config.json"):
         os.replace(folder / (file + ".part"), folder / file)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _describe(four):
+    """quantization_config of a model whose layers in 4 bits are {path: layer}."""
+    first = next(iter(four.values()))
+    if isinstance(first, Linear4bit):
+        double, size = first.double_quant, first.block_size
+    else:                                               # bitsandbytes' own
+        double, size = first.weight.compress_statistics, first.weight.blocksize
+    kind = first.quant_type if isinstance(first, Linear4bit) else first.weight.quant_type
+    return BitsAndBytesConfig(True, kind, double, first.compute_dtype, block_size=size).to_dict()

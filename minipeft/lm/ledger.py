@@ -1,9 +1,10 @@
 """The memory ledger: what a training step holds, predicted by arithmetic and measured beside it.
 
-    weights        every parameter, trained or frozen
+    weights        every parameter, trained or frozen; in 4 bits with its scales
     gradients      one number for each trained parameter
-    optimizer      two more for AdamW (the running means of the gradient and of its square)
+    optimizer      two more for AdamW (the running means of the gradient and of its square), in 32 bits or in 8
     activations    what the forward pass keeps for the backward pass; it grows with the batch
+    a dense weight where weights are in 4 bits: the largest of them, while its product is computed
 
 Activations follow from one rule: a product y = x W keeps x if W is trained, and W (a weight, already counted) if x is to
 get a gradient. So a frozen layer need not keep its input, but everything between the first adapter and the loss still
@@ -11,15 +12,20 @@ keeps what its own derivative needs: the queries, the keys, the gate. That is wh
 state almost entirely, and activations only by a part. The counts were read off what torch's autograd saves on a CPU, and
 are tested against it.
 """
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from ..quant.optimizers import BLOCK, SMALL
 from .evaluate import bare, fast_loss
 from .gpt import GPT
 from .train import make_optimizer
 
-STATES = {"adamw": 2, "adam": 2, "sgd": 0}  # numbers of the parameter's own type for each trained number
+STATES = {"adamw": 2, "adam": 2, "sgd": 0, "paged_adamw": 2}  # numbers of the parameter's own type for each trained number
 
 
 def human(n):
@@ -36,6 +42,7 @@ class Ledger:
     measured: dict   # empty without measure=True
     batch_size: int
     seq_len: int
+    formats: dict = field(default_factory=dict)  # the weights' bytes by format: "bfloat16", "nf4", ...
 
     def total(self, of="predicted"):
         return sum(n or 0 for n in getattr(self, of).values())
@@ -43,9 +50,49 @@ class Ledger:
     def __repr__(self):
         show = lambda n: "-" if n is None else human(n)
         rows = [(name, n, self.measured.get(name)) for name, n in self.predicted.items()]
+        if len(self.formats) > 1:
+            rows[1:1] = [(f"  of it {name}", n, None) for name, n in self.formats.items()]
         rows.append(("total", self.total(), self.total("measured") if self.measured else None))
         head = f"{f'{self.batch_size} x {self.seq_len} tokens':24}{'predicted':>12}{'measured':>12}"
         return "\n".join([head, *(f"{name:24}{show(a):>12}{show(b):>12}" for name, a, b in rows)])
+
+
+def weight_bytes(model):
+    """{format: bytes} of all weights and buffers, each once. A 4-bit weight's scales count as its format."""
+    found, seen = {}, set()
+
+    def count(name, tensors):
+        for t in tensors:
+            if t is not None and id(t) not in seen:  # by identity: on the meta device nothing has an address
+                seen.add(id(t))
+                found[name] = found.get(name, 0) + t.nbytes
+
+    for module in model.modules():
+        four = type(module).__name__ == "Linear4bit"
+        if four:
+            count(*quantized_tensors(module))
+        for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            count(str(t.dtype).removeprefix("torch."), [t])
+    return found
+
+
+def quantized_tensors(layer):
+    """("nf4", the tensors that a 4-bit layer's weight consists of), of our kind or of bitsandbytes'."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.quant_type, [layer.weight, layer.absmax, layer.absmax2, layer.offset]
+    nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+    return state.quant_type, [layer.weight, state.absmax, state.code, *nested]
+
+
+def optimizer_bytes(optimizer, params):
+    """Bytes of the states; None where there is no formula."""
+    if optimizer in ("adamw8bit", "paged_adamw8bit"):  # a byte for each mean, a scale for each block; small ones: 32 bits
+        return sum(2 * n + 2 * 4 * -(-n // BLOCK) if n >= SMALL else 8 * n for n in (p.numel() for p in params))
+    if not isinstance(optimizer, str) or optimizer not in STATES:
+        return None
+    states = STATES[optimizer]
+    return sum(p.nbytes for p in params) * states + 4 * len(params) * (states > 0)  # and for each a step count
 
 
 def trained(module):
@@ -53,10 +100,11 @@ def trained(module):
 
 
 class Layers:
-    """Counts the numbers that each token keeps, layer by layer. `flow`: do gradients go back to what came before?"""
+    """Counts the numbers that each token keeps, layer by layer. `flow`: do gradients go back to what came before?
+    `size`: bytes of one. An adapter in 32 bits over a model in 16 keeps a copy of its input in 32."""
 
-    def __init__(self, flow):
-        self.flow, self.numbers = flow, 0
+    def __init__(self, flow, size=4):
+        self.flow, self.size, self.numbers = flow, size, 0
 
     def norm(self, module, d, heads=1):
         weight = module.weight.requires_grad
@@ -76,11 +124,14 @@ class Layers:
             if layer.weight.requires_grad:
                 shared = layer.in_features
             for adapter in adapters:
+                wider = next(adapter.parameters()).element_size() / self.size  # 1, or 2 for 32 bits over 16
                 drops = bool(getattr(adapter, "dropout", 0)) and adapter.training
                 if hasattr(adapter, "lora_A") and trained(adapter.lora_B):
-                    self.numbers += adapter.lora_A.out_features  # A x, which B reads
+                    self.numbers += adapter.lora_A.out_features * wider  # A x, which B reads
                     self.numbers += drops * layer.in_features * (1 + self.flow)  # its own thinned input, and the mask
-                if trained(adapter) and not drops:
+                if trained(adapter) and not drops and wider > 1:
+                    self.numbers += layer.in_features * wider
+                elif trained(adapter) and not drops:
                     shared = layer.in_features
         self.numbers += 0 if kept else shared
         return [self.flow or trained(site) for site in sites]
@@ -98,7 +149,7 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
     labels = batch_size * (seq_len - 1) if labels is None else labels
     d, h, heads, groups = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
     positions = config.is_gpt2 and gpt.model.embed_positions.weight.requires_grad
-    at = Layers(flow=trained(gpt.model.embed_tokens) or positions)
+    at = Layers(trained(gpt.model.embed_tokens) or positions, size)
     rotated, per_layer = False, []
     for block in gpt.model.layers:
         before, attention, mlp = at.numbers, block.self_attn, block.mlp
@@ -132,7 +183,7 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
     at.norm(gpt.model.norm, d)
     if gpt.is_gradient_checkpointing:  # each layer keeps its input alone; one layer at a time is computed again
         at.numbers += len(per_layer) * d + max(per_layer) - body
-    total = at.numbers * tokens * size
+    total = int(at.numbers * tokens * size)
     total += rotated * 2 * seq_len * h * size + positions * seq_len * 8  # the positions' angles or numbers: once
     total += at.flow * tokens  # where the labels are
     if at.flow or trained(gpt.lm_head):
@@ -141,11 +192,58 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
     return total
 
 
+class Alive(TorchDispatchMode):
+    """Within it: `bytes` of the tensors that were made here and still are."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.known = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for t in tree_leaves((args, kwargs)):  # what comes in was there before, or is known
+            if torch.is_tensor(t):
+                self.add(t.untyped_storage(), 0)
+        for t in tree_leaves(result):
+            if torch.is_tensor(t):
+                self.add(t.untyped_storage(), t.untyped_storage().nbytes())
+        return result
+
+    def add(self, storage, size):
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.bytes += size
+            weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key, size):
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def checkpointed_bytes(gpt, loss_of):
+    """What is kept with checkpointing: after the forward pass, and most by one layer when it is computed again."""
+    alive, before, layers = Alive(), [], []
+    hooks = [hook for block in gpt.model.layers for hook in (
+        block.register_forward_pre_hook(lambda *_: before.append(alive.bytes)),
+        block.register_forward_hook(lambda *_: layers.append(alive.bytes - before.pop())))]
+    try:
+        with set_checkpoint_early_stop(False), alive:
+            loss = loss_of()
+            kept = alive.bytes - loss.nbytes
+            layers.clear()
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept + max(layers)
+
+
 @torch.enable_grad()
 def measured_step(model, batch_size, seq_len, optimizer):
     """One real step at rate 0, which changes nothing: bytes of (gradients, optimizer state, saved activations)."""
     params = [p for p in model.parameters() if p.requires_grad]
-    device, saved = params[0].device, {}
+    device, saved, kept = params[0].device, {}, None
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     ids = torch.randint(model.get_input_embeddings().weight.shape[0], (batch_size, seq_len), device=device)
     own.add(ids.untyped_storage().data_ptr())
@@ -159,14 +257,19 @@ def measured_step(model, batch_size, seq_len, optimizer):
     before = [p.grad for p in params]
     for p in params:
         p.grad = None
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(input_ids=ids, labels=ids, **fast_loss(model)).loss
-    loss.backward()
+    loss_of = lambda: model(input_ids=ids, labels=ids, **fast_loss(model)).loss
+    if isinstance(bare(model), GPT) and bare(model).is_gradient_checkpointing and bare(model).training:
+        kept = checkpointed_bytes(bare(model), loss_of)
+    else:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = loss_of()
+        loss.backward()
+        kept = sum(storage.nbytes() for storage in saved.values())
     stepper = make_optimizer(model, optimizer, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
     stepper.step()
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-    result = (size(p.grad for p in params), size(t for state in stepper.state.values() for t in state.values()),
-              sum(storage.nbytes() for storage in saved.values()))
+    states = size(t for state in stepper.state.values() for t in state.values())
+    result = size(p.grad for p in params), states, kept
     for p, grad in zip(params, before):
         p.grad = grad
     return result
@@ -175,24 +278,26 @@ def measured_step(model, batch_size, seq_len, optimizer):
 def memory_ledger(model, batch_size=16, seq_len=64, optimizer="adamw", measure=False):
     """The Ledger of one training step of `model` as it is now: what requires a gradient counts as trained.
 
-    optimizer   "adamw", "adam", "sgd", or a factory (then its state is only measured)
+    optimizer   "adamw", "adamw8bit", "paged_adamw", "adam", "sgd", or a factory (then its state is only measured)
     measure     also run one step with random tokens, at rate 0; weights and gradients are left as they were.
                 The prediction alone needs no memory: it works on torch's meta device, for 8 billion parameters too"""
-    params = list(model.parameters())  # a tied head counts once
-    ours = [p for p in params if p.requires_grad]
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
-    states = STATES.get(optimizer) if isinstance(optimizer, str) else None
-    held = None if states is None else size(ours) * states + 4 * len(ours) * (states > 0)  # and for each a step count
-    predicted = {"weights": size([*params, *model.buffers()]), "gradients": size(ours), "optimizer": held,
+    ours = [p for p in model.parameters() if p.requires_grad]
+    formats = weight_bytes(model)
+    predicted = {"weights": sum(formats.values()), "gradients": sum(p.nbytes for p in ours),
+                 "optimizer": optimizer_bytes(optimizer, ours),
                  "activations": activation_bytes(model, batch_size, seq_len) if ours else 0}
+    four = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    if four:
+        predicted["a dense weight"] = max(m.in_features * m.out_features * (m.compute_dtype or model.dtype).itemsize
+                                          for m in four)
     measured = {}
     if measure:
         devices = [p.device for p in ours[:1] if p.device.type == "cuda"]
         with torch.random.fork_rng(devices):
             gradients, state, activations = measured_step(model, batch_size, seq_len, optimizer)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*params, *model.buffers()]}
-        if isinstance(bare(model), GPT) and bare(model).is_gradient_checkpointing:
-            activations = None  # checkpoints are kept elsewhere than where we look
+        tensors = [*model.parameters(), *model.buffers()]
+        tensors += [t for m in four for t in quantized_tensors(m)[1] if t is not None]  # bitsandbytes keeps scales apart
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         measured = {"weights": sum(storages.values()), "gradients": gradients, "optimizer": state,
                     "activations": activations}
-    return Ledger(predicted, measured, batch_size, seq_len)
+    return Ledger(predicted, measured, batch_size, seq_len, formats)

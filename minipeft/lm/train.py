@@ -10,16 +10,19 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..quant import AdamW8bit, PagedAdamW
 from .checkpoint import load_checkpoint, read_facts, save_checkpoint
 from .data import Batches, room
 from .evaluate import completion_loss, fast_loss
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "adamw8bit": AdamW8bit,
+              "paged_adamw": PagedAdamW, "paged_adamw8bit": partial(PagedAdamW, optim_bits=8)}
 
 
 @dataclass
@@ -79,7 +82,7 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer {optimizer!r}: expected {', '.join(OPTIMIZERS)}, a factory, or a torch optimizer")
     extra = {} if optimizer == "sgd" else {"betas": betas}
-    if params[0].device.type in ("cpu", "cuda"):
+    if params[0].device.type in ("cpu", "cuda") and not optimizer.endswith("adamw8bit") and "paged" not in optimizer:
         extra["fused"] = True  # one kernel for all tensors: an adapter has many tiny ones
     return OPTIMIZERS[optimizer](groups, lr=lr, **extra)
 
@@ -128,6 +131,7 @@ def train(model, data, *, tokenizer=None, steps, batch_size=16, lr=None, warmup=
     data        a Task, a list of Examples (both need tokenizer=), or any object with .batch(step) -> model's arguments
     lr          the peak rate (a ready optimizer brings its own, one a group)
     warmup      steps of rising rate, or a fraction of all steps if below 1
+    optimizer   "adamw", "adamw8bit" (states in 8 bits), "paged_adamw" (states in pages, on a GPU), "adam", "sgd", or yours
     accumulate  batches of `batch_size` rows a step; the gradient is that of one large batch
     valid       examples for evaluate_every (a Task brings its own). The best weights stay in folder/best.safetensors:
                 checkpoint.load_checkpoint(file, model) puts them back

@@ -1,6 +1,9 @@
 """Floor 3: the methods, one file each. Importing a file makes its method known."""
+from . import loftq  # noqa: F401: makes init_lora_weights="loftq" known
+from .adalora import AdaLoraConfig
 from .bitfit import BitFitConfig
 from .bottleneck import BottleneckConfig
+from .denselora import DenseLoraConfig
 from .dora import DoraConfig
 from .fusion import FusionConfig
 from .ia3 import IA3Config
@@ -11,6 +14,7 @@ from .lora import LoraConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig
+from .subspace import SubspaceConfig
 from .vera import VeraConfig
 
 __all__ = sorted(name for name in dir() if name.endswith("Config"))

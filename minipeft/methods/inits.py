@@ -63,13 +63,13 @@ INITS.update({"pissa": pissa, "pissa_niter_[number]": pissa, "olora": olora})
 
 def changes_base(config):
     """Is the base not the one that it was before this adapter was made?"""
-    return str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora"))
+    return str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora", "loftq"))
 
 
 def as_lora(config, tensors, start):
     """The adapter {key: tensor} that began as `start`, as a plain LoRA of rank 2r for the base from before."""
-    if config.peft_type != "LORA" or config.use_dora:
-        raise ConfigError("only a LoRA without use_dora can be converted to a plain LoRA of twice the rank")
+    if config.peft_type != "LORA" or config.use_dora or config.init_lora_weights == "loftq":
+        raise ConfigError("only a PiSSA or OLoRA without use_dora can be converted to a plain LoRA of twice the rank")
     if differ := tensors.keys() ^ start.keys():
         raise ConfigError(f"the initial adapter is another one: only one of the two has {', '.join(sorted(differ))}")
     doubled = dict(tensors)

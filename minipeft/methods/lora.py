@@ -37,6 +37,7 @@ class LoraConfig(LayerConfig):
     use_dora: bool = False
     lora_bias: bool = False                     # a trained bias on B
     init_lora_weights: bool | str = True        # True: A as nn.Linear does, B zero; "gaussian"; False: both random
+    loftq_config: dict = field(default_factory=dict)    # for "loftq": {"loftq_bits": 4, "loftq_iter": 1}
     rank_pattern: dict = field(default_factory=dict)    # {expression for the end of a path: r for such layers}
     alpha_pattern: dict = field(default_factory=dict)   # likewise
     fan_in_fan_out: bool = False                # for PEFT; here the layer's class says how its weight is stored

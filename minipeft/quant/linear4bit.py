@@ -6,7 +6,7 @@ Dettmers et al. 2023, arXiv 2305.14314, equation 5. The dense weight exists only
 forward pass, once more in the backward pass. The weight itself gets no gradient; x does, for the adapters below.
 """
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -187,8 +187,10 @@ class BitsAndBytesConfig:
     def to_dict(self):
         """What transformers reads in config.json as quantization_config."""
         dtype = str(self.bnb_4bit_compute_dtype or torch.float32).removeprefix("torch.")
-        return {"quant_method": "bitsandbytes", **asdict(self), "bnb_4bit_compute_dtype": dtype, "load_in_8bit": False,
-                "_load_in_4bit": True, "_load_in_8bit": False}
+        ours = {} if self.block_size == 64 else {"block_size": self.block_size}
+        return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_compute_dtype": dtype,
+                "bnb_4bit_quant_type": self.bnb_4bit_quant_type, "llm_int8_skip_modules": self.llm_int8_skip_modules,
+                "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant, "bnb_4bit_quant_storage": "uint8"} | ours
 
 
 # What else transformers writes into a quantization_config: it does not change 4-bit layers.
@@ -227,6 +229,14 @@ def sites(model):
     return found
 
 
+def targets(model, skip=("lm_head",)):
+    """{path: (layer, put)} of the linear layers that quantize_model changes."""
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {path: (layer, put) for path, layer, put in sites(model)
+            if layers.is_dense(layer) and id(layer.weight) not in tied
+            and not any(layers.named(name, path) for name in skip)}
+
+
 def quantize_model(model, backend="torch", skip=("lm_head",), **options):
     """Put every linear layer's weight into 4 bits, in place and one by one; returns the model.
 
@@ -235,10 +245,10 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for path, layer, put in sites(model):
-        if layers.is_dense(layer) and id(layer.weight) not in tied and not any(layers.named(name, path) for name in skip):
-            put(BACKENDS[backend](layer, **options))
+    found = targets(model, skip)
+    while found:                                # layer by layer, keeping none
+        _, (layer, put) = found.popitem()
+        put(BACKENDS[backend](layer, **options))
     return layers.settle(model)
 
 
