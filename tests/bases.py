@@ -61,6 +61,7 @@ class BaseCase:
     embedding: str = "embed_tokens"
     norm: str = "norm"                                      # a small module outside the targets: for modules_to_save
     layered: bool = True                                    # a transformer, with checkpointing
+    dense: bool = True                                      # weights that one can merge into
 
     def make(self):
         """A fresh model, always the same, in eval mode."""
@@ -74,7 +75,7 @@ class BaseCase:
 def _made(name):
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return BASES[name].build().eval()
+        return (BASES | IN_4_BITS)[name].build().eval()
 
 
 BASES = {case.name: case for case in [
@@ -128,6 +129,12 @@ METHODS = {method.name: method for method in [
     Method("dora", "DoraConfig", lambda base: dict(r=4, lora_alpha=8, use_dora=True), peft="LoraConfig",
            dropout="lora_dropout", count=lambda d_in, d_out: 4 * (d_in + d_out) + d_out, bases=WIDE,
            additive=False),
+    Method("adalora", "AdaLoraConfig", lambda base: dict(init_r=5, target_r=3, total_step=10, lora_alpha=10),
+           peft="AdaLoraConfig", dropout="lora_dropout", count=lambda d_in, d_out: 5 * (d_in + d_out + 1), bases=WIDE,
+           step=0.3),
+    Method("denselora", "DenseLoraConfig", lambda base: dict(r=4), dropout="lora_dropout", bases=FEW, mergeable=False),
+    Method("denselora_linear", "DenseLoraConfig", lambda base: dict(r=4, activation="linear"), bases=FEW,
+           step=0.15),
     Method("loha", "LoHaConfig", lambda base: dict(r=3, alpha=6), peft="LoHaConfig",
            count=lambda d_in, d_out: 2 * 3 * (d_in + d_out), bases=LINEAR, step=0.4),
     Method("loha_conv1d", "LoHaConfig", lambda base: dict(r=3, alpha=6), bases=("hf_gpt2",), step=0.4),
@@ -154,9 +161,17 @@ METHODS = {method.name: method for method in [
            peft="PromptEncoderConfig", mergeable=False, where=None),
     Method("prefix", "PrefixTuningConfig", lambda base: dict(num_virtual_tokens=3, task_type="CAUSAL_LM"),
            peft="PrefixTuningConfig", bases=TEXTS, mergeable=False, where=None),
+    Method("subspace", "SubspaceConfig", lambda base: dict(d=50), bases=tuple(BASES), where=None),
+    Method("subspace_aware", "SubspaceConfig", lambda base: dict(d=60, projection="hash", structure_aware=True),
+           where=None, additive=False),
 ]}
 APART = {"FusionConfig"}                                    # configurations that are tested in files of their own only
 CASES = [(method, BASES[name]) for method in METHODS.values() for name in method.bases]
+# Over a base in 4 bits: methods that read its weight, and some that do not.
+IN_4_BITS = {"llama_nf4": BaseCase("llama_nf4", lambda: minipeft.quant.quantize_model(BASES["llama"].build()),
+                                   dense=False)}
+CASES += [(METHODS[name], base) for base in IN_4_BITS.values() for name in
+          ("lora", "dora", "adalora", "loha", "lokr", "vera", "ia3", "bitfit", "bottleneck", "prompt", "prefix")]
 
 
 def inputs(rows=3, length=6):

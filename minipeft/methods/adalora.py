@@ -153,6 +153,7 @@ class RankAllocator:
         return {path: score(a.lora_E)[:, 0] + score(a.lora_A).mean(1) + score(a.lora_B).mean(0)
                 for path, a in self.adapters.items()}
 
+    @torch.no_grad()
     def allocate(self, budget):
         """Prune all but the `budget` triplets that matter most, wherever they are."""
         scores = self.importance()
@@ -162,6 +163,7 @@ class RankAllocator:
         self.config.rank_pattern = {f"{path}.lora_E": a.pattern() for path, a in self.adapters.items()}
         self.mask()
 
+    @torch.no_grad()
     def mask(self):
         for adapter in self.adapters.values():
             adapter.lora_E[~torch.tensor(adapter.kept)] = 0

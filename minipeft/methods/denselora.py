@@ -1,0 +1,87 @@
+"""DenseLoRA: layers of one kind share an encoder and a decoder; a layer's own part is one small dense matrix.
+
+    y = W x + s f(D M f(E x)),    E (r, d_in) and D (d_out, r) shared, M (r, r), s = alpha / r, f = GELU
+
+Mu et al. 2025, "DenseLoRA: Dense Low-Rank Adaptation of Large Language Models", arXiv 2505.23808. Layers are of one kind if
+they have the same last name and the same shape: all q_proj, all down_proj. D starts at zero; GELU has slope 1/2 there, so D
+gets a gradient at once, and the others as soon as D has moved. It is written from the paper: its published code, as it was
+released, adds nothing to the base. With f it is no change of a weight, and cannot be merged. Without (activation="linear")
+it is W' = W + s D M E, a LoRA whose outer factors are shared.
+"""
+from dataclasses import dataclass
+from math import sqrt
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import layers
+from ..config import ConfigError, LayerConfig
+from ..slot import LinearDelta
+
+
+@dataclass(kw_only=True)
+class DenseLoraConfig(LayerConfig):
+    """Hugging Face PEFT does not have it. The fields are named as LoRA's."""
+    peft_type: ClassVar[str] = "DENSELORA"
+    r: int = 16
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0                   # on what the encoder reads, in training
+    activation: str = "gelu"                    # "linear": none, and so mergeable
+    init_lora_weights: bool = True              # False: D is random too
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
+            raise ConfigError(f"r = {self.r!r}: a rank is a positive integer")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: a probability in [0, 1) is expected")
+        if self.activation not in ("gelu", "linear"):
+            raise ConfigError(f"unknown activation {self.activation!r}; valid: 'gelu', 'linear'")
+
+    def create_shared(self, bases):
+        return nn.ModuleDict({kind: Pair(d_in, d_out, self) for path, base in bases.items()
+                              for kind, d_in, d_out in [kind_of(base, path)]})
+
+    def create(self, base, path):
+        return DenseLora(kind_of(base, path)[0], self)
+
+
+def kind_of(base, path):
+    """(its name, d_in, d_out): who shares"""
+    d_in, d_out = layers.linear_features(base.module)
+    return f"{path.rpartition('.')[2]}_{d_in}x{d_out}", d_in, d_out
+
+
+class Pair(nn.Module):
+    """What all layers of one kind share."""
+
+    def __init__(self, d_in, d_out, config):
+        super().__init__()
+        self.encoder, self.decoder = nn.Parameter(torch.empty(config.r, d_in)), nn.Parameter(torch.empty(d_out, config.r))
+        for factor in (self.encoder, self.decoder):
+            nn.init.kaiming_uniform_(factor, a=sqrt(5))                     # uniform within 1 / sqrt(columns)
+        if config.init_lora_weights:
+            nn.init.zeros_(self.decoder)
+
+
+class DenseLora(LinearDelta):
+    """x (..., d_in) -> (..., d_out)"""
+
+    def __init__(self, kind, config):
+        super().__init__()
+        self.lora_M = nn.Parameter(torch.empty(config.r, config.r))
+        nn.init.kaiming_uniform_(self.lora_M, a=sqrt(5))
+        self.kind, self.scaling, self.dropout = kind, config.lora_alpha / config.r, config.lora_dropout
+        self.mergeable = config.activation == "linear"
+        self.bend = nn.Identity() if self.mergeable else F.gelu
+
+    def delta(self, base):
+        pair = base.shared[self.kind]
+        return self.scaling * pair.decoder @ self.lora_M @ pair.encoder
+
+    def update(self, base, x):
+        pair = base.shared[self.kind]
+        h = F.linear(self.bend(F.linear(x, pair.encoder)), self.lora_M)     # (..., r)
+        return self.scaling * self.bend(F.linear(h, pair.decoder))
