@@ -118,7 +118,8 @@ def test_olora_on_conv1d_is_olora_on_the_same_linear():
     close(models[0](x), models[1](x))
 
 
-@pytest.mark.parametrize("fields", [{}, dict(use_rslora=True), dict(rank_pattern={".*1.*": 2}, alpha_pattern={".*0.*": 3})],
+@pytest.mark.parametrize("fields", [{}, dict(use_rslora=True),
+                                    dict(rank_pattern={".*1.*": 2}, alpha_pattern={".*0.*": 3})],
                          ids=["plain", "rslora", "patterns"])
 @changing
 @everywhere
