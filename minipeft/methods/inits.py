@@ -42,7 +42,7 @@ def take_out(adapter, base, W, A, B):
 
 def pissa(adapter, base, config):
     W, r = dense(adapter, base), adapter.lora_A.out_features
-    name, _, iterations = config.init_lora_weights.partition("_niter_")
+    _, _, iterations = config.init_lora_weights.partition("_niter_")
     if iterations:
         U, S, V = torch.svd_lowrank(W, r, niter=int(iterations))            # (d_out, r), (r), (d_in, r)
     else:
