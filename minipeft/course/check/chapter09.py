@@ -95,8 +95,8 @@ def normal_codebook(function) -> None:
     for bits in (4, 3, 2):
         got = function(bits)
         need(got is not None, "Your codebook is None: is there a `return` at the end?")
-        got = torch.as_tensor(got).double()
-        n, raw = 2 ** bits, torch.tensor(quantiles(bits), dtype=torch.float64)
+        got = torch.as_tensor(got).float()
+        n, raw = 2 ** bits, torch.tensor(quantiles(bits), dtype=torch.float32)
         right = raw / raw.max()
         need(bool(got.isfinite().all()), "One of your numbers is infinite: the quantile of probability 1 is. That is what "
                                          "the outermost probability, a little below 1, is for.")
@@ -105,15 +105,15 @@ def normal_codebook(function) -> None:
                             "twice, or not at all?)")
         need(bool((got == 0).any()), "Zero is not among your numbers: then a weight that is zero does not stay zero. One of "
                                      "the two sides gives up a number for it.")
-        steps = torch.linspace(-1, 1, n, dtype=torch.float64)
-        half = torch.cat([torch.linspace(-1, 0, n // 2, dtype=torch.float64), torch.linspace(0, 1, n // 2 + 1, dtype=torch.float64)[1:]])
+        steps = torch.linspace(-1, 1, n, dtype=torch.float32)
+        half = torch.cat([torch.linspace(-1, 0, n // 2, dtype=torch.float32), torch.linspace(0, 1, n // 2 + 1, dtype=torch.float32)[1:]])
         mistakes = {
             "Your numbers are the quantiles, but they do not end at 1: divide by the largest.": raw,
             "Your two sides are swapped: NF4 has one number more on the *positive* side.": -right.flip(0),
         }
         need(not (same(got, steps) or same(got, half)), "Your numbers are equally far apart. Equally far apart should be their "
                                                         "*probabilities*: put them through the inverse of the normal distribution.")
-        wide = torch.tensor(quantiles(bits, outermost=1 - 1 / 2 ** (bits + 2)), dtype=torch.float64)
+        wide = torch.tensor(quantiles(bits, outermost=1 - 1 / 2 ** (bits + 2)), dtype=torch.float32)
         need(not same(got, wide / wide.max()), "Your outermost probability is another one: it is the mean of 1 - 1/(2·2^bits) and "
                                                "1 - 1/(2·(2^bits - 1)).")
         compare(got, right, mistakes, "Your codebook")
@@ -191,9 +191,10 @@ def bits_per_weight(function) -> None:
                 "The scales are missing: each block has one, and each weight pays its share of it.": bits,
                 "You charge every weight a whole scale. A block of block_size weights shares it.": bits + 32,
                 "Your share is upside down: block_size / 32 instead of 32 / block_size.": bits + size / 32,
-                "You count a scale as 16 bits; it is kept in 32.": bits + 16 / size,
             }
-            if outer:
+            if outer is None:
+                mistakes["You count a scale as 16 bits; it is kept in 32."] = bits + 16 / size
+            else:
                 mistakes |= {
                     "With double quantisation a scale has 8 bits, not 32.": bits + 32 / size,
                     "The scales of the scales are missing: they cost 32 bits for double_block blocks.": bits + 8 / size,
