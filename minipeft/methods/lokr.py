@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from .. import layers
 from ..config import ConfigError
 from .loha import Lycoris, LycorisConfig
 
@@ -80,5 +81,17 @@ class LoKrConfig(LycorisConfig):
         f = self.decompose_factor
         if isinstance(f, bool) or not isinstance(f, int) or not (f == -1 or f > 0):
             raise ConfigError(f"decompose_factor = {f!r}: a positive integer is expected, or -1 for near the square root")
+        self.strict = True
         if isinstance(self.init_weights, str) and self.init_weights != "lycoris":
             raise ConfigError(f"unknown init_weights {self.init_weights!r}; valid: True, False, 'lycoris'")
+
+    def loaded(self):                           # whatever PEFT made of it is made of it again
+        self.strict = False
+
+    def create(self, base, path):
+        for d in layers.linear_features(base.module) if self.decompose_factor > 0 and self.strict else ():
+            if d % self.decompose_factor:
+                fit = ", ".join(str(f) for f in range(2, d) if d % f == 0)
+                raise ConfigError(f"{path}: decompose_factor = {self.decompose_factor} does not divide its size {d}"
+                                  + (f" ({fit} would)" if fit else ": a prime"))
+        return super().create(base, path)
