@@ -1,6 +1,6 @@
 """`make bench`: how fast, how much memory, against Hugging Face's peft where there is something to compare with.
 
-    python benchmarks/bench.py            # about two minutes; writes benchmarks/results/bench.json and bench.md
+    python benchmarks/bench.py            # about four minutes; writes benchmarks/results/bench.json and bench.md
     python benchmarks/bench.py --full     # larger batches, more rounds
 
 Contestants take turns within one process, round after round, and a ratio is the median of the rounds' ratios: whatever
@@ -10,6 +10,7 @@ processes of their own.
 """
 import argparse
 import copy
+import importlib
 import json
 import statistics
 import subprocess
@@ -21,13 +22,30 @@ import torch
 from common import RESULTS, facts, save
 from tqdm import tqdm
 
-from minipeft import LoraConfig, get_peft_model
+from minipeft import LoraConfig, NotMergeableError, get_peft_model
 from minipeft.lm import GPT, GPTConfig, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
 
 DROPOUT = 0.05
 TARGETS = {"ours": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(), "gpt2": ["c_attn", "c_proj", "c_fc"]}
 TARGETS["llama"] = TARGETS["ours"]
+# By name: the class of configuration, and its fields. Those in RACED are raced against peft's.
+METHODS = {
+    "LoRA": ("LoraConfig", dict(r=8, target_modules=TARGETS["ours"])),
+    "DoRA": ("LoraConfig", dict(r=8, target_modules=TARGETS["ours"], use_dora=True)),
+    "VeRA": ("VeraConfig", dict(r=64, target_modules=TARGETS["ours"])),
+    "LoHa": ("LoHaConfig", dict(r=4, target_modules=TARGETS["ours"])),
+    "LoKr": ("LoKrConfig", dict(r=4, target_modules=TARGETS["ours"])),
+    "(IA)³": ("IA3Config", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "BitFit": ("BitFitConfig", dict(target_modules=TARGETS["ours"], add_bias=True)),
+    "LayerNorm": ("LNTuningConfig", dict(target_modules=["input_layernorm", "post_attention_layernorm", "norm"])),
+    "Houlsby": ("BottleneckConfig", dict(placement="houlsby")),
+    "Pfeiffer": ("BottleneckConfig", dict(placement="pfeiffer")),
+    "parallel adapter": ("BottleneckConfig", dict(placement="parallel")),
+    "prompt": ("PromptTuningConfig", dict(num_virtual_tokens=10, task_type="CAUSAL_LM")),
+    "prefix": ("PrefixTuningConfig", dict(num_virtual_tokens=10, task_type="CAUSAL_LM")),
+}
+RACED = {"(IA)³": "ours", "prompt": "llama", "prefix": "llama"}  # peft's prompts want a model of transformers
 NAMES = {"ours": "our GPT", "gpt2": "Hugging Face GPT-2", "llama": "Hugging Face Llama"}
 
 
@@ -46,8 +64,13 @@ def make(kind, size="full"):
         vocab_size=vocab, hidden_size=d, intermediate_size=2 * d, num_hidden_layers=layers, num_attention_heads=4))
 
 
-def adapt(model, kind, library, dropout=0.0):
-    settings = dict(r=8, lora_alpha=16, target_modules=TARGETS[kind], lora_dropout=dropout)
+def adapt(model, kind, library, what=0.0):
+    """what: the dropout of a LoRA, or the name of another method."""
+    if isinstance(what, str):
+        config, fields = METHODS[what]
+        package = importlib.import_module(library)
+        return package.get_peft_model(model, getattr(package, config)(**fields))
+    settings = dict(r=8, lora_alpha=16, target_modules=TARGETS[kind], lora_dropout=what)
     if library == "minipeft":
         return get_peft_model(model, LoraConfig(**settings))
     import peft
@@ -105,6 +128,34 @@ def steps_against_peft(kind, rounds, batch, length, size="full"):
     yield row(f"chance: peft's step / the same again, {name}", times["twin"], "s", times["peft", 0.0])
 
 
+def methods_against_peft(rounds, batch, length, times=1, size="full"):
+    for name, kind in RACED.items():
+        contestants = {library: stepper(adapt(make(kind, size), kind, library, name), batch, length)
+                       for library in ("peft", "minipeft")}
+        raced = race(contestants, rounds)
+        yield row(f"{name} step / peft's, {NAMES[kind]}", raced["minipeft"], "s", raced["peft"], goal=1.0)
+        yield from memory_of(kind, name, f"{name}, {NAMES[kind]}", batch, length, times, size)
+
+
+def latencies(rounds, size="full"):
+    """A forward pass of every method, not merged and merged, against the base, for one row and for 32."""
+    base, length = make("ours", size).eval(), 8 if size == "tiny" else 32
+    models = {"base": base}
+    for name in METHODS:
+        models[name] = adapt(copy.deepcopy(base), "ours", "minipeft", name).eval()
+        try:
+            models[f"{name}, merged"] = copy.deepcopy(models[name]).merge_and_unload()
+        except NotMergeableError:
+            pass
+    for batch in (1, 2 if size == "tiny" else 32):
+        ids = torch.randint(0, 64, (batch, length))
+        with torch.no_grad():
+            times = race({name: lambda model=model: model(input_ids=ids) for name, model in models.items()}, rounds,
+                         repeat=8 if batch == 1 else 1)
+        for name in list(models)[1:]:
+            yield row(f"forward of {name} / base, {batch} x {length} tokens", times[name], "s", times["base"])
+
+
 def child(code, *arguments):
     """Run a function of this file in a process of its own; its result comes back as JSON."""
     command = (f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; "
@@ -121,12 +172,12 @@ def resident():
     return [int(status[name].split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM")]
 
 
-def peak_memory(kind, library, dropout, batch, length, size):
+def peak_memory(kind, library, what, batch, length, size):
     """In a fresh process: (MB the process held at its peak, MB of that which training added)."""
     import peft  # noqa: F401: in every process, or the comparison would be between the imports
     torch.set_num_threads(1)
-    stepper(adapt(make(kind, "tiny"), kind, library, dropout), 2, 8)()  # what a first step loads is nobody's
-    model = adapt(make(kind, size), kind, library, dropout)
+    stepper(adapt(make(kind, "tiny"), kind, library, what), 2, 8)()  # what a first step loads is nobody's
+    model = adapt(make(kind, size), kind, library, what)
     before, _ = resident()
     step = stepper(model, batch, length)
     for _ in range(2):
@@ -135,9 +186,9 @@ def peak_memory(kind, library, dropout, batch, length, size):
     return peak, peak - before
 
 
-def kept_for_backward(kind, library, dropout, batch, length, size):
+def kept_for_backward(kind, library, what, batch, length, size):
     """MB that the forward pass keeps for the backward pass, weights not counted: exact, the same every time."""
-    model = adapt(make(kind, size), kind, library, dropout).train()
+    model = adapt(make(kind, size), kind, library, what).train()
     weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -150,20 +201,23 @@ def kept_for_backward(kind, library, dropout, batch, length, size):
     return sum(storage.nbytes() for storage in kept.values()) / 1e6
 
 
+def memory_of(kind, what, end, batch, length, times=1, size="full"):
+    held = {library: kept_for_backward(kind, library, what, batch, length, size) for library in ("minipeft", "peft")}
+    yield row(f"kept for backward / peft's, {end}", held["minipeft"], "MB", held["peft"], goal=1.0)
+    if not Path("/proc/self/status").is_file():
+        return  # no Linux: no way to ask
+    peaks = {library: [] for library in held}
+    for _ in range(times):
+        for library in held:
+            peaks[library].append(child("peak_memory", kind, library, what, batch, length, size))
+    for i, measured in enumerate(("peak memory", "memory added by training")):
+        ours, theirs = ([peak[i] for peak in peaks[library]] for library in held)
+        yield row(f"{measured} / peft's, {end}", ours, "MB", theirs, goal=1.0)
+
+
 def memory_against_peft(kind, batch, length, times=1, size="full"):
     for dropout in (0.0, DROPOUT):
-        end = f"{NAMES[kind]}, dropout {dropout}"
-        held = {library: kept_for_backward(kind, library, dropout, batch, length, size) for library in ("minipeft", "peft")}
-        yield row(f"kept for backward / peft's, {end}", held["minipeft"], "MB", held["peft"], goal=1.0)
-        if not Path("/proc/self/status").is_file():
-            continue  # no Linux: no way to ask
-        peaks = {library: [] for library in held}
-        for _ in range(times):
-            for library in held:
-                peaks[library].append(child("peak_memory", kind, library, dropout, batch, length, size))
-        for i, what in enumerate(("peak memory", "memory added by training")):
-            ours, theirs = ([peak[i] for peak in peaks[library]] for library in held)
-            yield row(f"{what} / peft's, {end}", ours, "MB", theirs, goal=1.0)
+        yield from memory_of(kind, dropout, f"{NAMES[kind]}, dropout {dropout}", batch, length, times, size)
 
 
 def small_costs(rounds, size="full"):
@@ -235,6 +289,8 @@ def main(argv=None):
     rounds, batch, length = (2, 2, 8) if given.tiny else (15, 16, 128) if given.full else (7, 4, 64)
     parts = {NAMES[kind]: lambda kind=kind: steps_against_peft(kind, rounds, batch, length, size) for kind in NAMES}
     parts["memory"] = lambda: memory_against_peft("ours", *((2, 8) if given.tiny else (8, 128)), 3 if given.full else 1, size)
+    parts["methods"] = lambda: methods_against_peft(rounds, *((2, 8) if given.tiny else (8, 128)), size=size)
+    parts["latency"] = lambda: latencies(rounds, size)
     parts |= {"small costs": lambda: small_costs(rounds, size), "imports": lambda: imports(5 if given.full else 3)}
     parts["training"] = lambda: training_speed(2 if given.tiny else 60 if given.full else 20)
     rows, progress = [], tqdm(parts.items())

@@ -23,15 +23,22 @@ from tqdm.auto import tqdm
 from minipeft import BottleneckConfig, LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
-STEPS, WARMUP, SEEDS, RATES = 120, 10, (0, 1), (3e-3, 1e-2)
+STEPS, WARMUP, SEEDS, RATES = 100, 10, (0, 1), (1e-2, 3e-2)
+
+
+def lora(r: int, *targets: str) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets))
+
+
 CASES = {                                       # how wide a bottleneck (or how high a rank) -> its configuration
     "LoRA, all linear layers": lambda r: LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"),
-    "LoRA, feed-forward": lambda r: LoraConfig(r=r, lora_alpha=2 * r, target_modules=["gate_proj", "up_proj", "down_proj"]),
-    "Houlsby": lambda r: BottleneckConfig(r=r, placement="houlsby"),
-    "Pfeiffer": lambda r: BottleneckConfig(r=r, placement="pfeiffer"),
-    "after attention": lambda r: BottleneckConfig(r=r, target_modules=["o_proj"]),
-    "parallel": lambda r: BottleneckConfig(r=r, placement="parallel"),
-    "beside attention": lambda r: BottleneckConfig(r=r, placement="parallel", target_modules=["self_attn"]),
+    "LoRA, feed-forward": lambda r: lora(r, "gate_proj", "up_proj", "down_proj"),
+    "LoRA, attention": lambda r: lora(r, "q_proj", "k_proj", "v_proj", "o_proj"),
+    "Houlsby": lambda r: BottleneckConfig(r=r, placement="houlsby", init="mam"),
+    "Pfeiffer": lambda r: BottleneckConfig(r=r, placement="pfeiffer", init="mam"),
+    "after attention": lambda r: BottleneckConfig(r=r, target_modules=["o_proj"], init="mam"),
+    "parallel": lambda r: BottleneckConfig(r=r, placement="parallel", init="mam"),
+    "beside attention": lambda r: BottleneckConfig(r=r, placement="parallel", target_modules=["self_attn"], init="mam"),
 }
 SHAPES = {"1": (1, 24), "32": (32, 24)}         # rows, tokens a row
 

@@ -28,7 +28,7 @@ CASES = {                                       # the configuration (None: full 
     "LoRA, r = 8, all linear": (lambda: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), (3e-3, 1e-2)),
     "full fine-tuning": (None, (1e-3, 3e-3)),
 }
-FEW = ("(IA)³", "BitFit", "LoRA, r = 1, q and v", "LoRA, r = 8, all linear", "full fine-tuning")
+FEW = ("(IA)³", "BitFit", "LoRA, r = 8, all linear", "full fine-tuning")
 
 
 def one_run(job: dict) -> dict:
