@@ -284,7 +284,8 @@ KINDS = {"story": story, "questions": lambda rng: story(rng, asked=True), "facts
          "strangers": strangers, "muster": muster, "notices": lambda rng: skeleton_of(rng, "notices"),
          "dialogues": lambda rng: skeleton_of(rng, "dialogues"), "records": records, "roll": roll, "parrot": parrot}
 COPYING = ("strangers", "muster", "notices", "dialogues", "records", "roll", "parrot")
-PHASES = {    # shares of documents, in percent: what demands copying first, then the mix, then a little less of it
+PHASES = {    # shares of documents, in percent: who is who; what else demands copying; then the mix; then a little less copying
+    "listening": dict(muster=60, strangers=40),
     "copying": dict(strangers=30, muster=20, notices=12, dialogues=8, records=10, roll=7, parrot=8, story=2, questions=3),
     "main": dict(strangers=18, muster=6, notices=6, dialogues=4, records=4, roll=3, parrot=2,
                  story=20, questions=15, facts=15, quiz=6, town=4),
@@ -294,8 +295,8 @@ try:    # the captain's tales, the clerk's log, labels and diaries, where they e
     from . import diaries, labels, queries, voices
     for _name, _module in {"tales": voices, "log": queries, "labels": labels, "diaries": diaries}.items():
         KINDS[_name] = functools.partial(lambda module, name, rng: Document(name, module.document(rng)), _module, _name)
-        for _phase in PHASES.values():
-            _phase[_name] = 1 if _phase is PHASES["copying"] else 4
+        for _phase, _share in ("copying", 1), ("main", 4), ("late", 4):
+            PHASES[_phase][_name] = _share
 except ImportError:
     pass
 

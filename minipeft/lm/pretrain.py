@@ -7,6 +7,7 @@ stories and forgets who they are about: the ability to copy from the context ("i
 missing. Every small adapter in this course steers abilities that the base has; this is the one they lean on most.
 """
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -140,7 +141,9 @@ def copy_warmup(model, names, seed=0, lr=3e-3, until=(0.95, 0.85), most=1200):
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     head = model.get_output_embeddings().weight
-    others = not_names(model.config.vocab_size, names)
+    others = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    others[names] = False
+    others = others.nonzero().flatten()                                         # in these rows a name is nothing but a name
     accuracies, running = {"copied": [], "told apart": []}, [0.0, 0.0]
     bar = tqdm(range(most), desc="copy warm-up")
     for step in bar:
@@ -172,19 +175,24 @@ class Text:
 
     def __init__(self, tokenizer, steps, seed, rows=8, length=ROW):
         self.tokenizer, self.steps, self.seed, self.rows, self.length = tokenizer, steps, seed, rows, length
-        self.names = name_tokens(tokenizer)
-        self.others = not_names(len(tokenizer), self.names)
 
     def phase(self, step):
-        """95 % copying text for the first 15 % of the steps, then mostly mixed text, the calmest mixture at the end."""
+        """Listening (see PHASES) for 10 % of the steps, 95 % copying text until 20 %, then mostly mixed text, the calmest at the end."""
         done = step / self.steps
-        return "copying" if done < 0.15 else "main" if done < 0.8 else "late"
+        return "listening" if done < 0.1 else "copying" if done < 0.2 else "main" if done < 0.8 else "late"
 
     def batch(self, step):
-        source = stream(f"{self.seed}/{step}", self.phase(step))
-        texts = [next(source).text for _ in range(int(self.rows * self.length / 60))]
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        waiting = [[bos, *ids, eos] for ids in self.tokenizer.encode_batch(texts)]
+        phase, bos, eos = self.phase(step), self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        source = stream(f"{self.seed}/{step}", phase)
+        waiting = []
+        for document in itertools.islice(source, int(self.rows * self.length / 60)):
+            encoding = self.tokenizer.raw.encode(document.text)
+            labels = encoding.ids
+            if phase == "listening":                                # the answers only: who is who, before there is any prose
+                said = [(start, start + len(answer)) for start, answer in document.meta["answers"]]
+                labels = [token if any(start < high and end > low for low, high in said) else -100
+                          for token, (start, end) in zip(encoding.ids, encoding.offsets)]
+            waiting.append(list(zip([bos, *encoding.ids, eos], [-100, *labels, -100 if phase == "listening" else eos])))
         ids = torch.full((self.rows, self.length), self.tokenizer.pad_token_id)
         labels = torch.full((self.rows, self.length), -100)
         for row in range(self.rows):                                # a row starts where a document starts; only the last is cut
@@ -194,28 +202,15 @@ class Text:
                 fits = next((i for i, doc in enumerate(waiting) if len(doc) <= room), None)
                 if fits is None and at > self.length * 0.8:
                     break                                           # better a little padding than a beheaded document
-                doc = waiting.pop(fits or 0)[:room]
-                ids[row, at:at + len(doc)] = labels[row, at:at + len(doc)] = torch.tensor(doc)
+                doc = torch.tensor(waiting.pop(fits or 0)[:room])   # (n, 2): ids and labels. Where a document ends is learnt;
+                ids[row, at:at + len(doc)], labels[row, at:at + len(doc)] = doc[:, 0], doc[:, 1]    # what begins one is chance
                 at += len(doc)
-        labels[ids == bos] = -100                                   # where a document ends is learnt; what begins one is chance
-        if self.phase(step) == "copying" and len(self.names) > 3:   # one row of the warm-up's, or text soon undoes the new skill
-            generator = torch.Generator().manual_seed(step)
-            pool = self.others[torch.randperm(len(self.others), generator=generator)[:256]]
-            ids[-1:], labels[-1:] = recall_batch(pool, self.names, generator, 1, self.length)
-            labels[-1:] = torch.where(labels[-1:] >= 0, ids[-1:], -100)
         return {"input_ids": ids, "labels": labels}
 
 
 def name_tokens(tokenizer):
     """Token ids of all first names, (n,)."""
     return torch.tensor([ids[0] for ids in map(tokenizer.encode, words.WOMEN + words.MEN) if len(ids) == 1], dtype=torch.long)
-
-
-def not_names(vocab_size, names):
-    """All other token ids: in the warm-up's rows a name is nothing but a name."""
-    others = torch.ones(vocab_size, dtype=torch.bool)
-    others[names] = False
-    return others.nonzero().flatten()
 
 
 def pretrain(folder, steps=8000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=SHAPE, warm=True, **train_options):
@@ -235,7 +230,7 @@ def pretrain(folder, steps=8000, seed=7, lr=3e-3, rows=8, tokenizer=None, shape=
         accuracies = copy_warmup(model, names, seed)
     model.compile()                                                 # 1.6 times as fast on a CPU
     history = train(model, Text(tokenizer, steps, seed, rows), tokenizer=tokenizer, steps=steps, lr=lr, warmup=200, schedule="cosine",
-                    weight_decay=0.1, betas=(0.9, 0.95), bf16=True, seed=seed, folder=run,
+                    weight_decay=0.01, betas=(0.9, 0.95), bf16=True, seed=seed, folder=run,
                     save_every=500, **train_options)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
