@@ -2,7 +2,7 @@
 
     python benchmarks/chapter05.py --jobs 2        # writes benchmarks/results/chapter05.json
 
-Every run has 80 steps of 8 examples. The file is written as the runs come in; those that are in it already, made on the same base, are
+Every run has 60 steps of 8 examples. The file is written as the runs come in; those that are in it already, made on the same base, are
 not run again, so the script can be stopped and started at will.
 """
 import argparse
@@ -11,6 +11,7 @@ import json
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from tqdm import tqdm
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm.data import Batches
 from minipeft.optim import create_loraplus_optimizer
 
-STEPS, BATCH, WARMUP = 80, 8, 10
-HALF_DECADES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+STEPS, BATCH, WARMUP = 60, 8, 10
+LOW, HIGH = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2], [2e-3, 5e-3, 1e-2, 2e-2]     # what full fine-tuning wants, and LoRA
 TARGETS = {
     "all-linear": "all-linear",
     "q,v": ["q_proj", "v_proj"],
@@ -36,9 +38,9 @@ PLAIN = {"task": "sql", "n": None, "r": 8, "alpha": 16, "rslora": False, "init":
 FULL = {"r": None, "alpha": None, "targets": None}
 CURVES = {"full": FULL, "r = 1": {"r": 1}, "r = 8": {}, "r = 64": {"r": 64},
           "r = 8, rsLoRA": {"rslora": True}, "r = 64, rsLoRA": {"r": 64, "rslora": True}}
-RATES = {name: HALF_DECADES[:5] if name == "full" else HALF_DECADES[1:] for name in CURVES}
 STARTS = {"pissa": {"init": "pissa", "alpha": 8}, "olora": {"init": "olora", "alpha": 8}}   # alpha = r, as their authors
-RANKS, ALPHAS, SIZES = [1, 4, 16, 64], [1, 4, 16, 64], [32, 128, 512, 2400]
+RATES = {name: LOW if name in ("full", *STARTS) else HIGH for name in CURVES | STARTS} | {"r = 64": [*HIGH, 5e-2]}
+RANKS, ALPHAS, SIZES = [1, 8, 64], [2, 16, 128], [32, 256, 2400]
 
 
 def equal_ranks() -> dict:
@@ -55,31 +57,40 @@ def sweeps() -> dict:
     run = lambda **changes: PLAIN | changes
     return {
         "rates": [run(**what, lr=lr) for name, what in CURVES.items() for lr in RATES[name]],
-        "starts": [run(**what, lr=lr) for what in STARTS.values() for lr in HALF_DECADES[:5]],
-        "plus": [run(lr=a, rate_B=None if a == b else b) for a in HALF_DECADES[1:] for b in HALF_DECADES[1:]],
+        "starts": [run(**what, lr=lr) for what in STARTS.values() for lr in LOW],
+        "plus": [run(lr=a, rate_B=None if a == b else b) for a in HIGH for b in HIGH],
         "grid": [run(r=r, alpha=alpha) for r in RANKS for alpha in ALPHAS],
         "data": [run(**what, n=None if n == SIZES[-1] else n, lr=lr) for n in SIZES
-                 for what, rates in ((FULL, (1e-3, 3e-3)), ({}, (3e-3, 1e-2))) for lr in rates],
-        "dropout": [run(n=128, dropout=p) for p in (0.1, 0.3)],
+                 for what, rates in ((FULL, (1e-3, 2e-3)), ({}, (5e-3, 1e-2))) for lr in rates],
+        "dropout": [run(n=256, dropout=p) for p in (0.1, 0.3)],
         "places": [run(task="voice", targets=targets, r=r, alpha=2 * r, lr=lr)
-                   for targets, r in equal_ranks().items() for lr in (3e-3, 1e-2, 3e-2)],
+                   for targets, r in equal_ranks().items() for lr in (5e-3, 1e-2)],
     }
 
 
 def second_seed(runs: list) -> list:
-    """Each curve of `rates` and `starts` at its best rate and that rate's neighbours, once more."""
+    """Each curve of `rates` and `starts` at its best rate, once more."""
     again = []
     for name, what in (CURVES | STARTS).items():
-        rates = RATES.get(name, HALF_DECADES[:5])
-        (losses,) = [[found(runs, **PLAIN | what | {"lr": lr})[0]["valid_loss"] for lr in rates]]
-        best = losses.index(min(losses))
-        again += [PLAIN | what | {"lr": lr, "seed": 1} for lr in rates[max(0, best - 1):best + 2]]
+        tried = [found(runs, **PLAIN | what | {"lr": lr})[0] for lr in RATES[name]]
+        again.append(PLAIN | what | {"lr": min(tried, key=lambda run: run["valid_loss"])["lr"], "seed": 1})
     return again
+
+
+@cache
+def loaded(task: str):
+    return load_data(task)
+
+
+@cache
+def batches(task: str, n, seed: int):
+    """The same batches as `train` makes of examples; made once for many runs."""
+    return Batches(loaded(task).train[:n], load_tokenizer(), BATCH, seed=seed)
 
 
 def one_run(job: dict) -> dict:
     torch.set_num_threads(1)
-    tokenizer, task, model, optimizer = load_tokenizer(), load_data(job["task"]), load_pretrained(), "adamw"
+    tokenizer, task, model, optimizer = load_tokenizer(), loaded(job["task"]), load_pretrained(), "adamw"
     if job["r"]:
         torch.manual_seed(job["seed"])
         model = get_peft_model(model, LoraConfig(
@@ -89,10 +100,10 @@ def one_run(job: dict) -> dict:
         optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=job["lr"], betas=(0.9, 0.999),
                                               loraplus_lr_ratio=job["rate_B"] / job["lr"])
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(model, task.train[:job["n"]], tokenizer=tokenizer, steps=STEPS, batch_size=BATCH, lr=job["lr"],
-                    warmup=WARMUP, optimizer=optimizer, seed=job["seed"], progress=False)
+    history = train(model, batches(job["task"], job["n"], job["seed"]), steps=STEPS, lr=job["lr"], warmup=WARMUP,
+                    optimizer=optimizer, seed=job["seed"], progress=False)
     loss = {split: evaluate(model, tokenizer, task, split=split, limit=limit, generate=False, progress=False)["loss"]
-            for split, limit in (("valid", 128), ("test", 200))}
+            for split, limit in (("valid", 100), ("test", 200))}
     finite = lambda x: round(x, 4) if x < 100 else 100.0      # a run that went off; JSON knows no infinity
     return job | {"parameters": parameters, "valid_loss": finite(loss["valid"]), "test_loss": finite(loss["test"]),
                   "losses": " ".join(f"{loss:.3f}" for loss in history.losses)}
