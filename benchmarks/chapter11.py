@@ -2,9 +2,9 @@
 
     python benchmarks/chapter11.py --jobs 2        # writes benchmarks/results/chapter11.json
 
-Each case trains about as many numbers as a LoRA of rank 4 on all linear layers. The learning rate is chosen by the loss on
-validation questions with seed 0; the chosen one is run with the other seeds too. The file is written as the runs come in;
-those that are in it already are not run again. Latency: forward passes without gradients, contestants taking turns.
+Each case trains about as many numbers as a LoRA of rank 4 on all linear layers. The learning rate is chosen by the
+loss on validation questions with seed 0; the chosen one is run with the other seeds too. The file is written as the runs
+come in; those that are in it already are not run again. Latency: forward passes without gradients, contestants taking turns.
 """
 import argparse
 import copy
@@ -64,7 +64,8 @@ def one_run(job: dict) -> dict:
     valid = evaluate(model, tokenizer, sql, split="valid", generate=False, progress=False)
     test = evaluate(model, tokenizer, sql, split="test", limit=200, progress=False)
     return job | {"parameters": model.get_nb_trainable_parameters()[0], "valid_loss": round(valid["loss"], 4),
-                  "score": round(test[sql.metric], 2), "losses": " ".join(f"{loss:.3f}" for loss in history.losses[:40])}
+                  "score": round(test[sql.metric], 2),
+                  "losses": " ".join(f"{loss:.3f}" for loss in history.losses[:40])}
 
 
 def found(runs: list, **wanted) -> list:
@@ -73,7 +74,8 @@ def found(runs: list, **wanted) -> list:
 
 def weights() -> str:
     """A fingerprint of the base: runs on another one are not kept."""
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in load_pretrained().parameters())).hexdigest()[:12]
+    numbers = b"".join(p.detach().numpy().tobytes() for p in load_pretrained().parameters())
+    return hashlib.sha256(numbers).hexdigest()[:12]
 
 
 def sweep(jobs_of, one_run, seeds, record: dict, out: Path, workers: int) -> list:
@@ -126,8 +128,8 @@ def main():
     budget = trained("LoRA, all linear layers", 4)
     widths = {name: at_budget(name, budget) for name in CASES}
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": STEPS,
-                        "batch_size": 16, "warmup": WARMUP, "seeds": list(SEEDS), "rates": list(RATES), "widths": widths,
-                        "shapes": SHAPES, "latency_ms": latency(widths, given.rounds)}
+                        "batch_size": 16, "warmup": WARMUP, "seeds": list(SEEDS), "rates": list(RATES),
+                        "widths": widths, "shapes": SHAPES, "latency_ms": latency(widths, given.rounds)}
 
     def jobs_of(seed, runs):
         for name, r in widths.items():

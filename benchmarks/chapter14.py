@@ -1,9 +1,9 @@
-"""The longer runs of chapter 14: fusion against one LoRA with as many numbers, and against one adapter, by size of the mix.
+"""The longer runs of chapter 14: fusion against one LoRA with as many numbers, and against one adapter.
 
     python benchmarks/chapter14.py --jobs 2        # writes benchmarks/results/chapter14.json
 
-For each seed three adapters (Pfeiffer's) learn voice, sql and extract. Then a small mix of all three is learnt: by fusion over
-the three (at the better of two rates, by validation loss with seed 0), by a LoRA that trains as many numbers from the
+For each seed three adapters (Pfeiffer's) learn voice, sql and extract. Then a small mix of all three is learnt: by
+fusion over the three (at the better of two rates, by validation loss with seed 0), by a LoRA that trains as many numbers from the
 untouched base, and by one more adapter of the same kind. The file is written as the runs come in.
 """
 import argparse
@@ -67,8 +67,8 @@ def learner(case: str, seed: int):
         return get_peft_model(load_pretrained(), expert())
     shape = load_pretrained().config
     fusion = shape.num_hidden_layers * (3 * shape.hidden_size ** 2 + 2 * shape.hidden_size)
-    one = get_peft_model(load_pretrained(), LoraConfig(r=1, target_modules="all-linear")).get_nb_trainable_parameters()[0]
-    r = round(fusion / one)
+    smallest = get_peft_model(load_pretrained(), LoraConfig(r=1, target_modules="all-linear"))
+    r = round(fusion / smallest.get_nb_trainable_parameters()[0])
     return get_peft_model(load_pretrained(), LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
 
 
@@ -81,7 +81,8 @@ def one_run(job: dict) -> dict:
     tasks = {skill: load_data(skill) for skill in SKILLS}
     valid = [evaluate(model, tokenizer, task, split="valid", limit=60, generate=False, progress=False)["loss"]
              for task in tasks.values()]
-    tests = {skill: evaluate(model, tokenizer, task, split="test", limit=80, progress=False) for skill, task in tasks.items()}
+    tests = {skill: evaluate(model, tokenizer, task, split="test", limit=80, progress=False)
+             for skill, task in tasks.items()}
     return job | {"parameters": model.get_nb_trainable_parameters()[0], "valid_loss": round(sum(valid) / len(valid), 4),
                   "losses": {skill: round(test["loss"], 4) for skill, test in tests.items()},
                   "scores": {skill: round(test[tasks[skill].metric], 2) for skill, test in tests.items()}}

@@ -79,3 +79,13 @@ def test_lora_keeps_no_more_for_backward_than_pefts():
         for dropout in (0.0, bench.DROPOUT):
             ours, theirs = (bench.kept_for_backward(kind, library, dropout, 2, 8, "tiny") for library in ("minipeft", "peft"))
             assert ours <= theirs
+
+
+def test_latency_of_every_method(monkeypatch):
+    monkeypatch.setattr(bench, "METHODS", {name: bench.METHODS[name] for name in ("LoRA", "(IA)³", "parallel adapter")})
+    rows = [*bench.latencies(1, "tiny")]
+    assert len(rows) == 2 * (2 * 2 + 1)                 # two batch sizes; an adapter with a bend is not merged
+    assert all(row["value"] > 0 and row["ratio"] > 0 for row in rows)
+    for name, kind in bench.RACED.items():
+        ours, theirs = (bench.kept_for_backward(kind, library, name, 2, 8, "tiny") for library in ("minipeft", "peft"))
+        assert ours <= 1.001 * theirs

@@ -1,4 +1,4 @@
-"""Chapter 11's checks accept the solution, refuse the blank stub kindly, and name the mistake in what is plausibly wrong."""
+"""Chapter 11's checks accept the solution, refuse the blank stub, and name the mistake in what is plausibly wrong."""
 import pytest
 import torch
 from torch import nn
@@ -79,7 +79,8 @@ def test_layer_solution():
 
 
 @pytest.mark.parametrize("says, answer", [
-    ("That is the sequential adapter: it reads", with_forward(lambda s, x: s.part(x) + s.scaling * s.adapter(s.part(x)))),
+    ("That is the sequential adapter: it reads",
+     with_forward(lambda s, x: s.part(x) + s.scaling * s.adapter(s.part(x)))),
     ("sequential adapter, without the scale", with_forward(lambda s, x: s.part(x) + s.adapter(s.part(x)))),
     ("The scale is missing", with_forward(lambda s, x: s.part(x) + s.adapter(x))),
     ("The whole sum is scaled", with_forward(

@@ -1,4 +1,4 @@
-"""Chapter 13's checks accept the solution, refuse the blank stub kindly, and name the mistake in what is plausibly wrong."""
+"""Chapter 13's checks accept the solution, refuse the blank stub, and name the mistake in what is plausibly wrong."""
 import pytest
 import torch
 

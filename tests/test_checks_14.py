@@ -1,4 +1,4 @@
-"""Chapter 14's checks accept the solution, refuse the blank stub kindly, and name the mistake in what is plausibly wrong."""
+"""Chapter 14's checks accept the solution, refuse the blank stub, and name the mistake in what is plausibly wrong."""
 import pytest
 import torch
 from torch import nn
@@ -88,8 +88,8 @@ def test_module_solution():
 
 
 @pytest.mark.parametrize("says, answer", [
-    ("would be trained too. Freeze", after_init(lambda s, e, d: [expert.requires_grad_(True) for expert in e] and setattr(
-        s, "experts", nn.ModuleList(e)))),
+    ("would be trained too. Freeze", after_init(
+        lambda s, e, d: setattr(s, "experts", nn.ModuleList([expert.requires_grad_(True) for expert in e])))),
     ("saved a second time", after_init(lambda s, e, d: setattr(s, "experts", nn.ModuleList(e)))),
     ("start as the identity", after_init(lambda s, e, d: nn.init.normal_(s.value.weight))),
     ("has no bias", after_init(lambda s, e, d: setattr(s, "value", nn.Linear(d, d)))),

@@ -106,8 +106,8 @@ def matrices(parts: list, title: str, note: str = "") -> None:
 
 
 def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
-    """A drawing of boxes and arrows. places: {label: (x, y, width, colour)}, x and y the middle of a box, a colour of None
-    for words without a box; arrows: [(label, label)] or [(label, label, colour)], from box to box."""
+    """A drawing of boxes and arrows. places: {label: (x, y, width, colour)}, x and y the middle of a box, a colour of
+    None for words without a box; arrows: [(label, label)] or [(label, label, colour)], from box to box."""
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=size)
         ax.set_title(title)

@@ -9,8 +9,8 @@ from .teacher import Wrong, checks, compare, need, same
 
 __all__ = ["adapter_layer", "count_adapters", "fold_linear_adapter", "sequential_adapter"]
 
-SHAPES = ("h is (…, d), W_down (m, d), W_up (d, m): as in nn.Linear the output's size comes first, so h meets W_down as "
-          "h @ W_down.T.")
+SHAPES = ("h is (…, d), W_down (m, d), W_up (d, m): as in nn.Linear the output's size comes first, so h meets W_down "
+          "as h @ W_down.T.")
 
 
 def draw():
@@ -52,10 +52,10 @@ def sequential_adapter(function) -> None:
                                 ".data?): nothing could be learnt.")
 
 
-@checks("The frozen part stays frozen, nothing changes at the start, the adapter reads x beside the part, and the scale "
-        "is on the adapter alone. This is the parallel adapter of He et al.")
+@checks("The frozen part stays frozen, nothing changes at the start, the adapter reads x beside the part, and the "
+        "scale is on the adapter alone. This is the parallel adapter of He et al.")
 def adapter_layer(layer_class) -> None:
-    """layer_class(part, d, m, scaling), an nn.Module with Linears `down` and `up`: part(x) + scaling up(relu(down(x)))."""
+    """layer_class(part, d, m, scaling): an nn.Module with Linears `down` and `up`, part(x) + scaling up(relu(down(x)))"""
     need(isinstance(layer_class, type) and issubclass(layer_class, nn.Module),
          "Give me the class itself, a subclass of nn.Module.")
     for _ in range(2):

@@ -7,8 +7,8 @@ from .teacher import Wrong, checks, compare, need, same
 
 __all__ = ["bias_gradient", "count_ia3", "find_scales", "fold_ia3", "ia3_layer"]
 
-SHAPES = ("W is (d_out, d_in), b is (d_out,), x (…, d_in). l has as many numbers as what it scales: d_out for an output, "
-          "d_in for an input.")
+SHAPES = ("W is (d_out, d_in), b is (d_out,), x (…, d_in). l has as many numbers as what it scales: d_out for an "
+          "output, d_in for an input.")
 
 
 def draw():
@@ -18,8 +18,8 @@ def draw():
     return d_in, d_out, randn(3, 4, d_in), randn(d_out, d_in), randn(d_out)
 
 
-@checks("Outputs of k and v are scaled, bias and all; of the feed-forward's second matrix the input is, and its bias is "
-        "left alone. Gradients reach l.", SHAPES)
+@checks("Outputs of k and v are scaled, bias and all; of the feed-forward's second matrix the input is, and its bias "
+        "is left alone. Gradients reach l.", SHAPES)
 def ia3_layer(function) -> None:
     """function(x, W, b, l, feedforward) -> (..., d_out)."""
     for feedforward in (False, True):
@@ -113,7 +113,7 @@ def find_scales(function) -> None:
 
 @checks("This is what autograd finds: a bias hears from every token alike, and never looks at x.")
 def bias_gradient(function) -> None:
-    """function(grad_y, x) -> the gradient of the bias (d_out,), from grad_y (B, T, d_out) = dLoss/dy and x (B, T, d_in)."""
+    """function(grad_y, x) -> the bias's gradient (d_out,), from grad_y (B, T, d_out) = dLoss/dy and x (B, T, d_in)."""
     B, T = random.choice([2, 3]), random.choice([4, 5])
     d_in, d_out, _, _, _ = draw()
     g, x = (torch.randn(B, T, n, dtype=torch.float64) for n in (d_out, d_in))

@@ -8,8 +8,8 @@ from .teacher import Wrong, checks, compare, need
 
 __all__ = ["count_fusion", "fuse", "fusion_module", "fusion_penalty", "whom_it_hears"]
 
-SHAPES = ("y is (B, T, d), updates (N, B, T, d), weights (d, d) as nn.Linear has them: the query is y @ W_q.T. The softmax "
-          "is over the N experts.")
+SHAPES = ("y is (B, T, d), updates (N, B, T, d), weights (d, d) as nn.Linear has them: the query is y @ W_q.T. The "
+          "softmax is over the N experts.")
 
 
 def draw(*shape):
@@ -31,8 +31,8 @@ def fuse(function) -> None:
         mean = y + (u @ W_v.T).mean(0)
         compare(function(y, u, W_q, W_k, W_v), out(), {
             "The residual is forgotten: the layer's own output y goes on too.": out(residual=0 * y),
-            "You attend over the inputs: keys are made of what the experts *say*, the updates, not of y. With equal keys "
-            "every expert gets the same share.": mean,
+            "You attend over the inputs: keys are made of what the experts *say*, the updates, not of y. With equal "
+            "keys every expert gets the same share.": mean,
             "The values are y + update: take the updates alone, since y is added at the end. (In the keys it would not "
             "matter: y shifts all scores of a token alike.)": out(value=y + u),
             "You divide the scores by √d. AdapterFusion does not scale them.": out(scale=d ** -0.5),
@@ -55,9 +55,9 @@ def one_hot(scores):
     return nn.functional.one_hot(scores.argmax(0), len(scores)).movedim(-1, 0).double()
 
 
-@checks("The experts are frozen and stay outside the count, W_v starts as the identity, and fusion begins near their mean.")
+@checks("The experts are frozen and are not saved again, W_v starts as the identity, and each token makes its choice.")
 def fusion_module(module_class) -> None:
-    """module_class(experts, d), an nn.Module with Linears `query`, `key`, `value`; forward(y): experts give updates of y."""
+    """module_class(experts, d), an nn.Module with Linears `query`, `key`, `value`; experts map y to their update."""
     need(isinstance(module_class, type) and issubclass(module_class, nn.Module),
          "Give me the class itself, a subclass of nn.Module.")
     d, N = random.choice([6, 8]), 3
@@ -68,11 +68,11 @@ def fusion_module(module_class) -> None:
         need(isinstance(getattr(module, name, None), nn.Linear), f"I look for an nn.Linear as self.{name}.")
     trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
     theirs = {id(p) for expert in experts for p in expert.parameters()}
-    need(not theirs & set(trained), "The experts would be trained too. Freeze them: in AdapterFusion's second stage only "
-                                    "query, key and value learn.")
+    need(not theirs & set(trained), "The experts would be trained too. Freeze them: in AdapterFusion only query, key "
+                                    "and value learn.")
     need(not theirs & {id(p) for p in module.parameters()},
-         "The experts are children of your module: frozen, but saved a second time with it. Keep them where PyTorch does "
-         "not register them: in a plain list, not in an nn.ModuleList.")
+         "The experts are children of your module: frozen, but saved a second time with it. Keep them where PyTorch "
+         "does not register them: in a plain list, not in an nn.ModuleList.")
     need(module.value.bias is None, "W_v has no bias: with one, fusion would speak even where no expert does.")
     need(bool((module.value.weight.detach() - torch.eye(d)).abs().max() < 1e-4),
          "W_v must start as the identity, so that the experts' updates arrive unchanged.")
@@ -89,8 +89,8 @@ def fusion_module(module_class) -> None:
         for turn in range(2):
             compare(module(y), right(), {
                 "The residual is forgotten: y goes on too.": right() - y,
-                "You take the plain mean of the experts: the attention is missing, or its keys are made of y, so that all "
-                "are equal.": y + module.value(u).mean(0),
+                "You take the plain mean of the experts: the attention is missing, or its keys are made of y, so that "
+                "all are equal.": y + module.value(u).mean(0),
                 "Only one expert is heard.": y + module.value(u)[0],
             }, "Your output")
             for p in (module.query.weight, module.key.weight, module.value.weight):
@@ -115,7 +115,8 @@ def fusion_penalty(function) -> None:
             "You sum |W_v - 1|: squares are wanted.": strength * off.abs().sum(),
             "The strength is missing.": off.square().sum(),
             "There is a half too much or too little.": strength * off.square().sum() / 2,
-            "You take 1 from every entry: the identity has ones on the diagonal only.": strength * (W - 1).square().sum(),
+            "You take 1 from every entry: the identity has ones on the diagonal only.":
+                strength * (W - 1).square().sum(),
             "You look at the diagonal only.": strength * off.diagonal().square().sum(),
         }, "Your penalty")
 
