@@ -132,7 +132,7 @@ def bias_gradient(function) -> None:
 @checks("The count is right, for Llama-3-8B and for Llama-2-7B too.")
 def count_ia3(function) -> None:
     """function(layers, heads, kv_heads, head_dim, wide) -> int: IA3 on keys, values and the feed-forward's middle."""
-    small = dict(layers=random.choice([3, 5]), heads=6, kv_heads=3, head_dim=random.choice([4, 7]),
+    small = dict(layers=random.choice([3, 5]), heads=12, kv_heads=3, head_dim=random.choice([4, 7]),
                  wide=random.randint(50, 90))
     for shape in (small, dict(layers=32, heads=32, kv_heads=8, head_dim=128, wide=14336),
                   dict(layers=32, heads=32, kv_heads=32, head_dim=128, wide=11008)):
