@@ -354,7 +354,7 @@ def test_prepare_model_for_kbit_training(backend, reentrant):
     expected = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
     for name, p in adapted.named_parameters():
         if p.requires_grad:
-            close(p.grad, expected[name], 1e-5 if backend == "torch" else 1e-3)     # whose backward rounds to 16 bits
+            close(p.grad, expected[name], 1e-5 if backend == "torch" else 3e-3)     # whose backward rounds to 16 bits
             assert p.grad.abs().max() > 0
 
 

@@ -254,7 +254,8 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
         for ours, part in zip(names, [read(key)] if key in packed else _unpack(key, read(key), len(names), config)):
             module, _, attribute = ours.rpartition(".")
             layer = model.get_submodule(module)
-            part = part.to(device or "cpu", None if key in packed else dtype, copy=True).contiguous()
+            rounded = attribute == "weight" and module in chosen        # read where it lies in the file, else copied
+            part = part.to(device or "cpu", None if key in packed else dtype, copy=key in packed or not rounded).contiguous()
             if key in packed:
                 beside = {k.removeprefix(f"{key}."): read(k).to(part.device) for k in where if k.startswith(f"{key}.")}
                 new = Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta",
@@ -264,7 +265,7 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
                 chosen[module](new)
             else:
                 setattr(layer, attribute, nn.Parameter(part))
-                if attribute == "weight" and module in chosen:
+                if rounded:
                     chosen[module](BACKENDS[backend](layer, **options))
     model.tie_weights()
     model.name_or_path = base_name(name)

@@ -207,11 +207,11 @@ def bitsandbytes_layer(layer, quant_type="nf4", block_size=64, double_quant=True
     if weight.device.type == "cpu" and d_in % 64 and d_in % 16 == 0:
         raise ValueError(f"on a CPU, bitsandbytes (0.50) computes wrong weights for {d_in} inputs: a multiple of 16, but not "
                          "of its blocks of 64. Take backend='torch'")
+    q = quantize_4bit(weight, block_size, double_quant, quant_type)      # the same bytes in less time and memory
     new = bitsandbytes.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=compute_dtype, quant_type=quant_type,
                                      compress_statistics=double_quant, device="meta")
-    new.weight = bitsandbytes.nn.Params4bit(weight.detach(), requires_grad=False, quant_type=quant_type,
-                                            compress_statistics=double_quant, module=new).to(weight.device)
-    new.bias = getattr(layer, "bias", None)
+    new.weight = bitsandbytes.nn.Params4bit.from_prequantized(q.packed, to_bitsandbytes(q), device=weight.device, module=new)
+    new.bias, new.support_avx512bf16_for_cpu = getattr(layer, "bias", None), False         # see layers.settle
     return new.train(layer.training)
 
 
