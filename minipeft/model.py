@@ -48,6 +48,9 @@ class Root(Slot):
             return self.base_layer(*args, **kwargs)
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             raise ValueError("adapters around the model have caches of unlike lengths: generate for one at a time")
+        if self.training and layers.checkpoints(self.base_layer):
+            raise ValueError("rows with different adapters around the model cannot be trained with checkpointing, "
+                             "which runs layers again when it is no longer known which rows they saw")
         labels, outputs = kwargs.pop("labels", None), []
         groups, order = rows.split(len(rows.names), (*args, *kwargs.values())[0].device)
         for name, index in groups:

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from .. import layers
 from ..config import ConfigError
 from .virtual import VirtualTokens, VirtualTokensConfig, length, token_ids
 
@@ -86,9 +87,7 @@ def extended(past, pairs, model):
     """The cache, or a new one, with the prefix in it; marked, since there is no text in it yet."""
     transformers = sys.modules.get("transformers")
     if transformers and isinstance(model, transformers.PreTrainedModel):
-        checkpointing = "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else \
-            "is_gradient_checkpointing"                                     # transformers 5 renamed it
-        if model.training and getattr(model, checkpointing):
+        if model.training and layers.checkpoints(model):
             raise ValueError("no prefix with gradient checkpointing: transformers then takes away the cache, and with "
                              "it the prefix. Call gradient_checkpointing_disable(), or use PromptTuningConfig")
         past = transformers.DynamicCache(config=model.config) if past is None else past
