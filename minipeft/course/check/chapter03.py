@@ -89,9 +89,9 @@ def hash_project(function) -> None:
         d = random.randint(3, 6)
         D = random.randint(8 * d, 9 * d)
         index = torch.cat([torch.arange(d), torch.randint(d, (D - d,))])[torch.randperm(D)]
-        sign = torch.randint(2, (D,)).double() * 2 - 1
-        theta = torch.randn(d, dtype=torch.float64, requires_grad=True)
-        count = torch.bincount(index).double()
+        sign = torch.randint(2, (D,)).float() * 2 - 1
+        theta = torch.randn(d, requires_grad=True)
+        count = torch.bincount(index).float()
         value, got = theta.detach(), function(theta, index, sign)
         right = value[index] * sign / count.sqrt()[index]
         need(not (isinstance(got, torch.Tensor) and got.shape == (d,)),
