@@ -41,7 +41,7 @@ class Base:
 
     @property
     def plain(self):
-        """Is nothing below but a linear layer of torch's own, without hooks? Then its weight may be used in its place."""
+        """Is nothing below but a linear layer of torch's own, unhooked? Then its weight may be used in its place."""
         return type(self.below) is nn.Linear and not (self.below._forward_hooks or self.below._forward_pre_hooks)
 
     @property
@@ -122,6 +122,12 @@ class LinearDelta(Adapter):
     def forward(self, base, x):
         y = base(x)
         return (y + self.update(base, self.seen(x, next(self.parameters()).dtype))).to(y.dtype)
+
+    def joins(self, base, x):
+        """Could W + delta be put in the place of W, with the same result? Then one product with x does for both."""
+        same = x.dtype == base.module.weight.dtype == next(self.parameters()).dtype
+        thinned, cast = self.dropout and self.training, torch.is_autocast_enabled(x.device.type)
+        return base.plain and same and not thinned and not cast
 
     def seen(self, x, dtype):
         """x as the update sees it: in the adapter's precision (autocast does that itself), and thinned in training."""

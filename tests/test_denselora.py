@@ -40,7 +40,7 @@ def test_layers_of_one_kind_share_and_others_do_not():
     model = adapted(METHODS["denselora"], BASES["hf_gpt2"])             # two layers are named c_proj there
     model = get_peft_model(model.unload(), DenseLoraConfig(r=2, target_modules=["c_proj", "c_attn"]))
     assert sorted(model.shared["default"]) == ["c_attn_16x48", "c_proj_16x16", "c_proj_64x16"]
-    assert sum(isinstance(m, Pair) for m in model.modules()) == 3 and sum(isinstance(m, DenseLora) for m in model.modules()) == 6
+    assert [sum(isinstance(m, kind) for m in model.modules()) for kind in (Pair, DenseLora)] == [3, 6]
     expected = 2 * (16 + 48) + 2 * (16 + 16) + 2 * (64 + 16) + 6 * 2 * 2
     assert model.get_nb_trainable_parameters()[0] == expected
 
@@ -52,7 +52,8 @@ def test_the_decoder_learns_first():
     for step in range(2):
         optimizer.zero_grad()
         model(**inputs(), labels=inputs()["input_ids"]).loss.backward()
-        grads = {name.rpartition(".")[2]: p.grad.abs().max() > 0 for name, p in model.named_parameters() if p.grad is not None}
+        grads = {name.rpartition(".")[2]: p.grad.abs().max() > 0 for name, p in model.named_parameters()
+                 if p.grad is not None}
         assert grads == {"decoder": True, "encoder": step == 1, "lora_M": step == 1}
         optimizer.step()
 

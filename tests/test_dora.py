@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bases import BASES, METHODS, adapted, close, differ, run, shake
-from minipeft import BitFitConfig, ConfigError, DoraConfig, LoraConfig, PeftConfig, PeftModel, TargetError, get_peft_model
+from minipeft import (BitFitConfig, ConfigError, DoraConfig, LoraConfig, PeftConfig, PeftModel, TargetError,
+                      get_peft_model)
 from minipeft.methods.dora import Dora
 from minipeft.slot import Base, Slot, Switch
 
@@ -85,7 +86,7 @@ def test_dropout_draws_what_peft_draws(name, tmp_path):
 
 
 def test_dora_config_is_lora_config_with_use_dora(tmp_path):
-    for config in (DoraConfig(r=3, target_modules=["q_proj"]), LoraConfig(r=3, use_dora=True, target_modules=["q_proj"])):
+    for config in (DoraConfig(target_modules=["q_proj"]), LoraConfig(use_dora=True, target_modules=["q_proj"])):
         model = get_peft_model(LLAMA.make(), config)
         assert any(isinstance(module, Dora) for module in model.modules())
         model.save_pretrained(tmp_path)

@@ -89,7 +89,8 @@ COUNTS = {
     "vera": ("VeraConfig", dict(r=256), 129_024, lambda i, o: 256 + o),
     "loha": ("LoHaConfig", dict(r=32), 18_350_080, lambda i, o: 2 * 32 * (i + o)),
     "lokr": ("LoKrConfig", dict(r=32, decompose_factor=4), 2_294_656, lambda i, o: 16 + 32 * (i + o) // 4),
-    "adalora": ("AdaLoraConfig", dict(init_r=64, target_r=32, total_step=5000), 18_353_664, lambda i, o: 64 * (i + o + 1)),
+    "adalora": ("AdaLoraConfig", dict(init_r=64, target_r=32, total_step=5000), 18_353_664,
+                lambda i, o: 64 * (i + o + 1)),
 }
 
 

@@ -1,11 +1,12 @@
-"""AdaLoRA: give each matrix the rank that it needs. The change is written like an SVD, and what matters least is pruned.
+"""AdaLoRA: give each matrix the rank that it needs. The change is written like an SVD; what matters least is pruned.
 
     W' = W + s B diag(E) A,    A (r, d_in),  E (r, 1),  B (d_out, r)
 
-Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512. Rows of A and columns
-of B are kept near orthonormal by a penalty, so that the entries of E behave like singular values and one of them can go
-without the others noticing. A triplet is E_i with its row and column. How much it matters is the mean over its entries of
-sensitivity |w dL/dw| times its uncertainty, both smoothed over steps. The budget falls from init_r to target_r, cubically:
+Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512. Rows of A and
+columns of B are kept near orthonormal by a penalty, so that the entries of E behave like singular values and one of
+them can go without the others noticing. A triplet is E_i with its row and column. How much it matters is the mean
+over its entries of sensitivity |w dL/dw| times its uncertainty, both smoothed over steps. The budget falls from
+init_r to target_r, cubically:
 
     b(t) = b_T + (b_0 - b_T) (1 - (t - t_init) / (T - t_final - t_init))^3
 
@@ -50,7 +51,7 @@ class AdaLoraConfig(LoraConfig):
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise ConfigError(f"{name} = {value!r}: a positive integer is expected")
         if self.target_r > self.init_r:
-            raise ConfigError(f"target_r = {self.target_r} is above init_r = {self.init_r}: AdaLoRA only takes ranks away")
+            raise ConfigError(f"target_r = {self.target_r} is above init_r = {self.init_r}: ranks are only taken away")
         if min(self.tinit, self.tfinal) < 0 or self.tinit + self.tfinal >= self.total_step:
             raise ConfigError(f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves none of the total_step = "
                               f"{self.total_step} steps for the budget to fall in")
@@ -91,8 +92,11 @@ class AdaLora(LinearDelta):
     def delta(self, base):
         return self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
 
-    def update(self, base, x):
-        return F.linear(F.linear(x, self.lora_A * self.lora_E), self.lora_B) * self.scaling
+    def forward(self, base, x):
+        y, A, B = base(x), self.lora_A * self.lora_E, self.lora_B
+        h = F.linear(self.seen(x, A.dtype), A).reshape(-1, len(A))          # (..., r)
+        out = torch.addmm(y.to(h.dtype).reshape(-1, len(B)), h, B.T, alpha=self.scaling)
+        return out.view(y.shape).to(y.dtype)
 
     def penalty(self):
         return self.weight * sum(torch.linalg.norm(gram - torch.eye(len(gram)).to(gram))

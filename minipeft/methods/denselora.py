@@ -2,11 +2,11 @@
 
     y = W x + s f(D M f(E x)),    E (r, d_in) and D (d_out, r) shared, M (r, r), s = alpha / r, f = GELU
 
-Mu et al. 2025, "DenseLoRA: Dense Low-Rank Adaptation of Large Language Models", arXiv 2505.23808. Layers are of one kind if
-they have the same last name and the same shape: all q_proj, all down_proj. D starts at zero; GELU has slope 1/2 there, so D
-gets a gradient at once, and the others as soon as D has moved. It is written from the paper: its published code, as it was
-released, adds nothing to the base. With f it is no change of a weight, and cannot be merged. Without (activation="linear")
-it is W' = W + s D M E, a LoRA whose outer factors are shared.
+Mu et al. 2025, "DenseLoRA: Dense Low-Rank Adaptation of Large Language Models", arXiv 2505.23808. Layers are of one
+kind if they have the same last name and the same shape: all q_proj, all down_proj. D starts at zero; GELU has slope
+1/2 there, so D gets a gradient at once, and the others as soon as D has moved. It is written from the paper: its
+published code, as it was released, adds nothing to the base. With f it is no change of a weight, and cannot be
+merged. Without (activation="linear") it is W' = W + s D M E, a LoRA whose outer factors are shared.
 """
 from dataclasses import dataclass
 from math import sqrt
@@ -59,7 +59,8 @@ class Pair(nn.Module):
 
     def __init__(self, d_in, d_out, config):
         super().__init__()
-        self.encoder, self.decoder = nn.Parameter(torch.empty(config.r, d_in)), nn.Parameter(torch.empty(d_out, config.r))
+        self.encoder = nn.Parameter(torch.empty(config.r, d_in))
+        self.decoder = nn.Parameter(torch.empty(d_out, config.r))
         for factor in (self.encoder, self.decoder):
             nn.init.kaiming_uniform_(factor, a=sqrt(5))                     # uniform within 1 / sqrt(columns)
         if config.init_lora_weights:

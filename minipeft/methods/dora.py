@@ -2,10 +2,11 @@
 
     W' = g (W + s B A),    g = m / ||W + s B A||,    one m and one norm for each row, that is for each output
 
-Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353 (equation 5). m starts as ||W||, so that
-training starts from the model as it was. The paper writes its weights (d_in, d_out) and speaks of columns: a column
-there is a row here. To the backward pass the norm is a constant (section 4.3), or it would have to hold matrices of W's
-size. It is computed without forming B A, from what is small: with C = W A^T (d_out, r) and G = A A^T (r, r),
+Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353 (equation 5). m starts as ||W||, so
+that training starts from the model as it was. The paper writes its weights (d_in, d_out) and speaks of columns: a
+column there is a row here. To the backward pass the norm is a constant (section 4.3), or it would have to hold
+matrices of W's size. It is computed without forming B A, from what is small: with C = W A^T (d_out, r) and G = A A^T
+(r, r),
 
     ||W + s B A||^2 = ||W||^2 + 2 s <B, C> + s^2 <B, B G>    row by row
 """
@@ -40,21 +41,27 @@ class Dora(Lora):
     def norm(self, base):
         """||W + s B A|| of each row (d_out,)"""
         W = layers.read_weight(base.frozen)
-        W, A, B = (tensor.to(W.device, self.lora_A.weight.dtype) for tensor in (W, *self.factors))
-        inner = (B * (2 * (W @ A.T) + self.scaling * (B @ (A @ A.T)))).sum(1)
-        return (torch.linalg.vector_norm(W, dim=1).square() + self.scaling * inner).clamp(min=1e-30).sqrt()
+        with torch.autocast("cpu" if W.is_meta else W.device.type, enabled=False):      # in 16 bits it would be rough
+            W, A, B = (tensor.to(W.device, self.lora_A.weight.dtype) for tensor in (W, *self.factors))
+            inner = (B.T * (2 * (A @ W.T) + self.scaling * (A @ A.T) @ B.T)).sum(0)
+            return (torch.linalg.vector_norm(W, dim=1).square() + self.scaling * inner).clamp(min=1e-30).sqrt()
 
     def forward(self, base, x):
-        y, A, B, b = base(x), *self.factors, base.frozen.bias               # b: (W + s B A) x is scaled, the bias not
-        seen, g = self.seen(x, A.dtype), self.lora_magnitude_vector / self.norm(base)
-        if self.dropout and self.training:          # the directions see a thinned x, so W x is needed once more
-            W = layers.read_weight(base.frozen)
-            more = (g - 1) * F.linear(seen, W.to(A.dtype)) + g * self.scaling * F.linear(F.linear(seen, A), B)
+        (A, B), frozen, seen = self.factors, base.frozen, self.seen(x, self.lora_A.weight.dtype)
+        b, g, h = frozen.bias, self.lora_magnitude_vector / self.norm(base), F.linear(seen, A).reshape(-1, len(A))
+        if self.joins(base, x) and frozen is base.module:                   # W x is nobody else's: add to it in place
+            y = F.linear(seen.reshape(-1, A.shape[1]), base.weight)
+            z = y.addmm_(h, B.T, alpha=self.scaling)                        # (W + s B A) x, (N, d_out)
+        elif self.dropout and self.training:        # the directions see a thinned x, so W x is needed once more
+            y, W = base(x), layers.read_weight(frozen).to(A.dtype)
+            more = (g - 1) * F.linear(seen, W) + g * self.scaling * F.linear(h, B).view(y.shape)
             return (y + more).to(y.dtype)
-        h = F.linear(seen, A).reshape(-1, len(A))
-        z = torch.addmm(y.to(h.dtype).reshape(-1, len(B)), h, B.T, alpha=self.scaling)      # (W + s B A) x + b
-        out = g * z if b is None else torch.addcmul((1 - g) * b, g, z)
-        return out.view(y.shape).to(y.dtype)
+        else:
+            y = base(x)
+            z = y.to(h.dtype).reshape(-1, len(B))
+            z = torch.addmm(z if b is None else z - b, h, B.T, alpha=self.scaling)
+        out = g * z if b is None else torch.addcmul(b.to(z.dtype), g, z)    # the magnitude is W's, not the bias's
+        return out.view(*x.shape[:-1], len(B)).to(y.dtype)
 
     def fold(self, base):
         g, b = self.lora_magnitude_vector / self.norm(base), base.frozen.bias

@@ -2,10 +2,10 @@
 
     W' = W + s (B1 A1) * (B2 A2),    A (r, d_in),  B (d_out, r),  s = alpha / r
 
-Hyeon-Woo, Ye-Bin and Oh 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning", arXiv
-2108.06098 (proposition 1); as an adapter: Yeh et al. 2023, "Navigating Text-To-Image Customization", 2309.14859. It has
-twice the parameters of a LoRA of the same r. There is no way to apply it without forming the change; where nothing
-stands between, W joins it, and one product with x does for both.
+Hyeon-Woo, Ye-Bin and Oh 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning",
+arXiv 2108.06098 (proposition 1); as an adapter: Yeh et al. 2023, "Navigating Text-To-Image Customization",
+2309.14859. It has twice the parameters of a LoRA of the same r. There is no way to apply it without forming the
+change; where nothing stands between, W joins it, and one product with x does for both.
 """
 from dataclasses import dataclass, field
 from math import sqrt
@@ -28,7 +28,7 @@ class LycorisConfig(LayerConfig):
     rank_dropout: float = 0.0                   # the share of outputs that get no update, in training
     module_dropout: float = 0.0                 # how often a layer gets no update at all, in training
     use_effective_conv2d: bool = False          # for PEFT: it concerns convolutions, which are not adapted here
-    init_weights: bool = True                   # False: random, so that training does not start from the model as it was
+    init_weights: bool = True                   # False: all random, so that the start is another model
     rank_pattern: dict = field(default_factory=dict)    # {expression for the end of a path: r for such layers}
     alpha_pattern: dict = field(default_factory=dict)   # likewise
 
@@ -110,10 +110,8 @@ class LoHa(Lycoris):
         return self.thinned(F.linear(x, self.delta(base)))
 
     def forward(self, base, x):
-        exact = x.dtype == self.hada_w1_a.dtype and not torch.is_autocast_enabled(x.device.type)
-        if base.plain and exact and base.weight.dtype == x.dtype and not (self.training and self.rank_dropout):
-            if not (self.training and self.module_dropout):
-                return F.linear(x, self.delta(base, base.weight), base.bias)
+        if self.joins(base, x) and not (self.training and (self.rank_dropout or self.module_dropout)):
+            return F.linear(x, self.delta(base, base.weight), base.bias)
         return super().forward(base, x)
 
 

@@ -2,9 +2,9 @@
 
     W' = W + s C (x) D,    C (p, m),  D (q, n),  p q = d_out,  m n = d_in,  s = alpha / r
 
-Edalati et al. 2022, "KronA", arXiv 2212.10650; as LoKr: Yeh et al. 2023, 2309.14859. rank(C (x) D) = rank(C) rank(D), so a
-few hundred numbers can have full rank. C and D are whole, or themselves low-rank products where r is small. The product
-is never formed to apply it: with x read as a matrix X (m, n), (C (x) D) x is C X D^T, read as a vector.
+Edalati et al. 2022, "KronA", arXiv 2212.10650; as LoKr: Yeh et al. 2023, 2309.14859. rank(C (x) D) = rank(C) rank(D),
+so a few hundred numbers can have full rank. C and D are whole, or themselves low-rank products where r is small. The
+product is never formed to apply it: with x read as a matrix X (m, n), (C (x) D) x is C X D^T, read as a vector.
 """
 from dataclasses import dataclass
 from math import isqrt, sqrt
@@ -80,7 +80,7 @@ class LoKrConfig(LycorisConfig):
         super().__post_init__()
         f = self.decompose_factor
         if isinstance(f, bool) or not isinstance(f, int) or not (f == -1 or f > 0):
-            raise ConfigError(f"decompose_factor = {f!r}: a positive integer is expected, or -1 for near the square root")
+            raise ConfigError(f"decompose_factor = {f!r}: expected is a positive integer, or -1: near the square root")
         self.strict = True
         if isinstance(self.init_weights, str) and self.init_weights != "lycoris":
             raise ConfigError(f"unknown init_weights {self.init_weights!r}; valid: True, False, 'lycoris'")

@@ -2,9 +2,10 @@
 
     y = W x + b * (B (d * (A x))),    A (r, d_in) and B (d_out, r) drawn once, d (r), b (d_out)
 
-Kopiczko, Blankevoort and Asano 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454 (equation 2). A and B
-have the sizes of the largest layer; the others use their first columns and rows. b starts at zero, so that training starts
-from the model as it was. A file holds A and B, or (save_projection=False) only the seed that they were drawn with.
+Kopiczko, Blankevoort and Asano 2023, "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454 (equation 2). A
+and B have the sizes of the largest layer; the others use their first columns and rows. b starts at zero, so that
+training starts from the model as it was. A file holds A and B, or (save_projection=False) only the seed that they
+were drawn with.
 """
 from dataclasses import dataclass
 from math import sqrt
@@ -77,9 +78,13 @@ class Vera(LinearDelta):
 
     def delta(self, base):
         A, B = self.projections(base)
-        return (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)
+        return (self.vera_lambda_b[:, None] * B * self.vera_lambda_d) @ A
 
     def forward(self, base, x):
+        r, N = len(self.vera_lambda_d), x.numel() // self.d_in
+        joined, apart = (N + 2 * r) * self.d_in * self.d_out, 2 * N * r * (self.d_in + self.d_out)  # multiplications
+        if joined < apart and self.joins(base, x):
+            return F.linear(x, base.weight + self.delta(base), base.bias)
         y, (A, B) = base(x), self.projections(base)
         h = F.linear(self.seen(x, self.vera_lambda_d.dtype), A)             # (..., r)
         return torch.addcmul(y, self.vera_lambda_b, F.linear(self.vera_lambda_d * h, B)).to(y.dtype)
