@@ -152,8 +152,8 @@ def test_16_bits_with_adapters_in_32(checkpointing):
     m = WAYS["all"](quantize_model(model(tied=False, layers=4, hidden_size=64, intermediate_size=128).bfloat16())).train()
     if checkpointing:
         m.gradient_checkpointing_enable()
-    ledger = memory_ledger(m, 24, 4, measure=True)         # short: on a CPU, attention in 16 bits keeps its scores
-    near(ledger.predicted["activations"], ledger.measured["activations"])
+    ledger = memory_ledger(m, 6, 16, measure=True)
+    near(ledger.predicted["activations"], ledger.measured["activations"], 0.12)
 
 
 COUNTS = {"llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672, "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320,

@@ -151,6 +151,9 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
     positions = config.is_gpt2 and gpt.model.embed_positions.weight.requires_grad
     at = Layers(trained(gpt.model.embed_tokens) or positions, size)
     rotated, per_layer = False, []
+    attention_numbers = heads * h * 2 + groups * h * 2 + heads  # queries and output; keys and values; one sum a head
+    if gpt.dtype == torch.bfloat16 and gpt.device.type == "cpu":  # written out there, see gpt.attend: keys and values
+        attention_numbers = 3 * heads * h + heads * seq_len  # for every head, and the probabilities
     for block in gpt.model.layers:
         before, attention, mlp = at.numbers, block.self_attn, block.mlp
         residual = at.flow
@@ -164,7 +167,7 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
         rotated |= (q or k) and not config.is_gpt2
         at.flow = q or k or v
         if at.flow:
-            at.numbers += heads * h * 2 + groups * h * 2 + heads  # queries and output; keys and values; one sum a head
+            at.numbers += attention_numbers
         at.flow, = at.linear(attention.o_proj, kept=at.flow)
         at.flow = residual = residual or at.flow
         at.norm(block.post_attention_layernorm, d)
