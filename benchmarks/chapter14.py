@@ -2,7 +2,7 @@
 
     python benchmarks/chapter14.py --jobs 2        # writes benchmarks/results/chapter14.json
 
-For each seed three adapters (Pfeiffer's) learn voice, sql and extract. Then a small mix of all three is learnt: by
+For each seed three adapters (Pfeiffer's) learn voice, records and extract. Then a small mix of all three is learnt: by
 fusion over the three, by a LoRA that trains as many numbers from the untouched base, and by one more adapter of the same
 kind; each at one learning rate, from short trials. The file is written as the runs come in.
 """
@@ -19,8 +19,8 @@ from common import RESULTS, facts
 from minipeft import BottleneckConfig, FusionConfig, LoraConfig, PeftModel, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
-SKILLS, WIDTH, EXPERT_STEPS, EXPERT_RATE = ("voice", "sql", "extract"), 32, 120, 1e-2
-STEPS, WARMUP, SEEDS, SIZES = 80, 10, (0, 1), (24, 192)
+SKILLS, WIDTH, EXPERT_STEPS, EXPERT_RATE = ("voice", "records", "extract"), 32, 120, 1e-2
+STEPS, WARMUP, SEEDS, SIZES = 60, 10, (0, 1), (24, 192)
 RATES = {"fusion": 3e-3, "LoRA": 3e-3, "one adapter": 1e-2}
 
 
