@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from minipeft import BottleneckConfig, LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
-STEPS, WARMUP, SEEDS, RATE = 100, 10, (0, 1), 1e-2
+STEPS, WARMUP, SEEDS, RATE = 80, 10, (0, 1), 1e-2
 
 
 def lora(r: int, *targets: str) -> LoraConfig:
@@ -60,8 +60,8 @@ def one_run(job: dict) -> dict:
     model = get_peft_model(load_pretrained(), CASES[job["case"]](job["r"]))
     history = train(model, sql, tokenizer=tokenizer, steps=STEPS, lr=job["lr"], warmup=WARMUP, seed=job["seed"],
                     progress=False)
-    valid = evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)
-    test = evaluate(model, tokenizer, sql, split="test", limit=120, progress=False)
+    valid = evaluate(model, tokenizer, sql, split="valid", limit=64, generate=False, progress=False)
+    test = evaluate(model, tokenizer, sql, split="test", limit=100, progress=False)
     return job | {"parameters": model.get_nb_trainable_parameters()[0], "valid_loss": round(valid["loss"], 4),
                   "score": round(test[sql.metric], 2),
                   "losses": " ".join(f"{loss:.3f}" for loss in history.losses[:40])}
@@ -104,7 +104,7 @@ def latency(widths: dict, rounds: int) -> dict:
     with torch.no_grad():
         for turn in tqdm(range(rounds + 1), desc="latency"):
             for rows, shape in SHAPES.items():
-                ids, repeat = torch.randint(5, 1000, shape), 8 if shape[0] == 1 else 1
+                ids, repeat = torch.randint(5, 1000, shape), 5 if shape[0] == 1 else 1
                 for name in (list(models), list(models)[::-1])[turn % 2]:
                     started = time.process_time()
                     for _ in range(repeat):
@@ -117,7 +117,7 @@ def latency(widths: dict, rounds: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of the latency race")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of the latency race")
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter11.json")
     given = parser.parse_args()
     budget = trained("LoRA, all linear layers", 4)

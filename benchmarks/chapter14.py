@@ -19,7 +19,7 @@ from common import RESULTS, facts
 from minipeft import BottleneckConfig, FusionConfig, LoraConfig, PeftModel, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
-SKILLS, WIDTH, EXPERT_STEPS, EXPERT_RATE = ("voice", "records", "extract"), 32, 120, 1e-2
+SKILLS, WIDTH, EXPERT_STEPS, EXPERT_RATE = ("voice", "records", "extract"), 32, 80, 1e-2
 STEPS, WARMUP, SEEDS, SIZES = 60, 10, (0, 1), (24, 192)
 RATES = {"fusion": 3e-3, "LoRA": 3e-3, "one adapter": 1e-2}
 
@@ -79,9 +79,9 @@ def one_run(job: dict) -> dict:
     train(model, mix(job["examples"]), tokenizer=tokenizer, steps=STEPS, lr=job["lr"], warmup=WARMUP, seed=job["seed"],
           progress=False)
     tasks = {skill: load_data(skill) for skill in SKILLS}
-    valid = [evaluate(model, tokenizer, task, split="valid", limit=60, generate=False, progress=False)["loss"]
+    valid = [evaluate(model, tokenizer, task, split="valid", limit=32, generate=False, progress=False)["loss"]
              for task in tasks.values()]
-    tests = {skill: evaluate(model, tokenizer, task, split="test", limit=60, progress=False)
+    tests = {skill: evaluate(model, tokenizer, task, split="test", limit=40, progress=False)
              for skill, task in tasks.items()}
     return job | {"parameters": model.get_nb_trainable_parameters()[0], "valid_loss": round(sum(valid) / len(valid), 4),
                   "losses": {skill: round(test["loss"], 4) for skill, test in tests.items()},
