@@ -39,7 +39,7 @@ FULL = {"r": None, "alpha": None, "targets": None}
 CURVES = {"full": FULL, "r = 1": {"r": 1}, "r = 8": {}, "r = 64": {"r": 64},
           "r = 64, rsLoRA": {"r": 64, "rslora": True}}
 STARTS = {"pissa": {"init": "pissa", "alpha": 8}, "olora": {"init": "olora", "alpha": 8}}   # alpha = r, as their authors
-RATES = {name: LOW if name in ("full", *STARTS) else HIGH for name in CURVES | STARTS} | {"r = 64": [*HIGH, 5e-2]}
+RATES = {name: HIGH for name in CURVES | STARTS} | {"full": LOW, "r = 64": [*HIGH, 5e-2]}
 RANKS, ALPHAS, SIZES = [1, 8, 64], [2, 16, 128], [32, 256, 2400]
 
 
@@ -57,7 +57,7 @@ def sweeps() -> dict:
     run = lambda **changes: PLAIN | changes
     return {
         "rates": [run(**what, lr=lr) for name, what in CURVES.items() for lr in RATES[name]],
-        "starts": [run(**what, lr=lr) for what in STARTS.values() for lr in LOW],
+        "starts": [run(**what, lr=lr) for what in STARTS.values() for lr in HIGH],
         "plus": [run(lr=a, rate_B=None if a == b else b) for a in HIGH[1:] for b in HIGH[1:]],
         "grid": [run(r=r, alpha=alpha) for r in RANKS for alpha in ALPHAS],
         "data": [run(**what, n=None if n == SIZES[-1] else n, lr=lr) for n in SIZES
