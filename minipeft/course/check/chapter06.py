@@ -1,0 +1,154 @@
+"""Chapter 06, DoRA: its norm, its norm without a large matrix, its layer, and how far a weight has moved."""
+import random
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .teacher import checks, compare, need, same
+
+__all__ = ["dora_forward", "gram_norms", "length_and_direction", "row_norms"]
+
+SHAPES = "W is (d_out, d_in), A is (r, d_in), B is (d_out, r): B @ A has W's shape, and there is one norm an output."
+
+
+def draw():
+    """W, A, B, s with sizes that are all different, so that no slip can hide; double precision."""
+    r, d_in, d_out = random.choice([2, 3]), random.randint(6, 9), random.randint(11, 14)
+    W, A, B = (torch.randn(*shape, dtype=torch.float64) for shape in ((d_out, d_in), (r, d_in), (d_out, r)))
+    return W, A.requires_grad_(), B.requires_grad_(), random.choice([0.7, 1.6, 2.5])
+
+
+def wrong_norms(W, A, B, s) -> dict:
+    """Every norm that people take by mistake."""
+    BA = (B @ A).detach()
+    return {
+        "Your norms are those of the columns, one for each input: DoRA takes the rows, one for each output (dim=1).":
+            (W + s * BA).norm(dim=0),
+        "That is the norm of the whole matrix, one number: there is one for each row.": (W + s * BA).norm(),
+        "Those are squares: the root is missing.": (W + s * BA).norm(dim=1) ** 2,
+        "Those are the norms of W, without the update s B A.": W.norm(dim=1),
+        "The update has lost its scale: it is s B A, not B A.": (W + BA).norm(dim=1),
+        "Those are the norms of the update alone: W is missing.": (s * BA).norm(dim=1),
+        "The term in the middle is missing: (a + b)² has 2 a b.": (W.norm(dim=1) ** 2 + (s * BA).norm(dim=1) ** 2).sqrt(),
+        "The term in the middle lacks its 2: (a + b)² has 2 a b.":
+            (W.norm(dim=1) ** 2 + s * (W * BA).sum(1) + (s * BA).norm(dim=1) ** 2).clamp(min=0).sqrt(),
+        "In the last term the scale is not squared: s² ‖B A‖².":
+            (W.norm(dim=1) ** 2 + 2 * s * (W * BA).sum(1) + s * BA.norm(dim=1) ** 2).clamp(min=0).sqrt(),
+        "Those are sums of absolute values: the norm is the Euclidean one.": (W + s * BA).abs().sum(1),
+    }
+
+
+def right_norms(W, A, B, s):
+    return (W + s * B @ A).detach().norm(dim=1)
+
+
+@checks("One norm for each output, of W and its update together, and a constant to the backward pass.", SHAPES)
+def row_norms(function) -> None:
+    """function(W, A, B, s) -> (d_out,)"""
+    for _ in range(3):
+        W, A, B, s = draw()
+        got = function(W, A, B, s)
+        if isinstance(got, torch.Tensor) and got.dim() == 2 and 1 in got.shape:
+            got = got.flatten()                         # kept dimensions are no mistake
+        compare(got, right_norms(W, A, B, s), wrong_norms(W, A, B, s), "Your norm")
+        need(not got.requires_grad, "The numbers are right, but the norm is part of the graph: it is not detached, so "
+                                    "the backward pass would keep a matrix of W's size (section 2.4).")
+
+
+class Largest(TorchDispatchMode):
+    """Notes every tensor of a shape that operations make."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.made = shape, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel() >= self.shape.numel() \
+                    and tensor.untyped_storage().data_ptr() not in known:
+                self.made.append(str(function))
+        return result
+
+
+@checks("The same norms, and no matrix of W's size was made on the way.", SHAPES)
+def gram_norms(function) -> None:
+    """function(W, A, B, s) -> (d_out,), without tensors of W's size."""
+    for _ in range(3):
+        W, A, B, s = draw()
+        with Largest(W.shape) as largest:
+            got = function(W, A, B, s)
+        if isinstance(got, torch.Tensor) and got.dim() == 2 and 1 in got.shape:
+            got = got.flatten()
+        compare(got, right_norms(W, A, B, s), wrong_norms(W, A, B, s), "Your norm")
+        need(not largest.made, f"The numbers are right, but you make a tensor as large as W (by {largest.made[0] if largest.made else ''}): "
+                               "W @ A.T and A @ A.T are all you need, and vector_norm for W itself.")
+        need(not got.requires_grad, "The numbers are right, but the norm is not detached.")
+
+
+@checks("Scaled outputs, a bias that is not, and gradients in A, B and m as the paper has them. This is DoRA.", SHAPES)
+def dora_forward(function) -> None:
+    """function(x, W, b, A, B, m, s) -> (..., d_out)"""
+    for _ in range(3):
+        W, A, B, s = draw()
+        b, x = torch.randn(len(W), dtype=torch.float64), torch.randn(4, 3, W.shape[1], dtype=torch.float64)
+        m = (W.norm(dim=1) * (1 + 0.3 * torch.rand(len(W), dtype=torch.float64))).requires_grad_()
+        norm, z = right_norms(W, A, B, s), x @ (W + s * B @ A).T
+        right, plain, g = m / norm * z + b, z + b, m / norm
+        mistakes = {
+            "The bias is scaled too: the magnitude belongs to the weight. Scale first, then add b.": g * (z + b),
+            "The bias is missing.": g * z,
+            "That is LoRA: nothing is scaled by m / ‖W + sBA‖.": plain,
+            "You multiply by m, but do not divide by the norm.": m * z + b,
+            "You divide by the norm, but do not multiply by m.": z / norm + b,
+            "The norm is that of W alone: it has to be that of W + s B A, as it is now.": m / W.norm(dim=1) * z + b,
+            "Only W x is scaled: the update s B A x has to be scaled with it.": g * (x @ W.T) + s * x @ A.T @ B.T + b,
+            "Only the update is scaled: W x has to be scaled with it.": x @ W.T + g * (s * x @ A.T @ B.T) + b,
+            "The update has lost its scale s.": m / norm * (x @ (W + B @ A).T) + b,
+            "The knob stands on its head: it is m / norm.": norm / m * z + b,
+        }
+        got = function(x, W, b, A, B, m, s)
+        compare(got, right, mistakes, "Your output")
+        need(got.requires_grad, "The numbers are right, but gradients do not reach A, B and m: only the norm is detached.")
+        weights = torch.randn_like(right)
+        own = torch.autograd.grad((weights * got).sum(), [A, B, m], allow_unused=True)
+        wanted = torch.autograd.grad((weights * right).sum(), [A, B, m])
+        moving = m / (W + s * B @ A).norm(dim=1) * (x @ (W + s * B @ A).T) + b
+        through = torch.autograd.grad((weights * moving).sum(), [A, B])
+        need(all(g is not None for g in own), "The numbers are right, but A, B or m gets no gradient: detach the norm "
+                                              "only, not its parts.")
+        need(not (same(own[0], through[0]) and same(own[1], through[1])),
+             "The outputs are right, but the norm is not detached: the gradient flows through it.")
+        need(all(map(same, own, wanted)), "The outputs are right, and the gradients are not: only the norm is a constant.")
+
+
+@checks("The mean change of length and the mean change of direction, row by row.",
+        "Both weights are (d_out, d_in), and a row is one output.")
+def length_and_direction(function) -> None:
+    """function(new, old) -> (mean change of length, mean of 1 - cosine), over the rows."""
+    for _ in range(3):
+        old, *_ = draw()
+        new = old + 0.5 * torch.randn_like(old)
+        got = function(new, old)
+        need(isinstance(got, tuple | list) and len(got) == 2, "Return two numbers: (ΔM, ΔD).")
+        got = [torch.as_tensor(value, dtype=torch.float64) for value in got]
+        lengths, cosine = (new.norm(dim=1) - old.norm(dim=1)), F.cosine_similarity(new, old, dim=1)
+        down = (new.norm(dim=0) - old.norm(dim=0)), F.cosine_similarity(new, old, dim=0)
+        right = [lengths.abs().mean(), (1 - cosine).mean()]
+        need(not (same(got[0], right[1]) and same(got[1], right[0])), "The two are swapped: first ΔM, then ΔD.")
+        compare(got[0], right[0], {
+            "ΔM is taken over columns: a length belongs to a row, that is to an output.": down[0].abs().mean(),
+            "In ΔM changes up and down cancel: take the absolute value before the mean.": lengths.mean(),
+            "In ΔM the absolute value comes too late, after the mean.": lengths.mean().abs(),
+            "ΔM is the length of the difference, which holds the turn as well: take the difference of the lengths.":
+                (new - old).norm(dim=1).mean(),
+            "ΔM is a sum: it should be a mean over the rows.": lengths.abs().sum(),
+        }, "ΔM")
+        compare(got[1], right[1], {
+            "ΔD is taken over columns: a direction belongs to a row.": (1 - down[1]).mean(),
+            "ΔD is the cosine itself, which is 1 where nothing turned: take 1 - cosine.": cosine.mean(),
+            "ΔD is a sum: it should be a mean over the rows.": (1 - cosine).sum(),
+            "ΔD is a scalar product, not a cosine: divide by both lengths.": (1 - (new * old).sum(1)).mean(),
+        }, "ΔD")

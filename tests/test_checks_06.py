@@ -1,0 +1,103 @@
+"""Chapter 06's checks accept the solution, and name the mistake in what is plausibly wrong."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from judging import accepts, rejects
+from minipeft.course import check
+
+
+def blank(*_):
+    raise NotImplementedError
+
+
+def norms(W, A, B, s):
+    return (W + s * B @ A).detach().norm(dim=1)
+
+
+def gram(W, A, B, s, middle=2, power=2):
+    W, A, B = W.detach(), A.detach(), B.detach()
+    inner = middle * s * (B * (W @ A.T)).sum(1) + s ** power * (B * (B @ (A @ A.T))).sum(1)
+    return (torch.linalg.vector_norm(W, dim=1) ** 2 + inner).clamp(min=0).sqrt()
+
+
+def test_row_norms_solution():
+    accepts(check.row_norms, norms)
+    accepts(check.row_norms, lambda W, A, B, s: (W + s * B @ A).detach().norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("norms are those of the columns", lambda W, A, B, s: (W + s * B @ A).detach().norm(dim=0)),
+    ("not detached", lambda W, A, B, s: (W + s * B @ A).norm(dim=1)),
+    ("the whole matrix", lambda W, A, B, s: (W + s * B @ A).detach().norm()),
+    ("the root is missing", lambda W, A, B, s: (W + s * B @ A).detach().square().sum(1)),
+    ("without the update", lambda W, A, B, s: W.norm(dim=1)),
+    ("lost its scale", lambda W, A, B, s: (W + B @ A).detach().norm(dim=1)),
+    ("Two shapes do not fit", lambda W, A, B, s: (W + s * A @ B).detach().norm(dim=1)),
+])
+def test_row_norms_mistakes(says, answer):
+    rejects(says, check.row_norms, answer)
+
+
+def test_gram_norms_solution():
+    accepts(check.gram_norms, gram)
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("as large as W", norms),
+    ("lacks its 2", lambda W, A, B, s: gram(W, A, B, s, middle=1)),
+    ("not squared", lambda W, A, B, s: gram(W, A, B, s, power=1)),
+    ("middle is missing", lambda W, A, B, s: gram(W, A, B, s, middle=0)),
+    ("as large as W", lambda W, A, B, s: ((W ** 2).sum(1) + gram(W, A, B, s) ** 2 - W.norm(dim=1) ** 2).sqrt()),
+    ("the root is missing", lambda W, A, B, s: gram(W, A, B, s) ** 2),
+])
+def test_gram_norms_mistakes(says, answer):
+    rejects(says, check.gram_norms, answer)
+
+
+def forward(x, W, b, A, B, m, s):
+    return m / norms(W, A, B, s) * (x @ W.T + s * x @ A.T @ B.T) + b
+
+
+def test_dora_forward_solution():
+    accepts(check.dora_forward, forward)
+    accepts(check.dora_forward, lambda x, W, b, A, B, m, s: F.linear(x, (m / norms(W, A, B, s))[:, None] * (W + s * B @ A), b))
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("norm is not detached", lambda x, W, b, A, B, m, s: m / (W + s * B @ A).norm(dim=1) * (x @ (W + s * B @ A).T) + b),
+    ("bias is scaled too", lambda x, W, b, A, B, m, s: m / norms(W, A, B, s) * (x @ (W + s * B @ A).T + b)),
+    ("bias is missing", lambda x, W, b, A, B, m, s: m / norms(W, A, B, s) * (x @ (W + s * B @ A).T)),
+    ("That is LoRA", lambda x, W, b, A, B, m, s: x @ (W + s * B @ A).T + b),
+    ("do not divide", lambda x, W, b, A, B, m, s: m * (x @ (W + s * B @ A).T) + b),
+    ("norm is that of W alone", lambda x, W, b, A, B, m, s: m / W.norm(dim=1) * (x @ (W + s * B @ A).T) + b),
+    ("Only W x is scaled", lambda x, W, b, A, B, m, s: m / norms(W, A, B, s) * (x @ W.T) + s * x @ A.T @ B.T + b),
+    ("gets no gradient", lambda x, W, b, A, B, m, s: m / norms(W, A, B, s) * (x @ (W + s * B @ A).T).detach() + b),
+])
+def test_dora_forward_mistakes(says, answer):
+    rejects(says, check.dora_forward, answer)
+
+
+def moved(new, old, dim=1):
+    return (new.norm(dim=dim) - old.norm(dim=dim)).abs().mean(), (1 - F.cosine_similarity(new, old, dim=dim)).mean()
+
+
+def test_length_and_direction_solution():
+    accepts(check.length_and_direction, moved)
+    accepts(check.length_and_direction, lambda new, old: tuple(value.item() for value in moved(new, old)))
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("over columns", lambda new, old: moved(new, old, 0)),
+    ("two are swapped", lambda new, old: moved(new, old)[::-1]),
+    ("up and down cancel", lambda new, old: ((new.norm(dim=1) - old.norm(dim=1)).mean(), moved(new, old)[1])),
+    ("holds the turn as well", lambda new, old: ((new - old).norm(dim=1).mean(), moved(new, old)[1])),
+    ("cosine itself", lambda new, old: (moved(new, old)[0], F.cosine_similarity(new, old, dim=1).mean())),
+    ("two numbers", lambda new, old: moved(new, old)[0]),
+])
+def test_length_and_direction_mistakes(says, answer):
+    rejects(says, check.length_and_direction, answer)
