@@ -47,7 +47,7 @@ def one_run(job):
     tokenizer, sql, model = load_tokenizer(), load_data("sql"), make(job["way"], job["seed"])
     start = evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
     history = train(model, sql, tokenizer=tokenizer, steps=job["steps"], lr=LR, warmup=WARMUP, seed=job["seed"], progress=False)
-    valid = evaluate(model, tokenizer, sql, split="valid", generate=False, progress=False)["loss"]
+    valid = evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
     test = evaluate(model, tokenizer, sql, split="test", progress=False, limit=job["test"])
     return job | {"start": round(start, 4), "valid_loss": round(valid, 4), "score": round(test[sql.metric], 2),
                   "losses": " ".join(f"{loss:.3f}" for loss in history.losses)}

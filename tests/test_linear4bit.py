@@ -1,8 +1,5 @@
 """4-bit layers, models of them, and adapters over them: against the dense layer with the same weight, and bitsandbytes."""
 import copy
-import subprocess
-import sys
-import warnings
 
 import bitsandbytes
 import peft
@@ -13,8 +10,8 @@ from torch import nn
 
 import bases
 import minipeft
-from bases import BASES, close, differ, inputs, logits, loss_of, run, shake
-from minipeft import LoraConfig, NotMergeableError, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from bases import BASES, METHODS, close, differ, loss_of, run, shake
+from minipeft import LoraConfig, NotMergeableError, get_peft_model, prepare_model_for_kbit_training
 from minipeft.layers import held, read_weight
 from minipeft.quant import (BitsAndBytesConfig, Linear4bit, dequantize_model, dequantize_nf4, quantize_model,
                             quantize_nf4)
@@ -242,6 +239,20 @@ def test_lora_over_4_bits_is_lora_over_the_rounded_weights(name, backend):
             assert parameter.grad.abs().max() > 0
         else:
             assert parameter.grad is None
+
+
+@pytest.mark.parametrize("name", ["dora", "adalora", "loha", "lokr", "vera", "ia3", "bitfit", "bottleneck", "prompt", "prefix"])
+def test_every_adapter_over_both_backends(name):
+    method, base, results = METHODS[name], BASES["llama"], []
+    for backend in BACKENDS:
+        torch.manual_seed(0)
+        model = get_peft_model(quantize_model(make(base.name), backend), method.ours(base))
+        shake(model, step=method.step)
+        loss_of(model).backward()
+        results.append([run(model), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs, 1e-5)
+    differ(results[0][0], run(quantize_model(make(base.name))))
 
 
 def test_peft_gives_the_same_over_our_layers(tmp_path):

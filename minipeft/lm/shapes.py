@@ -27,11 +27,11 @@ SHAPES = {
 }
 
 
-def on_paper(name, dtype=torch.bfloat16):
-    """A GPT of that shape on the meta device: it has sizes, and takes no memory."""
+def on_paper(name, dtype=torch.bfloat16, layers=None):
+    """A GPT of that shape on the meta device: it has sizes, and takes no memory. `layers`: with so many instead."""
     if name not in SHAPES:
         close = difflib.get_close_matches(str(name), SHAPES, n=1)
         raise ValueError(f"unknown shape {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; there are: "
                          + ", ".join(SHAPES))
     with torch.device("meta"):
-        return GPT(GPTConfig(**SHAPES[name])).to(dtype)
+        return GPT(GPTConfig(**SHAPES[name] | ({"num_hidden_layers": layers} if layers else {}))).to(dtype)

@@ -41,7 +41,6 @@ NF4_CODE = torch.tensor([
 FP4_CODE = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
 INT4_CODE = torch.arange(-8, 8) / 7             # equal steps from -7/7 to 7/7; -8/7 is never the nearest
 CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE, "int4": INT4_CODE}
-CHUNK = 1 << 17                                 # numbers at a time on a CPU: what fits into its cache
 
 
 @dataclass
@@ -79,6 +78,11 @@ class QTensor:
         return replace(self, **moved)
 
 
+def _chunk(tensor):
+    """How many numbers at a time: on a CPU what fits into its cache, on a GPU what is no great part of its memory."""
+    return 1 << 17 if tensor.device.type == "cpu" else 1 << 24
+
+
 @cache
 def _dynamic_map(device):
     return dynamic_map().to(device)
@@ -107,7 +111,7 @@ def quantize_4bit(w, block_size=64, double_quant=True, quant_type="nf4"):
     absmax = torch.empty(-(-n // block_size), device=w.device)
     order = code.argsort()
     bounds = ((code[order][1:] + code[order][:-1]) / 2).tolist()
-    step = 2 * max(1, CHUNK // block_size) * block_size if w.device.type == "cpu" else 256 * CHUNK // 64 * block_size
+    step = 2 * max(1, _chunk(w) // 2 // block_size) * block_size         # whole blocks, and whole bytes
     for start in range(0, 0 if w.is_meta else n, step):
         x = flat[start:start + step].float()
         short = -len(x) % block_size            # what the last block lacks
@@ -141,8 +145,8 @@ def dequantize_4bit(q, dtype=None):
     out = torch.empty(2 * len(q.packed), dtype=dtype or q.dtype, device=q.packed.device)
     if not q.packed.is_meta:
         packed, scales = q.packed.view(-1), q.scales()
-        step = max(1, CHUNK // 2 // size) * size if packed.device.type == "cpu" else max(size, len(packed) // size * size)
-        for start in range(0, len(packed), step):           # bytes; each step holds whole blocks
+        step = max(1, _chunk(packed) // 2 // size) * size                # bytes
+        for start in range(0, len(packed), step):
             values = torch.view_as_real(pairs.index_select(0, packed[start:start + step].int())).view(-1)
             into, full = out[2 * start:2 * (start + step)], len(values) // size
             here = scales[2 * start // size:]
