@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import minipeft
-from bases import BASES, close, differ, inputs, run, shake
+from bases import BASES, close, differ, inputs, loss_of, run, shake
 from minipeft import PrefixTuningConfig, PromptTuningConfig, get_peft_model, initialize_kv_prefix_from_text
 from minipeft.lm.gpt import attend
 from test_prompt import Letters
@@ -72,6 +72,20 @@ def test_a_prefix_of_zeros_is_not_nothing(projected):
     model = get_peft_model(BASES["llama"].make(), config)
     assert model.base_model.adapters["default"].embeddings().abs().max() == 0
     differ(run(model), run(BASES["llama"].make()), 1e-2)
+
+
+def test_zeros_stay_alike():
+    """Equal virtual tokens get equal gradients, so n of them do the work of one; in PEFT too."""
+    fields = dict(num_virtual_tokens=4, task_type="CAUSAL_LM", init_weights="zero")
+    for package, config in ((minipeft, PrefixTuningConfig), (peft, peft.PrefixTuningConfig)):
+        model = package.get_peft_model(BASES["hf_llama"].make(), config(**fields))
+        (prefix,) = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam([prefix], lr=0.1)
+        for _ in range(3):
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert prefix.abs().max() > 0.1 and (prefix - prefix[0]).abs().max() < 1e-6
 
 
 def test_positions_go_on_behind_the_prefix():

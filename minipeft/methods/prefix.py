@@ -9,7 +9,7 @@ small network makes them, as in the paper; it is for training only. Without it t
 
 He et al. 2021 (2110.04366, section 3): the output is (1 - g) Attn(q, K, V) + g Attn(q, K_p, V_p), with a gate g that is
 the share of the softmax that falls on the prefix. So no prefix begins as a no-op: also zero keys and values
-(init_weights="zero") take their share.
+(init_weights="zero") take their share. And as they are alike, they stay alike: n of them learn as one.
 """
 import sys
 from dataclasses import dataclass
