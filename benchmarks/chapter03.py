@@ -26,7 +26,8 @@ from minipeft.lm.pretrain import SHAPE, pretrain
 STEPS, WARMUP, QUESTIONS = 40, 10, 128
 DIMENSIONS, SEEDS = [16, 64, 256, 1024, 4096, 16384], (0, 1)
 # For each start, how far a step of Adam goes: rate * sqrt(d). Random weights want longer strides.
-STRIDES = {"pretrained": (2.0, 6.0), "random": (6.0, 20.0), "small": (2.0, 6.0)}
+STRIDES = {"pretrained": (2.0, 6.0), "random": (6.0, 20.0, 60.0), "small": (2.0, 6.0)}
+FULL_STRIDES = (2.0, 6.0)
 SMALL = SHAPE | dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3)
 WAYS = {"hash": dict(projection="hash"), "fastfood": dict(projection="fastfood"),
         "fastfood, structure-aware": dict(projection="fastfood", structure_aware=True)}
@@ -90,7 +91,7 @@ def main():
     runs = json.loads(given.out.read_text(encoding="utf-8"))["runs"] if given.out.exists() else []
     started, record = time.time(), facts()
     record |= {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": given.steps,
-               "batch_size": 16, "warmup": WARMUP, "strides": STRIDES, "seeds": list(given.seeds),
+               "batch_size": 16, "warmup": WARMUP, "strides": STRIDES | {"full": FULL_STRIDES}, "seeds": list(given.seeds),
                "dimensions": given.dimensions, "questions": QUESTIONS}
     if "small" in given.starts:
         record["small base"] = small_base(given.small, given.small_steps)
@@ -99,7 +100,7 @@ def main():
     with ProcessPoolExecutor(given.jobs) as pool:
         for seed in given.seeds:  # the first seed finds the stride, the others repeat it
             jobs = [{"start": start, "way": way, "d": d, "stride": stride, "seed": seed} for start, way, d in cases
-                    for stride in (STRIDES[start] if seed == SEEDS[0] else
+                    for stride in ((STRIDES[start] if d else FULL_STRIDES) if seed == SEEDS[0] else
                                    [chosen(runs, start=start, way=way, d=d)[0]["stride"]])]
             jobs = [job | {"small": given.small, "steps": given.steps} for job in jobs if not found(runs, **job)]
             for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
