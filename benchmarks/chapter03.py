@@ -91,8 +91,8 @@ def main():
     runs = json.loads(given.out.read_text(encoding="utf-8"))["runs"] if given.out.exists() else []
     started, record = time.time(), facts()
     record |= {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": given.steps,
-               "batch_size": 16, "warmup": WARMUP, "strides": STRIDES | {"full": FULL_STRIDES}, "seeds": list(given.seeds),
-               "dimensions": given.dimensions, "questions": QUESTIONS}
+               "batch_size": 16, "warmup": WARMUP, "strides": STRIDES | {"full": FULL_STRIDES},
+               "seeds": list(given.seeds), "dimensions": given.dimensions, "questions": QUESTIONS}
     if "small" in given.starts:
         record["small base"] = small_base(given.small, given.small_steps)
     cases = [(start, "hash", d) for start in given.starts for d in [None, *given.dimensions]]
