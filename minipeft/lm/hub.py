@@ -255,7 +255,8 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
             module, _, attribute = ours.rpartition(".")
             layer = model.get_submodule(module)
             rounded = attribute == "weight" and module in chosen        # read where it lies in the file, else copied
-            part = part.to(device or "cpu", None if key in packed else dtype, copy=key in packed or not rounded).contiguous()
+            part = part.to(device or "cpu", None if key in packed else dtype, copy=key in packed or not rounded)
+            part = part.contiguous()
             if key in packed:
                 beside = {k.removeprefix(f"{key}."): read(k).to(part.device) for k in where if k.startswith(f"{key}.")}
                 new = Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta",
@@ -284,7 +285,8 @@ def save_pretrained(model, folder, tokenizer=None):
     four = {path: module for path, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
     if four and config.is_gpt2:
         raise ValueError("a GPT-2 in 4 bits cannot be saved: its file joins q, k and v into one matrix")
-    shapes_now = shapes(model) | {f"{path}.weight": torch.Size((m.out_features, m.in_features)) for path, m in four.items()}
+    unpacked = {f"{path}.weight": torch.Size((m.out_features, m.in_features)) for path, m in four.items()}
+    shapes_now = shapes(model) | unpacked
     if shapes(plain) != shapes_now:
         odd, _ = min(set(shapes_now.items()) ^ set(shapes(plain).items()))
         raise ValueError(f"this is no longer a plain GPT (look at {odd}): merge_and_unload() its adapters first, "

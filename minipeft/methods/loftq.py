@@ -44,7 +44,8 @@ def loftq(adapter, base, config):
     given = dict(getattr(config.loftq_config, "__dict__", config.loftq_config) or {})
     bits, iterations = given.pop("loftq_bits", 4), given.pop("loftq_iter", 1)
     if given or bits not in (2, 3, 4, 8) or not isinstance(iterations, int) or iterations < 1:
-        raise ConfigError(f"loftq_config={config.loftq_config!r}: expected loftq_bits 2, 3, 4 or 8, and loftq_iter 1 or more")
+        raise ConfigError(f"loftq_config={config.loftq_config!r}: expected loftq_bits 2, 3, 4 or 8, and loftq_iter of 1 "
+                          "or more")
     if not layers.is_dense(base.module):
         torch.nn.init.zeros_(adapter.lora_B.weight)
         if not config.inference_mode:

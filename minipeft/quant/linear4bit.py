@@ -90,7 +90,8 @@ class Linear4bit(nn.Linear):
         return self
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}, double_quant={self.double_quant}"
+        return (f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}, "
+                f"double_quant={self.double_quant}")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -116,7 +117,8 @@ def to_bitsandbytes(q):
     """{name: tensor}: what stands beside the packed weight in bitsandbytes' files. Its facts are JSON, as bytes."""
     facts = {"quant_type": q.quant_type, "blocksize": q.block_size, "dtype": str(q.dtype).removeprefix("torch."),
              "shape": list(q.shape)}
-    tensors, device = {"absmax": q.absmax, "quant_map": CODES[q.quant_type].to(q.absmax.device, copy=True)}, q.absmax.device
+    device = q.absmax.device
+    tensors = {"absmax": q.absmax, "quant_map": CODES[q.quant_type].to(device, copy=True)}
     if q.absmax2 is not None:
         offset = 0.0 if q.offset.is_meta else q.offset.item()
         facts |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
@@ -174,7 +176,8 @@ class BitsAndBytesConfig:
             given = {name: getattr(given, name) for name in cls.__dataclass_fields__ if hasattr(given, name)}
         wrong = given.keys() - cls.__dataclass_fields__.keys() - FOREIGN
         if wrong or given.get("load_in_8bit") or not given.get("load_in_4bit", True):
-            raise ValueError(f"quantization: only 4 bits are supported, with the fields {', '.join(cls.__dataclass_fields__)}")
+            raise ValueError("quantization: only 4 bits are supported, with the fields "
+                             + ", ".join(cls.__dataclass_fields__))
         return cls(**{name: value for name, value in given.items() if name in cls.__dataclass_fields__})
 
     def options(self):
@@ -188,8 +191,9 @@ class BitsAndBytesConfig:
         """What transformers reads in config.json as quantization_config."""
         dtype = str(self.bnb_4bit_compute_dtype or torch.float32).removeprefix("torch.")
         ours = {} if self.block_size == 64 else {"block_size": self.block_size}
-        return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_compute_dtype": dtype,
-                "bnb_4bit_quant_type": self.bnb_4bit_quant_type, "llm_int8_skip_modules": self.llm_int8_skip_modules,
+        return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
+                "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_type": self.bnb_4bit_quant_type, 
+                "llm_int8_skip_modules": self.llm_int8_skip_modules,
                 "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant, "bnb_4bit_quant_storage": "uint8"} | ours
 
 
@@ -205,12 +209,13 @@ def bitsandbytes_layer(layer, quant_type="nf4", block_size=64, double_quant=True
         raise ValueError("bitsandbytes' layers have blocks of 64; other sizes need backend='torch'")
     weight, (d_in, d_out) = layers.read_weight(layer), layers.features(layer)
     if weight.device.type == "cpu" and d_in % 64 and d_in % 16 == 0:
-        raise ValueError(f"on a CPU, bitsandbytes (0.50) computes wrong weights for {d_in} inputs: a multiple of 16, but not "
-                         "of its blocks of 64. Take backend='torch'")
+        raise ValueError(f"on a CPU, bitsandbytes (0.50) computes wrong weights for {d_in} inputs: a multiple of 16, but "
+                         "not of its blocks of 64. Take backend='torch'")
     q = quantize_4bit(weight, block_size, double_quant, quant_type)      # the same bytes in less time and memory
     new = bitsandbytes.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=compute_dtype, quant_type=quant_type,
                                      compress_statistics=double_quant, device="meta")
-    new.weight = bitsandbytes.nn.Params4bit.from_prequantized(q.packed, to_bitsandbytes(q), device=weight.device, module=new)
+    new.weight = bitsandbytes.nn.Params4bit.from_prequantized(q.packed, to_bitsandbytes(q), device=weight.device,
+                                                              module=new)
     new.bias, new.support_avx512bf16_for_cpu = getattr(layer, "bias", None), False         # see layers.settle
     return new.train(layer.training)
 

@@ -1,8 +1,8 @@
 """Optimizers that need less memory: AdamW with its two running means in 8 bits, and AdamW with them in pages.
 
 Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861. Each step: take the means out of
-their 8 bits, do Adam's update in 32, put them back. Blocks keep an outlier's harm local; the dynamic map keeps small numbers
-apart from zero, which the divisor's square root depends on.
+their 8 bits, do Adam's update in 32, put them back. Blocks keep an outlier's harm local; the dynamic map keeps small
+numbers apart from zero, which the divisor's square root depends on.
 """
 import warnings
 
