@@ -192,7 +192,7 @@ class BitsAndBytesConfig:
         dtype = str(self.bnb_4bit_compute_dtype or torch.float32).removeprefix("torch.")
         ours = {} if self.block_size == 64 else {"block_size": self.block_size}
         return {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
-                "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_type": self.bnb_4bit_quant_type, 
+                "bnb_4bit_compute_dtype": dtype, "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
                 "llm_int8_skip_modules": self.llm_int8_skip_modules,
                 "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant, "bnb_4bit_quant_storage": "uint8"} | ours
 
