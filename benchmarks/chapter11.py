@@ -118,18 +118,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of the latency race")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter11.json")
     given = parser.parse_args()
     budget = trained("LoRA, all linear layers", 4)
     widths = {name: at_budget(name, budget) for name in CASES}
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": STEPS,
-                        "batch_size": 16, "warmup": WARMUP, "seeds": list(SEEDS), "rate": RATE,
+                        "batch_size": 16, "warmup": WARMUP, "seeds": list(given.seeds), "rate": RATE,
                         "widths": widths, "shapes": SHAPES, "latency_ms": latency(widths, given.rounds)}
 
     def jobs_of(seed, runs):
         for name, r in widths.items():
             yield {"case": name, "r": r, "lr": RATE, "seed": seed}
-    for run in sweep(jobs_of, one_run, SEEDS, record, given.out, given.jobs):
+    for run in sweep(jobs_of, one_run, given.seeds, record, given.out, given.jobs):
         print(f"{run['case']:26} r {run['r']:3} lr {run['lr']:<6g} seed {run['seed']} {run['parameters']:9,} "
               f"valid {run['valid_loss']:.3f} score {run['score']:.1f}")
 

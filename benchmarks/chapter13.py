@@ -60,12 +60,13 @@ def jobs_of(seed: int, runs: list):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter13.json")
     given = parser.parse_args()
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "steps": STEPS, "batch_size": 16,
-                        "warmup": WARMUP, "seeds": list(SEEDS), "sizes": list(SIZES), "cases": list(CASES),
+                        "warmup": WARMUP, "seeds": list(given.seeds), "sizes": list(SIZES), "cases": list(CASES),
                         "few": list(FEW)}
-    for run in sweep(jobs_of, one_run, SEEDS, record, given.out, given.jobs):
+    for run in sweep(jobs_of, one_run, given.seeds, record, given.out, given.jobs):
         print(f"{run['task']:6} {run['case']:26} {run['examples'] or 'all':>4} lr {run['lr']:<6g} seed {run['seed']} "
               f"{run['parameters']:9,} valid {run['valid_loss']:.3f} score {run['score']:.1f}")
 

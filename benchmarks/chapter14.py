@@ -96,11 +96,12 @@ def jobs_of(seed: int, runs: list):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter14.json")
     given = parser.parse_args()
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "skills": list(SKILLS), "steps": STEPS,
-                        "expert_steps": EXPERT_STEPS, "seeds": list(SEEDS), "sizes": list(SIZES), "cases": list(RATES)}
-    for run in sweep(jobs_of, one_run, SEEDS, record, given.out, given.jobs):
+                        "expert_steps": EXPERT_STEPS, "seeds": list(given.seeds), "sizes": list(SIZES), "cases": list(RATES)}
+    for run in sweep(jobs_of, one_run, given.seeds, record, given.out, given.jobs):
         print(f"{run['case']:12} {run['examples']:4} lr {run['lr']:<6g} seed {run['seed']} {run['parameters']:9,} "
               f"valid {run['valid_loss']:.3f} {run['scores']}")
 
