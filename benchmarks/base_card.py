@@ -21,8 +21,8 @@ ASKED = ["Question: What is Jonas by trade? Answer:", "Mirabel is a cooper. She 
 
 
 def curves(history):
-    """The warm-up in which copying and telling apart appear, and the loss of the text that followed."""
-    figures.curves(history["warmup"], "Warm-up on random tokens: copying appears, and telling apart", "step (2,048 tokens each)",
+    """The warm-up in which copying appears, and the loss of the text that followed."""
+    figures.curves(history["warmup"], "Warm-up on random tokens: " + ", ".join(history["warmup"]), "step (2,048 tokens each)",
                    "accuracy", ylim=(0, 1), save=FOLDER / "warmup.png")
     loss = torch.tensor(history["loss"])
     smooth = loss.unfold(0, 50, 10).mean(1).tolist()
@@ -61,8 +61,8 @@ A Llama-style language model of {parameters:,} parameters that was pretrained on
 ![Warm-up](warmup.png)
 ![Loss](curve.png)
 
-For the first 10 % of the steps only the answers to questions about people are scored: who is who, before there is any prose. Then all of the text
-is, 95 % of it copying until 20 % of the steps, mixed until 80 %, and a little calmer to the end.
+The text is 95 % copying for the first 15 % of the steps, mixed until 80 %, and a little calmer to the end. These weights were made by the commit above;
+`make pretrain` has gone on since (it also teaches telling two people apart), and will replace them when it tells stories as well.
 
 ## What it can do, and what not
 
@@ -71,7 +71,8 @@ Measured by `benchmarks/gates.py` ({gates["date"]}); `tests/test_base.py` measur
 | gate | wanted | measured |
 |---|---|---|
 | copies in context: questions about a stranger introduced just before | 80 % | {gates["copies"]["one"]:g} % |
-| ... two, three, four strangers at once, to be told apart | (no gate) | {gates["copies"]["two"]:g} %, {gates["copies"]["three"]:g} %, {gates["copies"]["four"]:g} % |
+| ... two strangers at once, to be told apart: a fact asked by the name; the name asked by a fact | (no gate) | {gates["copies"]["two, by name"]:g} %; {gates["copies"]["two, for the name"]:g} % |
+| ... two, three, four strangers at once, all questions | (no gate) | {gates["copies"]["two"]:g} %, {gates["copies"]["three"]:g} %, {gates["copies"]["four"]:g} % |
 | recalls the register, each fact in a phrasing never used for that resident | 90 % each | {", ".join(f"{key} {value:g} %" for key, value in gates["recalls"].items())} |
 | ends lost-and-found stories: what is found is what was lost; names and things keep to the story | 80 % each | {gates["tracks"]["found"]:g} % of stories; {gates["tracks"]["mentions"]:g} % of mentions (no slip at all: {gates["tracks"]["whole"]:g} % of stories) |
 | tokens that a task must output and the text never held | none | {len(gates["unseen_outputs"]) or "none"} |

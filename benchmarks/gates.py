@@ -39,11 +39,18 @@ def answers(model, tokenizer, prefixes, wanted):
 def copies(model, tokenizer, documents=150, seed=1):
     """Questions about strangers who were introduced just before, told nowhere else: per cent answered.
 
-    One stranger with several facts is the gate. Two, three and four at once ask for more than copying, for telling people apart."""
+    One stranger with several facts is the gate. Two, three and four at once ask for more than copying, for telling people apart;
+    of two, "by name" are the questions that name the person and ask for a fact, "for the name" those that ask the other way round."""
     rng, result = random.Random(f"gate {seed}"), {}
     for key, count in (("one", 1), ("two", 2), ("three", 3), ("four", 4)):
-        rows = [(doc.text[:start], answer) for doc in (strangers(rng, count) for _ in range(documents)) for start, answer in doc.meta["answers"]]
-        result[key] = share(answers(model, tokenizer, *zip(*rows)))
+        rows = [(doc.text[:start], answer, answer.split()[0] in {person.name for person in doc.meta["people"]})
+                for doc in (strangers(rng, count) for _ in range(documents)) for start, answer in doc.meta["answers"]]
+        prefixes, wanted, named = zip(*rows)
+        right = answers(model, tokenizer, prefixes, wanted)
+        result[key] = share(right)
+        if key == "two":
+            result["two, by name"] = share(hit for hit, name in zip(right, named) if not name)
+            result["two, for the name"] = share(hit for hit, name in zip(right, named) if name)
     return result
 
 
