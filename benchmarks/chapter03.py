@@ -96,7 +96,8 @@ def main():
     if "small" in given.starts:
         record["small base"] = small_base(given.small, given.small_steps)
     cases = [(start, "hash", d) for start in given.starts for d in [None, *given.dimensions]]
-    cases += [("pretrained", way, d) for way in list(WAYS)[1:] for d in given.dimensions if 200 < d < 1000]
+    if "pretrained" in given.starts:
+        cases += [("pretrained", way, d) for way in list(WAYS)[1:] for d in given.dimensions if 200 < d < 1000]
     with ProcessPoolExecutor(given.jobs) as pool:
         for seed in given.seeds:  # the first seed finds the stride, the others repeat it
             jobs = [{"start": start, "way": way, "d": d, "stride": stride, "seed": seed} for start, way, d in cases
