@@ -63,8 +63,8 @@ def sweeps() -> dict:
         "data": [run(**what, n=None if n == SIZES[-1] else n, lr=lr) for n in SIZES
                  for what, rates in ((FULL, (1e-3, 2e-3)), ({}, (5e-3, 1e-2))) for lr in rates],
         "dropout": [run(n=256, dropout=p) for p in (0.1, 0.3)],
-        "places": [run(task="voice", targets=targets, r=r, alpha=2 * r, lr=lr)
-                   for targets, r in equal_ranks().items() for lr in (5e-3, 1e-2)],
+        "places": [run(task="records", targets=targets, r=r, alpha=2 * r, lr=lr)
+                   for targets, r in equal_ranks().items() for lr in (5e-3, 1e-2, 2e-2)],
     }
 
 
