@@ -26,9 +26,9 @@ from minipeft.lm.data import Batches, Example
 from minipeft.lm.evaluate import completion_loss
 from minipeft.lm.pretrain import Text
 
-STEPS, WARMUP, RATES, LORA_RATES = 100, 10, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], [3e-3, 1e-2, 3e-2]
+STEPS, WARMUP, RATES, LORA_RATES = 60, 6, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], [3e-3, 1e-2, 3e-2]
 PULL = 0.02                                     # the leash: the share of the way back after each step, at the peak rate
-LOOKS = (10, 30, 60)                            # steps at which both losses are looked at, besides the first and the last
+LOOKS = (10, 20, 40)                            # steps at which both losses are looked at, besides the first and the last
 
 
 def town_text(documents: int = 50) -> list:

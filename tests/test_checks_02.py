@@ -11,10 +11,10 @@ def stub(*arguments):
     raise NotImplementedError
 
 
-# --------------------------------------------------------------------------------------------------- training_bytes
+# --------------------------------------------------------------------------------------------------- step_bytes
 
-def test_training_bytes_solution():
-    accepts(check.training_bytes, lambda total, trained: 2 * (total - trained) + 16 * trained)
+def test_step_bytes_solution():
+    accepts(check.step_bytes, lambda total, trained: 2 * (total - trained) + 16 * trained)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -31,8 +31,8 @@ def test_training_bytes_solution():
     ("is there a `return`", lambda total, trained: None),
     ("nothing here yet", stub),
 ])
-def test_training_bytes_mistakes(says, answer):
-    rejects(says, check.training_bytes, answer)
+def test_step_bytes_mistakes(says, answer):
+    rejects(says, check.step_bytes, answer)
 
 
 # ------------------------------------------------------------------------------------------------------- adamw_step

@@ -5,13 +5,13 @@ import torch
 
 from .teacher import Wrong, checks, compare, need
 
-__all__ = ["accumulated", "adamw_step", "families", "kept_numbers", "training_bytes"]
+__all__ = ["accumulated", "adamw_step", "families", "kept_numbers", "step_bytes"]
 
 
-# --------------------------------------------------------------------------------------------------- training_bytes
+# --------------------------------------------------------------------------------------------------- step_bytes
 
 @checks("Frozen 2 bytes, trained 16: the bill is right, for 7B with a LoRA too.")
-def training_bytes(function) -> None:
+def step_bytes(function) -> None:
     """function(total, trained) -> bytes: frozen numbers in 16 bits; trained ones, gradient and two means in 32."""
     small = random.randint(1_000, 9_000)
     for total, trained in ((small, small // 4 + 1), (small, small), (6_738_415_616 + 39_976_960, 39_976_960)):
