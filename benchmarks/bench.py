@@ -33,9 +33,11 @@ TARGETS["llama"] = TARGETS["ours"]
 METHODS = {
     "LoRA": ("LoraConfig", dict(r=8, target_modules=TARGETS["ours"])),
     "DoRA": ("LoraConfig", dict(r=8, target_modules=TARGETS["ours"], use_dora=True)),
-    "VeRA": ("VeraConfig", dict(r=64, target_modules=TARGETS["ours"])),
-    "LoHa": ("LoHaConfig", dict(r=4, target_modules=TARGETS["ours"])),
-    "LoKr": ("LoKrConfig", dict(r=4, target_modules=TARGETS["ours"])),
+    "AdaLoRA": ("AdaLoraConfig", dict(init_r=12, target_r=8, total_step=1000, target_modules=TARGETS["ours"])),
+    "VeRA": ("VeraConfig", dict(r=256, target_modules=TARGETS["ours"])),
+    "LoHa": ("LoHaConfig", dict(r=8, target_modules=TARGETS["ours"])),
+    "LoKr": ("LoKrConfig", dict(r=8, target_modules=TARGETS["ours"])),
+    "DenseLoRA": ("DenseLoraConfig", dict(r=16, target_modules=TARGETS["ours"])),
     "(IA)³": ("IA3Config", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "BitFit": ("BitFitConfig", dict(target_modules=TARGETS["ours"], add_bias=True)),
     "LayerNorm": ("LNTuningConfig", dict(target_modules=["input_layernorm", "post_attention_layernorm", "norm"])),
@@ -45,7 +47,8 @@ METHODS = {
     "prompt": ("PromptTuningConfig", dict(num_virtual_tokens=10, task_type="CAUSAL_LM")),
     "prefix": ("PrefixTuningConfig", dict(num_virtual_tokens=10, task_type="CAUSAL_LM")),
 }
-RACED = {"(IA)³": "ours", "prompt": "llama", "prefix": "llama"}  # peft's prompts want a model of transformers
+RACED = {name: ("ours", 0.8) for name in ("DoRA", "LoHa", "LoKr", "VeRA")} | {"AdaLoRA": ("ours", 1.0)}
+RACED |= {"(IA)³": ("ours", 1.0), "prompt": ("llama", 1.0), "prefix": ("llama", 1.0)}  # peft's prompts want transformers
 NAMES = {"ours": "our GPT", "gpt2": "Hugging Face GPT-2", "llama": "Hugging Face Llama"}
 
 
@@ -129,11 +132,15 @@ def steps_against_peft(kind, rounds, batch, length, size="full"):
 
 
 def methods_against_peft(rounds, batch, length, times=1, size="full"):
-    for name, kind in RACED.items():
+    for name, (kind, goal) in RACED.items():
         contestants = {library: stepper(adapt(make(kind, size), kind, library, name), batch, length)
                        for library in ("peft", "minipeft")}
+        if name == "DoRA":
+            contestants["LoRA"] = stepper(adapt(make(kind, size), kind, "minipeft", "LoRA"), batch, length)
         raced = race(contestants, rounds)
-        yield row(f"{name} step / peft's, {NAMES[kind]}", raced["minipeft"], "s", raced["peft"], goal=1.0)
+        yield row(f"{name} step / peft's, {NAMES[kind]}", raced["minipeft"], "s", raced["peft"], goal=goal)
+        if name == "DoRA":
+            yield row(f"DoRA step / our LoRA's, {NAMES[kind]}", raced["minipeft"], "s", raced["LoRA"], goal=1.1)
         yield from memory_of(kind, name, f"{name}, {NAMES[kind]}", batch, length, times, size)
 
 

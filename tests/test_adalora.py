@@ -189,3 +189,24 @@ def test_rank_pattern_before_allocation_is_not_in_the_file(tmp_path):
     model.save_pretrained(tmp_path)
     assert "rank_pattern" not in json.loads((tmp_path / "adapter_config.json").read_text())
     differ(run(model), run(LLAMA.make()))
+
+
+def test_a_matrix_may_lose_all_its_triplets(tmp_path):
+    config = AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["q_proj"])
+    model = shake(get_peft_model(HF.make(), config))
+    allocator = RankAllocator(model)
+    for layer, part in enumerate(allocator.adapters.values()):
+        for parameter in part.parameters():
+            allocator.sensitivity[parameter].fill_(layer + 1)
+            allocator.uncertainty[parameter].uniform_(1, 1.1)
+    allocator.allocate(2)
+    expected = run(model)
+    assert [sum(part.kept) for part in allocator.adapters.values()] == [0, 2]
+    for part in allocator.adapters.values():
+        part.drop_pruned()
+    close(run(model), expected)
+    model.save_pretrained(tmp_path)
+    close(run(PeftModel.from_pretrained(HF.make(), tmp_path)), expected)
+    with pytest.warns(UserWarning):                                     # PEFT loads it, and wonders
+        close(run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path))), expected)
+    close(run(model.merge_and_unload()), expected)

@@ -63,7 +63,8 @@ def forward(x, W, b, A, B, m, s):
 
 def test_dora_forward_solution():
     accepts(check.dora_forward, forward)
-    accepts(check.dora_forward, lambda x, W, b, A, B, m, s: F.linear(x, (m / norms(W, A, B, s))[:, None] * (W + s * B @ A), b))
+    accepts(check.dora_forward, lambda x, W, b, A, B, m, s: F.linear(
+        x, (m / norms(W, A, B, s))[:, None] * (W + s * B @ A), b))
 
 
 @pytest.mark.parametrize("says, answer", [

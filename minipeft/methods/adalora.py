@@ -94,8 +94,9 @@ class AdaLora(LinearDelta):
 
     def forward(self, base, x):
         y, A, B = base(x), self.lora_A * self.lora_E, self.lora_B
-        h = F.linear(self.seen(x, A.dtype), A).reshape(-1, len(A))          # (..., r)
-        out = torch.addmm(y.to(h.dtype).reshape(-1, len(B)), h, B.T, alpha=self.scaling)
+        rows = y.numel() // len(B)                                          # not -1: all triplets may be gone, r = 0
+        h = F.linear(self.seen(x, A.dtype), A).reshape(rows, len(A))
+        out = torch.addmm(y.to(h.dtype).reshape(rows, len(B)), h, B.T, alpha=self.scaling)
         return out.view(y.shape).to(y.dtype)
 
     def penalty(self):
@@ -113,8 +114,9 @@ class AdaLora(LinearDelta):
 
     def drop_pruned(self):
         """Take the pruned triplets out of memory, for good. An optimizer has to be made anew after that."""
+        trained = self.lora_E.requires_grad
         for name, tensor in self.to_file().items():
-            setattr(self, name, nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad))
+            setattr(self, name, nn.Parameter(tensor.detach().clone(), requires_grad=trained))
         self.rows, self.kept = self.pattern(), [True] * len(self.lora_E)
 
 

@@ -30,7 +30,8 @@ def wrong_norms(W, A, B, s) -> dict:
         "Those are the norms of W, without the update s B A.": W.norm(dim=1),
         "The update has lost its scale: it is s B A, not B A.": (W + BA).norm(dim=1),
         "Those are the norms of the update alone: W is missing.": (s * BA).norm(dim=1),
-        "The term in the middle is missing: (a + b)² has 2 a b.": (W.norm(dim=1) ** 2 + (s * BA).norm(dim=1) ** 2).sqrt(),
+        "The term in the middle is missing: (a + b)² has 2 a b.":
+            (W.norm(dim=1) ** 2 + (s * BA).norm(dim=1) ** 2).sqrt(),
         "The term in the middle lacks its 2: (a + b)² has 2 a b.":
             (W.norm(dim=1) ** 2 + s * (W * BA).sum(1) + (s * BA).norm(dim=1) ** 2).clamp(min=0).sqrt(),
         "In the last term the scale is not squared: s² ‖B A‖².":
@@ -83,7 +84,7 @@ def gram_norms(function) -> None:
         if isinstance(got, torch.Tensor) and got.dim() == 2 and 1 in got.shape:
             got = got.flatten()
         compare(got, right_norms(W, A, B, s), wrong_norms(W, A, B, s), "Your norm")
-        need(not largest.made, f"The numbers are right, but you make a tensor as large as W (by {largest.made[0] if largest.made else ''}): "
+        need(not largest.made, f"The numbers are right, but you make a tensor as large as W ({largest.made[:1]}): "
                                "W @ A.T and A @ A.T are all you need, and vector_norm for W itself.")
         need(not got.requires_grad, "The numbers are right, but the norm is not detached.")
 
@@ -111,17 +112,17 @@ def dora_forward(function) -> None:
         }
         got = function(x, W, b, A, B, m, s)
         compare(got, right, mistakes, "Your output")
-        need(got.requires_grad, "The numbers are right, but gradients do not reach A, B and m: only the norm is detached.")
+        need(got.requires_grad, "The numbers are right, but A, B or m gets no gradient: detach the norm only.")
         weights = torch.randn_like(right)
         own = torch.autograd.grad((weights * got).sum(), [A, B, m], allow_unused=True)
         wanted = torch.autograd.grad((weights * right).sum(), [A, B, m])
         moving = m / (W + s * B @ A).norm(dim=1) * (x @ (W + s * B @ A).T) + b
         through = torch.autograd.grad((weights * moving).sum(), [A, B])
         need(all(g is not None for g in own), "The numbers are right, but A, B or m gets no gradient: detach the norm "
-                                              "only, not its parts.")
+                                              "only, and nothing else.")
         need(not (same(own[0], through[0]) and same(own[1], through[1])),
              "The outputs are right, but the norm is not detached: the gradient flows through it.")
-        need(all(map(same, own, wanted)), "The outputs are right, and the gradients are not: only the norm is a constant.")
+        need(all(map(same, own, wanted)), "The outputs are right, the gradients are not: only the norm is a constant.")
 
 
 @checks("The mean change of length and the mean change of direction, row by row.",

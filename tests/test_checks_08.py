@@ -1,0 +1,101 @@
+"""Chapter 08's checks accept the solution, and name the mistake in what is plausibly wrong."""
+import pytest
+import torch
+
+from judging import accepts, rejects
+from minipeft.course import check
+
+
+def blank(*_):
+    raise NotImplementedError
+
+
+def test_loha_delta_solution():
+    accepts(check.loha_delta, lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A1) * (B2 @ A2))
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("α / r is missing", lambda B1, A1, B2, A2, alpha, r: (B1 @ A1) * (B2 @ A2)),
+    ("α is missing", lambda B1, A1, B2, A2, alpha, r: (B1 @ A1) * (B2 @ A2) / r),
+    ("forget to divide by r", lambda B1, A1, B2, A2, alpha, r: alpha * (B1 @ A1) * (B2 @ A2)),
+    ("You add the two products", lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A1 + B2 @ A2)),
+    ("in both products", lambda B1, A1, B2, A2, alpha, r: (alpha / r * B1 @ A1) * (alpha / r * B2 @ A2)),
+    ("crossed", lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A2) * (B2 @ A1)),
+    ("do not get through", lambda B1, A1, B2, A2, alpha, r: alpha / r * ((B1 @ A1) * (B2 @ A2)).detach()),
+    ("is there a `return`", lambda *_: None),
+])
+def test_loha_delta_mistakes(says, answer):
+    rejects(says, check.loha_delta, answer)
+
+
+def lokr(x, C, D):
+    return (C @ x.view(len(x), C.shape[1], D.shape[1]) @ D.T).flatten(1)
+
+
+def test_lokr_apply_solution():
+    accepts(check.lokr_apply, lokr)
+    accepts(check.lokr_apply, lambda x, C, D: torch.einsum(
+        "pm,bmn,qn->bpq", C, x.view(len(x), C.shape[1], D.shape[1]), D).flatten(1))
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("factors are swapped", lambda x, C, D: x @ torch.kron(D, C).T),
+    ("size of C ⊗ D", lambda x, C, D: x @ torch.kron(C, D).T),
+    ("x column by column", lambda x, C, D: (C @ x.view(len(x), D.shape[1], C.shape[1]).mT @ D.T).flatten(1)),
+    ("result column by column", lambda x, C, D: lokr(x, C, D).view(len(x), len(C), len(D)).mT.flatten(1)),
+    ("a matrix for each x", lambda x, C, D: lokr(x, C, D).view(len(x), len(C), len(D))),
+    ("Two shapes do not fit", lambda x, C, D: C @ x @ D.T),
+])
+def test_lokr_apply_mistakes(says, answer):
+    rejects(says, check.lokr_apply, answer)
+
+
+def vera(x, A, B, d, b):
+    return b * ((d * (x @ A[:, :x.shape[1]].detach().T)) @ B[:len(b)].detach().T)
+
+
+def test_vera_forward_solution():
+    accepts(check.vera_forward, vera)
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("A and B are trained too", lambda x, A, B, d, b: b * ((d * (x @ A[:, :x.shape[1]].T)) @ B[:len(b)].T)),
+    ("d is missing", lambda x, A, B, d, b: vera(x, A, B, torch.ones_like(d), b)),
+    ("b is missing", lambda x, A, B, d, b: vera(x, A, B, d, torch.ones_like(b))),
+    ("A's last columns", lambda x, A, B, d, b: vera(x, A[:, -x.shape[1]:], B, d, b)),
+    ("B's last rows", lambda x, A, B, d, b: vera(x, A, B[-len(b):], d, b)),
+    ("no such scale", lambda x, A, B, d, b: vera(x, A, B, d, b) / len(d)),
+    ("Two shapes do not fit", lambda x, A, B, d, b: b * ((d * (x @ A.T)) @ B.T)),
+    ("d and b get no gradient", lambda x, A, B, d, b: vera(x, A, B, d, b).detach()),
+])
+def test_vera_forward_mistakes(says, answer):
+    rejects(says, check.vera_forward, answer)
+
+
+def numbers(shapes, r, **changed):
+    each = lambda count: sum(count(o, i) for _, o, i in shapes)
+    return {"lora": each(lambda o, i: r * (o + i)), "loha": each(lambda o, i: 2 * r * (o + i)),
+            "vera": each(lambda o, i: o + r),
+            "denselora": sum(r * (o + i) for _, o, i in set(shapes)) + r * r * len(shapes)} | changed
+
+
+def test_trainable_numbers_solution():
+    accepts(check.trainable_numbers, numbers)
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("twice a LoRA", lambda s, r: numbers(s, r, loha=numbers(s, r)["lora"])),
+    ("frozen, and not trained", lambda s, r: numbers(s, r, vera=numbers(s, r)["vera"] + numbers(s, r)["lora"])),
+    ("count them once", lambda s, r: numbers(s, r, denselora=numbers(s, r)["lora"] + r * r * len(s))),
+    ("matrices are missing", lambda s, r: numbers(s, r, denselora=numbers(s, r)["denselora"] - r * r * len(s))),
+    ("you count d_in", lambda s, r: numbers(s, r, vera=sum(i + r for _, o, i in s))),
+    ("is not shared", lambda s, r: numbers(s, r, denselora=numbers(s, r)["denselora"] - r * r * (len(s) - 3))),
+    ("a dictionary", lambda s, r: 5),
+    ("no entry vera", lambda s, r: {"lora": 1, "loha": 2, "denselora": 3}),
+])
+def test_trainable_numbers_mistakes(says, answer):
+    rejects(says, check.trainable_numbers, answer)
