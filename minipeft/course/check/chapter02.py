@@ -168,7 +168,7 @@ REASONS = {
     "BitFit": "it trains biases that are there already.",
     "prompt tuning": "it puts new vectors before the input; no weight changes, and no change of weights does the same.",
     "prefix tuning": "it puts new keys and values into every layer; no weight changes.",
-    "bottleneck adapter": "it puts small networks between the layers; with a nonlinearity inside, no matrix does the same.",
+    "bottleneck adapter": "it puts small networks into the blocks; with a nonlinearity inside, no matrix does the same.",
     "random subspace": "few numbers φ make a change Pφ of all the old weights.",
     "last block only": "it trains old numbers, and freezes the others.",
     "QLoRA": "it is LoRA; that the frozen base is stored in 4 bits changes nothing about what is trained.",
