@@ -26,7 +26,7 @@ CASES = {                                       # the configuration (None: full 
     "BitFit": (BitFitConfig, (3e-2, 3e-2)),
     "LoRA, r = 1, q and v": (lambda: LoraConfig(r=1, lora_alpha=2, target_modules=["q_proj", "v_proj"]), (6e-2, 6e-2)),
     "LoRA, r = 8, all linear": (lambda: LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), (3e-3, 1e-2)),
-    "full fine-tuning": (None, (3e-3, 1e-3)),
+    "full fine-tuning": (None, (1e-3, 1e-3)),
 }
 FEW = ("(IA)³", "LoRA, r = 8, all linear", "full fine-tuning")
 
