@@ -24,7 +24,7 @@ from minipeft.lm.data import Batches
 from minipeft.optim import create_loraplus_optimizer
 
 STEPS, BATCH, WARMUP = 60, 8, 10
-LOW, HIGH = [1e-3, 2e-3, 5e-3, 1e-2], [2e-3, 5e-3, 1e-2, 2e-2]     # what full fine-tuning wants, and LoRA
+LOW, HIGH = [1e-3, 2e-3, 5e-3, 1e-2], [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]     # what full fine-tuning wants, and LoRA
 TARGETS = {
     "all-linear": "all-linear",
     "q,v": ["q_proj", "v_proj"],
@@ -39,7 +39,7 @@ FULL = {"r": None, "alpha": None, "targets": None}
 CURVES = {"full": FULL, "r = 1": {"r": 1}, "r = 8": {}, "r = 64": {"r": 64},
           "r = 64, rsLoRA": {"r": 64, "rslora": True}}
 STARTS = {"pissa": {"init": "pissa", "alpha": 8}, "olora": {"init": "olora", "alpha": 8}}   # alpha = r, as their authors
-RATES = {name: HIGH for name in CURVES | STARTS} | {"full": LOW, "r = 64": [*HIGH, 5e-2]}
+RATES = {name: HIGH for name in CURVES | STARTS} | {"full": LOW, "r = 64, rsLoRA": HIGH[:4]}
 RANKS, ALPHAS, SIZES = [1, 8, 64], [2, 16, 128], [32, 256, 2400]
 
 
@@ -58,7 +58,7 @@ def sweeps() -> dict:
     return {
         "rates": [run(**what, lr=lr) for name, what in CURVES.items() for lr in RATES[name]],
         "starts": [run(**what, lr=lr) for what in STARTS.values() for lr in HIGH],
-        "plus": [run(lr=a, rate_B=None if a == b else b) for a in HIGH[1:] for b in HIGH[1:]],
+        "plus": [run(lr=a, rate_B=None if a == b else b) for a in HIGH[1:4] for b in HIGH[1:4]],
         "grid": [run(r=r, alpha=alpha) for r in RANKS for alpha in ALPHAS],
         "data": [run(**what, n=None if n == SIZES[-1] else n, lr=lr) for n in SIZES
                  for what, rates in ((FULL, (1e-3, 2e-3)), ({}, (5e-3, 1e-2))) for lr in rates],
