@@ -119,3 +119,8 @@ def test_progress_bars_are_text_even_where_widgets_are_installed(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(bar)]), path)
     notebook.run(path)
     assert [output.text for output in nbformat.read(path, as_version=4).cells[0].outputs] == ["3\n"]
+
+
+def test_no_two_chapters_have_a_check_of_the_same_name():
+    from minipeft.course import check
+    assert len(check.__all__) == len(set(check.__all__)), "the later one would hide the earlier"
