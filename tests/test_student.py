@@ -74,6 +74,20 @@ def test_it_finds_its_files_wherever_it_lies(path, tmp_path):
                 assert (folder / target).is_file() or target.endswith(".ipynb"), target
 
 
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_the_exercises_can_be_worked_after_the_first_cell(path):
+    """The stubs of the student's edition are refused, the solutions in their place accepted."""
+    full = read(path)
+    scope, mine = {}, exercises(student_edition(full))
+    exec(next(cell.source for cell in full.cells if cell.cell_type == "code"), scope)
+    for name, cells in exercises(full).items():
+        call = re.search(r"check\.\w+\(.*\)", mine[name]["check"].source)[0]
+        for source, right in ((mine[name]["stub"].source, False), (SOLUTION.search(cells["solution"].source)[1], True)):
+            exec(source, scope)
+            verdict = eval(call, scope)
+            assert bool(verdict) == right, (name, str(verdict))
+
+
 def test_stubs_say_what_to_do_when_they_are_called():
     stub = exercises(student_edition(read(LORA)))["lora_delta"]["stub"].source
     scope = {}
