@@ -90,3 +90,12 @@ def test_latency_of_every_method(monkeypatch):
     for name, kind in bench.RACED.items():
         ours, theirs = (bench.kept_for_backward(kind, library, name, 2, 8, "tiny") for library in ("minipeft", "peft"))
         assert ours <= 1.001 * theirs
+
+
+def test_chapter05s_record_holds_every_run_of_its_plan():
+    import chapter05
+    runs = json.loads((common.RESULTS / "chapter05.json").read_text(encoding="utf-8"))["runs"]
+    jobs = [job for jobs in chapter05.sweeps().values() for job in jobs]
+    jobs += chapter05.second_seed(runs)
+    assert all(len(chapter05.found(runs, **job)) == 1 for job in jobs)
+    assert len(runs) == len({tuple(map(str, job.values())) for job in jobs})
