@@ -12,4 +12,4 @@ CASES = {"AdaLoRA 6 to 3": ("AdaLoraConfig", ADA),
 RATES = {method: (2e-2,) if "Ada" in method else (1e-2,) for method in CASES}
 
 if __name__ == "__main__":
-    sweep("chapter07", CASES, RATES, (0, 1), __doc__, steps=STEPS)
+    sweep("chapter07", CASES, RATES, (0,), __doc__, steps=STEPS)
