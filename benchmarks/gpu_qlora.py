@@ -56,7 +56,7 @@ def fill(model, backend, device):
                 module._parameters[name] = nn.Parameter(torch.ones(p.shape, dtype=p.dtype, device=device)) if p.dim() == 1 else draw(p)
     rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
     if rotary is not None:                      # transformers keeps a table that nobody has filled
-        model.model.rotary_emb = type(rotary)(model.config, device=device)
+        model.model.rotary_emb = type(rotary)(model.config).to(device)
     return model
 
 
