@@ -1,8 +1,8 @@
-"""The longer runs of chapter 06: LoRA against DoRA, each at its own best learning rate, over three seeds.
+"""The longer runs of chapter 06: LoRA against DoRA, each at the better of two learning rates, over two seeds.
 
     python benchmarks/chapter06.py            # writes benchmarks/results/chapter06.json
 
-The rate is chosen by the loss on validation questions with the first seed; the other seeds run with the chosen one.
+The rate is chosen by the loss on validation questions with the first seed; the other seed runs with the chosen one.
 The file is written as the runs come in; those that are in it already are not run again. Chapters 07 and 08 use the
 same sweep.
 """
