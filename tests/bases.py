@@ -129,7 +129,7 @@ METHODS = {method.name: method for method in [
     Method("dora", "DoraConfig", lambda base: dict(r=4, lora_alpha=8, use_dora=True), peft="LoraConfig",
            dropout="lora_dropout", count=lambda d_in, d_out: 4 * (d_in + d_out) + d_out, bases=WIDE,
            additive=False),
-    Method("adalora", "AdaLoraConfig", lambda base: dict(init_r=5, target_r=3, total_step=10, lora_alpha=25),
+    Method("adalora", "AdaLoraConfig", lambda base: dict(init_r=5, target_r=3, total_step=10, lora_alpha=14),
            peft="AdaLoraConfig", dropout="lora_dropout", count=lambda d_in, d_out: 5 * (d_in + d_out + 1), bases=WIDE,
            step=0.3),
     Method("denselora", "DenseLoraConfig", lambda base: dict(r=4), dropout="lora_dropout", bases=FEW, mergeable=False),

@@ -45,7 +45,7 @@ def test_every_import_is_a_declared_dependency():
 def test_make_help_names_every_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.M)[1].split()
-    assert set(targets) == {"help", "lab", "test", "demo", "pretrain", "chapters", "bench", "clean"}
+    assert set(targets) == {"help", "lab", "test", "demo", "pretrain", "results", "chapters", "bench", "clean"}
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), f"no rule for {target}"
         assert target == "help" or f'"make {target} ' in makefile, f"make help does not name {target}"
