@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, save
+from common import RESULTS, facts, found, save
 from tqdm.auto import tqdm
 
 from minipeft import SubspaceConfig, get_peft_model
@@ -56,10 +56,6 @@ def one_run(job: dict) -> dict:
                     seed=job["seed"], progress=False)
     return job | {"parameters": size, "start_loss": round(before, 4), "loss": round(measure()["loss"], 4),
                   "losses": " ".join(f"{loss:.2f}" for loss in history.losses)}
-
-
-def found(runs: list, **wanted) -> list:
-    return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
 
 
 def chosen(runs: list, **wanted) -> list:

@@ -6,7 +6,6 @@ The learning rate is chosen by the loss on validation questions with seed 0; onl
 The file is written as the runs come in; those that are in it already are not run again.
 """
 import argparse
-import copy
 import json
 import os
 import time
@@ -14,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, save
+from common import RESULTS, facts, found, save
 from tqdm import tqdm
 
 from minipeft import LoraConfig, get_peft_model
@@ -54,10 +53,6 @@ def equal_ranks(budget_rank: int) -> dict:
         model = get_peft_model(load_pretrained(), LoraConfig(r=1, target_modules=targets))
         cost[name] = model.get_nb_trainable_parameters()[0]
     return {name: round(budget_rank * cost["all-linear"] / c) for name, c in cost.items()}
-
-
-def found(runs: list, **wanted) -> list:
-    return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
 
 
 def best(runs: list, **wanted) -> dict:

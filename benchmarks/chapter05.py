@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, save
+from common import RESULTS, facts, found, save
 from tqdm import tqdm
 
 from minipeft import LoraConfig, get_peft_model
@@ -107,10 +107,6 @@ def one_run(job: dict) -> dict:
     finite = lambda x: round(x, 4) if x < 100 else 100.0      # a run that went off; JSON knows no infinity
     return job | {"parameters": parameters, "valid_loss": finite(loss["valid"]), "test_loss": finite(loss["test"]),
                   "losses": " ".join(f"{loss:.3f}" for loss in history.losses)}
-
-
-def found(runs: list, **wanted) -> list:
-    return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
 
 
 def fingerprint(model) -> str:

@@ -8,16 +8,13 @@ forward passes without gradients, contestants taking turns.
 """
 import argparse
 import copy
-import hashlib
-import json
 import os
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, save
+from common import RESULTS, facts, sweep
 from tqdm.auto import tqdm
 
 from minipeft import BottleneckConfig, LoraConfig, get_peft_model
@@ -65,30 +62,6 @@ def one_run(job: dict) -> dict:
     return job | {"parameters": model.get_nb_trainable_parameters()[0], "valid_loss": round(valid["loss"], 4),
                   "score": round(test[sql.metric], 2),
                   "losses": " ".join(f"{loss:.3f}" for loss in history.losses[:40])}
-
-
-def found(runs: list, **wanted) -> list:
-    return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
-
-
-def weights() -> str:
-    """A fingerprint of the base: runs on another one are not kept."""
-    numbers = b"".join(p.detach().numpy().tobytes() for p in load_pretrained().parameters())
-    return hashlib.sha256(numbers).hexdigest()[:12]
-
-
-def sweep(jobs_of, one_run, seeds, record: dict, out: Path, workers: int) -> list:
-    """Run jobs_of(seed, runs so far) for every seed, keep the results in `out` as they come in, return all of them."""
-    before, started = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}, time.time()
-    record = record | {"weights": weights()}
-    runs = before["runs"] if before.get("weights") == record["weights"] else []
-    with ProcessPoolExecutor(workers) as pool:
-        for seed in seeds:
-            jobs = [job for job in jobs_of(seed, runs) if not found(runs, **job)]
-            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
-                runs.append(run)
-                save(out, record | {"minutes": round((time.time() - started) / 60, 1), "runs": runs})
-    return runs
 
 
 def latency(widths: dict, rounds: int) -> dict:

@@ -10,7 +10,6 @@ unless the base has changed.
 """
 import argparse
 import functools
-import hashlib
 import json
 import os
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import torch
-from common import RESULTS, facts, save
+from common import RESULTS, facts, found, save, weights
 from tqdm.auto import tqdm
 
 from minipeft import (LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model,
@@ -84,16 +83,6 @@ def one_run(job: dict) -> dict:
 
 def small_base() -> str:
     return os.environ["CHAPTER12_SMALL"]
-
-
-def found(runs: list, **wanted) -> list:
-    return [run for run in runs if all(run.get(key) == value for key, value in wanted.items())]
-
-
-def weights() -> str:
-    """A fingerprint of the base: runs on another one are not kept."""
-    numbers = b"".join(p.detach().numpy().tobytes() for p in load_pretrained().parameters())
-    return hashlib.sha256(numbers).hexdigest()[:12]
 
 
 def best_rate(runs: list, method: str) -> float:

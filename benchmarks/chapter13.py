@@ -13,8 +13,7 @@ import os
 from pathlib import Path
 
 import torch
-from chapter11 import sweep
-from common import RESULTS, facts
+from common import RESULTS, facts, sweep
 
 from minipeft import BitFitConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train

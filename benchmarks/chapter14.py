@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from chapter11 import sweep, weights
-from common import RESULTS, facts
+from common import RESULTS, facts, sweep, weights
 
 from minipeft import BottleneckConfig, FusionConfig, LoraConfig, PeftModel, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train

@@ -1,14 +1,20 @@
 """What every benchmark writes down besides its numbers, and how: in one piece, or not at all."""
 import datetime
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+
+from minipeft.lm import load_pretrained
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,3 +50,27 @@ def save(path, record):
     beside.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(path)
+
+
+def found(runs: list, **wanted) -> list:
+    return [run for run in runs if all(run.get(key) == value for key, value in wanted.items())]
+
+
+def weights() -> str:
+    """A fingerprint of the base: runs on another one are not kept."""
+    numbers = b"".join(p.detach().numpy().tobytes() for p in load_pretrained().parameters())
+    return hashlib.sha256(numbers).hexdigest()[:12]
+
+
+def sweep(jobs_of, one_run, seeds, record: dict, out: Path, workers: int) -> list:
+    """Run jobs_of(seed, runs so far) for every seed, keep the results in `out` as they come in, return all of them."""
+    before, started = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}, time.time()
+    record = record | {"weights": weights()}
+    runs = before["runs"] if before.get("weights") == record["weights"] else []
+    with ProcessPoolExecutor(workers) as pool:
+        for seed in seeds:
+            jobs = [job for job in jobs_of(seed, runs) if not found(runs, **job)]
+            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
+                runs.append(run)
+                save(out, record | {"minutes": round((time.time() - started) / 60, 1), "runs": runs})
+    return runs
