@@ -202,17 +202,21 @@ def strangers(rng, count=None, asked=None):
 
 
 def muster(rng):
-    """Three to six people, told and asked for in the same words, so that nothing but the name says which answer is right."""
+    """Three to six people, told and asked for in the same words, so that nothing but the name says which answer is right,
+    or nothing but the answer which name."""
     people, attribute = crowd(rng, rng.randint(3, 6)), pick(rng, TOLD)
-    extras, number, wording = things_and_places(rng, len(people)), rng.randrange(3), rng.random()
+    extras, wording = things_and_places(rng, len(people)), rng.random()
     if attribute == "trade" and "pupil" in [person.trade for person in people]:
         attribute = "street"                                # pupils are told in words of their own
     pieces = [say(rng, "town", "welcome")] if rng.random() < 0.2 else []
     pieces += [told(random.Random(wording), person, [attribute], extra, 3)[0] for person, extra in zip(people, extras)]
+    distinct = attribute not in ("likes", "pet_name")       # 'Who likes plums?' may have two answers
     order = list(range(len(people)))
     for _ in range(rng.randint(1, 2)):
+        reverse = distinct and rng.random() < 0.4
+        number = rng.randrange(2 if reverse else 3)
         rng.shuffle(order)
-        pieces += [question(random.Random(wording), people[i], attribute, extras[i], number=number) for i in order]
+        pieces += [question(random.Random(wording), people[i], attribute, extras[i], reverse, number) for i in order]
     return joined(rng, pieces, "muster", people=people)
 
 
@@ -285,12 +289,12 @@ KINDS = {"story": story, "questions": lambda rng: story(rng, asked=True), "facts
          "dialogues": lambda rng: skeleton_of(rng, "dialogues"), "records": records, "roll": roll, "parrot": parrot}
 COPYING = ("strangers", "muster", "notices", "dialogues", "records", "roll", "parrot")
 PHASES = {    # shares of documents, in percent: who is who; what else demands copying; then the mix; then a little less copying
-    "listening": dict(muster=60, strangers=40),
+    "listening": dict(muster=50, strangers=35, story=15),
     "copying": dict(strangers=30, muster=20, notices=12, dialogues=8, records=10, roll=7, parrot=8, story=2, questions=3),
     "main": dict(strangers=18, muster=6, notices=6, dialogues=4, records=4, roll=3, parrot=2,
-                 story=20, questions=15, facts=15, quiz=6, town=4),
+                 story=20, questions=16, facts=14, quiz=6, town=4),
     "late": dict(strangers=16, muster=4, notices=4, dialogues=3, records=3, roll=2, parrot=2,
-                 story=27, questions=18, facts=14, quiz=7, town=4)}
+                 story=30, questions=19, facts=13, quiz=6, town=4)}
 try:    # the captain's tales, the clerk's log, labels and diaries, where they exist
     from . import diaries, labels, queries, voices
     for _name, _module in {"tales": voices, "log": queries, "labels": labels, "diaries": diaries}.items():
