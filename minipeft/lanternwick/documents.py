@@ -60,7 +60,7 @@ def joined(rng, pieces, kind, **meta):
 
 def story(rng, asked=False):
     skeletons = sections("stories")
-    told = skeletons[pick(rng, tuple(skeletons))].render(rng, residents=rng.random() < 1 / 3)
+    told = skeletons[pick(rng, tuple(skeletons))].render(rng, residents=rng.random() < 1 / 5)
     most = 3 if len(told.text.split()) < 90 else 1          # rows are short
     questions = rng.sample(told.qa, min(len(told.qa), rng.randint(1, most))) if asked else []
     return joined(rng, [told.text, *questions], "questions" if asked else "story", story=told)
