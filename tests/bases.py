@@ -129,7 +129,7 @@ METHODS = {method.name: method for method in [
     Method("dora", "DoraConfig", lambda base: dict(r=4, lora_alpha=8, use_dora=True), peft="LoraConfig",
            dropout="lora_dropout", count=lambda d_in, d_out: 4 * (d_in + d_out) + d_out, bases=WIDE,
            additive=False),
-    Method("adalora", "AdaLoraConfig", lambda base: dict(init_r=5, target_r=3, total_step=10, lora_alpha=14),
+    Method("adalora", "AdaLoraConfig", lambda base: dict(init_r=5, target_r=3, total_step=10, lora_alpha=25),
            peft="AdaLoraConfig", dropout="lora_dropout", count=lambda d_in, d_out: 5 * (d_in + d_out + 1), bases=WIDE,
            step=0.3),
     Method("denselora", "DenseLoraConfig", lambda base: dict(r=4), dropout="lora_dropout", bases=FEW, mergeable=False),
@@ -203,15 +203,15 @@ def shake(model, name="default", seed=3, step=0.3):
     return model
 
 
-def adapted(method, base, name="default", **more):
+def adapted(method, base, name="default", dtype=torch.float32, **more):
     """(model of ours with a shaken adapter of that method)"""
     torch.manual_seed(0)
-    return shake(minipeft.get_peft_model(base.make(), method.ours(base, **more), name), name, step=method.step)
+    return shake(minipeft.get_peft_model(base.make().to(dtype), method.ours(base, **more), name), name, step=method.step)
 
 
 def close(a, b, tolerance=1e-6):
     """Largest difference, relative to the largest entry where that is above 1."""
-    error = (a.float() - b.float()).abs().max() / max(1.0, float(b.float().abs().max()))
+    error = (a.double() - b.double()).abs().max() / max(1.0, float(b.double().abs().max()))
     assert error <= tolerance, f"differ by {error:.2e}"
 
 
