@@ -1,6 +1,7 @@
 """Chapter 13's checks accept the solution, refuse the blank stub, and name the mistake in what is plausibly wrong."""
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from judging import accepts, rejects
 from minipeft.course import check
@@ -18,6 +19,7 @@ def layer(x, W, b, l, ff):
 
 def test_layer_solution():
     accepts(check.ia3_layer, layer)
+    accepts(check.ia3_layer, lambda x, W, b, l, ff: linear(x, W * l, b) if ff else linear(x, W * l[:, None], b * l))
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -31,7 +33,10 @@ def test_layer_solution():
     ("Adding is BitFit", lambda x, W, b, l, ff: x @ W.T + b + l),
     ("You add l to the input", lambda x, W, b, l, ff: (x + l) @ W.T + b if ff else layer(x, W, b, l, ff)),
     ("lost touch", lambda x, W, b, l, ff: layer(x, W, b, l.detach(), ff)),
+    ("the columns of W, not both", lambda x, W, b, l, ff: (x * l) @ (W * l).T + b if ff else layer(x, W, b, l, ff)),
+    ("the rows of W, not both", lambda x, W, b, l, ff: layer(x, W, b, l, ff) * (1 if ff else l)),
     ("Two shapes do not fit", lambda x, W, b, l, ff: (x @ W.T + b) * l),
+    ("d_in for an input", lambda x, W, b, l, ff: (x @ W.T + b) * l if ff else (x * l) @ W.T + b),
     ("is there a `return`", lambda x, W, b, l, ff: None),
     ("nothing here yet", stub),
 ])
@@ -47,6 +52,7 @@ def fold(W, b, l, ff):
 
 def test_fold_solution():
     accepts(check.fold_ia3, fold)
+    accepts(check.fold_ia3, lambda W, b, l, ff: [W @ torch.diag(l), b] if ff else [torch.diag(l) @ W, torch.diag(l) @ b])
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -58,6 +64,10 @@ def test_fold_solution():
     ("Two shapes do not fit", lambda W, b, l, ff: (W * l, b)),
     ("stays as it was where the input is scaled", lambda W, b, l, ff: (W * l, b * 2) if ff else fold(W, b, l, ff)),
     ("Give me two tensors", lambda W, b, l, ff: fold(W, b, l, ff)[0]),
+    ("The bias is lost", lambda W, b, l, ff: (fold(W, b, l, ff)[0], None)),
+    ("first the weight", lambda W, b, l, ff: fold(W, b, l, ff)[::-1]),
+    ("You multiply by 1 + l", lambda W, b, l, ff: fold(W, b, 1 + l, ff)),
+    ("is transposed", lambda W, b, l, ff: (fold(W, b, l, ff)[0].T, fold(W, b, l, ff)[1])),
     ("in place", lambda W, b, l, ff: (W.mul_(l if ff else l[:, None]), b)),
     ("nothing here yet", stub),
 ])
@@ -85,6 +95,10 @@ def test_find_solution():
     ("sign is lost", lambda W, new: None if find(W, new) is None else new.norm(dim=1) / W.norm(dim=1)),
     ("starts at one", lambda W, new: None if find(W, new) is None else find(W, new) - 1),
     ("scaled by zero", lambda W, new: find(W, new) if (new.abs().sum(1) > 0).all() else None),
+    ("one factor for each *row*", lambda W, new: l if torch.allclose((l := (W * new).sum() / W.square().sum()) * W, new) else None),
+    ("some are negative", lambda W, new: l if torch.allclose((l := new.norm(dim=1) / W.norm(dim=1))[:, None] * W, new) else None),
+    ("up to rounding", lambda W, new: l if torch.equal((l := (W * new).sum(1) / W.square().sum(1))[:, None] * W, new) else None),
+    ("the whole diagonal matrix", lambda W, new: None if find(W, new) is None else torch.diag(find(W, new))),
     ("should be a tensor", lambda W, new: None if find(W, new) is None else find(W, new).tolist()),
     ("nothing here yet", stub),
 ])
@@ -96,6 +110,7 @@ def test_find_mistakes(says, answer):
 
 def test_gradient_solution():
     accepts(check.bias_gradient, lambda g, x: g.sum((0, 1)))
+    accepts(check.bias_gradient, lambda g, x: sum(g[i, t] for i in range(len(g)) for t in range(g.shape[1])))
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -107,6 +122,12 @@ def test_gradient_solution():
     ("does not contain x", lambda g, x: torch.einsum("bto,bti->oi", g, x)),
     ("sign is wrong", lambda g, x: -g.sum((0, 1))),
     ("signs must cancel", lambda g, x: g.abs().sum((0, 1))),
+    ("what Adam keeps", lambda g, x: g.square().sum((0, 1))),
+    ("last token only", lambda g, x: g[:, -1].sum(0)),
+    ("the mean over the rows", lambda g, x: g.mean(0).sum(0)),
+    ("the mean over the tokens: sum over both", lambda g, x: g.sum(0).mean(0)),
+    ("of size 1 are left", lambda g, x: g.sum((0, 1), keepdim=True)),
+    ("a bias never sees it", lambda g, x: (g.sum(-1, keepdim=True) * x).sum((0, 1))),
     ("is there a `return`", lambda g, x: None),
     ("nothing here yet", stub),
 ])
@@ -129,6 +150,11 @@ def test_count_solution():
     ("queries are not scaled", lambda L, H, K, h, w: L * (2 * K * h + H * h + w)),
     ("one vector, at the second", lambda L, H, K, h, w: L * (2 * K * h + 2 * w)),
     ("one head", lambda L, H, K, h, w: L * (2 * h + w)),
+    ("one number for each head", lambda L, H, K, h, w: L * (2 * K + w)),
+    ("as narrow as the keys", lambda L, H, K, h, w: L * (K * h + H * h + w)),
+    ("how many queries share a key", lambda L, H, K, h, w: L * (2 * (H // K) * h + w)),
+    ("you count three", lambda L, H, K, h, w: L * (3 * K * h + w)),
+    ("You count the matrices", lambda L, H, K, h, w: L * (2 * K * h * H * h + H * h * w)),
     ("I count", lambda L, H, K, h, w: 5),
     ("is there a `return`", lambda L, H, K, h, w: None),
     ("nothing here yet", stub),

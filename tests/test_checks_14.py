@@ -22,6 +22,11 @@ def solution(y, u, q, k, v, scale=1.0, over=0, key=None, value=None):
 def test_fuse_solution():
     accepts(check.fuse, solution)
 
+    def by_hand(y, u, q, k, v):
+        shares = torch.softmax(torch.stack([((y @ q.T) * (one @ k.T)).sum(-1, keepdim=True) for one in u], -1), -1)
+        return y + sum(shares[..., i] * (one @ v.T) for i, one in enumerate(u))
+    accepts(check.fuse, by_hand)
+
 
 @pytest.mark.parametrize("says, answer", [
     ("residual is forgotten", lambda y, u, q, k, v: solution(y, u, q, k, v) - y),
@@ -35,6 +40,11 @@ def test_fuse_solution():
     ("through W_k", lambda y, u, q, k, v: solution(y, u, q, torch.eye(len(v)).to(v), v)),
     ("swapped", lambda y, u, q, k, v: solution(y, u, k, q, v)),
     ("transposed", lambda y, u, q, k, v: solution(y, u, q.T, k.T, v.T)),
+    ("residual is in it twice", lambda y, u, q, k, v: solution(y, u, q, k, v) + y),
+    ("shares sum to one already", lambda y, u, q, k, v: y + (solution(y, u, q, k, v) - y) / len(u)),
+    ("Query and key are swapped", lambda y, u, q, k, v: y + (((u @ q.T) * (y @ k.T)).sum(-1).softmax(0)[..., None] * (u @ v.T)).sum(0)),
+    ("softmax is missing", lambda y, u, q, k, v: y + (((y @ q.T) * (u @ k.T)).sum(-1, keepdim=True) * (u @ v.T)).sum(0)),
+    ("a soft choice", lambda y, u, q, k, v: solution(y, u, 1e6 * q, k, v)),
     ("is there a `return`", lambda y, u, q, k, v: None),
     ("nothing here yet", stub),
 ])
@@ -77,6 +87,12 @@ def updates(self, y):
     return torch.stack([expert(y) for expert in self.experts])
 
 
+def attend(self, y, u=None, over=0, scale=1.0, query=None, key=None, value=None):
+    u = updates(self, y) if u is None else u
+    p = (((query or self.query)(y) * (key or self.key)(u)).sum(-1) * scale).softmax(over)
+    return y + (p.unsqueeze(-1) * (value or self.value)(u)).sum(0)
+
+
 class Blank(nn.Module):
     def __init__(self, experts, d):
         super().__init__()
@@ -85,6 +101,12 @@ class Blank(nn.Module):
 
 def test_module_solution():
     accepts(check.fusion_module, Fusion)
+
+    def loop(self, y):
+        said = [expert(y) for expert in self.experts]
+        scores = torch.stack([torch.einsum("btd,btd->bt", self.query(y), self.key(u)) for u in said], -1)
+        return y + sum(p[..., None] * self.value(u) for p, u in zip(scores.softmax(-1).unbind(-1), said))
+    accepts(check.fusion_module, with_forward(loop))
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -97,6 +119,14 @@ def test_module_solution():
     ("Something else", after_init(lambda s, e, d: setattr(s, "extra", nn.Linear(2, 2)))),
     ("residual is forgotten", with_forward(lambda s, y: Fusion.forward(s, y) - y)),
     ("attention is missing", with_forward(lambda s, y: y + s.value(updates(s, y)).mean(0))),
+    ("Query and key have biases", after_init(lambda s, e, d: setattr(s, "query", nn.Linear(d, d, bias=False)))),
+    ("cut the way", with_forward(lambda s, y: attend(s, y, updates(s, y).detach()))),
+    ("softmax is over the tokens", with_forward(lambda s, y: attend(s, y, over=2))),
+    ("softmax is over the rows", with_forward(lambda s, y: attend(s, y, over=1))),
+    ("does not scale them", with_forward(lambda s, y: attend(s, y, scale=y.shape[-1] ** -0.5))),
+    ("Query and key are swapped", with_forward(lambda s, y: attend(s, y, query=s.key, key=s.query))),
+    ("in it twice", with_forward(lambda s, y: attend(s, y) + y)),
+    ("do not pass through `value`", with_forward(lambda s, y: attend(s, y, value=lambda u: u))),
     ("Only one expert", with_forward(lambda s, y: y + s.value(updates(s, y))[0])),
     ("is there a `return`", with_forward(lambda s, y: None)),
     ("nothing here yet", Blank),
@@ -113,6 +143,7 @@ def eye(W):
 
 def test_penalty_solution():
     accepts(check.fusion_penalty, lambda W, s: s * (W - eye(W)).square().sum())
+    accepts(check.fusion_penalty, lambda W, s: s * torch.linalg.matrix_norm(W - eye(W)) ** 2)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -124,6 +155,10 @@ def test_penalty_solution():
     ("half", lambda W, s: s * (W - eye(W)).square().sum() / 2),
     ("ones on the diagonal only", lambda W, s: s * (W - 1).square().sum()),
     ("diagonal only", lambda W, s: s * (W - eye(W)).diagonal().square().sum()),
+    ("strength is squared too", lambda W, s: (s * (W - eye(W))).square().sum()),
+    ("sum them", lambda W, s: s * (W - eye(W)) ** 2),
+    ("lost touch with W_v", lambda W, s: s * (W - eye(W)).square().sum().item()),
+    ("lost touch with W_v", lambda W, s: s * (W.detach() - eye(W)).square().sum()),
     ("nothing here yet", stub),
 ])
 def test_penalty_mistakes(says, answer):
@@ -143,6 +178,7 @@ def test_count_solution():
     ("one place", lambda d, places: 3 * d * d + 2 * d),
     ("three matrices", lambda d, places: places * (2 * d * d + 2 * d)),
     ("not bottlenecks", lambda d, places: places * 3 * d),
+    ("d numbers, not one", lambda d, places: places * (3 * d * d + 2)),
     ("no fourth matrix", lambda d, places: places * (4 * d * d + 2 * d)),
     ("I count", lambda d, places: 1),
     ("is there a `return`", lambda d, places: None),
@@ -156,6 +192,7 @@ def test_count_mistakes(says, answer):
 
 def test_hears_solution():
     accepts(check.whom_it_hears, lambda p, mask: p[mask.bool()].mean(0))
+    accepts(check.whom_it_hears, lambda p, mask: torch.einsum("btn,bt->n", p, mask.to(p)) / mask.sum())
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -165,6 +202,10 @@ def test_hears_solution():
     ("give the sum", lambda p, mask: (p * mask[..., None]).sum((0, 1))),
     ("drop the text", lambda p, mask: p[~mask.bool()].mean(0)),
     ("largest share", lambda p, mask: torch.nn.functional.one_hot(p.argmax(-1), 4)[mask.bool()].double().mean(0)),
+    ("takes rows 0 and 1", lambda p, mask: p[mask].mean(0)),
+    ("takes rows 0 and 1", lambda p, mask: p[mask].mean((0, 1, 2))),
+    ("average over the tokens", lambda p, mask: p[mask.bool()].mean(-1)),
+    ("number of rows", lambda p, mask: (p * mask[..., None]).sum((0, 1)) / len(p)),
     ("rows are left", lambda p, mask: (p * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)),
     ("is there a `return`", lambda p, mask: None),
     ("nothing here yet", stub),

@@ -36,6 +36,7 @@ def ia3_layer(function) -> None:
                 "b is missing.": right - b,
                 "You divide by l.": (x / v) @ W.T + b,
                 "You add l to the input: it is multiplied.": (x + v) @ W.T + b,
+                "l is in it twice: scale the input, or the columns of W, not both.": (x * v * v) @ W.T + b,
             }
             need(not (isinstance(got, torch.Tensor) and got.shape == right.shape and same(
                 (got.detach() / (y + b)).std(0), torch.zeros_like(right[0]))) or same(got, y + b),
@@ -50,6 +51,7 @@ def ia3_layer(function) -> None:
                 "The bias is scaled twice.": (y + b * v) * v,
                 "You divide by l.": (y + b) / v,
                 "You add l to the output: it is multiplied. Adding is BitFit.": y + b + v,
+                "l is in it twice: scale the output, or the rows of W, not both.": (y + b) * v * v,
             }
         compare(got, right, mistakes, "Your output, with feedforward=" + str(feedforward) + ",")
         need(got.requires_grad, "The numbers are right, but the result has lost touch with l: nothing could be learnt.")
@@ -66,12 +68,16 @@ def fold_ia3(function) -> None:
         need(torch.equal(W, before[0]) and torch.equal(b, before[1]), "You changed W or b in place: give new ones.")
         need(isinstance(got, (tuple, list)) and len(got) == 2, "Give me two tensors: return W_new, b_new.")
         where = f" (feedforward={feedforward})"
+        need(got[1] is not None, "The bias is lost: the plain layer has one too.")
+        need(getattr(got[0], "shape", None) != b.shape, "The other way round: first the weight, then the bias.")
         right = W * l if feedforward else W * l[:, None]
         compare(got[0], right, {
             "W is as it was" + where + ".": W,
             "You divide by l" + where + ": that is unmerging.": W / l if feedforward else W / l[:, None],
             "You add l to W" + where + ".": W + l if feedforward else W + l[:, None],
             "l is in it twice" + where + ".": W * l ** 2 if feedforward else W * l[:, None] ** 2,
+            "You multiply by 1 + l" + where + ": l starts at one, and is the factor itself.": W + right,
+            "W_new is transposed" + where + ": keep nn.Linear's (d_out, d_in).": right.T,
         }, "W_new" + where)
         if feedforward:
             compare(got[1], b, {}, "b_new, which stays as it was where the input is scaled,")
@@ -101,14 +107,16 @@ def find_scales(function) -> None:
                               "l[:, None] * W is W_new, all of it.")
         else:
             need(got is not None, {
-                "scaled": "Here W_new = l W, row by row, and you say that there is no l. Compare up to rounding.",
+                "scaled": "Here W_new = l W, row by row, and you say that there is no l. It has one factor for each "
+                          "*row*, and some are negative; compare up to rounding.",
                 "silenced": "Here one row was scaled by zero: that is a scaling too.",
                 "flipped": "Here all rows were scaled by negative numbers: that is a scaling too."}[kind])
             if isinstance(got, torch.Tensor):
                 need(not got.isnan().any(), "There is a NaN in your l: where do you divide by zero?")
             compare(got.flatten() if isinstance(got, torch.Tensor) and got.numel() == d_out else got, l, {
                 "Upside down: you have W / W_new.": 1 / l, "The sign is lost: a scale may be negative.": l.abs(),
-                "That is the change of the scale: l itself starts at one.": l - 1}, "Your l")
+                "That is the change of the scale: l itself starts at one.": l - 1,
+                "You give the whole diagonal matrix: its diagonal is wanted.": torch.diag(l)}, "Your l")
 
 
 @checks("This is what autograd finds: a bias hears from every token alike, and never looks at x.")
@@ -126,6 +134,12 @@ def bias_gradient(function) -> None:
         "That is the weight's gradient: the bias's does not contain x.": torch.einsum("bto,bti->oi", g, x),
         "The sign is wrong: the step goes down the gradient, the gradient itself does not.": -g.sum((0, 1)),
         "You sum |grad|: signs must cancel where tokens disagree.": g.abs().sum((0, 1)),
+        "You sum the squares: that is what Adam keeps beside the gradient.": g.square().sum((0, 1)),
+        "You listen to the last token only: the bias was added at every place.": g[:, -1].sum(0),
+        "You sum over the tokens, and take the mean over the rows: sum over both.": g.mean(0).sum(0),
+        "You sum over the rows, and take the mean over the tokens: sum over both.": g.mean(1).sum(0),
+        "Right numbers, but two dimensions of size 1 are left: the bias has one dimension.": g.sum((0, 1), keepdim=True),
+        "You multiply by x: a bias never sees it.": (g.sum(-1, keepdim=True) * x).sum((0, 1)),
     }, "Your gradient")
 
 
@@ -151,6 +165,13 @@ def count_ia3(function) -> None:
             "The queries are not scaled.": layers * (2 * kv + d + wide),
             "The feed-forward has one vector, at the second matrix.": layers * (2 * kv + 2 * wide),
             "You count one head: each has numbers of its own.": layers * (2 * h + wide),
+            "You count one number for each head: each of its channels has one.": layers * (2 * kv_heads + wide),
+            "The values are as narrow as the keys: kv_heads of them, too.": layers * (kv + d + wide),
+            "heads // kv_heads says how many queries share a key. How many keys there are is kv_heads.":
+                layers * (2 * (heads // kv_heads) * h + wide),
+            "Two vectors in attention, for keys and values: you count three.": layers * (3 * kv + wide),
+            "You count the matrices: (IA)³ trains one number for each of their channels.":
+                layers * (2 * kv * d + d * wide),
         }
         if got != right:
             raise Wrong(next((message for message, wrong in slips.items() if got == wrong),

@@ -4,7 +4,7 @@ import random
 import torch
 from torch import nn
 
-from .teacher import Wrong, checks, compare, need
+from .teacher import Wrong, checks, compare, need, same
 
 __all__ = ["count_fusion", "fuse", "fusion_module", "fusion_penalty", "whom_it_hears"]
 
@@ -35,7 +35,9 @@ def fuse(function) -> None:
             "keys every expert gets the same share.": mean,
             "The values are y + update: take the updates alone, since y is added at the end. (In the keys it would not "
             "matter: y shifts all scores of a token alike.)": out(value=y + u),
+            "The residual is in it twice: take the shares' sum of the updates alone, and add y once.": out(residual=2 * y),
             "You divide the scores by √d. AdapterFusion does not scale them.": out(scale=d ** -0.5),
+            "You divide the sum by N: the shares sum to one already.": y + (out() - y) / N,
             "The values do not pass through W_v.": out(W_v=one),
             "The keys do not pass through W_k.": out(W_k=one),
             "The query does not pass through W_q.": out(W_q=one),
@@ -74,27 +76,44 @@ def fusion_module(module_class) -> None:
          "The experts are children of your module: frozen, but saved a second time with it. Keep them where PyTorch "
          "does not register them: in a plain list, not in an nn.ModuleList.")
     need(module.value.bias is None, "W_v has no bias: with one, fusion would speak even where no expert does.")
+    need(module.query.bias is not None and module.key.bias is not None, "Query and key have biases here.")
     need(bool((module.value.weight.detach() - torch.eye(d)).abs().max() < 1e-4),
          "W_v must start as the identity, so that the experts' updates arrive unchanged.")
     expected = {"query", "key", "value"}
     extra = [name for name in trained.values() if name.partition(".")[0] not in expected]
     need(not extra, f"Something else would be trained too: {', '.join(extra)}.")
     y = torch.randn(4, 5, d)
+
+    def right(y=y, scale=1.0, over=0, swapped=False, speak=None):
+        u = torch.stack([expert(y) if speak is None else speak(expert, y) for expert in experts])
+        asks, answers = (module.key, module.query) if swapped else (module.query, module.key)
+        scores = torch.einsum("btd,nbtd->nbt", asks(y), answers(u)) * scale
+        return y + torch.einsum("nbt,nbtd->btd", scores.softmax(over), module.value(u))
     with torch.no_grad():
         u = torch.stack([expert(y) for expert in experts])
-
-        def right():
-            scores = torch.einsum("btd,nbtd->nbt", module.query(y), module.key(u))
-            return y + torch.einsum("nbt,nbtd->btd", scores.softmax(0), module.value(u))
         for turn in range(2):
             compare(module(y), right(), {
                 "The residual is forgotten: y goes on too.": right() - y,
                 "You take the plain mean of the experts: the attention is missing, or its keys are made of y, so that "
                 "all are equal.": y + module.value(u).mean(0),
                 "Only one expert is heard.": y + module.value(u)[0],
+                "The residual is in it twice: add y once.": right() + y,
+                "You divide the scores by √d. AdapterFusion does not scale them.": right(scale=d ** -0.5),
+                "Your softmax is over the tokens: each token chooses among the experts by itself.": right(over=2),
+                "Your softmax is over the rows of the batch.": right(over=1),
+                "Query and key are swapped: y asks, the updates are the keys.": right(swapped=True),
+                "The updates do not pass through `value`.": y + torch.einsum(
+                    "nbt,nbtd->btd", torch.einsum("btd,nbtd->nbt", module.query(y), module.key(u)).softmax(0), u),
             }, "Your output")
             for p in (module.query.weight, module.key.weight, module.value.weight):
                 p += torch.randn(p.shape)
+    asked = [y.clone().requires_grad_() for _ in range(2)]
+    for out in (module(asked[0]), right(asked[1])):
+        if out.requires_grad:
+            out.square().sum().backward()
+    need(asked[0].grad is not None and torch.allclose(asked[0].grad, asked[1].grad, rtol=1e-3, atol=1e-3),
+         "The output is right, but not the gradient that goes down to y. A frozen expert must still be passed by it: "
+         "freeze its parameters (requires_grad_(False)); no_grad() and detach() would cut the way.")
     need(all(torch.equal(expert.weight, before) for expert, before in zip(experts, kept)),
          "An expert's weight has changed.")
 
@@ -104,8 +123,10 @@ def fusion_penalty(function) -> None:
     """function(W_v, strength) -> strength ||W_v - 1||^2."""
     for strength in (0.01, 0.3):
         d = random.choice([5, 8])
-        W = torch.eye(d, dtype=torch.float64) + 0.3 * draw(d, d)
-        off, got = W - torch.eye(d, dtype=torch.float64), function(W, strength)
+        W = (torch.eye(d, dtype=torch.float64) + 0.3 * draw(d, d)).requires_grad_()
+        got, W = function(W, strength), W.detach()
+        off = W - torch.eye(d, dtype=torch.float64)
+        touch = isinstance(got, torch.Tensor) and got.requires_grad
         if isinstance(got, float):
             got = torch.tensor(got, dtype=torch.float64)
         compare(got, strength * off.square().sum(), {
@@ -118,7 +139,11 @@ def fusion_penalty(function) -> None:
             "You take 1 from every entry: the identity has ones on the diagonal only.":
                 strength * (W - 1).square().sum(),
             "You look at the diagonal only.": strength * off.diagonal().square().sum(),
+            "The strength is squared too: it stands before the square.": strength ** 2 * off.square().sum(),
+            "That is each entry's part: sum them.": strength * off.square(),
         }, "Your penalty")
+        need(touch, "The number is right, but it has lost touch with W_v: added to the loss, it would teach nothing. "
+                    "Give the tensor itself, without .item() or .detach().")
 
 
 @checks("The count is right, for BERT-base too. It is a fifth of that model.")
@@ -135,6 +160,7 @@ def count_fusion(function) -> None:
             "There are three matrices: query, key and value.": places * (2 * d * d + 2 * d),
             "The matrices are d × d, not bottlenecks.": places * 3 * d,
             "There is no fourth matrix after the attention, as in ordinary attention.": places * (4 * d * d + 2 * d),
+            "A bias of a linear layer has d numbers, not one.": places * (3 * d * d + 2),
         }
         if got != right:
             raise Wrong(next((message for message, wrong in slips.items() if got == wrong),
@@ -151,7 +177,12 @@ def whom_it_hears(function) -> None:
     mask[2, 5:] = 0
     kept = p * mask[..., None]
     rows = kept.sum(1) / mask.sum(1, keepdim=True)
-    compare(function(p, mask), kept.sum((0, 1)) / mask.sum(), {
+    got = function(p, mask)
+    need(not (isinstance(got, torch.Tensor) and same(got, p[mask].mean(0)) or isinstance(got, torch.Tensor)
+              and same(got, p[mask].mean((0, 1, 2)))),
+         "p[mask] with a mask of whole numbers takes rows 0 and 1 of p, over and over. A boolean mask picks tokens: "
+         "mask.bool().")
+    compare(got, kept.sum((0, 1)) / mask.sum(), {
         "You count the padding too: it also has an attention, which means nothing.": p.mean((0, 1)),
         "You divide by all places, padding included: the shares should sum to one.": kept.mean((0, 1)),
         "You take the mean of the rows' means: short rows would count too much.": rows.mean(0),
@@ -160,4 +191,6 @@ def whom_it_hears(function) -> None:
         "You count how often each expert has the largest share: the mean of the shares is wanted.":
             (nn.functional.one_hot(p.argmax(-1), N) * mask[..., None]).sum((0, 1)) / mask.sum(),
         "The rows are left: one number for each expert is wanted.": rows,
+        "You average over the experts: average over the tokens.": p[mask.bool()].mean(-1),
+        "You divide by the number of rows: divide by the number of real tokens.": kept.sum((0, 1)) / B,
     }, "Your shares")
