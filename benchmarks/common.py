@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from minipeft.lm import load_pretrained
+from minipeft.lm.hub import resolve
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -60,6 +61,11 @@ def weights() -> str:
     """A fingerprint of the base: runs on another one are not kept."""
     numbers = b"".join(p.detach().numpy().tobytes() for p in load_pretrained().parameters())
     return hashlib.sha256(numbers).hexdigest()[:12]
+
+
+def vocabulary() -> str:
+    """A fingerprint of the base's tokenizer: for runs that begin from nothing, and need no more of the base."""
+    return hashlib.sha256((resolve() / "tokenizer.json").read_bytes()).hexdigest()[:12]
 
 
 def sweep(jobs_of, one_run, seeds, record: dict, out: Path, workers: int) -> list:
