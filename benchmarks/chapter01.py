@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, save
+from common import RESULTS, facts, save, vocabulary
 
 from minipeft.lm import GPT, GPTConfig, load_tokenizer
 from minipeft.lm.pretrain import SHAPE, copy_warmup, induction_head, name_head, name_tokens
@@ -38,9 +38,10 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter01.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    record = facts() | {"seeds": list(SEEDS), "warmup": []}
-    if given.out.exists():                                           # what is in the file is not run again
-        record["warmup"] = json.loads(given.out.read_text(encoding="utf-8"))["warmup"]
+    record = facts() | {"seeds": list(SEEDS), "tokenizer": vocabulary(), "warmup": []}
+    before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    if before.get("tokenizer") == record["tokenizer"]:               # what is in the file is not run again
+        record["warmup"] = before["warmup"]
     for draft, seed in [(draft, seed) for draft in (True, False) for seed in SEEDS]:
         if not any((run["draft"], run["seed"]) == (draft, seed) for run in record["warmup"]):
             record["warmup"].append(warmup(draft, seed, given.most))

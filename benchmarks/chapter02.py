@@ -1,23 +1,21 @@
 """The longer runs of chapter 02: what full fine-tuning learns and forgets, at every rate, and what helps.
 
-    python benchmarks/chapter02.py --jobs 2        # writes benchmarks/results/chapter02.json
+    python benchmarks/chapter02.py        # writes benchmarks/results/chapter02.json
 
 Ways: "full"; "rehearsal", every fourth batch is fresh text of the pretraining's kind; "leash", after each step all weights
 are pulled back by a share of their way from the start; "lora", rank 8 on all linear layers, for comparison.
+What is compared is run with three seeds; the outermost rates, which only show where the range ends, with one.
 The file is written as the runs come in; those that are in it already are not run again.
 """
 import argparse
 import copy
-import json
 import os
 import random
 import re
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, save
-from tqdm.auto import tqdm
+from common import RESULTS, facts, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lanternwick.documents import heldout_questions, stream
@@ -26,9 +24,12 @@ from minipeft.lm.data import Batches, Example
 from minipeft.lm.evaluate import completion_loss
 from minipeft.lm.pretrain import Text
 
-STEPS, WARMUP, RATES, LORA_RATES = 60, 6, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], [3e-3, 1e-2, 3e-2]
+STEPS, WARMUP, SEEDS = 100, 10, (0, 1, 2)
+RATES = {"full": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], "rehearsal": [1e-3, 3e-3], "leash": [1e-3, 3e-3], "lora": [3e-3, 1e-2, 2e-2]}
+OUTERMOST = [("full", 1e-4), ("full", 3e-4), ("full", 1e-2), ("lora", 3e-3)]
 PULL = 0.02                                     # the leash: the share of the way back after each step, at the peak rate
-LOOKS = (10, 20, 40)                            # steps at which both losses are looked at, besides the first and the last
+ITEMS = 128                                     # of the test split
+LOOKS = (10, 40)                                # steps at which both losses are looked at, besides the first and the last
 
 
 def town_text(documents: int = 50) -> list:
@@ -88,7 +89,7 @@ def one_run(job: dict) -> dict:
     history = train(model, data, tokenizer=tokenizer, steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=job["seed"],
                     progress=False, log=log)
     look(job["steps"])
-    score = evaluate(model, tokenizer, sql, limit=100, progress=False)[sql.metric]
+    score = evaluate(model, tokenizer, sql, limit=ITEMS, progress=False)[sql.metric]
     known = recalled(model, tokenizer)
     plain = model.merge_and_unload() if job["way"] == "lora" else model
     flat = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
@@ -105,21 +106,17 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter02.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    old = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"runs": []}
-    runs = old["runs"]
-    cases = [("full", lr, 0) for lr in RATES] + [("lora", lr, 0) for lr in LORA_RATES]
-    cases += [(way, lr, 0) for way in ("rehearsal", "leash") for lr in (1e-3, 3e-3)]
-    cases += [("full", lr, 1) for lr in (1e-3, 3e-3)] + [("lora", 1e-2, 1)]
-    jobs = [{"way": way, "lr": lr, "seed": seed, "steps": given.steps} for way, lr, seed in cases]
-    jobs = [job for job in jobs if not any(all(run[key] == job[key] for key in job) for run in runs)]
     tokenizer, base = load_tokenizer(), load_pretrained()
     record = facts() | {"base": {"name": os.environ.get("MINIPEFT_BASE", "lanternwick"), "facts": recalled(base, tokenizer),
                                  "town": round(completion_loss(base, tokenizer, town_text())["loss"], 4)},
-                        "task": "sql", "steps": given.steps, "batch_size": 16, "rates": RATES, "pull": PULL}
-    with ProcessPoolExecutor(given.jobs) as pool:
-        for run in tqdm(pool.map(one_run, jobs), total=len(jobs)):
-            runs.append(run)
-            save(given.out, record | {"runs": runs})
+                        "task": "sql", "steps": given.steps, "batch_size": 16, "rates": RATES["full"], "pull": PULL,
+                        "seeds": SEEDS, "items": ITEMS}
+
+    def jobs(seed, runs):
+        return [{"way": way, "lr": lr, "seed": seed, "steps": given.steps} for way, rates in RATES.items() for lr in rates
+                if seed == SEEDS[0] or (way, lr) not in OUTERMOST]
+
+    runs = sweep(jobs, one_run, SEEDS, record, given.out, given.jobs)
     for run in runs:
         print(f"{run['way']:10} lr {run['lr']:<7g} seed {run['seed']} score {run['score']:5.1f} town {run['town']:.3f} "
               f"facts {run['facts']:5.1f} distance {run['distance']:.3f}")
