@@ -1,6 +1,9 @@
 """Chapter 11's checks accept the solution, refuse the blank stub, and name the mistake in what is plausibly wrong."""
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from judging import accepts, rejects
@@ -15,6 +18,8 @@ def stub(*args):
 
 def test_sequential_solution():
     accepts(check.sequential_adapter, lambda h, D, b, U, c, act: h + act(h @ D.T + b) @ U.T + c)
+    accepts(check.sequential_adapter, lambda h, D, b, U, c, act: F.linear(act(F.linear(h, D, b)), U, c).add(h))
+    accepts(check.sequential_adapter, lambda h, D, b, U, c, act: torch.einsum("dm,...m->...d", U, act((D @ h[..., None])[..., 0] + b)) + h + c)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -28,7 +33,15 @@ def test_sequential_solution():
     ("b_up is missing", lambda h, D, b, U, c, act: h + act(h @ D.T + b) @ U.T),
     ("after the activation", lambda h, D, b, U, c, act: h + (act(h @ D.T) + b) @ U.T + c),
     ("it is added", lambda h, D, b, U, c, act: h - act(h @ D.T + b) @ U.T - c),
-    ("lost touch", lambda h, D, b, U, c, act: (h + act(h @ D.T + b) @ U.T + c).detach()),
+    ("no gradient reaches h, W_down, b_down, W_up, b_up", lambda h, D, b, U, c, act: (h + act(h @ D.T + b) @ U.T + c).detach()),
+    ("no gradient reaches h (", lambda h, D, b, U, c, act: h.detach() + act(h.detach() @ D.T + b) @ U.T + c),
+    ("changed h in place", lambda h, D, b, U, c, act: h.add_(act(h.clone() @ D.T + b) @ U.T + c)),
+    ("W_down and W_up have changed places", lambda h, D, b, U, c, act: h + act(h @ U + b) @ D + c),
+    ("always bend in the same way", lambda h, D, b, U, c, act: h + torch.relu(h @ D.T + b) @ U.T + c),
+    ("always bend in the same way", lambda h, D, b, U, c, act: h + F.gelu(h @ D.T + b) @ U.T + c),
+    ("h goes on twice", lambda h, D, b, U, c, act: 2 * h + act(h @ D.T + b) @ U.T + c),
+    ("differs from the formula", lambda h, D, b, U, c, act: h + 2 * act(h @ D.T + b) @ U.T + c),
+    ("should be a tensor", lambda h, D, b, U, c, act: (h, act(h @ D.T + b) @ U.T + c)),
     ("output's size comes first", lambda h, D, b, U, c, act: h + act(h @ D + b) @ U + c),
     ("is there a `return`", lambda h, D, b, U, c, act: None),
     ("nothing here yet", stub),
@@ -74,8 +87,27 @@ class Blank(nn.Module):
         raise NotImplementedError
 
 
+class Written(nn.Module):
+    """Right, and written otherwise: a copy of the part, one module for the branch, zeros by filling."""
+
+    def __init__(self, part, d, m, scaling):
+        super().__init__()
+        self.frozen, self.s = copy.deepcopy(part).eval(), scaling
+        for p in self.frozen.parameters():
+            p.requires_grad = False
+        self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
+        with torch.no_grad():
+            for p in self.up.parameters():
+                p.fill_(0)
+
+    def forward(self, x):
+        said = self.up(F.relu(self.down(x))).mul(self.s)
+        return said + self.frozen(x)
+
+
 def test_layer_solution():
     accepts(check.adapter_layer, Parallel)
+    accepts(check.adapter_layer, Written)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -90,6 +122,12 @@ def test_layer_solution():
     ("relu between down and up", with_forward(lambda s, x: s.part(x) + s.scaling * s.up(s.down(x)))),
     ("never reaches", with_forward(lambda s, x: s.part(x))),
     ("divide by the scale", with_forward(lambda s, x: s.part(x) + s.adapter(x) / s.scaling)),
+    ("scale misses up's bias", with_forward(lambda s, x: s.part(x) + s.up(s.scaling * torch.relu(s.down(x))))),
+    ("relu comes after up", with_forward(lambda s, x: s.part(x) + s.scaling * torch.relu(s.up(s.down(x))))),
+    ("another activation", with_forward(lambda s, x: s.part(x) + s.scaling * s.up(F.gelu(s.down(x))))),
+    ("gradient that goes down to x", with_forward(lambda s, x: s.part(x).detach() + s.scaling * s.adapter(x))),
+    ("gradient that goes down to x", with_forward(lambda s, x: s.part(x) + s.scaling * s.adapter(x.detach()))),
+    ("scaling is trained too", after_init(lambda s, d, m: setattr(s, "scaling", nn.Parameter(torch.tensor(s.scaling))))),
     ("is there a `return`", with_forward(lambda s, x: None)),
     ("make up's weight and bias zero", after_init(lambda s, d, m: nn.init.normal_(s.up.weight))),
     ("make up's weight and bias zero", after_init(lambda s, d, m: nn.init.normal_(s.up.bias))),
@@ -124,6 +162,9 @@ def test_count_solution():
     ("you count one.", lambda d, m, L, p: L * (1 + (p == "houlsby")) * (d * m + m + d)),
     ("`layers` of them", lambda d, m, L, p: count(d, m, 1, p)),
     ("bottleneck is m wide", lambda d, m, L, p: count(d, d, L, p)),
+    ("You have d twice", lambda d, m, L, p: L * (1 + (p == "houlsby")) * (2 * d * m + 2 * d)),
+    ("You have m twice", lambda d, m, L, p: L * (1 + (p == "houlsby")) * (2 * d * m + 2 * m)),
+    ("count the norms too", lambda d, m, L, p: count(d, m, L, p) + (4 * d * L if p == "houlsby" else 0)),
     ("I count", lambda d, m, L, p: 17),
     ("is there a `return`", lambda d, m, L, p: None),
     ("nothing here yet", stub),
@@ -139,8 +180,16 @@ def fold(W, b, D, c, U, e):
     return W + step @ W, b + step @ b + U @ c + e
 
 
+def by_probing(W, b, D, c, U, e):
+    """What the two do to zero is the bias, what they do to each unit vector the weight."""
+    both = lambda x: (y := F.linear(x, W, b)) + F.linear(F.linear(y, D, c), U, e)
+    zero = torch.zeros(W.shape[1], dtype=W.dtype)
+    return (both(torch.eye(W.shape[1], dtype=W.dtype)) - both(zero)).T, both(zero)
+
+
 def test_fold_solution():
     accepts(check.fold_linear_adapter, fold)
+    accepts(check.fold_linear_adapter, by_probing)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -153,6 +202,11 @@ def test_fold_solution():
     ("go through W_up", lambda W, b, D, c, U, e: (W + U @ D @ W, b + U @ D @ b + e)),
     ("b_up is missing", lambda W, b, D, c, U, e: (W + U @ D @ W, fold(W, b, D, c, U, e)[1] - e)),
     ("bias is as it was", lambda W, b, D, c, U, e: (W + U @ D @ W, b)),
+    ("Only the adapter's biases", lambda W, b, D, c, U, e: (W + U @ D @ W, U @ c + e)),
+    ("Two shapes do not fit", lambda W, b, D, c, U, e: (W + U @ D, b)),
+    ("Two shapes do not fit", lambda W, b, D, c, U, e: (W + U @ D @ W, b + U @ D @ b + c + e)),
+    ("W_new has the shape", lambda W, b, D, c, U, e: fold(W, b, D, c, U, e)[::-1]),
+    ("W_new has the shape", lambda W, b, D, c, U, e: (fold(W, b, D, c, U, e)[0].T, b)),
     ("Give me two tensors", lambda W, b, D, c, U, e: W + U @ D @ W),
     ("Two shapes do not fit", lambda W, b, D, c, U, e: (W + W @ U @ D, b)),
     ("in place", lambda W, b, D, c, U, e: (W.add_(U @ D @ W), b)),

@@ -40,6 +40,9 @@ def ones(mask, n):
 
 def test_soft_prompt_solutions():
     accepts(check.soft_prompt, soft_prompt)
+    accepts(check.soft_prompt, lambda prompt, x, mask, labels: (
+        torch.cat((prompt[None].repeat(len(x), 1, 1), x), 1), torch.cat((torch.ones_like(mask)[:, :len(prompt)], mask), 1),
+        torch.cat((labels.new_full((len(x), len(prompt)), -100), labels), 1)))
     accepts(check.soft_prompt, with_mask(lambda mask, n: torch.cat((torch.ones(len(mask), n), mask), 1).bool()))
 
 
@@ -62,6 +65,9 @@ def test_soft_prompt_solutions():
     ("belong in front", with_labels(lambda labels, n: F.pad(labels, (0, n), value=-100))),
     ("repeat the first label", with_labels(lambda labels, n: torch.cat((labels[:, :1].expand(-1, n), labels), 1))),
     ("cut the labels", with_labels(lambda labels, n: F.pad(labels, (n, 0), value=-100)[:, :-n])),
+    ("no whole numbers", with_labels(lambda labels, n: torch.cat((torch.full((len(labels), n), -100.0), labels), 1))),
+    ("a new Parameter", with_x(lambda p, x: torch.cat((torch.nn.Parameter(p.detach().clone()), x), 1))),
+    ("Your x has the shape", with_x(lambda p, x: torch.cat((p[:, :1], x), 1))),
     ("Give me three tensors", lambda prompt, x, mask, labels: torch.cat((prompt.expand(len(x), -1, -1), x), 1)),
     ("same number of dimensions", lambda prompt, x, mask, labels: (torch.cat((prompt, x), 1), mask, labels)),
 ])
@@ -85,6 +91,9 @@ def masks(change):
 
 def test_places_solutions():
     accepts(check.places, places)
+    accepts(check.places, lambda mask, n: ((wide := F.pad(mask, (n, 0), value=1)), (wide.cumsum(1) - 1)[:, n:]))
+    accepts(check.places, lambda mask, n: (torch.cat((mask.new_ones(len(mask), n), mask), 1),
+                                           torch.arange(mask.shape[1]) - mask.argmax(1, keepdim=True) + n))
     accepts(check.places, positions(lambda mask, n: (mask.cumsum(1) - 1 + n).masked_fill(mask == 0, 1)))
 
 
@@ -97,6 +106,11 @@ def test_places_solutions():
     ("shifted by n twice", positions(lambda mask, n: mask.cumsum(1) - 1 + 2 * n)),
     ("those of the text alone", positions(lambda mask, n: F.pad(mask, (n, 0), value=1).cumsum(1) - 1)),
     ("should have", positions(lambda mask, n: 3 * mask.cumsum(1) + n)),
+    ("one too low", positions(lambda mask, n: mask.cumsum(1) - 2 + n)),
+    ("take off all padding, on whichever side",
+     positions(lambda mask, n: torch.arange(mask.shape[1]) + n - (mask == 0).sum(1, keepdim=True))),
+    ("padded by two on the right", positions(lambda mask, n: (mask.cumsum(1) - 1 + n) * (mask[:, -1:] * 1.0) + (1 - mask[:, -1:]))),
+    ("has the shape", masks(lambda mask, n: F.pad(mask, (n + 1, 0), value=1))),
     ("mask hides the prefix", masks(lambda mask, n: F.pad(mask, (n, 0)))),
     ("at the end of the mask", masks(lambda mask, n: F.pad(mask, (0, n), value=1))),
     ("padding has become visible", masks(lambda mask, n: torch.ones(len(mask), mask.shape[1] + n))),
@@ -131,6 +145,39 @@ def masked(mask_of):
     return answer
 
 
+def by_the_gate(q, k, v, pk, pv):
+    g = prefix_gate(q, k, pk)[:, None]
+    return g * free(q, pk, pv) + (1 - g) * plain(q, k, v)
+
+
+def scores_and_mask(q, k, pk):
+    return (q @ torch.cat((pk, k)).T / q.shape[-1] ** 0.5,
+            torch.cat((torch.ones(len(q), len(pk)), torch.ones(len(q), len(q)).tril()), 1).bool())
+
+
+def zeroed(q, k, v, pk, pv):
+    scores, mask = scores_and_mask(q, k, pk)
+    return torch.softmax(scores * mask, 1) @ torch.cat((pv, v))
+
+
+def masked_late(q, k, v, pk, pv):
+    scores, mask = scores_and_mask(q, k, pk)
+    return (torch.softmax(scores, 1) * mask) @ torch.cat((pv, v))
+
+
+def over_queries(q, k, v, pk, pv):
+    scores, mask = scores_and_mask(q, k, pk)
+    return torch.softmax(scores.masked_fill(~mask, -torch.inf), 0) @ torch.cat((pv, v))
+
+
+def behind(keys, values):
+    def answer(q, k, v, pk, pv):
+        mask = scores_and_mask(q, k, pk)[1]
+        scores = q @ torch.cat((k, pk) if keys else (pk, k)).T / q.shape[-1] ** 0.5
+        return torch.softmax(scores.masked_fill(~mask, -torch.inf), 1) @ torch.cat((v, pv) if values else (pv, v))
+    return answer
+
+
 def longer(short, long):
     return F.pad(short, (0, 0, 0, len(long) - len(short)))
 
@@ -141,6 +188,7 @@ def with_queries(q, k, v, pk, pv):
 
 def test_prefix_attention_solutions():
     accepts(check.prefix_attention, prefix_attention)
+    accepts(check.prefix_attention, by_the_gate)
     accepts(check.prefix_attention, lambda q, k, v, pk, pv: with_queries(q, k, v, pk, pv)[len(pk):])
 
 
@@ -159,6 +207,14 @@ def test_prefix_attention_solutions():
     ("average two attentions", lambda q, k, v, pk, pv: (plain(q, k, v) + free(q, pk, pv)) / 2),
     ("n rows too many", with_queries),
     ("cut off the wrong end", lambda q, k, v, pk, pv: with_queries(q, k, v, pk, pv)[:len(q)]),
+    ("not in the same order", behind(True, False)),
+    ("not in the same order", behind(False, True)),
+    ("your mask has it in front", behind(True, True)),
+    ("divide by h:", lambda q, k, v, pk, pv: prefix_attention(q / q.shape[-1] ** 0.5, k, v, pk, pv)),
+    ("root of a number of tokens", lambda q, k, v, pk, pv: prefix_attention(q * (q.shape[-1] / len(q)) ** 0.5, k, v, pk, pv)),
+    ("masked scores to zero", zeroed),
+    ("mask after the softmax", masked_late),
+    ("runs over the queries", over_queries),
     ("the scores (T, n + T)", lambda q, k, v, pk, pv: torch.softmax(q @ torch.cat((pk, k)).T, -1) @ v),
 ])
 def test_prefix_attention_mistakes(says, answer):
@@ -200,6 +256,11 @@ def without_exp(q, k, pk):
     return prefix.sum(1) / (prefix.sum(1) + text.tril().sum(1))
 
 
+def two_maxima(q, k, pk):
+    prefix, text = ((scores - scores.amax(1, keepdim=True)).exp().sum(1) for scores in scores_of(q, k, pk))
+    return prefix / (prefix + text)
+
+
 def test_prefix_gate_solutions():
     accepts(check.prefix_gate, prefix_gate)
     accepts(check.prefix_gate, lambda q, k, pk: prefix_gate(q, k, pk)[:, None])
@@ -218,6 +279,11 @@ def test_prefix_gate_solutions():
     ("mean over the prefix", lambda q, k, pk: share(*scores_of(q, k, pk)).mean(1)),
     ("before it is divided", lambda q, k, pk: scores_of(q, k, pk)[0].exp().sum(1)),
     ("leave the exp out", without_exp),
+    ("over the prefix alone", lambda q, k, pk: torch.softmax(scores_of(q, k, pk)[0], 1).sum(1)),
+    ("masked scores to zero", lambda q, k, pk: share(scores_of(q, k, pk)[0], scores_of(q, k, pk, masked=False)[1].tril()).sum(1)),
+    ("one maximum for both", two_maxima),
+    ("mask the prefix too", lambda q, k, pk: share(
+        scores_of(q, k, pk)[0].masked_fill(~torch.ones(len(q), len(pk)).tril().bool(), -torch.inf), scores_of(q, k, pk)[1]).sum(1)),
 ])
 def test_prefix_gate_mistakes(says, answer):
     rejects(says, check.prefix_gate, answer)
@@ -242,6 +308,7 @@ def test_count_virtual_solution():
     ("is there a `return`", lambda *sizes: None),
     ("has no part in the layers", either(prompt=lambda kind, n, layers, width, heads, kv: layers * n * width)),
     ("That is a prefix's count", either(prompt=lambda kind, *sizes: count_virtual("prefix", *sizes))),
+    ("a prompt has neither", either(prompt=lambda kind, n, layers, width, heads, kv: 2 * n * width)),
     ("That is one vector", either(prompt=lambda kind, n, layers, width, heads, kv: width)),
     ("as wide as the model, not", either(prompt=lambda kind, n, l, width, heads, kv: n * width // heads * kv)),
     ("keys and values to be as wide", either(prefix=lambda kind, n, layers, width, heads, kv: 2 * layers * n * width)),

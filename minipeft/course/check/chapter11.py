@@ -3,6 +3,7 @@ import copy
 import random
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .teacher import Wrong, checks, compare, need, same
@@ -26,11 +27,13 @@ def sequential_adapter(function) -> None:
     for act in (torch.relu, torch.tanh):
         d, m, down, b_down, up, b_up = draw()
         h = torch.randn(3, 4, d, dtype=torch.float64)
-        before, down = h.clone(), down.requires_grad_()
-        got = function(h, down, b_down, up, b_up, act)
-        need(torch.equal(h, before), "You changed h in place: whoever gave it to you may still need it.")
-        z = (h @ down.T + b_down).detach()
+        given = [tensor.clone().requires_grad_() for tensor in (h, down, b_down, up, b_up)]
+        lent = given[0] * 1.0                                       # as from a layer below: changing it in place is allowed
+        got = function(lent, *given[1:], act)
+        need(torch.equal(lent, h), "You changed h in place: whoever gave it to you may still need it.")
+        z = h @ down.T + b_down
         a = act(z) @ up.T + b_up
+        bent = {"relu": torch.relu, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu}
         compare(got, h + a, {
             "The residual is forgotten: what the frozen part computed, h, must go on too. An adapter of zeros would "
             "now silence it.": a,
@@ -38,18 +41,26 @@ def sequential_adapter(function) -> None:
                 h + act(z @ up.T + b_up),
             "There is no activation: two linear maps in a row are one linear map, of low rank.": h + z @ up.T + b_up,
             "The activation comes before the down-projection: it belongs after it.":
-                h + (act(h) @ down.detach().T + b_down) @ up.T + b_up,
+                h + (act(h) @ down.T + b_down) @ up.T + b_up,
             "You bend the sum as well: the residual must pass untouched.": act(h + a),
-            "Both biases are missing.": h + act(h @ down.detach().T) @ up.T,
-            "b_down is missing.": h + act(h @ down.detach().T) @ up.T + b_up,
+            "Both biases are missing.": h + act(h @ down.T) @ up.T,
+            "b_down is missing.": h + act(h @ down.T) @ up.T + b_up,
             "b_up is missing.": h + act(z) @ up.T,
             "b_down is added after the activation: it belongs inside.":
-                h + (act(h @ down.detach().T) + b_down) @ up.T + b_up,
+                h + (act(h @ down.T) + b_down) @ up.T + b_up,
             "You subtract the adapter: it is added.": h - a,
             "h goes on twice.": 2 * h + a,
+            "W_down and W_up have changed places: their shapes fit that way round without a .T, but W_down is (m, d), "
+            "and down comes first: h @ W_down.T.": h + act(h @ up + b_down) @ down + b_up,
+            "You always bend in the same way: the activation is given to you, as `act`.":
+                next((wrong for name, other in bent.items() if other is not act
+                      and same(got, wrong := h + other(z) @ up.T + b_up)), None),
         }, "Your output")
-        need(got.requires_grad, "The numbers are right, but the result has lost touch with the weights (.detach() or "
-                                ".data?): nothing could be learnt.")
+        names = ("h", "W_down", "b_down", "W_up", "b_up")
+        reached = torch.autograd.grad(got.sum(), given, allow_unused=True) if got.requires_grad else [None] * 5
+        lost = [name for name, gradient in zip(names, reached) if gradient is None]
+        need(not lost, f"The numbers are right, but no gradient reaches {', '.join(lost)} (.detach(), .data or no_grad?): "
+                       "nothing could be learnt there, or below.")
 
 
 @checks("The frozen part stays frozen, nothing changes at the start, the adapter reads x beside the part, and the "
@@ -74,8 +85,11 @@ def adapter_layer(layer_class) -> None:
         mine = {id(p) for p in (*down.parameters(), *up.parameters())}
         trained = {id(p): name for name, p in layer.named_parameters() if p.requires_grad}
         need(mine <= set(trained), "The adapter's own parameters are frozen: they are all that is trained.")
-        need(set(trained) <= mine, "The part is not frozen: an optimizer would train it as well. "
-                                   "part.requires_grad_(False)")
+        theirs = [name for key, name in trained.items() if key not in mine]
+        need(all("down" not in name and "up" not in name and "scal" not in name for name in theirs),
+             f"{', '.join(theirs)} is trained too. Here the scale is a fixed number, and all that is trained is in down "
+             "and up.")
+        need(not theirs, "The part is not frozen: an optimizer would train it as well. part.requires_grad_(False)")
         x = torch.randn(4, 3, d)
         need(same(layer(x), frozen(x)), start(layer(x), frozen(x), layer, up, x))
         with torch.no_grad():
@@ -93,11 +107,28 @@ def adapter_layer(layer_class) -> None:
             "The part's output is missing: your layer gives the adapter alone.": scaling * z,
             "The part's output is scaled: the scale belongs to the adapter.": scaling * y + z,
             "x is added as well: the residual stream around this layer does that already.": right + x,
-            "The activation is missing, or at the wrong place: relu between down and up.":
-                y + scaling * (x @ down.weight.T @ up.weight.T + down.bias @ up.weight.T + up.bias).detach(),
+            "The activation is missing: relu between down and up.":
+                y + scaling * down_up(x, down, up).detach(),
             "The adapter never reaches the output.": y,
             "You divide by the scale.": y + z / scaling,
+            "The scale misses up's bias: it multiplies all that the adapter says.":
+                (y + scaling * (z - up.bias) + up.bias).detach(),
+            "relu comes after up: it belongs between the two, where the numbers are few.":
+                y + scaling * torch.relu(down_up(x, down, up)).detach(),
+            "That is another activation: relu is asked for.":
+                next((wrong for other in (F.gelu, F.silu, torch.tanh, torch.sigmoid)
+                      if same(layer(x), wrong := (y + scaling * up(other(down(x)))).detach())), None),
         }, "Your output")
+        below, straight = x.clone().requires_grad_(), x.clone().requires_grad_()
+        layer(below).square().sum().backward()
+        (frozen(straight) + scaling * up(torch.relu(down(straight)))).square().sum().backward()
+        need(below.grad is not None and same(below.grad, straight.grad),
+             "The outputs are right, but the gradient that goes down to x is not: the part is frozen, and yet what is below "
+             "learns through it. No torch.no_grad() and no .detach() in forward.")
+
+
+def down_up(x, down, up):
+    return x @ down.weight.T @ up.weight.T + down.bias @ up.weight.T + up.bias
 
 
 def linear(layer, name):
@@ -136,7 +167,12 @@ def count_adapters(function) -> None:
                 "The bias of the up-projection is missing, d numbers.": every * (2 * d * m + m),
                 "Each adapter has two matrices, down and up: you count one.": every * (d * m + m + d),
                 "You count one layer: there are `layers` of them.": times * one,
-                "The biases are swapped in: down has m, up has d, not twice d.": every * (2 * d * m + 2 * d),
+                "Each bias is as long as what its Linear gives: m for down, d for up. You have d twice.":
+                    every * (2 * d * m + 2 * d),
+                "Each bias is as long as what its Linear gives: m for down, d for up. You have m twice.":
+                    every * (2 * d * m + 2 * m),
+                "You count the norms too. Houlsby et al. train them, but here the adapters alone are counted.":
+                    next((right + layers * norms for norms in (2 * d, 4 * d) if got == right + layers * norms), None),
                 "You count d × d matrices: the bottleneck is m wide.": every * (2 * d * d + 2 * d),
             }
             if got != right:

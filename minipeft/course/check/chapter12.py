@@ -60,8 +60,11 @@ def soft_prompt(function) -> None:
         "You cut the labels to the old length: the last tokens' losses are lost, and all others have moved.":
             torch.cat((torch.full((B, n), -100), labels), 1)[:, :T],
     }, "Your labels")
-    need(new_x.requires_grad, "The numbers are right, but x has lost touch with the prompt (.detach() or .data?): "
-                              "nothing could be learnt.")
+    need(not new_labels.is_floating_point(), "Your labels are no whole numbers any more (torch.full with -100.0?): the loss "
+                                             "wants token ids.")
+    reached = torch.autograd.grad(new_x.sum(), prompt, allow_unused=True)[0] if new_x.requires_grad else None
+    need(reached is not None, "The numbers are right, but x has lost touch with the prompt (.detach(), .data, or a new "
+                              "Parameter?): nothing could be learnt.")
 
 
 def as_numbers(tensor):
@@ -101,12 +104,16 @@ def places(function) -> None:
         "Your positions are one too high: the first real token stands at n, not at n + 1.": right + 1,
         "Your positions are one too low: the first real token stands at n, not at n - 1.": right - 1,
         "Your positions are shifted by n twice.": right + n,
+        "You take off all padding, on whichever side. Only what stands before a word moves it: padding on the right does "
+        "not.": along + n - (1 - mask).sum(1, keepdim=True),
     }
     of_text = lambda rows: rows.float()[real]               # what stands at padding is nobody's business
-    if not same(of_text(positions), of_text(right)):
+    off = [row for row in range(3) if not same(positions[row].float()[real[row]], right[row].float()[real[row]])]
+    if off:
+        side = ("padded by two on the left", "padded by two on the right", "without padding")[off[0]]
         raise Wrong(next((message for message, wrong in slips.items() if same(of_text(positions), of_text(wrong))),
-                         f"For a row padded by two on the left and n = {n} you give {positions[0].tolist()}; its real "
-                         f"tokens should have {right[0, 2:].tolist()}."))
+                         f"For a row {side} and n = {n} you give {positions[off[0]].tolist()}; its real tokens should have "
+                         f"{right[off[0]][real[off[0]]].tolist()}."))
 
 
 def attention(q, k, v, mask):
@@ -147,6 +154,20 @@ def prefix_attention(function) -> None:
         "You average two attentions. The weights are no halves: one softmax over both decides.":
             (attention(q, k, v, causal) + attention(q, pk, pv, seen)) / 2,
         "You gave the prefix queries as well and cut off the wrong end.": attention(queries, K, V, square)[:T],
+        "Keys and values are not in the same order: the prefix is in front in one, and behind in the other.":
+            next((wrong for keys, values in ((K, torch.cat((v, pv))), (torch.cat((k, pk)), V))
+                  if same(got, wrong := attention(q, keys, values, mask))), None),
+        "Your prefix is behind the text, but your mask has it in front.":
+            attention(q, torch.cat((k, pk)), torch.cat((v, pv)), mask),
+        "You divide by h: the scores are divided by its root.": attention(q / h ** 0.5, K, V, mask),
+        "You divide by the root of a number of tokens. It is the root of h, the width of a query.":
+            next((wrong for count in (T, n, n + T) if same(got, wrong := attention(q * (h / count) ** 0.5, K, V, mask))), None),
+        "You set the masked scores to zero. A score of zero still gets a share, as e⁰ = 1: masked scores are -inf.":
+            torch.softmax(q @ K.T / h ** 0.5 * mask, 1) @ V,
+        "You mask after the softmax: the shares that are left no longer sum to 1. Mask the scores, with -inf.":
+            (torch.softmax(q @ K.T / h ** 0.5, 1) * mask) @ V,
+        "Your softmax runs over the queries: it belongs along the keys, the last dimension.":
+            torch.softmax((q @ K.T / h ** 0.5).masked_fill(~mask, -torch.inf), 0) @ V,
     }, "Your output")
 
 
@@ -168,6 +189,9 @@ def prefix_gate(function) -> None:
             return torch.softmax(torch.cat((prefix, text), 1), 1)[:, :prefix.shape[1]].sum(1)
         root = h ** 0.5
         on_prefix, on_text = mass(root, pk), mass(root, k, causal)
+        def own_maximum(*scores):
+            prefix, text = ((each - each.max(1, keepdim=True).values).exp().sum(1) for each in scores)
+            return prefix / (prefix + text)
         right = share(on_prefix, on_text)
         got = function(q, k, pk)
         if isinstance(got, torch.Tensor) and got.shape == (T, 1):
@@ -189,6 +213,14 @@ def prefix_gate(function) -> None:
             "That is the prefix's mass, before it is divided by the whole.": on_prefix.exp().sum(1),
             "You leave the exp out: the softmax is made of exponentials of the scores.":
                 on_prefix.sum(1) / (on_prefix.sum(1) + mass(root, k).tril().sum(1)),
+            "That is 1 for everybody: you take the softmax over the prefix alone. It runs over prefix and text together.":
+                torch.ones(T, dtype=torch.float64),
+            "You set the masked scores to zero. A score of zero still gets a share, as e⁰ = 1: masked scores are -inf.":
+                share(on_prefix, mass(root, k).tril()),
+            "You subtract from the prefix's scores their own maximum, and from the text's another: then the two no longer "
+            "compare. It must be one maximum for both.": own_maximum(on_prefix, on_text),
+            "You mask the prefix too: all of it is past for every token.":
+                share(on_prefix.masked_fill(~torch.ones(T, n).tril().bool(), -torch.inf), on_text),
         }
         compare(got, right, slips, "Your gate")
 
@@ -208,6 +240,7 @@ def count_virtual(function) -> None:
                     "That is a prefix's count: the prompt has n vectors of the model's width, and nothing else.":
                         2 * layers * n * narrow,
                     "That is one vector: there are n of them.": width,
+                    "You count a key and a value for each: a prompt has neither, it is n vectors in the input.": 2 * n * width,
                     "The prompt's vectors are as wide as the model, not as its keys.": n * narrow,
                 },
                 "prefix": {

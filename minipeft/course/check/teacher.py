@@ -74,7 +74,7 @@ def need(condition: bool, message: str) -> None:
 
 def same(a, b) -> bool:
     """Equal up to rounding, for the precision of the numbers."""
-    if not isinstance(a, torch.Tensor) or a.shape != b.shape:
+    if not isinstance(a, torch.Tensor) or b is None or a.shape != b.shape:
         return False
     tolerance = 1e-8 if a.dtype == torch.float64 else 2e-4
     return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
