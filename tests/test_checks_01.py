@@ -49,6 +49,12 @@ def test_count_oracle_is_the_model():
     ("one head wide", counting(narrow=True)),
     ("three matrices", counting(block="no gate")),
     ("o_proj", counting(block="no o")),
+    ("you count one of them", lambda vocab, d, wide, layers, heads, kv_heads, tied: counting()(
+        vocab, d, wide, layers, heads, kv_heads, tied) - layers * d * kv_heads * d // heads),
+    ("You count biases", lambda vocab, d, wide, layers, heads, kv_heads, tied: counting()(
+        vocab, d, wide, layers, heads, kv_heads, tied) + layers * (d + 2 * kv_heads * d // heads)),
+    ("You count biases", lambda vocab, d, wide, layers, heads, kv_heads, tied: counting()(
+        vocab, d, wide, layers, heads, kv_heads, tied) + (2 * layers + 1) * d),
     ("one block", counting(blocks=1)),
     ("embedding is missing", counting(tables=0)),
     ("I count", lambda *shape: 7),
@@ -83,6 +89,35 @@ def bpe(weight=lambda words, word: words[word], best=max, everywhere=True, give=
     return train
 
 
+def first_in_each_word(words, n):
+    """Merges a pair only where it stands first in a word."""
+    pieces, merges = {word: list(word) for word in words}, []
+    for _ in range(n):
+        pairs = Counter()
+        for word, parts in pieces.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += words[word]
+        merges.append(max(pairs, key=pairs.get))
+        for parts in pieces.values():
+            at = next((i for i, pair in enumerate(zip(parts, parts[1:])) if pair == merges[-1]), None)
+            if at is not None:
+                parts[at:at + 2] = ["".join(merges[-1])]
+    return merges
+
+
+def by_strings(words, n):
+    """The usual way with `" ".join` and regular expressions, which is right: spaces on both sides of a piece."""
+    texts, merges = {word: f" {' '.join(word)} " for word in words}, []
+    for _ in range(n):
+        pairs = Counter()
+        for word, text in texts.items():
+            for pair in zip(text.split(), text.split()[1:]):
+                pairs[pair] += words[word]
+        merges.append(max(pairs, key=pairs.get))
+        texts = {word: text.replace(f" {' '.join(merges[-1])} ", f" {''.join(merges[-1])} ") for word, text in texts.items()}
+    return merges
+
+
 def empties(words, n):
     merges = bpe()(words, n)
     words.clear()
@@ -91,6 +126,7 @@ def empties(words, n):
 
 def test_bpe_solution():
     accepts(check.train_bpe, bpe())
+    accepts(check.train_bpe, by_strings)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -101,6 +137,7 @@ def test_bpe_solution():
     ("another order", bpe(give=lambda merges: merges[::-1])),
     ("not what they become", bpe(give=lambda merges: ["".join(pair) for pair in merges])),
     ("merges are wanted; you give", bpe(give=lambda merges: merges[:2])),
+    ("stand twice in a word", first_in_each_word),
     ("stand in no word", bpe(give=lambda merges: [("z", "q"), *merges[1:]])),
     ("You changed `words`", empties),
     ("A list of pairs", bpe(give=lambda merges: 3)),
@@ -147,6 +184,19 @@ def no_softmax(logits, labels):
     return -logits[:, :-1][asked].gather(-1, target[asked][:, None]).mean()
 
 
+def chosen_before_the_shift(logits, labels):
+    target, asked = labels[:, 1:], labels[:, :-1] != -100
+    return -logits[:, :-1].log_softmax(-1)[asked].gather(-1, target[asked][:, None]).mean()
+
+
+def softmax_over(places):
+    def loss(logits, labels):
+        logp, target = logits.log_softmax(1)[:, :-1] if places == "all" else logits[:, :-1].log_softmax(1), labels[:, 1:]
+        asked = target != -100
+        return -logp[asked].gather(-1, target[asked][:, None]).mean()
+    return loss
+
+
 def spoils(logits, labels):
     right = loss(logits, labels)
     labels[labels == -100] = 0
@@ -164,6 +214,10 @@ def test_loss_solution():
     ("token 0 were wanted", with_zero),
     ("wraps", wraps),
     ("divide by all places", lambda logits, labels: flat(logits[:, :-1], labels[:, 1:], reduction="none").mean()),
+    ("the last one", lambda logits, labels: flat(logits[:, :-1], labels[:, 1:], reduction="sum") / labels.numel()),
+    ("choose the places before the shift", chosen_before_the_shift),
+    ("runs over the places", softmax_over("all")),
+    ("runs over the places", softmax_over("the shifted")),
     ("the mean is wanted", lambda logits, labels: flat(logits[:, :-1], labels[:, 1:], reduction="sum")),
     ("sign is missing", lambda logits, labels: -loss(logits, labels)),
     ("bits", lambda logits, labels: loss(logits, labels) / torch.tensor(2.0).log()),
@@ -226,6 +280,7 @@ def test_cached_step_oracle_is_the_package():
     ("does not see itself", changed(seen=slice(0, -1))),
     ("all but the first", changed(mask=lambda s: torch.ones_like(s, dtype=torch.bool).triu(1))),
     ("mix keys and values", changed(mix=True)),
+    ("the order is y, k, v", lambda *tensors: tuple(step(*tensors)[i] for i in (0, 2, 1))),
     ("Give three things", lambda *tensors: step(*tensors)[0]),
     ("is there a `return`", lambda *tensors: None),
     ("nothing here yet", stub),
@@ -248,8 +303,15 @@ def nucleus_with(**change):
     return lambda probs, p: top_p(probs, p, **change)
 
 
+def undone_by_the_order(probs, p, inverse=False):
+    ordered, order = probs.sort(descending=True)
+    kept = ordered * (ordered.cumsum(0) - ordered < p)
+    return (kept / kept.sum())[order.argsort() if inverse else order]
+
+
 def test_nucleus_solution():
     accepts(check.nucleus, top_p)
+    accepts(check.nucleus, lambda probs, p: undone_by_the_order(probs, p, inverse=True))
 
 
 def test_nucleus_oracle_is_the_package():
@@ -266,6 +328,8 @@ def test_nucleus_oracle_is_the_package():
     ("together", nucleus_with(keep=lambda total, ordered, p: ordered >= p)),
     ("begin with the rarest", nucleus_with(falling=False)),
     ("keep the tail", nucleus_with(keep=lambda total, ordered, p: total - ordered >= p)),
+    ("its inverse", lambda probs, p: undone_by_the_order(probs, p)),
+    ("You apply a softmax", lambda probs, p: torch.where(top_p(probs, p) > 0, probs, -torch.inf).softmax(0)),
     ("Nothing is cut off", lambda probs, p: probs),
     ("in place", lambda probs, p: probs.mul_(2)),
     ("is there a `return`", lambda probs, p: None),

@@ -25,6 +25,9 @@ def test_step_bytes_solution():
     ("frozen numbers are missing", lambda total, trained: 16 * trained),
     ("twice", lambda total, trained: 2 * total + 16 * trained),
     ("in 32 bits: here", lambda total, trained: 4 * (total - trained) + 16 * trained),
+    ("another copy", lambda total, trained: 2 * (total - trained) + 20 * trained),
+    ("or their gradients", lambda total, trained: 2 * (total - trained) + 14 * trained),
+    ("have a gradient: only", lambda total, trained: 2 * (total - trained) + 4 * total + 12 * trained),
     ("gigabytes", lambda total, trained: (2 * (total - trained) + 16 * trained) / 1e9),
     ("each is several bytes", lambda total, trained: total - trained + 4 * trained),
     ("I count", lambda total, trained: 5),
@@ -38,21 +41,40 @@ def test_step_bytes_mistakes(says, answer):
 # ------------------------------------------------------------------------------------------------------- adamw_step
 
 def adamw(p, g, m, v, t, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, give=lambda p, m, v: (p, m, v),
-          decay=lambda lr, wd: 1 - lr * wd, l2=0.0, fix=(True, True), root=True, eps_inside=False, late=0, sign=-1, swap=False,
+          decay=lambda lr, wd: 1 - lr * wd, l2=0.0, fix=(True, True), root=True, eps_inside=False, late=0, sign=-1, swap=False, correct=None,
           new_m=lambda b, m, g: b * m + (1 - b) * g, new_v=lambda b, v, g, m: b * v + (1 - b) * g * g):
     p = p * decay(lr, weight_decay)
     if swap:
         beta1, beta2 = beta2, beta1
     m = new_m(beta1, m, g + l2 * weight_decay * p / decay(lr, weight_decay))
     v = new_v(beta2, v, g, m)
-    m_hat = m / (1 - beta1 ** (t + late)) if fix[0] else m
-    v_hat = v / (1 - beta2 ** (t + late)) if fix[1] else v
+    for_m, for_v = correct(beta1, beta2, t) if correct else (1 - beta1 ** (t + late), 1 - beta2 ** (t + late))
+    m_hat = m / for_m if fix[0] else m
+    v_hat = v / for_v if fix[1] else v
     bottom = (v_hat + eps).sqrt() if eps_inside else (v_hat.sqrt() if root else v_hat) + eps
     return give(p + sign * lr * m_hat / bottom, m, v)
 
 
 def changed(**change):
     return lambda *arguments: adamw(*arguments, **change)
+
+
+def after_the_step(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    p, m, v = adamw(p, g, m, v, t, lr, beta1, beta2, eps, 0.0)
+    return p * (1 - lr * weight_decay), m, v
+
+
+def old_eps(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    """As the paper's remark on efficiency has it: another eps."""
+    new_m, new_v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    rate = lr * (1 - beta2 ** t) ** 0.5 / (1 - beta1 ** t)
+    return p * (1 - lr * weight_decay) - rate * new_m / (new_v.sqrt() + eps), new_m, new_v
+
+
+def decay_in_the_step(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    """Another right way: the decay as a part of what is subtracted."""
+    new_m, new_v = torch.lerp(m, g, 1 - beta1), v + (1 - beta2) * (g.square() - v)
+    return p - lr * (new_m / (1 - beta1 ** t) / ((new_v / (1 - beta2 ** t)) ** 0.5 + eps) + weight_decay * p), new_m, new_v
 
 
 def in_place(p, g, m, v, *rest):
@@ -62,6 +84,7 @@ def in_place(p, g, m, v, *rest):
 
 def test_adamw_solution():
     accepts(check.adamw_step, adamw)
+    accepts(check.adamw_step, decay_in_the_step)
 
 
 def test_adamw_oracle_is_torch():
@@ -90,6 +113,10 @@ def test_adamw_oracle_is_torch():
     ("root is missing", changed(root=False)),
     ("goes up the gradient", changed(sign=1)),
     ("decay is missing", changed(decay=lambda lr, wd: 1.0)),
+    ("shrink after the step", after_the_step),
+    ("before v is corrected", old_eps),
+    ("it is the power", changed(correct=lambda b1, b2, t: (1 - b1 * t, abs(1 - b2 * t)))),
+    ("by v's correction", changed(correct=lambda b1, b2, t: (1 - b2 ** t, 1 - b1 ** t))),
     ("not scaled by the rate", changed(decay=lambda lr, wd: 1 - wd)),
     ("in place", in_place),
     ("Give three tensors", changed(give=lambda p, m, v: p)),
@@ -128,6 +155,7 @@ def test_accumulated_oracle_is_autograd():
     ("divide by all labels together", lambda grads, labels: weighed(grads, labels) * sum(labels)),
     ("divide by the number of labels", lambda grads, labels: weighed(grads, labels) * sum(labels) / len(labels)),
     ("it is a mean already", lambda grads, labels: sum(g / n for g, n in zip(grads, labels))),
+    ("has no place here", lambda grads, labels: weighed(grads, labels) / len(grads)),
     ("last batch's gradient", lambda grads, labels: grads[-1]),
     ("in place", adds_into_the_first),
     ("none of the usual slips", lambda grads, labels: weighed(grads, labels) + 1),
@@ -173,6 +201,7 @@ def test_kept_oracle_is_autograd(trained):
     ("only the inputs of trained", lambda widths, trained: sum(w for w, t in zip(widths, trained) if t)),
     ("kept once", lambda widths, trained: sum(widths[i] * trained[i] + widths[i] * (i > 0 and any(trained[:i])) for i in range(len(trained)))),
     ("its own input too", lambda widths, trained: sum(widths[i] for i in range(1, len(trained)) if any(trained[:i]))),
+    ("input of the chain", lambda widths, trained: kept(widths, trained) + widths[0] * (not trained[0])),
     ("not above", lambda widths, trained: sum(widths[i] for i in range(len(trained)) if any(trained[i:]))),
     ("memory anyway", lambda widths, trained: kept(widths, trained) + sum(a * b for a, b, t in zip(widths, widths[1:], trained) if t)),
     ("autograd keeps", lambda widths, trained: 1),

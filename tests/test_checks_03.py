@@ -23,6 +23,7 @@ def test_subspace_gradient_solution():
     ("Two shapes do not fit", lambda P, g: P @ g),
     ("is there a `return`", lambda P, g: None),
     ("the shape", lambda P, g: (P.T @ g).sum()),
+    ("the shape", lambda P, g: P.T @ g[:, None]),
 ])
 def test_subspace_gradient_mistakes(says, answer):
     rejects(says, check.subspace_gradient, answer)
@@ -53,6 +54,21 @@ def dense(x):
     return H @ x
 
 
+def two_calls(x):
+    """Another right way: transform the halves, then add and subtract."""
+    if len(x) == 1:
+        return x
+    a, b = (two_calls(half) for half in x.chunk(2))
+    return torch.cat([a + b, a - b])
+
+
+def four_calls(x):
+    if len(x) == 1:
+        return x
+    a, b = x.chunk(2)
+    return torch.cat([four_calls(a) + four_calls(b), four_calls(a) - four_calls(b)])
+
+
 def difference_first(x):
     h = 1
     while h < len(x):
@@ -75,12 +91,14 @@ def in_place(x):
 def test_fast_hadamard_solutions():
     accepts(check.fast_hadamard, fast)
     accepts(check.fast_hadamard, recursive)
+    accepts(check.fast_hadamard, two_calls)
 
 
 @pytest.mark.parametrize("says, answer", [
     ("divide by √n", lambda x: fast(x) / len(x) ** 0.5),
     ("the way back", lambda x: fast(x) / len(x)),
     ("build a matrix", dense),
+    ("not fast", four_calls),
     ("on the way", in_place),
     ("is there a `return`", lambda x: None),
     ("fit", lambda x: torch.ones(3, 3) @ x),
@@ -113,6 +131,7 @@ def test_hash_project_solution():
     ("square root of that", lambda theta, index, sign: theta[index] * sign / count(index)[index]),
     ("signs are missing", lambda theta, index, sign: theta[index] / count(index).sqrt()[index]),
     ("only on average", lambda theta, index, sign: theta[index] * sign * (len(theta) / len(index)) ** 0.5),
+    ("divide by √d", lambda theta, index, sign: theta[index] * sign / len(theta) ** 0.5),
     ("divide by √D", lambda theta, index, sign: theta[index] * sign / len(index) ** 0.5),
     ("the way back", lambda theta, index, sign: torch.zeros(len(theta)).index_add(0, index, sign)),
     ("lost touch", lambda theta, index, sign: theta.detach()[index] * sign / count(index).sqrt()[index]),

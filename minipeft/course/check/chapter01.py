@@ -1,6 +1,7 @@
 """Chapter 01, the model: counting it, learning merges, the loss, a step with the cache, nucleus sampling, two pairings."""
 import random
 from collections import Counter
+from itertools import combinations
 
 import torch
 
@@ -19,9 +20,9 @@ def block(d, wide, heads, kv_heads):
 @checks("The count is right, for Llama-3-8B too.")
 def count_gpt(function) -> None:
     """function(vocab, d, wide, layers, heads, kv_heads, tied) -> int."""
-    heads = random.choice([4, 6])
+    heads = random.choice([6, 9])
     small = dict(vocab=random.randint(90, 130), d=heads * random.choice([5, 7]), wide=random.randint(40, 70),
-                 layers=random.choice([2, 3]), heads=heads, kv_heads=2)
+                 layers=random.choice([2, 3]), heads=heads, kv_heads=3)
     llama3 = dict(vocab=128256, d=4096, wide=14336, layers=32, heads=32, kv_heads=8)
     for shape, tied in ((small, True), (small, False), (llama3, False)):
         vocab, d, wide, layers, heads, kv_heads = shape.values()
@@ -42,10 +43,14 @@ def count_gpt(function) -> None:
                 right - layers * 2 * d * (kv - d // heads),
             "The MLP has three matrices: you forgot the gate (or up, or down).": right - layers * d * wide,
             "o_proj is missing: it brings the heads back to width d.": right - layers * d * d,
+            "k and v are two matrices, each kv_heads heads wide: you count one of them.": right - layers * d * kv,
             "You count one block: there are `layers` of them.": tables + one + d,
             "The embedding is missing: the table has vocab × d numbers.": right - tables,
         }
+        biases = ((2 * layers + 1) * d, layers * (d + 2 * kv), layers * d, layers * (2 * wide + d), (not tied) * vocab)
+        some = {sum(parts) for count in range(1, 6) for parts in combinations(biases, count)} - {0}
         if got != right:
+            need(got - right not in some, "You count biases: there are none here, in the norms neither.")
             raise Wrong(next((message for message, wrong in slips.items() if got == wrong and wrong != right),
                              f"For {shape}, tied={tied} you get {got:,}; I count {right:,}."))
 
@@ -103,8 +108,8 @@ def vocabulary():
 @checks("The same merges, in the same order, for every vocabulary that I tried.")
 def train_bpe(function) -> None:
     """function(words, n) -> list of n pairs; words: {word: how often it occurs}."""
-    for _ in range(2):
-        words, right, still = vocabulary()
+    again = {"nation": 6, "titan": 4, "content": 7, "attention": 1}     # "nt" stands twice in "content"
+    for words, right, still in (vocabulary(), vocabulary(), (again, learnt(again.get, again, 3), None)):
         given = dict(words)
         got = function(given, len(right))
         need(got is not None, "Your function gives None: is there a `return` at its end?")
@@ -116,8 +121,11 @@ def train_bpe(function) -> None:
         need(len(got) == len(right), f"{len(right)} merges are wanted; you give {len(got)}.")
         if got == right:
             continue
-        need(len(set(got)) == len(got), "The same pair comes twice: after a merge it must be gone from every word. Do "
-                                        "you merge in all of them, and count anew?")
+        need(words is again or len(set(got)) == len(got),
+             "The same pair comes twice: after a merge it must be gone from every word. Do you merge in all of them, and "
+             "count anew?")
+        need(words is not again, "A pair may stand twice in a word, as “nt” in “content”: count both, and merge both. (And "
+                                 "“n t” stands in “an t” too, if you look for it in a string: there it is no pair.)")
         need(got != still, "You take the n most frequent pairs of letters. After each merge the counts change, and "
                            "pairs with the new piece come in: count anew each time.")
         letters = {word: list(word) for word in words}
@@ -170,6 +178,14 @@ def next_token_loss(function) -> None:
             "around): leave them out.": mean(shifted, torch.where(target < 0, V - 1, target), every),
             "You divide by all places, also by those that nobody asked about.": right * number / target.numel(),
             "You give the sum: the mean is wanted.": right * number,
+            "You divide by all places of the input, also by those that nobody asked about, and by the last one.":
+                right * number / labels.numel(),
+            "You choose the places before the shift: by their own label, not by that of the token they are to foresee. So "
+            "the first token of every answer is left out.": mean(shifted, target, (target != -100) & (labels[:, :-1] != -100)),
+            "Your softmax runs over the places: it belongs to the last dimension, the vocabulary.":
+                mean((z - z.exp().sum(1, keepdim=True).log())[:, :-1], target),
+            "Your softmax runs over the places (after the shift): it belongs to the last dimension, the vocabulary.":
+                mean(z[:, :-1] - z[:, :-1].exp().sum(1, keepdim=True).log(), target),
             "You take the mean of the rows' means. Rows with few labels would count too much: one mean over all "
             "places that are asked.": rowwise,
             "The sign is missing: the loss is minus the log of the probability.": -right,
@@ -209,6 +225,7 @@ def cached_step(function) -> None:
                 f"The new token stands at the front of the cache's {name}: it comes last, after the past.":
                     torch.cat((now, before), 2),
                 f"The new token is missing from the cache's {name}.": before,
+                "You give v in the place of k, and k in the place of v: the order is y, k, v.": all_v if name == "k" else all_k,
             }, f"The new cache's {name}")
 
         def attend(q, k, v, scale=h ** -0.5, repeat=lambda z: z.repeat_interleave(groups, 1)):
@@ -273,6 +290,10 @@ def nucleus(function) -> None:
             "What you keep does not sum to one: scale it.": kept(keep, scale=False),
             "You give the probabilities in falling order: put them back in their old places.":
                 torch.cat((sums, torch.zeros(V - len(sums), dtype=sums.dtype))),
+            "You put them back by the order of sorting, and the way back is its inverse: result[order] = sorted, or take "
+            "sorted[order.argsort()].": torch.where(keep, ordered, 0)[order] / ordered[keep].sum(),
+            "You apply a softmax to probabilities: they need only be divided by their sum.":
+                torch.where(kept(keep) > 0, probs, -torch.inf).softmax(0),
             "You keep the tokens that have p each. p is what they have *together*.":
                 torch.where(probs >= p, probs, 0) / probs[probs >= p].sum(),
             "You keep one token too many: the set has p before it.": kept(total - ordered - torch.cat(

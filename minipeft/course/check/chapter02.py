@@ -27,8 +27,10 @@ def step_bytes(function) -> None:
             "The frozen numbers are missing: they are not trained, but they are there.": 16 * trained,
             "You count the trained numbers twice, as a part of the total and by themselves: frozen is total - trained.":
                 2 * total + 16 * trained,
-            "You store the trained numbers in 16 bits: here they are kept in 32.": 2 * total + 12 * trained,
+            "You take the trained numbers, or their gradients, in 16 bits: here both are in 32.": right - 2 * trained,
             "You store the frozen numbers in 32 bits: here they are kept in 16.": 4 * frozen + 16 * trained,
+            "You add another copy in 32 bits: here the trained numbers are stored in 32 bits already.": right + 4 * trained,
+            "You let every number have a gradient: only the trained ones have one.": right + 4 * frozen,
             "That is gigabytes: bytes are wanted.": right / 1e9,
             "That is gibibytes: bytes are wanted.": right / 2**30,
             "You count numbers: each is several bytes.": frozen + 4 * trained,
@@ -91,6 +93,12 @@ def adamw_step(function) -> None:
             "The root is missing: divide by √v, not by v.": step(bottom=v_hat + eps),
             "The decay is missing: p shrinks by the factor 1 - lr · weight_decay.": step(shrink=1),
             "The decay is not scaled by the rate: the factor is 1 - lr · weight_decay.": step(shrink=1 - decay),
+            "You let p shrink after the step: the decay comes first, so that it does not touch the step itself.":
+                (p - lr * (new_m / (1 - b1 ** t)) / (v_hat.sqrt() + eps)) * (1 - lr * decay),
+            "eps is added before v is corrected: correct first, then the root, then eps.":
+                step(bottom=(new_v.sqrt() + eps) / (1 - b2 ** t) ** 0.5),
+            "You correct by 1 - beta · t: it is the power, 1 - beta^t.": step(new_m / (1 - b1 * t), new_v / abs(1 - b2 * t)),
+            "You divide m by v's correction, and v by m's.": step(new_m / (1 - b2 ** t), new_v / (1 - b1 ** t)),
             "You step by the plain gradient: the mean m is what Adam follows.": step(m_hat=g),
             "The rate is missing from the step.": p * (1 - lr * decay) - new_m / (1 - b1 ** t) / (v_hat.sqrt() + eps),
         }, "The new p")
@@ -116,6 +124,8 @@ def accumulated(function) -> None:
         "You divide by the number of batches; divide by the number of labels.": (stack * n).sum(0) / count,
         "You weigh the wrong way round: many labels, much weight.": (stack / n).sum(0) / (1 / n).sum(),
         "You divide each gradient by its labels: it is a mean already. Multiply, add, and divide by all.": (stack / n).sum(0),
+        "You weigh by the labels and divide by their sum: that is all. The number of batches has no place here.":
+            (stack * n).sum(0) / sum(labels) / count,
         "That is the last batch's gradient alone.": stack[-1],
         "You divide by the labels of the last batch, not by all.": (stack * n).sum(0) / labels[-1],
     }, "Your gradient")
@@ -127,7 +137,7 @@ def accumulated(function) -> None:
 def kept_numbers(function) -> None:
     """function(widths, trained) -> numbers kept for one row by a chain of Linear and ReLU."""
     layers = random.choice([4, 5])
-    first = random.choice([1, 2])
+    first = 2
     patterns = [[True] * layers, [i == first for i in range(layers)], [i == layers - 1 for i in range(layers)],
                 [i in (0, layers - 1) for i in range(layers)], [False] * layers]
     for trained in patterns:
@@ -149,6 +159,8 @@ def kept_numbers(function) -> None:
                 sum(widths[i] for i in range(1, layers) if passes[i]),
             "The way back goes from the loss *down* to the trained layers: what counts is whether a layer below is trained, not above.":
                 sum(widths[i] for i in range(layers) if any(trained[i:])),
+            "The input of the chain is kept only if the first layer is trained; no ReLU stands before it.":
+                right + widths[0] * (not trained[0]),
             "You count outputs in the place of inputs: a linear layer keeps what it read.":
                 sum(widths[i + 1] for i in range(layers) if passes[i] and i > 0 or trained[i]),
             "You count the weights: they are in memory anyway.": right + sum(a * b for a, b, t in zip(widths, widths[1:], trained) if t),

@@ -32,11 +32,15 @@ def subspace_gradient(function) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Sees the size of the largest tensor that is made while it is on."""
-    numel = 0
+    """Sees the size of the largest tensor that is made while it is on; stops what takes far too many operations."""
+    numel = operations = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
+        self.operations += 1
+        need(self.operations < 200_000, "Right numbers, but not fast: for 1,024 of them you need more than 200,000 "
+                                        "operations. If your function calls itself, twice is enough: keep H a and H b, or "
+                                        "transform a + b and a - b.")
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.numel())
@@ -107,6 +111,7 @@ def hash_project(function) -> None:
             "The columns have length 1 only on average: you divide by √(D/d), but each column has its own number of "
             "entries.": value[index] * sign / (D / d) ** 0.5,
             "You multiply by the column's length: divide by it.": value[index] * sign * count.sqrt()[index],
+            "You divide by √d: a column's length comes from its own entries.": value[index] * sign / d ** 0.5,
             "You divide by √D: a column has far fewer entries than D.": value[index] * sign / D ** 0.5,
         }, "Your P θ")
         need(got.requires_grad, "The numbers are right, but the result has lost touch with theta: nothing could be "
