@@ -133,13 +133,13 @@ def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
     done(ax, legend=False)
 
 
-def heat(values, rows: list, columns: list, title: str, xlabel: str, ylabel: str, form="{:.0f}") -> None:
-    """A grid of numbers, coloured and written out."""
+def heat(values, rows: list, columns: list, title: str, xlabel: str, ylabel: str, form="{:.0f}", top=None) -> None:
+    """A grid of numbers, coloured and written out; top: from here on all are coloured alike."""
     values = np.asarray(values, float)
     ax = axes(title, xlabel, ylabel, size=(1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(rows)))
-    ax.imshow(values, cmap="viridis", aspect="auto")
+    ax.imshow(values, cmap="viridis", aspect="auto", vmax=top)
     ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    middle = (np.nanmin(values) + (top or np.nanmax(values))) / 2
     for (i, j), value in np.ndenumerate(values):
         ax.text(j, i, form.format(value), ha="center", va="center", color="white" if value < middle else "black")
     ax.grid(visible=False)
