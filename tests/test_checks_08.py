@@ -12,6 +12,8 @@ def blank(*_):
 
 def test_loha_delta_solution():
     accepts(check.loha_delta, lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A1) * (B2 @ A2))
+    accepts(check.loha_delta, lambda B1, A1, B2, A2, alpha, r: torch.einsum(
+        "or,ri,os,si->oi", B1 * alpha / r, A1, B2, A2))
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -24,6 +26,10 @@ def test_loha_delta_solution():
     ("crossed", lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A2) * (B2 @ A1)),
     ("do not get through", lambda B1, A1, B2, A2, alpha, r: alpha / r * ((B1 @ A1) * (B2 @ A2)).detach()),
     ("is there a `return`", lambda *_: None),
+    ("entry by entry, and then", lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 * B2) @ (A1 * A2)),
+    ("as rsLoRA does", lambda B1, A1, B2, A2, alpha, r: alpha / r ** 0.5 * (B1 @ A1) * (B2 @ A2)),
+    ("that is a LoRA", lambda B1, A1, B2, A2, alpha, r: alpha / r * B1 @ A1),
+    ("Two shapes do not fit", lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A1) @ (B2 @ A2)),
 ])
 def test_loha_delta_mistakes(says, answer):
     rejects(says, check.loha_delta, answer)
@@ -37,6 +43,7 @@ def test_lokr_apply_solution():
     accepts(check.lokr_apply, lokr)
     accepts(check.lokr_apply, lambda x, C, D: torch.einsum(
         "pm,bmn,qn->bpq", C, x.view(len(x), C.shape[1], D.shape[1]), D).flatten(1))
+    accepts(check.lokr_apply, lambda x, C, D: torch.stack([(C @ one.view(C.shape[1], -1) @ D.T).flatten() for one in x]))
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -47,6 +54,10 @@ def test_lokr_apply_solution():
     ("result column by column", lambda x, C, D: lokr(x, C, D).view(len(x), len(C), len(D)).mT.flatten(1)),
     ("a matrix for each x", lambda x, C, D: lokr(x, C, D).view(len(x), len(C), len(D))),
     ("Two shapes do not fit", lambda x, C, D: C @ x @ D.T),
+    ("Two shapes do not fit", lambda x, C, D: C @ x.view(len(x), C.shape[1], D.shape[1]) @ D),
+    ("size of C ⊗ D", lambda x, C, D: x @ (C[:, None, :, None] * D[None, :, None, :]).reshape(len(C) * len(D), -1).T),
+    ("result column by column", lambda x, C, D: torch.einsum(
+        "pm,bmn,qn->bqp", C, x.view(len(x), C.shape[1], D.shape[1]), D).flatten(1)),
 ])
 def test_lokr_apply_mistakes(says, answer):
     rejects(says, check.lokr_apply, answer)
@@ -58,6 +69,7 @@ def vera(x, A, B, d, b):
 
 def test_vera_forward_solution():
     accepts(check.vera_forward, vera)
+    accepts(check.vera_forward, lambda x, A, B, d, b: x @ (b[:, None] * B.detach()[:len(b)] @ (d[:, None] * A.detach()[:, :x.shape[1]])).T)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -70,6 +82,11 @@ def test_vera_forward_solution():
     ("no such scale", lambda x, A, B, d, b: vera(x, A, B, d, b) / len(d)),
     ("Two shapes do not fit", lambda x, A, B, d, b: b * ((d * (x @ A.T)) @ B.T)),
     ("d and b get no gradient", lambda x, A, B, d, b: vera(x, A, B, d, b).detach()),
+    ("A and B are trained too", lambda x, A, B, d, b: b * ((d * (x @ A[:, :x.shape[1]].detach().T)) @ B[:len(b)].T)),
+    ("d is applied twice", lambda x, A, B, d, b: vera(x, A, B, d * d, b)),
+    ("d or b gets no gradient", lambda x, A, B, d, b: vera(x, A, B, d.detach(), b)),
+    ("b and d are added", lambda x, A, B, d, b: b + (d + x @ A[:, :x.shape[1]].detach().T) @ B[:len(b)].detach().T),
+    ("Two shapes do not fit", lambda x, A, B, d, b: vera(x, A, B, b, d)),
 ])
 def test_vera_forward_mistakes(says, answer):
     rejects(says, check.vera_forward, answer)
@@ -96,6 +113,12 @@ def test_trainable_numbers_solution():
     ("is not shared", lambda s, r: numbers(s, r, denselora=numbers(s, r)["denselora"] - r * r * (len(s) - 3))),
     ("a dictionary", lambda s, r: 5),
     ("no entry vera", lambda s, r: {"lora": 1, "loha": 2, "denselora": 3}),
+    ("they are shared makes them", lambda s, r: numbers(s, r, vera=numbers(s, r)["vera"] + r * (64 + max(i for *_, i in s)))),
+    ("each layer has its own d and b", lambda s, r: numbers(s, r, vera=sum(o + r for _, o, i in set(s)))),
+    ("trained too, one pair", lambda s, r: numbers(s, r, denselora=r * r * len(s))),
+    ("rank is r²", lambda s, r: numbers(s, r, loha=numbers(s, r)["lora"] * r)),
+    ("every layer has its own A and B", lambda s, r: numbers(s, r, lora=sum(r * (o + i) for _, o, i in set(s)))),
+    ("lora: you have", lambda s, r: numbers(s, r, lora=2 * numbers(s, r)["lora"])),
 ])
 def test_trainable_numbers_mistakes(says, answer):
     rejects(says, check.trainable_numbers, answer)

@@ -36,6 +36,15 @@ def wrong_norms(W, A, B, s) -> dict:
             (W.norm(dim=1) ** 2 + s * (W * BA).sum(1) + (s * BA).norm(dim=1) ** 2).clamp(min=0).sqrt(),
         "In the last term the scale is not squared: s² ‖B A‖².":
             (W.norm(dim=1) ** 2 + 2 * s * (W * BA).sum(1) + s * BA.norm(dim=1) ** 2).clamp(min=0).sqrt(),
+        "In the middle term the scale is missing: (w + s c)² has 2 s w c.":
+            (W.norm(dim=1) ** 2 + 2 * (W * BA).sum(1) + s ** 2 * BA.norm(dim=1) ** 2).clamp(min=0).sqrt(),
+        "You add the norms of W and of the update: the norm of a sum is not the sum of the norms.":
+            W.norm(dim=1) + (s * BA).norm(dim=1),
+        "You divide by r, but s = α / r holds that already.": (W + s / A.shape[0] * BA).norm(dim=1),
+        "Those are the unit rows, the directions: the exercise asks for the lengths that they are divided by.":
+            F.normalize((W + s * BA), dim=1),
+        "That is the root of the mean square: the norm is the root of the sum.":
+            (W + s * BA).square().mean(1).sqrt(),
         "Those are sums of absolute values: the norm is the Euclidean one.": (W + s * BA).abs().sum(1),
     }
 
@@ -109,6 +118,8 @@ def dora_forward(function) -> None:
             "Only the update is scaled: W x has to be scaled with it.": x @ W.T + g * (s * x @ A.T @ B.T) + b,
             "The update has lost its scale s.": m / norm * (x @ (W + B @ A).T) + b,
             "The knob stands on its head: it is m / norm.": norm / m * z + b,
+            "You divide the output by its own length. The norm is that of the weight's rows, the same for every x.":
+                m * z / z.norm(dim=-1, keepdim=True) + b,
         }
         got = function(x, W, b, A, B, m, s)
         compare(got, right, mistakes, "Your output")
@@ -146,10 +157,21 @@ def length_and_direction(function) -> None:
             "ΔM is the length of the difference, which holds the turn as well: take the difference of the lengths.":
                 (new - old).norm(dim=1).mean(),
             "ΔM is a sum: it should be a mean over the rows.": lengths.abs().sum(),
+            "ΔM has one number for each row: the mean over them is asked for.": lengths.abs(),
+            "ΔM is relative to the old length: the formula does not divide.": (lengths.abs() / old.norm(dim=1)).mean(),
+            "ΔM takes each matrix for one long vector: its rows have lengths of their own.":
+                (new.norm() - old.norm()).abs(),
+            "ΔM is squared: it is the absolute value.": lengths.square().mean(),
         }, "ΔM")
         compare(got[1], right[1], {
             "ΔD is taken over columns: a direction belongs to a row.": (1 - down[1]).mean(),
             "ΔD is the cosine itself, which is 1 where nothing turned: take 1 - cosine.": cosine.mean(),
             "ΔD is a sum: it should be a mean over the rows.": (1 - cosine).sum(),
             "ΔD is a scalar product, not a cosine: divide by both lengths.": (1 - (new * old).sum(1)).mean(),
+            "ΔD has one number for each row: the mean over them is asked for.": 1 - cosine,
+            "ΔD is an angle: it is 1 - cos, without the arc.": cosine.clamp(-1, 1).acos().mean(),
+            "ΔD takes each matrix for one long vector: its rows have directions of their own.":
+                1 - F.cosine_similarity(new.flatten(), old.flatten(), dim=0),
+            "ΔD compares the change with the old row: compare the new row with the old one.":
+                (1 - F.cosine_similarity(new - old, old, dim=1)).mean(),
         }, "ΔD")

@@ -29,6 +29,16 @@ def orthogonality(function) -> None:
                 one + norm(B @ B.T - torch.eye(12, dtype=torch.float64)),
             "The identity is missing: factors of length zero would be the best.": norm(A @ A.T) + norm(B.T @ B),
             "You take the mean of the two: the formula adds them.": (one + two) / 2,
+            "You take the root of the sum of squares: each factor has its own norm, and the two are added.":
+                (one ** 2 + two ** 2).sqrt(),
+            "You add absolute values: the norm is Frobenius', the root of the sum of the squares.":
+                (A @ A.T - eye).abs().sum() + (B.T @ B - eye).abs().sum(),
+            "That is the spectral norm, the largest singular value: the penalty takes Frobenius'.":
+                norm(A @ A.T - eye, 2) + norm(B.T @ B - eye, 2),
+            "You take means of squares: the norm is the root of the sum of squares.":
+                (A @ A.T - eye).square().mean() + (B.T @ B - eye).square().mean(),
+            "You leave out the diagonal: rows that are orthogonal but of any length would cost nothing.":
+                norm((A @ A.T) * (1 - eye)) + norm((B.T @ B) * (1 - eye)),
         }, "Your penalty")
         need(got.requires_grad, "The number is right, but it has no gradient: it could not pull at A and B.")
 
@@ -36,13 +46,22 @@ def orthogonality(function) -> None:
 @checks("Smoothed sensitivity times smoothed uncertainty.")
 def importance(function) -> None:
     """function(weights, gradients, beta1, beta2) -> the score after the last step"""
-    def score(weights, gradients, beta1, beta2, early=False, signed=False, gradient=False):
+    def score(weights, gradients, beta1, beta2, early=False, signed=False, gradient=False, away=torch.abs):
         average = spread = torch.zeros_like(weights[0])
         for w, g in zip(weights, gradients):
             now = g.abs() if gradient else w * g if signed else (w * g).abs()
             before, average = average, beta1 * average + (1 - beta1) * now
-            spread = beta2 * spread + (1 - beta2) * (now - (before if early else average)).abs()
+            spread = beta2 * spread + (1 - beta2) * away(now - (before if early else average))
         return average, spread
+
+    def late_start(weights, gradients, beta1, beta2):
+        average, spread = (weights[0] * gradients[0]).abs(), torch.zeros_like(weights[0])
+        for w, g in zip(weights[1:], gradients[1:]):
+            now = (w * g).abs()
+            average = beta1 * average + (1 - beta1) * now
+            spread = beta2 * spread + (1 - beta2) * (now - average).abs()
+        return average, spread
+
     for _ in range(3):
         steps = random.randint(3, 6)
         weights = [torch.randn(3, 4, dtype=torch.float64) for _ in range(steps)]
@@ -51,6 +70,9 @@ def importance(function) -> None:
         average, spread = score(weights, gradients, *betas)
         last = (weights[-1] * gradients[-1]).abs()
         times = lambda pair: pair[0] * pair[1]
+        sizes = torch.stack([(w * g).abs() for w, g in zip(weights, gradients)])
+        mean = sizes.mean(0)
+        deviation = (sizes - mean).abs().mean(0)
         compare(function(list(weights), list(gradients), *betas), average * spread, {
             "The uncertainty is missing: the score is the product of the two averages.": average,
             "That is the uncertainty alone: the sensitivity is missing.": spread,
@@ -66,6 +88,15 @@ def importance(function) -> None:
                 times(score(weights, gradients, *betas[::-1])),
             "β and 1 - β are swapped: the old average has β.":
                 times(score(weights, gradients, 1 - betas[0], 1 - betas[1])),
+            "The uncertainty lacks its absolute value: deviations up and down cancel.":
+                times(score(weights, gradients, *betas, away=lambda x: x)),
+            "The uncertainty squares the deviation: it takes the absolute value.":
+                times(score(weights, gradients, *betas, away=torch.square)),
+            "Your average starts at the first sensitivity: both averages start at zero.":
+                times(late_start(weights, gradients, *betas)),
+            "You take plain means over the steps: both are smoothed, with β₁ and β₂.": mean * deviation,
+            "You add up the scores of all steps: only the one after the last step counts.":
+                sum(times(score(weights[:t], gradients[:t], *betas)) for t in range(1, steps + 1)),
         }, "Your score")
 
 
@@ -88,6 +119,9 @@ def rank_budget(function) -> None:
             if got == right and isinstance(got, int):
                 continue
             need(int(got) != right, "The value is right, but not an integer: round it down with int().")
+            done = min(max((t - tinit) / steps, 0), 1)
+            need(got not in [int(top * (1 - done) ** 3) for top in (b0 - bT, b0)],
+                 "The target bT is missing: the curve falls to bT, not to zero.")
             need(t > tinit, f"Before tinit nothing is pruned: at t = {t} the budget is b0.")
             need(t < total - tfinal, f"In the last tfinal steps the budget is bT: at t = {t} you have {got}.")
             need(got != curve(t, 1), "Your curve is a straight line: the share that is left is cubed.")
@@ -95,10 +129,9 @@ def rank_budget(function) -> None:
             need(got != curve(t, 3, 0, total - tfinal), "The fall starts at tinit, not at 0.")
             need(got != curve(t, 3, tinit, total - tinit), "The fall ends tfinal steps before the end: divide by "
                                                           "T - tinit - tfinal.")
-            need(got != b0 + bT - right, "Your budget falls the other way round: slowly at first. It is 1 "
-                                         "minus the share done that is cubed.")
-            need(got != round((b0 - bT) * (max(1 - (t - tinit) / steps, 0)) ** 3),
-                 "The target bT is missing: the curve falls to bT, not to zero.")
+            need(got != int(b0 - (b0 - bT) * done ** 3), "Your budget falls the other way round: slowly at first. It is "
+                                                         "the share that is left that is cubed, not the share done.")
+            need(got != right + 1, "You round up, or to the nearest: round down with int().")
             need(False, f"At t = {t} (b0 = {b0}, bT = {bT}, tinit = {tinit}, tfinal = {tfinal}, total = {total}) you "
                         f"have {got}, and it is {right}.")
 
@@ -114,6 +147,8 @@ def allocate(function) -> None:
         budget = sum(sizes) // 3
         got = function({name: score.clone() for name, score in scores.items()}, budget)
         need(isinstance(got, dict) and list(got) == list(scores), "Return a dictionary with the same names.")
+        need(all(one in (False, True) for mask in got.values() for one in mask),
+             "Booleans are expected, True for a triplet that is kept: you return other numbers.")
         kept = {name: [bool(one) for one in mask] for name, mask in got.items()}
         need(all(len(kept[name]) == len(scores[name]) for name in scores), "One boolean for each triplet is expected.")
         order = torch.cat(list(scores.values())).sort(descending=True).values
@@ -130,4 +165,8 @@ def allocate(function) -> None:
         need(count != budget - 1, "One too few: the threshold itself belongs to a triplet that is kept.")
         need(count != budget + 1, "One too many: check whether you count from 0 or from 1.")
         need(count == budget, f"You keep {count} triplets, and the budget is {budget}.")
+        shares = {name: (score / score.sum()) for name, score in scores.items()}
+        bar = torch.cat(list(shares.values())).sort(descending=True).values[budget - 1]
+        need(kept != {name: (share >= bar).tolist() for name, share in shares.items()},
+             "You divide each matrix's scores by their sum first: they are compared as they are, over all matrices.")
         need(False, "The number is right, but they are not the best ones of all matrices together.")

@@ -31,6 +31,9 @@ def loha_delta(function) -> None:
             "You add the two products. LoHa multiplies them, entry by entry.": alpha / r * (one + two),
             "The factors are crossed: B₁ belongs to A₁, and B₂ to A₂.": alpha / r * (B1 @ A2) * (B2 @ A1),
             "Only the first product is there: that is a LoRA.": alpha / r * one,
+            "You multiply the factors entry by entry, and then the results as matrices: it is the other way round.":
+                alpha / r * (B1 * B2) @ (A1 * A2),
+            "You divide by √r, as rsLoRA does: LoHa's scale is α / r.": alpha / r ** 0.5 * one * two,
             "Your update lies on its side: it should be (d_out, d_in).": (alpha / r * one * two).T,
         }, "Your update")
         need(function(B1, A1, B2, A2, alpha, r).requires_grad,
@@ -80,6 +83,7 @@ def vera_forward(function) -> None:
             "You take B's last rows: it is the first ones.": b * ((d * (x @ a.T)) @ B[-d_out:].detach().T),
             "b and d are added, not multiplied.": b + (d + x @ a.T) @ c.T,
             "You divide by r: VeRA has no such scale.": right / r,
+            "d is applied twice: once is enough.": b * ((d * d * (x @ a.T)) @ c.T),
         }, "Your update")
         need(got.requires_grad, "The numbers are right, but d and b get no gradient.")
         grads = torch.autograd.grad(got.sum(), [A, B, d, b], allow_unused=True)
@@ -108,11 +112,15 @@ def trainable_numbers(function) -> None:
             "vera": (each(lambda o, i: o + r), {
                 "vera: A and B are frozen, and not trained: only d (r) and b (d_out) are.":
                     each(lambda o, i: o + r) + lora,
+                "vera: A and B are frozen: that they are shared makes them one pair, but they are not trained at all.":
+                    each(lambda o, i: o + r) + r * (max(o for _, o, _ in shapes) + max(i for *_, i in shapes)),
+                "vera: each layer has its own d and b; only A and B are shared.": sum(o + r for _, o, _ in set(shapes)),
                 "vera: you count d_in, but the vectors have d_out and r numbers.": each(lambda o, i: i + r),
                 "vera: d has r numbers in every layer: you left it out.": each(lambda o, i: o)}),
             "denselora": (ends(set(shapes)) + r * r * len(shapes), {
                 "denselora: encoder and decoder are shared by the layers of a kind: count them once.":
                     lora + r * r * len(shapes),
+                "denselora: encoder and decoder are trained too, one pair for each kind.": r * r * len(shapes),
                 "denselora: the r × r matrices are missing, one for each layer.": ends(set(shapes)),
                 "denselora: the r × r matrix is not shared: there is one for each layer.":
                     ends(set(shapes)) + r * r * len(set(shapes))}),
