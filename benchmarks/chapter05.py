@@ -2,29 +2,27 @@
 
     python benchmarks/chapter05.py --jobs 2        # writes benchmarks/results/chapter05.json
 
-Every run has 60 steps of 8 examples. The file is written as the runs come in; those that are in it already, made on the same base, are
-not run again, so the script can be stopped and started at will.
+Every run has 100 steps of 16 examples. Seed 0 finds each case's learning rate, by the loss on validation examples; where
+the best rate is at an edge of those that were tried, the next one is tried too. Seeds 1 and 2 repeat the best, and write
+answers to test questions. The file is written as the runs come in; those that are in it already, made on the same base,
+are not run again, so the script can be stopped and started at will.
 """
 import argparse
-import hashlib
-import json
 import os
-import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, found, save
-from tqdm import tqdm
+from common import RESULTS, facts, found, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
 from minipeft.optim import create_loraplus_optimizer
 
-STEPS, BATCH, WARMUP = 60, 8, 10
-LOW, HIGH = [1e-3, 2e-3, 5e-3, 1e-2], [2e-3, 5e-3, 1e-2, 2e-2, 5e-2]     # what full fine-tuning wants, and LoRA
+STEPS, BATCH, WARMUP, SEEDS = 100, 16, 10, (0, 1, 2)
+LADDER = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
+LOW, HIGH = LADDER[1:5], LADDER[2:7]                  # what full fine-tuning wants, and LoRA
 TARGETS = {
     "all-linear": "all-linear",
     "q,v": ["q_proj", "v_proj"],
@@ -36,13 +34,12 @@ BUDGET_RANK = 4                                       # all linear layers at thi
 PLAIN = {"task": "sql", "n": None, "r": 8, "alpha": 16, "rslora": False, "init": True, "targets": "all-linear",
          "dropout": 0.0, "lr": 1e-2, "rate_B": None, "seed": 0}
 FULL = {"r": None, "alpha": None, "targets": None}
-CURVES = {"full": FULL, "r = 1": {"r": 1}, "r = 8": {}, "r = 64": {"r": 64},
-          "r = 64, rsLoRA": {"r": 64, "rslora": True}}
-STARTS = {"pissa": {"init": "pissa", "alpha": 8}, "olora": {"init": "olora", "alpha": 8}}   # alpha = r, as their authors
-RATES = {name: HIGH for name in CURVES | STARTS} | {"full": LOW, "r = 64, rsLoRA": HIGH[:4]}
-RANKS, ALPHAS, SIZES = [1, 8, 64], [2, 16, 128], [32, 256, 2400]
+RANKS, ALPHAS, SIZES, DROPOUTS = [1, 8, 64], [2, 16, 128], [32, 256], [0.1, 0.3]
+RATES_A, RATES_B = HIGH[:4], HIGH[1:]                 # the map of LoRA+
+FEW = {"n": SIZES[0]}                                 # where dropout is tried
 
 
+@cache
 def equal_ranks() -> dict:
     """For each choice of places, the rank that trains about as many numbers as all linear layers at BUDGET_RANK."""
     cost = {}
@@ -52,29 +49,49 @@ def equal_ranks() -> dict:
     return {name: round(BUDGET_RANK * cost["all-linear"] / c) for name, c in cost.items()}
 
 
-def sweeps() -> dict:
-    """{sweep: its runs, with seed 0}; the same run may serve two sweeps."""
-    run = lambda **changes: PLAIN | changes
-    return {
-        "rates": [run(**what, lr=lr) for name, what in CURVES.items() for lr in RATES[name]],
-        "starts": [run(**what, lr=lr) for what in STARTS.values() for lr in HIGH],
-        "plus": [run(lr=a, rate_B=None if a == b else b) for a in HIGH[1:4] for b in HIGH[1:4]],
-        "grid": [run(r=r, alpha=alpha) for r in RANKS for alpha in ALPHAS],
-        "data": [run(**what, n=None if n == SIZES[-1] else n, lr=lr) for n in SIZES
-                 for what, rates in ((FULL, (1e-3, 2e-3)), ({}, (5e-3, 1e-2))) for lr in rates],
-        "dropout": [run(n=256, dropout=p) for p in (0.1, 0.3)],
-        "places": [run(task="records", targets=targets, r=r, alpha=2 * r, lr=lr)
-                   for targets, r in equal_ranks().items() for lr in (5e-3, 1e-2, 2e-2)],
-    }
+def cases() -> dict:
+    """{name: (what is changed in PLAIN, the learning rates to begin with)}"""
+    places = {f"voice, {targets}": ({"task": "voice", "targets": targets, "r": r, "alpha": 2 * r}, HIGH[1:4])
+              for targets, r in equal_ranks().items()}
+    few = {f"{name}, {n} examples": (what | {"n": n}, rates) for n in SIZES
+           for name, what, rates in (("full", FULL, LOW[:3]), ("r = 8", {}, HIGH[1:4]))}
+    return {"full": (FULL, LOW), "r = 1": ({"r": 1}, HIGH), "r = 8": ({}, HIGH), "r = 64": ({"r": 64}, HIGH),
+            "r = 64, rsLoRA": ({"r": 64, "rslora": True}, HIGH[:4]),
+            "PiSSA": ({"init": "pissa", "alpha": 8}, HIGH[:4]),                  # alpha = r, as their authors have it
+            "OLoRA": ({"init": "olora", "alpha": 8}, HIGH[:4])} | places | few
 
 
-def second_seed(runs: list) -> list:
-    """Each curve of `rates` and `starts` at its best rate, once more."""
-    again = []
-    for name, what in (CURVES | STARTS).items():
-        tried = [found(runs, **PLAIN | what | {"lr": lr})[0] for lr in RATES[name]]
-        again.append(PLAIN | what | {"lr": min(tried, key=lambda run: run["valid_loss"])["lr"], "seed": 1})
-    return again
+def best(runs: list, **what):
+    """The rate with the lowest validation loss of seed 0, and the rate beside it if it is at an edge."""
+    fixed = {key: value for key, value in (PLAIN | what).items() if key != "lr"}
+    tried = sorted(found(runs, **fixed), key=lambda run: run["lr"])
+    rates = [run["lr"] for run in tried]
+    rate = min(tried, key=lambda run: run["valid_loss"])["lr"]
+    beside = LADDER.index(rate) + (rate == rates[-1]) - (rate == rates[0])
+    return rate, LADDER[beside] if 0 <= beside < len(LADDER) and LADDER[beside] not in rates else None
+
+
+def the_map() -> list:
+    """LoRA+: A's rate, and B's."""
+    return [PLAIN | {"lr": a, "rate_B": None if a == b else b} for a in RATES_A for b in RATES_B]
+
+
+def jobs_of(seed: int, runs: list) -> list:
+    jobs, swept = [], [what for what, rates in cases().values() if all(found(runs, **PLAIN | what | {"lr": lr}) for lr in rates)]
+    if seed == 0:
+        jobs += [PLAIN | what | {"lr": lr} for what, rates in cases().values() for lr in rates]
+        jobs += [PLAIN | {"r": r, "alpha": alpha} for r in RANKS for alpha in ALPHAS] + the_map()
+    for what in swept:
+        rate, beside = best(runs, **what)
+        if seed or beside:
+            jobs.append(PLAIN | what | {"lr": rate if seed else beside, "seed": seed})
+    if FEW in swept:
+        rate, _ = best(runs, **FEW)
+        jobs += [PLAIN | FEW | {"lr": rate, "dropout": p, "seed": seed} for p in DROPOUTS]
+    if seed:
+        top = min((run for job in the_map() for run in found(runs, **job)), key=lambda run: run["valid_loss"])
+        jobs.append(PLAIN | {"lr": top["lr"], "rate_B": top["rate_B"], "seed": seed})
+    return list({str(job): job for job in jobs}.values())
 
 
 @cache
@@ -102,42 +119,25 @@ def one_run(job: dict) -> dict:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     history = train(model, batches(job["task"], job["n"], job["seed"]), steps=STEPS, lr=job["lr"], warmup=WARMUP,
                     optimizer=optimizer, seed=job["seed"], progress=False)
-    loss = {split: evaluate(model, tokenizer, task, split=split, limit=limit, generate=False, progress=False)["loss"]
-            for split, limit in (("valid", 100), ("test", 200))}
+    measured = {split: evaluate(model, tokenizer, task, split=split, limit=100, generate=bool(job["seed"]) and split == "test",
+                                progress=False) for split in ("valid", "test")}
     finite = lambda x: round(x, 4) if x < 100 else 100.0      # a run that went off; JSON knows no infinity
-    return job | {"parameters": parameters, "valid_loss": finite(loss["valid"]), "test_loss": finite(loss["test"]),
+    return job | {"parameters": parameters, "valid_loss": finite(measured["valid"]["loss"]),
+                  "test_loss": finite(measured["test"]["loss"]), "score": measured["test"].get(task.metric),
                   "losses": " ".join(f"{loss:.3f}" for loss in history.losses)}
-
-
-def fingerprint(model) -> str:
-    """Which base the runs were made on."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--only", nargs="*", help="only these sweeps, without the second seed")
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter05.json")
     given = parser.parse_args(argv)
-    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "fingerprint": fingerprint(load_pretrained()),
-                        "steps": STEPS, "batch_size": BATCH, "warmup": WARMUP, "rates": RATES, "curves": CURVES,
-                        "starts": STARTS, "ranks": RANKS, "alphas": ALPHAS, "sizes": SIZES, "budget": equal_ranks()}
-    old = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
-    runs = old["runs"] if old.get("fingerprint") == record["fingerprint"] else []
-    spent = old.get("minutes", 0) if runs else 0
-    started = time.time()
-    with ProcessPoolExecutor(given.jobs) as pool:
-        for name, jobs in [*sweeps().items(), ("second seed", None)]:
-            if given.only and name not in given.only:
-                continue
-            jobs = [job for job in jobs or second_seed(runs) if not found(runs, **job)]
-            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=name):
-                runs.append(run)
-                save(given.out, record | {"minutes": round(spent + (time.time() - started) / 60, 1), "runs": runs})
+    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "steps": STEPS, "batch_size": BATCH,
+                        "warmup": WARMUP, "seeds": SEEDS, "cases": {name: what for name, (what, _) in cases().items()},
+                        "ranks": RANKS, "alphas": ALPHAS, "sizes": SIZES, "dropouts": DROPOUTS, "budget": equal_ranks(),
+                        "rates_A": RATES_A, "rates_B": RATES_B}
+    # seed 0 four times: a case whose best rate is at an edge gets up to two rates more, and then dropout its own
+    runs = sweep(jobs_of, one_run, (0, 0, 0, 0, *SEEDS[1:]), record, given.out, given.jobs)
     for run in runs:
         print({key: value for key, value in run.items() if key != "losses" and PLAIN.get(key) != value})
 
