@@ -101,17 +101,20 @@ def trained(module):
 
 class Layers:
     """Counts the numbers that each token keeps, layer by layer. `flow`: do gradients go back to what came before?
-    `size`: bytes of one. An adapter in 32 bits over a model in 16 keeps a copy of its input in 32."""
+    `size`: bytes of one. An adapter in 32 bits over a model in 16 keeps a copy of its input in 32. So does, `widened`,
+    an RMSNorm on a CPU, which has no kernel of its own for 16 bits."""
 
-    def __init__(self, flow, size=4):
-        self.flow, self.size, self.numbers = flow, size, 0
+    def __init__(self, flow, size=4, widened=False):
+        self.flow, self.size, self.widened, self.numbers = flow, size, widened, 0
 
     def norm(self, module, d, heads=1):
         weight = module.weight.requires_grad
         if isinstance(module, torch.nn.LayerNorm):
             self.numbers += d + 2 if self.flow or trained(module) else 0  # its input, mean, 1 / deviation
         else:
-            self.numbers += (d + heads if self.flow else 0) + (d if weight else 0)  # input, 1 / rms; normalised input
+            wide = 4 / self.size if self.widened else 1
+            self.numbers += d * wide + heads * 4 / self.size if self.flow else 0  # its input; 1 / rms, in 32 bits
+            self.numbers += d * wide if weight else 0  # normalised input
         self.flow = self.flow or trained(module)
 
     def linear(self, *sites, kept=False):
@@ -128,7 +131,7 @@ class Layers:
                 drops = bool(getattr(adapter, "dropout", 0)) and adapter.training
                 if hasattr(adapter, "lora_A") and trained(adapter.lora_B):
                     self.numbers += adapter.lora_A.out_features * wider  # A x, which B reads
-                    self.numbers += drops * layer.in_features * (1 + self.flow)  # its own thinned input, and the mask
+                    self.numbers += drops * layer.in_features * (1 + self.flow) * wider  # its own thinned input, the mask
                 if trained(adapter) and not drops and wider > 1:
                     self.numbers += layer.in_features * wider
                 elif trained(adapter) and not drops:
@@ -149,11 +152,10 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
     labels = batch_size * (seq_len - 1) if labels is None else labels
     d, h, heads, groups = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
     positions = config.is_gpt2 and gpt.model.embed_positions.weight.requires_grad
-    at = Layers(trained(gpt.model.embed_tokens) or positions, size)
-    rotated, per_layer = False, []
-    attention_numbers = heads * h * 2 + groups * h * 2 + heads  # queries and output; keys and values; one sum a head
-    if gpt.dtype == torch.bfloat16 and gpt.device.type == "cpu":  # written out there, see gpt.attend: keys and values
-        attention_numbers = 3 * heads * h + heads * seq_len  # for every head, and the probabilities
+    on_cpu = gpt.device.type == "cpu"
+    at = Layers(trained(gpt.model.embed_tokens) or positions, size, widened=size < 4 and on_cpu and not config.is_gpt2)
+    rotated, per_layer = 0, []  # layers whose queries or keys get gradients
+    written_out = gpt.dtype == torch.bfloat16 and on_cpu  # see gpt.attend
     for block in gpt.model.layers:
         before, attention, mlp = at.numbers, block.self_attn, block.mlp
         residual = at.flow
@@ -164,11 +166,13 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
                 at.flow = q if name == "q_norm" else k
                 at.norm(getattr(attention, name), count * h, count)
             q = k = at.flow
-        rotated |= (q or k) and not config.is_gpt2
+        rotated += (q or k) and not config.is_gpt2
         at.flow = q or k or v
-        if at.flow:
-            at.numbers += attention_numbers
-        at.flow, = at.linear(attention.o_proj, kept=at.flow)
+        if at.flow and written_out:  # keys, queries, values, for every head, each for another's gradient; probabilities
+            at.numbers += heads * h * (q + k + (q or k)) + heads * seq_len
+        elif at.flow:  # queries and output; keys and values; one sum a head, in 32 bits
+            at.numbers += heads * h * 2 + groups * h * 2 + heads * 4 / size
+        at.flow, = at.linear(attention.o_proj, kept=at.flow and not written_out)
         at.flow = residual = residual or at.flow
         at.norm(block.post_attention_layernorm, d)
         wide = config.intermediate_size
@@ -184,10 +188,15 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
         per_layer.append(at.numbers - before)
     body = at.numbers
     at.norm(gpt.model.norm, d)
-    if gpt.is_gradient_checkpointing:  # each layer keeps its input alone; one layer at a time is computed again
-        at.numbers += len(per_layer) * d + max(per_layer) - body
+    cut = gpt.is_gradient_checkpointing
+    if cut and body:  # each layer keeps its input alone; one layer at a time is computed again,
+        at.numbers += len(per_layer) * d + max(per_layer) - body  # and ends with its output, in place of that input,
+        at.numbers += d if at.widened else 0  # or beside it, if what it kept was the widened input
     total = int(at.numbers * tokens * size)
-    total += rotated * 2 * seq_len * h * size + positions * seq_len * 8  # the positions' angles or numbers: once
+    if rotated:  # the angles: once for all layers, in 32 bits; of which each layer makes 16 for itself
+        in_32, in_16 = cut or size == 4, (1 if cut else rotated) * (size < 4)
+        total += 2 * seq_len * h * (4 * in_32 + size * in_16)
+    total += positions * seq_len * 8  # the positions' numbers: once
     total += at.flow * tokens  # where the labels are
     if at.flow or trained(gpt.lm_head):
         head_input = d * size if gpt.lm_head.weight.requires_grad else 0
@@ -239,7 +248,7 @@ def checkpointed_bytes(gpt, loss_of):
     finally:
         for hook in hooks:
             hook.remove()
-    return kept + max(layers)
+    return kept + max(layers, default=0)
 
 
 @torch.enable_grad()
