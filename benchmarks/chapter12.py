@@ -1,15 +1,19 @@
-"""The longer runs of chapter 12: how prompts and prefixes start, at which rate, how long they are, and a smaller base.
+"""The longer runs of chapter 12: how prompts and prefixes start, at which rate, how long they are, and how large the base is.
 
-    python benchmarks/chapter12.py --jobs 2        # writes benchmarks/results/chapter12.json
+    python benchmarks/chapter12.py                 # writes benchmarks/results/chapter12.json
 
-Three parts. "starts": every start at every rate, one seed. "lengths": prompts and prefixes of equal numbers of
-parameters, from the text, each at its best rate of "starts", on two tasks. "sizes": the shipped base against a smaller
-one, which the script pretrains first (`--small-steps`), on the same kind of text but on less of it: that takes long and
-is done only if asked for. The file is written as the runs come in; those that are in it already are not run again,
-unless the base has changed.
+Four parts. "starts": every start at every rate on voice, one seed; also P-tuning, a LoRA of rank 1 and full fine-tuning,
+which have rates of their own. "voice": prompts and prefixes of equal numbers of parameters, from the text, each method at
+its best rate of "starts", three seeds. "sql": the same on a task that the base has never seen, where each method first
+looks for its own rate; the middle length with three seeds, the others, and full fine-tuning, with one. "sizes": two
+smaller bases, which the script pretrains first by a short run of the base's recipe (they are kept in the temporary
+folder), and on each of them prompt, LoRA and full fine-tuning on voice, each at its best rate, three seeds. A best rate at
+the edge of what was tried asks for the next one. The file is written as the runs come in; those that are in it already are
+not run again, unless the base has changed.
 """
 import argparse
 import functools
+import hashlib
 import json
 import os
 import time
@@ -23,19 +27,24 @@ from tqdm.auto import tqdm
 
 from minipeft import (LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model,
                       initialize_kv_prefix_from_text)
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import GPT, GPTConfig, evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
-from minipeft.lm.pretrain import SHAPE, pretrain
+from minipeft.lm.pretrain import SHAPE, Text, copy_warmup, induction_head, name_head, name_tokens
 
-STEPS, WARMUP, N, SEEDS = 60, 10, 10, (0,)
-RATES = (1e-4, 1e-2, 1e-1)
+STEPS, WARMUP, N, SEEDS = {"voice": 80, "sql": 100}, 10, 10, (0, 1, 2)
+RATES = (1e-4, 1e-2, 1e-1, 1.0)                 # of all that stands in front of the text
+LORA, FULL = "LoRA, r = 1", "full fine-tuning"
+OWN = {LORA: (*RATES, 3e-3, 3e-2), FULL: (1e-3, 3e-3, 1e-2)}
+SQL_RATES = {"prompt": (1e-2, 1e-1, 1.0), "prefix": (1e-2, 1e-1, 1.0), LORA: (3e-3, 1e-2, 3e-2), FULL: (1e-3, 3e-3, 1e-2)}
+SIZES_RATES = {"prompt": (1e-2, 1e-1, 1.0), LORA: (3e-3, 1e-2, 3e-2), FULL: (1e-3, 3e-3, 1e-2)}
 STARTS = [("prompt", start) for start in ("RANDOM", "SAMPLE_VOCAB", "TEXT")] + \
     [("prefix", start) for start in ("RANDOM", "ZERO", "TEXT")]
 TEXT = {"voice": "Told again by the old captain:",                         # what one might write before the question
         "sql": "The clerk writes a query:"}
 PREFIXES = (1, 4, 16)                           # tokens; a prompt of as many parameters is `ratio` times longer
-SMALL = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3)
-OTHERS = {"LoRA, r = 1": (1, 1e-2), "full fine-tuning": (None, 3e-3)}
+SMALLER = {"tiny": dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2),
+           "small": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3)}
+SCHOOL = {"steps": 2000, "rows": 4, "most": 400}    # of their pretraining: steps, rows a step, steps of warm-up at most
 
 
 @functools.cache
@@ -60,34 +69,78 @@ def make(job: dict, model, tokenizer):
         if start == "TEXT":
             initialize_kv_prefix_from_text(model, tokenizer, text=text)
         return model
-    r, _ = OTHERS[method]
-    return model if r is None else get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
+    return get_peft_model(model, LoraConfig(r=1, lora_alpha=2, target_modules="all-linear")) if method == LORA else model
 
 
 def one_run(job: dict) -> dict:
-    """job: {"part", "base", "task", "method", "start", "n", "lr", "seed"}; base None is the shipped one."""
+    """job: {"part", "base", "task", "method", "start", "n", "lr", "seed", "trial"}; a trial is not scored."""
     torch.set_num_threads(1)
     tokenizer, data, batches = data_of(job["task"], job["seed"])
-    model = make(job, load_pretrained(small_base() if job["base"] else None), tokenizer)
+    model = make(job, load_pretrained(job["base"] and school(job["base"])), tokenizer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(model, batches, tokenizer=tokenizer, steps=STEPS, lr=job["lr"], warmup=WARMUP, seed=job["seed"],
+    history = train(model, batches, tokenizer=tokenizer, steps=STEPS[job["task"]], lr=job["lr"], warmup=WARMUP, seed=job["seed"],
                     progress=False)
     result = {"parameters": trained, "first_loss": round(history.losses[0], 3), "stopped": history.stopped,
               "valid_loss": round(evaluate(model, tokenizer, data, split="valid", limit=96, generate=False,
                                            progress=False)["loss"], 4)}
-    if job["part"] != "starts":
-        test = evaluate(model, tokenizer, data, split="test", limit=50, progress=False)
+    if not job["trial"]:
+        test = evaluate(model, tokenizer, data, split="test", limit=100, progress=False)
         result["score"] = round(test[data.metric], 1)
     return job | result | {"losses": " ".join(f"{loss:.3f}" for loss in history.losses[:30])}
 
 
-def small_base() -> str:
-    return os.environ["CHAPTER12_SMALL"]
+# ------------------------------------------------------------------------------------------------- smaller bases
+
+class Kept:
+    """Text whose batches are made once and read by several models."""
+
+    def __init__(self, text: Text):
+        self.batch = functools.cache(text.batch)
 
 
-def best_rate(runs: list, method: str) -> float:
-    """The rate at which a start from the text ends with the lowest loss."""
-    return min(found(runs, part="starts", method=method, start="TEXT"), key=lambda run: run["valid_loss"])["lr"]
+@functools.cache
+def lessons(steps: int, rows: int) -> Kept:
+    return Kept(Text(load_tokenizer(), steps, 7, rows))
+
+
+def school(name: str) -> Path:
+    """The folder of a smaller base; pretrained as the base is (minipeft/lm/pretrain.py), with fewer steps, if it is not there."""
+    tokenizer = load_tokenizer()
+    key = hashlib.sha256(repr((sorted(SMALLER[name].items()), sorted(SCHOOL.items()))).encode()
+                         + tokenizer.raw.to_str().encode()).hexdigest()[:8]
+    folder = Path(gettempdir()) / f"minipeft_{name}_{key}"
+    if (folder / "history.json").exists():
+        return folder
+    started, steps = time.time(), SCHOOL["steps"]
+    torch.manual_seed(7)
+    model = GPT(GPTConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                          pad_token_id=tokenizer.pad_token_id, **SHAPE | SMALLER[name]))
+    names = name_tokens(tokenizer)
+    induction_head(model)
+    name_head(model, names)
+    copied = copy_warmup(model, names, 7, most=SCHOOL["most"])
+    history = train(model, lessons(steps, SCHOOL["rows"]), steps=steps, lr=3e-3, warmup=200, weight_decay=0.1, betas=(0.9, 0.95),
+                    bf16=True, seed=7)
+    model.save_pretrained(folder)
+    last = history.losses[-100:]
+    (folder / "history.json").write_text(json.dumps({
+        "parameters": sum(p.numel() for p in model.parameters()), "tokens": history.tokens,
+        "loss": round(sum(last) / len(last), 3), "copied": round(sum(copied["copied"][-20:]) / 20, 3),
+        "minutes": round((time.time() - started) / 60, 1)}))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------ what is run
+
+def best_rate(runs: list, **wanted) -> float:
+    return min(found(runs, **wanted), key=lambda run: run["valid_loss"])["lr"]
+
+
+def next_rates(runs: list, **wanted) -> list:
+    """The rate beyond the edge, if the best one is at the edge of what was tried."""
+    tried = sorted({run["lr"] for run in found(runs, **wanted)})
+    best = best_rate(runs, **wanted)
+    return [float(f"{rate:.1g}") for edge, rate in ((0, best / 3.2), (-1, best * 3.2)) if best == tried[edge]]
 
 
 def ratio() -> int:
@@ -96,55 +149,73 @@ def ratio() -> int:
     return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim // shape.hidden_size
 
 
-def jobs_of(part: str, runs: list) -> list:
-    job = lambda task, method, start, n, lr, seed=0, base=None: {
-        "part": part, "base": base, "task": task, "method": method, "start": start, "n": n, "lr": lr, "seed": seed}
+def jobs_of(part: str, runs: list, stage: int) -> list:
+    """The runs of a part: at stage 0 the rates to try, at stage 1 those beyond an edge, at stage 2 what is compared."""
+    def job(method, start, n, lr, seed=0, base=None, trial=False):
+        return {"part": part, "base": base, "task": "sql" if part == "sql" else "voice", "method": method, "start": start, "n": n,
+                "lr": lr, "seed": seed, "trial": trial}
+    lengths = {"prompt": [n * ratio() for n in PREFIXES], "prefix": list(PREFIXES), LORA: [None], FULL: [None]}
+    middle = {m: each[len(each) // 2] for m, each in lengths.items()}
+    start = {m: "TEXT" if middle[m] else None for m in lengths}
+    if part == "starts" and stage == 0:
+        return [job(m, s, N, lr, trial=True) for m, s in [*STARTS, ("p-tuning", "RANDOM")] for lr in RATES] + \
+            [job(m, None, None, lr, trial=True) for m, rates in OWN.items() for lr in rates]
     if part == "starts":
-        return [job("voice", method, start, N, lr) for method, start in STARTS for lr in RATES] + \
-            [job("voice", "p-tuning", "RANDOM", N, lr) for lr in RATES]
-    rates = {method: best_rate(runs, method) for method in ("prompt", "prefix")}
-    if part == "lengths":
-        sizes = [("prefix", n) for n in PREFIXES] + [("prompt", n * ratio()) for n in PREFIXES]
-        return [job(task, method, None, None, lr) for task in TEXT for method, (_, lr) in OTHERS.items()] + \
-            [job(task, method, "TEXT", n, rates[method], seed)
-             for seed in SEEDS for task in TEXT for method, n in sizes]
-    jobs = []
-    for base in (None, "small"):
-        jobs += [job("voice", method, "TEXT", N, lr, base=base) for method, lr in rates.items()]
-        jobs += [job("voice", method, None, None, lr, base=base) for method, (_, lr) in OTHERS.items()]
-    return jobs
+        return [job(m, start[m], middle[m] and N, lr, trial=True) for m in lengths
+                for lr in next_rates(runs, part="starts", method=m, start=start[m])] if stage == 1 else []
+    if part == "voice" and stage < 2:
+        return []
+    if part == "voice":
+        rates = {m: best_rate(runs, part="starts", method=m, start=start[m]) for m in lengths}
+        return [job(m, start[m], n, rates[m], seed) for seed in SEEDS for m in lengths for n in lengths[m]]
+    if part == "sql":
+        if stage == 0:
+            return [job(m, start[m], middle[m], lr, trial=True) for m, rates in SQL_RATES.items() for lr in rates]
+        tried = {m: dict(part="sql", method=m, trial=True) for m in lengths}
+        if stage == 1:
+            return [job(m, start[m], middle[m], lr, trial=True) for m in lengths for lr in next_rates(runs, **tried[m])]
+        return [job(m, start[m], n, best_rate(runs, **tried[m]), seed) for seed in SEEDS for m in lengths for n in lengths[m]
+                if seed == SEEDS[0] or (n == middle[m] and m != FULL)]
+    tried = {(base, m): dict(part="sizes", base=base, method=m, trial=True) for base in SMALLER for m in SIZES_RATES}
+    if stage < 2:
+        return [job(m, start[m], middle[m], lr, base=base, trial=True) for base, m in tried
+                for lr in (next_rates(runs, **tried[base, m]) if stage else SIZES_RATES[m])]
+    return [job(m, start[m], middle[m], best_rate(runs, **tried[base, m]), seed, base) for base, m in tried for seed in SEEDS]
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--parts", nargs="*", default=["starts", "lengths"])
-    parser.add_argument("--small-steps", type=int, default=3000, help="pretraining steps of the smaller base")
+    parser.add_argument("--parts", nargs="*", default=["starts", "voice", "sql", "sizes"])
+    parser.add_argument("--school", nargs="*", help="only pretrain these smaller bases: " + ", ".join(SMALLER))
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter12.json")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if given.school is not None:
+        print(*(school(name) for name in given.school))
+        return
     before, started = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}, time.time()
+    base = load_pretrained()
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "weights": weights(), "steps": STEPS,
                         "batch_size": 16, "warmup": WARMUP, "n": N, "rates": RATES, "text": TEXT, "prefixes": PREFIXES,
-                        "ratio": ratio(), "small": SMALL, "small_steps": given.small_steps,
-                        "sizes": {"shipped": sum(p.numel() for p in load_pretrained().parameters())}}
+                        "ratio": ratio(), "seeds": SEEDS, "school": SCHOOL,
+                        "sizes": {"shipped": {"parameters": sum(p.numel() for p in base.parameters()),
+                                              "width": base.config.hidden_size, "layers": base.config.num_hidden_layers}}}
     runs = before.get("runs", []) if before.get("weights") == record["weights"] else []
+    earlier = before.get("minutes", 0) if runs else 0
     if "sizes" in given.parts:
-        folder = Path(gettempdir()) / f"minipeft_small_{given.small_steps}"
-        os.environ["CHAPTER12_SMALL"] = str(folder)
-        if not (folder / "model.safetensors").exists():
-            pretrain(folder, given.small_steps, tokenizer=load_tokenizer(), shape=SHAPE | SMALL)
-        record["sizes"]["small"] = sum(p.numel() for p in load_pretrained(folder).parameters())
-    for part in given.parts:
-        jobs = [job for job in jobs_of(part, runs) if not found(runs, **job)]
-        with ProcessPoolExecutor(given.jobs) as pool:
-            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=part):
+        for name, shape in SMALLER.items():
+            record["sizes"][name] = json.loads((school(name) / "history.json").read_text()) \
+                | {"width": shape["hidden_size"], "layers": shape["num_hidden_layers"]}
+    with ProcessPoolExecutor(given.jobs) as pool:
+        for part, stage in ((part, stage) for part in given.parts for stage in range(3)):
+            jobs = [job for job in jobs_of(part, runs, stage) if not found(runs, **job)]
+            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=part, disable=not jobs):
                 runs.append(run)
-                save(given.out, record | {"minutes": round((time.time() - started) / 60, 1), "runs": runs})
+                save(given.out, record | {"minutes": round(earlier + (time.time() - started) / 60, 1), "runs": runs})
     for run in runs:
-        print(f"{run['part']:8} {run['base'] or '':6} {run['task']:6} {run['method']:16} {run['start'] or '':12} "
-              f"n {run['n'] or 0:3} lr {run['lr']:<6g} seed {run['seed']} {run['parameters']:9,} "
-              f"valid {run['valid_loss']:.3f} score {run.get('score', '')}")
+        print(f"{run['part']:7} {run['base'] or '':6} {run['task']:6} {run['method']:16} {run['start'] or '':12} n {run['n'] or 0:3} "
+              f"lr {run['lr']:<6g} seed {run['seed']} {run['parameters']:9,} valid {run['valid_loss']:.3f} score {run.get('score', '')}")
 
 
 if __name__ == "__main__":
