@@ -4,7 +4,7 @@ import torch
 
 from judging import accepts, rejects
 from minipeft.course import check
-from minipeft.course.check.chapter05 import FOUND, patient
+from minipeft.course.check.chapter05 import FOUND, PATIENTS, patient
 
 
 def stub(*_):
@@ -62,6 +62,8 @@ def cost(shapes, targets, of=lambda d_out, d_in: d_out + d_in):
 
 def test_rank_at_budget_solution():
     accepts(check.rank_at_budget, lambda shapes, layers, targets, budget: budget // (layers * cost(shapes, targets)))
+    accepts(check.rank_at_budget, lambda shapes, layers, targets, budget:
+            max(r for r in range(99) if r * layers * cost(shapes, targets) <= budget))
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -74,6 +76,12 @@ def test_rank_at_budget_solution():
         budget // (layers * cost(shapes, targets, lambda d_out, d_in: 2 * d_in))),
     ("only the targets", lambda shapes, layers, targets, budget: budget // (layers * cost(shapes, shapes))),
     ("numbers a rank", lambda shapes, layers, targets, budget: 7),
+    ("count A alone", lambda shapes, layers, targets, budget:
+        budget // (layers * cost(shapes, targets, lambda d_out, d_in: d_in))),
+    ("count B alone", lambda shapes, layers, targets, budget:
+        budget // (layers * cost(shapes, targets, lambda d_out, d_in: d_out))),
+    ("spent to the last number", lambda shapes, layers, targets, budget:
+        max(r for r in range(99) if r * layers * cost(shapes, targets) < budget)),
     ("should be an int", lambda shapes, layers, targets, budget: "8"),
     ("nothing here yet", stub),
 ])
@@ -102,8 +110,36 @@ def in_place(W, r, s):
     return A, B, W
 
 
+def rows_of_V(W, r, s):
+    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+    root = (S[:r] / s).sqrt()
+    A, B = root[:, None] * Vt.T[:r], U[:, :r] * root
+    return A, B, W - s * B @ A
+
+
+def roots_at_columns(W, r, s):
+    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+    A, B = ((S / s).sqrt() * Vt)[:r], (U * (S / s).sqrt())[:, :r]
+    return A, B, W - s * B @ A
+
+
+def olora(W, r, s):
+    Q, R = torch.linalg.qr(W)
+    return R[:r], Q[:, :r], W - s * Q[:, :r] @ R[:r]
+
+
+def by_eigenvectors(W, r, s):
+    """The solution by another way, signs and all."""
+    values, V = torch.linalg.eigh(W.T @ W)
+    V, S = V.flip(1)[:, :r], values.flip(0)[:r].sqrt()
+    root = torch.diag((S / s).sqrt())
+    A, B = root @ V.T, W @ V / S @ root
+    return [torch.nn.Parameter(A), torch.nn.Parameter(B), W - s * B @ A]
+
+
 def test_pissa_start_solution():
     accepts(check.pissa_start, pissa)
+    accepts(check.pissa_start, by_eigenvectors)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -117,6 +153,12 @@ def test_pissa_start_solution():
     ("unevenly", uneven),
     ("swapped", lambda W, r, s: (lambda A, B, rest: (B, A, rest))(*pissa(W, r, s))),
     ("have the shapes", lambda W, r, s: (lambda A, B, rest: (A.T, B, rest))(*pissa(W, r, s))),
+    ("rows of V", rows_of_V),
+    ("stand at the columns", roots_at_columns),
+    ("OLoRA's start", olora),
+    ("multiply by s before the root", lambda W, r, s: pissa(W, r, s, value=lambda S, s: (S * s).sqrt())),
+    ("unevenly", lambda W, r, s: (lambda A, B, rest: (A / s, B * s, rest))(*pissa(W, r, s))),
+    ("Subtract s B A, with s", lambda W, r, s: pissa(W, r, s, rest=lambda W, s, BA: W + s * BA)),
     ("changed W itself", in_place),
     ("three tensors", lambda W, r, s: pissa(W, r, s)[:2]),
     ("nothing here yet", stub),
@@ -134,8 +176,14 @@ def groups(named, lr, ratio, fast=lambda name, p: "lora_B" in name or p.ndim == 
             {"params": [p for name, p in named if fast(name, p)], "lr": fast_rate(lr, ratio)}]
 
 
+def one_each(named, lr, ratio):
+    return tuple({"params": p, "lr": lr * ratio if "lora_B" in name or p.ndim == 1 else lr}
+                 for name, p in named if p.requires_grad)
+
+
 def test_loraplus_groups_solution():
     accepts(check.loraplus_groups, groups)
+    accepts(check.loraplus_groups, one_each)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -148,6 +196,12 @@ def test_loraplus_groups_solution():
     ("never trained", lambda named, lr, ratio: groups(named, lr, ratio, keep=lambda name, p: "lora" in name)),
     ("two groups", lambda named, lr, ratio: groups(named, lr, ratio) * 2),
     ("such as a head", lambda named, lr, ratio: groups(named, lr, ratio, fast=lambda name, p: "lora_A" not in name)),
+    ("norm.weight has one dimension", lambda named, lr, ratio:
+        groups(named, lr, ratio, fast=lambda name, p: "lora_B" in name)),
+    ("no lr of its own", lambda named, lr, ratio: [{"params": group["params"]} if group["lr"] == lr else group
+                                                   for group in groups(named, lr, ratio)]),
+    ("That is an optimizer", lambda named, lr, ratio: torch.optim.AdamW(groups(named, lr, ratio))),
+    ("divide by the ratio", lambda named, lr, ratio: groups(named, lr, ratio, fast_rate=lambda lr, ratio: lr / ratio)),
     ("bias of a lora_B", lambda named, lr, ratio: groups(named, lr, ratio, fast=lambda name, p: "lora_B.weight" in name)),
     ("not their names", lambda named, lr, ratio: [{"params": [name for name, _ in named], "lr": lr}]),
     ("list of groups", lambda named, lr, ratio: {"A": lr, "B": lr * ratio}),
@@ -174,8 +228,22 @@ def diagnose(layer, optimizer, skip=None):
     return next((word for word, sick in tests.items() if sick and word != skip), "healthy")
 
 
+def by_gradients(layer, optimizer):
+    """Another way to look: what a backward pass finds."""
+    if not layer.enabled or layer.scale == 0:
+        return "no scale" if layer.enabled else "disabled"
+    if not any(p is layer.B and group["lr"] > 0 for group in optimizer.param_groups for p in group["params"]):
+        return "no rate"
+    y = layer(torch.randn(3, layer.linear.in_features))
+    if not y.requires_grad:
+        return "healthy" if layer.merged else "frozen"
+    y.sum().backward()
+    return "twice" if layer.merged else "healthy" if layer.A.grad.any() or layer.B.grad.any() else "dead"
+
+
 def test_diagnose_solution():
     accepts(check.diagnose, diagnose)
+    accepts(check.diagnose, by_gradients)
 
 
 def cures(layer, optimizer):
@@ -190,6 +258,13 @@ def cures(layer, optimizer):
       for word in FOUND if word != "healthy"),
     ("as it should be", lambda layer, optimizer: diagnose(layer, optimizer) if layer.B.any() or not layer.A.any()
         or diagnose(layer, optimizer) != "healthy" else "dead"),
+    ("as it should be", lambda layer, optimizer: "frozen" if diagnose(layer, optimizer) == "healthy" and not layer.B.any()
+        else diagnose(layer, optimizer)),
+    ("left out of its groups", lambda layer, optimizer: diagnose(layer, optimizer, skip="no rate")
+        if len(optimizer.param_groups) == 1 else diagnose(layer, optimizer)),
+    ("left out of its groups", lambda layer, optimizer: diagnose(layer, optimizer, skip="no rate")
+        if len(optimizer.param_groups) == 2 else diagnose(layer, optimizer)),
+    ("small letters", lambda layer, optimizer: diagnose(layer, optimizer).title()),
     ("being merged is no disease", lambda layer, optimizer: "twice" if layer.merged else diagnose(layer, optimizer)),
     ("rightly so", lambda layer, optimizer: "disabled" if layer.merged and not layer.adds_when_merged
         else diagnose(layer, optimizer)),
@@ -209,6 +284,8 @@ def test_an_untrained_adapter_is_not_dead():
 
 
 def test_patients_have_what_they_are_said_to_have():
-    for word in FOUND:
-        for _ in range(20):
-            assert diagnose(*patient(word)) == word
+    assert {disease for disease, *_ in PATIENTS} == set(FOUND)
+    for disease, trained, other in PATIENTS:
+        layer, optimizer = patient(disease, trained, other)
+        assert diagnose(layer, optimizer) == disease
+        assert bool(layer.B.any()) == trained

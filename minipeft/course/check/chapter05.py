@@ -50,22 +50,31 @@ def rank_at_budget(function) -> None:
         for targets in (["q_proj", "v_proj"], ["up_proj", "down_proj"], list(shapes)):
             both = sum(d_out + d_in for d_out, d_in in (shapes[name] for name in targets))
             right = random.randint(9, 20)
-            budget = int((right + random.uniform(0.6, 0.9)) * layers * both)
-            got = function(dict(shapes), layers, list(targets), budget)
-            need(not isinstance(got, float) or got.is_integer(),
-                 f"A rank is a whole number; yours is {got}. A part of a direction cannot be bought.")
-            need(isinstance(got, int | float), f"The rank should be an int; yours is a {type(got).__name__}.")
-            need(got != right + 1, "One too many: you round, and the budget is exceeded. What is left over does not pay "
-                                   "for another rank.")
-            need(got != budget // both, f"You count one layer; the model has {layers}.")
-            need(got != budget // (layers * sum(2 * shapes[name][1] for name in targets)) or got == right,
-                 "You took every matrix for square, with d_in on both sides: B is (d_out, r).")
-            need(got != budget // (layers * sum(a * b for a, b in (shapes[name] for name in targets))),
-                 "You count the whole matrices, d_out · d_in; LoRA costs d_out + d_in for each rank.")
-            every = sum(a + b for a, b in shapes.values())
-            need(got == right or got != budget // (layers * every), "You count all matrices; only the targets are adapted.")
-            need(got == right, f"For a budget of {budget:,} on {', '.join(targets)} ({layers} layers, together "
-                               f"{layers * both:,} numbers a rank) the rank is {right}; yours is {got}.")
+            for left in (random.uniform(0.6, 0.9), 0):                    # something is left over, or nothing
+                a_budget(function, shapes, layers, targets, both, right, int((right + left) * layers * both))
+
+
+def a_budget(function, shapes, layers, targets, both, right, budget) -> None:
+    costs = lambda of, names=targets: budget // (layers * sum(of(*shapes[name]) for name in names))
+    mistakes = {
+        right + 1: "One too many: you round, and the budget is exceeded. What is left over does not pay for another rank.",
+        right - 1: "One too few: the budget may be spent to the last number, and here it pays for one rank more.",
+        budget // both: f"You count one layer; the model has {layers}.",
+        costs(lambda d_out, d_in: 2 * d_in): "You took every matrix for square, with d_in on both sides: B is (d_out, r).",
+        costs(lambda d_out, d_in: 2 * d_out): "You took every matrix for square, with d_out on both sides: A is (r, d_in).",
+        costs(lambda d_out, d_in: d_in): "You count A alone, r · d_in numbers: B has r · d_out more.",
+        costs(lambda d_out, d_in: d_out): "You count B alone, d_out · r numbers: A has r · d_in more.",
+        costs(lambda d_out, d_in: d_out * d_in): "You count the whole matrices, d_out · d_in; LoRA costs d_out + d_in for each "
+                                                 "rank.",
+        costs(lambda d_out, d_in: d_out + d_in, shapes): "You count all matrices; only the targets are adapted.",
+    }
+    got = function(dict(shapes), layers, list(targets), budget)
+    need(not isinstance(got, float) or got.is_integer(),
+         f"A rank is a whole number; yours is {got}. A part of a direction cannot be bought.")
+    need(isinstance(got, int | float), f"The rank should be an int; yours is a {type(got).__name__}.")
+    need(got == right or got not in mistakes, mistakes.get(got, ""))
+    need(got == right, f"For a budget of {budget:,} on {', '.join(targets)} ({layers} layers, together {layers * both:,} "
+                       f"numbers a rank) the rank is {right}; yours is {got}.")
 
 
 @checks("W = W_res + s B A, s B A is the best part of rank r, and A and B share its size evenly. This is PiSSA.",
@@ -96,6 +105,15 @@ def pissa_start(function) -> None:
         need(not same(s * product, U[:, :r] * S[:r].square() @ Vt[:r]),
              "The singular values are in A and in B in full, so B A has their squares: give each the root.")
         need(not same(product, U[:, :r] @ Vt[:r]), "The singular values are missing: A and B hold directions only.")
+        root = (S / s).sqrt()
+        need(not same(A, root[:r, None] * Vt.T[:r]), "A is made of the rows of V. linalg.svd returns V transposed, and its rows "
+                                                     "are the directions: take the first r rows of what it returns.")
+        need(not same(A, (root * Vt)[:r]), "In A the roots stand at the columns. The i-th row of V transposed belongs to the "
+                                           "i-th value: root[:, None] * Vt.")
+        need(not same(product, s * best), "You multiply by s before the root: the layer multiplies by s once more. Divide.")
+        Q, R = torch.linalg.qr(W)
+        need(not same(product, Q[:, :r] @ R[:r]) and not same(s * product, Q[:, :r] @ R[:r]),
+             "This is OLoRA's start, from W = Q R. PiSSA takes the singular value decomposition.")
         need(same(s * product, best), "s B A is not the best approximation of W of rank r: it should be the first r "
                                       "singular directions with their values.")
         need(same(rest + s * product, W), "W_res + s B A is not W: the model would have changed. Subtract s B A, with s.")
@@ -107,7 +125,7 @@ def pissa_start(function) -> None:
 def loraplus_groups(function) -> None:
     """function(named, lr, ratio) -> [{"params": [...], "lr": ...}, ...]; named: [(name, parameter), ...]."""
     names = {"layers.0.lora_A.weight": (2, 5), "layers.0.lora_B.weight": (4, 2), "layers.0.lora_B.bias": (4,),
-             "layers.1.lora_A.weight": (2, 4), "layers.1.lora_B.weight": (5, 2), "head.weight": (3, 5)}
+             "layers.1.lora_A.weight": (2, 4), "layers.1.lora_B.weight": (5, 2), "norm.weight": (5,), "head.weight": (3, 5)}
     for _ in range(2):
         named = [(name, nn.Parameter(torch.randn(shape))) for name, shape in names.items()]
         frozen = [(f"layers.{i}.weight", nn.Parameter(torch.randn(4, 5), requires_grad=False)) for i in range(2)]
@@ -115,9 +133,13 @@ def loraplus_groups(function) -> None:
         random.shuffle(everything)
         lr, ratio = random.choice([0.001, 0.002]), random.choice([4.0, 16.0])
         groups = function(everything, lr, ratio)
-        need(isinstance(groups, list) and all(isinstance(group, dict) and {"params", "lr"} <= set(group) for group in groups),
+        need(not isinstance(groups, torch.optim.Optimizer), "That is an optimizer. Return the groups that you gave it.")
+        need(isinstance(groups, list | tuple) and all(isinstance(group, dict) and "params" in group for group in groups),
              'Give me a list of groups, as an optimizer takes them: [{"params": [...], "lr": ...}, ...].')
-        groups = [group | {"params": list(group["params"])} for group in groups]
+        need(all("lr" in group for group in groups), "A group has no lr of its own. An optimizer would give it its default: "
+                                                     "write the rate into each group.")
+        alone = lambda group: [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+        groups = [group | {"params": alone(group)} for group in groups]
         rates, name_of = {}, {id(parameter): name for name, parameter in everything}
         for group in groups:
             for parameter in group["params"]:
@@ -136,9 +158,12 @@ def loraplus_groups(function) -> None:
         need(not near(rate["A"], lr / ratio), "You slow A down by the ratio. The convention, PEFT's too, is to leave A at "
                                               "lr and to give B lr · ratio.")
         need(not near(rate["B"], lr + ratio), "You add the ratio: multiply.")
+        need(not near(rate["B"], lr / ratio), "You divide by the ratio, and B gets the smaller rate: it is to learn faster.")
         need(near(rate["A"], lr) and near(rate["B"], lr * ratio), f"A should learn at {lr:g} and B at {lr * ratio:g}; "
                                                                   f"yours learn at {rate['A']:g} and {rate['B']:g}.")
         need(near(rates["layers.0.lora_B.bias"], lr * ratio), "The bias of a lora_B goes with B, at lr · ratio.")
+        need(near(rates["norm.weight"], lr * ratio), "norm.weight has one dimension, so it goes with B, at lr · ratio, whatever "
+                                                     "its name.")
         need(near(rates["head.weight"], lr), "Matrices that are no lora_B, such as a head, learn at lr.")
 
 
@@ -169,10 +194,10 @@ FOUND = {
 }
 
 
-def patient(disease) -> tuple:
-    """(layer, optimizer) with that disease, before or after some training."""
+def patient(disease, trained=False, other=False) -> tuple:
+    """(layer, optimizer) with that disease, before or after training. `other`: B left out of the groups rather than at rate
+    0; a healthy one merged."""
     layer = Patient()
-    trained = disease == "twice" or disease != "dead" and random.random() < 0.5
     with torch.no_grad():
         if trained:
             layer.B.copy_(torch.randn(layer.B.shape))
@@ -186,8 +211,8 @@ def patient(disease) -> tuple:
     elif disease == "disabled":
         layer.enabled = False
     elif disease == "no rate":
-        rates["B"], kept = (0.0, "AB") if random.random() < 0.5 else (1e-3, "A")
-    elif disease == "twice" or disease == "healthy" and trained and random.random() < 0.5:
+        rates["B"], kept = (1e-3, "A") if other else (0.0, "AB")
+    elif disease == "twice" or other:
         layer.merged, layer.adds_when_merged = True, disease == "twice"
         with torch.no_grad():
             layer.linear.weight += layer.scale * layer.B @ layer.A
@@ -195,22 +220,24 @@ def patient(disease) -> tuple:
     return layer, torch.optim.AdamW(groups)
 
 
+PATIENTS = [("healthy", False, False), ("healthy", True, False), ("healthy", True, True), ("dead", False, False),
+            ("twice", True, False), ("no rate", False, True), ("no rate", True, True)]
+PATIENTS += [(disease, trained, False) for disease in ("frozen", "no scale", "disabled", "no rate") for trained in (False, True)]
+
+
 @checks("Every patient was found out, and the healthy ones were sent home.")
 def diagnose(function) -> None:
     """function(layer, optimizer) -> one of the words of FOUND."""
-    diseases = [disease for disease in FOUND for _ in range(4)]
-    random.shuffle(diseases)
-    for disease in diseases:
-        layer, optimizer = patient(disease)
+    for disease, trained, other in random.sample(PATIENTS, len(PATIENTS)):      # every kind, in any order
+        layer, optimizer = patient(disease, trained, other)
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         said = function(layer, optimizer)
         need(all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items()),
              "Your examination changed the patient's weights: look, compute gradients if you like, but do not step.")
         need(said is not None, "Your function said nothing of a patient that " + FOUND[disease] + ": return a word in "
                                "every case.")
-        need(said in FOUND, f"{said!r} is none of the words: {', '.join(FOUND)}.")
-        fresh = disease == "healthy" and not layer.B.any()
-        need(not (fresh and said in ("dead", "no scale", "disabled")),
+        need(said in FOUND, f"{said!r} is none of the words: {', '.join(FOUND)}. (In small letters.)")
+        need(not (disease == "healthy" and not trained and said not in ("healthy", "twice")),
              f"You called a healthy one {said!r}: its B is zero because it has not been trained yet, and that is as it "
              "should be. Only with A zero too is it dead.")
         need(not (disease == "healthy" and said == "twice"),
