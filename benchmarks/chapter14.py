@@ -1,10 +1,12 @@
-"""The longer runs of chapter 14: fusion against one LoRA with as many numbers, and against one adapter.
+"""The longer runs of chapter 14: fusion against what is free, one LoRA with as many numbers, and one adapter.
 
-    python benchmarks/chapter14.py --jobs 2        # writes benchmarks/results/chapter14.json
+    python benchmarks/chapter14.py            # writes benchmarks/results/chapter14.json
 
-For each seed three adapters (Pfeiffer's) learn voice, records and extract. Then a small mix of all three is learnt: by
-fusion over the three, by a LoRA that trains as many numbers from the untouched base, and by one more adapter of the same
-kind; each at one learning rate, from short trials. The file is written as the runs come in.
+For each seed three adapters (Pfeiffer's) learn voice, records and extract. What is free: their mean, each alone, and for
+each skill its own expert (told which). Then a small mix of all three is learnt: by fusion over the three, by a LoRA that
+trains as many numbers from the untouched base, and by one new adapter of the same kind. The rate of each is the best of
+three by the loss on the validation splits, for each size of the mix (first seed, half of the steps). The file is written
+as the runs come in; those in it are not run again.
 """
 import argparse
 import itertools
@@ -13,14 +15,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, sweep, weights
+from common import RESULTS, facts, found, sweep, weights
 
 from minipeft import BottleneckConfig, FusionConfig, LoraConfig, PeftModel, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
 SKILLS, WIDTH, EXPERT_STEPS, EXPERT_RATE = ("voice", "records", "extract"), 32, 80, 1e-2
-STEPS, WARMUP, SEEDS, SIZES = 60, 10, (0, 1), (24, 192)
-RATES = {"fusion": 3e-3, "LoRA": 3e-3, "one adapter": 1e-2}
+STEPS, WARMUP, SEEDS, SIZES, ITEMS = 80, 10, (0, 1, 2), (24, 192), 40
+RATES = {"fusion": (1e-3, 3e-3, 1e-2), "one LoRA": (1e-3, 3e-3, 1e-2), "one adapter": (3e-3, 1e-2, 3e-2)}
+FREE = ("the mean", *SKILLS)                    # no training on the mix: all three experts, or one of them alone
 
 
 def expert():
@@ -55,12 +58,18 @@ def mix(size: int) -> list:
 
 
 def learner(case: str, seed: int):
-    """The model that is to learn the mix."""
-    model = with_experts(seed) if case == "fusion" else None
+    """The model that is to learn the mix, or, for what is free, that is used as it is."""
+    model = with_experts(seed) if case in ("fusion", *FREE) else None
     torch.manual_seed(seed)
-    if case == "fusion":
+    if case in SKILLS:
+        model.set_adapter(case)
+        return model
+    if model is not None:
         model.add_adapter("fusion", FusionConfig(adapters=list(SKILLS)))
         model.set_adapter("fusion")
+        for name, p in model.named_parameters():
+            if case == "the mean" and ".fusion.query" in name:
+                p.data.zero_()                                      # equal scores, equal shares
         return model
     if case == "one adapter":
         return get_peft_model(load_pretrained(), expert())
@@ -72,24 +81,35 @@ def learner(case: str, seed: int):
 
 
 def one_run(job: dict) -> dict:
-    """job: {"case", "examples", "lr", "seed"}"""
+    """job: {"case", "examples", "lr", "seed", "trial"}; a trial is not scored, what is free is not trained."""
     torch.set_num_threads(1)
     tokenizer, model = load_tokenizer(), learner(job["case"], job["seed"])
-    train(model, mix(job["examples"]), tokenizer=tokenizer, steps=STEPS, lr=job["lr"], warmup=WARMUP, seed=job["seed"],
-          progress=False)
+    done = {"parameters": 0 if job["case"] in FREE else model.get_nb_trainable_parameters()[0]}
+    if job["case"] not in FREE:
+        train(model, mix(job["examples"]), tokenizer=tokenizer, steps=STEPS // 2 if job["trial"] else STEPS,
+              lr=job["lr"], warmup=WARMUP, seed=job["seed"], progress=False)
     tasks = {skill: load_data(skill) for skill in SKILLS}
-    valid = [evaluate(model, tokenizer, task, split="valid", limit=32, generate=False, progress=False)["loss"]
-             for task in tasks.values()]
-    tests = {skill: evaluate(model, tokenizer, task, split="test", limit=40, progress=False)
+    if job["trial"]:
+        losses = [evaluate(model, tokenizer, task, split="valid", limit=32, generate=False, progress=False)["loss"]
+                  for task in tasks.values()]
+        return job | done | {"valid_loss": round(sum(losses) / len(losses), 4)}
+    tests = {skill: evaluate(model, tokenizer, task, split="test", limit=ITEMS, progress=False)
              for skill, task in tasks.items()}
-    return job | {"parameters": model.get_nb_trainable_parameters()[0], "valid_loss": round(sum(valid) / len(valid), 4),
-                  "losses": {skill: round(test["loss"], 4) for skill, test in tests.items()},
-                  "scores": {skill: round(test[tasks[skill].metric], 2) for skill, test in tests.items()}}
+    return job | done | {"losses": {skill: round(test["loss"], 4) for skill, test in tests.items()},
+                         "scores": {skill: round(test[tasks[skill].metric], 2) for skill, test in tests.items()}}
 
 
-def jobs_of(seed: int, runs: list):
+def jobs_of(seed: int, runs: list, trials: bool):
+    """What is to run with this seed: the trials of all rates, or what runs at the best of them."""
+    if not trials:
+        yield from ({"case": case, "examples": 0, "lr": None, "seed": seed, "trial": False} for case in FREE)
     for case, size in itertools.product(RATES, SIZES):
-        yield {"case": case, "examples": size, "lr": RATES[case], "seed": seed}
+        job = {"case": case, "examples": size, "seed": seed, "trial": trials}
+        if trials:
+            yield from (job | {"lr": lr} for lr in RATES[case])
+        else:
+            tried = found(runs, case=case, examples=size, trial=True)
+            yield job | {"lr": min(tried, key=lambda run: run["valid_loss"])["lr"]}
 
 
 def main():
@@ -99,10 +119,14 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter14.json")
     given = parser.parse_args()
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "skills": list(SKILLS), "steps": STEPS,
-                        "expert_steps": EXPERT_STEPS, "seeds": list(given.seeds), "sizes": list(SIZES), "cases": list(RATES)}
-    for run in sweep(jobs_of, one_run, given.seeds, record, given.out, given.jobs):
-        print(f"{run['case']:12} {run['examples']:4} lr {run['lr']:<6g} seed {run['seed']} {run['parameters']:9,} "
-              f"valid {run['valid_loss']:.3f} {run['scores']}")
+                        "expert_steps": EXPERT_STEPS, "items": ITEMS, "seeds": list(given.seeds), "sizes": list(SIZES),
+                        "cases": list(RATES), "rates": {case: list(rates) for case, rates in RATES.items()}}
+    for trials in (True, False):                # the rates first
+        runs = sweep(lambda seed, runs: jobs_of(seed, runs, trials), one_run, given.seeds[:1] if trials else given.seeds,
+                     record, given.out, given.jobs)
+    for run in runs:
+        print(f"{run['case']:12} {run['examples']:4} lr {run['lr'] or 0:<6g} seed {run['seed']} {run['parameters']:9,} "
+              + (f"valid {run['valid_loss']:.3f}" if run["trial"] else f"{run['losses']} {run['scores']}"))
 
 
 if __name__ == "__main__":
