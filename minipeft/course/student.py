@@ -38,7 +38,7 @@ def part(cell) -> tuple:
 def say_what_to_do(stub: str, question: str) -> str:
     """A stub whose NotImplementedError names the exercise; where a value is asked for (x = None), a comment does."""
     title = re.search(r"^#+ (.+)$", question, re.M)[1].strip().replace('"', "'")
-    todo = f"{title.rstrip('.?!')}. Write your answer here, then run the check below."
+    todo = f"{title}{'' if title.endswith('?') else '.'} Write your answer here, then run the check below."
     if "raise NotImplementedError" not in stub:
         return f"# {todo}\n{stub}"
     return re.sub(r"raise NotImplementedError(?!\()", f'raise NotImplementedError("{todo}")', stub)
