@@ -13,7 +13,6 @@ not run again, unless the base has changed.
 """
 import argparse
 import functools
-import hashlib
 import json
 import os
 import time
@@ -22,14 +21,15 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import torch
-from common import RESULTS, facts, found, save, weights
+from chapter03 import SMALL
+from common import RESULTS, facts, found, save, vocabulary, weights
 from tqdm.auto import tqdm
 
 from minipeft import (LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model,
                       initialize_kv_prefix_from_text)
-from minipeft.lm import GPT, GPTConfig, evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
-from minipeft.lm.pretrain import SHAPE, Text, copy_warmup, induction_head, name_head, name_tokens
+from minipeft.lm.pretrain import SHAPE, pretrain
 
 STEPS, WARMUP, N, SEEDS = {"voice": 80, "sql": 100}, 10, 10, (0, 1, 2)
 RATES = (1e-4, 1e-2, 1e-1, 1.0)                 # of all that stands in front of the text
@@ -42,9 +42,8 @@ STARTS = [("prompt", start) for start in ("RANDOM", "SAMPLE_VOCAB", "TEXT")] + \
 TEXT = {"voice": "Told again by the old captain:",                         # what one might write before the question
         "sql": "The clerk writes a query:"}
 PREFIXES = (1, 4, 16)                           # tokens; a prompt of as many parameters is `ratio` times longer
-SMALLER = {"tiny": dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2),
-           "small": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3)}
-SCHOOL = {"steps": 2000, "rows": 4, "most": 400}    # of their pretraining: steps, rows a step, steps of warm-up at most
+SMALLER = {"tiny": SHAPE | dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2, head_dim=32), "small": SMALL}
+SCHOOL = 1200                                   # steps of their pretraining
 
 
 @functools.cache
@@ -89,44 +88,12 @@ def one_run(job: dict) -> dict:
     return job | result | {"losses": " ".join(f"{loss:.3f}" for loss in history.losses[:30])}
 
 
-# ------------------------------------------------------------------------------------------------- smaller bases
-
-class Kept:
-    """Text whose batches are made once and read by several models."""
-
-    def __init__(self, text: Text):
-        self.batch = functools.cache(text.batch)
-
-
-@functools.cache
-def lessons(steps: int, rows: int) -> Kept:
-    return Kept(Text(load_tokenizer(), steps, 7, rows))
-
-
 def school(name: str) -> Path:
-    """The folder of a smaller base; pretrained as the base is (minipeft/lm/pretrain.py), with fewer steps, if it is not there."""
-    tokenizer = load_tokenizer()
-    key = hashlib.sha256(repr((sorted(SMALLER[name].items()), sorted(SCHOOL.items()))).encode()
-                         + tokenizer.raw.to_str().encode()).hexdigest()[:8]
-    folder = Path(gettempdir()) / f"minipeft_{name}_{key}"
-    if (folder / "history.json").exists():
-        return folder
-    started, steps = time.time(), SCHOOL["steps"]
-    torch.manual_seed(7)
-    model = GPT(GPTConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                          pad_token_id=tokenizer.pad_token_id, **SHAPE | SMALLER[name]))
-    names = name_tokens(tokenizer)
-    induction_head(model)
-    name_head(model, names)
-    copied = copy_warmup(model, names, 7, most=SCHOOL["most"])
-    history = train(model, lessons(steps, SCHOOL["rows"]), steps=steps, lr=3e-3, warmup=200, weight_decay=0.1, betas=(0.9, 0.95),
-                    bf16=True, seed=7)
-    model.save_pretrained(folder)
-    last = history.losses[-100:]
-    (folder / "history.json").write_text(json.dumps({
-        "parameters": sum(p.numel() for p in model.parameters()), "tokens": history.tokens,
-        "loss": round(sum(last) / len(last), 3), "copied": round(sum(copied["copied"][-20:]) / 20, 3),
-        "minutes": round((time.time() - started) / 60, 1)}))
+    """The folder of a smaller base, pretrained by the base's own recipe, but shorter, if it is not there."""
+    folder = Path(gettempdir()) / f"minipeft_{name}_base_{vocabulary()}"        # chapter 03 has the same small one
+    if not (folder / "history.json").exists():
+        with torch.compiler.set_stance("force_eager"):      # so small a network is trained before it is compiled
+            pretrain(folder, SCHOOL, tokenizer=load_tokenizer(), shape=SMALLER[name], progress=False)
     return folder
 
 
@@ -205,8 +172,10 @@ def main(arguments=None):
     earlier = before.get("minutes", 0) if runs else 0
     if "sizes" in given.parts:
         for name, shape in SMALLER.items():
-            record["sizes"][name] = json.loads((school(name) / "history.json").read_text()) \
-                | {"width": shape["hidden_size"], "layers": shape["num_hidden_layers"]}
+            report = json.loads((school(name) / "history.json").read_text())
+            record["sizes"][name] = {"parameters": sum(p.numel() for p in load_pretrained(school(name)).parameters()),
+                                     "width": shape["hidden_size"], "layers": shape["num_hidden_layers"],
+                                     "tokens": report["tokens"], "loss": round(sum(report["loss"][-50:]) / 50, 3)}
     with ProcessPoolExecutor(given.jobs) as pool:
         for part, stage in ((part, stage) for part in given.parts for stage in range(3)):
             jobs = [job for job in jobs_of(part, runs, stage) if not found(runs, **job)]
