@@ -1,26 +1,24 @@
-"""The longer runs of chapter 04: which rank, which layers, each at its own best learning rate, over two seeds.
+"""The longer runs of chapter 04: which rank, which layers, each at its own best learning rate, over three seeds.
 
     python benchmarks/chapter04.py --jobs 2        # writes benchmarks/results/chapter04.json
 
-The learning rate is chosen by the loss on validation questions with seed 0; only the chosen one is run with seed 1 too.
-The file is written as the runs come in; those that are in it already are not run again.
+The learning rate is chosen by the loss on validation questions with seed 0; where the best is at an edge of those that
+were tried, the next one is tried too. Only the chosen one is run with the other seeds. The file is written as the runs
+come in; those that are in it already, made on the same base, are not run again.
 """
 import argparse
-import json
 import os
-import time
-from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, found, save
-from tqdm import tqdm
+from common import RESULTS, facts, found, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
-STEPS, WARMUP, RANKS, SEEDS = 150, 10, [1, 2, 4, 8, 16, 32], (0, 1)
-RATES = {"lora": (5e-3, 1e-2, 3e-2), "full": (1e-3, 3e-3, 1e-2)}
+STEPS, WARMUP, RANKS, SEEDS, QUESTIONS = 150, 10, [1, 4, 8, 32], (0, 1, 2), 100
+LADDERS = {"lora": [2e-3, 5e-3, 1e-2, 3e-2, 1e-1], "full": [3e-4, 1e-3, 3e-3, 1e-2]}    # the first grid is the middle
 TARGETS = {
     "all-linear": "all-linear",
     "q,v": ["q_proj", "v_proj"],
@@ -40,12 +38,13 @@ def one_run(job: dict) -> dict:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     history = train(model, sql, tokenizer=tokenizer, steps=STEPS, lr=job["lr"], warmup=WARMUP, seed=job["seed"],
                     progress=False)
-    valid = evaluate(model, tokenizer, sql, split="valid", generate=False, progress=False)
-    test = evaluate(model, tokenizer, sql, split="test", progress=False)
+    valid = evaluate(model, tokenizer, sql, split="valid", limit=QUESTIONS, generate=False, progress=False)
+    test = evaluate(model, tokenizer, sql, split="test", limit=QUESTIONS, progress=False)
     return job | {"parameters": parameters, "valid_loss": round(valid["loss"], 4), "score": round(test[sql.metric], 2),
                   "test_loss": round(test["loss"], 4), "losses": " ".join(f"{loss:.3f}" for loss in history.losses)}
 
 
+@cache
 def equal_ranks(budget_rank: int) -> dict:
     """For each choice of targets, the rank that trains about as many numbers as all-linear at `budget_rank`."""
     cost = {}
@@ -55,10 +54,30 @@ def equal_ranks(budget_rank: int) -> dict:
     return {name: round(budget_rank * cost["all-linear"] / c) for name, c in cost.items()}
 
 
+def rate_of(runs: list, **wanted) -> tuple:
+    """The rate that is best on the validation questions with seed 0, and the one beside it if it is at an edge."""
+    tried, ladder = found(runs, seed=0, **wanted), LADDERS["lora" if wanted["targets"] else "full"]
+    rate, rates = min(tried, key=lambda run: run["valid_loss"])["lr"], sorted(run["lr"] for run in tried)
+    beside = ladder.index(rate) + (rate == rates[-1]) - (rate == rates[0])
+    return rate, ladder[beside] if 0 <= beside < len(ladder) and ladder[beside] not in rates else None
+
+
+def jobs_of(seed: int, runs: list, budget: dict) -> list:
+    cases = [(None, None), *((targets, r) for targets in ("all-linear", "q,v") for r in RANKS)]
+    jobs = []
+    for targets, r in cases + [case for case in budget.items() if case not in cases]:
+        what = {"targets": targets, "r": r, "seed": seed}
+        first = [what | {"lr": lr} for lr in LADDERS["lora" if targets else "full"][1:4]]
+        jobs += first if seed == 0 else []
+        if all(found(runs, **job | {"seed": 0}) for job in first):
+            rate, beside = rate_of(runs, targets=targets, r=r)
+            jobs += [what | {"lr": rate if seed else beside}] if seed or beside else []
+    return jobs
+
+
 def best(runs: list, **wanted) -> dict:
     """The mean score over the seeds, at the rate that is best on the validation questions with seed 0."""
-    rate = min(found(runs, seed=SEEDS[0], **wanted), key=lambda run: run["valid_loss"])["lr"]
-    chosen = found(runs, lr=rate, **wanted)
+    chosen = found(runs, lr=rate_of(runs, **wanted)[0], **wanted)
     return chosen[0] | {"score": sum(run["score"] for run in chosen) / len(chosen)}
 
 
@@ -82,23 +101,12 @@ def main():
     parser.add_argument("--budget-rank", type=int, default=4, help="all-linear at this rank sets the budget")
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter04.json")
     given = parser.parse_args()
-    runs = json.loads(given.out.read_text(encoding="utf-8"))["runs"] if given.out.exists() else []
-    started, budget = time.time(), equal_ranks(given.budget_rank)
-    cases = [(None, None), *((targets, r) for targets in ("all-linear", "q,v") for r in RANKS)]
-    cases += [case for case in budget.items() if case not in cases]
+    budget = equal_ranks(given.budget_rank)
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": STEPS,
-                        "batch_size": 16, "warmup": WARMUP, "alpha": "2 r", "seeds": list(SEEDS), "ranks": RANKS,
-                        "budget": budget}
-    with ProcessPoolExecutor(given.jobs) as pool:
-        for seed in SEEDS:  # the first seed finds the rate, the others repeat it
-            rates = {(targets, r): RATES["lora" if targets else "full"] if seed == SEEDS[0] else
-                     [best(runs, targets=targets, r=r)["lr"]] for targets, r in cases}
-            jobs = [{"targets": targets, "r": r, "lr": lr, "seed": seed}
-                    for (targets, r), lrs in rates.items() for lr in lrs]
-            jobs = [job for job in jobs if not found(runs, **job)]
-            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
-                runs.append(run)
-                save(given.out, record | {"minutes": round((time.time() - started) / 60, 1), "runs": runs})
+                        "batch_size": 16, "warmup": WARMUP, "alpha": "2 r", "seeds": SEEDS, "ranks": RANKS,
+                        "questions": QUESTIONS, "budget": budget}
+    # seed 0 three times: a case whose best rate is at an edge gets up to two rates more
+    runs = sweep(lambda seed, runs: jobs_of(seed, runs, budget), one_run, (0, 0, 0, *SEEDS[1:]), record, given.out, given.jobs)
     draw(record | {"runs": runs}, RESULTS.parents[1] / "chapters" / "figures" / "rank_sweep.png")
     for run in runs:
         print(f"{run['targets'] or 'full':10} r {run['r'] or 0:3} lr {run['lr']:<5g} seed {run['seed']} "
