@@ -5,7 +5,7 @@ import torch
 from minipeft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from minipeft.lm import on_paper
 from minipeft.lm.gpt import GPT, GPTConfig
-from minipeft.lm.ledger import Ledger, memory_ledger
+from minipeft.lm.ledger import Ledger, memory_ledger, peak_bytes
 from minipeft.quant import quantize_model
 
 
@@ -163,6 +163,19 @@ def test_4_bits_with_checkpointing_to_the_byte(dtype, way):
     m.gradient_checkpointing_enable()
     ledger = memory_ledger(m, 6, 16, measure=True)
     assert ledger.predicted["activations"] == ledger.measured["activations"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("way", ["full", "all", "q, v"])
+def test_the_peak_is_the_ledger_and_the_logits_gradients(way, checkpointing):
+    m = WAYS[way](model(layers=6, hidden_size=64, intermediate_size=160)).train()
+    if checkpointing:
+        m.gradient_checkpointing_enable()
+    weights = [p.clone() for p in m.parameters()]
+    bound = memory_ledger(m, 4, 24).total() + 2 * 4 * 23 * 101 * 4      # of two tensors as large as the logits
+    peak = peak_bytes(m, 4, 24)
+    assert 0.75 * bound < peak < 1.05 * bound
+    assert all(torch.equal(p, w) and p.grad is None for p, w in zip(m.parameters(), weights))
 
 
 COUNTS = {"llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672, "llama-2-7b": 6_738_415_616, "llama-2-13b": 13_015_864_320,
