@@ -41,6 +41,17 @@ class PeftConfig:
     def __post_init__(self):
         pass
 
+    def positive(self, *fields, **values):
+        """ConfigError unless these fields, or values given by name, are positive integers."""
+        for name, value in {**{field: getattr(self, field) for field in fields}, **values}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise ConfigError(f"{name} = {value!r}: a positive integer is expected")
+
+    def probability(self, *fields):
+        for field in fields:
+            if not 0 <= getattr(self, field) < 1:
+                raise ConfigError(f"{field} = {getattr(self, field)!r}: a probability in [0, 1) is expected")
+
     # What a method file fills in.
 
     def select(self, model):

@@ -135,6 +135,12 @@ class LinearDelta(Adapter):
             x = x.to(dtype)
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
+    def plus(self, y, h, B, bias=None):
+        """y + s (h B^T + bias) in one call: no delta is formed, nor a second tensor of y's size (..., d_out)."""
+        rows = y.numel() // len(B)              # not -1: AdaLoRA may leave nothing, r = 0
+        out = torch.addmm(y.to(h.dtype).reshape(rows, len(B)), h.reshape(rows, B.shape[1]), B.T, alpha=self.scaling)
+        return (out if bias is None else out + self.scaling * bias).view(y.shape).to(y.dtype)
+
     def fold(self, base):
         base.weight = base.weight + self.delta(base)
 

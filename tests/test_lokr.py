@@ -12,7 +12,7 @@ from torch import nn
 import minipeft
 from bases import BASES, METHODS, adapted, close, run
 from minipeft import ConfigError, LoKrConfig, TargetError, get_peft_model
-from minipeft.methods.lokr import LoKr, factorization
+from minipeft.methods.lokr import Kronecker, LoKr, factorization
 from minipeft.slot import Base, Slot, Switch
 
 HF, LLAMA = BASES["hf_llama"], BASES["llama"]
@@ -33,6 +33,23 @@ def test_reshaping_is_the_kronecker_product(d_in, d_out, r, both, factor):
     other = torch.autograd.grad((base(x) + F.linear(x, adapter.delta(base))).square().sum(), list(adapter.parameters()))
     for a, b in zip(own, other):
         close(a, b, 1e-5)
+
+
+def test_the_gradients_of_a_product_that_is_not_kept():
+    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 2, 3), (4, 2), (5, 3))]
+    X, C, D = tensors
+    close(Kronecker.apply(*tensors)[1].flatten().detach(), (torch.kron(C, D) @ X[1].flatten()).detach(), 1e-14)
+    assert torch.autograd.gradcheck(Kronecker.apply, tensors) and torch.autograd.gradgradcheck(Kronecker.apply, tensors)
+
+
+def test_training_keeps_nothing_but_the_input():
+    """PEFT keeps the Kronecker product; an intermediate one would be as large as the output."""
+    adapter, x, kept = LoKr(24, 48, 4, 1.0, LoKrConfig()), torch.randn(50, 24, requires_grad=True), []
+    base = Base(Slot(nn.Linear(24, 48).requires_grad_(False), Switch()), "default")
+    weights = {p.data_ptr() for p in [*adapter.parameters(), x, base.module.weight]}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapter(base, x)
+    assert sum(t.numel() for t in kept if t.data_ptr() not in weights) < 200        # C times s, and D, if it is a product
 
 
 @given(st.integers(1, 5000), st.one_of(st.just(-1), st.integers(1, 80)))

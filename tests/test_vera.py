@@ -10,6 +10,7 @@ import minipeft
 from bases import BASES, METHODS, adapted, close, differ, run, shake
 from minipeft import AdapterFileError, ConfigError, PeftModel, TargetError, VeraConfig, get_peft_model
 from minipeft.methods.vera import Projection, Vera
+from minipeft.slot import Base, Slot, Switch
 
 HF, LLAMA, METHOD = BASES["hf_llama"], BASES["llama"], METHODS["vera"]
 
@@ -92,6 +93,23 @@ def test_the_bounds_of_the_draw():
 def test_configurations_that_mean_nothing(fields, message):
     with pytest.raises(ConfigError, match=message):
         VeraConfig(**fields)
+
+
+@pytest.mark.parametrize("rows, r", [(2, 3), (2, 40), (90, 3), (90, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_w_in_one_product_or_apart(rows, r, bias):
+    """The equation and its gradients, whichever way is the cheaper."""
+    torch.manual_seed(0)
+    slot = Slot(torch.nn.Linear(24, 32, bias).double().requires_grad_(False), Switch())
+    slot.shared["default"] = Projection(30, 40, VeraConfig(r=r)).double()
+    adapter, base = Vera(24, 32, VeraConfig(r=r, init_weights=False)).double(), Base(slot, "default")
+    x, outputs, gradients = torch.randn(rows, 1, 24).double().requires_grad_(), [], []
+    b, d, A, B = *adapter.parameters(), slot.shared["default"].vera_A[:, :24], slot.shared["default"].vera_B[:32]
+    for y in (adapter(base, x), slot.base_layer(x) + b * ((x @ A.T * d) @ B.T)):
+        outputs.append(y.detach())
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, b, d]))
+    for own, right in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1])):
+        close(own, right, 1e-12)
 
 
 def test_embeddings_are_refused():

@@ -46,10 +46,7 @@ class AdaLoraConfig(LoraConfig):
         pattern, self.rank_pattern = self.rank_pattern, {}
         super().__post_init__()
         self.rank_pattern = pattern
-        for name in ("init_r", "target_r", "total_step", "deltaT"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise ConfigError(f"{name} = {value!r}: a positive integer is expected")
+        self.positive("init_r", "target_r", "total_step", "deltaT")
         if self.target_r > self.init_r:
             raise ConfigError(f"target_r = {self.target_r} is above init_r = {self.init_r}: ranks are only taken away")
         if min(self.tinit, self.tfinal) < 0 or self.tinit + self.tfinal >= self.total_step:
@@ -93,11 +90,8 @@ class AdaLora(LinearDelta):
         return self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
 
     def forward(self, base, x):
-        y, A, B = base(x), self.lora_A * self.lora_E, self.lora_B
-        rows = y.numel() // len(B)                                          # not -1: all triplets may be gone, r = 0
-        h = F.linear(self.seen(x, A.dtype), A).reshape(rows, len(A))
-        out = torch.addmm(y.to(h.dtype).reshape(rows, len(B)), h, B.T, alpha=self.scaling)
-        return out.view(y.shape).to(y.dtype)
+        h = F.linear(self.seen(x, self.lora_A.dtype), self.lora_A * self.lora_E)            # (..., r)
+        return self.plus(base(x), h, self.lora_B)
 
     def penalty(self):
         return self.weight * sum(torch.linalg.norm(gram - torch.eye(len(gram)).to(gram))

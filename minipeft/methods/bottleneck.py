@@ -55,8 +55,8 @@ class BottleneckConfig(LayerConfig):
                 raise ConfigError(f"{field} = {getattr(self, field)!r}; valid: {', '.join(valid)}")
         if self.r is not None and self.reduction_factor is not None:
             raise ConfigError("give r or reduction_factor, not both: r = d / reduction_factor")
-        if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0):
-            raise ConfigError(f"r = {self.r!r}: a bottleneck's width is a positive integer")
+        if self.r is not None:
+            self.positive("r")
         if self.reduction_factor is not None and not self.reduction_factor > 0:
             raise ConfigError(f"reduction_factor = {self.reduction_factor!r}: a positive number is expected")
         if isinstance(self.scaling, str) and self.scaling != "learned":

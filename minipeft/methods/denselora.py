@@ -33,10 +33,8 @@ class DenseLoraConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ConfigError(f"r = {self.r!r}: a rank is a positive integer")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: a probability in [0, 1) is expected")
+        self.positive("r")
+        self.probability("lora_dropout")
         if self.activation not in ("gelu", "linear"):
             raise ConfigError(f"unknown activation {self.activation!r}; valid: 'gelu', 'linear'")
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import layers
-from ..config import ConfigError, LayerConfig
+from ..config import LayerConfig
 from ..slot import LinearDelta
 
 
@@ -34,12 +34,8 @@ class LycorisConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
-            if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
-                raise ConfigError(f"{where} = {r!r}: a rank is a positive integer")
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)!r}: a probability in [0, 1) is expected")
+        self.positive("r", **self.rank_pattern)
+        self.probability("rank_dropout", "module_dropout")
 
     def create(self, base, path):
         r = layers.lookup(self.rank_pattern, path, self.r)

@@ -28,6 +28,21 @@ def factorization(dimension, factor=-1):
     return a, dimension // a
 
 
+class Kronecker(torch.autograd.Function):
+    """C X D^T for each of N rows X (m, n) of x. For the backward pass X D^T is computed once more, not kept."""
+
+    @staticmethod
+    def forward(ctx, X, C, D):
+        ctx.save_for_backward(X, C, D)
+        return C @ (X @ D.T)                                                # (N, p, q)
+
+    @staticmethod
+    def backward(ctx, grad):
+        X, C, D = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)   # autocast's, if that was on
+        below = C.T @ grad                                                  # (N, m, q)
+        return below @ D, torch.einsum("Npq,Nmq->pm", grad, X @ D.T), below.flatten(0, 1).T @ X.flatten(0, 1)
+
+
 class LoKr(Lycoris):
     """x (..., d_in) -> (..., d_out)"""
 
@@ -62,7 +77,7 @@ class LoKr(Lycoris):
 
     def update(self, base, x):
         (p, m, q, n), (C, D) = self.shape, self.factors
-        y = (self.scaling * C) @ (x.reshape(-1, m, n) @ D.T)                # (N, p, q)
+        y = Kronecker.apply(x.reshape(-1, m, n), self.scaling * C, D)       # (N, p, q)
         return self.thinned(y.reshape(*x.shape[:-1], p * q))
 
 

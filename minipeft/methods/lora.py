@@ -44,11 +44,8 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
-            if isinstance(r, bool) or not isinstance(r, int) or r <= 0:
-                raise ConfigError(f"{where} = {r!r}: a rank is a positive integer")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout = {self.lora_dropout!r}: a probability in [0, 1) is expected")
+        self.positive("r", **self.rank_pattern)
+        self.probability("lora_dropout")
         if self.bias != "none":
             raise ConfigError(f"bias={self.bias!r} is not supported; BitFitConfig trains biases, lora_bias adds some")
         if isinstance(self.init_lora_weights, str):
@@ -119,13 +116,9 @@ class Lora(LinearDelta):
         return self.scaling * self.lora_B.weight @ self.lora_A.weight       # (d_out, d_in): formed for merging only
 
     def forward(self, base, x):
-        y, A, B = base(x), self.lora_A.weight, self.lora_B.weight
+        A = self.lora_A.weight
         h = F.linear(self.seen(x, A.dtype), A)                              # (..., r)
-        # y + s h B^T in one call: delta is never formed, nor is a second tensor of y's size
-        out = torch.addmm(y.to(h.dtype).reshape(-1, len(B)), h.reshape(-1, len(A)), B.T, alpha=self.scaling)
-        if self.lora_B.bias is not None:
-            out = out + self.scaling * self.lora_B.bias
-        return out.view(y.shape).to(y.dtype)
+        return self.plus(base(x), h, self.lora_B.weight, self.lora_B.bias)
 
     def fold(self, base):
         if self.lora_B.bias is not None:

@@ -34,8 +34,7 @@ class PromptEncoderConfig(VirtualTokensConfig):
         for field in ("encoder_hidden_size", "encoder_num_layers"):
             if getattr(self, field) is not None:
                 self.positive(field)
-        if not 0 <= self.encoder_dropout < 1:
-            raise ConfigError(f"encoder_dropout = {self.encoder_dropout!r}: a probability in [0, 1) is expected")
+        self.probability("encoder_dropout")
         if self.encoder_reparameterization_type == "MLP" and (self.encoder_num_layers != 2 or self.encoder_dropout):
             warnings.warn("encoder_num_layers and encoder_dropout are the LSTM's: the MLP ignores them", stacklevel=3)
 

@@ -45,8 +45,7 @@ class SubspaceConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.d, bool) or not isinstance(self.d, int) or self.d <= 0:
-            raise ConfigError(f"d = {self.d!r}: a positive integer is expected")
+        self.positive("d")
         if self.projection not in PROJECTIONS:
             near = difflib.get_close_matches(str(self.projection), PROJECTIONS, n=1)
             raise ConfigError(f"unknown projection {self.projection!r}" + (f" (nearest: {near[0]!r})" if near else "")

@@ -35,10 +35,8 @@ class VeraConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ConfigError(f"r = {self.r!r}: a rank is a positive integer")
-        if not 0 <= self.vera_dropout < 1:
-            raise ConfigError(f"vera_dropout = {self.vera_dropout!r}: a probability in [0, 1) is expected")
+        self.positive("r")
+        self.probability("vera_dropout")
         if self.bias != "none":
             raise ConfigError(f"bias={self.bias!r} is not supported; BitFitConfig trains biases")
 
@@ -62,6 +60,24 @@ class Projection(nn.Module):
             self.register_buffer(name, drawn, persistent=config.save_projection)
 
 
+class Joined(torch.autograd.Function):
+    """x (W + b * B d A)^T + bias in one product. The backward pass makes what b and d need of it, b's and d's gradient in
+    B d A as M (d_out, r), in the cheaper order; autograd would make the gradient of all of W first."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, b, B, d, A):
+        weight = torch.addmm(W, b[:, None] * B * d, A)                      # (d_out, d_in)
+        ctx.save_for_backward(x, weight, b, B, d, A)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, b, B, d, A = ctx.saved_tensors
+        rows = grad.reshape(-1, len(B))                                     # (N, d_out)
+        M = B * torch.linalg.multi_dot((rows.T, x.reshape(len(rows), -1), A.T))
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, M @ d, None, b @ M, None
+
+
 class Vera(LinearDelta):
     """x (..., d_in) -> (..., d_out)"""
 
@@ -81,10 +97,10 @@ class Vera(LinearDelta):
         return (self.vera_lambda_b[:, None] * B * self.vera_lambda_d) @ A
 
     def forward(self, base, x):
-        r, N = len(self.vera_lambda_d), x.numel() // self.d_in
+        (A, B), r, N = self.projections(base), len(self.vera_lambda_d), x.numel() // self.d_in
         joined, apart = (N + 2 * r) * self.d_in * self.d_out, 2 * N * r * (self.d_in + self.d_out)  # multiplications
         if joined < apart and self.joins(base, x):
-            return F.linear(x, base.weight + self.delta(base), base.bias)
-        y, (A, B) = base(x), self.projections(base)
+            return Joined.apply(x, base.weight, base.bias, self.vera_lambda_b, B, self.vera_lambda_d, A)
+        y = base(x)
         h = F.linear(self.seen(x, self.vera_lambda_d.dtype), A)             # (..., r)
         return torch.addcmul(y, self.vera_lambda_b, F.linear(self.vera_lambda_d * h, B)).to(y.dtype)

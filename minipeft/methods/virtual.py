@@ -36,11 +36,6 @@ class VirtualTokensConfig(PeftConfig):
         if self.task_type not in (None, "CAUSAL_LM"):
             raise ConfigError(f"task_type={self.task_type!r}: virtual tokens are for CAUSAL_LM only")
 
-    def positive(self, field):
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ConfigError(f"{field} = {value!r}: a positive integer is expected")
-
     def shape(self, config):
         """The fields above, from the model's configuration."""
         return {"token_dim": config.hidden_size, "num_attention_heads": config.num_attention_heads,
