@@ -1,4 +1,6 @@
 """Chapter 06's checks accept the solution, and name the mistake in what is plausibly wrong."""
+from statistics import mean
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,3 +143,43 @@ def test_length_and_direction_solution():
 ])
 def test_length_and_direction_mistakes(says, answer):
     rejects(says, check.length_and_direction, answer)
+
+
+def gaps(runs, key="test_loss", by="valid_loss", over=mean, rates=None):
+    score = lambda m, lr: over(run[by] for run in runs if (run["method"], run["lr"]) == (m, lr))
+    best = {m: min({run["lr"] for run in runs}, key=lambda lr: score(m, lr)) for m in ("LoRA", "DoRA")}
+    best = best if rates is None else dict.fromkeys(best, best[rates])
+    loss = {(run["method"], run["seed"]): run[key] for run in runs if run["lr"] == best[run["method"]]}
+    return [loss["LoRA", seed] - loss["DoRA", seed] for seed in sorted({run["seed"] for run in runs})]
+
+
+def verdict(found):
+    return mean(found), min(found) > 0 or max(found) < 0
+
+
+def lowest(runs, method):
+    return min(run["test_loss"] for run in runs if run["method"] == method)
+
+
+def test_fair_gap_solution():
+    accepts(check.fair_gap, lambda runs: verdict(gaps(runs)))
+    accepts(check.fair_gap, lambda runs: [torch.tensor(gaps(runs), dtype=torch.float64).mean(), len({g > 0 for g in gaps(runs)}) == 1])
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("one rate", lambda runs: verdict(gaps(runs, rates="LoRA"))),
+    ("one rate", lambda runs: verdict(gaps(runs, rates="DoRA"))),
+    ("by the test loss", lambda runs: verdict(gaps(runs, by="test_loss"))),
+    ("report validation losses", lambda runs: verdict(gaps(runs, key="valid_loss"))),
+    ("luckiest", lambda runs: verdict(gaps(runs, over=min))),
+    ("rewards luck", lambda runs: (lowest(runs, "LoRA") - lowest(runs, "DoRA"), True)),
+    ("DoRA minus LoRA", lambda runs: verdict([-g for g in gaps(runs)])),
+    ("take the mean", lambda runs: (sum(gaps(runs)), True)),
+    ("whether the seeds agree", lambda runs: (mean(gaps(runs)), mean(gaps(runs)) > 0)),
+    ("whether the seeds agree", lambda runs: (mean(gaps(runs)), True)),
+    ("two things", lambda runs: mean(gaps(runs))),
+    ("True or False", lambda runs: (mean(gaps(runs)), gaps(runs))),
+])
+def test_fair_gap_mistakes(says, answer):
+    rejects(says, check.fair_gap, answer)

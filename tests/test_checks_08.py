@@ -122,3 +122,42 @@ def test_trainable_numbers_solution():
 ])
 def test_trainable_numbers_mistakes(says, answer):
     rejects(says, check.trainable_numbers, answer)
+
+
+def kron_factors(T, p, m, q, n, size=lambda s: (s, 1.0), at=0, swap=True):
+    laid_out = T.reshape(p, q, m, n).transpose(1, 2).reshape(p * m, q * n) if swap else T.reshape(p * m, q * n)
+    U, S, V = torch.linalg.svd(laid_out, full_matrices=False)
+    one, two = size(S[at])
+    return one * U[:, at].reshape(p, m), two * V[at].reshape(q, n)
+
+
+def by_turns(T, p, m, q, n):
+    blocks, D = T.view(p, q, m, n), torch.ones(q, n, dtype=T.dtype) + torch.eye(q, n, dtype=T.dtype)
+    for _ in range(2000):
+        C = torch.einsum("pqmn,qn->pm", blocks, D) / D.square().sum()
+        D = torch.einsum("pqmn,pm->qn", blocks, C) / C.square().sum()
+    return C, D
+
+
+def test_nearest_kron_solution():
+    accepts(check.nearest_kron, kron_factors)
+    accepts(check.nearest_kron, lambda *a: kron_factors(*a, size=lambda s: (s.sqrt(), s.sqrt())))
+    accepts(check.nearest_kron, by_turns)
+
+
+@pytest.mark.parametrize("says, answer", [
+    ("nothing here yet", blank),
+    ("size is missing", lambda *a: kron_factors(*a, size=lambda s: (1.0, 1.0))),
+    ("in both", lambda *a: kron_factors(*a, size=lambda s: (s, s))),
+    ("up to its sign", lambda *a: kron_factors(*a, size=lambda s: (-s, 1.0))),
+    ("Only the root", lambda *a: kron_factors(*a, size=lambda s: (s.sqrt(), 1.0))),
+    ("smallest singular value", lambda *a: kron_factors(*a, at=-1)),
+    ("in the order in which they lie", lambda *a: kron_factors(*a, swap=False)),
+    ("two are swapped", lambda *a: kron_factors(*a)[::-1]),
+    ("one number for each block", lambda T, p, m, q, n: (torch.ones(p * m, dtype=T.dtype), T[:q, :n])),
+    ("it is a block", lambda T, p, m, q, n: (torch.ones(p, m, dtype=T.dtype), T[:q, :n].T)),
+    ("Not the nearest", lambda T, p, m, q, n: (T.view(p, q, m, n).mean((1, 3)), T.view(p, q, m, n).mean((0, 2)))),
+    ("the pair", lambda *a: torch.kron(*kron_factors(*a))),
+])
+def test_nearest_kron_mistakes(says, answer):
+    rejects(says, check.nearest_kron, answer)

@@ -1,5 +1,6 @@
-"""Chapter 06, DoRA: its norm, its norm without a large matrix, its layer, and how far a weight has moved."""
+"""Chapter 06, DoRA: its norm, its norm without a large matrix, its layer, how far a weight has moved, a fair comparison."""
 import random
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .teacher import checks, compare, need, same
 
-__all__ = ["dora_forward", "gram_norms", "length_and_direction", "row_norms"]
+__all__ = ["dora_forward", "fair_gap", "gram_norms", "length_and_direction", "row_norms"]
 
 SHAPES = "W is (d_out, d_in), A is (r, d_in), B is (d_out, r): B @ A has W's shape, and there is one norm an output."
 
@@ -175,3 +176,77 @@ def length_and_direction(function) -> None:
             "ΔD compares the change with the old row: compare the new row with the old one.":
                 (1 - F.cosine_similarity(new - old, old, dim=1)).mean(),
         }, "ΔD")
+
+
+RATES, SEEDS = (5e-3, 1e-2, 2e-2, 5e-2), (0, 1, 2)
+VALID, TEST = 0, 1
+
+
+def gap(losses, rates, key=TEST) -> list:
+    """LoRA minus DoRA, seed by seed. losses: {method: [for each rate: [for each seed: (valid, test)]]}; rates: {method: which}"""
+    return [a[key] - b[key] for a, b in zip(losses["LoRA"][rates["LoRA"]], losses["DoRA"][rates["DoRA"]])]
+
+
+def chosen(losses, key=VALID, over=fmean) -> dict:
+    """{method: which rate is its best}"""
+    scores = {method: [over([seed[key] for seed in rate]) for rate in table] for method, table in losses.items()}
+    return {method: found.index(min(found)) for method, found in scores.items()}
+
+
+def slips(losses) -> dict:
+    """What people report instead: {message: the difference that they get}."""
+    best = chosen(losses)
+    lowest = {method: min(seed[TEST] for rate in table for seed in rate) for method, table in losses.items()}
+    shared = "You give both methods one rate: each has its own best."
+    return {
+        "That is DoRA minus LoRA: the other way round is asked for.": -fmean(gap(losses, best)),
+        "You choose the rate by the test loss. Then the test questions have helped to tune: choose by the validation loss.":
+            fmean(gap(losses, chosen(losses, TEST))),
+        "The rates are right, but you report validation losses: they were used to choose. Report the test losses.":
+            fmean(gap(losses, best, VALID)),
+        "You choose the rate of the luckiest single run: take the mean over the seeds first.":
+            fmean(gap(losses, chosen(losses, over=min))),
+        "You compare the best test loss of each, over all rates and seeds: that rewards luck.":
+            lowest["LoRA"] - lowest["DoRA"],
+        "You average over all rates: the bad ones count as much as the best.":
+            fmean(fmean(gap(losses, dict.fromkeys(best, rate))) for rate in range(len(RATES))),
+        shared: fmean(gap(losses, dict.fromkeys(best, best["LoRA"]))),
+        shared + " (You took DoRA's.)": fmean(gap(losses, dict.fromkeys(best, best["DoRA"]))),
+        "That is a sum over the seeds: take the mean.": sum(gap(losses, best)),
+    }
+
+
+def sweep(agree: bool) -> dict:
+    """Made-up losses of both methods, in which each slip gives another difference."""
+    noise = lambda: round(random.uniform(-0.06, 0.06), 3)
+    for _ in range(100_000):
+        losses = {method: [[(0.4 + 0.05 * abs(rate - at) + noise(), 0.4 + 0.05 * abs(rate - at) + noise()) for _ in SEEDS]
+                           for rate in range(len(RATES))] for method, at in zip(("LoRA", "DoRA"), random.sample(range(4), 2))}
+        best = chosen(losses)
+        right = gap(losses, best)
+        if (min(right) > 0 or max(right) < 0) == agree and chosen(losses, TEST) != best != chosen(losses, over=min):
+            values = sorted([fmean(right), *slips(losses).values()])
+            if min(b - a for a, b in zip(values, values[1:])) > 1e-4:
+                return losses
+    raise RuntimeError("no such runs were found")
+
+
+@checks("Each at its own rate, chosen on validation questions, judged on test questions, seed by seed. That is fair.")
+def fair_gap(function) -> None:
+    """function(runs) -> (mean of LoRA minus DoRA, do all seeds agree on who is better?)"""
+    for agree in (True, False, True, False):
+        losses = sweep(agree)
+        runs = [{"method": method, "lr": lr, "seed": seed, "valid_loss": both[VALID], "test_loss": both[TEST]}
+                for method, table in losses.items() for lr, row in zip(RATES, table) for seed, both in zip(SEEDS, row)]
+        random.shuffle(runs)
+        got = function(runs)
+        need(isinstance(got, tuple | list) and len(got) == 2, "Return two things: the mean difference, and True or False.")
+        difference, right = float(got[0]), fmean(gap(losses, chosen(losses)))
+        near = lambda value: abs(difference - value) < 1e-6
+        if not near(right):
+            message = next((text for text, value in slips(losses).items() if near(value)), None)
+            need(False, message or f"Your difference is {difference:+.4f}, and it is {right:+.4f}: for each method choose the "
+                                   "rate with the lowest mean validation loss, then subtract the test losses.")
+        need(got[1] in (True, False), "The difference is right. The second thing is True or False: do all seeds agree?")
+        need(bool(got[1]) == agree, "The difference is right, but whether the seeds agree is not: subtract seed by seed, "
+                                    "and look whether all differences have one sign.")

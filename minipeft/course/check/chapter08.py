@@ -1,4 +1,4 @@
-"""Chapter 08, beyond low rank: LoHa's product, LoKr by reshaping, VeRA's two vectors, and counting."""
+"""Chapter 08, beyond low rank: LoHa's product, LoKr by reshaping, VeRA's two vectors, counting, the nearest Kronecker product."""
 import random
 
 import torch
@@ -6,7 +6,7 @@ import torch
 from .chapter06 import Largest
 from .teacher import checks, compare, need
 
-__all__ = ["loha_delta", "lokr_apply", "trainable_numbers", "vera_forward"]
+__all__ = ["loha_delta", "lokr_apply", "nearest_kron", "trainable_numbers", "vera_forward"]
 
 
 def double(*shape):
@@ -130,3 +130,40 @@ def trainable_numbers(function) -> None:
                 message = next((text for text, value in wrong.items() if value == got[name]), None)
                 need(False, message or f"{name}: you have {got[name]:,}, and it is {right:,} for layers {shapes[:3]} … "
                                        f"({len(shapes)} of them), r = {r}.")
+
+
+@checks("As near as any Kronecker product of these sizes can come to the target.",
+        "T is (p q, m n): p rows of blocks, m blocks in each, and a block is (q, n). C is (p, m), D is (q, n).")
+def nearest_kron(function) -> None:
+    """function(T, p, m, q, n) -> (C, D) with the smallest ||T - C ⊗ D||"""
+    for _ in range(3):
+        p, m, q, n = random.sample(range(3, 8), 4)
+        exact = torch.kron(double(p, m), double(q, n))
+        T = exact + random.choice([0.0, 0.8]) * double(p * q, m * n)
+        got = function(T.clone(), p, m, q, n)
+        need(isinstance(got, tuple | list) and len(got) == 2, "Return the pair (C, D).")
+        C, D = (torch.as_tensor(part, dtype=torch.float64).detach() for part in got)
+        need((C.shape, D.shape) != ((q, n), (p, m)), "The two are swapped: first C, one number for each block, then D, the block.")
+        need(C.shape == (p, m), f"C has the shape {tuple(C.shape)}, and should have (p, m) = {(p, m)}: one number for each block.")
+        need(D.shape == (q, n), f"D has the shape {tuple(D.shape)}, and should have (q, n) = {(q, n)}: it is a block.")
+        laid_out = T.reshape(p, q, m, n).transpose(1, 2).reshape(p * m, q * n)
+        U, S, V = torch.linalg.svd(laid_out)
+        fit = torch.outer(C.flatten(), D.flatten())
+        away, best = (laid_out - fit).norm(), S[1:].norm()
+        if away <= best + 1e-6 * S[0]:
+            continue
+        pair = lambda at, size: size * torch.outer(U[:, at], V[at])
+        as_it_lies = torch.linalg.svd(T.reshape(p * m, q * n))
+        mistakes = {
+            "The size is missing: the singular value belongs to C, or to D, or its root to both.": pair(0, 1.0),
+            "The singular value is in both: once is enough, or its root in each.": pair(0, S[0] ** 2),
+            "Only the root of the singular value is in: it is missing once more.": pair(0, S[0].sqrt()),
+            "You take the smallest singular value; the nearest product has the largest.": pair(len(S) - 1, S[-1]),
+            "Your SVD is of T's numbers in the order in which they lie. Lay out each block as one row first: "
+            "view(p, q, m, n), then swap q and m.": as_it_lies[1][0] * torch.outer(as_it_lies[0][:, 0], as_it_lies[2][0]),
+            "Right up to its sign: the SVD's two vectors belong together.": -pair(0, S[0]),
+        }
+        for message, wrong in mistakes.items():
+            need((fit - wrong).norm() > 1e-6 * S[0], message)
+        need(False, f"Not the nearest: ‖T − C ⊗ D‖ is {away:.3f}, and it can be {best:.3f}. Each block of C ⊗ D is a number times D: "
+                    "with the blocks laid out as rows you look for the nearest matrix of rank 1.")
