@@ -106,7 +106,8 @@ def main():
                         "batch_size": 16, "warmup": WARMUP, "alpha": "2 r", "seeds": SEEDS, "ranks": RANKS,
                         "questions": QUESTIONS, "budget": budget}
     # seed 0 three times: a case whose best rate is at an edge gets up to two rates more
-    runs = sweep(lambda seed, runs: jobs_of(seed, runs, budget), one_run, (0, 0, 0, *SEEDS[1:]), record, given.out, given.jobs)
+    runs = sweep(lambda seed, runs: jobs_of(seed, runs, budget), one_run, (0, 0, 0, *SEEDS[1:]), record, given.out,
+                 given.jobs)
     draw(record | {"runs": runs}, RESULTS.parents[1] / "chapters" / "figures" / "rank_sweep.png")
     for run in runs:
         print(f"{run['targets'] or 'full':10} r {run['r'] or 0:3} lr {run['lr']:<5g} seed {run['seed']} "
