@@ -21,8 +21,19 @@ def rounding(m=lambda bits: 2 ** (bits - 1) - 1, size=lambda w: w.abs().max(), t
     return function
 
 
+def affine(w, bits):
+    step = (w.max() - w.min()) / (2 ** bits - 1)
+    return ((w - w.min()) / step).round() * step + w.min()
+
+
+def by_hand(w, bits):
+    m, top = 2 ** (bits - 1) - 1, max(abs(float(x)) for x in w.flatten())
+    return torch.tensor([[round(float(x) * m / top) * top / m for x in row] for row in w], dtype=w.dtype)
+
+
 def test_absmax_round_solution():
     accepts(check.absmax_round, rounding())
+    accepts(check.absmax_round, by_hand)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -34,6 +45,10 @@ def test_absmax_round_solution():
     ("cut off instead of rounding", rounding(to=torch.trunc)),
     ("cut off instead of rounding", rounding(to=torch.floor)),
     ("one absmax a row", rounding(size=lambda w: w.abs().amax(1, keepdim=True))),
+    ("one absmax a column", rounding(size=lambda w: w.abs().amax(0, keepdim=True))),
+    ("zero need not be among them", affine),
+    ("You round w itself", lambda w, bits: w.round()),
+    ("Your step is the absmax itself", rounding(m=lambda bits: 1)),
     ("is there a `return`", lambda w, bits: None),
 ])
 def test_absmax_round_mistakes(says, answer):
@@ -61,6 +76,14 @@ def test_blockwise_nearest_solution():
     middles = lambda y, code: code[torch.bucketize(y, (code[1:] + code[:-1]) / 2)]
     accepts(check.blockwise_nearest, blocks(look=middles))
 
+    def one_by_one(x, code, size):
+        parts = []
+        for block in x.flatten().split(size):
+            top = block.abs().max()
+            parts += [min(code.tolist(), key=lambda c: abs(c - float(number / top))) * top for number in block]
+        return torch.stack(parts).view(x.shape)
+    accepts(check.blockwise_nearest, one_by_one)
+
 
 @pytest.mark.parametrize("says, answer", [
     ("nothing here yet", blank),
@@ -71,6 +94,10 @@ def test_blockwise_nearest_solution():
     ("the code below", blocks(look=lambda y, code: code[(torch.searchsorted(code, y.contiguous(), right=True) - 1).clamp(0, 7)])),
     ("the code above", blocks(look=lambda y, code: code[torch.searchsorted(code, y.contiguous()).clamp(0, 7)])),
     ("largest number of a block, not the largest in size", blocks(scale=lambda rows: rows.max(1, keepdim=True).values)),
+    ("standard deviation", blocks(scale=lambda rows: rows.std(1, keepdim=True))),
+    ("at equal distances", blocks(look=lambda y, code: code[((y + 1) / 2 * (len(code) - 1)).round().long()])),
+    ("The signs are lost", blocks(look=lambda y, code: nearest(y.abs(), code))),
+    ("without dividing", lambda x, code, size: (nearest(x.reshape(-1, size), code) * x.reshape(-1, size).abs().amax(1, keepdim=True)).reshape(x.shape)),
     ("mean size", blocks(scale=lambda rows: rows.abs().mean(1, keepdim=True))),
     ("indices of the codes", lambda x, code, size: (x.view(-1, size)[..., None] - code).abs().argmin(-1)),
     ("not the shape", blocks(shape=False)),
@@ -104,6 +131,10 @@ def test_normal_codebook_solution():
     ("sides are swapped", lambda bits: -codebook()(bits).flip(0)),
     ("they fall", lambda bits: codebook()(bits).flip(0)),
     ("outermost probability is another one", codebook(end=lambda bits: 1 - 1 / 2 ** (bits + 2))),
+    ("outermost probability is another one", codebook(end=lambda bits: 1 - 1 / 2 ** (bits + 1))),
+    ("outermost probability is another one", codebook(end=lambda bits: 1 - 1 / (2 ** (bits + 1) - 2))),
+    ("that of four bits", codebook(end=lambda bits: 0.9677083)),
+    ("Zero is not among", lambda bits: (lambda z: z / z.max())(torch.distributions.Normal(0., 1.).icdf((torch.arange(2 ** bits) + 0.5) / 2 ** bits))),
     ("infinite", lambda bits: torch.distributions.Normal(0., 1.).icdf(torch.linspace(0, 1, 2 ** bits))),
     ("tell 2^", codebook(negative=lambda half: half)),
     ("is there a `return`", lambda bits: None),
@@ -138,6 +169,9 @@ def test_pack_nibbles_solution():
     ("have to alternate", (pack, lambda p: torch.cat([p >> 4, p & 15]))),
     ("unpack(pack(codes)) is not codes", (pack, lambda p: torch.stack([p & 15, p >> 4], -1).flatten())),
     ("is there a `return`", (lambda c: None, unpack)),
+    ("one row of bytes", (lambda c: pack(c)[:, None], lambda p: unpack(p.flatten()))),
+    ("byte & 15 keeps the low half", (pack, lambda p: torch.stack([p >> 4, p], -1).flatten())),
+    ("and should give back", (pack, lambda p: torch.stack([p >> 4, p & 15], -1))),
     ("15 · 16 + 2", (lambda c: (c[::2] << 3) | c[1::2], unpack)),
 ])
 def test_pack_nibbles_mistakes(says, answer):
@@ -155,6 +189,11 @@ def double(subtract=torch.mean, add=torch.mean, whole=False):
     return function
 
 
+def double_codes(absmax, code, size):
+    rows = (absmax - absmax.mean()).view(-1, size)
+    return nearest(rows / rows.abs().amax(1, keepdim=True), code).view(-1)
+
+
 def test_double_quantize_solution():
     accepts(check.double_quantize, double())
 
@@ -167,6 +206,12 @@ def test_double_quantize_solution():
     ("one scale for all", double(whole=True)),
     ("the smallest, not the mean", double(torch.min, torch.min)),
     ("Nothing has been rounded", lambda absmax, code, size: absmax),
+    ("a mean from each block", lambda absmax, code, size: (lambda rows: torch.cat([
+        nearest((r - r.mean()) / (r - r.mean()).abs().max(), code) * (r - r.mean()).abs().max() + r.mean() for r in rows]))(absmax.view(-1, size))),
+    ("abs() first", lambda absmax, code, size: (lambda rows: (nearest(rows / rows.amax(1, keepdim=True), code) * rows.amax(1, keepdim=True)).view(-1))(
+        (absmax - absmax.mean()).view(-1, size)) + absmax.mean()),
+    ("by its own scale first", lambda absmax, code, size: double_codes(absmax, code, size) + absmax.mean()),
+    ("neither scale nor mean", lambda absmax, code, size: double_codes(absmax, code, size)),
     ("is there a `return`", lambda absmax, code, size: None),
 ])
 def test_double_quantize_mistakes(says, answer):
@@ -192,6 +237,9 @@ def test_bits_per_weight_solution():
     ("8 bits, not 32", lambda b, size, double=None: b + 32 / size),
     ("scales of the scales", lambda b, size, double=None: b + (8 if double else 32) / size),
     ("block_size · double_block", lambda b, size, double=None: b + (8 / size + 32 / double if double else 32 / size)),
+    ("That is in bytes", lambda b, size, double=None: bits(b, size, double) / 8),
+    ("the scales alone", lambda b, size, double=None: bits(b, size, double) - b),
+    ("second scale stays in 32 bits", lambda b, size, double=None: b + (8 / size + 8 / (size * double) if double else 32 / size)),
     ("count the first scales twice", lambda b, size, double=None: b + 32 / size + (8 / size + 32 / (size * double) if double else 0)),
     ("is there a `return`", lambda b, size, double=None: None),
 ])

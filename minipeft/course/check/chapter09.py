@@ -33,6 +33,15 @@ def absmax_round(function) -> None:
         }
         mistakes["You cut off instead of rounding (int, trunc or floor): the error is up to a whole step."] = \
             (w / step).floor() * step
+        low, wide = w.min(), (w.max() - w.min()) / (2 ** bits - 1)
+        mistakes |= {
+            "You spread the steps from the smallest to the largest number: then zero need not be among them. Here the steps "
+            "start at zero, and the largest *size* is m of them.": ((w - low) / wide).round() * wide + low,
+            "You take one absmax a column. Here it is one for the whole tensor.":
+                (w / (w.abs().amax(0, keepdim=True) / m)).round() * (w.abs().amax(0, keepdim=True) / m),
+            "You round w itself, so that the step is 1: divide by the step first, and multiply by it afterwards.": w.round(),
+            "Your step is the absmax itself: it is the absmax divided by m.": (w / absmax).round() * absmax,
+        }
         compare(function(w.clone(), bits), (w / step).round() * step, mistakes, "Your result")
 
 
@@ -54,6 +63,8 @@ def blockwise_nearest(function) -> None:
         y = rows / absmax
         columns = x.reshape(size, -1)
         by_column = columns.abs().amax(0, keepdim=True)
+        spread = rows.std(1, keepdim=True)
+        even = code[((y + 1) / 2 * (len(code) - 1)).round().long()]
         floor = code[(torch.searchsorted(code, y.contiguous(), right=True) - 1).clamp(0, 7)]
         ceiling = code[torch.searchsorted(code, y.contiguous()).clamp(0, 7)]
         top = rows.max(1, keepdim=True).values
@@ -70,6 +81,12 @@ def blockwise_nearest(function) -> None:
                 nearest(rows / top, code) * top,
             "You scale by the mean size of a block: then what is larger is cut off. It is the largest.":
                 nearest(rows / rows.abs().mean(1, keepdim=True), code) * rows.abs().mean(1, keepdim=True),
+            "You scale by the standard deviation of a block: then what is larger is cut off. It is the largest.":
+                nearest(rows / spread, code) * spread,
+            "You find the index as if the codes stood at equal distances. They do not: compare with the middles between "
+            "neighbours.": even * absmax,
+            "The signs are lost: divide the numbers themselves by the absmax, not their sizes.": nearest(y.abs(), code) * absmax,
+            "You look for the nearest code without dividing by the absmax first.": nearest(rows, code) * absmax,
         }
         mistakes = {message: wrong.reshape(x.shape) for message, wrong in mistakes.items()}
         got = function(x.clone(), code.clone(), size)
@@ -113,9 +130,17 @@ def normal_codebook(function) -> None:
         }
         need(not (same(got, steps) or same(got, half)), "Your numbers are equally far apart. Equally far apart should be their "
                                                         "*probabilities*: put them through the inverse of the normal distribution.")
-        wide = torch.tensor(quantiles(bits, outermost=1 - 1 / 2 ** (bits + 2)), dtype=torch.float32)
-        need(not same(got, wide / wide.max()), "Your outermost probability is another one: it is the mean of 1 - 1/(2·2^bits) and "
-                                               "1 - 1/(2·(2^bits - 1)).")
+        scaled = lambda numbers: torch.tensor(numbers, dtype=torch.float32) / max(numbers)
+        if bits < 4:
+            need(not same(got, scaled(quantiles(bits, outermost=1 - (1 / 32 + 1 / 30) / 2))),
+                 f"Your outermost probability is that of four bits, also where there are {bits}: it depends on the number of bins.")
+        for end in (1 - 1 / (2 * n), 1 - 1 / (2 * n - 2), 1 - 1 / (4 * n), 1 - 1 / n, 1 - 1 / (n + 1)):
+            need(not same(got, scaled(quantiles(bits, outermost=end))), "Your outermost probability is another one: it is the mean of "
+                                                                        "1 - 1/(2·2^bits) and 1 - 1/(2·(2^bits - 1)).")
+        levels = [k / count for count in (n // 2, n // 2 - 1) for k in range(1, count + 1)]
+        plain = [*levels[:n // 2], 0.0, *(-x for x in levels[n // 2:])]
+        need(not same(got, scaled(sorted(plain))), "You have the probabilities themselves, equally far apart: put them through the "
+                                                   "inverse of the normal distribution.")
         compare(got, right, mistakes, "Your codebook")
 
 
@@ -127,6 +152,7 @@ def pack_nibbles(pack, unpack) -> None:
         codes[:2] = torch.tensor([15, 2])
         packed = pack(codes.clone())
         need(isinstance(packed, torch.Tensor), "pack should return a tensor: is there a `return`?")
+        need(packed.dim() == 1, f"Your bytes have the shape {tuple(packed.shape)}: one row of bytes is wanted, (n / 2,).")
         need(len(packed) == len(codes) // 2, f"{len(codes)} codes became {len(packed)} bytes; two go into each, so it should be "
                                              f"{len(codes) // 2}.")
         need(packed.dtype == torch.uint8, f"Your bytes are {packed.dtype}, not uint8: then nothing is saved. Keep the dtype, or "
@@ -147,7 +173,11 @@ def pack_nibbles(pack, unpack) -> None:
         need(isinstance(back, torch.Tensor), "unpack should return a tensor: is there a `return`?")
         need(not torch.equal(back, torch.cat([high, low])), "unpack puts all first codes before all second ones: they have to "
                                                             "alternate again (torch.stack along a new last axis, then flatten).")
-        need(back.shape == codes.shape and torch.equal(back.to(torch.uint8), codes),
+        need(back.shape == codes.shape, f"unpack gives the shape {tuple(back.shape)}, and should give back {tuple(codes.shape)}, "
+                                        "two codes for each byte, flat.")
+        need(not torch.equal(back[1::2].to(torch.uint8), packed), "The second code still has the first one in its high half: "
+                                                                  "byte & 15 keeps the low half alone.")
+        need(torch.equal(back.to(torch.uint8), codes),
              "unpack(pack(codes)) is not codes. byte >> 4 is the first code, byte & 15 the second.")
 
 
@@ -178,6 +208,21 @@ def double_quantize(function) -> None:
                 rounded(absmax - absmax.min()) + absmax.min(),
             "Nothing has been rounded: the scales came back as they were.": absmax,
         }
+        rows = absmax.view(-1, size)
+        own = rows.mean(1, keepdim=True)
+        less = rows - mean
+        signed = less.amax(1, keepdim=True)
+        scale = less.abs().amax(1, keepdim=True)
+        mistakes |= {
+            "You subtract a mean from each block: there is one for all scales, and only it is stored.":
+                rounded((rows - own).view(-1)) + own.expand_as(rows).reshape(-1),
+            "You scale by the largest of a block, not by the largest in size. Less the mean, there are negative ones: abs() first.":
+                (nearest(less / signed, code) * signed).view(-1) + mean,
+            "You add the mean to numbers between -1 and 1: multiply each block by its own scale first.":
+                nearest(less / scale, code).view(-1) + mean,
+            "The code you return is the rounded one of each block, and neither scale nor mean has come back.":
+                nearest(less / scale, code).view(-1),
+        }
         compare(got, right, mistakes, "Your scales")
 
 
@@ -191,6 +236,8 @@ def bits_per_weight(function) -> None:
                 "The scales are missing: each block has one, and each weight pays its share of it.": bits,
                 "You charge every weight a whole scale. A block of block_size weights shares it.": bits + 32,
                 "Your share is upside down: block_size / 32 instead of 32 / block_size.": bits + size / 32,
+                "That is in bytes; bits are asked for.": right / 8,
+                "Those are the scales alone: the code itself takes `bits` more.": right - bits,
             }
             if outer is None:
                 mistakes["You count a scale as 16 bits; it is kept in 32."] = bits + 16 / size
@@ -200,6 +247,7 @@ def bits_per_weight(function) -> None:
                     "The scales of the scales are missing: they cost 32 bits for double_block blocks.": bits + 8 / size,
                     "The second scale is shared by double_block *blocks*, so by block_size · double_block weights.":
                         bits + 8 / size + 32 / outer,
+                    "The second scale stays in 32 bits; only the first becomes 8.": bits + 8 / size + 8 / (size * outer),
                     "You count the first scales twice, in 32 bits and in 8: the 8-bit codes replace them.":
                         bits + 32 / size + 8 / size + 32 / (size * outer),
                 }
