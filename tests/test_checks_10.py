@@ -38,12 +38,17 @@ def hide(ctx, x, dequantize):
 
 def test_four_bit_product_solution():
     accepts(check.four_bit_product, product())
+    accepts(check.four_bit_product, product(lambda ctx, x, dequantize: torch.einsum("...i, oi -> ...o", x, dequantize()),
+                                            lambda ctx, dy: (torch.einsum("...o, oi -> ...i", dy, ctx.dequantize()), None)))
 
 
 @pytest.mark.parametrize("says, answer", [
     ("nothing here yet", product(blank)),
     ("keep the dense weight", product(keep, lambda ctx, dy: (dy @ ctx.saved_tensors[0], None))),
     ("should have been thrown away", product(hide, lambda ctx, dy: (dy @ ctx.W, None))),
+    ("none is needed", product(lambda ctx, x, dequantize: (ctx.save_for_backward(x), x @ dequantize().T)[1])),
+    ("would be that of W", product(backward=lambda ctx, dy: (dy.flatten(0, -2).T @ dy.flatten(0, -2), None))),
+    ("one gradient for each argument", product(backward=lambda ctx, dy: dy @ ctx.dequantize())),
     ("through* the rounding", product(backward=lambda ctx, dy: (dy @ ctx.dequantize() * 0, None))),
     ("Two shapes do not fit", product(backward=lambda ctx, dy: (dy @ ctx.dequantize().T, None))),
     ("x gets no gradient", product(backward=lambda ctx, dy: (None, None))),
@@ -74,6 +79,12 @@ def prepare(freeze=True, cast=lambda name, p: p.dtype == torch.bfloat16, hook=Tr
 def test_prepare_for_training_solution():
     accepts(check.prepare_for_training, prepare())
 
+    def in_one_go(model):                                               # .float() leaves integers alone
+        model.float().requires_grad_(False)
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+        return model
+    accepts(check.prepare_for_training, in_one_go)
+
 
 @pytest.mark.parametrize("says, answer", [
     ("nothing here yet", blank),
@@ -81,6 +92,8 @@ def test_prepare_for_training_solution():
     ("Not everything is frozen", prepare(freeze=False, hook=False)),
     ("norm is still in 16 bits", prepare(cast=lambda name, p: p.dtype == torch.bfloat16 and "norm" not in name)),
     ("embed.weight", prepare(cast=lambda name, p: "norm" in name)),
+    ("In 64 bits", lambda model: prepare()(model.double())),
+    ("Not everything is frozen", lambda model: prepare(freeze=False, hook=False)(model.requires_grad_(False)).embed.requires_grad_() and model),
     ("packed weight was cast", prepare(cast=lambda name, p: True)),
     ("Return the model", prepare(back=False)),
 ])
@@ -103,6 +116,12 @@ def loftq(scale=lambda s: 1 / s, what=lambda W, Q: W - Q, Q=lambda W, quantize: 
 def test_loftq_start_solution():
     accepts(check.loftq_start, loftq())
 
+    def lopsided(W, r, s, quantize):                                    # all of S and 1/s in one factor, by another function
+        Q = quantize(W)
+        U, S, V = torch.svd_lowrank(W - Q, q=min(W.shape), niter=8)
+        return Q, V[:, :r].T, U[:, :r] * S[:r] / s
+    accepts(check.loftq_start, lopsided)
+
 
 @pytest.mark.parametrize("says, answer", [
     ("nothing here yet", blank),
@@ -114,6 +133,12 @@ def test_loftq_start_solution():
     ("Q is W itself", loftq(Q=lambda W, quantize: W)),
     ("a square root in each", loftq(scale=lambda s: 1, roots=False)),
     ("left the singular values out", loftq(scale=lambda s: 1, values=False)),
+    ("a plain LoRA's start", lambda W, r, s, quantize: (quantize(W), torch.randn(r, W.shape[1]).to(W), torch.zeros(len(W), r).to(W))),
+    ("both zero", lambda W, r, s, quantize: (quantize(W), torch.zeros(r, W.shape[1]).to(W), torch.zeros(len(W), r).to(W))),
+    ("smallest singular values", lambda W, r, s, quantize: (lambda U, S, V: (quantize(W), S[-r:, None] * V[-r:] / s, U[:, -r:]))(
+        *torch.linalg.svd(W - quantize(W), full_matrices=False))),
+    ("only a second round", lambda W, r, s, quantize: (lambda Q, A, B: (quantize(W - s * B @ A), A, B))(
+        *loftq(what=lambda W, Q: W)(W, r, s, quantize))),
     ("three matrices", lambda W, r, s, quantize: quantize(W)),
     ("has the shape", lambda W, r, s, quantize: (quantize(W), torch.zeros(r, r), torch.zeros(r, r))),
 ])
@@ -139,8 +164,18 @@ def adam(correct=(True, True), early=False, root=True, old=False, sign=-1, keep=
     return function
 
 
+def linear(x, steps):
+    return (x / x.abs().max() * steps).round() / steps * x.abs().max()
+
+
 def test_adam_8bit_step_solution():
     accepts(check.adam_8bit_step, adam())
+
+    def by_torch(p, g, m, v, step, lr, keep_m, keep_v):
+        m, v = torch.lerp(m, g, 0.1), v.mul(0.999).addcmul(g, g, value=0.001)
+        size = lr * (1 - 0.999 ** step) ** 0.5 / (1 - 0.9 ** step)
+        return torch.addcdiv(p, m, v.sqrt() + 1e-8 * (1 - 0.999 ** step) ** 0.5, value=-size), keep_m(m), keep_v(v)
+    accepts(check.adam_8bit_step, by_torch)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -157,6 +192,12 @@ def test_adam_8bit_step_solution():
     ("v comes back in full precision", adam(keep=(True, False))),
     ("m goes through keep_v", adam(swap=True)),
     ("the corrected one", adam(corrected=True)),
+    ("equal steps of your own", lambda *given: adam()(*given[:-1], lambda v: linear(v, 255))),
+    ("equal steps of your own", lambda *given: adam()(*given[:-2], lambda m: linear(m, 127), given[-1])),
+    ("learning rate is missing", lambda p, g, m, v, step, lr, *keep: adam()(p, g, m, v, step, 1.0, *keep)),
+    ("wrong order", lambda *given: (lambda p, m, v: (p, v, m))(*adam()(*given))),
+    ("the step alone", lambda p, *more: (lambda new, m, v: (p - new, m, v))(*adam()(p, *more))),
+    ("there is no decay", lambda p, g, m, v, step, lr, *keep: (lambda new, m, v: (new - 0.01 * lr * p, m, v))(*adam()(p, g, m, v, step, lr, *keep))),
     ("three tensors", lambda *given: given[0]),
 ])
 def test_adam_8bit_step_mistakes(says, answer):
@@ -185,6 +226,9 @@ def test_training_bytes_solution():
     ("4.127 bits a weight, not 4", lambda f, k, t, b: f / 2 + 2 * k + t * (8 + b / 4)),
     ("bits for each of Adam's", lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * (8 + 2 * b)),
     ("two bytes a number, not four", lambda f, k, t, b: f * 4.127 / 8 + 4 * k + t * (8 + b / 4)),
+    ("in gigabytes", lambda f, k, t, b: count(f, k, t, b) / 1e9),
+    ("both have 32", lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * (6 + b / 4)),
+    ("both are in 16 bits", lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * (2 + 2 + b / 4)),
     ("four lines", lambda f, k, t, b: 17),
     ("is there a `return`", lambda f, k, t, b: None),
 ])
@@ -196,6 +240,7 @@ def test_training_bytes_mistakes(says, answer):
 
 def test_merge_error_solution():
     accepts(check.merge_error, lambda W, d, q: (q(W + d) - W - d).norm() / d.norm())
+    accepts(check.merge_error, lambda W, d, q: float(((q(W + d) - q(W) - d) ** 2).sum() / (d ** 2).sum()) ** 0.5)
 
 
 @pytest.mark.parametrize("says, answer", [
@@ -206,6 +251,9 @@ def test_merge_error_solution():
     ("how far the weight has moved", lambda W, d, q: (q(W + d) - W).norm() / d.norm()),
     ("delta alone", lambda W, d, q: (W + q(d) - W - d).norm() / d.norm()),
     ("That is the square", lambda W, d, q: ((q(W + d) - W - d).norm() / d.norm()) ** 2),
+    ("upside down", lambda W, d, q: d.norm() / (q(W + d) - W - d).norm()),
+    ("mean sizes", lambda W, d, q: (q(W + d) - W - d).abs().mean() / d.abs().mean()),
+    ("largest entries", lambda W, d, q: (q(W + d) - W - d).abs().max() / d.abs().max()),
     ("Nothing has been rounded", lambda W, d, q: (W + d - W - d).norm() / d.norm()),
     ("is there a `return`", lambda W, d, q: None),
 ])

@@ -36,8 +36,17 @@ def four_bit_product(function_class) -> None:
         need(not any(t.shape in (W.shape, W.T.shape) for t in kept),
              "You keep the dense weight for the backward pass (save_for_backward): then nothing is saved, for all layers keep "
              "theirs at the same time. Keep the *function*, ctx.dequantize = dequantize, and call it again.")
+        need(not kept, "You keep a tensor for the backward pass (x, perhaps), and none is needed: dx = dy W asks for dy, which "
+                       "comes by itself, and for W, which is made again. x would be wanted for the gradient of W; W has none.")
         forward_calls = len(calls)
-        y.backward(dy)
+        try:
+            y.backward(dy)
+        except RuntimeError as error:
+            need("invalid gradient" not in str(error), "The gradient of x has another shape than x. It is dy W; dyᵀ x would be that of W, "
+                                                       "which is not wanted.")
+            need("number of gradients" not in str(error), "backward returns one gradient for each argument of forward: that of x, "
+                                                          "and None for the function.")
+            raise
         need(x.grad is not None, "x gets no gradient: backward has to return one for each argument of forward, that of x "
                                  "first, and None for the function.")
         need(len(calls) > forward_calls, "The dense weight of the forward pass is still there in the backward pass (on ctx?): "
@@ -82,6 +91,8 @@ def prepare_for_training(function) -> None:
          "The packed weight was cast too: its bytes are codes, not numbers. Cast only what is float16 or bfloat16.")
     loose = [name for name, p in result.named_parameters() if p.requires_grad]
     need(not loose, f"Not everything is frozen: {', '.join(loose)} would be trained, and gets a gradient and optimizer states.")
+    wide = [name for name, p in result.named_parameters() if p.dtype == torch.float64]
+    need(not wide, f"In 64 bits: {', '.join(wide)}. 32 are enough: float(), not double().")
     short = [name for name, p in result.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     need(not any("norm" in name for name in short), "The norm is still in 16 bits: what is not quantised goes to 32.")
     need(not short, f"Still in 16 bits: {', '.join(short)}. Norms, embeddings and the head all go to 32.")
@@ -122,7 +133,12 @@ def loftq_start(function) -> None:
         compare(Q, rounded, {}, "Q")
         need(tuple(A.shape) == (r, d_in) and tuple(B.shape) == (d_out, r),
              f"A has the shape {tuple(A.shape)} and B {tuple(B.shape)}; they should be {(r, d_in)} and {(d_out, r)}.")
+        need(bool(A.any()) or bool(B.any()), "Your A and B are both zero: neither would ever learn, and nothing of what was lost is given back.")
+        need(bool(B.any()), "Your B is zero: that is a plain LoRA's start. Here A and B begin with what rounding lost.")
+        U, S, V = torch.linalg.svd(lost, full_matrices=False)
         compare(s * B @ A, best(lost, r), {
+            "You have taken the smallest singular values. The best rank-r part has the largest, which come first.":
+                (U[:, -r:] * S[-r:]) @ V[-r:],
             "Your B A is s times too large: the layer multiplies it by s, so divide by s here.": s * best(lost, r),
             "Your B A is s² times too large: divide by s once, not multiply.": s ** 2 * best(lost, r),
             "Your B A is s times too small: share 1/s between the two, √ each, or give it to one of them.": best(lost, r) / s,
@@ -131,9 +147,9 @@ def loftq_start(function) -> None:
             "The sign is turned round: it is W - Q, not Q - W, that the adapter has to add.": -best(lost, r),
             "You have decomposed Q. What is wanted is W - Q.": best(rounded, r),
             "You have left the singular values out: U and V alone are not enough.":
-                s * (lambda U, S, V: U[:, :r] @ V[:r])(*torch.linalg.svd(lost, full_matrices=False)),
+                s * U[:, :r] @ V[:r],
             "Each factor has the whole singular values, so the product has their squares: a square root in each.":
-                s * (lambda U, S, V: (U[:, :r] * S[:r] ** 2) @ V[:r])(*torch.linalg.svd(lost, full_matrices=False)),
+                s * (U[:, :r] * S[:r] ** 2) @ V[:r],
         }, "s B A")
 
 
@@ -164,14 +180,23 @@ def adam_8bit_step(function) -> None:
             "You add the step; it is subtracted.": 2 * p - update(m1, v1),
             "v takes in g, not g squared.": update(m1, (b2 * v + (1 - b2) * g).abs()),
             "You use the plain gradient, not its running mean.": update(g * c1, v1),
+            "The learning rate is missing.": p - (p - update(m1, v1)) / lr,
+            "You have let the weight decay; here there is no decay.": update(m1, v1) - 0.01 * lr * p,
+            "The new weight is the step alone: subtract it from p.": p - update(m1, v1),
             "0.9 and 0.999 are swapped.": p - lr * ((b2 * m + (1 - b2) * g) / c2) / (((b1 * v + (1 - b1) * g * g) / c1).sqrt() + eps),
         }, "The new weight")
+        def even(x, steps):                                             # equal steps up to the largest in size
+            return (x / x.abs().max() * steps).round() / steps * x.abs().max()
+        linear = "is kept in equal steps of your own. Small ones become zero that way, and the run breaks: put it through "
+        need(not (same(new_m, keep_v(v1)) and same(new_v, keep_m(m1))), "The two means come back in the wrong order: first m, then v.")
         compare(new_m, keep_m(m1), {
+            f"m {linear}keep_m.": even(m1, 127),
             "m comes back in full precision: put it through keep_m, or nothing is saved.": m1,
             "m goes through keep_v, which is made for numbers that are never negative: it has codes of its own, keep_m.":
                 keep_v(m1),
             "The m that comes back is the corrected one: what is kept is the mean itself.": keep_m(m1 / c1)}, "The new m")
         compare(new_v, keep_v(v1), {
+            f"v {linear}keep_v.": even(v1, 255), f"Your v {linear}keep_v.": even(v1, 127),
             "v comes back in full precision: put it through keep_v, or nothing is saved.": v1,
             "v goes through keep_m: its small numbers need codes of their own, without a sign. That is keep_v.": keep_m(v1),
             "The v that comes back is the corrected one: what is kept is the mean itself.": keep_v(v1 / c2)}, "The new v")
@@ -186,9 +211,9 @@ def training_bytes(function) -> None:
         mistakes = {
             "That is in bits: divide by eight.": 8 * right,
             "4.127 are bits, not bytes: divide by eight.": frozen * 4.127 + 2 * kept + rest(bits),
-            "The gradients of the trained numbers (or these themselves) are missing: 4 bytes each.": base + trained * (4 + 2 * bits / 8),
+            "The gradients of the trained numbers (or these themselves) are missing, or both are in 16 bits: 4 bytes each.": base + trained * (4 + 2 * bits / 8),
             "Adam keeps two numbers for each trained one: a mean, and a mean of squares.": base + trained * (8 + bits / 8),
-            "The optimizer's states are missing.": base + trained * 8,
+            "The optimizer's states are missing (or the trained numbers, or their gradients, are in 16 bits: both have 32).": base + trained * 8,
             "You charge gradients and states for the frozen weights too: they have none.":
                 base + (trained + frozen) * (8 + 2 * bits / 8) - 4 * frozen,
             "You have put what is kept in 16 bits into four as well: embeddings, head and norms are not quantised.":
@@ -196,6 +221,7 @@ def training_bytes(function) -> None:
             "The scales are missing: NF4 with double quantisation takes 4.127 bits a weight, not 4.":
                 frozen * 4 / 8 + 2 * kept + rest(bits),
             "optimizer_bits are bits for each of Adam's numbers, not bytes.": base + trained * (8 + 2 * bits),
+            "That is in gigabytes: bytes are asked for.": right / 1e9,
             "What is kept in 16 bits takes two bytes a number, not four.": base + 2 * kept + rest(bits),
         }
         got = function(frozen, kept, trained, bits)
@@ -228,6 +254,10 @@ def merge_error(function) -> None:
                 (stored - W).norm() / delta.norm(),
             "You quantise delta alone. It is the sum that is stored.": (W + quantize(delta) - wanted).norm() / delta.norm(),
             "That is the square: take norms, not their squares.": error ** 2 / delta.norm() ** 2,
+            "Your fraction is upside down: the error comes above, the adapter's change below.": delta.norm() / error,
+            "You compare mean sizes of the entries. Take norms: large errors weigh more than small ones.":
+                (stored - wanted).abs().mean() / delta.abs().mean(),
+            "You compare the largest entries. Take norms: all entries count.": (stored - wanted).abs().max() / delta.abs().max(),
             "Nothing has been rounded: quantise the sum, then compare.": torch.zeros((), dtype=torch.float64),
             "You quantise W again, without the adapter: W is what four bits can say, so nothing happens. Add delta first.":
                 (quantize(W) + delta - wanted).norm() / delta.norm(),
