@@ -1,19 +1,21 @@
-"""The longer runs of chapter 10: LoRA over a base in 32 bits, in NF4, in 3 bits, with and without LoftQ, and DoRA over NF4.
+"""The longer runs of chapter 10: LoRA over a base in 32, 4, 3 and 2 bits, with and without LoftQ, and DoRA over NF4.
 
     python benchmarks/chapter10.py --jobs 2        # writes benchmarks/results/chapter10.json
 
-All with the same rank, rate, steps and data; each over several seeds. Runs that are in the file already are not repeated.
+All with the same rank, steps and data. For each base the first seed climbs the ladder of rates, as in chapter 06, until the
+best (by the loss on validation questions) has a worse one on either side; the other seeds run at that best. Over NF4 the
+trained adapter is also merged back into four bits, and what comes of it is measured. Three and two bits have no packed
+form here: there the base holds the rounded numbers, dense. Runs that are in the file already are not repeated.
 """
 import argparse
-import json
+import functools
 import os
-import time
-from concurrent.futures import ProcessPoolExecutor
+import warnings
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, save
-from tqdm import tqdm
+from chapter06 import batches, climb
+from common import RESULTS, facts, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.layers import write_weight
@@ -21,58 +23,73 @@ from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, tr
 from minipeft.methods.loftq import rounded
 from minipeft.quant import quantize_model
 
-R, ALPHA, LR, WARMUP = 8, 16, 1e-2, 10
-WAYS = {"32 bits": (32, False, False), "NF4": (4, False, False), "NF4 + LoftQ": (4, True, False),
-        "3 bits": (3, False, False), "3 bits + LoftQ": (3, True, False), "NF4, DoRA": (4, False, True)}
+R, ALPHA, WARMUP, SEEDS, ROUNDS, START = 8, 16, 10, (0, 1, 2), 3, 1e-2
+WAYS = {"32 bits": {}, "NF4": {"bits": 4}, "NF4 + LoftQ": {"bits": 4, "loftq": True}, "NF4, DoRA": {"bits": 4, "dora": True},
+        "3 bits": {"bits": 3}, "3 bits + LoftQ": {"bits": 3, "loftq": True},
+        "2 bits": {"bits": 2}, "2 bits + LoftQ": {"bits": 2, "loftq": True}}
 
 
-def make(way, seed):
-    """The adapted model. Three bits have no packed form here: the base holds the rounded numbers, dense."""
-    bits, loftq, dora = WAYS[way]
+def make(bits=32, loftq=False, dora=False):
+    """The adapted model."""
     base = load_pretrained()
     more = dict(init_lora_weights="loftq", loftq_config={"loftq_bits": bits, "loftq_iter": 5}) if loftq else {}
     if not loftq and bits == 4:
         quantize_model(base, double_quant=False)
-    elif not loftq and bits == 3:
+    elif not loftq and bits < 4:
         for module in list(base.model.layers.modules()):
             if isinstance(module, torch.nn.Linear):
-                write_weight(module, rounded(module.weight.detach(), 3))
-    torch.manual_seed(seed)
+                write_weight(module, rounded(module.weight.detach(), bits))
     model = get_peft_model(base, LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", use_dora=dora, **more))
     return quantize_model(model, double_quant=False) if loftq and bits == 4 else model
 
 
+def judge(model, test):
+    tokenizer, sql = load_tokenizer(), load_data("sql")
+    found = evaluate(model, tokenizer, sql, split="test", limit=test, progress=False)
+    return {"test_loss": finite(found["loss"]), "score": round(found[sql.metric], 1)}
+
+
+def merged_again(model, test):
+    """The adapter written into four bits: its error, relative to the adapter's change, and what the model can do then."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        merged = model.merge_and_unload(lossy=True)
+    percent = next(int(str(w.message).split("error is ")[1].split("%")[0]) for w in said if "error is " in str(w.message))
+    return {"merge_error": percent} | {f"merged_{key}": value for key, value in judge(merged, test).items()}
+
+
+def finite(loss):
+    return round(min(loss, 100.0), 4) if loss == loss else 100.0        # a run that went off
+
+
 def one_run(job):
+    """job: {"method", "config", "fields", "lr", "seed", "steps", "test"}; "config" is chapter 06's, and empty here."""
     torch.set_num_threads(1)
-    tokenizer, sql, model = load_tokenizer(), load_data("sql"), make(job["way"], job["seed"])
-    start = evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
-    history = train(model, sql, tokenizer=tokenizer, steps=job["steps"], lr=LR, warmup=WARMUP, seed=job["seed"], progress=False)
-    valid = evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
-    test = evaluate(model, tokenizer, sql, split="test", progress=False, limit=job["test"])
-    return job | {"start": round(start, 4), "valid_loss": round(valid, 4), "score": round(test[sql.metric], 2),
-                  "losses": " ".join(f"{loss:.3f}" for loss in history.losses)}
+    torch.manual_seed(job["seed"])
+    tokenizer, sql, model = load_tokenizer(), load_data("sql"), make(**job["fields"])
+    valid_loss = lambda: evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
+    start = valid_loss()
+    history = train(model, batches(job["seed"]), steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=job["seed"], progress=False)
+    run = job | {"start": finite(start), "valid_loss": finite(valid_loss()), **judge(model, job["test"]),
+                 "train_loss": finite(history.recent)}
+    return run | (merged_again(model, job["test"]) if job["method"] == "NF4" else {})
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--test", type=int, default=200, help="questions of the test set")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--test", type=int, default=100, help="questions of the test set")
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter10.json")
-    given = parser.parse_args()
-    runs, started = json.loads(given.out.read_text(encoding="utf-8"))["runs"] if given.out.exists() else [], time.time()
-    jobs = [{"way": way, "seed": seed, "steps": given.steps, "test": given.test}
-            for seed in range(given.seeds) for way in WAYS]
-    jobs = [job for job in jobs if not any(job.items() <= run.items() for run in runs)]
-    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "r": R, "alpha": ALPHA, "lr": LR,
-                        "batch_size": 16, "warmup": WARMUP}
-    with ProcessPoolExecutor(given.jobs) as pool:
-        for run in tqdm(pool.map(one_run, jobs), total=len(jobs)):
-            runs.append(run)
-            save(given.out, record | {"minutes": round((time.time() - started) / 60, 1), "runs": runs})
+    given = parser.parse_args(argv)
+    more = {"steps": given.steps, "test": given.test}
+    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "r": R, "alpha": ALPHA,
+                        "batch_size": 16, "warmup": WARMUP, "seeds": list(SEEDS)} | more
+    plan = functools.partial(climb, {way: (None, fields) for way, fields in WAYS.items()}, dict.fromkeys(WAYS, START), 0, more)
+    runs = sweep(plan, one_run, [SEEDS[0]] * ROUNDS + list(SEEDS[1:]), record, given.out, given.jobs)
     for run in runs:
-        print(f"{run['way']:16} seed {run['seed']} start {run['start']:.3f} valid {run['valid_loss']:.3f} score {run['score']:.1f}")
+        print(f"{run['method']:16} lr {run['lr']:<6g} seed {run['seed']} start {run['start']:.3f} valid {run['valid_loss']:.3f} "
+              f"test {run['test_loss']:.3f} score {run['score']:.1f}")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ def one_run(shape, side, steps, tokens, rows, device):
         model = library.get_peft_model(model, library.LoraConfig(r=16, lora_alpha=16, target_modules=names)).train()
     built = time.perf_counter() - started
     on_gpu = device == "cuda"
+    if on_gpu:                                  # from here on the peak is that of training
+        built_peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -96,9 +99,11 @@ def one_run(shape, side, steps, tokens, rows, device):
            "peak_gb": round(peak / 1e9, 3), "tokens_per_second": round(rows * tokens * len(timed) / sum(timed), 1),
            "losses": [round(loss, 3) for loss in losses], "trained": sum(p.numel() for p in trained)}
     if on_gpu:
+        run["built_peak_gb"] = round(built_peak / 1e9, 3)
         run["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
     if not theirs:
         run["ledger_gb"] = round(memory_ledger(model, rows, tokens).total() / 1e9, 3)
+        run["passing_gb"] = round(2 * rows * (tokens - 1) * vocabulary * 4 / 1e9, 3)    # two tensors like the logits, see chapter 10
     return run
 
 
