@@ -5,9 +5,9 @@
 Four parts. "starts": every start at every rate on voice, one seed; also P-tuning, a LoRA of rank 1 and full fine-tuning,
 which have rates of their own. "voice": prompts and prefixes of equal numbers of parameters, from the text, each method at
 its best rate of "starts", three seeds. "sql": the same on a task that the base has never seen, where each method first
-looks for its own rate; the middle length with three seeds, the others, and full fine-tuning, with one. "sizes": two
-smaller bases, which the script pretrains first by a short run of the base's recipe (they are kept in the temporary
-folder), and on each of them prompt, LoRA and full fine-tuning on voice, each at its best rate, three seeds. A best rate at
+looks for its own rate; the middle length with three seeds, the others, and full fine-tuning, with one. "sizes": a
+smaller base, which the script pretrains first by a short run of the base's recipe (it is kept in the temporary folder, and
+is chapter 03's), and on it prompt, LoRA and full fine-tuning on voice, each at its best rate, three seeds. A best rate at
 the edge of what was tried asks for the next one. The file is written as the runs come in; those that are in it already are
 not run again, unless the base has changed.
 """
@@ -29,7 +29,7 @@ from minipeft import (LoraConfig, PrefixTuningConfig, PromptEncoderConfig, Promp
                       initialize_kv_prefix_from_text)
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
-from minipeft.lm.pretrain import SHAPE, pretrain
+from minipeft.lm.pretrain import pretrain
 
 STEPS, WARMUP, N, SEEDS = {"voice": 80, "sql": 100}, 10, 10, (0, 1, 2)
 RATES = (1e-4, 1e-2, 1e-1, 1.0)                 # of all that stands in front of the text
@@ -42,8 +42,7 @@ STARTS = [("prompt", start) for start in ("RANDOM", "SAMPLE_VOCAB", "TEXT")] + \
 TEXT = {"voice": "Told again by the old captain:",                         # what one might write before the question
         "sql": "The clerk writes a query:"}
 PREFIXES = (1, 4, 16)                           # tokens; a prompt of as many parameters is `ratio` times longer
-SMALLER = {"tiny": SHAPE | dict(hidden_size=32, intermediate_size=96, num_hidden_layers=2, head_dim=32), "small": SMALL}
-SCHOOL = 1200                                   # steps of their pretraining
+SMALLER, SCHOOL = {"small": SMALL}, 1200        # smaller bases, and the steps of their pretraining
 
 
 @functools.cache
@@ -154,13 +153,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--parts", nargs="*", default=["starts", "voice", "sql", "sizes"])
-    parser.add_argument("--school", nargs="*", help="only pretrain these smaller bases: " + ", ".join(SMALLER))
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter12.json")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    if given.school is not None:
-        print(*(school(name) for name in given.school))
-        return
     before, started = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}, time.time()
     base = load_pretrained()
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "weights": weights(), "steps": STEPS,
