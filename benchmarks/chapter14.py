@@ -5,8 +5,8 @@
 For each seed three adapters (Pfeiffer's) learn voice, records and extract. What is free: their mean, each alone, and for
 each skill its own expert (told which). Then a small mix of all three is learnt: by fusion over the three, by a LoRA that
 trains as many numbers from the untouched base, and by one new adapter of the same kind. The rate of each is the best of
-three by the loss on the validation splits, for each size of the mix (first seed, half of the steps). The file is written
-as the runs come in; those in it are not run again.
+three by the loss on the validation splits (first seed, the larger mix, half of the steps). The file is written as the
+runs come in; those in it are not run again.
 """
 import argparse
 import itertools
@@ -21,7 +21,7 @@ from minipeft import BottleneckConfig, FusionConfig, LoraConfig, PeftModel, get_
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
 SKILLS, WIDTH, EXPERT_STEPS, EXPERT_RATE = ("voice", "records", "extract"), 32, 80, 1e-2
-STEPS, WARMUP, SEEDS, SIZES, ITEMS = 80, 10, (0, 1, 2), (24, 192), 40
+STEPS, WARMUP, SEEDS, SIZES, ITEMS = 80, 10, (0, 1, 2), (24, 192), 32
 RATES = {"fusion": (1e-3, 3e-3, 1e-2), "one LoRA": (1e-3, 3e-3, 1e-2), "one adapter": (3e-3, 1e-2, 3e-2)}
 FREE = ("the mean", *SKILLS)                    # no training on the mix: all three experts, or one of them alone
 
@@ -103,13 +103,13 @@ def jobs_of(seed: int, runs: list, trials: bool):
     """What is to run with this seed: the trials of all rates, or what runs at the best of them."""
     if not trials:
         yield from ({"case": case, "examples": 0, "lr": None, "seed": seed, "trial": False} for case in FREE)
-    for case, size in itertools.product(RATES, SIZES):
-        job = {"case": case, "examples": size, "seed": seed, "trial": trials}
+    for case in RATES:
+        job = {"case": case, "examples": SIZES[-1], "seed": seed, "trial": trials}
         if trials:
             yield from (job | {"lr": lr} for lr in RATES[case])
         else:
-            tried = found(runs, case=case, examples=size, trial=True)
-            yield job | {"lr": min(tried, key=lambda run: run["valid_loss"])["lr"]}
+            best = min(found(runs, case=case, trial=True), key=lambda tried: tried["valid_loss"])["lr"]
+            yield from (job | {"lr": best, "examples": size} for size in SIZES)
 
 
 def main():
