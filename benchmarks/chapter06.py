@@ -3,7 +3,7 @@
     python benchmarks/chapter06.py --jobs 2        # writes benchmarks/results/chapter06.json
 
 For each method the first seed climbs a ladder of rates until the best has a worse one on either side (by the loss on
-validation questions); the other seeds then run the best and both its neighbours. What is reported is the loss on test
+validation questions); the other seeds then run the best, at rank 8 both its neighbours too. What is reported is the loss on test
 questions, and how far the lengths and directions of the q and v projections moved. The file is written as the runs come
 in; those that are in it already, made on the same base, are not run again. Chapters 07 and 08 use the same climb.
 """
@@ -45,7 +45,7 @@ def moved(model) -> list:
 
 
 def one_run(job: dict) -> dict:
-    """job: {"method", "config", "fields", "lr", "seed", "steps", "test"}; config None is full fine-tuning."""
+    """job: {"method", "config", "fields", "lr", "seed", "steps", "test", "answers"}; config None is full fine-tuning."""
     torch.set_num_threads(1)
     tokenizer, sql, seed, model = load_tokenizer(), load_data("sql"), job["seed"], load_pretrained()
     torch.manual_seed(seed)
@@ -56,13 +56,13 @@ def one_run(job: dict) -> dict:
     history = train(model, batches(seed), steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=seed, progress=False,
                     log=(lambda *_: allocator.step()) if allocator else None)
     valid = evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
-    test = evaluate(model, tokenizer, sql, split="test", limit=job["test"], progress=False)
+    test = evaluate(model, tokenizer, sql, split="test", limit=job["test"], generate=job["answers"], progress=False)
     more = {"ranks": {path: sum(part.kept) for path, part in allocator.adapters.items()}} if allocator else {}
-    if job["config"] in (None, "LoraConfig", "DoraConfig"):
-        more["moved"] = moved(model)
+    if job["answers"]:
+        more |= {"score": round(test[sql.metric], 1), "moved": moved(model)}
     finite = lambda loss: round(min(loss, 100.0), 4) if loss == loss else 100.0      # a run that went off
     return job | {"parameters": parameters, "valid_loss": finite(valid), "test_loss": finite(test["loss"]),
-                  "score": round(test[sql.metric], 1), "train_loss": finite(history.recent)} | more
+                  "train_loss": finite(history.recent)} | more
 
 
 def best(runs: list, method: str, seed=SEEDS[0]) -> float:
@@ -70,31 +70,32 @@ def best(runs: list, method: str, seed=SEEDS[0]) -> float:
     return min(found(runs, method=method, seed=seed), key=lambda run: run["valid_loss"])["lr"]
 
 
-def climb(cases: dict, start: dict, around: int, more: dict, seed: int, runs: list) -> list:
-    """The next jobs. First seed: the start, then the neighbours of the best so far. Other seeds: the best, and
-    `around` rates on either side of it."""
+def climb(cases: dict, start: dict, around: tuple, more: dict, seed: int, runs: list) -> list:
+    """The next jobs. First seed: the start, then the neighbours of the best so far. Other seeds: the best; the methods in
+    `around` its neighbours too."""
     jobs, runs = [], found(runs, **more)
     for method, (config, fields) in cases.items():
         if seed == SEEDS[0] and not found(runs, method=method):
             rates = [start[method]]
         else:
-            at, wide = LADDER.index(best(runs, method)), 1 if seed == SEEDS[0] else around
+            at, wide = LADDER.index(best(runs, method)), int(seed == SEEDS[0] or method in around)
             rates = LADDER[max(at - wide, 0):at + wide + 1]
         jobs += [{"method": method, "config": config, "fields": fields, "lr": lr, "seed": seed} | more for lr in rates]
     return jobs
 
 
-def main(name, cases, start, description, *, steps, around=0, extra=None, argv=None):
-    """extra: jobs at the end that depend on the runs so far, `extra(runs)`."""
+def main(name, cases, start, description, *, steps, around=(), answers=False, extra=None, argv=None):
+    """answers: let the models write queries as well, and execute them; extra: jobs at the end that depend on the runs so far,
+    `extra(runs)`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--test", type=int, default=128, help="questions of the test set")
+    parser.add_argument("--test", type=int, default=100, help="questions of the test set")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     given = parser.parse_args(argv)
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": given.steps,
                         "batch_size": BATCH, "warmup": WARMUP, "seeds": list(SEEDS), "test": given.test}
-    more = {"steps": given.steps, "test": given.test}
+    more = {"steps": given.steps, "test": given.test, "answers": answers}
     plan = functools.partial(climb, cases, start, around, more)
     seeds = [SEEDS[0]] * ROUNDS + list(SEEDS[1:])
     runs = sweep(plan, one_run, seeds, record, given.out, given.jobs)
@@ -102,10 +103,10 @@ def main(name, cases, start, description, *, steps, around=0, extra=None, argv=N
         runs = sweep(lambda seed, runs: extra(runs), one_run, [SEEDS[0]], record, given.out, given.jobs)
     for run in runs:
         print(f"{run['method']:32} {run['parameters']:9,} lr {run['lr']:<6g} seed {run['seed']} "
-              f"valid {run['valid_loss']:.3f} test {run['test_loss']:.3f} score {run['score']:.1f}")
+              f"valid {run['valid_loss']:.3f} test {run['test_loss']:.3f} {run.get('score', '')}")
     return runs
 
 
 if __name__ == "__main__":
     start = {method: 1e-2 if config else 2e-3 for method, (config, _) in CASES.items()}
-    main("chapter06", CASES, start, __doc__, steps=100, around=1)
+    main("chapter06", CASES, start, __doc__, steps=100, around=("LoRA r 8", "DoRA r 8"), answers=True)

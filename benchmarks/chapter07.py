@@ -8,8 +8,8 @@ ended with are in the file too.
 """
 from chapter06 import main
 
-STEPS = 150
-ADA = dict(init_r=6, target_r=3, tinit=15, tfinal=50, deltaT=5, total_step=STEPS, lora_alpha=12)
+STEPS = 120
+ADA = dict(init_r=6, target_r=3, tinit=12, tfinal=40, deltaT=4, total_step=STEPS, lora_alpha=12)
 CASES = {"AdaLoRA 6 to 3": ("AdaLoraConfig", ADA),
          "AdaLoRA 6 to 3, no penalty": ("AdaLoraConfig", ADA | dict(orth_reg_weight=0.0)),
          "AdaLoRA 3, no search": ("AdaLoraConfig", ADA | dict(init_r=3, lora_alpha=6)),
