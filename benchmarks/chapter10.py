@@ -1,11 +1,11 @@
-"""The longer runs of chapter 10: LoRA over a base in 32, 4, 3 and 2 bits, with and without LoftQ, and DoRA over NF4.
+"""The longer runs of chapter 10: LoRA over a base in 32, 4 and 2 bits, with and without LoftQ, and DoRA over NF4.
 
     python benchmarks/chapter10.py --jobs 2        # writes benchmarks/results/chapter10.json
 
 All with the same rank, steps and data. For each base the first seed climbs the ladder of rates, as in chapter 06, until the
 best (by the loss on validation questions) has a worse one on either side; the other seeds run at that best. Over NF4 the
-trained adapter is also merged back into four bits, and what comes of it is measured. Three and two bits have no packed
-form here: there the base holds the rounded numbers, dense. Runs that are in the file already are not repeated.
+trained adapter is also merged back into four bits, and what comes of it is measured. Two bits have no packed form here:
+there the base holds the rounded numbers, dense. Runs that are in the file already are not repeated.
 """
 import argparse
 import functools
@@ -25,7 +25,6 @@ from minipeft.quant import quantize_model
 
 R, ALPHA, WARMUP, SEEDS, ROUNDS, START = 8, 16, 10, (0, 1, 2), 3, 1e-2
 WAYS = {"32 bits": {}, "NF4": {"bits": 4}, "NF4 + LoftQ": {"bits": 4, "loftq": True}, "NF4, DoRA": {"bits": 4, "dora": True},
-        "3 bits": {"bits": 3}, "3 bits + LoftQ": {"bits": 3, "loftq": True},
         "2 bits": {"bits": 2}, "2 bits + LoftQ": {"bits": 2, "loftq": True}}
 
 
@@ -85,7 +84,7 @@ def main(argv=None):
     more = {"steps": given.steps, "test": given.test}
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "r": R, "alpha": ALPHA,
                         "batch_size": 16, "warmup": WARMUP, "seeds": list(SEEDS)} | more
-    plan = functools.partial(climb, {way: (None, fields) for way, fields in WAYS.items()}, dict.fromkeys(WAYS, START), 0, more)
+    plan = functools.partial(climb, {way: (None, fields) for way, fields in WAYS.items()}, dict.fromkeys(WAYS, START), (), more)
     runs = sweep(plan, one_run, [SEEDS[0]] * ROUNDS + list(SEEDS[1:]), record, given.out, given.jobs)
     for run in runs:
         print(f"{run['method']:16} lr {run['lr']:<6g} seed {run['seed']} start {run['start']:.3f} valid {run['valid_loss']:.3f} "
