@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from minipeft import BottleneckConfig, LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
-STEPS, WARMUP, SEEDS, RATES = 100, 10, (0, 1, 2), (3e-3, 1e-2, 3e-2)
+STEPS, WARMUP, SEEDS, RATES = 90, 10, (0, 1, 2), (3e-3, 1e-2, 3e-2)
 
 
 def lora(r: int, *targets: str) -> LoraConfig:
@@ -100,7 +100,7 @@ def latency(widths: dict, rounds: int) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--rounds", type=int, default=24, help="rounds of the latency race")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of the latency race")
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter11.json")
     given = parser.parse_args()
     torch.set_num_threads(1)

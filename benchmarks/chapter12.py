@@ -4,10 +4,11 @@
 
 Four parts. "starts": every start at every rate on voice, one seed; also P-tuning, a LoRA of rank 1 and full fine-tuning,
 which have rates of their own. "voice": prompts and prefixes of equal numbers of parameters, from the text, each method at
-its best rate of "starts", three seeds. "sql": the same on a task that the base has never seen, where each method first
-looks for its own rate; the middle length with three seeds, the others, and full fine-tuning, with one. "sizes": a
-smaller base, which the script pretrains first by a short run of the base's recipe (it is kept in the temporary folder, and
-is chapter 03's), and on it prompt, LoRA and full fine-tuning on voice, each at its best rate, three seeds. A best rate at
+its best rate of "starts", three seeds; LoRA and full fine-tuning beside them, one seed. "sql": the same on a task that the
+base has never seen, where each method first looks for its own rate (full fine-tuning keeps that of voice); the middle
+length and LoRA with three seeds, the rest with one. "sizes": a smaller base, which the script pretrains first by a short
+run of the base's recipe (it is kept in the temporary folder, and is chapter 03's), and on it prompt and full fine-tuning
+on voice, each at its best rate, three seeds. A best rate at
 the edge of what was tried asks for the next one. The file is written as the runs come in; those that are in it already are
 not run again, unless the base has changed.
 """
@@ -31,17 +32,17 @@ from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, tr
 from minipeft.lm.data import Batches
 from minipeft.lm.pretrain import pretrain
 
-STEPS, WARMUP, N, SEEDS = {"voice": 80, "sql": 100}, 10, 10, (0, 1, 2)
-RATES = (1e-4, 1e-2, 1e-1, 1.0)                 # of all that stands in front of the text
+STEPS, WARMUP, N, SEEDS = {"voice": 60, "sql": 90}, 10, 10, (0, 1, 2)
+RATES = (1e-4, 1e-2, 1e-1)                      # of all that stands in front of the text
 LORA, FULL = "LoRA, r = 1", "full fine-tuning"
-OWN = {LORA: (*RATES, 3e-3, 3e-2), FULL: (1e-3, 3e-3, 1e-2)}
-SQL_RATES = {"prompt": (1e-2, 1e-1, 1.0), "prefix": (1e-2, 1e-1, 1.0), LORA: (3e-3, 1e-2, 3e-2), FULL: (1e-3, 3e-3, 1e-2)}
-SIZES_RATES = {"prompt": (1e-2, 1e-1, 1.0), LORA: (3e-3, 1e-2, 3e-2), FULL: (1e-3, 3e-3, 1e-2)}
+OWN = {LORA: RATES, FULL: (1e-3, 3e-3, 1e-2)}
+SQL_RATES = {"prompt": (3e-2, 1e-1, 3e-1), "prefix": (3e-2, 1e-1, 3e-1), LORA: (1e-2, 3e-2, 1e-1)}
+SIZES_RATES = {"prompt": (3e-2, 1e-1, 3e-1), FULL: (1e-3, 3e-3, 1e-2)}
 STARTS = [("prompt", start) for start in ("RANDOM", "SAMPLE_VOCAB", "TEXT")] + \
     [("prefix", start) for start in ("RANDOM", "ZERO", "TEXT")]
 TEXT = {"voice": "Told again by the old captain:",                         # what one might write before the question
         "sql": "The clerk writes a query:"}
-PREFIXES = (1, 4, 16)                           # tokens; a prompt of as many parameters is `ratio` times longer
+PREFIXES = (1, 3, 9)                            # tokens; a prompt of as many parameters is `ratio` times longer
 SMALLER, SCHOOL = {"small": SMALL}, 1200        # smaller bases, and the steps of their pretraining
 
 
@@ -131,17 +132,19 @@ def jobs_of(part: str, runs: list, stage: int) -> list:
                 for lr in next_rates(runs, part="starts", method=m, start=start[m])] if stage == 1 else []
     if part == "voice" and stage < 2:
         return []
+    known = {m: best_rate(runs, part="starts", method=m, start=start[m]) for m in lengths}
     if part == "voice":
-        rates = {m: best_rate(runs, part="starts", method=m, start=start[m]) for m in lengths}
-        return [job(m, start[m], n, rates[m], seed) for seed in SEEDS for m in lengths for n in lengths[m]]
+        return [job(m, start[m], n, known[m], seed) for seed in SEEDS for m in lengths for n in lengths[m]
+                if seed == SEEDS[0] or n]
     if part == "sql":
         if stage == 0:
             return [job(m, start[m], middle[m], lr, trial=True) for m, rates in SQL_RATES.items() for lr in rates]
-        tried = {m: dict(part="sql", method=m, trial=True) for m in lengths}
+        tried = {m: dict(part="sql", method=m, trial=True) for m in SQL_RATES}
         if stage == 1:
-            return [job(m, start[m], middle[m], lr, trial=True) for m in lengths for lr in next_rates(runs, **tried[m])]
-        return [job(m, start[m], n, best_rate(runs, **tried[m]), seed) for seed in SEEDS for m in lengths for n in lengths[m]
-                if seed == SEEDS[0] or (n == middle[m] and m != FULL)]
+            return [job(m, start[m], middle[m], lr, trial=True) for m in tried for lr in next_rates(runs, **tried[m])]
+        rates = {m: best_rate(runs, **tried[m]) for m in tried} | {FULL: known[FULL]}
+        return [job(m, start[m], n, rates[m], seed) for seed in SEEDS for m in lengths for n in lengths[m]
+                if n == middle[m] and (seed == SEEDS[0] or m != FULL) or n == lengths[m][-1] and seed == SEEDS[0]]
     tried = {(base, m): dict(part="sizes", base=base, method=m, trial=True) for base in SMALLER for m in SIZES_RATES}
     if stage < 2:
         return [job(m, start[m], middle[m], lr, base=base, trial=True) for base, m in tried
