@@ -73,10 +73,11 @@ def sweep(jobs_of, one_run, seeds, record: dict, out: Path, workers: int) -> lis
     before, started = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}, time.time()
     record = record | {"weights": weights()}
     runs = before["runs"] if before.get("weights") == record["weights"] else []
+    spent = before.get("minutes", 0) if runs else 0
     with ProcessPoolExecutor(workers) as pool:
         for seed in seeds:
             jobs = [job for job in jobs_of(seed, runs) if not found(runs, **job)]
             for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
                 runs.append(run)
-                save(out, record | {"minutes": round((time.time() - started) / 60, 1), "runs": runs})
+                save(out, record | {"minutes": round(spent + (time.time() - started) / 60, 1), "runs": runs})
     return runs
