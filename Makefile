@@ -34,7 +34,7 @@ lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters/README.md $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval chapters $(ARGS)
 
 demo: $(READY)

@@ -1,6 +1,6 @@
 """`make bench`: how fast, how much memory, against Hugging Face's peft where there is something to compare with.
 
-    python benchmarks/bench.py            # about four minutes; writes benchmarks/results/bench.json and bench.md
+    python benchmarks/bench.py            # about ten minutes; writes benchmarks/results/bench.json and bench.md
     python benchmarks/bench.py --full     # larger batches, more rounds
 
 Contestants take turns within one process, round after round, and a ratio is the median of the rounds' ratios: whatever
@@ -107,13 +107,18 @@ def race(contestants, rounds, repeat=1):
 
 
 def row(what, value, unit, against=None, goal=None):
-    """value and against: lists of measurements, paired by round; or plain numbers. With `against` the goal is for the ratio."""
+    """value and against: lists of measurements, paired by round; or plain numbers. With `against` the goal is for the ratio.
+
+    chance: how far the median of the rounds' ratios may be off, twice its standard error. A goal is met or not by the
+    ratio itself, to three digits; a miss by no more than chance is told from one by more."""
     value, against = ([x] if isinstance(x, (int, float)) else x for x in (value, [] if against is None else against))
     middle = lambda xs: statistics.median(xs) if xs else None
-    ratio = middle([a / b for a, b in zip(value, against)])
+    ratios = [a / b for a, b in zip(value, against)]
+    ratio = middle(ratios)
+    chance = 2 * 1.25 * 1.48 * middle([abs(r - ratio) for r in ratios]) / len(ratios) ** 0.5 if len(ratios) > 1 else None
     judged = middle(value) if ratio is None else ratio
     return {"what": what, "value": middle(value), "against": middle(against), "unit": unit, "ratio": ratio, "goal": goal,
-            "met": None if goal is None else round(judged, 2) <= goal, "rounds": len(value)}
+            "met": None if goal is None else round(judged, 3) <= goal, "chance": chance, "rounds": len(value)}
 
 
 def steps_against_peft(kind, rounds, batch, length, size="full"):
@@ -278,8 +283,10 @@ def show(number):
 def markdown(record):
     lines = ["| what | ours | against | unit | ratio | goal | met |", "|---|---:|---:|---|---:|---:|---|"]
     for r in record["rows"]:
-        ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:.3f}" + (f" ± {r['chance']:.3f}" if r["chance"] else "")
         goal, met = "" if r["goal"] is None else f"≤ {r['goal']:g}", {None: "", True: "yes", False: "NO"}[r["met"]]
+        if r["met"] is False and r["chance"] and r["ratio"] - r["chance"] <= r["goal"]:
+            met = "no, by chance or not"
         lines.append(f"| {r['what']} | {show(r['value'])} | {show(r['against'])} | {r['unit']} | {ratio} | {goal} | {met} |")
     where = [f"`{record['command']}`", record["date"], f"commit {record['commit']}", record["machine"],
              *(f"{name} {record['versions'][name]}" for name in ("torch", "peft", "transformers"))]
@@ -296,7 +303,7 @@ def main(argv=None):
     rounds, batch, length = (2, 2, 8) if given.tiny else (15, 16, 128) if given.full else (7, 4, 64)
     parts = {NAMES[kind]: lambda kind=kind: steps_against_peft(kind, rounds, batch, length, size) for kind in NAMES}
     parts["memory"] = lambda: memory_against_peft("ours", *((2, 8) if given.tiny else (8, 128)), 3 if given.full else 1, size)
-    parts["methods"] = lambda: methods_against_peft(rounds, *((2, 8) if given.tiny else (8, 128)), size=size)
+    parts["methods"] = lambda: methods_against_peft(*((2, 2, 8) if given.tiny else (15, 8, 128)), size=size)
     parts["latency"] = lambda: latencies(rounds, size)
     parts |= {"small costs": lambda: small_costs(rounds, size), "imports": lambda: imports(5 if given.full else 3)}
     parts["training"] = lambda: training_speed(2 if given.tiny else 60 if given.full else 20)

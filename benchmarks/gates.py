@@ -14,7 +14,7 @@ import torch
 from common import RESULTS, facts, save
 
 from minipeft.lanternwick import words
-from minipeft.lanternwick.documents import ATTRIBUTES, crowd, heldout_questions, sections, stream, strangers
+from minipeft.lanternwick.documents import ATTRIBUTES, heldout_questions, sections, stream, strangers
 from minipeft.lanternwick.register import register
 from minipeft.lanternwick.tasks import load_task
 from minipeft.lm import evaluate, generate, load_pretrained, load_tokenizer

@@ -1,8 +1,10 @@
 """The command `minipeft`: pretrain, finetune, generate, evaluate, merge, student, doctor. Heavy imports stand where they are used."""
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -48,6 +50,26 @@ def nearest(what, value, valid):
     raise UserError(f"{what} {value!r}{hint}: expected one of {', '.join(valid)}")
 
 
+def number(kind, least=-math.inf, above=-math.inf, most=math.inf):
+    """For argparse: a finite number of that kind within these bounds, or wrong usage that names them."""
+    bounds = {"at least": least, "above": above, "at most": most}
+    said = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound))
+    said = f"{'a whole number' if kind is int else 'a number'} {said}".rstrip()
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and value >= least and value > above and value <= most):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected is {said}")
+        return value
+    return read
+
+
+COUNT, SEED = number(int, least=1), number(int, least=0, most=2 ** 63 - 1)
+
+
 def parser():
     top = argparse.ArgumentParser("minipeft", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", metavar="command", required=True)
@@ -68,36 +90,38 @@ def parser():
     tune.add_argument("--data", required=True, help="a task's name, or a .txt or .jsonl file")
     tune.add_argument("--out", required=True, help="folder for the result")
     tune.add_argument("--method", default="lora", help="lora, another adapter, or full (default: %(default)s)")
-    tune.add_argument("--r", type=int, help="rank: in how many directions a layer may change (default: the method's)")
-    tune.add_argument("--alpha", type=float, help="the change is scaled by alpha / r (default: 2 r)")
+    tune.add_argument("--r", type=number(int), help="rank: in how many directions a layer may change (default: the method's)")
+    tune.add_argument("--alpha", type=number(float), help="the change is scaled by alpha / r (default: 2 r)")
     tune.add_argument("--targets", help="layers with an adapter, as q_proj,v_proj; or all-linear (LoRA's default)")
     tune.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="any other field of the method's configuration, its value as JSON")
-    tune.add_argument("--lr", type=float, help="peak learning rate; small models want more, adapters more than full "
+    tune.add_argument("--lr", type=number(float, above=0), help="peak learning rate; small models want more, adapters more than full "
                       "fine-tuning (default: lanternwick 1e-2, full 3e-3; other bases 2e-4, full 2e-5)")
-    tune.add_argument("--steps", type=int, default=300, help="batches to train on (default: %(default)s)")
-    tune.add_argument("--batch-size", type=int, default=16, help="rows in a batch (default: %(default)s)")
-    tune.add_argument("--accumulate", type=int, default=1, help="batches a step, to save memory (default: %(default)s)")
+    tune.add_argument("--steps", type=COUNT, default=300, help="batches to train on (default: %(default)s)")
+    tune.add_argument("--batch-size", type=COUNT, default=16, help="rows in a batch (default: %(default)s)")
+    tune.add_argument("--accumulate", type=COUNT, default=1, help="batches a step, to save memory (default: %(default)s)")
     tune.add_argument("--bf16", action="store_true", help="compute in 16 bits: faster on a GPU and on newer processors")
-    tune.add_argument("--seed", type=int, default=0, help="the same seed gives the same result (default: %(default)s)")
-    tune.add_argument("--limit", type=int, default=200, help="test examples for the score, 0 for none (default: 200)")
+    tune.add_argument("--seed", type=SEED, default=0, help="the same seed gives the same result (default: %(default)s)")
+    tune.add_argument("--limit", type=number(int, least=0), default=200, help="test examples for the score, 0 for none (default: 200)")
     tune.add_argument("--restart", action="store_true", help="begin anew where --out holds an unfinished run")
 
     text = add("generate", "continue a prompt", 'Continue a prompt, or what stdin says. "\\n" in it is a new line.')
     text.add_argument("prompt", nargs="?")
     text.add_argument("--adapter", help="folder of an adapter")
-    text.add_argument("--max-new-tokens", type=int, default=100, help="at most so many (default: %(default)s)")
-    text.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word; 1: as the model believes")
-    text.add_argument("--top-k", type=int, help="choose among the k likeliest only")
-    text.add_argument("--top-p", type=float, help="choose among the likeliest that together have this probability")
-    text.add_argument("--seed", type=int, help="makes sampling repeatable")
+    text.add_argument("--max-new-tokens", type=COUNT, default=100, help="at most so many (default: %(default)s)")
+    text.add_argument("--temperature", type=number(float, least=0), default=0.0,
+                      help="0: the likeliest word; 1: as the model believes")
+    text.add_argument("--top-k", type=COUNT, help="choose among the k likeliest only")
+    text.add_argument("--top-p", type=number(float, above=0, most=1),
+                      help="choose among the likeliest that together have this probability")
+    text.add_argument("--seed", type=SEED, help="makes sampling repeatable")
 
     test = add("evaluate", "score a model on data: loss, perplexity, the task's own metric")
     test.add_argument("--data", required=True, help="a task's name, or a .txt or .jsonl file")
     test.add_argument("--adapter", help="folder of an adapter")
     test.add_argument("--split", default="test", choices=("train", "valid", "test"), help="default: %(default)s")
-    test.add_argument("--limit", type=int, help="only the first so many examples")
-    test.add_argument("--show", type=int, default=3, help="examples to show (default: %(default)s)")
+    test.add_argument("--limit", type=COUNT, help="only the first so many examples")
+    test.add_argument("--show", type=number(int, least=0), default=3, help="examples to show (default: %(default)s)")
 
     merge = add("merge", "write an adapter into its base's weights: a plain model, with nothing to compute beside it")
     merge.add_argument("--adapter", required=True, help="folder of the adapter")
@@ -118,9 +142,24 @@ def parser():
 
 def device(args):
     import torch
-    if args.device:
-        return args.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not args.device:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:    # unknown, or not on this machine
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    return args.device
+
+
+def free_folder(out, *others):
+    """`out`, if a result may be written there: it is no file, nor below one, nor the folder of what is read."""
+    out = Path(out)
+    if file := next((place for place in (out, *out.parents) if place.is_file()), None):
+        raise UserError(f"--out {out}: {file} is a file; a folder is expected")
+    for other in others:
+        if out.exists() and Path(other).exists() and out.samefile(other):
+            raise UserError(f"--out {out} holds what is read: it would be overwritten. Name another folder")
+    return out
 
 
 def open_model(args):
@@ -144,7 +183,7 @@ def adapter_config(args):
     if args.method not in names:
         nearest("--method", args.method, [*names, "full"])
     method = METHODS[names[args.method]]
-    fields, options = list(method.__dataclass_fields__), {}
+    fields, options = [field.name for field in dataclasses.fields(method)], {}
     for item in args.set:
         name, equals, value = item.partition("=")
         if not equals:
@@ -160,10 +199,14 @@ def adapter_config(args):
         if value is not None:
             options[name] = value
     if "lora_alpha" in fields:
-        options = {"lora_alpha": 2 * options.get("r", method.r), "target_modules": "all-linear"} | options
+        rank = options.get("r", method.r)       # what is no rank, the configuration refuses
+        options = {"lora_alpha": 2 * (rank if isinstance(rank, int) else 0), "target_modules": "all-linear"} | options
     for name in options:
         if name not in fields:
             nearest(f"--set: {args.method} has no field", name, fields)
+    for field in dataclasses.fields(method):
+        if field.default is field.default_factory is dataclasses.MISSING and field.name not in options:
+            raise UserError(f"{args.method} needs --set {field.name}=VALUE")
     return method(**options)
 
 
@@ -177,7 +220,10 @@ def finetune(args):
     import torch
     from . import get_peft_model
     from .lm import evaluate, load_data, train
-    full, out = args.method == "full", Path(args.out)
+    from .lm.hub import resolve
+    full, out = args.method == "full", free_folder(args.out, resolve(args.base))
+    if full and (args.set or any(given is not None for given in (args.r, args.alpha, args.targets))):
+        raise UserError("--method full trains every weight: --r, --alpha, --targets and --set are for adapters")
     config = None if full else adapter_config(args)
     task = load_data(args.data)
     model, tokenizer, name = open_model(args)
@@ -192,10 +238,11 @@ def finetune(args):
     history = train(model, task, tokenizer=tokenizer, steps=args.steps, batch_size=args.batch_size, lr=args.lr,
                     warmup=min(20, args.steps // 10), accumulate=args.accumulate, bf16=args.bf16, seed=args.seed,
                     folder=out / "training", resume=not args.restart)
+    if history.stopped == "diverged":
+        raise UserError(f"the loss became infinite after {history.steps} steps, and nothing is saved: try a smaller --lr, "
+                        "with --restart")
     model.save_pretrained(out, **({"tokenizer": tokenizer} if full else {}))
     print(f"{history}\nsaved in {out}" + (": the same command goes on" if history.stopped == "interrupted" else ""))
-    if history.stopped == "diverged":
-        raise UserError(f"the loss became infinite after {history.steps} steps: try a smaller --lr, with --restart")
     result = {"base": name, "data": args.data, "method": args.method, "trained": trained, "parameters": everything,
               "lr": args.lr, "steps": history.steps, "stopped": history.stopped, "loss": history.losses[-1],
               "seconds": round(history.seconds, 1),
@@ -215,6 +262,8 @@ def table(scores):
 
 def generate(args):
     from .lm import generate as write
+    if not args.temperature and (args.top_k or args.top_p):
+        raise UserError("--top-k and --top-p say what may be drawn: give a --temperature above 0")
     prompt = (args.prompt if args.prompt is not None else sys.stdin.read().rstrip("\n")).replace("\\n", "\n")
     model, tokenizer, name = open_model(args)
     pieces = [prompt]
@@ -237,7 +286,10 @@ def evaluate(args):
 
 
 def merge(args):
+    from .lm.hub import resolve
+    free_folder(args.out, args.adapter)
     model, tokenizer, name = open_model(args)
+    free_folder(args.out, resolve(name))
     plain = model.merge_and_unload(safe_merge=True)
     plain.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
@@ -248,6 +300,7 @@ def merge(args):
 def student(args):
     from .course.student import write
     home = Path(__file__).parents[1] / "chapters"
+    free_folder(args.out)
     chapters = sorted(home.glob("*.ipynb")) if args.all else [Path(name) for name in args.chapters]
     if not chapters:
         raise UserError(f"no chapters in {home}" if args.all else "name a chapter, or say --all")

@@ -2,6 +2,8 @@
 import dataclasses
 import difflib
 import json
+import types
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -9,6 +11,7 @@ from typing import ClassVar
 from . import layers
 from .layers import TargetError
 
+CONFIG = "adapter_config.json"
 METHODS = {}                                    # peft_type -> its dataclass
 # What Hugging Face's files may say without changing what an adapter computes, whatever the value.
 HARMLESS = {"peft_version", "auto_mapping", "megatron_config", "megatron_core", "loftq_config", "eva_config",
@@ -18,6 +21,24 @@ HARMLESS = {"peft_version", "auto_mapping", "megatron_config", "megatron_core", 
 
 class ConfigError(ValueError):
     """A configuration that means nothing, or something that this package does not have."""
+
+
+class AdapterFileError(ValueError):
+    """A file that is not an adapter, not a whole one, or not one for this model."""
+
+
+def fits(value, kind):
+    """Is `value` what an annotation such as `list[str] | None` says? Any collection does for a list, int for float."""
+    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, one) for one in inside)
+    if origin is list:
+        return isinstance(value, (list, tuple, set)) and all(fits(one, inside[0]) for one in value)
+    if origin is dict and inside:
+        return isinstance(value, dict) and all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool)
+    return isinstance(value, origin) if isinstance(origin, type) else True
 
 
 @dataclass(kw_only=True)
@@ -39,7 +60,10 @@ class PeftConfig:
             METHODS[cls.peft_type] = cls
 
     def __post_init__(self):
-        pass
+        for field in dataclasses.fields(self):
+            if not fits(getattr(self, field.name), field.type):
+                said = field.type.__name__ if isinstance(field.type, type) else field.type
+                raise ConfigError(f"{field.name} = {getattr(self, field.name)!r}: expected is {said}")
 
     def positive(self, *fields, **values):
         """ConfigError unless these fields, or values given by name, are positive integers."""
@@ -98,11 +122,23 @@ class PeftConfig:
 
     def save_pretrained(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "adapter_config.json").write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True))
+        (Path(folder) / CONFIG).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True))
 
     @classmethod
     def from_pretrained(cls, folder):
-        return cls.from_dict(json.loads((Path(folder) / "adapter_config.json").read_text()))
+        """From a folder's adapter_config.json. AdapterFileError where that is none, ConfigError where it asks for what
+        we do not have."""
+        file = Path(folder) / CONFIG
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise AdapterFileError(f"{file} is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise AdapterFileError(f"{file} holds a {type(data).__name__}, not an object with a peft_type")
+        try:
+            return cls.from_dict(data)
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"{file}: {error}") from None
 
 
 @dataclass(kw_only=True)
@@ -136,6 +172,8 @@ class LayerConfig(PeftConfig):
         if self.target_modules == "all-linear":
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             found = [path for path, m in modules.items() if layers.is_linear(m) and m is not layers.bare(head)]
+            if not found:
+                raise TargetError(f"all-linear: this {type(model).__name__} has no linear layers")
             self.target_modules = layers.short(modules, found)
         found = layers.find(modules, self.target_modules)
         out = layers.find(modules, self.exclude_modules, "exclude_modules") if self.exclude_modules else []

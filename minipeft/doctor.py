@@ -6,9 +6,9 @@ import platform
 import shutil
 import sys
 
-NEEDED = {"torch": "2.4", "numpy": "1.26", "tokenizers": "0.20", "safetensors": "0.4.3", "tqdm": "4.66",
-          "matplotlib": "3.8", "jupyterlab": "4.2", "sacrebleu": "2.4"}
-FOR_TESTS = ("pytest", "nbval", "hypothesis", "transformers", "peft", "bitsandbytes")
+NEEDED = {"torch": "2.5", "numpy": "1.26", "matplotlib": "3.8", "jupyterlab": "4.2", "tokenizers": "0.20",
+          "safetensors": "0.4.3", "huggingface_hub": "0.25", "tqdm": "4.66", "bitsandbytes": "0.45", "sacrebleu": "2.4"}
+FOR_TESTS = ("pytest", "pytest-xdist", "nbval", "hypothesis", "transformers", "peft", "nbgrader")
 
 
 def numbers(version):

@@ -10,13 +10,9 @@ from pathlib import Path
 import torch
 
 from . import layers
-from .config import ConfigError, PeftConfig
+from .config import CONFIG, AdapterFileError, PeftConfig
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
-
-class AdapterFileError(ValueError):
-    """A file that is not an adapter, not a whole one, or not one for this model."""
+TENSORS = "adapter_model.safetensors"
 
 
 def key(path, name):
@@ -73,16 +69,7 @@ def load(folder):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = find(folder)
-    try:
-        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterFileError(f"{folder / CONFIG} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise AdapterFileError(f"{folder / CONFIG} holds a {type(data).__name__}, not an object with a peft_type")
-    try:
-        config = PeftConfig.from_dict(data)
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{folder / CONFIG}: {error}") from None
+    config = PeftConfig.from_pretrained(folder)
     if not (folder / TENSORS).exists():
         old = " There is an adapter_model.bin, a pickle, which is not opened: convert it to safetensors with Hugging " \
               "Face PEFT's save_pretrained." if (folder / "adapter_model.bin").exists() else ""

@@ -179,15 +179,23 @@ def ends(name, path):
     return path.endswith(name)
 
 
+def expression(text):
+    """A compiled regular expression; TargetError where it is none."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise TargetError(f"{text!r} is no regular expression: {error}") from None
+
+
 def lookup(patterns, path, default):
     """The value of the first pattern (a regular expression for the end of a path) that fits, as in rank_pattern."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in (patterns or {}).items() if expression(rf"(.*\.)?({key})$").match(path)), default)
 
 
 def in_layers(path, indices, pattern):
     """Is `path` within one of the numbered layers `indices`? `pattern` names the list of layers; None: any list."""
     lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    found = next(filter(None, (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in lists)), None)
+    found = next(filter(None, (expression(rf"(?:^|.*?\.){name}\.(\d+)\.").match(path) for name in lists)), None)
     return found is not None and int(found[1]) in ([indices] if isinstance(indices, int) else indices)
 
 
@@ -197,7 +205,7 @@ def find(paths, targets, what="target_modules", fits=named):
     Raises TargetError that lists the nearest names there are.
     """
     if isinstance(targets, str):
-        found = [path for path in paths if re.fullmatch(targets, path)]
+        found = [path for path in paths if expression(targets).fullmatch(path)]
         missing = [] if found else [targets]
     else:
         found = [path for path in paths if any(fits(name, path) for name in targets)]

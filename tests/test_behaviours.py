@@ -14,7 +14,6 @@ from safetensors.torch import load_file, load_model, save_model
 import minipeft
 from bases import APART, BASES, CASES, METHODS, adapted, close, differ, inputs, logits, loss_of, run, shake
 from minipeft import PeftModel, Slot, get_peft_model
-from minipeft.layers import walk
 
 crossed = pytest.mark.parametrize("method, base", CASES, ids=[f"{m}-{b}" for m, b in CASES])
 

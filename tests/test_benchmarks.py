@@ -71,7 +71,13 @@ def test_bench_measures_and_judges(tmp_path):
     assert json.loads((tmp_path / "bench.json").read_text()) == record
     assert bench.markdown(record).count("\n| ") == len(rows) + 1
     assert bench.row("a / b", [2.0, 4.0, 9.0], "s", [1.0, 4.0, 3.0], goal=1.0) == {
-        "what": "a / b", "value": 4.0, "against": 3.0, "unit": "s", "ratio": 2.0, "goal": 1.0, "met": False, "rounds": 3}
+        "what": "a / b", "value": 4.0, "against": 3.0, "unit": "s", "ratio": 2.0, "goal": 1.0, "met": False, "rounds": 3,
+        "chance": 2 * 1.25 * 1.48 * 1.0 / 3 ** 0.5}         # of the ratios 2, 1, 3 the median is off by 1
+    for last, said in ((1.004, "NO"), (1.0004, "yes")):     # no rounding in our favour
+        exact = bench.row("a / b", last, "MB", 1.0, goal=1.0)
+        assert exact["met"] == (said == "yes") and f"| {said} |" in bench.markdown(common.facts() | {"rows": [exact]})
+    noisy = bench.row("a / b", [1.1, 0.9, 1.01, 1.2, 0.8], "s", [1.0] * 5, goal=1.0)
+    assert not noisy["met"] and "no, by chance or not" in bench.markdown(common.facts() | {"rows": [noisy]})
 
 
 def test_lora_keeps_no_more_for_backward_than_pefts():

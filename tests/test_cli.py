@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,17 @@ def test_prompt_from_stdin(base, capsys, monkeypatch):
     (("--r", "0"), "positive integer"),
     (("--set", "lora_dropoot=0.1"), "did you mean lora_dropout"),
     (("--set", "lora_dropout"), "FIELD=VALUE"),
+    (("--set", "r=null"), "r = None: expected is int"),
+    (("--set", "lora_dropout=often"), "lora_dropout = 'often': expected is float"),
+    (("--set", "target_modules=5"), "target_modules = 5: expected is list[str] | str | None"),
+    (("--set", "target_modules=(("), "'((' is no regular expression"),
+    (("--set", "rank_pattern=[8]"), "rank_pattern = [8]: expected is dict"),
+    (("--set", "peft_type=IA3"), "lora has no field 'peft_type'"),
+    (("--method", "fusion"), "fusion needs --set adapters=VALUE"),
+    (("--method", "adalora"), "total_step = None"),
+    (("--method", "full", "--r", "4"), "--r, --alpha, --targets and --set are for adapters"),
+    (("--device", "abacus"), "--device abacus: "),
+    (("--device", "meta"), "--device meta: "),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_1(base, mine, tmp_path, capsys, change, message):
     code, out, err = run(capsys, *tune(base, mine, tmp_path / "out", *change))
@@ -150,6 +162,69 @@ def test_wrong_usage_is_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command, option, value, message", [
+    ("finetune", "--steps", "0", "a whole number at least 1"), ("finetune", "--batch-size", "-2", "at least 1"),
+    ("finetune", "--accumulate", "0", "at least 1"), ("finetune", "--lr", "0", "a number above 0"),
+    ("finetune", "--lr", "inf", "above 0"), ("finetune", "--lr", "nan", "above 0"), ("finetune", "--alpha", "nan", "a number"),
+    ("finetune", "--limit", "-1", "at least 0"), ("finetune", "--seed", "-1", "at least 0"),
+    ("finetune", "--seed", str(2 ** 70), "at most"), ("finetune", "--steps", "1.5", "a whole number"),
+    ("generate", "--max-new-tokens", "-1", "at least 1"), ("generate", "--temperature", "-1", "at least 0"),
+    ("generate", "--temperature", "nan", "at least 0"), ("generate", "--top-k", "0", "at least 1"),
+    ("generate", "--top-p", "0", "above 0 and at most 1"), ("generate", "--top-p", "2", "above 0 and at most 1"),
+    ("evaluate", "--limit", "-1", "at least 1"), ("evaluate", "--show", "-1", "at least 0")])
+def test_numbers_out_of_bounds(command, option, value, message, capsys):
+    needed = {"finetune": ["--data", "sql", "--out", "x"], "evaluate": ["--data", "sql"], "generate": ["x"]}[command]
+    with pytest.raises(SystemExit) as stop:
+        main([command, *needed, f"{option}={value}"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument {option}: '{value}': expected is" in said and message in said
+
+
+def test_nothing_that_is_read_is_overwritten(base, mine, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    assert run(capsys, *tune(base, mine, adapter))[0] == 0
+    before = {path: path.read_bytes() for folder in (adapter, Path(base)) for path in folder.iterdir() if path.is_file()}
+    for out in (adapter, base):
+        code, _, err = run(capsys, "merge", "--adapter", adapter, "--out", out)
+        assert code == 1 and "holds what is read" in err
+    code, _, err = run(capsys, *tune(base, mine, base, "--method", "full"))
+    assert code == 1 and "holds what is read" in err
+    for out in (mine, f"{mine}/below"):
+        for command in (tune(base, mine, out), ["merge", "--adapter", adapter, "--out", out], ["student", "--all", "--out", out]):
+            code, _, err = run(capsys, *command)
+            assert code == 1 and "mine.jsonl is a file; a folder is expected" in err
+    for folder in (adapter, Path(base)):
+        assert before.items() >= {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}.items()
+
+
+def test_a_run_that_diverged_saves_no_adapter(base, mine, tmp_path, capsys):
+    code, _, err = run(capsys, *tune(base, mine, tmp_path / "out", "--lr", "1e30"))
+    assert code == 1 and "the loss became infinite" in err and "--restart" in err
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_top_k_without_a_temperature_would_do_nothing(base, capsys):
+    for option in (["--top-k", "3"], ["--top-p", "0.9"]):
+        code, _, err = run(capsys, "generate", "x", "--base", base, *option)
+        assert code == 1 and "--temperature above 0" in err
+
+
+@pytest.mark.parametrize("text", ["{}", "x", "", "[]", '{"nbformat": 4, "nbformat_minor": 5, "metadata": 3}'])
+def test_what_is_no_notebook_has_no_students_edition(text, tmp_path, capsys):
+    (tmp_path / "a.ipynb").write_text(text)
+    code, _, err = run(capsys, "student", tmp_path / "a.ipynb", "--out", tmp_path / "out")
+    assert code == 1 and "a.ipynb is no notebook" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, message", [("{", "is not JSON"), ("[]", "holds a list"), ("{}", "no peft_type"),
+                                              ('{"peft_type": "LORA", "r": null}', "r = None")])
+def test_a_damaged_adapter_names_its_file(content, message, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(content)
+    code, _, err = run(capsys, "generate", "x", "--adapter", tmp_path)
+    assert code == 1 and str(tmp_path / "adapter_config.json") in err and message in err
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "generate", "evaluate", "merge", "doctor"])

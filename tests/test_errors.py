@@ -29,7 +29,7 @@ def plain():
     (["q_prj"], r"'q_prj' \(nearest: q_proj"), (["q_proj", "gate"], r"'gate' \(nearest: gate_proj"),
     (["q_proj", "q_prj", "xyzzy"], r"'q_prj' \(nearest.*'xyzzy'"), (r".*\.query", r"'\.\*.*query'"),
     (["proj"], "'proj'"), (["mlp"], "layers.0.mlp: MLP is no linear layer"), (["norm"], "RMSNorm is no linear layer"),
-    ([], "nothing is left")])
+    ([], "nothing is left"), (r"(.*q_proj", "is no regular expression")])
 def test_targets(plain, targets, message):
     with pytest.raises(TargetError, match=message):
         get_peft_model(plain, LoraConfig(target_modules=targets))
@@ -50,14 +50,18 @@ def test_no_targets_and_no_usual_names():
 
 
 def test_a_model_without_linear_layers():
-    with pytest.raises(TargetError):
+    with pytest.raises(TargetError, match="all-linear: this Sequential has no linear layers"):
         get_peft_model(torch.nn.Sequential(torch.nn.ReLU()), LoraConfig(target_modules="all-linear"))
 
 
 @pytest.mark.parametrize("fields, message", [
     (dict(r=0), "r = 0"), (dict(r=-4), "r = -4"), (dict(r=2.0), "r = 2.0"), (dict(r="8"), "r = '8'"),
     (dict(r=True), "r = True"), (dict(r=None), "r = None"), (dict(rank_pattern={"q_proj": 0}), "q_proj = 0"),
-    (dict(lora_dropout=1.5), "lora_dropout = 1.5"),
+    (dict(lora_dropout=1.5), "lora_dropout = 1.5"), (dict(lora_dropout="0.1"), "lora_dropout = '0.1': expected is float"),
+    (dict(lora_alpha=None), "lora_alpha = None"), (dict(use_dora="yes"), "use_dora = 'yes': expected is bool"),
+    (dict(target_modules=5), r"target_modules = 5: expected is list\[str\] | str"), (dict(target_modules=[1]), r"= \[1\]"),
+    (dict(modules_to_save="norm"), "modules_to_save = 'norm'"), (dict(rank_pattern=None), "rank_pattern = None"),
+    (dict(alpha_pattern={"q_proj": "8"}), "alpha_pattern = "), (dict(layers_to_transform="0"), "layers_to_transform = '0'"),
     (dict(init_lora_weights="gausian"), "'gausian'.*'gaussian'"), (dict(bias="all"), "BitFitConfig"),
     (dict(target_modules="all-linear", layers_to_transform=0), "layers_to_transform")])
 def test_configurations(fields, message):

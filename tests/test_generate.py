@@ -96,6 +96,13 @@ def test_sampling(model):
     assert sample(top_k=1) == greedy and sample(top_p=1e-9) == greedy and sample(temperature=1e-6) == greedy
 
 
+@pytest.mark.parametrize("name, value", [("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_k", -3),
+                                         ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", -1)])
+def test_settings_that_mean_nothing(model, name, value):
+    with pytest.raises(ValueError, match=f"{name} = {value}: expected is"):
+        generate(model, Letters(), PROMPTS, **{"temperature": 1.0, name: value})
+
+
 def test_top_k_and_top_p_are_distributions():
     probs = torch.tensor([0.4, 0.3, 0.2, 0.1])
     logits = probs.log().expand(40_000, 4)

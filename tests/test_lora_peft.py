@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import minipeft
-from bases import BASES, close, differ, inputs, logits, run, shake
+from bases import BASES, close, differ, inputs, run, shake
 from minipeft import LoraConfig, PeftModel, get_peft_model
 from minipeft.methods.lora import Lora
 from minipeft.slot import Slot, Switch

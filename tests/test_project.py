@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minipeft import doctor
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -27,6 +29,11 @@ def test_conda_and_pip_install_the_same():
     conda = {line for line in conda if isinstance(line, str)} - {"pip"}
     pip = {"python" + PROJECT["requires-python"], *PROJECT["dependencies"], *EXTRAS["test"], *EXTRAS["teach"]}
     assert conda == {re.sub(r"^torch\b", "pytorch", line) for line in pip}  # conda-forge's name for it
+
+
+def test_doctor_asks_for_what_is_installed():
+    assert [f"{name}>={least}" for name, least in doctor.NEEDED.items()] == PROJECT["dependencies"]
+    assert set(doctor.FOR_TESTS) <= {line.partition(">=")[0] for line in EXTRAS["test"]}
 
 
 def test_every_import_is_a_declared_dependency():

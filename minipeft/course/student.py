@@ -117,7 +117,11 @@ def write(path, out, nbgrader=False, force=False) -> Path:
     path, out = Path(path), Path(out)
     if path.suffix != ".ipynb" or not path.is_file():
         raise StudentError(f"{path}: no such notebook")
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+    except Exception as error:                  # nbformat raises whatever comes of reading it
+        raise StudentError(f"{path} is no notebook: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
     if not exercises(notebook):
         raise StudentError(f"{path} has no exercises: is it a chapter of the course, and the full edition of it?")
     missing = [name for name, cells in exercises(notebook).items() if not {"question", "stub", "check", "solution"} <= set(cells)]

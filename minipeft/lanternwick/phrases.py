@@ -3,7 +3,7 @@ import functools
 import hashlib
 import re
 
-from . import HERE, register, words
+from . import HERE, words
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import contextlib
 import functools
 from dataclasses import dataclass, replace
 
-from . import phrases
 from .register import register
 
 COLUMNS = {         # table -> (what may be asked for, {what may be a condition: its operators})

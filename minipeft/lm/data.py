@@ -205,6 +205,8 @@ class Batches:
     def __init__(self, examples, tokenizer, batch_size=16, seed=0, max_length=None, truncate=False, bucket=False):
         if not examples:
             raise DataError("no examples to make batches of")
+        if batch_size < 1:
+            raise DataError(f"batch_size = {batch_size}: at least one row is expected")
         self.batch_size, self.seed, self.bucket = batch_size, seed, bucket
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.rows, self.truncated, self._epoch = [], 0, (None, None)

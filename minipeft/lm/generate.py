@@ -5,8 +5,20 @@ that speaks Hugging Face's language: our GPT, an adapted model, a transformers m
 of the output are used.
 """
 import inspect
+import math
 
 import torch
+
+
+def check(max_new_tokens, temperature=0.0, top_k=None, top_p=None, generator=None):
+    """ValueError for settings that mean nothing."""
+    for name, value, good, expected in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "0, for the likeliest, or a positive number"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
+            ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None")):
+        if not good:
+            raise ValueError(f"{name} = {value!r}: expected is {expected}")
 
 
 def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
@@ -40,6 +52,7 @@ def steps(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling):
     """Continue `rows` (lists of token ids); yields [(index of the row, its next token), ...] once a step.
 
     `is_over(index, token)` is asked about each: the rows that are over leave the batch, and it ends with the last."""
+    check(max_new_tokens, **sampling)
     device = next(model.parameters()).device
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
@@ -157,7 +170,7 @@ def generate_ids(model, input_ids, attention_mask=None, max_new_tokens=20, do_sa
     pad = pad_token_id if pad_token_id is not None else min(ends, default=0)
     columns, temperature = [], temperature if do_sample else 0.0
     for new in steps(model, rows, max_new_tokens, lambda i, token: token in ends, adapter_names,
-                     temperature=temperature, top_k=top_k, top_p=top_p, generator=_generator(model, seed)):
+                     temperature=temperature, top_k=top_k or None, top_p=top_p, generator=_generator(model, seed)):
         columns.append(torch.full_like(input_ids[:, :1], pad))
         for i, token in new:
             columns[-1][i] = token

@@ -43,7 +43,9 @@ class AdaLoraConfig(LoraConfig):
     rank_pattern: dict | None = None            # {path + ".lora_E": [is the triplet kept?]}, from the allocator
 
     def __post_init__(self):
-        pattern, self.rank_pattern = self.rank_pattern, {}
+        pattern, self.rank_pattern = self.rank_pattern, {}                  # not ranks, as in LoRA's
+        if not isinstance(pattern, dict | None):
+            raise ConfigError(f"rank_pattern = {pattern!r}: expected is what the allocator notes, a dict")
         super().__post_init__()
         self.rank_pattern = pattern
         self.positive("init_r", "target_r", "total_step", "deltaT")

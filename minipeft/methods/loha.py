@@ -30,7 +30,7 @@ class LycorisConfig(LayerConfig):
     use_effective_conv2d: bool = False          # for PEFT: it concerns convolutions, which are not adapted here
     init_weights: bool = True                   # False: all random, so that the start is another model
     rank_pattern: dict = field(default_factory=dict)    # {expression for the end of a path: r for such layers}
-    alpha_pattern: dict = field(default_factory=dict)   # likewise
+    alpha_pattern: dict[str, float] = field(default_factory=dict)       # likewise
 
     def __post_init__(self):
         super().__post_init__()

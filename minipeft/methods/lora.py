@@ -39,7 +39,7 @@ class LoraConfig(LayerConfig):
     init_lora_weights: bool | str = True        # True: A as nn.Linear does, B zero; "gaussian"; False: both random
     loftq_config: dict = field(default_factory=dict)    # for "loftq": {"loftq_bits": 4, "loftq_iter": 1}
     rank_pattern: dict = field(default_factory=dict)    # {expression for the end of a path: r for such layers}
-    alpha_pattern: dict = field(default_factory=dict)   # likewise
+    alpha_pattern: dict[str, float] = field(default_factory=dict)       # likewise
     fan_in_fan_out: bool = False                # for PEFT; here the layer's class says how its weight is stored
 
     def __post_init__(self):
