@@ -1,8 +1,8 @@
-"""The sweeps of chapter 05: learning rates, rank and alpha, LoRA+, PiSSA and OLoRA, places, data, dropout.
+"""The sweeps of chapter 05: learning rates, rank and alpha, LoRA+, PiSSA, places, data, dropout.
 
     python benchmarks/chapter05.py --jobs 2        # writes benchmarks/results/chapter05.json
 
-Every run has 100 steps of 16 examples. Seed 0 finds each case's learning rate, by the loss on validation examples; where
+Every run has 100 steps of 8 examples. Seed 0 finds each case's learning rate, by the loss on validation examples; where
 the best rate is at an edge of those that were tried, the next one is tried too. Seeds 1 and 2 repeat the best, and write
 answers to test questions. The file is written as the runs come in; those that are in it already, made on the same base,
 are not run again, so the script can be stopped and started at will.
@@ -20,12 +20,11 @@ from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, tr
 from minipeft.lm.data import Batches
 from minipeft.optim import create_loraplus_optimizer
 
-STEPS, BATCH, WARMUP, SEEDS = 100, 16, 10, (0, 1, 2)
+STEPS, BATCH, WARMUP, SEEDS = 100, 8, 10, (0, 1, 2)
 LADDER = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
 LOW, HIGH = LADDER[1:5], LADDER[2:7]                  # what full fine-tuning wants, and LoRA
 TARGETS = {
     "all-linear": "all-linear",
-    "q,v": ["q_proj", "v_proj"],
     "q,k,v,o": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
@@ -57,8 +56,7 @@ def cases() -> dict:
            for name, what, rates in (("full", FULL, LOW[:3]), ("r = 8", {}, HIGH[1:4]))}
     return {"full": (FULL, LOW), "r = 1": ({"r": 1}, HIGH[1:]), "r = 8": ({}, HIGH), "r = 64": ({"r": 64}, HIGH),
             "r = 64, rsLoRA": ({"r": 64, "rslora": True}, HIGH[:3]),
-            "PiSSA": ({"init": "pissa", "alpha": 8}, HIGH[1:4]),                 # alpha = r, as their authors have it
-            "OLoRA": ({"init": "olora", "alpha": 8}, HIGH[1:4])} | places | few
+            "PiSSA": ({"init": "pissa", "alpha": 8}, HIGH[1:4])} | places | few      # alpha = r, as its authors have it
 
 
 def best(runs: list, **what):
