@@ -329,6 +329,9 @@ def test_bucketing_pads_less():
     padding = [sum((batch := rows.batch(s))["attention_mask"].numel() - batch["attention_mask"].sum().item() for s in range(len(rows)))
                for rows in (Batches(examples, Letters(), 8, bucket=b) for b in (False, True))]
     assert padding[1] < padding[0] / 3
+    rows = Batches(examples, Letters(), 8, bucket=True)                             # yet the short ones do not all come first
+    widths = [rows.batch(s)["input_ids"].shape[1] for s in range(len(rows))]
+    assert 0.3 < sum(a < b for a, b in zip(widths, widths[1:])) / len(widths) < 0.7
 
 
 def test_lanternwick_by_name():

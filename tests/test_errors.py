@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minipeft
-from bases import BASES, METHODS, adapted, run
+from bases import BASES, METHODS, adapted, run, shake
 from minipeft import AdapterFileError, AdapterNameError, ConfigError, LoraConfig, PeftModel, TargetError, get_peft_model
 
 BASE, LORA = BASES["llama"], METHODS["lora"]
@@ -132,6 +132,37 @@ def test_merging_that_fails_midway_leaves_the_weights(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         model.merge_adapter(["default"])
     assert torch.equal(run(model), before) and model.merged_adapters == ["b"]
+
+
+def test_merging_slots_within_slots_that_fails_midway_leaves_the_weights(monkeypatch):
+    model = shake(get_peft_model(BASE.make(), minipeft.SubspaceConfig(d=50), "whole"), "whole")
+    model.add_adapter("inner", LORA.ours(BASE))                     # the outer slot is merged first, and undone last
+    shake(model, "inner").set_adapter(["whole", "inner"])
+    before, state, fold, calls = run(model), {k: t.clone() for k, t in model.state_dict().items()}, minipeft.LinearDelta.fold, []
+
+    def broken(self, base):
+        calls.append(base)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        fold(self, base)
+    monkeypatch.setattr(minipeft.LinearDelta, "fold", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.merge_adapter()
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    assert torch.equal(run(model), before) and model.merged_adapters == []
+
+
+def test_deleting_an_adapter_leaves_another_merged():
+    model = adapted(LORA, BASE, "a")
+    model.add_adapter("b", LORA.ours(BASE))
+    shake(model, "b", seed=6)
+    model.merge_adapter(["a"])
+    weights = [slot.weight.clone() for slot in model.modules() if isinstance(slot, minipeft.Slot) and "a" in slot.adapters]
+    model.delete_adapter("b")
+    after = [slot.weight for slot in model.modules() if isinstance(slot, minipeft.Slot) and "a" in slot.adapters]
+    assert model.merged_adapters == ["a"] and all(map(torch.equal, after, weights))
+    model.unmerge_adapter()
+    assert torch.equal(run(model), run(adapted(LORA, BASE, "a")))
 
 
 # Files

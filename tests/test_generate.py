@@ -112,6 +112,8 @@ def test_top_k_and_top_p_are_distributions():
     within(counts(temperature=1.0), [0.4, 0.3, 0.2, 0.1])
     within(counts(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0])
     within(counts(temperature=1.0, top_p=0.6), [4 / 7, 3 / 7, 0, 0])            # the second is needed to reach 0.6
+    halves = torch.tensor([0.5, 0.25, 0.25]).log().expand(99, 3)
+    assert (choose(halves, 1.0, top_p=0.5, generator=dice()) == 0).all()        # it is reached, so no other is needed
     within(counts(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30])
 
 
