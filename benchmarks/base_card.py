@@ -63,7 +63,7 @@ A Llama-style language model of {parameters:,} parameters that was pretrained on
 
 First a warm-up on random tokens (upper figure), which two hand-written pairs of heads begin. Then 9 % of the steps on people and stories of which only
 the answers, and what was named before, are scored; until 17 % nearly all text demands copying; then all kinds are mixed, and from 75 % on there are
-more stories. `minipeft/lm/pretrain.py` says why.
+more stories. The loss jumps where the kind of text changes. `minipeft/lm/pretrain.py` says why.
 
 ## What it can do, and what not
 
