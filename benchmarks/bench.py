@@ -49,6 +49,10 @@ METHODS = {
 }
 RACED = {name: ("ours", 0.8) for name in ("DoRA", "LoHa", "LoKr", "VeRA")} | {"AdaLoRA": ("ours", 1.0)}
 RACED |= {"(IA)³": ("ours", 1.0), "prompt": ("llama", 1.0), "prefix": ("llama", 1.0)}  # peft's prompts want transformers
+WHY = {     # what is written below the table where such a row misses its goal
+    "DoRA step / peft's": "DoRA: nearly all of our step is a plain LoRA's (see the row `DoRA step / our LoRA's`), and most of "
+                          "that are the products with W, which both make alike. The norms take one per cent of it.",
+}
 NAMES = {"ours": "our GPT", "gpt2": "Hugging Face GPT-2", "llama": "Hugging Face Llama"}
 
 
@@ -290,6 +294,8 @@ def markdown(record):
         lines.append(f"| {r['what']} | {show(r['value'])} | {show(r['against'])} | {r['unit']} | {ratio} | {goal} | {met} |")
     where = [f"`{record['command']}`", record["date"], f"commit {record['commit']}", record["machine"],
              *(f"{name} {record['versions'][name]}" for name in ("torch", "peft", "transformers"))]
+    lines += [f"\n{why}" for what, why in WHY.items() if any(r["met"] is False and r["what"].startswith(what)
+                                                             for r in record["rows"])]
     return ", ".join(where) + ".\n\n" + "\n".join(lines) + "\n"
 
 
