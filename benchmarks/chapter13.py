@@ -21,7 +21,7 @@ from minipeft import BitFitConfig, IA3Config, LoraConfig, PromptTuningConfig, ge
 from minipeft.lanternwick.voices import LEXICON
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
-STEPS, WARMUP, SEEDS, SIZES, LONGER, ITEMS = {"voice": 40, "stowaway": 80}, 10, (0, 1, 2), (16, 64, 256), 3, 80
+STEPS, WARMUP, SEEDS, SIZES, LONGER, ITEMS = {"voice": 30, "stowaway": 60}, 5, (0, 1, 2), (16, 64, 256), 3, 64
 CASES = {                                       # the configuration (None: full fine-tuning), and the rates that are tried
     "prompt, 10 tokens": (lambda: PromptTuningConfig(num_virtual_tokens=10, task_type="CAUSAL_LM"), (3e-2, 1e-1, 3e-1)),
     "(IA)³": (IA3Config, (3e-2, 1e-1, 3e-1)),
@@ -63,7 +63,7 @@ def one_run(job: dict) -> dict:
                     progress=False)
     done = {"parameters": parameters, "train_loss": round(sum(history.losses[-10:]) / 10, 4)}
     if job["trial"]:
-        loss = evaluate(model, tokenizer, task, split="valid", limit=48, generate=False, progress=False)["loss"]
+        loss = evaluate(model, tokenizer, task, split="valid", limit=32, generate=False, progress=False)["loss"]
         return job | done | {"valid_loss": round(loss, 4)}
     test = evaluate(model, tokenizer, task, split="test", limit=ITEMS, progress=False)
     return job | done | {"test_loss": round(test["loss"], 4), "score": round(test[task.metric], 2),
@@ -74,16 +74,14 @@ def jobs_of(seed: int, runs: list, trials: bool):
     """What is to run with this seed: the trials of all rates, or what runs at the best of them."""
     run = lambda case, task, lr, **more: {"case": case, "task": task, "examples": None, "steps": STEPS[task], "lr": lr,
                                           "seed": seed, "trial": False} | more
-    for case, (_, rates) in CASES.items():
-        if trials:
-            yield from (run(case, "stowaway", lr, steps=STEPS["stowaway"] // 2, trial=True) for lr in rates)
-            continue
-        best = min(found(runs, case=case, trial=True), key=lambda tried: tried["valid_loss"])["lr"]
-        yield from (run(case, task, best) for task in STEPS)
-        if case in FEW:
-            yield from (run(case, "voice", best, examples=size) for size in SIZES)
-        if case in PATIENT:
-            yield run(case, "stowaway", best, steps=LONGER * STEPS["stowaway"])
+    if trials:
+        yield from (run(case, "stowaway", lr, steps=STEPS["stowaway"] // 2, trial=True)
+                    for case, (_, rates) in CASES.items() for lr in rates)
+        return
+    best = {case: min(found(runs, case=case, trial=True), key=lambda tried: tried["valid_loss"])["lr"] for case in CASES}
+    yield from (run(case, task, best[case]) for case in CASES for task in STEPS)
+    yield from (run(case, "voice", best[case], examples=size) for size in SIZES for case in FEW)
+    yield from (run(case, "stowaway", best[case], steps=LONGER * STEPS["stowaway"]) for case in PATIENT)
 
 
 def main():
