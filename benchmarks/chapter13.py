@@ -4,9 +4,10 @@
 
 `voice` asks for words that the base uses in its stories. `stowaway` has the same sentences and the same words, but each
 of the captain's words stands for another one: a rule that the base never saw. The rate of each method is the best of
-three on stowaway, the harder task, by the loss on validation sentences (first seed, half of the steps). With it run
-three seeds on both tasks, three seeds of some methods on the first 16, 64 and 256 examples of voice only, and (IA)³ on
-stowaway for three times as many steps. The file is written as the runs come in; those in it are not run again.
+three by the loss on validation sentences (first seed): on stowaway after half of the steps, on voice after training on
+64 examples. With it run three seeds on both tasks, three seeds of some methods on the first 16, 64 and 256 examples of
+voice only, and (IA)³ once on stowaway for three times as many steps. The file is written as the runs come in; those in
+it are not run again.
 """
 import argparse
 import dataclasses
@@ -77,11 +78,15 @@ def jobs_of(seed: int, runs: list, trials: bool):
     if trials:
         yield from (run(case, "stowaway", lr, steps=STEPS["stowaway"] // 2, trial=True)
                     for case, (_, rates) in CASES.items() for lr in rates)
+        yield from (run(case, "voice", lr, examples=SIZES[1], trial=True)
+                    for case, (_, rates) in CASES.items() for lr in rates)
         return
-    best = {case: min(found(runs, case=case, trial=True), key=lambda tried: tried["valid_loss"])["lr"] for case in CASES}
-    yield from (run(case, task, best[case]) for case in CASES for task in STEPS)
-    yield from (run(case, "voice", best[case], examples=size) for size in SIZES for case in FEW)
-    yield from (run(case, "stowaway", best[case], steps=LONGER * STEPS["stowaway"]) for case in PATIENT)
+    best = {(case, task): min(found(runs, case=case, task=task, trial=True), key=lambda tried: tried["valid_loss"])["lr"]
+            for case in CASES for task in STEPS}
+    yield from (run(case, task, best[case, task]) for task in STEPS for case in CASES)
+    yield from (run(case, "voice", best[case, "voice"], examples=size) for size in SIZES for case in FEW)
+    if seed == 0:
+        yield from (run(case, "stowaway", best[case, "stowaway"], steps=LONGER * STEPS["stowaway"]) for case in PATIENT)
 
 
 def main():
