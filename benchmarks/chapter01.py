@@ -16,7 +16,7 @@ from minipeft.lm import GPT, GPTConfig, load_tokenizer
 from minipeft.lm.pretrain import SHAPE, copy_warmup, induction_head, name_head, name_tokens
 
 SMALL = SHAPE | dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=32)
-SEEDS, MOST = (0, 1, 2), 250
+SEEDS, MOST = (0, 1, 2), 200
 
 
 def warmup(draft: bool, seed: int, most: int) -> dict:
