@@ -1,11 +1,11 @@
-"""The longer runs of chapter 06: full fine-tuning, LoRA and DoRA, each at its own best learning rate, three seeds.
+"""The longer runs of chapter 06: LoRA against DoRA, each at its own best learning rate, three seeds; full fine-tuning.
 
     python benchmarks/chapter06.py --jobs 2        # writes benchmarks/results/chapter06.json
 
-For each method the first seed climbs a ladder of rates until the best has a worse one on either side (by the loss on
-validation questions); the other seeds then run the best, at rank 8 both its neighbours too. What is reported is the loss on test
-questions, and how far the lengths and directions of the q and v projections moved. The file is written as the runs come
-in; those that are in it already, made on the same base, are not run again. Chapters 07 and 08 use the same climb.
+For each method the first seed tries a rate and its neighbours on a ladder, until the best has a worse one on either side
+(by the loss on validation questions); the other seeds then run the best. What is reported is the loss on test questions,
+and how far the lengths and directions of the q and v projections moved. The file is written as the runs come in, the most
+telling first; those that are in it already, made on the same base, are not run again. Chapters 07 and 08 do the same.
 """
 import argparse
 import functools
@@ -24,10 +24,8 @@ from minipeft.methods.adalora import RankAllocator
 
 WARMUP, BATCH, SEEDS = 10, 16, (0, 1, 2)
 LADDER = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
-ROUNDS = 4                                            # of climbing, with the first seed
-CASES = {"full": (None, {})}
-CASES |= {f"{name} r {r}": (config, dict(r=r, lora_alpha=2 * r))
-          for r in (2, 8) for name, config in (("LoRA", "LoraConfig"), ("DoRA", "DoraConfig"))}
+CASES = {"full": (None, {}), "LoRA r 8": ("LoraConfig", dict(r=8, lora_alpha=16)),
+         "DoRA r 8": ("DoraConfig", dict(r=8, lora_alpha=16))}
 
 
 @functools.cache
@@ -45,7 +43,7 @@ def moved(model) -> list:
 
 
 def one_run(job: dict) -> dict:
-    """job: {"method", "config", "fields", "lr", "seed", "steps", "test", "answers"}; config None is full fine-tuning."""
+    """job: {"method", "config", "fields", "lr", "seed", "steps", "test", "moves"}; config None is full fine-tuning."""
     torch.set_num_threads(1)
     tokenizer, sql, seed, model = load_tokenizer(), load_data("sql"), job["seed"], load_pretrained()
     torch.manual_seed(seed)
@@ -56,10 +54,10 @@ def one_run(job: dict) -> dict:
     history = train(model, batches(seed), steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=seed, progress=False,
                     log=(lambda *_: allocator.step()) if allocator else None)
     valid = evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
-    test = evaluate(model, tokenizer, sql, split="test", limit=job["test"], generate=job["answers"], progress=False)
+    test = evaluate(model, tokenizer, sql, split="test", limit=job["test"], generate=False, progress=False)
     more = {"ranks": {path: sum(part.kept) for path, part in allocator.adapters.items()}} if allocator else {}
-    if job["answers"]:
-        more |= {"score": round(test[sql.metric], 1), "moved": moved(model)}
+    if job["moves"]:
+        more["moved"] = moved(model)
     finite = lambda loss: round(min(loss, 100.0), 4) if loss == loss else 100.0      # a run that went off
     return job | {"parameters": parameters, "valid_loss": finite(valid), "test_loss": finite(test["loss"]),
                   "train_loss": finite(history.recent)} | more
@@ -70,43 +68,46 @@ def best(runs: list, method: str, seed=SEEDS[0]) -> float:
     return min(found(runs, method=method, seed=seed), key=lambda run: run["valid_loss"])["lr"]
 
 
-def climb(cases: dict, start: dict, around: tuple, more: dict, seed: int, runs: list) -> list:
-    """The next jobs. First seed: the start, then the neighbours of the best so far. Other seeds: the best; the methods in
-    `around` its neighbours too."""
-    jobs, runs = [], found(runs, **more)
-    for method, (config, fields) in cases.items():
-        if seed == SEEDS[0] and not found(runs, method=method):
-            rates = [start[method]]
-        else:
-            at, wide = LADDER.index(best(runs, method)), int(seed == SEEDS[0] or method in around)
-            rates = LADDER[max(at - wide, 0):at + wide + 1]
-        jobs += [{"method": method, "config": config, "fields": fields, "lr": lr, "seed": seed} | more for lr in rates]
-    return jobs
+def start(lr, *methods, seeds=SEEDS[:1]):
+    return lambda runs: [(method, lr, seed) for seed in seeds for method in methods]
 
 
-def main(name, cases, start, description, *, steps, around=(), answers=False, extra=None, argv=None):
-    """answers: let the models write queries as well, and execute them; extra: jobs at the end that depend on the runs so far,
-    `extra(runs)`."""
+def around(*methods):
+    """The neighbours of the best rate so far."""
+    def turn(runs):
+        at = {method: LADDER.index(best(runs, method)) for method in methods}
+        return [(method, lr, SEEDS[0]) for method in methods for lr in LADDER[max(at[method] - 1, 0):at[method] + 2]]
+    return turn
+
+
+def again(*methods, seeds=SEEDS[1:], rate_of=None):
+    """At the best rate (of another method, if `rate_of` names it), with these seeds."""
+    return lambda runs: [(method, best(runs, rate_of or method), seed) for seed in seeds for method in methods]
+
+
+def main(name, cases, turns, description, *, steps, moves=False, argv=None):
+    """turns: functions that give the next (method, rate, seed)s from the runs so far."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--test", type=int, default=100, help="questions of the test set")
+    parser.add_argument("--test", type=int, default=128, help="questions of the test set")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     given = parser.parse_args(argv)
-    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": given.steps,
-                        "batch_size": BATCH, "warmup": WARMUP, "seeds": list(SEEDS), "test": given.test}
-    more = {"steps": given.steps, "test": given.test, "answers": answers}
-    plan = functools.partial(climb, cases, start, around, more)
-    seeds = [SEEDS[0]] * ROUNDS + list(SEEDS[1:])
-    runs = sweep(plan, one_run, seeds, record, given.out, given.jobs)
-    if extra:
-        runs = sweep(lambda seed, runs: extra(runs), one_run, [SEEDS[0]], record, given.out, given.jobs)
-    for run in runs:
-        print(f"{run['method']:32} {run['parameters']:9,} lr {run['lr']:<6g} seed {run['seed']} "
-              f"valid {run['valid_loss']:.3f} test {run['test_loss']:.3f} {run.get('score', '')}")
-    return runs
+    more = {"steps": given.steps, "test": given.test, "moves": moves}
+    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "batch_size": BATCH,
+                        "warmup": WARMUP, "seeds": list(SEEDS)} | more
 
+    def jobs(turn, runs):
+        next_ones = turns[turn](found(runs, **more))
+        return [{"method": method, "config": cases[method][0], "fields": cases[method][1], "lr": lr, "seed": seed} | more
+                for method, lr, seed in next_ones]
+    for run in sweep(jobs, one_run, range(len(turns)), record, given.out, given.jobs):
+        print(f"{run['method']:32} {run['parameters']:9,} lr {run['lr']:<6g} seed {run['seed']} "
+              f"valid {run['valid_loss']:.3f} test {run['test_loss']:.3f}")
+
+
+TURNS = [start(1e-2, "LoRA r 8", "DoRA r 8"), start(1e-3, "full"), around("LoRA r 8", "DoRA r 8"),
+         again("LoRA r 8", "DoRA r 8"), again("full"), around("LoRA r 8", "DoRA r 8"), again("LoRA r 8", "DoRA r 8")]
 
 if __name__ == "__main__":
-    start = {method: 1e-2 if config else 2e-3 for method, (config, _) in CASES.items()}
-    main("chapter06", CASES, start, __doc__, steps=100, around=("LoRA r 8", "DoRA r 8"), answers=True)
+    main("chapter06", CASES, TURNS, __doc__, steps=60, moves=True)
