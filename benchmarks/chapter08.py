@@ -15,7 +15,8 @@ CASES |= {f"VeRA r 256, draw {key}": ("VeraConfig", dict(r=256, projection_prng_
 GELU, LINEAR, VERA, *DRAWS = "DenseLoRA r 16", "DenseLoRA linear r 16", "VeRA r 256", "VeRA r 256, draw 1", "VeRA r 256, draw 2"
 SMALL = ("LoHa r 2", "LoKr r 64", "LoRA r 1")
 TURNS = [start(1e-2, "LoRA r 8", *SMALL, GELU), start(5e-2, VERA), around(VERA), again(*DRAWS, seeds=SEEDS[:1], rate_of=VERA),
-         again(GELU, LINEAR, seeds=SEEDS, rate_of=GELU), around(*SMALL), around("LoRA r 8")]
+         again(GELU, LINEAR, seeds=SEEDS, rate_of=GELU), around(*SMALL), around("LoRA r 8"), around(VERA), again(*DRAWS, seeds=SEEDS[:1], rate_of=VERA),
+         around(GELU, LINEAR), again(GELU, LINEAR), around(*SMALL)]
 
 if __name__ == "__main__":
     main("chapter08", CASES, TURNS, __doc__, steps=60)
