@@ -2,15 +2,14 @@
 
     python benchmarks/chapter12.py                 # writes benchmarks/results/chapter12.json
 
-Four parts. "starts": every start at every rate on voice, one seed; also P-tuning, a LoRA of rank 1 and full fine-tuning,
-which have rates of their own. "voice": prompts and prefixes of equal numbers of parameters, from the text, each method at
-its best rate of "starts", three seeds; LoRA and full fine-tuning beside them, one seed. "sql": the same on a task that the
-base has never seen, where each method first looks for its own rate (full fine-tuning keeps that of voice); the middle
-length and LoRA with three seeds, the rest with one. "sizes": a smaller base, which the script pretrains first by a short
-run of the base's recipe (it is kept in the temporary folder, and is chapter 03's), and on it prompt and full fine-tuning
-on voice, each at its best rate, three seeds. A best rate at
-the edge of what was tried asks for the next one. The file is written as the runs come in; those that are in it already are
-not run again, unless the base has changed.
+Four parts. "starts": every start at every rate on voice, one seed; also P-tuning, a LoRA of rank 1 and full fine-tuning.
+"voice": prompts and prefixes of equal numbers of parameters, from the text, each method at its best rate of "starts",
+three seeds; LoRA and full fine-tuning beside them, one seed. "sql": the longer ones and LoRA on a task that the base has
+never seen; the first seed tries two rates, the other two run at the better. "sizes": a smaller base, which the script
+pretrains first by a short run of the base's recipe (it is kept in the temporary folder, and is chapter 03's), and on it
+prompt and full fine-tuning on voice, in the same way. Where the best rate of "starts" is at the edge of what was tried, the
+next one is tried too. The file is written as the runs come in; those that are in it already are not run again, unless the
+base has changed.
 """
 import argparse
 import functools
@@ -32,17 +31,16 @@ from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, tr
 from minipeft.lm.data import Batches
 from minipeft.lm.pretrain import pretrain
 
-STEPS, WARMUP, N, SEEDS = {"voice": 60, "sql": 90}, 10, 10, (0, 1, 2)
-RATES = (1e-4, 1e-2, 1e-1)                      # of all that stands in front of the text
+STEPS, WARMUP, N, SEEDS = {"voice": 50, "sql": 75}, 10, 10, (0, 1, 2)
+RATES = (1e-4, 1e-2, 1e-1)                      # of all that stands in front of the text, and of LoRA
 LORA, FULL = "LoRA, r = 1", "full fine-tuning"
-OWN = {LORA: RATES, FULL: (1e-3, 3e-3, 1e-2)}
-SQL_RATES = {"prompt": (3e-2, 1e-1, 3e-1), "prefix": (3e-2, 1e-1, 3e-1), LORA: (1e-2, 3e-2, 1e-1)}
-SIZES_RATES = {"prompt": (3e-2, 1e-1, 3e-1), FULL: (1e-3, 3e-3, 1e-2)}
-STARTS = [("prompt", start) for start in ("RANDOM", "SAMPLE_VOCAB", "TEXT")] + \
-    [("prefix", start) for start in ("RANDOM", "ZERO", "TEXT")]
+TWO_RATES = {"sql": {"prompt": (1e-1, 3e-1), "prefix": (1e-1, 3e-1), LORA: (1e-2, 3e-2)},
+             "sizes": {"prompt": (1e-1, 3e-1), FULL: (3e-3, 1e-2)}}
+STARTS = [("prompt", "RANDOM"), ("prompt", "TEXT"), ("prefix", "RANDOM"), ("prefix", "ZERO"), ("prefix", "TEXT"),
+          ("p-tuning", "RANDOM"), (LORA, None)]
 TEXT = {"voice": "Told again by the old captain:",                         # what one might write before the question
         "sql": "The clerk writes a query:"}
-PREFIXES = (1, 3, 9)                            # tokens; a prompt of as many parameters is `ratio` times longer
+PREFIXES = (1, 6)                               # tokens; a prompt of as many parameters is `ratio` times longer
 SMALLER, SCHOOL = {"small": SMALL}, 1200        # smaller bases, and the steps of their pretraining
 
 
@@ -72,7 +70,7 @@ def make(job: dict, model, tokenizer):
 
 
 def one_run(job: dict) -> dict:
-    """job: {"part", "base", "task", "method", "start", "n", "lr", "seed", "trial"}; a trial is not scored."""
+    """job: {"part", "base", "task", "method", "start", "n", "lr", "seed"}; base None is the shipped one."""
     torch.set_num_threads(1)
     tokenizer, data, batches = data_of(job["task"], job["seed"])
     model = make(job, load_pretrained(job["base"] and school(job["base"])), tokenizer)
@@ -82,7 +80,7 @@ def one_run(job: dict) -> dict:
     result = {"parameters": trained, "first_loss": round(history.losses[0], 3), "stopped": history.stopped,
               "valid_loss": round(evaluate(model, tokenizer, data, split="valid", limit=96, generate=False,
                                            progress=False)["loss"], 4)}
-    if not job["trial"]:
+    if job["part"] != "starts":
         test = evaluate(model, tokenizer, data, split="test", limit=100, progress=False)
         result["score"] = round(test[data.metric], 1)
     return job | result | {"losses": " ".join(f"{loss:.3f}" for loss in history.losses[:30])}
@@ -117,39 +115,26 @@ def ratio() -> int:
 
 
 def jobs_of(part: str, runs: list, stage: int) -> list:
-    """The runs of a part: at stage 0 the rates to try, at stage 1 those beyond an edge, at stage 2 what is compared."""
-    def job(method, start, n, lr, seed=0, base=None, trial=False):
+    """The runs of a part: at stage 0 the first seed, at stage 1 what follows from its best rates."""
+    def job(method, n, lr, seed=SEEDS[0], start=None, base=None):
         return {"part": part, "base": base, "task": "sql" if part == "sql" else "voice", "method": method, "start": start, "n": n,
-                "lr": lr, "seed": seed, "trial": trial}
+                "lr": lr, "seed": seed}
     lengths = {"prompt": [n * ratio() for n in PREFIXES], "prefix": list(PREFIXES), LORA: [None], FULL: [None]}
-    middle = {m: each[len(each) // 2] for m, each in lengths.items()}
-    start = {m: "TEXT" if middle[m] else None for m in lengths}
+    start = {m: "TEXT" if m in ("prompt", "prefix") else None for m in lengths}
     if part == "starts" and stage == 0:
-        return [job(m, s, N, lr, trial=True) for m, s in [*STARTS, ("p-tuning", "RANDOM")] for lr in RATES] + \
-            [job(m, None, None, lr, trial=True) for m, rates in OWN.items() for lr in rates]
+        return [job(m, None if m == LORA else N, lr, start=s) for m, s in STARTS for lr in RATES] + \
+            [job(FULL, None, lr) for lr in (1e-3, 3e-3)]
     if part == "starts":
-        return [job(m, start[m], middle[m] and N, lr, trial=True) for m in lengths
-                for lr in next_rates(runs, part="starts", method=m, start=start[m])] if stage == 1 else []
-    if part == "voice" and stage < 2:
-        return []
-    known = {m: best_rate(runs, part="starts", method=m, start=start[m]) for m in lengths}
+        return [job(m, N if start[m] else None, lr, start=start[m]) for m in lengths
+                for lr in next_rates(runs, part="starts", method=m, start=start[m])]
     if part == "voice":
-        return [job(m, start[m], n, known[m], seed) for seed in SEEDS for m in lengths for n in lengths[m]
-                if seed == SEEDS[0] or n]
-    if part == "sql":
-        if stage == 0:
-            return [job(m, start[m], middle[m], lr, trial=True) for m, rates in SQL_RATES.items() for lr in rates]
-        tried = {m: dict(part="sql", method=m, trial=True) for m in SQL_RATES}
-        if stage == 1:
-            return [job(m, start[m], middle[m], lr, trial=True) for m in tried for lr in next_rates(runs, **tried[m])]
-        rates = {m: best_rate(runs, **tried[m]) for m in tried} | {FULL: known[FULL]}
-        return [job(m, start[m], n, rates[m], seed) for seed in SEEDS for m in lengths for n in lengths[m]
-                if n == middle[m] and (seed == SEEDS[0] or m != FULL) or n == lengths[m][-1] and seed == SEEDS[0]]
-    tried = {(base, m): dict(part="sizes", base=base, method=m, trial=True) for base in SMALLER for m in SIZES_RATES}
-    if stage < 2:
-        return [job(m, start[m], middle[m], lr, base=base, trial=True) for base, m in tried
-                for lr in (next_rates(runs, **tried[base, m]) if stage else SIZES_RATES[m])]
-    return [job(m, start[m], middle[m], best_rate(runs, **tried[base, m]), seed, base) for base, m in tried for seed in SEEDS]
+        rates = {m: best_rate(runs, part="starts", method=m, start=start[m]) for m in lengths}
+        return [job(m, n, rates[m], seed, start[m]) for seed in SEEDS for m in lengths for n in lengths[m] if seed == SEEDS[0] or n]
+    bases = list(SMALLER) if part == "sizes" else [None]
+    if stage == 0:
+        return [job(m, lengths[m][-1], lr, SEEDS[0], start[m], base) for base in bases for m, rates in TWO_RATES[part].items() for lr in rates]
+    return [job(m, lengths[m][-1], best_rate(runs, part=part, base=base, method=m, seed=SEEDS[0]), seed, start[m], base)
+            for base in bases for m in TWO_RATES[part] for seed in SEEDS[1:]]
 
 
 def main(arguments=None):
@@ -175,7 +160,7 @@ def main(arguments=None):
                                      "width": shape["hidden_size"], "layers": shape["num_hidden_layers"],
                                      "tokens": report["tokens"], "loss": round(sum(report["loss"][-50:]) / 50, 3)}
     with ProcessPoolExecutor(given.jobs) as pool:
-        for part, stage in ((part, stage) for part in given.parts for stage in range(3)):
+        for part, stage in ((part, stage) for part in given.parts for stage in (0, 1)):
             jobs = [job for job in jobs_of(part, runs, stage) if not found(runs, **job)]
             for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=part, disable=not jobs):
                 runs.append(run)
