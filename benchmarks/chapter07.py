@@ -15,7 +15,8 @@ CASES = {"AdaLoRA 6 to 3": ("AdaLoraConfig", ADA), "LoRA r 3": ("LoraConfig", di
          "AdaLoRA 3, no search": ("AdaLoraConfig", ADA | dict(init_r=3, lora_alpha=6))}
 MAIN, LORA, *VARIANTS = CASES
 TURNS = [start(2e-2, MAIN), start(1e-2, LORA), around(MAIN), again(*VARIANTS, seeds=SEEDS[:1], rate_of=MAIN), again(MAIN, LORA),
-         again(*VARIANTS, rate_of=MAIN), around(LORA), again(LORA)]
+         again(*VARIANTS, rate_of=MAIN), around(LORA), again(LORA), around(MAIN, LORA), again(*VARIANTS, seeds=SEEDS[:1], rate_of=MAIN),
+         again(MAIN, LORA), again(*VARIANTS, rate_of=MAIN)]
 
 if __name__ == "__main__":
     main("chapter07", CASES, TURNS, __doc__, steps=STEPS)
