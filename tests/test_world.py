@@ -132,7 +132,8 @@ def test_casts_come_from_the_register_or_are_strangers(told, sample):
         for person in story.cast.values():
             assert town.get(person.name, person) == person
     drawn = stories[len(told):]
-    assert 0.25 < sum(story.cast["A"].name in town for story in drawn) / len(drawn) < 0.42
+    residents = sum(story.cast["A"].name in town for story in drawn)
+    assert abs(residents - len(drawn) / 5) < 4 * (0.2 * 0.8 * len(drawn)) ** 0.5          # one story in five; four standard deviations
     assert not any(person.name in town for document in sample for person in document.meta.get("people", ()))
 
 
