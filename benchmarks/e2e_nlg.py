@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, save
+from common import RESULTS, facts, found, save
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, evaluate, load_data, load_pretrained, load_tokenizer, train
@@ -89,8 +89,8 @@ def main(argv=None):
 
     def once(where, **job):
         """Do a run, unless the file has it. The file is read anew each time: another process may work on another base."""
-        if found := [run for run in stored()[where] if all(run[key] == value for key, value in job.items())]:
-            return found[0]
+        if known := found(stored()[where], **job):
+            return known[0]
         print(where, job, flush=True)
         run = one_run(task, tokenizer=tokenizer, batches=batches, limit=given.limit, final=where == "runs", **job)
         record = header | {key: stored()[key] for key in ("sweep", "runs")}

@@ -117,11 +117,9 @@ def test_an_initialisation_that_fails_midway_leaves_the_weights(plain, monkeypat
         get_peft_model(plain, LoraConfig(init_lora_weights="broken"))
 
 
-def test_merging_that_fails_midway_leaves_the_weights(monkeypatch):
-    model = adapted(LORA, BASE)
-    model.add_adapter("b", LORA.ours(BASE))
-    model.merge_adapter(["b"])
-    before, fold, calls = run(model), minipeft.LinearDelta.fold, []
+def break_fourth_fold(monkeypatch):
+    """Merging goes well three times, and runs out of memory at the fourth layer."""
+    fold, calls = minipeft.LinearDelta.fold, []
 
     def broken(self, base):
         calls.append(base)
@@ -129,6 +127,14 @@ def test_merging_that_fails_midway_leaves_the_weights(monkeypatch):
             raise RuntimeError("out of memory")
         fold(self, base)
     monkeypatch.setattr(minipeft.LinearDelta, "fold", broken)
+
+
+def test_merging_that_fails_midway_leaves_the_weights(monkeypatch):
+    model = adapted(LORA, BASE)
+    model.add_adapter("b", LORA.ours(BASE))
+    model.merge_adapter(["b"])
+    before = run(model)
+    break_fourth_fold(monkeypatch)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.merge_adapter(["default"])
     assert torch.equal(run(model), before) and model.merged_adapters == ["b"]
@@ -138,14 +144,8 @@ def test_merging_slots_within_slots_that_fails_midway_leaves_the_weights(monkeyp
     model = shake(get_peft_model(BASE.make(), minipeft.SubspaceConfig(d=50), "whole"), "whole")
     model.add_adapter("inner", LORA.ours(BASE))                     # the outer slot is merged first, and undone last
     shake(model, "inner").set_adapter(["whole", "inner"])
-    before, state, fold, calls = run(model), {k: t.clone() for k, t in model.state_dict().items()}, minipeft.LinearDelta.fold, []
-
-    def broken(self, base):
-        calls.append(base)
-        if len(calls) == 4:
-            raise RuntimeError("out of memory")
-        fold(self, base)
-    monkeypatch.setattr(minipeft.LinearDelta, "fold", broken)
+    before, state = run(model), {k: t.clone() for k, t in model.state_dict().items()}
+    break_fourth_fold(monkeypatch)
     with pytest.raises(RuntimeError, match="out of memory"):
         model.merge_adapter()
     assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
