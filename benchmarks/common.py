@@ -57,9 +57,20 @@ def found(runs: list, **wanted) -> list:
     return [run for run in runs if all(run.get(key) == value for key, value in wanted.items())]
 
 
-def weights() -> str:
+def finite(loss: float) -> float:
+    """As it is written down: a run that went off has 100."""
+    return round(min(loss, 100.0), 4) if loss == loss else 100.0
+
+
+def climb(tried: dict, ladder, first) -> list:
+    """The rates to try next, tried being {rate: loss}: `first` and its neighbours, then on until the best has a worse one on either side."""
+    at = ladder.index(min(tried, key=tried.get) if tried else first)
+    return [rate for rate in ladder[max(at - 1, 0):at + 2] if rate not in tried]
+
+
+def weights(base: str | None = None) -> str:
     """A fingerprint of the base: runs on another one are not kept."""
-    numbers = b"".join(p.detach().numpy().tobytes() for p in load_pretrained().parameters())
+    numbers = b"".join(p.detach().numpy().tobytes() for p in load_pretrained(base).parameters())
     return hashlib.sha256(numbers).hexdigest()[:12]
 
 
@@ -68,16 +79,16 @@ def vocabulary() -> str:
     return hashlib.sha256((resolve() / "tokenizer.json").read_bytes()).hexdigest()[:12]
 
 
-def sweep(jobs_of, one_run, seeds, record: dict, out: Path, workers: int) -> list:
-    """Run jobs_of(seed, runs so far) for every seed, keep the results in `out` as they come in, return all of them."""
+def sweep(jobs_of, one_run, turns, record: dict, out: Path, workers: int) -> list:
+    """Run jobs_of(turn, runs so far) for every turn (a seed, say), keep the results in `out` as they come in, return all of them."""
     before, started = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}, time.time()
     record = record | {"weights": weights()}
     runs = before["runs"] if before.get("weights") == record["weights"] else []
     spent = before.get("minutes", 0) if runs else 0
     with ProcessPoolExecutor(workers) as pool:
-        for seed in seeds:
-            jobs = [job for job in jobs_of(seed, runs) if not found(runs, **job)]
-            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"seed {seed}"):
+        for turn in turns:
+            jobs = [job for job in jobs_of(turn, runs) if not found(runs, **job)]
+            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"turn {turn}", disable=not jobs):
                 runs.append(run)
                 save(out, record | {"minutes": round(spent + (time.time() - started) / 60, 1), "runs": runs})
     return runs

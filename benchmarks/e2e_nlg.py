@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, found, save
+from common import RESULTS, facts, found, save, weights
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, evaluate, load_data, load_pretrained, load_tokenizer, train
@@ -88,19 +88,21 @@ def main(argv=None):
         return json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"sweep": [], "runs": []}
 
     def once(where, **job):
-        """Do a run, unless the file has it. The file is read anew each time: another process may work on another base."""
-        if known := found(stored()[where], **job):
+        """Do a run, unless the file has it, made on the same weights. The file is read anew each time: another process may
+        work on another base."""
+        if known := found(stored()[where], weights=mark, **job):
             return known[0]
         print(where, job, flush=True)
         run = one_run(task, tokenizer=tokenizer, batches=batches, limit=given.limit, final=where == "runs", **job)
-        record = header | {key: stored()[key] for key in ("sweep", "runs")}
-        record[where].append(run | {"commit": header["commit"]})
+        now = lambda rows: [row for row in rows if row["base"] != job["base"] or row.get("weights") == mark]
+        record = header | {key: now(stored()[key]) for key in ("sweep", "runs")}
+        record[where].append(run | {"weights": mark, "commit": header["commit"]})
         save(given.out, record)
         return run
 
     for base in given.base:
         tokenizer = load_tokenizer(base)
-        longest = room(load_pretrained(base))
+        longest, mark = room(load_pretrained(base)), weights(base)
         batches = cache(lambda seed: Batches(task.train, tokenizer, BATCH, seed=seed, max_length=longest, bucket=True))
         rates = {}
         for seed in given.seeds:  # the first seed of every method first

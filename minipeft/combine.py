@@ -14,6 +14,7 @@ And before summing, tensors may be thinned out, keeping the share `density` of t
 import dataclasses
 import difflib
 import math
+import warnings
 
 import torch
 
@@ -37,7 +38,7 @@ def keep_random(tensor, density):
 def sum_of(tensors, weights, way, density=None, majority="total"):
     """The weighted sum of tensors of one shape. `majority` counts votes by size ("total") or by head ("frequency")."""
     if density is not None and density < 1:
-        thin = keep_random if "dare" in way else keep_largest if way != "linear" else lambda tensor, _: tensor
+        thin = keep_random if "dare" in way else keep_largest
         tensors = [thin(tensor, density) for tensor in tensors]
     tensors = torch.stack(tensors)                                          # (n, ...)
     weighted = tensors * torch.tensor(weights).to(tensors).view(-1, *[1] * (tensors.dim() - 1))
@@ -84,9 +85,13 @@ def plan(configs, parts, weights, paths, way, svd_rank, svd, density, majority):
         raise ConfigError("only plain LoRAs can be combined, without use_dora and lora_bias")
     if any(not hasattr(adapter, "factors") for part in parts for adapter in part.values()):
         raise ConfigError("adapters with modules_to_save cannot be combined")
-    if any(word in way for word in ("ties", "dare", "magnitude")) and not (density is not None and density >= 0):
+    thins = any(word in way for word in ("ties", "dare", "magnitude"))
+    if thins and not (density is not None and density >= 0):
         raise ConfigError(f"{way} needs a density from 0 to 1, the share of entries that stay; given was {density!r}")
-    way = "linear" if len(configs) == 1 else way
+    if density is not None and not thins:
+        warnings.warn(f"combination_type {way!r} keeps every entry: density = {density} is not used", stacklevel=3)
+    if len(configs) == 1:
+        way, thins = "linear", False
     ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
     if way in SEPARATE and len(set(ranks)) > 1:
         raise ConfigError(f"{way} needs adapters of one rank; these have {ranks}. cat and svd take any")
@@ -102,7 +107,7 @@ def plan(configs, parts, weights, paths, way, svd_rank, svd, density, majority):
         for path, adapter in new.items():
             here = [(part[path], w) for part, w in zip(parts, weights) if path in part]
             factors = [(*(factor.detach() for factor in old.factors), old.scaling) for old, _ in here]
-            A, B = weighted(factors, [w for _, w in here], way, rank, svd, density, majority)
+            A, B = weighted(factors, [w for _, w in here], way, rank, svd, density if thins else None, majority)
             for own, factor, taken in zip(adapter.factors, (A, B), (slice(len(A)), (slice(None), slice(B.shape[1])))):
                 own.zero_()                     # where fewer than `rank` came together, the rest stays zero
                 own[taken] = factor

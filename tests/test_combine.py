@@ -104,11 +104,17 @@ def test_33_unequal_ranks(way):
     model = several(BASES["llama"], ranks=(2, 4))
     names, tensors = list(model.peft_config), list(model.state_dict())
     with pytest.raises(minipeft.ConfigError, match=r"one rank.*\[2, 4\]"):
-        model.add_weighted_adapter(["a", "b"], [1, 1], "c", way, density=0.5)
+        model.add_weighted_adapter(["a", "b"], [1, 1], "c", way, density=None if way == "linear" else 0.5)
     assert names == list(model.peft_config) and tensors == list(model.state_dict())
     model.add_weighted_adapter(["a", "b"], [1, 1], "svd", "svd")
     model.add_weighted_adapter(["a", "b"], [1, 1], "cat", "cat")
     assert model.peft_config["svd"].r == 4 and model.peft_config["cat"].r == 6
+
+
+@pytest.mark.parametrize("way", ["linear", "svd", "cat"])
+def test_a_density_that_nothing_uses_is_said(way):
+    with pytest.warns(UserWarning, match=f"'{way}' keeps every entry: density = 0.5 is not used"):
+        several(BASES["llama"]).add_weighted_adapter(["a", "b"], [1, 1], "c", way, density=0.5)
 
 
 def test_a_combination_waits_and_is_saved_like_any_other(tmp_path):
