@@ -5,10 +5,13 @@
 Three starts: the course's base, the same network with random weights, and a smaller base, which is pretrained here. For
 each start and each d the stride is climbed with seed 0: from a first guess to its neighbours on LADDER, and on, until the
 best lies between two worse ones (by the loss on validation questions). Only that one is run with the other seeds. A seed
-draws the projection, the random weights and the order of the questions. The file is written as the runs come in; those
-that are in it already are not run again. `--starts random small` needs nothing of the base but its tokenizer.
+draws the projection, the random weights and the order of the questions. Some of the runs are done once more with twice the
+steps: one seed, the stride that was best with the fewer steps (all parameters climb again). The file is written as the
+runs come in; those that are in it already are not run again, unless the base that they rest on has changed. `--starts
+random small` needs nothing of the course's base but its tokenizer. The smaller base is kept in the temporary folder.
 """
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -25,10 +28,12 @@ from minipeft.lm import GPT, GPTConfig, evaluate, load_data, load_pretrained, lo
 from minipeft.lm.pretrain import SHAPE, pretrain
 
 STEPS, WARMUP, QUESTIONS = 60, 10, 128
+LONGER, ONCE_MORE = 120, [64, 1024, 4096, 16384]         # the longer runs: steps, and which d
 DIMENSIONS, SEEDS = [16, 64, 256, 1024, 4096, 16384], (0, 1, 2)
 LADDER = (0.7, 2.0, 6.0, 18.0, 54.0, 160.0, 480.0)      # strides: how far a step of Adam goes, rate * sqrt(d)
 FIRST = {"pretrained": 6.0, "random": 54.0, "small": 6.0, "full": 6.0}
 SMALL = SHAPE | dict(hidden_size=64, intermediate_size=192, num_hidden_layers=3, head_dim=32)
+SCHOOL = 4800                                           # steps of the smaller base's pretraining
 WAYS = {"hash": dict(projection="hash"), "fastfood": dict(projection="fastfood"),
         "fastfood, structure-aware": dict(projection="fastfood", structure_aware=True)}
 COMPARED = 256                                          # the d at which the three ways are compared
@@ -61,35 +66,40 @@ def best(runs: list) -> float:
 
 
 def measured(job: dict) -> list:
-    """job: {"start", "way", "d", "on", "steps"} and "small", "runs", "ladder": all runs of this case, old and new."""
+    """job: {"start", "way", "d", "on", "steps"} and "small", "runs", "first", "climb", "seeds": all runs of this case, old and new."""
     torch.set_num_threads(1)
-    job = dict(job)
-    small, runs, ladder = job.pop("small"), list(job.pop("runs")), job.pop("ladder")
+    job, ladder = dict(job), LADDER
+    small, runs, first, climb, seeds = (job.pop(key) for key in ("small", "runs", "first", "climb", "seeds"))
 
     def ensure(stride, seed):
         if not found(runs, stride=stride, seed=seed):
             runs.append(job | one_run(job["start"], job["way"], job["d"], stride, seed, job["steps"], small))
 
-    at = ladder.index(FIRST[job["start"] if job["d"] else "full"])
-    while True:                                             # until the best has a worse neighbour on each side
-        for step in (at - 1, at, at + 1):
+    ensure(first, SEEDS[0])
+    while climb:                                            # until the best has a worse neighbour on each side
+        at = ladder.index(best(runs))
+        for step in (at - 1, at + 1):
             if 0 <= step < len(ladder):
                 ensure(ladder[step], SEEDS[0])
-        if ladder[at] == best(runs):
-            break
-        at = ladder.index(best(runs))
-    for seed in SEEDS[1:]:
+        climb = ladder[at] != best(runs)
+    for seed in seeds[1:]:
         ensure(best(runs), seed)
     return runs
 
 
-def small_base(folder: Path, steps: int, seed: int = 7) -> dict:
-    """Pretrain the smaller base, unless it is there; returns its facts."""
+def school(steps: int = SCHOOL, shape: dict = SMALL) -> Path:
+    """The folder of a smaller base, pretrained by the base's own recipe, but shorter, if it is not there."""
+    made = f"{shape['hidden_size']}x{shape['num_hidden_layers']}_{steps}_{vocabulary()}"
+    folder = Path(tempfile.gettempdir()) / f"minipeft_base_{made}"
     if not (folder / "history.json").exists():
-        with torch.compiler.set_stance("force_eager"):      # so small a network is trained before it is compiled
-            pretrain(folder, steps, seed, tokenizer=load_tokenizer(), shape=SMALL, progress=False)
-    record = json.loads((folder / "history.json").read_text())
-    return {"steps": record["steps"], "tokens": record["tokens"], "shape": SMALL, "loss": record["loss"][-1]}
+        pretrain(folder, steps, tokenizer=load_tokenizer(), shape=shape, progress=False)
+    return folder
+
+
+def schooling(folder: Path) -> dict:
+    """What a base has read, and its loss at the end."""
+    report = json.loads((folder / "history.json").read_text())
+    return {"steps": report["steps"], "tokens": report["tokens"], "loss": round(sum(report["loss"][-50:]) / 50, 3)}
 
 
 def main():
@@ -98,32 +108,49 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--dimensions", type=int, nargs="*", default=DIMENSIONS)
     parser.add_argument("--starts", nargs="*", default=["pretrained", "random", "small"])
-    parser.add_argument("--small-steps", type=int, default=1200, help="pretraining of the smaller base")
-    parser.add_argument("--small", type=Path, default=Path(tempfile.gettempdir()) / f"minipeft_small_base_{vocabulary()}")
+    parser.add_argument("--small-steps", type=int, default=SCHOOL, help="pretraining of the smaller base")
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter03.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    ground = {"pretrained": weights(), "random": vocabulary(), "small": vocabulary()}   # what a run rests on
+    small = school(given.small_steps) if "small" in given.starts else None
+    ground = {"random": vocabulary()}                       # what a run rests on
+    ground |= {"pretrained": weights()} if "pretrained" in given.starts else {}
+    ground |= {"small": weights(str(small))} if small else {}
     before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"runs": []}
-    runs = [run for run in before["runs"] if run["on"] == ground[run["start"]]]
+    runs = [run for run in before["runs"] if run["on"] == ground.get(run["start"], run["on"]) and run["steps"] in (given.steps, LONGER)]
     started, record = time.time(), facts()
-    record |= {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": given.steps,
+    record |= {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "steps": given.steps, "longer": LONGER,
                "batch_size": 16, "warmup": WARMUP, "ladder": LADDER, "seeds": SEEDS, "dimensions": given.dimensions,
-               "questions": QUESTIONS, "compared": COMPARED}
-    if "small" in given.starts:
-        record["small base"] = small_base(given.small, given.small_steps)
+               "once more": ONCE_MORE, "questions": QUESTIONS, "compared": COMPARED}
+    record["small base"] = schooling(small) | {"shape": SMALL} if small else before.get("small base")
     minutes = before.get("minutes", 0.0) if runs else 0.0
-    cases = [(start, "hash", d) for start in given.starts for d in [None, *given.dimensions]]
-    if "pretrained" in given.starts:
-        cases += [("pretrained", way, COMPARED) for way in list(WAYS)[1:]]
-    jobs = [{"start": start, "way": way, "d": d, "on": ground[start], "steps": given.steps} for start, way, d in cases]
-    jobs = [job | {"runs": found(runs, **job), "ladder": LADDER, "small": given.small} for job in jobs]
+
+    def case(start, way, d, steps, first, **more):
+        job = {"start": start, "way": way, "d": d, "on": ground[start], "steps": steps}
+        return job | {"runs": found(runs, **job), "small": small, "first": first, "climb": True, "seeds": SEEDS} | more
+
+    def cases():
+        for start in given.starts:
+            for d in [None, *given.dimensions]:
+                yield case(start, "hash", d, given.steps, FIRST[start if d else "full"])
+        if "pretrained" in given.starts:
+            for way in list(WAYS)[1:]:
+                yield case("pretrained", way, COMPARED, given.steps, FIRST["pretrained"])
+
+    def longer():                                           # where the shorter ones were best; one seed
+        for start, d in itertools.product(given.starts, [None, *ONCE_MORE]):
+            if start != "small" and d in (None, *given.dimensions):
+                shorter = found(runs, start=start, way="hash", d=d, steps=given.steps)
+                yield case(start, "hash", d, LONGER, best(shorter), climb=d is None, seeds=SEEDS[:1])
+
     with ProcessPoolExecutor(given.jobs) as pool:
-        for done in tqdm(pool.map(measured, jobs), total=len(jobs)):
-            runs += [run for run in done if run not in runs]
-            save(given.out, record | {"minutes": round(minutes + (time.time() - started) / 60, 1), "runs": runs})
+        for jobs in (cases, longer):
+            jobs = list(jobs())
+            for done in tqdm(pool.map(measured, jobs), total=len(jobs)):
+                runs += [run for run in done if run not in runs]
+                save(given.out, record | {"minutes": round(minutes + (time.time() - started) / 60, 1), "runs": runs})
     for run in runs:
-        print(f"{run['start']:10} {run['way']:26} d {run['d'] or run['parameters']:9,} stride {run['stride']:5} "
+        print(f"{run['steps']:3} {run['start']:10} {run['way']:26} d {run['d'] or run['parameters']:9,} stride {run['stride']:5} "
               f"seed {run['seed']} loss {run['start_loss']:.2f} -> {run['loss']:.2f}")
 
 

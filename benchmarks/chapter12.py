@@ -2,46 +2,43 @@
 
     python benchmarks/chapter12.py                 # writes benchmarks/results/chapter12.json
 
-Four parts. "starts": every start at every rate on voice, one seed; also P-tuning, a LoRA of rank 1 and full fine-tuning.
-"voice": prompts and prefixes of equal numbers of parameters, from the text, each method at its best rate of "starts",
-three seeds; LoRA and full fine-tuning beside them, one seed. "sql": the longer ones and LoRA on a task that the base has
-never seen; the first seed tries two rates, the other two run at the better. "sizes": a smaller base, which the script
-pretrains first by a short run of the base's recipe (it is kept in the temporary folder, and is chapter 03's), and on it
-prompt and full fine-tuning on voice, in the same way. Where the best rate of "starts" is at the edge of what was tried, the
-next one is tried too. The file is written as the runs come in; those that are in it already are not run again, unless the
-base has changed.
+Four parts. "starts": every start at every rate on voice, one seed; also P-tuning and a LoRA of rank 1. "voice": prompts and
+prefixes of equal numbers of parameters, from the text; LoRA and full fine-tuning beside them. "sql": the longer ones and LoRA
+on a task that the base has never seen. "sizes": a smaller base, which the script pretrains first by the base's recipe, twice:
+a short run of it, and a longer one (they are kept in the temporary folder; the longer one is chapter 03's); on both, prompt
+and full fine-tuning on voice. In the last three the first seed tries rates until the best has a worse one on either side,
+and the other two seeds run at the best. The file is written as the runs come in; those that are in it already are not run
+again, unless the base that they rest on, or the number of steps, has changed.
 """
 import argparse
 import functools
 import json
 import os
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from tempfile import gettempdir
 
 import torch
-from chapter03 import SMALL
-from common import RESULTS, facts, found, save, vocabulary, weights
-from tqdm.auto import tqdm
+from chapter03 import SCHOOL, school, schooling
+from common import RESULTS, climb, facts, finite, found, save, sweep, weights
 
 from minipeft import (LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model,
                       initialize_kv_prefix_from_text)
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
-from minipeft.lm.pretrain import pretrain
+from minipeft.lm.hub import resolve
 
-STEPS, WARMUP, N, SEEDS = {"voice": 50, "sql": 75}, 10, 10, (0, 1, 2)
-RATES = (1e-4, 1e-2, 1e-1)                      # of all that stands in front of the text, and of LoRA
+STEPS, WARMUP, N, SEEDS = {"voice": 100, "sql": 150}, 10, 10, (0, 1, 2)
+RATES = (1e-4, 1e-2, 1e-1, 3e-1, 1.0)           # of all that stands in front of the text, and of LoRA
 LORA, FULL = "LoRA, r = 1", "full fine-tuning"
-TWO_RATES = {"sql": {"prompt": (1e-1, 3e-1), "prefix": (1e-1, 3e-1), LORA: (1e-2, 3e-2)},
-             "sizes": {"prompt": (1e-1, 3e-1), FULL: (3e-3, 1e-2)}}
-STARTS = [("prompt", "RANDOM"), ("prompt", "TEXT"), ("prefix", "RANDOM"), ("prefix", "ZERO"), ("prefix", "TEXT"),
-          ("p-tuning", "RANDOM"), (LORA, None)]
+FIRST = {("voice", FULL): 3e-4, ("sql", "prompt"): 1e-1, ("sql", "prefix"): 3e-1, ("sql", LORA): 3e-2, ("sizes", "prompt"): 1e-1,
+         ("sizes", FULL): 1e-3}                 # where the climb begins
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+STAGES = 4                                      # of a climb: enough to get from one end of what is likely to the other
+STARTS = [("prompt", "RANDOM"), ("prompt", "SAMPLE_VOCAB"), ("prompt", "TEXT"), ("prefix", "RANDOM"), ("prefix", "ZERO"),
+          ("prefix", "TEXT"), ("p-tuning", "RANDOM"), (LORA, None)]
 TEXT = {"voice": "Told again by the old captain:",                         # what one might write before the question
         "sql": "The clerk writes a query:"}
 PREFIXES = (1, 6)                               # tokens; a prompt of as many parameters is `ratio` times longer
-SMALLER, SCHOOL = {"small": SMALL}, 1200        # smaller bases, and the steps of their pretraining
+SMALLER = {"small, read little": 1200, "small": SCHOOL}     # the steps of their pretraining
 
 
 @functools.cache
@@ -70,42 +67,42 @@ def make(job: dict, model, tokenizer):
 
 
 def one_run(job: dict) -> dict:
-    """job: {"part", "base", "task", "method", "start", "n", "lr", "seed"}; base None is the shipped one."""
+    """job: {"part", "base", "on", "task", "steps", "method", "start", "n", "lr", "seed"}; base None is the shipped one."""
     torch.set_num_threads(1)
     tokenizer, data, batches = data_of(job["task"], job["seed"])
-    model = make(job, load_pretrained(job["base"] and school(job["base"])), tokenizer)
+    model = make(job, load_pretrained(folder(job["base"])), tokenizer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(model, batches, tokenizer=tokenizer, steps=STEPS[job["task"]], lr=job["lr"], warmup=WARMUP, seed=job["seed"],
+    history = train(model, batches, tokenizer=tokenizer, steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=job["seed"],
                     progress=False)
     result = {"parameters": trained, "first_loss": round(history.losses[0], 3), "stopped": history.stopped,
-              "valid_loss": round(evaluate(model, tokenizer, data, split="valid", limit=96, generate=False,
-                                           progress=False)["loss"], 4)}
+              "valid_loss": finite(evaluate(model, tokenizer, data, split="valid", limit=96, generate=False,
+                                            progress=False)["loss"])}
     if job["part"] != "starts":
         test = evaluate(model, tokenizer, data, split="test", limit=100, progress=False)
         result["score"] = round(test[data.metric], 1)
     return job | result | {"losses": " ".join(f"{loss:.3f}" for loss in history.losses[:30])}
 
 
-def school(name: str) -> Path:
-    """The folder of a smaller base, pretrained by the base's own recipe, but shorter, if it is not there."""
-    folder = Path(gettempdir()) / f"minipeft_{name}_base_{vocabulary()}"        # chapter 03 has the same small one
-    if not (folder / "history.json").exists():
-        with torch.compiler.set_stance("force_eager"):      # so small a network is trained before it is compiled
-            pretrain(folder, SCHOOL, tokenizer=load_tokenizer(), shape=SMALLER[name], progress=False)
-    return folder
+def folder(base: str | None) -> str | None:
+    return base and str(school(SMALLER[base]))
+
+
+@functools.cache
+def ground(base: str | None) -> str:
+    """What a run rests on: the fingerprint of its base."""
+    return weights(folder(base))
 
 
 # ------------------------------------------------------------------------------------------------------ what is run
 
+def losses(runs: list, **wanted) -> dict:
+    """By rate."""
+    return {run["lr"]: run["valid_loss"] for run in found(runs, seed=SEEDS[0], **wanted)}
+
+
 def best_rate(runs: list, **wanted) -> float:
-    return min(found(runs, **wanted), key=lambda run: run["valid_loss"])["lr"]
-
-
-def next_rates(runs: list, **wanted) -> list:
-    """The rate beyond the edge, if the best one is at the edge of what was tried."""
-    tried = sorted({run["lr"] for run in found(runs, **wanted)})
-    best = best_rate(runs, **wanted)
-    return [float(f"{rate:.1g}") for edge, rate in ((0, best / 3.2), (-1, best * 3.2)) if best == tried[edge]]
+    tried = losses(runs, **wanted)
+    return min(tried, key=tried.get)
 
 
 def ratio() -> int:
@@ -115,26 +112,28 @@ def ratio() -> int:
 
 
 def jobs_of(part: str, runs: list, stage: int) -> list:
-    """The runs of a part: at stage 0 the first seed, at stage 1 what follows from its best rates."""
-    def job(method, n, lr, seed=SEEDS[0], start=None, base=None):
-        return {"part": part, "base": base, "task": "sql" if part == "sql" else "voice", "method": method, "start": start, "n": n,
-                "lr": lr, "seed": seed}
+    """The runs of a part. At the last stage the other seeds, before it the rates."""
+    def job(case, lr, seed=SEEDS[0]):
+        task = "sql" if part == "sql" else "voice"
+        return {"part": part, "on": ground(case["base"]), "task": task, "steps": STEPS[task]} | case | {"lr": lr, "seed": seed}
     lengths = {"prompt": [n * ratio() for n in PREFIXES], "prefix": list(PREFIXES), LORA: [None], FULL: [None]}
-    start = {m: "TEXT" if m in ("prompt", "prefix") else None for m in lengths}
-    if part == "starts" and stage == 0:
-        return [job(m, None if m == LORA else N, lr, start=s) for m, s in STARTS for lr in RATES] + \
-            [job(FULL, None, lr) for lr in (1e-3, 3e-3)]
+    case = lambda m, n, base=None: {"base": base, "method": m, "start": "TEXT" if m in ("prompt", "prefix") else None, "n": n}
     if part == "starts":
-        return [job(m, N if start[m] else None, lr, start=start[m]) for m in lengths
-                for lr in next_rates(runs, part="starts", method=m, start=start[m])]
-    if part == "voice":
-        rates = {m: best_rate(runs, part="starts", method=m, start=start[m]) for m in lengths}
-        return [job(m, n, rates[m], seed, start[m]) for seed in SEEDS for m in lengths for n in lengths[m] if seed == SEEDS[0] or n]
-    bases = list(SMALLER) if part == "sizes" else [None]
-    if stage == 0:
-        return [job(m, lengths[m][-1], lr, SEEDS[0], start[m], base) for base in bases for m, rates in TWO_RATES[part].items() for lr in rates]
-    return [job(m, lengths[m][-1], best_rate(runs, part=part, base=base, method=m, seed=SEEDS[0]), seed, start[m], base)
-            for base in bases for m in TWO_RATES[part] for seed in SEEDS[1:]]
+        cases = [case(m, None if m == LORA else N) | {"start": start} for m, start in STARTS]
+        if stage == 0:
+            return [job(case, lr) for case in cases for lr in RATES]
+        tried = [(case, losses(runs, part=part, **case)) for case in cases]
+        return [job(case, lr) for case, tried in tried if min(tried, key=tried.get) in (min(tried), max(tried)) and stage <= STAGES
+                for lr in climb(tried, LADDER, None)]
+    if part == "voice":                         # beginning where "starts" was best
+        first = lambda m: FIRST.get((part, m)) or best_rate(runs, part="starts", method=m, start=case(m, None)["start"])
+        cases = [(case(m, n), first(m)) for m in lengths for n in lengths[m]]
+    else:
+        cases = [(case(m, lengths[m][-1], base), rate) for base in (SMALLER if part == "sizes" else [None])
+                 for (where, m), rate in FIRST.items() if where == part]
+    if stage < STAGES:
+        return [job(case, lr) for case, first in cases for lr in climb(losses(runs, part=part, **case), LADDER, first)]
+    return [job(case, best_rate(runs, part=part, **case), seed) for case, _ in cases for seed in SEEDS[1:]]
 
 
 def main(arguments=None):
@@ -144,29 +143,25 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter12.json")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    before, started = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}, time.time()
-    base = load_pretrained()
-    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "weights": weights(), "steps": STEPS,
+    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "steps": STEPS,
                         "batch_size": 16, "warmup": WARMUP, "n": N, "rates": RATES, "text": TEXT, "prefixes": PREFIXES,
-                        "ratio": ratio(), "seeds": SEEDS, "school": SCHOOL,
-                        "sizes": {"shipped": {"parameters": sum(p.numel() for p in base.parameters()),
-                                              "width": base.config.hidden_size, "layers": base.config.num_hidden_layers}}}
-    runs = before.get("runs", []) if before.get("weights") == record["weights"] else []
-    earlier = before.get("minutes", 0) if runs else 0
-    if "sizes" in given.parts:
-        for name, shape in SMALLER.items():
-            report = json.loads((school(name) / "history.json").read_text())
-            record["sizes"][name] = {"parameters": sum(p.numel() for p in load_pretrained(school(name)).parameters()),
-                                     "width": shape["hidden_size"], "layers": shape["num_hidden_layers"],
-                                     "tokens": report["tokens"], "loss": round(sum(report["loss"][-50:]) / 50, 3)}
-    with ProcessPoolExecutor(given.jobs) as pool:
-        for part, stage in ((part, stage) for part in given.parts for stage in (0, 1)):
-            jobs = [job for job in jobs_of(part, runs, stage) if not found(runs, **job)]
-            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=part, disable=not jobs):
-                runs.append(run)
-                save(given.out, record | {"minutes": round(earlier + (time.time() - started) / 60, 1), "runs": runs})
+                        "ratio": ratio(), "seeds": SEEDS, "sizes": {}}
+    for name in ("shipped", *(SMALLER if "sizes" in given.parts else ())):
+        where = resolve(folder(name) if name in SMALLER else None)
+        model = load_pretrained(str(where))
+        record["sizes"][name] = {"parameters": sum(p.numel() for p in model.parameters()), "width": model.config.hidden_size,
+                                 "layers": model.config.num_hidden_layers}
+        record["sizes"][name] |= schooling(where) if (where / "history.json").exists() else {}
+    if given.out.exists():                      # without runs of other steps, or on another smaller base
+        before = json.loads(given.out.read_text(encoding="utf-8"))
+        known = {name: ground(name) for name in record["sizes"] if name in SMALLER}
+        holds = lambda run: run.get("steps") == STEPS[run["task"]] and run["on"] == known.get(run["base"], run["on"])
+        record["sizes"] = before["sizes"] | record["sizes"]
+        save(given.out, before | {"runs": [run for run in before["runs"] if holds(run)]})
+    turns = [(part, stage) for part in given.parts for stage in range(STAGES + 1)]
+    runs = sweep(lambda turn, runs: jobs_of(turn[0], runs, turn[1]), one_run, turns, record, given.out, given.jobs)
     for run in runs:
-        print(f"{run['part']:7} {run['base'] or '':6} {run['task']:6} {run['method']:16} {run['start'] or '':12} n {run['n'] or 0:3} "
+        print(f"{run['part']:7} {run['base'] or '':18} {run['task']:6} {run['method']:16} {run['start'] or '':12} n {run['n'] or 0:3} "
               f"lr {run['lr']:<6g} seed {run['seed']} {run['parameters']:9,} valid {run['valid_loss']:.3f} score {run.get('score', '')}")
 
 
