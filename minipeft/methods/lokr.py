@@ -40,7 +40,9 @@ class Kronecker(torch.autograd.Function):
     def backward(ctx, grad):
         X, C, D = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)   # autocast's, if that was on
         below = C.T @ grad                                                  # (N, m, q)
-        return below @ D, torch.einsum("Npq,Nmq->pm", grad, X @ D.T), below.flatten(0, 1).T @ X.flatten(0, 1)
+        dX, dD = below @ D, below.flatten(0, 1).T @ X.flatten(0, 1)
+        del below                                                           # before its like is made again
+        return dX, torch.einsum("Npq,Nmq->pm", grad, X @ D.T), dD
 
 
 class LoKr(Lycoris):
