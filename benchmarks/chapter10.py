@@ -2,10 +2,10 @@
 
     python benchmarks/chapter10.py --jobs 2        # writes benchmarks/results/chapter10.json
 
-All with the same rank, steps, data and rate, over three seeds. The rate is the best of chapter 04's record for this rank over
-the dense base; over NF4 its neighbours are tried too, with the first seed. There the trained adapter is also merged back into
-four bits, and what comes of it is measured. Two bits have no packed form here: that base holds the rounded numbers, dense.
-Runs that are in the file already are not repeated.
+All with the same rank, steps and data. The first seed climbs a ladder of rates until the best one has a worse one on either
+side (by the loss on validation questions); the other seeds run at the best. Over NF4 the trained adapter is also merged back
+into four bits, at every rate, and what comes of it is measured. Two bits have no packed form here: that base holds the
+rounded numbers, dense. Runs that are in the file already are not repeated.
 """
 import argparse
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from chapter06 import batches
-from common import RESULTS, facts, sweep
+from common import RESULTS, climb, facts, finite, found, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.layers import write_weight
@@ -22,8 +22,8 @@ from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, tr
 from minipeft.methods.loftq import rounded
 from minipeft.quant import quantize_model
 
-R, ALPHA, LR, NEIGHBOURS, WARMUP, SEEDS = 8, 16, 1e-2, (5e-3, 2e-2), 10, (0, 1, 2)
-WRITING = ("32 bits", "NF4", "NF4 + LoftQ")        # whose queries are written out and executed
+R, ALPHA, WARMUP, SEEDS = 8, 16, 10, (0, 1, 2)
+LADDER, FIRST, TURNS = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2), 1e-2, 4            # turns to climb in
 WAYS = {"32 bits": {}, "NF4": {"bits": 4}, "NF4 + LoftQ": {"bits": 4, "loftq": True}, "NF4, DoRA": {"bits": 4, "dora": True},
         "2 bits": {"bits": 2}, "2 bits + LoftQ": {"bits": 2, "loftq": True}}
 
@@ -42,10 +42,10 @@ def make(bits=32, loftq=False, dora=False):
     return quantize_model(model, double_quant=False) if loftq and bits == 4 else model
 
 
-def judge(model, test, write=True):
+def judge(model, test):
     tokenizer, sql = load_tokenizer(), load_data("sql")
-    found = evaluate(model, tokenizer, sql, split="test", limit=test, generate=write, progress=False)
-    return {"test_loss": finite(found["loss"])} | ({"score": round(found[sql.metric], 1)} if write else {})
+    result = evaluate(model, tokenizer, sql, split="test", limit=test, progress=False)
+    return {"test_loss": finite(result["loss"]), "score": round(result[sql.metric], 1)}
 
 
 def merged_again(model, test):
@@ -57,10 +57,6 @@ def merged_again(model, test):
     return {"merge_error": percent} | {f"merged_{key}": value for key, value in judge(merged, test).items()}
 
 
-def finite(loss):
-    return round(min(loss, 100.0), 4) if loss == loss else 100.0        # a run that went off
-
-
 def one_run(job):
     """job: {"way", "lr", "seed", "steps", "test"}."""
     torch.set_num_threads(1)
@@ -69,7 +65,7 @@ def one_run(job):
     valid_loss = lambda: evaluate(model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False)["loss"]
     start = valid_loss()
     history = train(model, batches(job["seed"]), steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=job["seed"], progress=False)
-    run = job | {"start": finite(start), "valid_loss": finite(valid_loss()), **judge(model, job["test"], job["way"] in WRITING),
+    run = job | {"start": finite(start), "valid_loss": finite(valid_loss()), **judge(model, job["test"]),
                  "train_loss": finite(history.recent)}
     return run | (merged_again(model, job["test"]) if job["way"] == "NF4" else {})
 
@@ -82,16 +78,18 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter10.json")
     given = parser.parse_args(argv)
     more = {"steps": given.steps, "test": given.test}
-    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "r": R, "alpha": ALPHA, "lr": LR,
-                        "batch_size": 16, "warmup": WARMUP, "seeds": list(SEEDS)} | more
+    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "task": "sql", "r": R, "alpha": ALPHA,
+                        "ladder": LADDER, "batch_size": 16, "warmup": WARMUP, "seeds": list(SEEDS)} | more
 
     def jobs_of(seed, runs):
-        cases = [(way, LR) for way in WAYS] + [("NF4", lr) for lr in NEIGHBOURS if seed == SEEDS[-1]]
-        return [{"way": way, "lr": lr, "seed": 0 if lr in NEIGHBOURS else seed} | more for way, lr in cases]
-    runs = sweep(jobs_of, one_run, SEEDS, record, given.out, given.jobs)
+        for way in WAYS:
+            tried = {run["lr"]: run["valid_loss"] for run in found(runs, way=way, seed=SEEDS[0], **more)}
+            for lr in climb(tried, LADDER, FIRST) if seed == SEEDS[0] else [min(tried, key=tried.get)]:
+                yield {"way": way, "lr": lr, "seed": seed} | more
+    runs = sweep(jobs_of, one_run, [SEEDS[0]] * TURNS + list(SEEDS[1:]), record, given.out, given.jobs)
     for run in runs:
         print(f"{run['way']:16} lr {run['lr']:<6g} seed {run['seed']} start {run['start']:.3f} valid {run['valid_loss']:.3f} "
-              f"test {run['test_loss']:.3f} score {run.get('score', '-')}")
+              f"test {run['test_loss']:.3f} score {run['score']:.0f}")
 
 
 if __name__ == "__main__":
