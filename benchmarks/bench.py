@@ -1,7 +1,7 @@
 """`make bench`: how fast, how much memory, against Hugging Face's peft where there is something to compare with.
 
-    python benchmarks/bench.py            # about twenty minutes; writes benchmarks/results/bench.json and bench.md
-    python benchmarks/bench.py --full     # larger batches, longer training
+    python benchmarks/bench.py            # about twelve minutes; writes benchmarks/results/bench.json and bench.md
+    python benchmarks/bench.py --full     # larger batches, more measurements of memory
 
 Contestants take turns within one process, round after round, and a ratio is the median of the rounds' ratios: whatever
 slows the machine slows both. Times are seconds of processor time on one thread, so other programs matter little; how
@@ -288,7 +288,7 @@ def main(argv=None):
     given = parser.parse_args(argv)
     size = "tiny" if given.tiny else "full"
     rounds, batch, length = (2, 2, 8) if given.tiny else (15, 16, 128) if given.full else (15, 4, 64)
-    times = 1 if given.tiny else 3
+    times = 3 if given.full else 1
     parts = {NAMES[kind]: lambda kind=kind: steps_against_peft(kind, rounds, batch, length, size) for kind in NAMES}
     parts["memory"] = lambda: memory_against_peft("ours", *((2, 8) if given.tiny else (8, 128)), times, size)
     parts["methods"] = lambda: methods_against_peft(*((2, 2, 8) if given.tiny else (15, 8, 128)), times, size)
