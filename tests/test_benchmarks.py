@@ -113,3 +113,26 @@ def test_chapter05s_record_holds_every_run_of_its_plan():
     jobs = [job for seed in chapter05.SEEDS for job in chapter05.jobs_of(seed, record["runs"])]
     assert all(len(common.found(record["runs"], **job)) == 1 for job in jobs)
     assert record["steps"] == chapter05.STEPS and record["budget"] == chapter05.equal_ranks()
+
+
+def test_chapter12s_record_holds_every_run_of_its_plan(monkeypatch):
+    import chapter12
+    record = json.loads((common.RESULTS / "chapter12.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(chapter12, "ground", {run["base"]: run["on"] for run in record["runs"]}.get)    # without pretraining
+    plan = [(part, stage) for part in ("starts", "voice", "sql", "sizes") for stage in range(chapter12.STAGES + 1)]
+    jobs = [job for part, stage in plan for job in chapter12.jobs_of(part, record["runs"], stage)]
+    assert len(jobs) > 60 and all(len(common.found(record["runs"], **job)) == 1 for job in jobs)
+    assert {run["steps"] for run in record["runs"]} == set(chapter12.STEPS.values())
+
+
+def test_chapter03s_runs_have_their_best_stride_between_two_worse_ones():
+    import chapter03
+    record = json.loads((common.RESULTS / "chapter03.json").read_text(encoding="utf-8"))
+    cases = {(run["start"], run["way"], run["d"], run["steps"]) for run in record["runs"]}
+    assert len({run["on"] for run in record["runs"]}) == len({run["start"] for run in record["runs"]})  # one base for each start
+    for start, way, d, steps in cases:
+        runs = common.found(record["runs"], start=start, way=way, d=d, steps=steps)
+        best = chapter03.LADDER.index(chapter03.best(runs))
+        tried = {chapter03.LADDER.index(run["stride"]) for run in runs}
+        assert {best - 1, best + 1} <= tried or d and steps == chapter03.LONGER
+        assert len(common.found(runs, stride=chapter03.best(runs))) == len(chapter03.SEEDS)
