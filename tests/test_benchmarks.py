@@ -136,3 +136,18 @@ def test_chapter03s_runs_have_their_best_stride_between_two_worse_ones():
         tried = {chapter03.LADDER.index(run["stride"]) for run in runs}
         assert {best - 1, best + 1} <= tried or d and steps == chapter03.LONGER
         assert len(common.found(runs, stride=chapter03.best(runs))) == len(chapter03.SEEDS)
+
+
+@pytest.mark.parametrize("name", ["chapter06", "chapter07", "chapter08"])
+def test_the_best_rates_of_chapters_06_to_08_lie_between_worse_ones(name):
+    import importlib
+
+    import chapter06
+    runs = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))["runs"]
+    turns, seen = importlib.import_module(name).TURNS, set()
+    for turn in turns:                                  # every run of the plan is there
+        seen |= set(turn(runs))
+    assert seen <= {(run["method"], run["lr"], run["seed"]) for run in runs}
+    for method in {run["method"] for run in runs if "draw" not in run["method"]}:
+        at, tried = chapter06.best(runs, method), [run["lr"] for run in common.found(runs, method=method)]
+        assert min(tried) < at < max(tried), method
