@@ -6,9 +6,9 @@ Three starts: the course's base, the same network with random weights, and a sma
 each start and each d the stride is climbed with seed 0: from a first guess to its neighbours on LADDER, and on, until the
 best lies between two worse ones (by the loss on validation questions). Only that one is run with the other seeds. A seed
 draws the projection, the random weights and the order of the questions. Some of the runs are done once more with twice the
-steps: one seed, the stride that was best with the fewer steps (all parameters climb again). The file is written as the
-runs come in; those that are in it already are not run again, unless the base that they rest on has changed. `--starts
-random small` needs nothing of the course's base but its tokenizer. The smaller base is kept in the temporary folder.
+steps, at the stride that was best with the fewer (all parameters climb again). The file is written as the runs come in;
+those that are in it already are not run again, unless the base that they rest on has changed. `--starts random small` needs
+nothing of the course's base but its tokenizer. The smaller base is kept in the temporary folder.
 """
 import argparse
 import itertools
@@ -66,10 +66,10 @@ def best(runs: list) -> float:
 
 
 def measured(job: dict) -> list:
-    """job: {"start", "way", "d", "on", "steps"} and "small", "runs", "first", "climb", "seeds": all runs of this case, old and new."""
+    """job: {"start", "way", "d", "on", "steps"} and "small", "runs", "first", "climb": all runs of this case, old and new."""
     torch.set_num_threads(1)
     job, ladder = dict(job), LADDER
-    small, runs, first, climb, seeds = (job.pop(key) for key in ("small", "runs", "first", "climb", "seeds"))
+    small, runs, first, climb = (job.pop(key) for key in ("small", "runs", "first", "climb"))
 
     def ensure(stride, seed):
         if not found(runs, stride=stride, seed=seed):
@@ -82,7 +82,7 @@ def measured(job: dict) -> list:
             if 0 <= step < len(ladder):
                 ensure(ladder[step], SEEDS[0])
         climb = ladder[at] != best(runs)
-    for seed in seeds[1:]:
+    for seed in SEEDS[1:]:
         ensure(best(runs), seed)
     return runs
 
@@ -127,7 +127,7 @@ def main():
 
     def case(start, way, d, steps, first, **more):
         job = {"start": start, "way": way, "d": d, "on": ground[start], "steps": steps}
-        return job | {"runs": found(runs, **job), "small": small, "first": first, "climb": True, "seeds": SEEDS} | more
+        return job | {"runs": found(runs, **job), "small": small, "first": first, "climb": True} | more
 
     def cases():
         for start in given.starts:
@@ -137,11 +137,11 @@ def main():
             for way in list(WAYS)[1:]:
                 yield case("pretrained", way, COMPARED, given.steps, FIRST["pretrained"])
 
-    def longer():                                           # where the shorter ones were best; one seed
+    def longer():                                           # where the shorter ones were best
         for start, d in itertools.product(given.starts, [None, *ONCE_MORE]):
             if start != "small" and d in (None, *given.dimensions):
                 shorter = found(runs, start=start, way="hash", d=d, steps=given.steps)
-                yield case(start, "hash", d, LONGER, best(shorter), climb=d is None, seeds=SEEDS[:1])
+                yield case(start, "hash", d, LONGER, best(shorter), climb=d is None)
 
     with ProcessPoolExecutor(given.jobs) as pool:
         for jobs in (cases, longer):
