@@ -4,9 +4,9 @@
 
 For each seed three adapters (Pfeiffer's) learn voice, records and extract. What is free: their mean, each alone, and for
 each skill its own expert (told which). Then a small mix of all three is learnt: by fusion over the three, by a LoRA that
-trains as many numbers from the untouched base, and by one new adapter of the same kind. The rate of each is the best of
-three by the loss on the validation splits (first seed, the larger mix, half of the steps). The file is written as the
-runs come in; those in it are not run again.
+trains as many numbers from the untouched base, and by one new adapter of the same kind. For each the first seed climbs a
+ladder of rates until the best has a worse one on either side (by the loss on the validation splits: the larger mix, half
+of the steps). The file is written as the runs come in; those in it are not run again.
 """
 import argparse
 import itertools
@@ -15,14 +15,15 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, found, sweep, weights
+from common import RESULTS, climb, facts, finite, found, sweep, weights
 
 from minipeft import BottleneckConfig, FusionConfig, LoraConfig, PeftModel, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 
 SKILLS, WIDTH, EXPERT_STEPS, EXPERT_RATE = ("voice", "records", "extract"), 32, 80, 1e-2
 STEPS, WARMUP, SEEDS, SIZES, ITEMS = 80, 10, (0, 1, 2), (24, 192), 32
-RATES = {"fusion": (1e-3, 3e-3, 1e-2), "one LoRA": (1e-3, 3e-3, 1e-2), "one adapter": (3e-3, 1e-2, 3e-2)}
+LADDER, TURNS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), 3                         # turns to climb in
+FIRST = {"fusion": 3e-3, "one LoRA": 3e-3, "one adapter": 1e-2}
 FREE = ("the mean", *SKILLS)                    # no training on the mix: all three experts, or one of them alone
 
 
@@ -92,10 +93,10 @@ def one_run(job: dict) -> dict:
     if job["trial"]:
         losses = [evaluate(model, tokenizer, task, split="valid", limit=32, generate=False, progress=False)["loss"]
                   for task in tasks.values()]
-        return job | done | {"valid_loss": round(sum(losses) / len(losses), 4)}
+        return job | done | {"valid_loss": finite(sum(losses) / len(losses))}
     tests = {skill: evaluate(model, tokenizer, task, split="test", limit=ITEMS, progress=False)
              for skill, task in tasks.items()}
-    return job | done | {"losses": {skill: round(test["loss"], 4) for skill, test in tests.items()},
+    return job | done | {"losses": {skill: finite(test["loss"]) for skill, test in tests.items()},
                          "scores": {skill: round(test[tasks[skill].metric], 2) for skill, test in tests.items()}}
 
 
@@ -103,13 +104,13 @@ def jobs_of(seed: int, runs: list, trials: bool):
     """What is to run with this seed: the trials of all rates, or what runs at the best of them."""
     if not trials:
         yield from ({"case": case, "examples": 0, "lr": None, "seed": seed, "trial": False} for case in FREE)
-    for case in RATES:
+    for case, first in FIRST.items():
         job = {"case": case, "examples": SIZES[-1], "seed": seed, "trial": trials}
+        tried = {run["lr"]: run["valid_loss"] for run in found(runs, case=case, trial=True)}
         if trials:
-            yield from (job | {"lr": lr} for lr in RATES[case])
+            yield from (job | {"lr": lr} for lr in climb(tried, LADDER, first))
         else:
-            best = min(found(runs, case=case, trial=True), key=lambda tried: tried["valid_loss"])["lr"]
-            yield from (job | {"lr": best, "examples": size} for size in SIZES)
+            yield from (job | {"lr": min(tried, key=tried.get), "examples": size} for size in SIZES)
 
 
 def main():
@@ -120,10 +121,10 @@ def main():
     given = parser.parse_args()
     record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "skills": list(SKILLS), "steps": STEPS,
                         "expert_steps": EXPERT_STEPS, "items": ITEMS, "seeds": list(given.seeds), "sizes": list(SIZES),
-                        "cases": list(RATES), "rates": {case: list(rates) for case, rates in RATES.items()}}
+                        "cases": list(FIRST), "ladder": LADDER}
     for trials in (True, False):                # the rates first
-        runs = sweep(lambda seed, runs: jobs_of(seed, runs, trials), one_run, given.seeds[:1] if trials else given.seeds,
-                     record, given.out, given.jobs)
+        runs = sweep(lambda seed, runs: jobs_of(seed, runs, trials), one_run,
+                     given.seeds[:1] * TURNS if trials else given.seeds, record, given.out, given.jobs)
     for run in runs:
         print(f"{run['case']:12} {run['examples']:4} lr {run['lr'] or 0:<6g} seed {run['seed']} {run['parameters']:9,} "
               + (f"valid {run['valid_loss']:.3f}" if run["trial"] else f"{run['losses']} {run['scores']}"))
