@@ -1,5 +1,6 @@
 """The project around the package: its two lists of requirements agree, its commands exist, importing it stays light."""
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_what_make_runs_exists():
 def test_ci_runs_what_a_learner_runs():
     assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(), re.M)
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+
+
+@pytest.mark.parametrize("worker, inherited, threads", [("gw0", "2", "1"), ("gw0", None, "1"), (None, None, "2"), (None, "4", "4")])
+def test_workers_do_not_share_cores(worker, inherited, threads):
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTEST_XDIST_WORKER", "OMP_NUM_THREADS")}
+    env |= {"PYTEST_XDIST_WORKER": worker} if worker else {}
+    env |= {"OMP_NUM_THREADS": inherited} if inherited else {}
+    code = "import conftest, os; print(os.environ['OMP_NUM_THREADS'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == threads
 
 
 def test_importing_is_light():
