@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, facts, found, sweep
+from common import RESULTS, climb, facts, finite, found, sweep
 
 import minipeft
 from minipeft import get_peft_model
@@ -59,7 +59,6 @@ def one_run(job: dict) -> dict:
     more = {"ranks": {path: sum(part.kept) for path, part in allocator.adapters.items()}} if allocator else {}
     if job["moves"]:
         more["moved"] = moved(model)
-    finite = lambda loss: round(min(loss, 100.0), 4) if loss == loss else 100.0      # a run that went off
     return job | {"parameters": parameters, "valid_loss": finite(valid), "test_loss": finite(test["loss"]),
                   "score": round(test[sql.metric], 1), "train_loss": finite(history.recent)} | more
 
@@ -76,8 +75,8 @@ def start(lr, *methods, seeds=SEEDS[:1]):
 def around(*methods, times=4):
     """The neighbours of the best rate so far, and so on, until the best has both of its neighbours."""
     def turn(runs):
-        at = {method: LADDER.index(best(runs, method)) for method in methods}
-        return [(method, lr, SEEDS[0]) for method in methods for lr in LADDER[max(at[method] - 1, 0):at[method] + 2]]
+        tried = {method: {run["lr"]: run["valid_loss"] for run in found(runs, method=method, seed=SEEDS[0])} for method in methods}
+        return [(method, lr, SEEDS[0]) for method in methods for lr in climb(tried[method], LADDER, None)]
     return [turn] * times
 
 
