@@ -1,22 +1,28 @@
 """What pytest needs to know before it collects tests and chapters."""
+
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).parent
 
-# Sums in a fixed order give the same digits; the kernels that run the chapters inherit these. One of several workers takes
-# one thread, whatever it inherits from the process that started it: more of them than cores wait for each other.
+# Sums in a fixed order give the same digits; the kernels that run the chapters inherit
+# these. One of several workers takes one thread, whatever it inherits from the process
+# that started it: more of them than cores wait for each other.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1" if os.environ.get("PYTEST_XDIST_WORKER") else os.environ.get(variable, "2")
+    os.environ[variable] = (
+        "1" if os.environ.get("PYTEST_XDIST_WORKER") else os.environ.get(variable, "2")
+    )
 os.environ["TQDM_DISABLE"] = "1"  # progress bars are for people
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 
 
 def pytest_configure(config):
-    config.option.nbval_sanitize_with = str(ROOT / "tests" / "sanitize.cfg")  # wherever pytest is started from
+    # wherever pytest is started from
+    config.option.nbval_sanitize_with = str(ROOT / "tests" / "sanitize.cfg")
 
 
 def pytest_collectstart(collector):
-    if hasattr(collector, "skip_compare"):  # a chapter: progress and warnings on stderr differ between machines
+    # a chapter: progress and warnings on stderr differ between machines
+    if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("stderr",)

@@ -1,13 +1,16 @@
-"""Writes the shipped base's card (data/base/README.md), its curves and SHA256SUMS from what was recorded.
+"""Writes the shipped base's card (data/base/README.md), its curves and SHA256SUMS from
+what was recorded.
 
-    python benchmarks/base_card.py          after `make pretrain`, benchmarks/gates.py and benchmarks/spread.py
+    python benchmarks/base_card.py          after `make pretrain`, benchmarks/gates.py
+      and benchmarks/spread.py
 """
+
 import hashlib
 import json
 
 import torch
-from gates import generate, load_pretrained, load_tokenizer
 from common import RESULTS
+from gates import generate, load_pretrained, load_tokenizer
 from spread import table
 
 from minipeft.course import figures
@@ -17,32 +20,62 @@ from minipeft.lanternwick.tasks import Example
 from minipeft.lm.evaluate import completion_loss
 
 FOLDER = DATA / "base"
-ASKED = ["Question: What is Jonas by trade? Answer:", "Mirabel is a cooper. She carries a rusty bell. Question: What is Mirabel's trade? Answer:"]
+ASKED = [
+    "Question: What is Jonas by trade? Answer:",
+    (
+        "Mirabel is a cooper. She carries a rusty bell. Question: What is Mirabel's"
+        " trade? Answer:"
+    ),
+]
 
 
 def curves(history):
     """The warm-up in which copying appears, and the loss of the text that followed."""
-    figures.curves(history["warmup"], "Warm-up on random tokens: " + ", ".join(history["warmup"]), "step (2,048 tokens each)",
-                   "accuracy", ylim=(0, 1), save=FOLDER / "warmup.png")
+    figures.curves(
+        history["warmup"],
+        "Warm-up on random tokens: " + ", ".join(history["warmup"]),
+        "step (2,048 tokens each)",
+        "accuracy",
+        ylim=(0, 1),
+        save=FOLDER / "warmup.png",
+    )
     loss = torch.tensor(history["loss"])
     smooth = loss.unfold(0, 50, 10).mean(1).tolist()
-    figures.curves({"loss": ([50 + 10 * i for i in range(len(smooth))], smooth)}, "Then text, never the same twice",
-                   "step (2,048 tokens each)", "loss (nats a token), mean of 50 steps", ylim=(0, None), save=FOLDER / "curve.png")
+    figures.curves(
+        {"loss": ([50 + 10 * i for i in range(len(smooth))], smooth)},
+        "Then text, never the same twice",
+        "step (2,048 tokens each)",
+        "loss (nats a token), mean of 50 steps",
+        ylim=(0, None),
+        save=FOLDER / "curve.png",
+    )
 
 
 def main():
     torch.manual_seed(0)
     model, tokenizer = load_pretrained("lanternwick"), load_tokenizer("lanternwick")
     history = json.loads((FOLDER / "history.json").read_text())
-    gates, spread = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("gates", "spread"))
+    gates, spread = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("gates", "spread")
+    )
     curves(history)
     fresh = stream("validation")
-    loss = completion_loss(model, tokenizer, [Example("", next(fresh).text, {}) for _ in range(400)])["loss"]
-    told = gates["stories"][:2] + [start + " |" + generate(model, tokenizer, start, max_new_tokens=3) for start in ASKED]
-    zero = " · ".join(f"`{name}` {row['score']:g} ({row['floor']:g})" for name, row in gates["zero_shot"].items())
+    loss = completion_loss(
+        model, tokenizer, [Example("", next(fresh).text, {}) for _ in range(400)]
+    )["loss"]
+    told = gates["stories"][:2] + [
+        start + " |" + generate(model, tokenizer, start, max_new_tokens=3)
+        for start in ASKED
+    ]
+    zero = " · ".join(
+        f"`{name}` {row['score']:g} ({row['floor']:g})"
+        for name, row in gates["zero_shot"].items()
+    )
     parameters, config = sum(p.numel() for p in model.parameters()), model.config
     quote = lambda text: "> " + text.replace("\n", "\n> ")
-    (FOLDER / "README.md").write_text(f"""# The base model of Lanternwick
+    (FOLDER / "README.md").write_text(
+        f"""# The base model of Lanternwick
 
 A Llama-style language model of {parameters:,} parameters that was pretrained on nothing but the town's own text. Hugging Face layout:
 `transformers` opens this folder. {config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads over
@@ -92,8 +125,13 @@ Greedy. What stands before the bar was given. Read them for what they are: a ver
 ## Limits
 
 It knows Lanternwick and nothing else, in plain ASCII English. It speaks of nobody real. MIT licence.
-""", encoding="utf-8")
-    sums = [f"{hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()}  {name}\n" for name in ("config.json", "model.safetensors", "tokenizer.json")]
+""",
+        encoding="utf-8",
+    )
+    sums = [
+        f"{hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("config.json", "model.safetensors", "tokenizer.json")
+    ]
     (FOLDER / "SHA256SUMS").write_text("".join(sums))
 
 

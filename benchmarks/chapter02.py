@@ -1,12 +1,15 @@
-"""The longer runs of chapter 02: what full fine-tuning learns and forgets, at every rate, and what helps.
+"""The longer runs of chapter 02: what full fine-tuning learns and forgets, at every
+rate, and what helps.
 
     python benchmarks/chapter02.py        # writes benchmarks/results/chapter02.json
 
-Ways: "full"; "rehearsal", every fourth batch is fresh text of the pretraining's kind; "leash", after each step all weights
-are pulled back by a share of their way from the start; "lora", rank 8 on all linear layers, for comparison.
-What is compared is run with three seeds; the outermost rates, which only show where the range ends, with one.
-The file is written as the runs come in; those that are in it already are not run again.
+Ways: "full"; "rehearsal", every fourth batch is fresh text of the pretraining's kind;
+"leash", after each step all weights are pulled back by a share of their way from the
+start; "lora", rank 8 on all linear layers, for comparison. What is compared is run with
+three seeds; the outermost rates, which only show where the range ends, with one. The
+file is written as the runs come in; those that are in it already are not run again.
 """
+
 import argparse
 import copy
 import os
@@ -19,17 +22,30 @@ from common import RESULTS, facts, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lanternwick.documents import heldout_questions, stream
-from minipeft.lm import evaluate, generate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import (
+    evaluate,
+    generate,
+    load_data,
+    load_pretrained,
+    load_tokenizer,
+    train,
+)
 from minipeft.lm.data import Batches, Example
 from minipeft.lm.evaluate import completion_loss
 from minipeft.lm.pretrain import Text
 
 STEPS, WARMUP, SEEDS = 80, 8, (0, 1, 2)
-RATES = {"full": [3e-4, 1e-3, 3e-3, 1e-2], "rehearsal": [1e-3, 3e-3], "leash": [1e-3, 3e-3], "lora": [3e-3, 1e-2]}
+RATES = {
+    "full": [3e-4, 1e-3, 3e-3, 1e-2],
+    "rehearsal": [1e-3, 3e-3],
+    "leash": [1e-3, 3e-3],
+    "lora": [3e-3, 1e-2],
+}
 OUTERMOST = [("full", 3e-4), ("full", 1e-2), ("lora", 3e-3)]
-PULL = 0.02                                     # the leash: the share of the way back after each step, at the peak rate
-ITEMS = 100                                     # of the test split
-LOOKS = (10, 40)                                # steps at which both losses are looked at, besides the first and the last
+PULL = 0.02  # the leash: the share of the way back after each step, at the peak rate
+ITEMS = 100  # of the test split
+# steps at which both losses are looked at, besides the first and the last
+LOOKS = (10, 40)
 
 
 def town_text(documents: int = 50) -> list:
@@ -41,8 +57,21 @@ def recalled(model, tokenizer, questions: int = 80) -> float:
     """Per cent of facts of the register."""
     plain = lambda text: re.sub(r"^(an?|the) ", "", text.strip(" \"'").lower())
     asked = random.Random(3).sample(heldout_questions(), questions)
-    said = generate(model, tokenizer, [f"Question: {row['question']} Answer:" for row in asked], max_new_tokens=6)
-    return round(100 * sum(plain(text).startswith(plain(row["answer"])) for text, row in zip(said, asked)) / questions, 1)
+    said = generate(
+        model,
+        tokenizer,
+        [f"Question: {row['question']} Answer:" for row in asked],
+        max_new_tokens=6,
+    )
+    return round(
+        100
+        * sum(
+            plain(text).startswith(plain(row["answer"]))
+            for text, row in zip(said, asked)
+        )
+        / questions,
+        1,
+    )
 
 
 class Mixed:
@@ -65,17 +94,34 @@ def one_run(job: dict) -> dict:
     model, town = copy.deepcopy(base), town_text()
     if job["way"] == "lora":
         torch.manual_seed(job["seed"])
-        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        model = get_peft_model(
+            model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        )
     data = Batches(sql.train, tokenizer, 16, seed=job["seed"])
     if job["way"] == "rehearsal":
         data = Mixed(data, Text(tokenizer, 10**9, f"rehearsal {job['seed']}", rows=4))
-        data.text.phase = lambda step: "late"   # the mixture that the base's pretraining ended with
+        # the mixture that the base's pretraining ended with
+        data.text.phase = lambda step: "late"
     start = [p.detach().clone() for p in model.parameters()]
     path = []
 
     def look(step):
-        task = evaluate(model, tokenizer, sql, split="valid", limit=64, generate=False, progress=False)["loss"]
-        path.append({"step": step, "task": round(task, 4), "town": round(completion_loss(model, tokenizer, town)["loss"], 4)})
+        task = evaluate(
+            model,
+            tokenizer,
+            sql,
+            split="valid",
+            limit=64,
+            generate=False,
+            progress=False,
+        )["loss"]
+        path.append(
+            {
+                "step": step,
+                "task": round(task, 4),
+                "town": round(completion_loss(model, tokenizer, town)["loss"], 4),
+            }
+        )
 
     def log(step, info):
         if job["way"] == "leash":
@@ -86,8 +132,17 @@ def one_run(job: dict) -> dict:
             look(step + 1)
 
     look(0)
-    history = train(model, data, tokenizer=tokenizer, steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=job["seed"],
-                    progress=False, log=log)
+    history = train(
+        model,
+        data,
+        tokenizer=tokenizer,
+        steps=job["steps"],
+        lr=job["lr"],
+        warmup=WARMUP,
+        seed=job["seed"],
+        progress=False,
+        log=log,
+    )
     look(job["steps"])
     score = evaluate(model, tokenizer, sql, limit=ITEMS, progress=False)[sql.metric]
     known = recalled(model, tokenizer)
@@ -95,31 +150,58 @@ def one_run(job: dict) -> dict:
     flat = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
     before = flat(base)
     distance = ((flat(plain) - before).norm() / before.norm()).item()
-    return job | {"stopped": history.stopped, "score": round(score, 1), "facts": known, "town": path[-1]["town"],
-                  "distance": round(distance, 5), "path": path}
+    return job | {
+        "stopped": history.stopped,
+        "score": round(score, 1),
+        "facts": known,
+        "town": path[-1]["town"],
+        "distance": round(distance, 5),
+        "path": path,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter02.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer, base = load_tokenizer(), load_pretrained()
-    record = facts() | {"base": {"name": os.environ.get("MINIPEFT_BASE", "lanternwick"), "facts": recalled(base, tokenizer),
-                                 "town": round(completion_loss(base, tokenizer, town_text())["loss"], 4)},
-                        "task": "sql", "steps": given.steps, "batch_size": 16, "rates": RATES["full"], "pull": PULL,
-                        "seeds": SEEDS, "items": ITEMS}
+    record = facts() | {
+        "base": {
+            "name": os.environ.get("MINIPEFT_BASE", "lanternwick"),
+            "facts": recalled(base, tokenizer),
+            "town": round(completion_loss(base, tokenizer, town_text())["loss"], 4),
+        },
+        "task": "sql",
+        "steps": given.steps,
+        "batch_size": 16,
+        "rates": RATES["full"],
+        "pull": PULL,
+        "seeds": SEEDS,
+        "items": ITEMS,
+    }
 
     def jobs(seed, runs):
-        return [{"way": way, "lr": lr, "seed": seed, "steps": given.steps} for way, rates in RATES.items() for lr in rates
-                if seed == SEEDS[0] or (way, lr) not in OUTERMOST]
+        return [
+            {"way": way, "lr": lr, "seed": seed, "steps": given.steps}
+            for way, rates in RATES.items()
+            for lr in rates
+            if seed == SEEDS[0] or (way, lr) not in OUTERMOST
+        ]
 
     runs = sweep(jobs, one_run, SEEDS, record, given.out, given.jobs)
     for run in runs:
-        print(f"{run['way']:10} lr {run['lr']:<7g} seed {run['seed']} score {run['score']:5.1f} town {run['town']:.3f} "
-              f"facts {run['facts']:5.1f} distance {run['distance']:.3f}")
+        print(
+            f"{run['way']:10} lr {run['lr']:<7g} seed {run['seed']} score"
+            f" {run['score']:5.1f} town {run['town']:.3f} facts {run['facts']:5.1f}"
+            f" distance {run['distance']:.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""The sweeps of chapter 05: learning rates, rank and alpha, LoRA+, PiSSA, places, data, dropout.
+"""The sweeps of chapter 05: learning rates, rank and alpha, LoRA+, PiSSA, places, data,
+dropout.
 
-    python benchmarks/chapter05.py --jobs 2        # writes benchmarks/results/chapter05.json
+    python benchmarks/chapter05.py --jobs 2        # writes
+      benchmarks/results/chapter05.json
 
-Every run has 100 steps of 8 examples. Seed 0 finds each case's learning rate, by the loss on validation examples; where
-the best rate is at an edge of those that were tried, the next one is tried too. Seeds 1 and 2 repeat the best, and write
-answers to test questions. The file is written as the runs come in; those that are in it already, made on the same base,
-are not run again, so the script can be stopped and started at will.
+Every run has 100 steps of 8 examples. Seed 0 finds each case's learning rate, by the
+loss on validation examples; where the best rate is at an edge of those that were tried,
+the next one is tried too. Seeds 1 and 2 repeat the best, and write answers to test
+questions. The file is written as the runs come in; those that are in it already, made
+on the same base, are not run again, so the script can be stopped and started at will.
 """
+
 import argparse
 import os
 from functools import cache
@@ -22,72 +26,134 @@ from minipeft.optim import create_loraplus_optimizer
 
 STEPS, BATCH, WARMUP, SEEDS = 100, 8, 10, (0, 1, 2)
 LADDER = [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
-LOW, HIGH = LADDER[1:5], LADDER[2:7]                  # what full fine-tuning wants, and LoRA
+LOW, HIGH = LADDER[1:5], LADDER[2:7]  # what full fine-tuning wants, and LoRA
 TARGETS = {
     "all-linear": "all-linear",
     "q,k,v,o": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
-BUDGET_RANK = 4                                       # all linear layers at this rank set the budget of `places`
-# A run is this, with a few fields changed. rate_B: B's own learning rate (LoRA+); r None: full fine-tuning; n: examples.
-PLAIN = {"task": "sql", "n": None, "r": 8, "alpha": 16, "rslora": False, "init": True, "targets": "all-linear",
-         "dropout": 0.0, "lr": 1e-2, "rate_B": None, "seed": 0}
+BUDGET_RANK = 4  # all linear layers at this rank set the budget of `places`
+# A run is this, with a few fields changed. rate_B: B's own learning rate (LoRA+); r
+# None: full fine-tuning; n: examples.
+PLAIN = {
+    "task": "sql",
+    "n": None,
+    "r": 8,
+    "alpha": 16,
+    "rslora": False,
+    "init": True,
+    "targets": "all-linear",
+    "dropout": 0.0,
+    "lr": 1e-2,
+    "rate_B": None,
+    "seed": 0,
+}
 FULL = {"r": None, "alpha": None, "targets": None}
 RANKS, ALPHAS, SIZES, DROPOUTS = [1, 8, 64], [2, 16, 128], [32, 256], [0.1]
-RATES_A, RATES_B = HIGH[1:4], HIGH[1:]                # the map of LoRA+
-FEW = {"n": SIZES[0]}                                 # where dropout is tried
+RATES_A, RATES_B = HIGH[1:4], HIGH[1:]  # the map of LoRA+
+FEW = {"n": SIZES[0]}  # where dropout is tried
 
 
 @cache
 def equal_ranks() -> dict:
-    """For each choice of places, the rank that trains about as many numbers as all linear layers at BUDGET_RANK."""
+    """For each choice of places, the rank that trains about as many numbers as all
+    linear layers at BUDGET_RANK."""
     cost = {}
     for name, targets in TARGETS.items():
-        model = get_peft_model(load_pretrained(), LoraConfig(r=1, target_modules=targets))
+        model = get_peft_model(
+            load_pretrained(), LoraConfig(r=1, target_modules=targets)
+        )
         cost[name] = model.get_nb_trainable_parameters()[0]
-    return {name: round(BUDGET_RANK * cost["all-linear"] / c) for name, c in cost.items()}
+    return {
+        name: round(BUDGET_RANK * cost["all-linear"] / c) for name, c in cost.items()
+    }
 
 
 def cases() -> dict:
     """{name: (what is changed in PLAIN, the learning rates to begin with)}"""
-    places = {f"voice, {targets}": ({"task": "voice", "targets": targets, "r": r, "alpha": 2 * r}, HIGH[1:4])
-              for targets, r in equal_ranks().items()}
-    few = {f"{name}, {n} examples": (what | {"n": n}, rates) for n in SIZES
-           for name, what, rates in (("full", FULL, LOW[:3]), ("r = 8", {}, HIGH[1:4]))}
-    return {"full": (FULL, LOW), "r = 1": ({"r": 1}, HIGH[1:]), "r = 8": ({}, HIGH), "r = 64": ({"r": 64}, HIGH),
+    places = {
+        f"voice, {targets}": (
+            {"task": "voice", "targets": targets, "r": r, "alpha": 2 * r},
+            HIGH[1:4],
+        )
+        for targets, r in equal_ranks().items()
+    }
+    few = {
+        f"{name}, {n} examples": (what | {"n": n}, rates)
+        for n in SIZES
+        for name, what, rates in (("full", FULL, LOW[:3]), ("r = 8", {}, HIGH[1:4]))
+    }
+    return (
+        {
+            "full": (FULL, LOW),
+            "r = 1": ({"r": 1}, HIGH[1:]),
+            "r = 8": ({}, HIGH),
+            "r = 64": ({"r": 64}, HIGH),
             "r = 64, rsLoRA": ({"r": 64, "rslora": True}, HIGH[:3]),
-            "PiSSA": ({"init": "pissa", "alpha": 8}, HIGH[1:4])} | places | few      # alpha = r, as its authors have it
+            # alpha = r, as its authors have it
+            "PiSSA": ({"init": "pissa", "alpha": 8}, HIGH[1:4]),
+        }
+        | places
+        | few
+    )
 
 
 def best(runs: list, **what):
-    """The rate with the lowest validation loss of seed 0, and the rate beside it if it is at an edge."""
+    """The rate with the lowest validation loss of seed 0, and the rate beside it if it
+    is at an edge."""
     fixed = {key: value for key, value in (PLAIN | what).items() if key != "lr"}
     tried = sorted(found(runs, **fixed), key=lambda run: run["lr"])
     rates = [run["lr"] for run in tried]
     rate = min(tried, key=lambda run: run["valid_loss"])["lr"]
     beside = LADDER.index(rate) + (rate == rates[-1]) - (rate == rates[0])
-    return rate, LADDER[beside] if 0 <= beside < len(LADDER) and LADDER[beside] not in rates else None
+    return rate, (
+        LADDER[beside]
+        if 0 <= beside < len(LADDER) and LADDER[beside] not in rates
+        else None
+    )
 
 
 def the_map() -> list:
     """LoRA+: A's rate, and B's."""
-    return [PLAIN | {"lr": a, "rate_B": None if a == b else b} for a in RATES_A for b in RATES_B]
+    return [
+        PLAIN | {"lr": a, "rate_B": None if a == b else b}
+        for a in RATES_A
+        for b in RATES_B
+    ]
 
 
 def jobs_of(seed: int, runs: list) -> list:
-    jobs, swept = [], [what for what, rates in cases().values() if all(found(runs, **PLAIN | what | {"lr": lr}) for lr in rates)]
+    jobs, swept = (
+        [],
+        [
+            what
+            for what, rates in cases().values()
+            if all(found(runs, **PLAIN | what | {"lr": lr}) for lr in rates)
+        ],
+    )
     if seed == 0:
-        jobs += [PLAIN | what | {"lr": lr} for what, rates in cases().values() for lr in rates]
-        jobs += [PLAIN | {"r": r, "alpha": alpha} for r in RANKS for alpha in ALPHAS] + the_map()
+        jobs += [
+            PLAIN | what | {"lr": lr}
+            for what, rates in cases().values()
+            for lr in rates
+        ]
+        jobs += [
+            PLAIN | {"r": r, "alpha": alpha} for r in RANKS for alpha in ALPHAS
+        ] + the_map()
     for what in swept:
         rate, beside = best(runs, **what)
         if seed or beside:
             jobs.append(PLAIN | what | {"lr": rate if seed else beside, "seed": seed})
     if FEW in swept:
         rate, _ = best(runs, **FEW)
-        jobs += [PLAIN | FEW | {"lr": rate, "dropout": p, "seed": seed} for p in DROPOUTS]
+        jobs += [
+            PLAIN | FEW | {"lr": rate, "dropout": p, "seed": seed} for p in DROPOUTS
+        ]
     if seed:
-        top = min((run for job in the_map() for run in found(runs, **job)), key=lambda run: run["valid_loss"])
+        top = min(
+            (run for job in the_map() for run in found(runs, **job)),
+            key=lambda run: run["valid_loss"],
+        )
         jobs.append(PLAIN | {"lr": top["lr"], "rate_B": top["rate_B"], "seed": seed})
     return list({str(job): job for job in jobs}.values())
 
@@ -105,39 +171,104 @@ def batches(task: str, n, seed: int):
 
 def one_run(job: dict) -> dict:
     torch.set_num_threads(1)
-    tokenizer, task, model, optimizer = load_tokenizer(), loaded(job["task"]), load_pretrained(), "adamw"
+    tokenizer, task, model, optimizer = (
+        load_tokenizer(),
+        loaded(job["task"]),
+        load_pretrained(),
+        "adamw",
+    )
     if job["r"]:
         torch.manual_seed(job["seed"])
-        model = get_peft_model(model, LoraConfig(
-            r=job["r"], lora_alpha=job["alpha"], target_modules=TARGETS[job["targets"]], lora_dropout=job["dropout"],
-            use_rslora=job["rslora"], init_lora_weights=job["init"]))
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=job["r"],
+                lora_alpha=job["alpha"],
+                target_modules=TARGETS[job["targets"]],
+                lora_dropout=job["dropout"],
+                use_rslora=job["rslora"],
+                init_lora_weights=job["init"],
+            ),
+        )
     if job["rate_B"]:
-        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=job["lr"], betas=(0.9, 0.999),
-                                              loraplus_lr_ratio=job["rate_B"] / job["lr"])
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=job["lr"],
+            betas=(0.9, 0.999),
+            loraplus_lr_ratio=job["rate_B"] / job["lr"],
+        )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(model, batches(job["task"], job["n"], job["seed"]), steps=STEPS, lr=job["lr"], warmup=WARMUP,
-                    optimizer=optimizer, seed=job["seed"], progress=False)
-    measured = {split: evaluate(model, tokenizer, task, split=split, limit=100, generate=bool(job["seed"]) and split == "test",
-                                progress=False) for split in ("valid", "test")}
-    finite = lambda x: round(x, 4) if x < 100 else 100.0      # a run that went off; JSON knows no infinity
-    return job | {"parameters": parameters, "valid_loss": finite(measured["valid"]["loss"]),
-                  "test_loss": finite(measured["test"]["loss"]), "score": measured["test"].get(task.metric),
-                  "losses": " ".join(f"{loss:.3f}" for loss in history.losses)}
+    history = train(
+        model,
+        batches(job["task"], job["n"], job["seed"]),
+        steps=STEPS,
+        lr=job["lr"],
+        warmup=WARMUP,
+        optimizer=optimizer,
+        seed=job["seed"],
+        progress=False,
+    )
+    measured = {
+        split: evaluate(
+            model,
+            tokenizer,
+            task,
+            split=split,
+            limit=100,
+            generate=bool(job["seed"]) and split == "test",
+            progress=False,
+        )
+        for split in ("valid", "test")
+    }
+    # a run that went off; JSON knows no infinity
+    finite = lambda x: round(x, 4) if x < 100 else 100.0
+    return job | {
+        "parameters": parameters,
+        "valid_loss": finite(measured["valid"]["loss"]),
+        "test_loss": finite(measured["test"]["loss"]),
+        "score": measured["test"].get(task.metric),
+        "losses": " ".join(f"{loss:.3f}" for loss in history.losses),
+    }
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter05.json")
     given = parser.parse_args(argv)
-    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "steps": STEPS, "batch_size": BATCH,
-                        "warmup": WARMUP, "seeds": SEEDS, "cases": {name: what for name, (what, _) in cases().items()},
-                        "ranks": RANKS, "alphas": ALPHAS, "sizes": SIZES, "dropouts": DROPOUTS, "budget": equal_ranks(),
-                        "rates_A": RATES_A, "rates_B": RATES_B}
-    # seed 0 four times: a case whose best rate is at an edge gets up to two rates more, and then dropout its own
-    runs = sweep(jobs_of, one_run, (0, 0, 0, 0, *SEEDS[1:]), record, given.out, given.jobs)
+    record = facts() | {
+        "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),
+        "steps": STEPS,
+        "batch_size": BATCH,
+        "warmup": WARMUP,
+        "seeds": SEEDS,
+        "cases": {name: what for name, (what, _) in cases().items()},
+        "ranks": RANKS,
+        "alphas": ALPHAS,
+        "sizes": SIZES,
+        "dropouts": DROPOUTS,
+        "budget": equal_ranks(),
+        "rates_A": RATES_A,
+        "rates_B": RATES_B,
+    }
+    # seed 0 four times: a case whose best rate is at an edge gets up to two rates more,
+    # and then dropout its own
+    runs = sweep(
+        jobs_of, one_run, (0, 0, 0, 0, *SEEDS[1:]), record, given.out, given.jobs
+    )
     for run in runs:
-        print({key: value for key, value in run.items() if key != "losses" and PLAIN.get(key) != value})
+        print(
+            {
+                key: value
+                for key, value in run.items()
+                if key != "losses" and PLAIN.get(key) != value
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""The longer runs of chapter 12: how prompts and prefixes start, at which rate, how long they are, and how large the base is.
+"""The longer runs of chapter 12: how prompts and prefixes start, at which rate, how
+long they are, and how large the base is.
 
-    python benchmarks/chapter12.py                 # writes benchmarks/results/chapter12.json
+    python benchmarks/chapter12.py                 # writes
+      benchmarks/results/chapter12.json
 
-Four parts. "starts": every start at every rate on voice, one seed; also P-tuning and a LoRA of rank 1. "voice": prompts and
-prefixes of equal numbers of parameters, from the text; LoRA and full fine-tuning beside them. "sql": the longer ones and LoRA
-on a task that the base has never seen. "sizes": a smaller base, which the script pretrains first by the base's recipe, twice:
-a short run of it, and a longer one (they are kept in the temporary folder; the longer one is chapter 03's); on both, prompt
-and full fine-tuning on voice. In the last three the first seed tries rates until the best has a worse one on either side,
-and the other two seeds run at the best. The file is written as the runs come in; those that are in it already are not run
-again, unless the base that they rest on, or the number of steps, has changed.
+Four parts. "starts": every start at every rate on voice, one seed; also P-tuning and a
+LoRA of rank 1. "voice": prompts and prefixes of equal numbers of parameters, from the
+text; LoRA and full fine-tuning beside them. "sql": the longer ones and LoRA on a task
+that the base has never seen. "sizes": a smaller base, which the script pretrains first
+by the base's recipe, twice: a short run of it, and a longer one (they are kept in the
+temporary folder; the longer one is chapter 03's); on both, prompt and full fine-tuning
+on voice. In the last three the first seed tries rates until the best has a worse one on
+either side, and the other two seeds run at the best. The file is written as the runs
+come in; those that are in it already are not run again, unless the base that they rest
+on, or the number of steps, has changed.
 """
+
 import argparse
 import functools
 import json
@@ -20,25 +26,47 @@ import torch
 from chapter03 import SCHOOL, school, schooling
 from common import RESULTS, climb, facts, finite, found, save, sweep, weights
 
-from minipeft import (LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model,
-                      initialize_kv_prefix_from_text)
+from minipeft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    initialize_kv_prefix_from_text,
+)
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
 from minipeft.lm.hub import resolve
 
 STEPS, WARMUP, N, SEEDS = {"voice": 100, "sql": 150}, 10, 10, (0, 1, 2)
-RATES = (1e-4, 1e-2, 1e-1, 3e-1, 1.0)           # of all that stands in front of the text, and of LoRA
+# of all that stands in front of the text, and of LoRA
+RATES = (1e-4, 1e-2, 1e-1, 3e-1, 1.0)
 LORA, FULL = "LoRA, r = 1", "full fine-tuning"
-FIRST = {("voice", FULL): 3e-4, ("sql", "prompt"): 1e-1, ("sql", "prefix"): 3e-1, ("sql", LORA): 3e-2, ("sizes", "prompt"): 1e-1,
-         ("sizes", FULL): 1e-3}                 # where the climb begins
+FIRST = {
+    ("voice", FULL): 3e-4,
+    ("sql", "prompt"): 1e-1,
+    ("sql", "prefix"): 3e-1,
+    ("sql", LORA): 3e-2,
+    ("sizes", "prompt"): 1e-1,
+    ("sizes", FULL): 1e-3,
+}  # where the climb begins
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
-STAGES = 4                                      # of a climb: enough to get from one end of what is likely to the other
-STARTS = [("prompt", "RANDOM"), ("prompt", "SAMPLE_VOCAB"), ("prompt", "TEXT"), ("prefix", "RANDOM"), ("prefix", "ZERO"),
-          ("prefix", "TEXT"), ("p-tuning", "RANDOM"), (LORA, None)]
-TEXT = {"voice": "Told again by the old captain:",                         # what one might write before the question
-        "sql": "The clerk writes a query:"}
-PREFIXES = (1, 6)                               # tokens; a prompt of as many parameters is `ratio` times longer
-SMALLER = {"small, read little": 1200, "small": SCHOOL}     # the steps of their pretraining
+STAGES = 4  # of a climb: enough to get from one end of what is likely to the other
+STARTS = [
+    ("prompt", "RANDOM"),
+    ("prompt", "SAMPLE_VOCAB"),
+    ("prompt", "TEXT"),
+    ("prefix", "RANDOM"),
+    ("prefix", "ZERO"),
+    ("prefix", "TEXT"),
+    ("p-tuning", "RANDOM"),
+    (LORA, None),
+]
+# what one might write before the question
+TEXT = {"voice": "Told again by the old captain:", "sql": "The clerk writes a query:"}
+PREFIXES = (1, 6)  # tokens; a prompt of as many parameters is `ratio` times longer
+# the steps of their pretraining
+SMALLER = {"small, read little": 1200, "small": SCHOOL}
 
 
 @functools.cache
@@ -51,36 +79,78 @@ def make(job: dict, model, tokenizer):
     """The model with the adapter that the job asks for, from the job's seed."""
     torch.manual_seed(job["seed"])
     method, n, start = job["method"], job["n"], job["start"]
-    text = tokenizer.decode(tokenizer.encode(TEXT[job["task"]])[:n])        # as many of its words as fit
+    # as many of its words as fit
+    text = tokenizer.decode(tokenizer.encode(TEXT[job["task"]])[:n])
     if method == "prompt":
-        text = dict(prompt_tuning_init_text=text, tokenizer_name_or_path=tokenizer) if start == "TEXT" else {}
-        return get_peft_model(model, PromptTuningConfig(num_virtual_tokens=n, prompt_tuning_init=start, **text))
+        text = (
+            dict(prompt_tuning_init_text=text, tokenizer_name_or_path=tokenizer)
+            if start == "TEXT"
+            else {}
+        )
+        return get_peft_model(
+            model,
+            PromptTuningConfig(num_virtual_tokens=n, prompt_tuning_init=start, **text),
+        )
     if method == "p-tuning":
         return get_peft_model(model, PromptEncoderConfig(num_virtual_tokens=n))
     if method == "prefix":
         zero = "zero" if start == "ZERO" else None
-        model = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=n, init_weights=zero))
+        model = get_peft_model(
+            model, PrefixTuningConfig(num_virtual_tokens=n, init_weights=zero)
+        )
         if start == "TEXT":
             initialize_kv_prefix_from_text(model, tokenizer, text=text)
         return model
-    return get_peft_model(model, LoraConfig(r=1, lora_alpha=2, target_modules="all-linear")) if method == LORA else model
+    return (
+        get_peft_model(
+            model, LoraConfig(r=1, lora_alpha=2, target_modules="all-linear")
+        )
+        if method == LORA
+        else model
+    )
 
 
 def one_run(job: dict) -> dict:
-    """job: {"part", "base", "on", "task", "steps", "method", "start", "n", "lr", "seed"}; base None is the shipped one."""
+    """job: {"part", "base", "on", "task", "steps", "method", "start", "n", "lr",
+    "seed"}; base None is the shipped one."""
     torch.set_num_threads(1)
     tokenizer, data, batches = data_of(job["task"], job["seed"])
     model = make(job, load_pretrained(folder(job["base"])), tokenizer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(model, batches, tokenizer=tokenizer, steps=job["steps"], lr=job["lr"], warmup=WARMUP, seed=job["seed"],
-                    progress=False)
-    result = {"parameters": trained, "first_loss": round(history.losses[0], 3), "stopped": history.stopped,
-              "valid_loss": finite(evaluate(model, tokenizer, data, split="valid", limit=96, generate=False,
-                                            progress=False)["loss"])}
+    history = train(
+        model,
+        batches,
+        tokenizer=tokenizer,
+        steps=job["steps"],
+        lr=job["lr"],
+        warmup=WARMUP,
+        seed=job["seed"],
+        progress=False,
+    )
+    result = {
+        "parameters": trained,
+        "first_loss": round(history.losses[0], 3),
+        "stopped": history.stopped,
+        "valid_loss": finite(
+            evaluate(
+                model,
+                tokenizer,
+                data,
+                split="valid",
+                limit=96,
+                generate=False,
+                progress=False,
+            )["loss"]
+        ),
+    }
     if job["part"] != "starts":
         test = evaluate(model, tokenizer, data, split="test", limit=100, progress=False)
         result["score"] = round(test[data.metric], 1)
-    return job | result | {"losses": " ".join(f"{loss:.3f}" for loss in history.losses[:30])}
+    return (
+        job
+        | result
+        | {"losses": " ".join(f"{loss:.3f}" for loss in history.losses[:30])}
+    )
 
 
 def folder(base: str | None) -> str | None:
@@ -95,9 +165,12 @@ def ground(base: str | None) -> str:
 
 # ------------------------------------------------------------------------------------------------------ what is run
 
+
 def losses(runs: list, **wanted) -> dict:
     """By rate."""
-    return {run["lr"]: run["valid_loss"] for run in found(runs, seed=SEEDS[0], **wanted)}
+    return {
+        run["lr"]: run["valid_loss"] for run in found(runs, seed=SEEDS[0], **wanted)
+    }
 
 
 def best_rate(runs: list, **wanted) -> float:
@@ -108,61 +181,146 @@ def best_rate(runs: list, **wanted) -> float:
 def ratio() -> int:
     """How many virtual tokens of a prompt have as many numbers as one of a prefix."""
     shape = load_pretrained().config
-    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim // shape.hidden_size
+    return (
+        2
+        * shape.num_hidden_layers
+        * shape.num_key_value_heads
+        * shape.head_dim
+        // shape.hidden_size
+    )
 
 
 def jobs_of(part: str, runs: list, stage: int) -> list:
     """The runs of a part. At the last stage the other seeds, before it the rates."""
+
     def job(case, lr, seed=SEEDS[0]):
         task = "sql" if part == "sql" else "voice"
-        return {"part": part, "on": ground(case["base"]), "task": task, "steps": STEPS[task]} | case | {"lr": lr, "seed": seed}
-    lengths = {"prompt": [n * ratio() for n in PREFIXES], "prefix": list(PREFIXES), LORA: [None], FULL: [None]}
-    case = lambda m, n, base=None: {"base": base, "method": m, "start": "TEXT" if m in ("prompt", "prefix") else None, "n": n}
+        return (
+            {
+                "part": part,
+                "on": ground(case["base"]),
+                "task": task,
+                "steps": STEPS[task],
+            }
+            | case
+            | {"lr": lr, "seed": seed}
+        )
+
+    lengths = {
+        "prompt": [n * ratio() for n in PREFIXES],
+        "prefix": list(PREFIXES),
+        LORA: [None],
+        FULL: [None],
+    }
+    case = lambda m, n, base=None: {
+        "base": base,
+        "method": m,
+        "start": "TEXT" if m in ("prompt", "prefix") else None,
+        "n": n,
+    }
     if part == "starts":
-        cases = [case(m, None if m == LORA else N) | {"start": start} for m, start in STARTS]
+        cases = [
+            case(m, None if m == LORA else N) | {"start": start} for m, start in STARTS
+        ]
         if stage == 0:
             return [job(case, lr) for case in cases for lr in RATES]
         tried = [(case, losses(runs, part=part, **case)) for case in cases]
-        return [job(case, lr) for case, tried in tried if min(tried, key=tried.get) in (min(tried), max(tried)) and stage <= STAGES
-                for lr in climb(tried, LADDER, None)]
-    if part == "voice":                         # beginning where "starts" was best
-        first = lambda m: FIRST.get((part, m)) or best_rate(runs, part="starts", method=m, start=case(m, None)["start"])
+        return [
+            job(case, lr)
+            for case, tried in tried
+            if min(tried, key=tried.get) in (min(tried), max(tried)) and stage <= STAGES
+            for lr in climb(tried, LADDER, None)
+        ]
+    if part == "voice":  # beginning where "starts" was best
+        first = lambda m: (
+            FIRST.get((part, m))
+            or best_rate(runs, part="starts", method=m, start=case(m, None)["start"])
+        )
         cases = [(case(m, n), first(m)) for m in lengths for n in lengths[m]]
     else:
-        cases = [(case(m, lengths[m][-1], base), rate) for base in (SMALLER if part == "sizes" else [None])
-                 for (where, m), rate in FIRST.items() if where == part]
+        cases = [
+            (case(m, lengths[m][-1], base), rate)
+            for base in (SMALLER if part == "sizes" else [None])
+            for (where, m), rate in FIRST.items()
+            if where == part
+        ]
     if stage < STAGES:
-        return [job(case, lr) for case, first in cases for lr in climb(losses(runs, part=part, **case), LADDER, first)]
-    return [job(case, best_rate(runs, part=part, **case), seed) for case, _ in cases for seed in SEEDS[1:]]
+        return [
+            job(case, lr)
+            for case, first in cases
+            for lr in climb(losses(runs, part=part, **case), LADDER, first)
+        ]
+    return [
+        job(case, best_rate(runs, part=part, **case), seed)
+        for case, _ in cases
+        for seed in SEEDS[1:]
+    ]
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
-    parser.add_argument("--parts", nargs="*", default=["starts", "voice", "sql", "sizes"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
+    )
+    parser.add_argument(
+        "--parts", nargs="*", default=["starts", "voice", "sql", "sizes"]
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter12.json")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    record = facts() | {"base": os.environ.get("MINIPEFT_BASE", "lanternwick"), "steps": STEPS,
-                        "batch_size": 16, "warmup": WARMUP, "n": N, "rates": RATES, "text": TEXT, "prefixes": PREFIXES,
-                        "ratio": ratio(), "seeds": SEEDS, "sizes": {}}
+    record = facts() | {
+        "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),
+        "steps": STEPS,
+        "batch_size": 16,
+        "warmup": WARMUP,
+        "n": N,
+        "rates": RATES,
+        "text": TEXT,
+        "prefixes": PREFIXES,
+        "ratio": ratio(),
+        "seeds": SEEDS,
+        "sizes": {},
+    }
     for name in ("shipped", *(SMALLER if "sizes" in given.parts else ())):
         where = resolve(folder(name) if name in SMALLER else None)
         model = load_pretrained(str(where))
-        record["sizes"][name] = {"parameters": sum(p.numel() for p in model.parameters()), "width": model.config.hidden_size,
-                                 "layers": model.config.num_hidden_layers}
-        record["sizes"][name] |= schooling(where) if (where / "history.json").exists() else {}
-    if given.out.exists():                      # without runs of other steps, or on another smaller base
+        record["sizes"][name] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "width": model.config.hidden_size,
+            "layers": model.config.num_hidden_layers,
+        }
+        record["sizes"][name] |= (
+            schooling(where) if (where / "history.json").exists() else {}
+        )
+    if given.out.exists():  # without runs of other steps, or on another smaller base
         before = json.loads(given.out.read_text(encoding="utf-8"))
         known = {name: ground(name) for name in record["sizes"] if name in SMALLER}
-        holds = lambda run: run.get("steps") == STEPS[run["task"]] and run["on"] == known.get(run["base"], run["on"])
+        holds = lambda run: (
+            run.get("steps") == STEPS[run["task"]]
+            and run["on"] == known.get(run["base"], run["on"])
+        )
         record["sizes"] = before["sizes"] | record["sizes"]
-        save(given.out, before | {"runs": [run for run in before["runs"] if holds(run)]})
+        save(
+            given.out, before | {"runs": [run for run in before["runs"] if holds(run)]}
+        )
     turns = [(part, stage) for part in given.parts for stage in range(STAGES + 1)]
-    runs = sweep(lambda turn, runs: jobs_of(turn[0], runs, turn[1]), one_run, turns, record, given.out, given.jobs)
+    runs = sweep(
+        lambda turn, runs: jobs_of(turn[0], runs, turn[1]),
+        one_run,
+        turns,
+        record,
+        given.out,
+        given.jobs,
+    )
     for run in runs:
-        print(f"{run['part']:7} {run['base'] or '':18} {run['task']:6} {run['method']:16} {run['start'] or '':12} n {run['n'] or 0:3} "
-              f"lr {run['lr']:<6g} seed {run['seed']} {run['parameters']:9,} valid {run['valid_loss']:.3f} score {run.get('score', '')}")
+        print(
+            f"{run['part']:7} {run['base'] or '':18} {run['task']:6} {run['method']:16}"
+            f" {run['start'] or '':12} n {run['n'] or 0:3} lr {run['lr']:<6g} seed"
+            f" {run['seed']} {run['parameters']:9,} valid {run['valid_loss']:.3f} score"
+            f" {run.get('score', '')}"
+        )
 
 
 if __name__ == "__main__":

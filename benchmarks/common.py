@@ -1,4 +1,6 @@
-"""What every benchmark writes down besides its numbers, and how: in one piece, or not at all."""
+"""What every benchmark writes down besides its numbers, and how: in one piece, or not
+at all."""
+
 import datetime
 import hashlib
 import json
@@ -23,25 +25,46 @@ RESULTS = Path(__file__).parent / "results"
 def processor():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip()
+            for line in lines
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
 def facts():
     """How to get these numbers again: command, processor, versions, date, commit."""
+
     def installed(name):
         try:
             return version(name)
         except PackageNotFoundError:
             return None
+
     ask = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {"command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": commit.stdout.strip() or None,
-            "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
-            "versions": {"python": platform.python_version()}
-                        | {name: installed(name) for name in ("torch", "peft", "transformers", "sacrebleu")}}
+    commit = subprocess.run(
+        ask, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "command": (
+            "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        ),
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "commit": commit.stdout.strip() or None,
+        "machine": (
+            f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+            " used"
+        ),
+        "versions": (
+            {"python": platform.python_version()}
+            | {
+                name: installed(name)
+                for name in ("torch", "peft", "transformers", "sacrebleu")
+            }
+        ),
+    }
 
 
 def save(path, record):
@@ -54,7 +77,11 @@ def save(path, record):
 
 
 def found(runs: list, **wanted) -> list:
-    return [run for run in runs if all(run.get(key) == value for key, value in wanted.items())]
+    return [
+        run
+        for run in runs
+        if all(run.get(key) == value for key, value in wanted.items())
+    ]
 
 
 def finite(loss: float) -> float:
@@ -63,32 +90,52 @@ def finite(loss: float) -> float:
 
 
 def climb(tried: dict, ladder, first) -> list:
-    """The rates to try next, tried being {rate: loss}: `first` and its neighbours, then on until the best has a worse one on either side."""
+    """The rates to try next, tried being {rate: loss}: `first` and its neighbours, then
+    on until the best has a worse one on either side."""
     at = ladder.index(min(tried, key=tried.get) if tried else first)
-    return [rate for rate in ladder[max(at - 1, 0):at + 2] if rate not in tried]
+    return [rate for rate in ladder[max(at - 1, 0) : at + 2] if rate not in tried]
 
 
 def weights(base: str | None = None) -> str:
     """A fingerprint of the base: runs on another one are not kept."""
-    numbers = b"".join(p.detach().numpy().tobytes() for p in load_pretrained(base).parameters())
+    numbers = b"".join(
+        p.detach().numpy().tobytes() for p in load_pretrained(base).parameters()
+    )
     return hashlib.sha256(numbers).hexdigest()[:12]
 
 
 def vocabulary() -> str:
-    """A fingerprint of the base's tokenizer: for runs that begin from nothing, and need no more of the base."""
+    """A fingerprint of the base's tokenizer: for runs that begin from nothing, and need
+    no more of the base."""
     return hashlib.sha256((resolve() / "tokenizer.json").read_bytes()).hexdigest()[:12]
 
 
 def sweep(jobs_of, one_run, turns, record: dict, out: Path, workers: int) -> list:
-    """Run jobs_of(turn, runs so far) for every turn (a seed, say), keep the results in `out` as they come in, return all of them."""
-    before, started = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}, time.time()
+    """Run jobs_of(turn, runs so far) for every turn (a seed, say), keep the results in
+    `out` as they come in, return all of them."""
+    before, started = (
+        (json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}),
+        time.time(),
+    )
     record = record | {"weights": weights()}
     runs = before["runs"] if before.get("weights") == record["weights"] else []
     spent = before.get("minutes", 0) if runs else 0
     with ProcessPoolExecutor(workers) as pool:
         for turn in turns:
             jobs = [job for job in jobs_of(turn, runs) if not found(runs, **job)]
-            for run in tqdm(pool.map(one_run, jobs), total=len(jobs), desc=f"turn {turn}", disable=not jobs):
+            for run in tqdm(
+                pool.map(one_run, jobs),
+                total=len(jobs),
+                desc=f"turn {turn}",
+                disable=not jobs,
+            ):
                 runs.append(run)
-                save(out, record | {"minutes": round(spent + (time.time() - started) / 60, 1), "runs": runs})
+                save(
+                    out,
+                    record
+                    | {
+                        "minutes": round(spent + (time.time() - started) / 60, 1),
+                        "runs": runs,
+                    },
+                )
     return runs

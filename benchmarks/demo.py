@@ -1,8 +1,10 @@
-"""`make demo`: LoRA in about a minute. What the model says before, the training, what it says after, and what that cost.
+"""`make demo`: LoRA in about a minute. What the model says before, the training, what
+it says after, and what that cost.
 
     python benchmarks/demo.py                 # questions -> SQL
     python benchmarks/demo.py --task voice --keep my_adapter
 """
+
 import argparse
 import shutil
 import tempfile
@@ -12,13 +14,27 @@ from pathlib import Path
 import torch
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.lm import evaluate, generate, load_data, load_pretrained, load_tokenizer, memory_ledger, train
+from minipeft.lm import (
+    evaluate,
+    generate,
+    load_data,
+    load_pretrained,
+    load_tokenizer,
+    memory_ledger,
+    train,
+)
 from minipeft.lm.ledger import human
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="sql", help="sql, voice, records, mood, extract, newcomers, or your own .jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--task",
+        default="sql",
+        help="sql, voice, records, mood, extract, newcomers, or your own .jsonl",
+    )
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-2)
@@ -31,8 +47,14 @@ def main(argv=None):
     model = load_pretrained()
     examples, length = task.test[:3], 64
     whole = memory_ledger(model, seq_len=length)  # everything trained: full fine-tuning
-    model = get_peft_model(model, LoraConfig(r=given.r, lora_alpha=2 * given.r, target_modules="all-linear"))
-    print(f"{given.task}: {task.description}. A LoRA of rank {given.r} on every linear layer; the model itself stays frozen.")
+    model = get_peft_model(
+        model,
+        LoraConfig(r=given.r, lora_alpha=2 * given.r, target_modules="all-linear"),
+    )
+    print(
+        f"{given.task}: {task.description}. A LoRA of rank {given.r} on every linear"
+        " layer; the model itself stays frozen."
+    )
     model.print_trainable_parameters()
 
     def look():
@@ -44,30 +66,72 @@ def main(argv=None):
     for example, text in zip(examples, before):
         print(f"  {example.prompt!r}\n    {' '.join(text.split())[:100]}")
     print()
-    history = train(model, task, tokenizer=tokenizer, steps=given.steps, lr=given.lr, warmup=min(10, given.steps // 2))
+    history = train(
+        model,
+        task,
+        tokenizer=tokenizer,
+        steps=given.steps,
+        lr=given.lr,
+        warmup=min(10, given.steps // 2),
+    )
     after, scored_after = look()
     print("\nAfter:")
     for example, text in zip(examples, after):
-        print(f"  {example.prompt!r}\n    {' '.join(text.split())[:100]}\n    {example.completion.strip()}   <- expected")
+        print(
+            f"  {example.prompt!r}\n    {' '.join(text.split())[:100]}\n   "
+            f" {example.completion.strip()}   <- expected"
+        )
 
     folder = given.keep or Path(tempfile.mkdtemp())
     model.save_pretrained(folder)
     size = (folder / "adapter_model.safetensors").stat().st_size
     if not given.keep:
         shutil.rmtree(folder)
-    ledger, (trained, everything) = memory_ledger(model, seq_len=length), model.get_nb_trainable_parameters()
+    ledger, (trained, everything) = (
+        memory_ledger(model, seq_len=length),
+        model.get_nb_trainable_parameters(),
+    )
     rows = [(f"{given.steps} steps of 16 examples", "before", "after")]
     if task.score:
-        scores = (f"{scored[task.metric]:.1f}" for scored in (scored_before, scored_after))
+        scores = (
+            f"{scored[task.metric]:.1f}" for scored in (scored_before, scored_after)
+        )
         rows.append((f"{task.metric} of {given.limit} test items", *scores))
-    rows += [("loss a token, nats", f"{scored_before['loss']:.2f}", f"{scored_after['loss']:.2f}"), ("", "", ""),
-             ("what it cost", "LoRA", "training all"), ("trained parameters", f"{trained:,}", f"{everything - trained:,}")]
-    rows += [(f"memory: {name}", human(ledger.predicted[name]), human(n)) for name, n in whole.predicted.items()]
-    rows += [(f"memory: in all, 16 x {length} tokens", human(ledger.total()), human(whole.total())),
-             ("the file to keep", human(size), human(whole.predicted["weights"])), ("", "", ""),
-             ("training", f"{history.seconds:.0f} s", f"{history.tokens_per_second:,.0f} tokens/s"),
-             ("everything", f"{time.perf_counter() - started:.0f} s", "")]
-    print("\n" + "\n".join(f"{what:34}{one:>14}{other:>16}".rstrip() for what, one, other in rows))
+    rows += [
+        (
+            "loss a token, nats",
+            f"{scored_before['loss']:.2f}",
+            f"{scored_after['loss']:.2f}",
+        ),
+        ("", "", ""),
+        ("what it cost", "LoRA", "training all"),
+        ("trained parameters", f"{trained:,}", f"{everything - trained:,}"),
+    ]
+    rows += [
+        (f"memory: {name}", human(ledger.predicted[name]), human(n))
+        for name, n in whole.predicted.items()
+    ]
+    rows += [
+        (
+            f"memory: in all, 16 x {length} tokens",
+            human(ledger.total()),
+            human(whole.total()),
+        ),
+        ("the file to keep", human(size), human(whole.predicted["weights"])),
+        ("", "", ""),
+        (
+            "training",
+            f"{history.seconds:.0f} s",
+            f"{history.tokens_per_second:,.0f} tokens/s",
+        ),
+        ("everything", f"{time.perf_counter() - started:.0f} s", ""),
+    ]
+    print(
+        "\n"
+        + "\n".join(
+            f"{what:34}{one:>14}{other:>16}".rstrip() for what, one, other in rows
+        )
+    )
     return scored_before, scored_after
 
 

@@ -1,12 +1,17 @@
-"""Real data, real models: the E2E NLG Challenge (Novikova et al. 2017), the data of the LoRA paper's GPT-2 table.
+"""Real data, real models: the E2E NLG Challenge (Novikova et al. 2017), the data of the
+LoRA paper's GPT-2 table.
 
-    python benchmarks/e2e_nlg.py                     # both bases; writes benchmarks/results/e2e_nlg.json after every run
-    python benchmarks/e2e_nlg.py --base stories260K  # one of them; runs that are already in the file are not run again
+    python benchmarks/e2e_nlg.py                     # both bases; writes
+      benchmarks/results/e2e_nlg.json after every run
+    python benchmarks/e2e_nlg.py --base stories260K  # one of them; runs that are
+      already in the file are not run again
 
-Full fine-tuning, LoRA at two ranks on every linear layer, and the same network from random weights: equal steps, equal
-batches, two seeds. The rate is chosen by the loss on validation data after one short run a rate. BLEU (sacrebleu, mixed
-case) is that of greedy texts for the test set's meaning representations, against all their references.
+Full fine-tuning, LoRA at two ranks on every linear layer, and the same network from
+random weights: equal steps, equal batches, two seeds. The rate is chosen by the loss on
+validation data after one short run a rate. BLEU (sacrebleu, mixed case) is that of
+greedy texts for the test set's meaning representations, against all their references.
 """
+
 import argparse
 import json
 import time
@@ -20,9 +25,14 @@ from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches, room
 
-METHODS = {"full": (1e-3, 3e-3, 1e-2), "lora r=8": (3e-3, 1e-2, 3e-2), "lora r=1": (3e-3, 1e-2, 3e-2),
-           "random init": (1e-3, 3e-3, 1e-2)}  # and the rates to try
-BATCH, SHOWN = 16, (0, 200, 600)  # examples a step; the test records whose texts are kept
+METHODS = {
+    "full": (1e-3, 3e-3, 1e-2),
+    "lora r=8": (3e-3, 1e-2, 3e-2),
+    "lora r=1": (3e-3, 1e-2, 3e-2),
+    "random init": (1e-3, 3e-3, 1e-2),
+}  # and the rates to try
+# examples a step; the test records whose texts are kept
+BATCH, SHOWN = 16, (0, 200, 600)
 
 
 def make(base, method, seed):
@@ -32,69 +42,145 @@ def make(base, method, seed):
         model = GPT(model.config)
     if method.startswith("lora"):
         r = int(method.split("=")[1])
-        model = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
+        model = get_peft_model(
+            model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
+        )
     return model
 
 
-def one_run(task, base, tokenizer, batches, method, lr, seed, steps, limit=None, final=True):
-    """Train and judge; a short run (final=False) is judged by its validation loss alone."""
+def one_run(
+    task, base, tokenizer, batches, method, lr, seed, steps, limit=None, final=True
+):
+    """Train and judge; a short run (final=False) is judged by its validation loss
+    alone."""
     model, rows = make(base, method, seed), batches(seed)
     started, used = time.perf_counter(), time.process_time()
-    history = train(model, rows, steps=steps, lr=lr, warmup=min(20, steps // 5), seed=seed, bf16=True)
-    run = {"base": base, "method": method, "lr": lr, "seed": seed, "steps": steps,
-           "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-           "train_loss": round(sum(history.losses[-20:]) / len(history.losses[-20:]), 4), "stopped": history.stopped,
-           "train_minutes": round((time.perf_counter() - started) / 60, 2),
-           "train_cpu_minutes": round((time.process_time() - used) / 60, 2)}
-    valid = evaluate(model, tokenizer, task, split="valid", limit=limit or 200, generate=False)
+    history = train(
+        model,
+        rows,
+        steps=steps,
+        lr=lr,
+        warmup=min(20, steps // 5),
+        seed=seed,
+        bf16=True,
+    )
+    run = {
+        "base": base,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "steps": steps,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "train_loss": round(sum(history.losses[-20:]) / len(history.losses[-20:]), 4),
+        "stopped": history.stopped,
+        "train_minutes": round((time.perf_counter() - started) / 60, 2),
+        "train_cpu_minutes": round((time.process_time() - used) / 60, 2),
+    }
+    valid = evaluate(
+        model, tokenizer, task, split="valid", limit=limit or 200, generate=False
+    )
     run["valid_loss"] = round(valid["loss"], 4)
     if final:
-        result = evaluate(model, tokenizer, task, split="test", limit=limit, predictions=True)
-        run |= {"test_loss": round(result["loss"], 4), "bleu": result["bleu"], "test_records": result["examples"],
-                "minutes": round((time.perf_counter() - started) / 60, 2),
-                "samples": [result["predictions"][i].strip() for i in SHOWN if i < result["examples"]]}
+        result = evaluate(
+            model, tokenizer, task, split="test", limit=limit, predictions=True
+        )
+        run |= {
+            "test_loss": round(result["loss"], 4),
+            "bleu": result["bleu"],
+            "test_records": result["examples"],
+            "minutes": round((time.perf_counter() - started) / 60, 2),
+            "samples": [
+                result["predictions"][i].strip()
+                for i in SHOWN
+                if i < result["examples"]
+            ],
+        }
     return run
 
 
 def table(record):
     """One line a base and method, means over the seeds."""
-    lines = ["base         method         rate    trained test loss  BLEU, each seed  minutes of CPU"]
+    lines = [
+        "base         method         rate    trained test loss  BLEU, each seed "
+        " minutes of CPU"
+    ]
     for base in dict.fromkeys(run["base"] for run in record["runs"]):
         for method in METHODS:
-            if runs := [r for r in record["runs"] if (r["base"], r["method"]) == (base, method)]:
+            if runs := [
+                r for r in record["runs"] if (r["base"], r["method"]) == (base, method)
+            ]:
                 mean = lambda key: sum(run[key] for run in runs) / len(runs)
                 bleu = ", ".join(f"{run['bleu']:.1f}" for run in runs)
-                lines.append(f"{base:12} {method:12} {runs[0]['lr']:6g} {runs[0]['trained']:10,} {mean('test_loss'):9.3f} "
-                             f"{bleu:>16} {mean('train_cpu_minutes'):15.1f}")
+                lines.append(
+                    f"{base:12} {method:12} {runs[0]['lr']:6g} {runs[0]['trained']:10,}"
+                    f" {mean('test_loss'):9.3f} {bleu:>16}"
+                    f" {mean('train_cpu_minutes'):15.1f}"
+                )
     return "\n".join(lines)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", nargs="+", default=["lanternwick", "stories260K"], help="names or folders of base models")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base",
+        nargs="+",
+        default=["lanternwick", "stories260K"],
+        help="names or folders of base models",
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sweep-steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--limit", type=int, help="only so many validation and test records (default: 200 and all)")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="only so many validation and test records (default: 200 and all)",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "e2e_nlg.json")
     given = parser.parse_args(argv)
     task = load_data("e2e_nlg")
     header = facts() | {
-        "task": task.description, "train_texts": len(task.train), "batch_size": BATCH, "alpha": "2 r", "targets": "all-linear",
-        "schedule": "20 steps of warm-up, cosine; AdamW; bf16 autocast", "decoding": "greedy",
-        "shown": [{"prompt": e.prompt, "references": e.meta["references"]} for i, e in enumerate(task.test) if i in SHOWN]}
+        "task": task.description,
+        "train_texts": len(task.train),
+        "batch_size": BATCH,
+        "alpha": "2 r",
+        "targets": "all-linear",
+        "schedule": "20 steps of warm-up, cosine; AdamW; bf16 autocast",
+        "decoding": "greedy",
+        "shown": [
+            {"prompt": e.prompt, "references": e.meta["references"]}
+            for i, e in enumerate(task.test)
+            if i in SHOWN
+        ],
+    }
 
     def stored():
-        return json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {"sweep": [], "runs": []}
+        return (
+            json.loads(given.out.read_text(encoding="utf-8"))
+            if given.out.is_file()
+            else {"sweep": [], "runs": []}
+        )
 
     def once(where, **job):
-        """Do a run, unless the file has it, made on the same weights. The file is read anew each time: another process may
-        work on another base."""
+        """Do a run, unless the file has it, made on the same weights. The file is read
+        anew each time: another process may work on another base."""
         if known := found(stored()[where], weights=mark, **job):
             return known[0]
         print(where, job, flush=True)
-        run = one_run(task, tokenizer=tokenizer, batches=batches, limit=given.limit, final=where == "runs", **job)
-        now = lambda rows: [row for row in rows if row["base"] != job["base"] or row.get("weights") == mark]
+        run = one_run(
+            task,
+            tokenizer=tokenizer,
+            batches=batches,
+            limit=given.limit,
+            final=where == "runs",
+            **job,
+        )
+        now = lambda rows: [
+            row
+            for row in rows
+            if row["base"] != job["base"] or row.get("weights") == mark
+        ]
         record = header | {key: now(stored()[key]) for key in ("sweep", "runs")}
         record[where].append(run | {"weights": mark, "commit": header["commit"]})
         save(given.out, record)
@@ -103,14 +189,38 @@ def main(argv=None):
     for base in given.base:
         tokenizer = load_tokenizer(base)
         longest, mark = room(load_pretrained(base)), weights(base)
-        batches = cache(lambda seed: Batches(task.train, tokenizer, BATCH, seed=seed, max_length=longest, bucket=True))
+        batches = cache(
+            lambda seed: Batches(
+                task.train, tokenizer, BATCH, seed=seed, max_length=longest, bucket=True
+            )
+        )
         rates = {}
         for seed in given.seeds:  # the first seed of every method first
             for method, choices in METHODS.items():
                 if method not in rates:
-                    tried = [once("sweep", base=base, method=method, lr=lr, seed=0, steps=given.sweep_steps) for lr in choices]
-                    rates[method] = min((t for t in tried if not t["stopped"]), key=lambda t: t["valid_loss"])["lr"]
-                once("runs", base=base, method=method, lr=rates[method], seed=seed, steps=given.steps)
+                    tried = [
+                        once(
+                            "sweep",
+                            base=base,
+                            method=method,
+                            lr=lr,
+                            seed=0,
+                            steps=given.sweep_steps,
+                        )
+                        for lr in choices
+                    ]
+                    rates[method] = min(
+                        (t for t in tried if not t["stopped"]),
+                        key=lambda t: t["valid_loss"],
+                    )["lr"]
+                once(
+                    "runs",
+                    base=base,
+                    method=method,
+                    lr=rates[method],
+                    seed=seed,
+                    steps=given.steps,
+                )
     print(table(stored()))
 
 

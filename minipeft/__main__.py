@@ -1,4 +1,5 @@
 """`python -m minipeft` is the command `minipeft`."""
+
 import sys
 
 from .cli import main

@@ -1,8 +1,11 @@
-"""Floor 0: what a layer is, whatever its class; how to walk through a model; how target names find their layers.
+"""Floor 0: what a layer is, whatever its class; how to walk through a model; how target
+names find their layers.
 
-To an adapter every linear layer looks alike: it maps d_in numbers to d_out numbers and has a dense weight of shape
-(d_out, d_in). The classes differ in how they store it. An embedding is one of them: a linear map of one-hot vectors.
+To an adapter every linear layer looks alike: it maps d_in numbers to d_out numbers and
+has a dense weight of shape (d_out, d_in). The classes differ in how they store it. An
+embedding is one of them: a linear map of one-hot vectors.
 """
+
 import difflib
 import re
 
@@ -18,16 +21,19 @@ class NotMergeableError(ValueError):
     """An adapter that cannot be written into this layer's weight."""
 
 
-class Straight:                                 # stored as (d_out, d_in): nn.Linear
+class Straight:  # stored as (d_out, d_in): nn.Linear
     def read(layer):
         return layer.weight
 
     def write(layer, weight):
-        old = layer.weight                      # a new Parameter, never written in place: ties to other layers end here
-        layer.weight = nn.Parameter(weight.to(old.device, old.dtype).contiguous(), requires_grad=False)
+        # a new Parameter, never written in place: ties to other layers end here
+        old = layer.weight
+        layer.weight = nn.Parameter(
+            weight.to(old.device, old.dtype).contiguous(), requires_grad=False
+        )
 
 
-class Transposed:                               # stored as (d_in, d_out): Hugging Face's Conv1D, nn.Embedding
+class Transposed:  # stored as (d_in, d_out): Hugging Face's Conv1D, nn.Embedding
     def read(layer):
         return layer.weight.T
 
@@ -35,41 +41,57 @@ class Transposed:                               # stored as (d_in, d_out): Huggi
         Straight.write(layer, weight.T)
 
 
-class Bitsandbytes4bit:                         # packed: two weights to a byte
+class Bitsandbytes4bit:  # packed: two weights to a byte
     def read(layer):
         from bitsandbytes.functional import dequantize_4bit
+
         Bitsandbytes4bit.settle(layer)
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
-    def write(layer, weight):                   # rounds the weight to 4 bits again
+    def write(layer, weight):  # rounds the weight to 4 bits again
         old = layer.weight
-        layer.weight = type(old)(weight.to("cpu"), requires_grad=False, quant_type=old.quant_type, module=layer,
-                                 blocksize=old.blocksize, compress_statistics=old.compress_statistics).to(old.device)
+        layer.weight = type(old)(
+            weight.to("cpu"),
+            requires_grad=False,
+            quant_type=old.quant_type,
+            module=layer,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+        ).to(old.device)
 
     def settle(layer):
-        """On CPUs with AVX512-BF16 its first call in eval mode packs the weight anew, for a product in 16 bits that gives
-        no gradients. Undo that, and let it not happen again."""
+        """On CPUs with AVX512-BF16 its first call in eval mode packs the weight anew,
+        for a product in 16 bits that gives no gradients. Undo that, and let it not
+        happen again."""
         state, layer.support_avx512bf16_for_cpu = layer.weight.quant_state, False
         if getattr(state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+            from bitsandbytes.functional import (
+                _convert_weight_packed_for_cpu_inverse as unpack,
+            )
+
             if not state.original_nested:
                 state.absmax = state.absmax.T.reshape(-1).float()
-            layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, state)
+            layer.weight.data, layer.weight.quant_state = unpack(
+                layer.weight.data, state
+            )
             layer.quant_state = layer.weight.quant_state
 
 
-# The storage of each class, by name, so that nothing is imported for it. Later floors add theirs. None: not adaptable.
+# The storage of each class, by name, so that nothing is imported for it. Later floors
+# add theirs. None: not adaptable.
 STORAGE = {
     "torch.nn.modules.linear.Linear": Straight,
     "torch.nn.modules.sparse.Embedding": Transposed,
     "transformers.pytorch_utils.Conv1D": Transposed,
     "bitsandbytes.nn.modules.Linear4bit": Bitsandbytes4bit,
-    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,    # attention reads its weight, never calls it
+    # attention reads its weight, never calls it
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,
 }
 
 
 def storage(layer):
-    """How `layer` stores its weight, by the most specific of its classes that is known; None where there is none."""
+    """How `layer` stores its weight, by the most specific of its classes that is known;
+    None where there is none."""
     names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(layer).__mro__)
     return next((STORAGE[name] for name in names if name in STORAGE), None)
 
@@ -79,24 +101,31 @@ def is_linear(layer):
 
 
 def is_norm(module):
-    """LayerNorm, RMSNorm and their relatives, whatever their class: a weight of one dimension, and nothing below."""
+    """LayerNorm, RMSNorm and their relatives, whatever their class: a weight of one
+    dimension, and nothing below."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 1 and not any(True for _ in module.children())
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.dim() == 1
+        and not any(True for _ in module.children())
+    )
 
 
 def features(layer):
     """(d_in, d_out)"""
     if storage(layer) is None:
         raise TargetError(f"{type(layer).__name__} is no linear layer")
-    if hasattr(layer, "in_features"):           # packed weights do not show their shape
+    if hasattr(layer, "in_features"):  # packed weights do not show their shape
         return layer.in_features, layer.out_features
-    return tuple(layer.weight.shape)            # transposed
+    return tuple(layer.weight.shape)  # transposed
 
 
 def linear_features(layer):
     """(d_in, d_out), for methods that have no way to look up token ids."""
     if isinstance(layer, nn.Embedding):
-        raise TargetError("this method is for linear layers, not for embeddings (LoRA adapts both)")
+        raise TargetError(
+            "this method is for linear layers, not for embeddings (LoRA adapts both)"
+        )
     return features(layer)
 
 
@@ -105,24 +134,33 @@ def read_weight(layer):
     d_in, d_out = features(layer)
     weight = storage(layer).read(layer)
     if not weight.is_floating_point() or weight.shape != (d_out, d_in):
-        raise TypeError(f"the weight of this {type(layer).__name__} reads as {tuple(weight.shape)} {weight.dtype}; "
-                        f"({d_out}, {d_in}) floating-point numbers are expected")
+        raise TypeError(
+            f"the weight of this {type(layer).__name__} reads as {tuple(weight.shape)}"
+            f" {weight.dtype}; ({d_out}, {d_in}) floating-point numbers are expected"
+        )
     return weight
 
 
 def write_weight(layer, weight, lossy=False):
-    """Store a dense weight (d_out, d_in). A quantised layer would round it: refused, unless `lossy`.
+    """Store a dense weight (d_out, d_in). A quantised layer would round it: refused,
+    unless `lossy`.
 
-    Returns the norms of what rounding did to it, and of the change that was to be written."""
+    Returns the norms of what rounding did to it, and of the change that was to be
+    written."""
     weight, dense = weight.detach(), is_dense(layer)
     if not dense and not lossy:
-        raise NotMergeableError(f"merging into a 4-bit {type(layer).__name__} rounds the result to 4 bits again. Pass "
-                                "dequantize=True to merge_and_unload for a dense model, merge into the base loaded in 16 "
-                                "or 32 bits, or pass lossy=True to accept the loss")
+        raise NotMergeableError(
+            f"merging into a 4-bit {type(layer).__name__} rounds the result to 4 bits"
+            " again. Pass dequantize=True to merge_and_unload for a dense model, merge"
+            " into the base loaded in 16 or 32 bits, or pass lossy=True to accept the"
+            " loss"
+        )
     before = None if dense else read_weight(layer)
     storage(layer).write(layer, weight)
     if not dense:
-        return float((read_weight(layer) - weight).norm()), float((weight - before).norm())
+        return float((read_weight(layer) - weight).norm()), float(
+            (weight - before).norm()
+        )
 
 
 def is_dense(layer):
@@ -131,7 +169,8 @@ def is_dense(layer):
 
 
 def settle(model):
-    """Keep bitsandbytes' layers in the one form that gives gradients; returns the model."""
+    """Keep bitsandbytes' layers in the one form that gives gradients; returns the
+    model."""
     for module in model.modules():
         if storage(module) is Bitsandbytes4bit:
             Bitsandbytes4bit.settle(module)
@@ -140,8 +179,12 @@ def settle(model):
 
 def write_bias(layer, bias):
     if getattr(layer, "bias", None) is None:
-        raise NotMergeableError(f"this {type(layer).__name__} has no bias to merge a bias into")
-    layer.bias = nn.Parameter(bias.detach().to(layer.bias.device, layer.bias.dtype), requires_grad=False)
+        raise NotMergeableError(
+            f"this {type(layer).__name__} has no bias to merge a bias into"
+        )
+    layer.bias = nn.Parameter(
+        bias.detach().to(layer.bias.device, layer.bias.dtype), requires_grad=False
+    )
 
 
 def held(parameter):
@@ -156,8 +199,9 @@ def bare(module):
 
 
 def walk(model):
-    """Every module below `model` once, parents first, as (path, parent, name, module). Slots are seen through: paths
-    are those of the bare model, and a module that is in a slot comes as the slot."""
+    """Every module below `model` once, parents first, as (path, parent, name, module).
+    Slots are seen through: paths are those of the bare model, and a module that is in a
+    slot comes as the slot."""
     seen = set()
 
     def below(parent, prefix):
@@ -166,16 +210,19 @@ def walk(model):
                 seen.add(module)
                 yield prefix + name, parent, name, module
                 yield from below(bare(module), f"{prefix}{name}.")
+
     yield from below(bare(model), "")
 
 
 def named(name, path):
-    """Does `name` mean `path`? It is the whole path or its end: "q_proj" means "layers.0.self_attn.q_proj"."""
+    """Does `name` mean `path`? It is the whole path or its end: "q_proj" means
+    "layers.0.self_attn.q_proj"."""
     return path == name or path.endswith("." + name)
 
 
 def ends(name, path):
-    """What modules_to_save means by a name, as in PEFT: "norm" means "input_layernorm" too."""
+    """What modules_to_save means by a name, as in PEFT: "norm" means "input_layernorm"
+    too."""
     return path.endswith(name)
 
 
@@ -188,19 +235,37 @@ def expression(text):
 
 
 def lookup(patterns, path, default):
-    """The value of the first pattern (a regular expression for the end of a path) that fits, as in rank_pattern."""
-    return next((value for key, value in (patterns or {}).items() if expression(rf"(.*\.)?({key})$").match(path)), default)
+    """The value of the first pattern (a regular expression for the end of a path) that
+    fits, as in rank_pattern."""
+    return next(
+        (
+            value
+            for key, value in (patterns or {}).items()
+            if expression(rf"(.*\.)?({key})$").match(path)
+        ),
+        default,
+    )
 
 
 def in_layers(path, indices, pattern):
-    """Is `path` within one of the numbered layers `indices`? `pattern` names the list of layers; None: any list."""
+    """Is `path` within one of the numbered layers `indices`? `pattern` names the list
+    of layers; None: any list."""
     lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    found = next(filter(None, (expression(rf"(?:^|.*?\.){name}\.(\d+)\.").match(path) for name in lists)), None)
-    return found is not None and int(found[1]) in ([indices] if isinstance(indices, int) else indices)
+    found = next(
+        filter(
+            None,
+            (expression(rf"(?:^|.*?\.){name}\.(\d+)\.").match(path) for name in lists),
+        ),
+        None,
+    )
+    return found is not None and int(found[1]) in (
+        [indices] if isinstance(indices, int) else indices
+    )
 
 
 def find(paths, targets, what="target_modules", fits=named):
-    """The paths that `targets` mean: a list of names, each of which must be found, or one regular expression.
+    """The paths that `targets` mean: a list of names, each of which must be found, or
+    one regular expression.
 
     Raises TargetError that lists the nearest names there are.
     """
@@ -209,30 +274,55 @@ def find(paths, targets, what="target_modules", fits=named):
         missing = [] if found else [targets]
     else:
         found = [path for path in paths if any(fits(name, path) for name in targets)]
-        missing = [name for name in targets if not any(fits(name, path) for path in found)]
+        missing = [
+            name for name in targets if not any(fits(name, path) for path in found)
+        ]
     if missing:
         short = {path.rpartition(".")[2] for path in paths}
-        short = sorted(name for name in short if name and not name.isdigit()) or list(paths)
-        near = {name: difflib.get_close_matches(name, [*short, *paths], n=3, cutoff=0.4) for name in missing}
-        hints = [f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "") for name in missing]
-        raise TargetError(f"{what} finds no module for {'; '.join(hints)}. There are: {', '.join(short)}")
+        short = sorted(name for name in short if name and not name.isdigit()) or list(
+            paths
+        )
+        near = {
+            name: difflib.get_close_matches(name, [*short, *paths], n=3, cutoff=0.4)
+            for name in missing
+        }
+        hints = [
+            f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "")
+            for name in missing
+        ]
+        raise TargetError(
+            f"{what} finds no module for {'; '.join(hints)}. There are:"
+            f" {', '.join(short)}"
+        )
     return found
 
 
 def short(paths, found):
-    """Names for `found` that mean just these of all `paths`: the last parts, if they suffice; else whole paths."""
+    """Names for `found` that mean just these of all `paths`: the last parts, if they
+    suffice; else whole paths."""
     ends = sorted({path.rpartition(".")[2] for path in found})
-    return ends if [path for path in paths if any(named(name, path) for name in ends)] == list(found) else list(found)
+    return (
+        ends
+        if [path for path in paths if any(named(name, path) for name in ends)]
+        == list(found)
+        else list(found)
+    )
 
 
 def checkpoints(model):
     """Does it compute activations again in the backward pass?"""
-    name = "is_activation_checkpointing"                # transformers 5 renamed it
-    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
+    name = "is_activation_checkpointing"  # transformers 5 renamed it
+    return bool(
+        getattr(
+            model, name if hasattr(model, name) else "is_gradient_checkpointing", False
+        )
+    )
 
 
 def like(layer, at_least_32_bits=True):
     """(device, dtype) for new parameters beside `layer`."""
     parameter = next(layer.parameters(), torch.empty(0))
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
-    return parameter.device, torch.promote_types(dtype, torch.float32) if at_least_32_bits else dtype
+    return parameter.device, (
+        torch.promote_types(dtype, torch.float32) if at_least_32_bits else dtype
+    )

@@ -1,7 +1,10 @@
-"""Floor 5: the book of adapters. A PeftModel puts slots into a model, and knows which adapters there are and who plays.
+"""Floor 5: the book of adapters. A PeftModel puts slots into a model, and knows which
+adapters there are and who plays.
 
-All that touches several layers at once is here, and is done for all of them or for none.
+All that touches several layers at once is here, and is done for all of them or for
+none.
 """
+
 import copy
 import difflib
 import warnings
@@ -22,17 +25,22 @@ from .quant import linear4bit
 from .slot import AdapterNameError, Base, Rows, Slot, Switch
 
 
-def get_peft_model(model, peft_config, adapter_name="default", autocast_adapter_dtype=True):
-    """`model`, frozen, with a new adapter. Layers get their slots in place; `unload` takes them out again.
+def get_peft_model(
+    model, peft_config, adapter_name="default", autocast_adapter_dtype=True
+):
+    """`model`, frozen, with a new adapter. Layers get their slots in place; `unload`
+    takes them out again.
 
-    Adapters of a 16-bit model are kept in 32 bits, unless autocast_adapter_dtype is False.
-    Raises ConfigError, TargetError or AdapterNameError, and then leaves the model as it was.
+    Adapters of a 16-bit model are kept in 32 bits, unless autocast_adapter_dtype is
+    False. Raises ConfigError, TargetError or AdapterNameError, and then leaves the
+    model as it was.
     """
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
 
 
 class Root(Slot):
-    """The slot around the whole model. As in Hugging Face PEFT, the model itself is `base_model.model`."""
+    """The slot around the whole model. As in Hugging Face PEFT, the model itself is
+    `base_model.model`."""
 
     def __init__(self, model, switch):
         super().__init__(model, switch)
@@ -43,51 +51,94 @@ class Root(Slot):
         return self._modules["model"]
 
     def by_rows(self, rows, *args, **kwargs):
-        """Adapters inside the model see to their rows themselves. Around it, each group of rows runs alone."""
+        """Adapters inside the model see to their rows themselves. Around it, each group
+        of rows runs alone."""
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(*args, **kwargs)
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-            raise ValueError("adapters around the model have caches of unlike lengths: generate for one at a time")
+            raise ValueError(
+                "adapters around the model have caches of unlike lengths: generate for"
+                " one at a time"
+            )
         if self.training and layers.checkpoints(self.base_layer):
-            raise ValueError("rows with different adapters around the model cannot be trained with checkpointing, "
-                             "which runs layers again when it is no longer known which rows they saw")
+            raise ValueError(
+                "rows with different adapters around the model cannot be trained with"
+                " checkpointing, which runs layers again when it is no longer known"
+                " which rows they saw"
+            )
         labels, outputs = kwargs.pop("labels", None), []
         groups, order = rows.split(len(rows.names), (*args, *kwargs.values())[0].device)
         for name, index in groups:
+
             def own(value):
-                return value[index] if torch.is_tensor(value) and value.shape[:1] == order.shape else value
+                return (
+                    value[index]
+                    if torch.is_tensor(value) and value.shape[:1] == order.shape
+                    else value
+                )
+
             with self.switch.alone(name):
-                outputs.append(self.stack([name], *map(own, args), **{key: own(kwargs[key]) for key in kwargs}))
+                outputs.append(
+                    self.stack(
+                        [name],
+                        *map(own, args),
+                        **{key: own(kwargs[key]) for key in kwargs},
+                    )
+                )
         if torch.is_tensor(outputs[0]):
             return torch.cat(outputs)[order]
         whole = copy.copy(outputs[0])
-        length = min(output.logits.shape[1] for output in outputs)          # prompts add positions in front
-        whole.logits, whole.past_key_values = torch.cat([output.logits[:, -length:] for output in outputs])[order], None
+        # prompts add positions in front
+        length = min(output.logits.shape[1] for output in outputs)
+        whole.logits, whole.past_key_values = (
+            torch.cat([output.logits[:, -length:] for output in outputs])[order],
+            None,
+        )
         if labels is not None:
-            whole.loss = F.cross_entropy(whole.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            whole.loss = F.cross_entropy(
+                whole.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            )
         return whole
 
     def generate(self, *args, **kwargs):
         """The model's own generate, as the adapters around it change it."""
         call, rows = self.base_layer.generate, self.switch.rows
         if rows is not None and not self.adapters.keys().isdisjoint(rows.names):
-            raise ValueError("adapters around the model have caches of unlike lengths: generate for one at a time")
-        # The one that runs first in forward is asked last, so that it goes around the model before the others do.
-        for name in reversed(self.switch.active) if self.switch.enabled and rows is None else ():
+            raise ValueError(
+                "adapters around the model have caches of unlike lengths: generate for"
+                " one at a time"
+            )
+        # The one that runs first in forward is asked last, so that it goes around the
+        # model before the others do.
+        for name in (
+            reversed(self.switch.active) if self.switch.enabled and rows is None else ()
+        ):
             if name in self.adapters:
                 call = partial(self.adapters[name].generate, Base(self, name, call))
         return call(*args, **kwargs)
 
 
 class PeftModel(nn.Module):
-    """A frozen model with named adapters. The names of its methods, and what they do, are Hugging Face PEFT's."""
+    """A frozen model with named adapters. The names of its methods, and what they do,
+    are Hugging Face PEFT's."""
 
-    def __init__(self, model, peft_config, adapter_name="default", autocast_adapter_dtype=True, fill=None):
+    def __init__(
+        self,
+        model,
+        peft_config,
+        adapter_name="default",
+        autocast_adapter_dtype=True,
+        fill=None,
+    ):
         super().__init__()
         if any(isinstance(module, (Slot, PeftModel)) for module in model.modules()):
-            raise TargetError("this model has adapters already: use add_adapter on its PeftModel, or unload it first")
+            raise TargetError(
+                "this model has adapters already: use add_adapter on its PeftModel, or"
+                " unload it first"
+            )
         self.base_model = Root(model, Switch())
-        self.shared = nn.ModuleDict()           # what an adapter shares over its slots is owned here, and lent to them
+        # what an adapter shares over its slots is owned here, and lent to them
+        self.shared = nn.ModuleDict()
         self.peft_config = {}
         self._add(adapter_name, peft_config, autocast_adapter_dtype, fill)
         layers.settle(model).requires_grad_(False)
@@ -97,16 +148,32 @@ class PeftModel(nn.Module):
             self.enable_input_require_grads()
 
     def forward(self, *args, adapter_names=None, **kwargs):
-        """adapter_names: one name for each row of the batch, "__base__" for none. Without it, the active adapters."""
-        size = next((value.shape[0] for value in (*args, *kwargs.values()) if torch.is_tensor(value)), None)
-        # Rows stay set until the next call: gradient checkpointing runs the layers again in the backward pass.
+        """adapter_names: one name for each row of the batch, "__base__" for none.
+        Without it, the active adapters."""
+        size = next(
+            (
+                value.shape[0]
+                for value in (*args, *kwargs.values())
+                if torch.is_tensor(value)
+            ),
+            None,
+        )
+        # Rows stay set until the next call: gradient checkpointing runs the layers
+        # again in the backward pass.
         self.base_model.switch.rows = self._rows(adapter_names, size)
         output = self.base_model(*args, **kwargs)
-        if self.training and self.base_model.switch.enabled and getattr(output, "loss", None) is not None:
+        if (
+            self.training
+            and self.base_model.switch.enabled
+            and getattr(output, "loss", None) is not None
+        ):
             for name in self.active_adapters:
                 if self.peft_config[name].penalised:
-                    output.loss = output.loss + sum(part.penalty() for part in self._parts(name).values()
-                                                    if hasattr(part, "penalty"))
+                    output.loss = output.loss + sum(
+                        part.penalty()
+                        for part in self._parts(name).values()
+                        if hasattr(part, "penalty")
+                    )
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
@@ -121,9 +188,15 @@ class PeftModel(nn.Module):
             return None
         self._known(name for name in names if name != "__base__")
         if not names or size not in (None, len(names)):
-            raise ValueError(f"{len(names)} adapter_names for a batch of {size} rows: one name a row is expected")
+            raise ValueError(
+                f"{len(names)} adapter_names for a batch of {size} rows: one name a row"
+                " is expected"
+            )
         if self.merged_adapters:
-            raise ValueError(f"{self.merged_adapters} are merged, so all rows have them: call unmerge_adapter() first")
+            raise ValueError(
+                f"{self.merged_adapters} are merged, so all rows have them: call"
+                " unmerge_adapter() first"
+            )
         return Rows(names)
 
     # The book.
@@ -137,24 +210,41 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self):
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+        return (
+            self.active_adapters[0]
+            if len(self.active_adapters) == 1
+            else self.active_adapters
+        )
 
     @property
     def merged_adapters(self):
-        return list(dict.fromkeys(name for _, slot, _ in self._slots() for name in slot.merged))
+        return list(
+            dict.fromkeys(name for _, slot, _ in self._slots() for name in slot.merged)
+        )
 
     def _places(self):
-        """{path: (the module or slot there, the function that puts something else there)}"""
-        return {"": (self.base_model, None)} | {path: (module, partial(setattr, parent, name))
-                                                for path, parent, name, module in layers.walk(self.base_model)}
+        """{path: (the module or slot there, the function that puts something else
+        there)}"""
+        return {"": (self.base_model, None)} | {
+            path: (module, partial(setattr, parent, name))
+            for path, parent, name, module in layers.walk(self.base_model)
+        }
 
     def _slots(self):
-        return [(path, module, put) for path, (module, put) in self._places().items() if isinstance(module, Slot)]
+        return [
+            (path, module, put)
+            for path, (module, put) in self._places().items()
+            if isinstance(module, Slot)
+        ]
 
     def _parts(self, name):
         """{path: the adapter of that name there}; what they share has the path None."""
         parts = {None: self.shared[name]} if name in self.shared else {}
-        return parts | {path: slot.adapters[name] for path, slot, _ in self._slots() if name in slot.adapters}
+        return parts | {
+            path: slot.adapters[name]
+            for path, slot, _ in self._slots()
+            if name in slot.adapters
+        }
 
     def _known(self, names):
         """A list of adapter names, given one or several."""
@@ -162,46 +252,91 @@ class PeftModel(nn.Module):
         for name in names:
             if name not in self.peft_config:
                 near = difflib.get_close_matches(str(name), self.peft_config, n=1)
-                raise AdapterNameError(f"there is no adapter {name!r}" + (f" (nearest: {near[0]!r})" if near else "")
-                                       + f"; there are: {', '.join(map(repr, self.peft_config)) or 'none'}")
+                raise AdapterNameError(
+                    f"there is no adapter {name!r}"
+                    + (f" (nearest: {near[0]!r})" if near else "")
+                    + f"; there are: {', '.join(map(repr, self.peft_config)) or 'none'}"
+                )
         return names
 
     def _add(self, name, config, autocast_adapter_dtype=True, fill=None):
-        """Make adapter `name`, let `fill` give {path: adapter} its values, and put it in, frozen and inactive. The
-        model is touched only when all of that has succeeded."""
-        if not isinstance(name, str) or not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name):
-            raise AdapterNameError(f"{name!r} cannot name an adapter: expected is a string without dots, which is "
-                                   "neither '__base__' nor the name of a method of torch's ModuleDict")
+        """Make adapter `name`, let `fill` give {path: adapter} its values, and put it
+        in, frozen and inactive. The model is touched only when all of that has
+        succeeded."""
+        if (
+            not isinstance(name, str)
+            or not name
+            or "." in name
+            or name == "__base__"
+            or hasattr(nn.ModuleDict, name)
+        ):
+            raise AdapterNameError(
+                f"{name!r} cannot name an adapter: expected is a string without dots,"
+                " which is neither '__base__' nor the name of a method of torch's"
+                " ModuleDict"
+            )
         if name in self.peft_config:
-            raise AdapterNameError(f"there is an adapter {name!r} already; delete it first, or take another name")
-        model, config, places = self.get_base_model(), copy.deepcopy(config), self._places()
-        config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+            raise AdapterNameError(
+                f"there is an adapter {name!r} already; delete it first, or take"
+                " another name"
+            )
+        model, config, places = (
+            self.get_base_model(),
+            copy.deepcopy(config),
+            self._places(),
+        )
+        config.base_model_name_or_path = (
+            config.base_model_name_or_path
+            or getattr(model, "name_or_path", None)
+            or None
+        )
         if self.peft_config and inits.changes_base(config):
-            raise ConfigError(f"{config.init_lora_weights!r} changes the base, on which {', '.join(self.peft_config)} "
-                              "stand: make it on a model without adapters, or load it converted to a plain LoRA")
+            raise ConfigError(
+                f"{config.init_lora_weights!r} changes the base, on which"
+                f" {', '.join(self.peft_config)} stand: make it on a model without"
+                " adapters, or load it converted to a plain LoRA"
+            )
         chosen = config.select(model)
-        copied = layers.find(places, getattr(config, "modules_to_save", None) or (), "modules_to_save", layers.ends)
+        copied = layers.find(
+            places,
+            getattr(config, "modules_to_save", None) or (),
+            "modules_to_save",
+            layers.ends,
+        )
         slots = {path: places[path][0] for path in [*chosen, *copied]}
-        slots = {path: module if isinstance(module, Slot) else Slot(module, self.base_model.switch)
-                 for path, module in slots.items()}
+        slots = {
+            path: (
+                module
+                if isinstance(module, Slot)
+                else Slot(module, self.base_model.switch)
+            )
+            for path, module in slots.items()
+        }
         bases = {path: Base(slots[path], name, lossy=True) for path in chosen}
-        before = [(base.module, dict(base.module._parameters)) for base in bases.values()]
+        before = [
+            (base.module, dict(base.module._parameters)) for base in bases.values()
+        ]
         try:
             shared = config.create_shared(bases)
             like = layers.like(bases[chosen[0]].module, autocast_adapter_dtype)
             parts = {} if shared is None else {None: shared.to(*like)}
             for path, base in _bar(list(bases.items()), "making adapters"):
                 try:
-                    parts[path] = config.create(base, path).to(*layers.like(base.module, autocast_adapter_dtype))
+                    parts[path] = config.create(base, path).to(
+                        *layers.like(base.module, autocast_adapter_dtype)
+                    )
                 except TargetError as error:
                     raise TargetError(f"{path}: {error}") from None
             for path in copied:
-                if any(isinstance(module, Slot) for module in slots[path].base_layer.modules()):
+                if any(
+                    isinstance(module, Slot)
+                    for module in slots[path].base_layer.modules()
+                ):
                     raise TargetError(f"modules_to_save: {path} holds adapters")
                 parts[path] = Copy(slots[path].base_layer)
             if fill is not None:
                 fill(parts)
-        except BaseException:                   # an initialisation may have changed weights
+        except BaseException:  # an initialisation may have changed weights
             for module, parameters in before:
                 module._parameters.update(parameters)
             raise
@@ -217,18 +352,27 @@ class PeftModel(nn.Module):
         self.peft_config[name] = config
 
     def add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype=True):
-        """One more adapter, inactive until `set_adapter`. Any method can stand beside any other."""
+        """One more adapter, inactive until `set_adapter`. Any method can stand beside
+        any other."""
         self._add(adapter_name, peft_config, autocast_adapter_dtype)
         if not self.active_adapters:
             self.set_adapter(adapter_name)
 
     def set_adapter(self, adapter_name, inference_mode=False):
-        """Activate one adapter, or a list: each is given those before it as its base. Only they are trained."""
+        """Activate one adapter, or a list: each is given those before it as its base.
+        Only they are trained."""
         names = self._known(adapter_name)
         for path, slot, _ in self._slots():
-            copies = [name for name in names if name in slot.adapters and isinstance(slot.adapters[name], Copy)]
+            copies = [
+                name
+                for name in names
+                if name in slot.adapters and isinstance(slot.adapters[name], Copy)
+            ]
             if len(copies) > 1:
-                raise AdapterNameError(f"{copies} each have their own copy of {path} (modules_to_save): one at a time")
+                raise AdapterNameError(
+                    f"{copies} each have their own copy of {path} (modules_to_save):"
+                    " one at a time"
+                )
         self.base_model.switch.active = names
         for name in self.peft_config:
             for part in self._parts(name).values():
@@ -248,10 +392,15 @@ class PeftModel(nn.Module):
             del self.shared[adapter_name]
         del self.peft_config[adapter_name]
         self._merge([name for name in merged if name != adapter_name], lossy=True)
-        rest = self.base_model.switch.active = [name for name in self.active_adapters if name != adapter_name]
+        rest = self.base_model.switch.active = [
+            name for name in self.active_adapters if name != adapter_name
+        ]
         if not rest and self.peft_config:
             self.set_adapter(next(iter(self.peft_config)))
-            warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is active now", stacklevel=2)
+            warnings.warn(
+                f"{adapter_name!r} was active; {self.active_adapter!r} is active now",
+                stacklevel=2,
+            )
 
     @contextmanager
     def disable_adapter(self):
@@ -268,36 +417,61 @@ class PeftModel(nn.Module):
     # Merging.
 
     def merge_adapter(self, adapter_names=None, safe_merge=False, lossy=False):
-        """Write adapters (the active ones) into the weights, all or nothing. `unmerge_adapter` puts back the old ones.
+        """Write adapters (the active ones) into the weights, all or nothing.
+        `unmerge_adapter` puts back the old ones.
 
-        safe_merge refuses results that are not finite. lossy allows 4-bit layers, whose weights are rounded once more:
-        a warning says how much of the adapters' change that costs. Raises NotMergeableError.
+        safe_merge refuses results that are not finite. lossy allows 4-bit layers, whose
+        weights are rounded once more: a warning says how much of the adapters' change
+        that costs. Raises NotMergeableError.
         """
-        names = self.active_adapters if adapter_names is None else self._known(adapter_names)
+        names = (
+            self.active_adapters
+            if adapter_names is None
+            else self._known(adapter_names)
+        )
         fresh = [name for name in names if name not in self.merged_adapters]
         if names and not fresh:
-            warnings.warn(f"already merged: {', '.join(names)}. Nothing to do", stacklevel=2)
+            warnings.warn(
+                f"already merged: {', '.join(names)}. Nothing to do", stacklevel=2
+            )
         self._merge(fresh, safe_merge, lossy)
         self._report_rounding(stacklevel=3)
 
     def _report_rounding(self, stacklevel):
-        rounding = torch.tensor([pair for _, slot, _ in self._slots() for pair in slot.rounding]).view(-1, 2)
+        rounding = torch.tensor(
+            [pair for _, slot, _ in self._slots() for pair in slot.rounding]
+        ).view(-1, 2)
         if len(rounding):
             lost, written = rounding.norm(dim=0).tolist()
-            warnings.warn(f"rounding {len(rounding)} merged weights to 4 bits again: the error is {lost / written:.0%} "
-                          "of the size of the adapter's change", stacklevel=stacklevel)
+            warnings.warn(
+                f"rounding {len(rounding)} merged weights to 4 bits again: the error is"
+                f" {lost / written:.0%} of the size of the adapter's change",
+                stacklevel=stacklevel,
+            )
 
     def _merge(self, fresh, safe_merge=False, lossy=False):
         merged, slots = self.merged_adapters, [slot for _, slot, _ in self._slots()]
         for name in fresh:
             for adapter in self._parts(name).values():
                 if not getattr(adapter, "mergeable", True):
-                    raise NotMergeableError(f"{name!r} cannot be merged: a {type(adapter).__name__} changes no weights")
+                    raise NotMergeableError(
+                        f"{name!r} cannot be merged: a {type(adapter).__name__} changes"
+                        " no weights"
+                    )
         try:
             for slot in _bar(slots, "merging"):
                 slot.merge(fresh, lossy)
-                if safe_merge and slot.merged and not all(p.isfinite().all() for p in slot.base_layer.parameters()):
-                    raise NotMergeableError(f"merging {fresh} gives weights that are not finite: the adapter is broken")
+                if (
+                    safe_merge
+                    and slot.merged
+                    and not all(
+                        p.isfinite().all() for p in slot.base_layer.parameters()
+                    )
+                ):
+                    raise NotMergeableError(
+                        f"merging {fresh} gives weights that are not finite: the"
+                        " adapter is broken"
+                    )
         except BaseException:
             for slot in reversed(slots):
                 slot.unmerge()
@@ -306,35 +480,55 @@ class PeftModel(nn.Module):
             raise
 
     def unmerge_adapter(self):
-        for _, slot, _ in reversed(self._slots()):          # the outermost was merged first
+        for _, slot, _ in reversed(self._slots()):  # the outermost was merged first
             slot.unmerge()
 
-    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, lossy=False, dequantize=False):
-        """The plain model with the adapters written into it. This PeftModel is empty afterwards.
+    def merge_and_unload(
+        self,
+        progressbar=False,
+        safe_merge=False,
+        adapter_names=None,
+        lossy=False,
+        dequantize=False,
+    ):
+        """The plain model with the adapters written into it. This PeftModel is empty
+        afterwards.
 
-        4-bit layers refuse, unless `dequantize` makes the whole model dense first, or `lossy` rounds the result again.
+        4-bit layers refuse, unless `dequantize` makes the whole model dense first, or
+        `lossy` rounds the result again.
         """
-        names = self.active_adapters if adapter_names is None else self._known(adapter_names)
+        names = (
+            self.active_adapters
+            if adapter_names is None
+            else self._known(adapter_names)
+        )
         before = linear4bit.sites(self.get_base_model()) if dequantize else []
         if before:
             names = list(dict.fromkeys([*self.merged_adapters, *names]))
             self.unmerge_adapter()
             linear4bit.dequantize_model(self.get_base_model())
         try:
-            self._merge([name for name in names if name not in self.merged_adapters], safe_merge, lossy)
+            self._merge(
+                [name for name in names if name not in self.merged_adapters],
+                safe_merge,
+                lossy,
+            )
         except BaseException:
             for _, layer, put in before:
                 put(layer)
             raise
         self._report_rounding(stacklevel=3)
         base, config = self._take_out(), getattr(self.get_base_model(), "config", None)
-        if getattr(config, "tie_word_embeddings", False):                   # merging into one of the two ends the tie
-            config.tie_word_embeddings = base.get_output_embeddings().weight is self._embeddings().weight
+        # merging into one of the two ends the tie
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = (
+                base.get_output_embeddings().weight is self._embeddings().weight
+            )
         return base
 
     def unload(self):
-        """The plain model as it was before (after PiSSA or OLoRA: less what they took out of its weights). This
-        PeftModel is empty afterwards."""
+        """The plain model as it was before (after PiSSA or OLoRA: less what they took
+        out of its weights). This PeftModel is empty afterwards."""
         self.unmerge_adapter()
         return self._take_out()
 
@@ -353,13 +547,24 @@ class PeftModel(nn.Module):
 
     # Files and combinations.
 
-    def save_pretrained(self, save_directory, selected_adapters=None, path_initial_model_for_weight_conversion=None):
-        """Hugging Face PEFT's files: the adapter "default" in the folder itself, others in folders of their names.
+    def save_pretrained(
+        self,
+        save_directory,
+        selected_adapters=None,
+        path_initial_model_for_weight_conversion=None,
+    ):
+        """Hugging Face PEFT's files: the adapter "default" in the folder itself, others
+        in folders of their names.
 
-        path_initial_model_for_weight_conversion: where a PiSSA or OLoRA was saved before training. It is then saved as
-        a plain LoRA of twice the rank, for the base as it was before the initialisation changed it.
+        path_initial_model_for_weight_conversion: where a PiSSA or OLoRA was saved
+        before training. It is then saved as a plain LoRA of twice the rank, for the
+        base as it was before the initialisation changed it.
         """
-        for name in self.peft_config if selected_adapters is None else self._known(selected_adapters):
+        for name in (
+            self.peft_config
+            if selected_adapters is None
+            else self._known(selected_adapters)
+        ):
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
             folder = Path(save_directory) / ("" if name == "default" else name)
@@ -368,22 +573,40 @@ class PeftModel(nn.Module):
                 start = files.load(path_initial_model_for_weight_conversion)[1]
                 config, tensors = inits.as_lora(config, tensors, start)
             elif inits.changes_base(config):
-                warnings.warn(f"{name!r} began as {config.init_lora_weights!r}, which changed the base: what is saved "
-                              "fits only a base that was changed likewise. For a plain LoRA, which fits the base from "
-                              "before, give path_initial_model_for_weight_conversion", stacklevel=2)
+                warnings.warn(
+                    f"{name!r} began as {config.init_lora_weights!r}, which changed the"
+                    " base: what is saved fits only a base that was changed likewise."
+                    " For a plain LoRA, which fits the base from before, give"
+                    " path_initial_model_for_weight_conversion",
+                    stacklevel=2,
+                )
             files.save(folder, config, tensors)
 
     @classmethod
-    def from_pretrained(cls, model, model_id, adapter_name="default", is_trainable=False, autocast_adapter_dtype=True):
-        """`model` with the adapter in folder `model_id`, frozen and in eval mode unless is_trainable.
+    def from_pretrained(
+        cls,
+        model,
+        model_id,
+        adapter_name="default",
+        is_trainable=False,
+        autocast_adapter_dtype=True,
+    ):
+        """`model` with the adapter in folder `model_id`, frozen and in eval mode unless
+        is_trainable.
 
-        Raises AdapterFileError, ConfigError or TargetError, and then leaves the model as it was.
+        Raises AdapterFileError, ConfigError or TargetError, and then leaves the model
+        as it was.
         """
         config, fill = files.adapter(model_id, model, is_trainable)
-        return cls(model, config, adapter_name, autocast_adapter_dtype, fill).train(is_trainable and model.training)
+        return cls(model, config, adapter_name, autocast_adapter_dtype, fill).train(
+            is_trainable and model.training
+        )
 
-    def load_adapter(self, model_id, adapter_name, is_trainable=False, autocast_adapter_dtype=True):
-        """One more adapter, from a folder; inactive until `set_adapter`, if another is active."""
+    def load_adapter(
+        self, model_id, adapter_name, is_trainable=False, autocast_adapter_dtype=True
+    ):
+        """One more adapter, from a folder; inactive until `set_adapter`, if another is
+        active."""
         config, fill = files.adapter(model_id, self.get_base_model(), is_trainable)
         self._add(adapter_name, config, autocast_adapter_dtype, fill)
         if not self.active_adapters:
@@ -391,15 +614,40 @@ class PeftModel(nn.Module):
         if not is_trainable:
             self.eval()
 
-    def add_weighted_adapter(self, adapters, weights, adapter_name, combination_type="svd", svd_rank=None,
-                             svd_clamp=None, svd_full_matrices=True, svd_driver=None, density=None,
-                             majority_sign_method="total"):
-        """A new LoRA from others, inactive until `set_adapter`. The ways are told in minipeft/combine.py."""
+    def add_weighted_adapter(
+        self,
+        adapters,
+        weights,
+        adapter_name,
+        combination_type="svd",
+        svd_rank=None,
+        svd_clamp=None,
+        svd_full_matrices=True,
+        svd_driver=None,
+        density=None,
+        majority_sign_method="total",
+    ):
+        """A new LoRA from others, inactive until `set_adapter`. The ways are told in
+        minipeft/combine.py."""
         parts = [self._parts(name) for name in self._known(adapters)]
-        paths = [path for path, _, _ in self._slots() if any(path in part for part in parts)]
-        configs, svd = [self.peft_config[name] for name in adapters], (svd_clamp, svd_full_matrices, svd_driver)
-        config, fill = combine.plan(configs, parts, weights, paths, combination_type, svd_rank, svd, density,
-                                    majority_sign_method)
+        paths = [
+            path for path, _, _ in self._slots() if any(path in part for part in parts)
+        ]
+        configs, svd = (
+            [self.peft_config[name] for name in adapters],
+            (svd_clamp, svd_full_matrices, svd_driver),
+        )
+        config, fill = combine.plan(
+            configs,
+            parts,
+            weights,
+            paths,
+            combination_type,
+            svd_rank,
+            svd,
+            density,
+            majority_sign_method,
+        )
         self._add(adapter_name, config, fill=fill)
 
     # Counting, and what a trainer asks of a model.
@@ -407,21 +655,29 @@ class PeftModel(nn.Module):
     def get_nb_trainable_parameters(self):
         """(trainable, all). A packed 4-bit weight counts as the weights that it holds."""
         parameters = list(self.parameters())
-        return sum(layers.held(p) for p in parameters if p.requires_grad), sum(map(layers.held, parameters))
+        return sum(layers.held(p) for p in parameters if p.requires_grad), sum(
+            map(layers.held, parameters)
+        )
 
     def print_trainable_parameters(self):
         trainable, everything = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {everything:,d} || "
-              f"trainable%: {100 * trainable / everything:.4f}")
+        print(
+            f"trainable params: {trainable:,d} || all params: {everything:,d} || "
+            f"trainable%: {100 * trainable / everything:.4f}"
+        )
 
     def gradient_checkpointing_enable(self, *args, **kwargs):
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
         self.enable_input_require_grads()
 
     def enable_input_require_grads(self):
-        """Reentrant checkpointing gives no gradients where no input asks for one, as behind a frozen embedding."""
+        """Reentrant checkpointing gives no gradients where no input asks for one, as
+        behind a frozen embedding."""
         embeddings = self._embeddings()
-        if embeddings is not None and _require_grad not in embeddings._forward_hooks.values():
+        if (
+            embeddings is not None
+            and _require_grad not in embeddings._forward_hooks.values()
+        ):
             embeddings.register_forward_hook(_require_grad)
 
     def _embeddings(self):
@@ -430,7 +686,8 @@ class PeftModel(nn.Module):
         except (AttributeError, NotImplementedError):
             return None
 
-    def __getattr__(self, name):                # whatever else is asked of a model (config, device), the model answers
+    # whatever else is asked of a model (config, device), the model answers
+    def __getattr__(self, name):
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -442,6 +699,7 @@ class PeftModel(nn.Module):
 def _bar(things, what):
     """Shows how far it is, where it takes longer than three seconds."""
     from tqdm import tqdm
+
     return tqdm(things, desc=what, delay=3, leave=False)
 
 
@@ -449,19 +707,30 @@ def _require_grad(module, args, output):
     output.requires_grad_(True)
 
 
-def prepare_model_for_kbit_training(model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None):
-    """Ready a quantised model for training adapters, in place; returns it. Line by line:
+def prepare_model_for_kbit_training(
+    model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None
+):
+    """Ready a quantised model for training adapters, in place; returns it. Line by
+    line:
 
-    all is frozen; what is not quantised (norms, embeddings, the head) is held in 32 bits from now on; activations are
-    computed again in the backward pass rather than kept, for which a reentrant checkpoint needs an input with a gradient.
+    all is frozen; what is not quantised (norms, embeddings, the head) is held in 32
+    bits from now on; activations are computed again in the backward pass rather than
+    kept, for which a reentrant checkpoint needs an input with a gradient.
     """
     layers.settle(model).requires_grad_(False)
-    quantised = any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
+    quantised = any(
+        type(parameter).__name__ == "Params4bit" for parameter in model.parameters()
+    )
     for parameter in model.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+        if (
+            parameter.dtype in (torch.float16, torch.bfloat16)
+            and type(parameter).__name__ != "Params4bit"
+        ):
             parameter.data = parameter.data.float()
     if quantised and use_gradient_checkpointing:
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
             model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
+        )
     return model

@@ -2,21 +2,35 @@
 
     eta_B = ratio * eta_A
 
-Hayou, Ghosh, Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv 2402.12354. A reads d_in numbers, B
-reads r: the wider the network, the smaller B's steps are for what they should do. Nothing but the optimizer changes.
+Hayou, Ghosh, Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv
+2402.12354. A reads d_in numbers, B reads r: the wider the network, the smaller B's
+steps are for what they should do. Nothing but the optimizer changes.
 """
+
 from torch import nn
 
 from .config import ConfigError
 
 
-def create_loraplus_optimizer(model, optimizer_cls, *, lr, loraplus_lr_ratio, loraplus_weight_decay=0.0,
-                              loraplus_lr_embedding=1e-6, **kwargs):
-    """An optimizer over what `model` trains, in Hugging Face PEFT's four groups: A and other matrices (lr), LoRA on
-    embeddings (loraplus_lr_embedding), B and vectors (lr * loraplus_lr_ratio), biases and norms, which are never
-    decayed (likewise). kwargs go to optimizer_cls. Raises ConfigError."""
-    for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio),
-                        ("loraplus_lr_embedding", loraplus_lr_embedding)):
+def create_loraplus_optimizer(
+    model,
+    optimizer_cls,
+    *,
+    lr,
+    loraplus_lr_ratio,
+    loraplus_weight_decay=0.0,
+    loraplus_lr_embedding=1e-6,
+    **kwargs,
+):
+    """An optimizer over what `model` trains, in Hugging Face PEFT's four groups: A and
+    other matrices (lr), LoRA on embeddings (loraplus_lr_embedding), B and vectors (lr *
+    loraplus_lr_ratio), biases and norms, which are never decayed (likewise). kwargs go
+    to optimizer_cls. Raises ConfigError."""
+    for name, value in (
+        ("lr", lr),
+        ("loraplus_lr_ratio", loraplus_lr_ratio),
+        ("loraplus_lr_embedding", loraplus_lr_embedding),
+    ):
         if not value > 0:
             raise ConfigError(f"{name} = {value!r}: a positive number is expected")
     matrices, embeddings, fast, undecayed = [], [], [], []
@@ -26,15 +40,29 @@ def create_loraplus_optimizer(model, optimizer_cls, *, lr, loraplus_lr_ratio, lo
         if "lora_embedding_" in name:
             embeddings.append(parameter)
         elif "lora_B" in name or parameter.ndim == 1:
-            norm = isinstance(model.get_submodule(name.rpartition(".")[0]), nn.LayerNorm)
+            norm = isinstance(
+                model.get_submodule(name.rpartition(".")[0]), nn.LayerNorm
+            )
             (undecayed if norm or "bias" in name else fast).append(parameter)
         else:
             matrices.append(parameter)
     if not fast and not embeddings:
         raise ConfigError("this model trains no lora_B: LoRA+ would change nothing")
-    return optimizer_cls([
-        {"params": matrices, "lr": lr, "weight_decay": loraplus_weight_decay},
-        {"params": embeddings, "lr": loraplus_lr_embedding, "weight_decay": loraplus_weight_decay},
-        {"params": fast, "lr": lr * loraplus_lr_ratio, "weight_decay": loraplus_weight_decay},
-        {"params": undecayed, "lr": lr * loraplus_lr_ratio, "weight_decay": 0.0},
-    ], lr=lr, **kwargs)
+    return optimizer_cls(
+        [
+            {"params": matrices, "lr": lr, "weight_decay": loraplus_weight_decay},
+            {
+                "params": embeddings,
+                "lr": loraplus_lr_embedding,
+                "weight_decay": loraplus_weight_decay,
+            },
+            {
+                "params": fast,
+                "lr": lr * loraplus_lr_ratio,
+                "weight_decay": loraplus_weight_decay,
+            },
+            {"params": undecayed, "lr": lr * loraplus_lr_ratio, "weight_decay": 0.0},
+        ],
+        lr=lr,
+        **kwargs,
+    )

@@ -1,4 +1,5 @@
 """Fixtures for all tests."""
+
 import os
 from pathlib import Path
 
@@ -14,12 +15,16 @@ def seed():
 
 
 class RealData(type(Path())):
-    """A folder; `real / "stories260K"` is a path in it, or the test is skipped, visibly, where that is absent."""
+    """A folder; `real / "stories260K"` is a path in it, or the test is skipped,
+    visibly, where that is absent."""
 
     def __truediv__(self, name):
         path = super().__truediv__(name)
         if not path.exists():
-            pytest.skip(f"real data {path.name!r} is not here (set MINIPEFT_CACHE to a folder that holds it)")
+            pytest.skip(
+                f"real data {path.name!r} is not here (set MINIPEFT_CACHE to a folder"
+                " that holds it)"
+            )
         return path
 
 

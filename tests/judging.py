@@ -1,4 +1,5 @@
 """How the tests of a chapter's checks (test_checks_NN.py) try an answer."""
+
 import random
 
 SHAPES_SEEN = 5  # the checks draw their own shapes: try each answer on several draws

@@ -1,4 +1,6 @@
-"""The shipped base: its files, and the gates of its card measured again on fewer examples."""
+"""The shipped base: its files, and the gates of its card measured again on fewer
+examples."""
+
 import hashlib
 import json
 import sys
@@ -13,6 +15,7 @@ from minipeft.lm import load_pretrained, load_tokenizer
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gates  # noqa: E402
+
 sys.path.remove(str(BENCHMARKS))
 
 FOLDER = DATA / "base"
@@ -35,7 +38,10 @@ def test_size_and_shape(base):
     assert 1e6 <= sum(p.numel() for p in model.parameters()) <= 4e6
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     assert len(tokenizer) == model.config.vocab_size
-    assert model.model.layers[0].mlp.up_proj.bias is not None and model.model.layers[0].self_attn.q_proj.bias is not None
+    assert (
+        model.model.layers[0].mlp.up_proj.bias is not None
+        and model.model.layers[0].self_attn.q_proj.bias is not None
+    )
 
 
 def test_transformers_opens_it(base):
@@ -43,7 +49,10 @@ def test_transformers_opens_it(base):
     model, tokenizer = base
     other = transformers.AutoModelForCausalLM.from_pretrained(FOLDER).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
-    text = 'Mara\'s dog said, "Come here!"\nSELECT name FROM residents WHERE pet = \'dog\' ; {"who": "Mara"} caf\u00e9'
+    text = (
+        "Mara's dog said, \"Come here!\"\nSELECT name FROM residents WHERE pet = 'dog'"
+        ' ; {"who": "Mara"} caf\u00e9'
+    )
     ids = tokenizer.encode(text)
     assert their_tokenizer.encode(text, add_special_tokens=False) == ids
     assert tokenizer.decode(ids) == text == their_tokenizer.decode(ids)
@@ -55,7 +64,10 @@ def test_transformers_opens_it(base):
 def test_the_card_tells_what_was_measured():
     card = (FOLDER / "README.md").read_text()
     recorded = json.loads((BENCHMARKS / "results" / "gates.json").read_text())
-    assert f'{recorded["copies"]["one"]:g} %' in card and f'{recorded["tracks"]["found"]:g} %' in card
+    assert (
+        f"{recorded['copies']['one']:g} %" in card
+        and f"{recorded['tracks']['found']:g} %" in card
+    )
     history = json.loads((FOLDER / "history.json").read_text())
     assert len(history["loss"]) == history["steps"] and history["command"] in card
 
@@ -94,6 +106,7 @@ def test_cannot_do_the_tasks_yet(base):
 def test_the_gates_can_fail(base):
     """The same measures on the same network before training."""
     from minipeft.lm import GPT
+
     torch.manual_seed(0)
     untrained = GPT(base[0].config).eval()
     assert gates.copies(untrained, base[1], documents=10)["one"] < 10

@@ -1,30 +1,52 @@
-"""What every adapter must do, whatever its method and its base: Hugging Face PEFT's common tests, tightened.
+"""What every adapter must do, whatever its method and its base: Hugging Face PEFT's
+common tests, tightened.
 
-The numbers are those of the list that CONTRIBUTING.md describes. Each equality is paired with a difference: an adapter
-that does nothing would pass all equalities.
+The numbers are those of the list that CONTRIBUTING.md describes. Each equality is
+paired with a difference: an adapter that does nothing would pass all equalities.
 """
+
 import copy
 import warnings
 
 import peft
 import pytest
 import torch
+from bases import (
+    APART,
+    BASES,
+    CASES,
+    METHODS,
+    adapted,
+    close,
+    differ,
+    inputs,
+    logits,
+    loss_of,
+    run,
+    shake,
+)
 from safetensors.torch import load_file, load_model, save_model
 
 import minipeft
-from bases import APART, BASES, CASES, METHODS, adapted, close, differ, inputs, logits, loss_of, run, shake
 from minipeft import PeftModel, Slot, get_peft_model
 
-crossed = pytest.mark.parametrize("method, base", CASES, ids=[f"{m}-{b}" for m, b in CASES])
+crossed = pytest.mark.parametrize(
+    "method, base", CASES, ids=[f"{m}-{b}" for m, b in CASES]
+)
 
 
 def only(condition):
     """The cases for which the condition on (method, base) holds."""
     cases = [(m, b) for m, b in CASES if condition(m, b)]
-    return pytest.mark.parametrize("method, base", cases, ids=[f"{m}-{b}" for m, b in cases])
+    return pytest.mark.parametrize(
+        "method, base", cases, ids=[f"{m}-{b}" for m, b in cases]
+    )
 
 
-with_oracle = only(lambda m, b: m.peft and b.dense and (m.where or b.name.startswith("hf")))    # its prompts need those
+# its prompts need those
+with_oracle = only(
+    lambda m, b: m.peft and b.dense and (m.where or b.name.startswith("hf"))
+)
 merging = only(lambda m, b: m.mergeable and b.dense)
 layer_methods = only(lambda m, b: m.where)
 
@@ -37,7 +59,9 @@ def theirs(method, base, **more):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += method.step * torch.randn(parameter.shape, generator=generator)
+                parameter += method.step * torch.randn(
+                    parameter.shape, generator=generator
+                )
     return model
 
 
@@ -54,11 +78,12 @@ def same_tensors(a, b):
 
 # 1-10: what an adapter computes, what it trains, and that PEFT agrees
 
+
 @crossed
 def test_1_2_a_new_adapter_changes_nothing_and_a_shaken_one_does(method, base):
     before = run(base.make())
     model = get_peft_model(base.make(), method.ours(base))
-    if method.where:                            # prompts and prefixes have no such start
+    if method.where:  # prompts and prefixes have no such start
         close(run(model), before)
     differ(run(shake(model, step=method.step)), before)
 
@@ -71,7 +96,7 @@ def test_3_6_an_adapter_saved_by_peft_loads_here(method, base, tmp_path):
     close(run(model), run(oracle))
     differ(run(model), run(base.make()))
     ours = file_of(model, tmp_path / "ours")
-    same_tensors(ours, saved)                   # 6: keys and shapes, and 5: every bit
+    same_tensors(ours, saved)  # 6: keys and shapes, and 5: every bit
 
 
 @with_oracle
@@ -80,7 +105,9 @@ def test_4_an_adapter_saved_here_loads_in_peft(method, base, tmp_path):
     model.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out|Unsupported layer type.*LayerNorm")
+        warnings.filterwarnings(
+            "ignore", "fan_in_fan_out|Unsupported layer type.*LayerNorm"
+        )
         oracle = peft.PeftModel.from_pretrained(base.make(), str(tmp_path))
     close(run(oracle), run(model))
 
@@ -91,31 +118,50 @@ def test_5_saving_and_loading_keeps_every_bit(method, base, tmp_path):
     model.save_pretrained(tmp_path / "a")
     again = PeftModel.from_pretrained(base.make(), tmp_path / "a")
     again.save_pretrained(tmp_path / "b")
-    same_tensors(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"))
+    same_tensors(
+        *(load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    )
     assert torch.equal(run(model), run(again))
 
 
-@only(lambda m, b: m.peft and m.where and b.dense)          # PEFT trains no loaded prompts: see test_virtual.py
+# PEFT trains no loaded prompts: see test_virtual.py
+@only(lambda m, b: m.peft and m.where and b.dense)
 def test_7_8_gradients_and_one_step_are_those_of_peft(method, base, tmp_path):
     theirs(method, base).save_pretrained(str(tmp_path))
-    oracle = peft.PeftModel.from_pretrained(base.make(), str(tmp_path), is_trainable=True)
+    oracle = peft.PeftModel.from_pretrained(
+        base.make(), str(tmp_path), is_trainable=True
+    )
     model = PeftModel.from_pretrained(base.make(), tmp_path, is_trainable=True)
     for each in (oracle, model):
         loss_of(each).backward()
     gradients = {n: p.grad for n, p in oracle.named_parameters() if p.requires_grad}
-    buffers = dict(oracle.named_buffers(remove_duplicate=False))            # VeRA keeps its projections there
+    # VeRA keeps its projections there
+    buffers = dict(oracle.named_buffers(remove_duplicate=False))
     gradients = peft.get_peft_model_state_dict(oracle, state_dict=gradients | buffers)
-    gradients = {key: g for key, g in gradients.items() if not any(g is b for b in buffers.values())}
+    gradients = {
+        key: g
+        for key, g in gradients.items()
+        if not any(g is b for b in buffers.values())
+    }
     parts = model._parts("default")
-    own = {minipeft.files.key(path, name): p.grad for path, part in parts.items() for name, p in part.named_parameters()
-           if p.requires_grad}
+    own = {
+        minipeft.files.key(path, name): p.grad
+        for path, part in parts.items()
+        for name, p in part.named_parameters()
+        if p.requires_grad
+    }
     assert own.keys() == gradients.keys()
     for key in own:
         close(own[key], gradients[key])
     assert any(g.abs().max() > 1e-6 for g in own.values())
     for each in (oracle, model):
-        torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.5).step()
-    after, expected = file_of(model, tmp_path / "ours"), file_of(oracle, tmp_path / "theirs")
+        torch.optim.SGD(
+            [p for p in each.parameters() if p.requires_grad], lr=0.5
+        ).step()
+    after, expected = (
+        file_of(model, tmp_path / "ours"),
+        file_of(oracle, tmp_path / "theirs"),
+    )
     for key in expected:
         close(after[key], expected[key])
 
@@ -125,14 +171,19 @@ def test_9_only_the_adapter_gets_gradients(method, base):
     model = adapted(method, base)
     loss_of(model).backward()
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == (".adapters." in name or name.startswith("shared.")), name
+        assert (parameter.grad is not None) == (
+            ".adapters." in name or name.startswith("shared.")
+        ), name
 
 
 @with_oracle
 def test_10_trainable_count_is_that_of_peft(method, base):
     model = get_peft_model(base.make(), method.ours(base))
     oracle = theirs(method, base)
-    ranknum = sum(p.numel() for name, p in oracle.named_parameters() if "ranknum" in name)  # AdaLoRA's, a constant
+    # AdaLoRA's, a constant
+    ranknum = sum(
+        p.numel() for name, p in oracle.named_parameters() if "ranknum" in name
+    )
     trainable, everything = oracle.get_nb_trainable_parameters()
     assert model.get_nb_trainable_parameters() == (trainable, everything - ranknum)
 
@@ -140,16 +191,20 @@ def test_10_trainable_count_is_that_of_peft(method, base):
 @only(lambda m, b: m.count)
 def test_10_trainable_count_is_the_formula(method, base):
     model = get_peft_model(base.make(), method.ours(base))
-    expected = sum(method.count(*minipeft.layers.features(slot.base_layer)) for slot in model.modules()
-                   if isinstance(slot, Slot) and slot.adapters)
+    expected = sum(
+        method.count(*minipeft.layers.features(slot.base_layer))
+        for slot in model.modules()
+        if isinstance(slot, Slot) and slot.adapters
+    )
     assert model.get_nb_trainable_parameters()[0] == expected > 0
 
 
-# 11-20: taking an adapter off, and writing it in
-#
-# Merging is a law of whole models in 64 bits. In 32 bits it is one of single layers: a whole model amplifies whatever
-# the first layers round, the more the larger the adapter (to twenty times the rounding of one sum), merged or not.
+# 11-20: taking an adapter off, and writing it in  Merging is a law of whole models in
+# 64 bits. In 32 bits it is one of single layers: a whole model amplifies whatever the
+# first layers round, the more the larger the adapter (to twenty times the rounding of
+# one sum), merged or not.
 exact = dict(dtype=torch.float64)
+
 
 @crossed
 def test_11_12_13_disabling(method, base):
@@ -186,10 +241,22 @@ def test_14_15_16_merging_and_unmerging(method, base):
 @only(lambda m, b: m.mergeable and b.dense and m.where)
 def test_14_merging_in_32_bits_layer_by_layer(method, base):
     model = adapted(method, base)
-    slots = [slot for slot in model.modules() if isinstance(slot, Slot) and slot.adapters]
+    slots = [
+        slot for slot in model.modules() if isinstance(slot, Slot) and slot.adapters
+    ]
     generator = torch.Generator().manual_seed(4)
-    given = [torch.randn(7, slot.weight.shape[-1] if method.config == "LNTuningConfig" else
-                         minipeft.layers.features(slot.base_layer)[0], generator=generator) for slot in slots]
+    given = [
+        torch.randn(
+            7,
+            (
+                slot.weight.shape[-1]
+                if method.config == "LNTuningConfig"
+                else minipeft.layers.features(slot.base_layer)[0]
+            ),
+            generator=generator,
+        )
+        for slot in slots
+    ]
     with torch.no_grad():
         apart = [slot(x) for slot, x in zip(slots, given)]
         for slot, x, y in zip(slots, given, apart):
@@ -213,7 +280,9 @@ def test_14_what_cannot_be_merged_says_so(method, base):
 def test_17_safe_merge_refuses_nan_and_leaves_the_base(method, base):
     model = adapted(method, base)
     with torch.no_grad():
-        next(p for p in reversed(list(model.parameters())) if p.requires_grad).view(-1)[0] = torch.nan
+        next(p for p in reversed(list(model.parameters())) if p.requires_grad).view(-1)[
+            0
+        ] = torch.nan
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(minipeft.NotMergeableError, match="not finite"):
             merge(safe_merge=True)
@@ -229,7 +298,9 @@ def test_18_20_merge_and_unload_gives_a_plain_model(method, base, safe, tmp_path
     plain = model.merge_and_unload(safe_merge=safe)
     close(run(plain), apart, 1e-12)
     assert type(plain) is type(base.make())
-    assert [(n, type(m)) for n, m in plain.named_modules()] == [(n, type(m)) for n, m in base.make().named_modules()]
+    assert [(n, type(m)) for n, m in plain.named_modules()] == [
+        (n, type(m)) for n, m in base.make().named_modules()
+    ]
     assert all(tensor.is_contiguous() for tensor in plain.state_dict().values())
     save_model(plain, tmp_path / "model.safetensors")
     again = base.make().double()
@@ -244,13 +315,18 @@ def test_19_unload_gives_back_the_very_base(method, base):
     hooks = sum(len(m._forward_hooks) for m in modules.values())
     again = shake(get_peft_model(plain, method.ours(base)), step=method.step).unload()
     assert again is plain
-    assert {k: id(v) for k, v in again.named_parameters()} == {k: id(v) for k, v in before.items()}
-    assert {k: id(v) for k, v in again.named_modules()} == {k: id(v) for k, v in modules.items()}
+    assert {k: id(v) for k, v in again.named_parameters()} == {
+        k: id(v) for k, v in before.items()
+    }
+    assert {k: id(v) for k, v in again.named_modules()} == {
+        k: id(v) for k, v in modules.items()
+    }
     assert sum(len(m._forward_hooks) for m in again.modules()) == hooks
     same_tensors(again.state_dict(), base.make().state_dict())
 
 
 # 21-30: several adapters
+
 
 def two(method, base, dtype=torch.float32):
     """Adapters a and b, and the outputs with each."""
@@ -258,7 +334,7 @@ def two(method, base, dtype=torch.float32):
     with_a = run(model)
     torch.manual_seed(5)
     model.add_adapter("b", method.ours(base))
-    assert torch.equal(run(model), with_a)      # a new adapter waits to be asked
+    assert torch.equal(run(model), with_a)  # a new adapter waits to be asked
     shake(model, "b", seed=6, step=method.step)
     model.set_adapter("b")
     return model, with_a, run(model)
@@ -273,7 +349,10 @@ def test_21_switching_adapters(method, base):
         model.set_adapter(name)
         assert torch.equal(run(model), expected)
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-        assert trainable and all(f"adapters.{name}." in n or n.startswith(f"shared.{name}.") for n in trainable)
+        assert trainable and all(
+            f"adapters.{name}." in n or n.startswith(f"shared.{name}.")
+            for n in trainable
+        )
     model.set_adapter("b", inference_mode=True)
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -306,16 +385,20 @@ def test_24_25_26_deleting(method, base):
     with pytest.raises(minipeft.AdapterNameError, match="'c'.*'a', 'b'"):
         model.delete_adapter("c")
     model.set_adapter("a")
-    model.delete_adapter("b")                   # not active
+    model.delete_adapter("b")  # not active
     assert torch.equal(run(model), with_a)
-    assert not [n for n, _ in model.named_modules() if n.endswith(".b")] and list(model.peft_config) == ["a"]
-    model.delete_adapter("a")                   # the last one
+    assert not [n for n, _ in model.named_modules() if n.endswith(".b")] and list(
+        model.peft_config
+    ) == ["a"]
+    model.delete_adapter("a")  # the last one
     assert model.active_adapters == []
     assert torch.equal(run(model), run(base.make()))
-    assert [n for n, _ in model.get_base_model().named_modules()] == [n for n, _ in base.make().named_modules()]
+    assert [n for n, _ in model.get_base_model().named_modules()] == [
+        n for n, _ in base.make().named_modules()
+    ]
     model, with_a, with_b = two(method, base)
     with pytest.warns(UserWarning, match="'a' is active now"):
-        model.delete_adapter("b")               # active
+        model.delete_adapter("b")  # active
     assert torch.equal(run(model), with_a)
 
 
@@ -329,7 +412,9 @@ def test_27_28_names_within_names_are_saved_apart(method, base, tmp_path):
     model.save_pretrained(tmp_path, selected_adapters=["a", "ab"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "ab"]
     for name, expected in (("a", with_a), ("ab", with_ab)):
-        assert torch.equal(run(PeftModel.from_pretrained(base.make(), tmp_path / name)), expected)
+        assert torch.equal(
+            run(PeftModel.from_pretrained(base.make(), tmp_path / name)), expected
+        )
     with pytest.raises(minipeft.AdapterNameError, match="'c'"):
         model.save_pretrained(tmp_path, selected_adapters=["c"])
     again = PeftModel.from_pretrained(base.make(), tmp_path / "a", adapter_name="first")
@@ -344,10 +429,10 @@ def test_29_rows_of_a_mixed_batch(method, base):
     model, with_a, with_b = two(method, base)
     model.set_adapter("a")
     mixed = run(model, adapter_names=["b", "__base__", "a"])
-    length = mixed.shape[1]                     # prompts may have added positions before
+    length = mixed.shape[1]  # prompts may have added positions before
     for row, expected in enumerate((with_b, run(base.make()), with_a)):
         close(mixed[row], expected[row, -length:])
-    assert torch.equal(run(model), with_a)      # and the next batch is as ever
+    assert torch.equal(run(model), with_a)  # and the next batch is as ever
 
 
 @crossed
@@ -357,14 +442,18 @@ def test_29_rows_train_each_their_own_adapter(method, base):
     gradients = {}
     for names in (["a", "__base__", "b"], None):
         model.zero_grad()
-        if names is None:                       # the same, row by row
+        if names is None:  # the same, row by row
             for row, name in ((0, "a"), (2, "b")):
                 model.set_adapter(name)
-                rows = logits(model(input_ids=inputs()["input_ids"][row:row + 1]))
+                rows = logits(model(input_ids=inputs()["input_ids"][row : row + 1]))
                 rows[:, -6:].square().sum().backward()
         else:
-            logits(model(**inputs(), adapter_names=names))[:, -6:].square().sum().backward()
-        gradients[names is None] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            logits(model(**inputs(), adapter_names=names))[
+                :, -6:
+            ].square().sum().backward()
+        gradients[names is None] = {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
         model.set_adapter(["a", "b"])
     assert gradients[False].keys() >= gradients[True].keys() != set()
     for name in gradients[True]:
@@ -383,12 +472,16 @@ def test_30_a_mixed_batch_with_unknown_names_or_of_the_wrong_length(method, base
 
 # 34-40: the rest of training
 
+
 @only(lambda m, b: b.layered)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("rows", [None, ["default", "__base__", "default"]])
 def test_34_checkpointing_gives_the_same_gradients(method, base, reentrant, rows):
     if rows and not method.where:
-        pytest.skip("rows of adapters around the whole model are run group by group, which checkpointing cannot repeat")
+        pytest.skip(
+            "rows of adapters around the whole model are run group by group, which"
+            " checkpointing cannot repeat"
+        )
     if method.name == "prefix" and base.name.startswith("hf"):
         pytest.skip("refused: see test_prefix.py")
     if method.config == "SubspaceConfig":
@@ -397,25 +490,39 @@ def test_34_checkpointing_gives_the_same_gradients(method, base, reentrant, rows
     for checkpointing in (False, True):
         model = adapted(method, base).train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+            )
         loss_of(model, **({"adapter_names": rows} if rows else {})).backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        gradients.append(
+            {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        )
     for name, gradient in gradients[0].items():
         close(gradients[1][name], gradient)
     assert any(g.abs().max() > 1e-6 for g in gradients[1].values())
-    hooks = [hook for module in model.unload().modules() for hook in module._forward_hooks.values()]
+    hooks = [
+        hook
+        for module in model.unload().modules()
+        for hook in module._forward_hooks.values()
+    ]
     assert not any(hook.__module__.startswith("minipeft.model") for hook in hooks)
 
 
 @only(lambda m, b: m.where and b.layered)
 def test_35_some_layers_only(method, base, tmp_path):
-    if "layers_to_transform" not in {f.name for f in method.ours(base).__dataclass_fields__.values()}:
+    if "layers_to_transform" not in {
+        f.name for f in method.ours(base).__dataclass_fields__.values()
+    }:
         pytest.skip(f"{method} has no layers_to_transform")
-    every = get_peft_model(base.make(), method.ours(base)).get_nb_trainable_parameters()[0]
+    every = get_peft_model(
+        base.make(), method.ours(base)
+    ).get_nb_trainable_parameters()[0]
     model = adapted(method, base, layers_to_transform=[0])
     assert 0 < model.get_nb_trainable_parameters()[0] < every
     model.save_pretrained(tmp_path)
-    assert torch.equal(run(PeftModel.from_pretrained(base.make(), tmp_path)), run(model))
+    assert torch.equal(
+        run(PeftModel.from_pretrained(base.make(), tmp_path)), run(model)
+    )
 
 
 @layer_methods
@@ -423,11 +530,16 @@ def test_36_wrong_target_names(method, base):
     plain = base.make()
     before = list(plain.named_modules()), [p.requires_grad for p in plain.parameters()]
     right = list(method.where(base))
-    wrong = right[0][:-1] + "z"                 # q_proj -> q_proz
+    wrong = right[0][:-1] + "z"  # q_proj -> q_proz
     for names in ([wrong], [*right, wrong]):
-        with pytest.raises(minipeft.TargetError, match=f"{wrong}.*nearest: .*{right[0]}"):
+        with pytest.raises(
+            minipeft.TargetError, match=f"{wrong}.*nearest: .*{right[0]}"
+        ):
             get_peft_model(plain, method.ours(base, target_modules=names))
-    assert (list(plain.named_modules()), [p.requires_grad for p in plain.parameters()]) == before
+    assert (
+        list(plain.named_modules()),
+        [p.requires_grad for p in plain.parameters()],
+    ) == before
 
 
 @crossed
@@ -463,12 +575,15 @@ def test_40_modules_to_save(method, base, tmp_path):
     assert not any("base_layer" in n for n in trained)
     model.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors").keys()
-    assert any(key.endswith(f"{base.norm}.weight") for key in keys) and not any("module" in key for key in keys)
+    assert any(key.endswith(f"{base.norm}.weight") for key in keys) and not any(
+        "module" in key for key in keys
+    )
     again = PeftModel.from_pretrained(base.make(), tmp_path)
     assert torch.equal(run(again), run(model))
     without = adapted(method, base)
     differ(run(model), run(without))
-    model.add_adapter("other", method.ours(base, modules_to_save=[base.norm]))     # each adapter has a copy of its own
+    # each adapter has a copy of its own
+    model.add_adapter("other", method.ours(base, modules_to_save=[base.norm]))
     model.set_adapter("other")
     if method.where:
         close(run(model), run(base.make()))
@@ -485,6 +600,7 @@ def test_40_modules_to_save(method, base, tmp_path):
 
 
 # and what PyTorch does to models
+
 
 @crossed
 def test_a_deep_copy_is_a_model_of_its_own(method, base):
@@ -524,4 +640,6 @@ def test_torch_compile(name):
 
 
 def test_every_method_of_the_package_is_in_the_table():
-    assert {method.config for method in METHODS.values()} | APART == set(minipeft.methods.__all__)
+    assert {method.config for method in METHODS.values()} | APART == set(
+        minipeft.methods.__all__
+    )

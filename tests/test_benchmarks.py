@@ -1,4 +1,5 @@
 """The benchmarks run, at a toy size, and write down what they promise."""
+
 import json
 import sys
 from pathlib import Path
@@ -22,31 +23,69 @@ import e2e_nlg  # noqa: E402
 def toy(tmp_path_factory):
     """A base model's folder and a task of six examples."""
     folder = tmp_path_factory.mktemp("toy")
-    train = [Example(f"Record: name: {name}\nText:", f" {name} is a pub.", {}) for name in ("Ann", "Bob", "Cat")]
-    judged = [Example(e.prompt, e.completion, {"references": [e.completion, f"A pub called {e.completion}"]}) for e in train]
+    train = [
+        Example(f"Record: name: {name}\nText:", f" {name} is a pub.", {})
+        for name in ("Ann", "Bob", "Cat")
+    ]
+    judged = [
+        Example(
+            e.prompt,
+            e.completion,
+            {"references": [e.completion, f"A pub called {e.completion}"]},
+        )
+        for e in train
+    ]
     tokenizer = train_tokenizer([e.prompt + e.completion for e in train] * 3, 450)
     torch.manual_seed(0)
-    GPT(GPTConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2)).save_pretrained(folder, tokenizer)
-    score = lambda said, examples: {"bleu": bleu(said, [e.meta["references"] for e in examples])}
-    return str(folder), Task("toy", "pubs", train * 8, judged, judged, "bleu", 0.0, score)
+    GPT(
+        GPTConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+        )
+    ).save_pretrained(folder, tokenizer)
+    score = lambda said, examples: {
+        "bleu": bleu(said, [e.meta["references"] for e in examples])
+    }
+    return str(folder), Task(
+        "toy", "pubs", train * 8, judged, judged, "bleu", 0.0, score
+    )
 
 
 def test_e2e_writes_every_run_and_does_none_twice(toy, tmp_path, monkeypatch, capsys):
     base, task = toy
     monkeypatch.setattr(e2e_nlg, "load_data", lambda name: task)
     out = tmp_path / "e2e.json"
-    arguments = ["--base", base, "--steps", "2", "--sweep-steps", "1", "--limit", "2", "--seeds", "0", "--out", str(out)]
+    arguments = [
+        "--base",
+        base,
+        "--steps",
+        "2",
+        "--sweep-steps",
+        "1",
+        "--limit",
+        "2",
+        "--seeds",
+        "0",
+        "--out",
+        str(out),
+    ]
     e2e_nlg.main(arguments)
     record = json.loads(out.read_text())
     assert {"command", "date", "commit", "machine", "versions"} <= record.keys()
-    assert [run["method"] for run in record["runs"]] == list(e2e_nlg.METHODS) and len(record["sweep"]) == 12
+    assert [run["method"] for run in record["runs"]] == list(e2e_nlg.METHODS) and len(
+        record["sweep"]
+    ) == 12
     for run in record["runs"]:
         tried = [s for s in record["sweep"] if s["method"] == run["method"]]
         assert run["lr"] == min(tried, key=lambda s: s["valid_loss"])["lr"]
         assert run["test_records"] == 2 and 0 <= run["bleu"] <= 100
     full, eight, one, fresh = (run["trained"] for run in record["runs"])
     assert full == fresh > eight == 8 * one
-    monkeypatch.setattr(e2e_nlg, "one_run", lambda *a, **k: pytest.fail("it was done already"))
+    monkeypatch.setattr(
+        e2e_nlg, "one_run", lambda *a, **k: pytest.fail("it was done already")
+    )
     e2e_nlg.main(arguments)
     assert json.loads(out.read_text()) == record
     assert capsys.readouterr().out.count("random init") >= 2  # the table
@@ -56,10 +95,21 @@ def test_demo_shows_before_after_and_the_cost(toy, tmp_path, monkeypatch, capsys
     base, task = toy
     monkeypatch.setenv("MINIPEFT_BASE", base)
     monkeypatch.setattr(demo, "load_data", lambda name: task)
-    before, after = demo.main(["--steps", "30", "--limit", "3", "--keep", str(tmp_path / "kept")])
+    before, after = demo.main(
+        ["--steps", "30", "--limit", "3", "--keep", str(tmp_path / "kept")]
+    )
     assert after["loss"] < before["loss"]
     said = capsys.readouterr().out
-    assert all(word in said for word in ("Before:", "After:", "trained parameters", "memory: optimizer", "the file to keep"))
+    assert all(
+        word in said
+        for word in (
+            "Before:",
+            "After:",
+            "trained parameters",
+            "memory: optimizer",
+            "the file to keep",
+        )
+    )
     assert (tmp_path / "kept" / "adapter_config.json").is_file()
 
 
@@ -68,33 +118,64 @@ def test_climbing_ends_between_two_worse_rates():
     for best in ladder[1:-1]:
         tried = {}
         while more := common.climb(tried, ladder, 10):
-            tried |= {rate: abs(ladder.index(rate) - ladder.index(best)) for rate in more}
-        assert {3, 10, 30} <= tried.keys() and ladder[ladder.index(best) - 1] in tried and ladder[ladder.index(best) + 1] in tried
-    assert common.climb({100: 1.0, 300: 0.5}, ladder, 10) == []                     # the ladder ends
-    assert common.finite(float("nan")) == common.finite(1e9) == 100.0 and common.finite(0.12346) == 0.1235
+            tried |= {
+                rate: abs(ladder.index(rate) - ladder.index(best)) for rate in more
+            }
+        assert (
+            {3, 10, 30} <= tried.keys()
+            and ladder[ladder.index(best) - 1] in tried
+            and ladder[ladder.index(best) + 1] in tried
+        )
+    assert common.climb({100: 1.0, 300: 0.5}, ladder, 10) == []  # the ladder ends
+    assert (
+        common.finite(float("nan")) == common.finite(1e9) == 100.0
+        and common.finite(0.12346) == 0.1235
+    )
 
 
 def test_bench_measures_and_judges(tmp_path):
-    rows = [*bench.steps_against_peft("ours", 1, 1, 4, "tiny"), *bench.small_costs(1, "tiny")]
+    rows = [
+        *bench.steps_against_peft("ours", 1, 1, 4, "tiny"),
+        *bench.small_costs(1, "tiny"),
+    ]
     assert all(row["value"] is not None for row in rows)
     record = common.facts() | {"rows": rows}
     common.save(tmp_path / "bench.json", record)
     assert json.loads((tmp_path / "bench.json").read_text()) == record
     assert bench.markdown(record).count("\n| ") == len(rows) + 1
     assert bench.row("a / b", [2.0, 4.0, 9.0], "s", [1.0, 4.0, 3.0], goal=1.0) == {
-        "what": "a / b", "value": 4.0, "against": 3.0, "unit": "s", "ratio": 2.0, "goal": 1.0, "met": False, "rounds": 3,
-        "chance": 2 * 1.25 * 1.48 * 1.0 / 3 ** 0.5}         # of the ratios 2, 1, 3 the median is off by 1
-    for last, said in ((1.004, "NO"), (1.0004, "yes")):     # no rounding in our favour
+        "what": "a / b",
+        "value": 4.0,
+        "against": 3.0,
+        "unit": "s",
+        "ratio": 2.0,
+        "goal": 1.0,
+        "met": False,
+        "rounds": 3,
+        # of the ratios 2, 1, 3 the median is off by 1
+        "chance": 2 * 1.25 * 1.48 * 1.0 / 3**0.5,
+    }
+    for last, said in ((1.004, "NO"), (1.0004, "yes")):  # no rounding in our favour
         exact = bench.row("a / b", last, "MB", 1.0, goal=1.0)
-        assert exact["met"] == (said == "yes") and f"| {said} |" in bench.markdown(common.facts() | {"rows": [exact]})
+        assert exact["met"] == (said == "yes") and f"| {said} |" in bench.markdown(
+            common.facts() | {"rows": [exact]}
+        )
     noisy = bench.row("a / b", [1.1, 0.9, 1.01, 1.2, 0.8], "s", [1.0] * 5, goal=1.0)
-    assert not noisy["met"] and "no, by chance or not" in bench.markdown(common.facts() | {"rows": [noisy]})
+    assert not noisy["met"] and "no, by chance or not" in bench.markdown(
+        common.facts() | {"rows": [noisy]}
+    )
 
 
-@pytest.mark.parametrize("kind, what", [(kind, dropout) for kind in bench.NAMES for dropout in (0.0, bench.DROPOUT)]
-                                       + [(kind, name) for name, (kind, _) in bench.RACED.items()])
+@pytest.mark.parametrize(
+    "kind, what",
+    [(kind, dropout) for kind in bench.NAMES for dropout in (0.0, bench.DROPOUT)]
+    + [(kind, name) for name, (kind, _) in bench.RACED.items()],
+)
 def test_a_step_takes_no_more_memory_than_pefts(kind, what):
-    ours, theirs = (bench.fullest_moment(kind, library, what, 4, 64, "small") for library in ("minipeft", "peft"))
+    ours, theirs = (
+        bench.fullest_moment(kind, library, what, 4, 64, "small")
+        for library in ("minipeft", "peft")
+    )
     assert ours <= theirs
 
 
@@ -103,39 +184,70 @@ def test_latency_of_every_method(monkeypatch):
     with monkeypatch.context() as only:
         only.setattr(bench, "METHODS", few)
         rows = [*bench.latencies(1, "tiny")]
-    assert len(rows) == 2 * (2 * 2 + 1)                 # two batch sizes; an adapter with a bend is not merged
+    # two batch sizes; an adapter with a bend is not merged
+    assert len(rows) == 2 * (2 * 2 + 1)
     assert all(row["value"] > 0 and row["ratio"] > 0 for row in rows)
 
 
 def test_chapter05s_record_holds_every_run_of_its_plan():
     import chapter05
+
     record = json.loads((common.RESULTS / "chapter05.json").read_text(encoding="utf-8"))
-    jobs = [job for seed in chapter05.SEEDS for job in chapter05.jobs_of(seed, record["runs"])]
+    jobs = [
+        job
+        for seed in chapter05.SEEDS
+        for job in chapter05.jobs_of(seed, record["runs"])
+    ]
     assert all(len(common.found(record["runs"], **job)) == 1 for job in jobs)
-    assert record["steps"] == chapter05.STEPS and record["budget"] == chapter05.equal_ranks()
+    assert (
+        record["steps"] == chapter05.STEPS
+        and record["budget"] == chapter05.equal_ranks()
+    )
 
 
 def test_chapter12s_record_holds_every_run_of_its_plan(monkeypatch):
     import chapter12
+
     record = json.loads((common.RESULTS / "chapter12.json").read_text(encoding="utf-8"))
-    monkeypatch.setattr(chapter12, "ground", {run["base"]: run["on"] for run in record["runs"]}.get)    # without pretraining
-    plan = [(part, stage) for part in ("starts", "voice", "sql", "sizes") for stage in range(chapter12.STAGES + 1)]
-    jobs = [job for part, stage in plan for job in chapter12.jobs_of(part, record["runs"], stage)]
-    assert len(jobs) > 60 and all(len(common.found(record["runs"], **job)) == 1 for job in jobs)
+    # without pretraining
+    monkeypatch.setattr(
+        chapter12, "ground", {run["base"]: run["on"] for run in record["runs"]}.get
+    )
+    plan = [
+        (part, stage)
+        for part in ("starts", "voice", "sql", "sizes")
+        for stage in range(chapter12.STAGES + 1)
+    ]
+    jobs = [
+        job
+        for part, stage in plan
+        for job in chapter12.jobs_of(part, record["runs"], stage)
+    ]
+    assert len(jobs) > 60 and all(
+        len(common.found(record["runs"], **job)) == 1 for job in jobs
+    )
     assert {run["steps"] for run in record["runs"]} == set(chapter12.STEPS.values())
 
 
 def test_chapter03s_runs_have_their_best_stride_between_two_worse_ones():
     import chapter03
+
     record = json.loads((common.RESULTS / "chapter03.json").read_text(encoding="utf-8"))
-    cases = {(run["start"], run["way"], run["d"], run["steps"]) for run in record["runs"]}
-    assert len({run["on"] for run in record["runs"]}) == len({run["start"] for run in record["runs"]})  # one base for each start
+    cases = {
+        (run["start"], run["way"], run["d"], run["steps"]) for run in record["runs"]
+    }
+    # one base for each start
+    assert len({run["on"] for run in record["runs"]}) == len(
+        {run["start"] for run in record["runs"]}
+    )
     for start, way, d, steps in cases:
         runs = common.found(record["runs"], start=start, way=way, d=d, steps=steps)
         best = chapter03.LADDER.index(chapter03.best(runs))
         tried = {chapter03.LADDER.index(run["stride"]) for run in runs}
         assert {best - 1, best + 1} <= tried or d and steps == chapter03.LONGER
-        assert len(common.found(runs, stride=chapter03.best(runs))) == len(chapter03.SEEDS)
+        assert len(common.found(runs, stride=chapter03.best(runs))) == len(
+            chapter03.SEEDS
+        )
 
 
 @pytest.mark.parametrize("name", ["chapter06", "chapter07", "chapter08"])
@@ -143,11 +255,17 @@ def test_the_best_rates_of_chapters_06_to_08_lie_between_worse_ones(name):
     import importlib
 
     import chapter06
-    runs = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))["runs"]
+
+    runs = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))[
+        "runs"
+    ]
     turns, seen = importlib.import_module(name).TURNS, set()
-    for turn in turns:                                  # every run of the plan is there
+    for turn in turns:  # every run of the plan is there
         seen |= set(turn(runs))
     assert seen <= {(run["method"], run["lr"], run["seed"]) for run in runs}
     for method in {run["method"] for run in runs if "draw" not in run["method"]}:
-        at, tried = chapter06.best(runs, method), [run["lr"] for run in common.found(runs, method=method)]
+        at, tried = (
+            chapter06.best(runs, method),
+            [run["lr"] for run in common.found(runs, method=method)],
+        )
         assert min(tried) < at < max(tried), method

@@ -1,10 +1,12 @@
-"""BitFit and LayerNorm tuning, against the base's own biases and norms trained in place."""
+"""BitFit and LayerNorm tuning, against the base's own biases and norms trained in
+place."""
+
 import peft
 import pytest
 import torch
+from bases import BASES, close, differ, loss_of, run, shake
 
 import minipeft
-from bases import BASES, close, differ, loss_of, run, shake
 from minipeft import BitFitConfig, LNTuningConfig, TargetError, get_peft_model
 
 
@@ -13,7 +15,11 @@ def test_a_step_is_the_step_of_the_biases_trained_in_place(name):
     base = BASES[name]
     model, plain = get_peft_model(base.make(), BitFitConfig()), base.make()
     biases = {n: p for n, p in plain.named_parameters() if n.endswith("bias")}
-    assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in biases.values()) > 0
+    assert (
+        model.get_nb_trainable_parameters()[0]
+        == sum(p.numel() for p in biases.values())
+        > 0
+    )
     for p in plain.parameters():
         p.requires_grad_(False)
     for p in biases.values():
@@ -23,7 +29,9 @@ def test_a_step_is_the_step_of_the_biases_trained_in_place(name):
     for path, part in model._parts("default").items():
         close(part.bias_delta.grad, biases[f"{path}.bias"].grad)
     for each in (model, plain):
-        torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.5).step()
+        torch.optim.SGD(
+            [p for p in each.parameters() if p.requires_grad], lr=0.5
+        ).step()
     close(run(model), run(plain))
     differ(run(model), run(base.make()))
     close(run(model.merge_and_unload()), run(plain))
@@ -36,23 +44,31 @@ def test_a_model_without_biases_says_so():
     with pytest.raises(TargetError, match="q_proj: this Linear has no bias; add_bias"):
         get_peft_model(base.make(), BitFitConfig(target_modules=["q_proj"]))
     with pytest.raises(TargetError, match="LlamaRMSNorm is no linear layer"):
-        get_peft_model(base.make(), BitFitConfig(target_modules=["norm"], add_bias=True))
+        get_peft_model(
+            base.make(), BitFitConfig(target_modules=["norm"], add_bias=True)
+        )
     model = get_peft_model(base.make(), BitFitConfig(add_bias=True))
     d, kv, wide = 16, 8, 24
-    assert model.get_nb_trainable_parameters()[0] == 2 * (2 * d + 2 * kv + 2 * wide + d)    # all but the head
+    # all but the head
+    assert model.get_nb_trainable_parameters()[0] == 2 * (2 * d + 2 * kv + 2 * wide + d)
     assert torch.equal(run(model), run(base.make()))
 
 
 def test_the_key_bias_changes_nothing():
-    """q (k + b) = q k + q b: the same is added to all scores of a query, and softmax does not see it. So is it, at
-    least, without rotary positions; with them the bias is turned by another angle at each position."""
+    """q (k + b) = q k + q b: the same is added to all scores of a query, and softmax
+    does not see it. So is it, at least, without rotary positions; with them the bias is
+    turned by another angle at each position."""
     for name, same in (("gpt2", True), ("llama", False)):
         base = BASES[name]
-        model = shake(get_peft_model(base.make(), BitFitConfig(target_modules=["k_proj"])))
+        model = shake(
+            get_peft_model(base.make(), BitFitConfig(target_modules=["k_proj"]))
+        )
         change = (run(model) - run(base.make())).abs().max()
         assert (change < 1e-5) == same
         loss_of(model).backward()
-        gradient = max(p.grad.abs().max() for p in model.parameters() if p.requires_grad)
+        gradient = max(
+            p.grad.abs().max() for p in model.parameters() if p.requires_grad
+        )
         assert (gradient < 1e-6) == same
 
 
@@ -61,7 +77,11 @@ def test_norms_are_found_as_peft_finds_them(name, tmp_path):
     base = BASES[name]
     ours = shake(get_peft_model(base.make(), LNTuningConfig()))
     theirs = peft.get_peft_model(base.make(), peft.LNTuningConfig())
-    assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0] > 0
+    assert (
+        ours.get_nb_trainable_parameters()[0]
+        == theirs.get_nb_trainable_parameters()[0]
+        > 0
+    )
     ours.save_pretrained(tmp_path)
     close(run(peft.PeftModel.from_pretrained(base.make(), str(tmp_path))), run(ours))
     expected = run(ours)
@@ -73,9 +93,15 @@ def test_norms_are_found_as_peft_finds_them(name, tmp_path):
 def test_norms_in_training_are_those_of_peft(name):
     base, losses = BASES[name], []
     for package in (minipeft, peft):
-        model = package.get_peft_model(base.make(), package.LNTuningConfig(
-            target_modules=["input_layernorm", "post_attention_layernorm", "norm"]))
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        model = package.get_peft_model(
+            base.make(),
+            package.LNTuningConfig(
+                target_modules=["input_layernorm", "post_attention_layernorm", "norm"]
+            ),
+        )
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=0.3
+        )
         for _ in range(3):
             loss = loss_of(model)
             loss.backward()

@@ -1,19 +1,28 @@
-"""Bottleneck adapters against nn.Sequential written from the papers' equations, and found in models by structure."""
+"""Bottleneck adapters against nn.Sequential written from the papers' equations, and
+found in models by structure."""
+
 import copy
 
 import pytest
 import torch
+from bases import BASES, close, differ, inputs, run, shake
 from torch import nn
 
 import minipeft
-from bases import BASES, close, differ, inputs, run, shake
-from minipeft import BottleneckConfig, ConfigError, LoraConfig, TargetError, get_peft_model
+from minipeft import (
+    BottleneckConfig,
+    ConfigError,
+    LoraConfig,
+    TargetError,
+    get_peft_model,
+)
 from minipeft.layers import walk
 from minipeft.methods.bottleneck import Bottleneck
 from minipeft.slot import Slot
 
 ACTS = {"swish": nn.SiLU(), "relu": nn.ReLU(), "gelu": nn.GELU()}
-NAMED = {"llama": ("self_attn.o_proj", "mlp"), "hf_gpt2": ("attn.c_proj", "mlp")}     # what a block has
+# what a block has
+NAMED = {"llama": ("self_attn.o_proj", "mlp"), "hf_gpt2": ("attn.c_proj", "mlp")}
 TRANSFORMERS = [base for base in BASES.values() if base.layered]
 
 
@@ -37,59 +46,110 @@ class Beside(After):
 
 
 def by_hand(base, placement, ours, act, scaling):
-    """The same model with nn.Sequential adapters put in by hand, taking over our adapters' numbers."""
+    """The same model with nn.Sequential adapters put in by hand, taking over our
+    adapters' numbers."""
     model = base.make()
     attention, feed_forward = NAMED.get(base.name, NAMED["llama"])
     for path, parent, name, module in list(walk(model)):
-        if path.endswith("." + feed_forward) or path.endswith("." + attention) and placement == "houlsby":
+        if (
+            path.endswith("." + feed_forward)
+            or path.endswith("." + attention)
+            and placement == "houlsby"
+        ):
             mine = ours._parts("default")[path]
-            adapter = nn.Sequential(nn.Linear(16, mine.adapter_down.out_features), act,
-                                    nn.Linear(mine.adapter_down.out_features, 16))
+            adapter = nn.Sequential(
+                nn.Linear(16, mine.adapter_down.out_features),
+                act,
+                nn.Linear(mine.adapter_down.out_features, 16),
+            )
             adapter[0].load_state_dict(mine.adapter_down.state_dict())
             adapter[2].load_state_dict(mine.adapter_up.state_dict())
-            setattr(parent, name, (Beside if placement == "parallel" else After)(module, adapter, scaling))
+            setattr(
+                parent,
+                name,
+                (Beside if placement == "parallel" else After)(
+                    module, adapter, scaling
+                ),
+            )
     return model
 
 
 @pytest.mark.parametrize("base", TRANSFORMERS, ids=str)
-@pytest.mark.parametrize("placement, act, scaling, r", [("houlsby", "swish", 1.0, 1), ("pfeiffer", "relu", 1.0, 1),
-                                                        ("parallel", "relu", 4.0, 8)])
-def test_each_placement_is_the_papers_equation_found_by_structure(base, placement, act, scaling, r):
+@pytest.mark.parametrize(
+    "placement, act, scaling, r",
+    [
+        ("houlsby", "swish", 1.0, 1),
+        ("pfeiffer", "relu", 1.0, 1),
+        ("parallel", "relu", 4.0, 8),
+    ],
+)
+def test_each_placement_is_the_papers_equation_found_by_structure(
+    base, placement, act, scaling, r
+):
     model = shake(get_peft_model(base.make(), BottleneckConfig(placement=placement)))
     parts = model._parts("default")
-    assert len(parts) == (4 if placement == "houlsby" else 2)               # 2 layers
+    assert len(parts) == (4 if placement == "houlsby" else 2)  # 2 layers
     oracle = by_hand(base, placement, model, ACTS[act], scaling)
     close(run(model), run(oracle))
     differ(run(model), run(base.make()))
-    count = 2 * 16 * r + r + 16                                             # 2 d m + m + d, d = 16
-    assert {sum(p.numel() for p in part.parameters()) for part in parts.values()} == {count}
+    count = 2 * 16 * r + r + 16  # 2 d m + m + d, d = 16
+    assert {sum(p.numel() for p in part.parameters()) for part in parts.values()} == {
+        count
+    }
     assert model.get_nb_trainable_parameters()[0] == len(parts) * count
     for each in (model, oracle):
         (each(**inputs()).logits.logsumexp(-1).mean()).backward()
-    mine = [p.grad for _, part in sorted(parts.items()) for p in (*part.adapter_down.parameters(),
-                                                                  *part.adapter_up.parameters())]
-    theirs = [p.grad for _, module in sorted(oracle.named_modules()) if isinstance(module, After)
-              for p in module.adapter.parameters()]
+    mine = [
+        p.grad
+        for _, part in sorted(parts.items())
+        for p in (*part.adapter_down.parameters(), *part.adapter_up.parameters())
+    ]
+    theirs = [
+        p.grad
+        for _, module in sorted(oracle.named_modules())
+        if isinstance(module, After)
+        for p in module.adapter.parameters()
+    ]
     assert len(mine) == len(theirs) and max(g.abs().max() for g in mine) > 1e-6
     for a, b in zip(mine, theirs):
         close(a, b)
 
 
-@pytest.mark.parametrize("fields", [dict(r=5), dict(reduction_factor=4), dict(non_linearity="gelu"), dict(scaling=0.5),
-                                    dict(placement="parallel", non_linearity="gelu", r=2)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(r=5),
+        dict(reduction_factor=4),
+        dict(non_linearity="gelu"),
+        dict(scaling=0.5),
+        dict(placement="parallel", non_linearity="gelu", r=2),
+    ],
+)
 def test_fields(fields):
     base, config = BASES["llama"], BottleneckConfig(**fields)
     model = shake(get_peft_model(base.make(), config))
-    oracle = by_hand(base, config.placement, model, ACTS[fields.get("non_linearity", "relu")],
-                     fields.get("scaling", 4.0 if config.placement == "parallel" else 1.0))
+    oracle = by_hand(
+        base,
+        config.placement,
+        model,
+        ACTS[fields.get("non_linearity", "relu")],
+        fields.get("scaling", 4.0 if config.placement == "parallel" else 1.0),
+    )
     close(run(model), run(oracle))
     part = next(iter(model._parts("default").values()))
-    assert part.adapter_down.out_features == fields.get("r", 4 if "reduction_factor" in fields else 1)
+    assert part.adapter_down.out_features == fields.get(
+        "r", 4 if "reduction_factor" in fields else 1
+    )
 
 
 def test_a_learned_scaling_starts_at_one_and_learns():
-    learned, fixed = (shake(get_peft_model(BASES["llama"].make(), BottleneckConfig(r=3, scaling=s)), step=0)
-                      for s in ("learned", 1.0))
+    learned, fixed = (
+        shake(
+            get_peft_model(BASES["llama"].make(), BottleneckConfig(r=3, scaling=s)),
+            step=0,
+        )
+        for s in ("learned", 1.0)
+    )
     for model in (learned, fixed):
         torch.manual_seed(0)
         for part in model._parts("default").values():
@@ -97,18 +157,32 @@ def test_a_learned_scaling_starts_at_one_and_learns():
     close(run(learned), run(fixed), 0)
     learned(**inputs(), labels=inputs()["input_ids"]).loss.backward()
     for part in learned._parts("default").values():
-        assert part.scaling.shape == (1,) and part.scaling.item() == 1 and part.scaling.grad.abs() > 0
+        assert (
+            part.scaling.shape == (1,)
+            and part.scaling.item() == 1
+            and part.scaling.grad.abs() > 0
+        )
 
 
-@pytest.mark.parametrize("init, down, up", [("identity", 0.02, 0.0), ("bert", 0.02, 0.02),
-                                            ("mam", (1 / 300) ** 0.5 / 3 ** 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "init, down, up",
+    [
+        ("identity", 0.02, 0.0),
+        ("bert", 0.02, 0.02),
+        ("mam", (1 / 300) ** 0.5 / 3**0.5, 0.0),
+    ],
+)
 def test_inits_as_the_library_adapters_has_them(init, down, up):
     torch.manual_seed(0)
     adapter = Bottleneck(300, 200, 300, False, "relu", 1.0)
     adapter.reset(init)
     assert abs(adapter.adapter_down.weight.std().item() - down) < 0.02 * down
     assert abs(adapter.adapter_up.weight.std().item() - up) <= 0.02 * up
-    assert adapter.adapter_down.bias.abs().max() == adapter.adapter_up.bias.abs().max() == 0
+    assert (
+        adapter.adapter_down.bias.abs().max()
+        == adapter.adapter_up.bias.abs().max()
+        == 0
+    )
     x = torch.randn(4, 300)
     assert (adapter(nn.Identity(), x) - x).abs().max() <= (0.5 if up else 0)
 
@@ -116,7 +190,11 @@ def test_inits_as_the_library_adapters_has_them(init, down, up):
 def test_norms_are_trained_and_saved_if_asked_for(tmp_path):
     base = BASES["hf_gpt2"]
     model = get_peft_model(base.make(), BottleneckConfig(r=2, train_layernorm=True))
-    names = {n.rpartition(".adapters")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    names = {
+        n.rpartition(".adapters")[0].rpartition(".")[2]
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     assert names == {"ln_1", "ln_2", "ln_f", "mlp"}
     shake(model).save_pretrained(tmp_path)
     again = minipeft.PeftModel.from_pretrained(base.make(), tmp_path)
@@ -128,7 +206,12 @@ def test_parallel_to_attention(name):
     """attention takes more than x, and may be called by keyword and give a tuple"""
     base = BASES[name]
     attention = "attn" if name == "hf_gpt2" else "self_attn"
-    model = shake(get_peft_model(base.make(), BottleneckConfig(r=3, placement="parallel", target_modules=[attention])))
+    model = shake(
+        get_peft_model(
+            base.make(),
+            BottleneckConfig(r=3, placement="parallel", target_modules=[attention]),
+        )
+    )
     seen, plain = [], base.make()
     for path, parent, child, module in list(walk(plain)):
         if path.endswith("." + attention):
@@ -140,6 +223,7 @@ def test_parallel_to_attention(name):
                 y, *rest = output if isinstance(output, tuple) else [output]
                 y = y + 4 * mine.adapter_up(mine.adapter_down(x).clamp(min=0))
                 return (y, *rest) if isinstance(output, tuple) else y
+
             module.register_forward_hook(hook, with_kwargs=True)
     close(run(model), run(plain))
     assert len(seen) == 2
@@ -157,7 +241,9 @@ def test_beside_a_lora_within_the_same_module():
     merged = copy.deepcopy(model)
     merged.merge_adapter(["lora"])
     close(run(merged), both)
-    plain = get_peft_model(base.make(), LoraConfig(r=2, target_modules=["down_proj", "q_proj"]))
+    plain = get_peft_model(
+        base.make(), LoraConfig(r=2, target_modules=["down_proj", "q_proj"])
+    )
     plain.add_adapter("bottleneck", BottleneckConfig(r=3))
     for path, part in {**model._parts("lora")}.items():
         plain._parts("default")[path].load_state_dict(part.state_dict())
@@ -167,12 +253,20 @@ def test_beside_a_lora_within_the_same_module():
     close(run(plain), both)
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(placement="houlsbi"), "placement = 'houlsbi'; valid: houlsby"), (dict(r=0), "r = 0"), (dict(r=-1), "r = -1"),
-    (dict(r=2.5), "r = 2.5"), (dict(r=4, reduction_factor=2), "not both"),
-    (dict(reduction_factor=0), "reduction_factor = 0"),
-    (dict(non_linearity="rulu"), "non_linearity = 'rulu'; valid: relu"), (dict(init="zero"), "init = 'zero'; valid"),
-    (dict(scaling="learnt"), "'learned'")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(placement="houlsbi"), "placement = 'houlsbi'; valid: houlsby"),
+        (dict(r=0), "r = 0"),
+        (dict(r=-1), "r = -1"),
+        (dict(r=2.5), "r = 2.5"),
+        (dict(r=4, reduction_factor=2), "not both"),
+        (dict(reduction_factor=0), "reduction_factor = 0"),
+        (dict(non_linearity="rulu"), "non_linearity = 'rulu'; valid: relu"),
+        (dict(init="zero"), "init = 'zero'; valid"),
+        (dict(scaling="learnt"), "'learned'"),
+    ],
+)
 def test_wrong_configurations(fields, message):
     with pytest.raises(ConfigError, match=message):
         BottleneckConfig(**fields)

@@ -1,9 +1,11 @@
-"""Chapter 14's checks accept the solution, refuse the blank stub, and name the mistake in what is plausibly wrong."""
+"""Chapter 14's checks accept the solution, refuse the blank stub, and name the mistake
+in what is plausibly wrong."""
+
 import pytest
 import torch
+from judging import accepts, rejects
 from torch import nn
 
-from judging import accepts, rejects
 from minipeft.course import check
 
 
@@ -12,6 +14,7 @@ def stub(*args):
 
 
 # -------------------------------------------------------------------------------------------------------------- fuse
+
 
 def solution(y, u, q, k, v, scale=1.0, over=0, key=None, value=None):
     key, value = u if key is None else key, u if value is None else value
@@ -23,43 +26,91 @@ def test_fuse_solution():
     accepts(check.fuse, solution)
 
     def by_hand(y, u, q, k, v):
-        shares = torch.softmax(torch.stack([((y @ q.T) * (one @ k.T)).sum(-1, keepdim=True) for one in u], -1), -1)
+        shares = torch.softmax(
+            torch.stack(
+                [((y @ q.T) * (one @ k.T)).sum(-1, keepdim=True) for one in u], -1
+            ),
+            -1,
+        )
         return y + sum(shares[..., i] * (one @ v.T) for i, one in enumerate(u))
+
     accepts(check.fuse, by_hand)
 
 
-@pytest.mark.parametrize("says, answer", [
-    ("residual is forgotten", lambda y, u, q, k, v: solution(y, u, q, k, v) - y),
-    ("attend over the inputs", lambda y, u, q, k, v: solution(y, u, q, k, v, key=y.expand_as(u))),
-    ("In the keys it would not matter", lambda y, u, q, k, v: solution(y, u, q, k, v, value=y + u)),
-    ("In the keys it would not matter", lambda y, u, q, k, v: solution(y, y + u, q, k, v)),
-    ("does not scale them", lambda y, u, q, k, v: solution(y, u, q, k, v, scale=y.shape[-1] ** -0.5)),
-    ("over the tokens", lambda y, u, q, k, v: solution(y, u, q, k, v, over=2)),
-    ("over the rows", lambda y, u, q, k, v: solution(y, u, q, k, v, over=1)),
-    ("through W_v", lambda y, u, q, k, v: solution(y, u, q, k, torch.eye(len(v)).to(v))),
-    ("through W_k", lambda y, u, q, k, v: solution(y, u, q, torch.eye(len(v)).to(v), v)),
-    ("swapped", lambda y, u, q, k, v: solution(y, u, k, q, v)),
-    ("transposed", lambda y, u, q, k, v: solution(y, u, q.T, k.T, v.T)),
-    ("residual is in it twice", lambda y, u, q, k, v: solution(y, u, q, k, v) + y),
-    ("shares sum to one already", lambda y, u, q, k, v: y + (solution(y, u, q, k, v) - y) / len(u)),
-    ("Query and key are swapped", lambda y, u, q, k, v: y + (((u @ q.T) * (y @ k.T)).sum(-1).softmax(0)[..., None] * (u @ v.T)).sum(0)),
-    ("softmax is missing", lambda y, u, q, k, v: y + (((y @ q.T) * (u @ k.T)).sum(-1, keepdim=True) * (u @ v.T)).sum(0)),
-    ("a soft choice", lambda y, u, q, k, v: solution(y, u, 1e6 * q, k, v)),
-    ("is there a `return`", lambda y, u, q, k, v: None),
-    ("nothing here yet", stub),
-])
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("residual is forgotten", lambda y, u, q, k, v: solution(y, u, q, k, v) - y),
+        (
+            "attend over the inputs",
+            lambda y, u, q, k, v: solution(y, u, q, k, v, key=y.expand_as(u)),
+        ),
+        (
+            "In the keys it would not matter",
+            lambda y, u, q, k, v: solution(y, u, q, k, v, value=y + u),
+        ),
+        (
+            "In the keys it would not matter",
+            lambda y, u, q, k, v: solution(y, y + u, q, k, v),
+        ),
+        (
+            "does not scale them",
+            lambda y, u, q, k, v: solution(y, u, q, k, v, scale=y.shape[-1] ** -0.5),
+        ),
+        ("over the tokens", lambda y, u, q, k, v: solution(y, u, q, k, v, over=2)),
+        ("over the rows", lambda y, u, q, k, v: solution(y, u, q, k, v, over=1)),
+        (
+            "through W_v",
+            lambda y, u, q, k, v: solution(y, u, q, k, torch.eye(len(v)).to(v)),
+        ),
+        (
+            "through W_k",
+            lambda y, u, q, k, v: solution(y, u, q, torch.eye(len(v)).to(v), v),
+        ),
+        ("swapped", lambda y, u, q, k, v: solution(y, u, k, q, v)),
+        ("transposed", lambda y, u, q, k, v: solution(y, u, q.T, k.T, v.T)),
+        ("residual is in it twice", lambda y, u, q, k, v: solution(y, u, q, k, v) + y),
+        (
+            "shares sum to one already",
+            lambda y, u, q, k, v: y + (solution(y, u, q, k, v) - y) / len(u),
+        ),
+        (
+            "Query and key are swapped",
+            lambda y, u, q, k, v: (
+                y
+                + (
+                    ((u @ q.T) * (y @ k.T)).sum(-1).softmax(0)[..., None] * (u @ v.T)
+                ).sum(0)
+            ),
+        ),
+        (
+            "softmax is missing",
+            lambda y, u, q, k, v: (
+                y + (((y @ q.T) * (u @ k.T)).sum(-1, keepdim=True) * (u @ v.T)).sum(0)
+            ),
+        ),
+        ("a soft choice", lambda y, u, q, k, v: solution(y, u, 1e6 * q, k, v)),
+        ("is there a `return`", lambda y, u, q, k, v: None),
+        ("nothing here yet", stub),
+    ],
+)
 def test_fuse_mistakes(says, answer):
     rejects(says, check.fuse, answer)
 
 
 # ----------------------------------------------------------------------------------------------------- fusion_module
 
+
 class Fusion(nn.Module):
     """The solution; each mistake below changes one line of it."""
 
     def __init__(self, experts, d):
         super().__init__()
-        self.query, self.key, self.value = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d, bias=False)
+        self.query, self.key, self.value = (
+            nn.Linear(d, d),
+            nn.Linear(d, d),
+            nn.Linear(d, d, bias=False),
+        )
         nn.init.eye_(self.value.weight)
         self.experts = list(experts)
         for expert in experts:
@@ -76,6 +127,7 @@ def after_init(change):
         def __init__(self, experts, d):
             super().__init__(experts, d)
             change(self, experts, d)
+
     return Changed
 
 
@@ -89,7 +141,9 @@ def updates(self, y):
 
 def attend(self, y, u=None, over=0, scale=1.0, query=None, key=None, value=None):
     u = updates(self, y) if u is None else u
-    p = (((query or self.query)(y) * (key or self.key)(u)).sum(-1) * scale).softmax(over)
+    p = (((query or self.query)(y) * (key or self.key)(u)).sum(-1) * scale).softmax(
+        over
+    )
     return y + (p.unsqueeze(-1) * (value or self.value)(u)).sum(0)
 
 
@@ -104,38 +158,91 @@ def test_module_solution():
 
     def loop(self, y):
         said = [expert(y) for expert in self.experts]
-        scores = torch.stack([torch.einsum("btd,btd->bt", self.query(y), self.key(u)) for u in said], -1)
-        return y + sum(p[..., None] * self.value(u) for p, u in zip(scores.softmax(-1).unbind(-1), said))
+        scores = torch.stack(
+            [torch.einsum("btd,btd->bt", self.query(y), self.key(u)) for u in said], -1
+        )
+        return y + sum(
+            p[..., None] * self.value(u)
+            for p, u in zip(scores.softmax(-1).unbind(-1), said)
+        )
+
     accepts(check.fusion_module, with_forward(loop))
 
 
-@pytest.mark.parametrize("says, answer", [
-    ("would be trained too. Freeze", after_init(
-        lambda s, e, d: setattr(s, "experts", nn.ModuleList([expert.requires_grad_(True) for expert in e])))),
-    ("saved a second time", after_init(lambda s, e, d: setattr(s, "experts", nn.ModuleList(e)))),
-    ("start as the identity", after_init(lambda s, e, d: nn.init.normal_(s.value.weight))),
-    ("has no bias", after_init(lambda s, e, d: setattr(s, "value", nn.Linear(d, d)))),
-    ("I look for an nn.Linear as self.key", after_init(lambda s, e, d: delattr(s, "key"))),
-    ("Something else", after_init(lambda s, e, d: setattr(s, "extra", nn.Linear(2, 2)))),
-    ("residual is forgotten", with_forward(lambda s, y: Fusion.forward(s, y) - y)),
-    ("attention is missing", with_forward(lambda s, y: y + s.value(updates(s, y)).mean(0))),
-    ("Query and key have biases", after_init(lambda s, e, d: setattr(s, "query", nn.Linear(d, d, bias=False)))),
-    ("cut the way", with_forward(lambda s, y: attend(s, y, updates(s, y).detach()))),
-    ("softmax is over the tokens", with_forward(lambda s, y: attend(s, y, over=2))),
-    ("softmax is over the rows", with_forward(lambda s, y: attend(s, y, over=1))),
-    ("does not scale them", with_forward(lambda s, y: attend(s, y, scale=y.shape[-1] ** -0.5))),
-    ("Query and key are swapped", with_forward(lambda s, y: attend(s, y, query=s.key, key=s.query))),
-    ("in it twice", with_forward(lambda s, y: attend(s, y) + y)),
-    ("do not pass through `value`", with_forward(lambda s, y: attend(s, y, value=lambda u: u))),
-    ("Only one expert", with_forward(lambda s, y: y + s.value(updates(s, y))[0])),
-    ("is there a `return`", with_forward(lambda s, y: None)),
-    ("nothing here yet", Blank),
-])
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        (
+            "would be trained too. Freeze",
+            after_init(
+                lambda s, e, d: setattr(
+                    s,
+                    "experts",
+                    nn.ModuleList([expert.requires_grad_(True) for expert in e]),
+                )
+            ),
+        ),
+        (
+            "saved a second time",
+            after_init(lambda s, e, d: setattr(s, "experts", nn.ModuleList(e))),
+        ),
+        (
+            "start as the identity",
+            after_init(lambda s, e, d: nn.init.normal_(s.value.weight)),
+        ),
+        (
+            "has no bias",
+            after_init(lambda s, e, d: setattr(s, "value", nn.Linear(d, d))),
+        ),
+        (
+            "I look for an nn.Linear as self.key",
+            after_init(lambda s, e, d: delattr(s, "key")),
+        ),
+        (
+            "Something else",
+            after_init(lambda s, e, d: setattr(s, "extra", nn.Linear(2, 2))),
+        ),
+        ("residual is forgotten", with_forward(lambda s, y: Fusion.forward(s, y) - y)),
+        (
+            "attention is missing",
+            with_forward(lambda s, y: y + s.value(updates(s, y)).mean(0)),
+        ),
+        (
+            "Query and key have biases",
+            after_init(
+                lambda s, e, d: setattr(s, "query", nn.Linear(d, d, bias=False))
+            ),
+        ),
+        (
+            "cut the way",
+            with_forward(lambda s, y: attend(s, y, updates(s, y).detach())),
+        ),
+        ("softmax is over the tokens", with_forward(lambda s, y: attend(s, y, over=2))),
+        ("softmax is over the rows", with_forward(lambda s, y: attend(s, y, over=1))),
+        (
+            "does not scale them",
+            with_forward(lambda s, y: attend(s, y, scale=y.shape[-1] ** -0.5)),
+        ),
+        (
+            "Query and key are swapped",
+            with_forward(lambda s, y: attend(s, y, query=s.key, key=s.query)),
+        ),
+        ("in it twice", with_forward(lambda s, y: attend(s, y) + y)),
+        (
+            "do not pass through `value`",
+            with_forward(lambda s, y: attend(s, y, value=lambda u: u)),
+        ),
+        ("Only one expert", with_forward(lambda s, y: y + s.value(updates(s, y))[0])),
+        ("is there a `return`", with_forward(lambda s, y: None)),
+        ("nothing here yet", Blank),
+    ],
+)
 def test_module_mistakes(says, answer):
     rejects(says, check.fusion_module, answer)
 
 
 # ---------------------------------------------------------------------------------------------------- fusion_penalty
+
 
 def eye(W):
     return torch.eye(len(W)).to(W)
@@ -143,72 +250,103 @@ def eye(W):
 
 def test_penalty_solution():
     accepts(check.fusion_penalty, lambda W, s: s * (W - eye(W)).square().sum())
-    accepts(check.fusion_penalty, lambda W, s: s * torch.linalg.matrix_norm(W - eye(W)) ** 2)
+    accepts(
+        check.fusion_penalty, lambda W, s: s * torch.linalg.matrix_norm(W - eye(W)) ** 2
+    )
 
 
-@pytest.mark.parametrize("says, answer", [
-    ("pull W_v to zero", lambda W, s: s * W.square().sum()),
-    ("mean of the squares", lambda W, s: s * (W - eye(W)).square().mean()),
-    ("not squared", lambda W, s: s * (W - eye(W)).norm()),
-    ("squares are wanted", lambda W, s: s * (W - eye(W)).abs().sum()),
-    ("strength is missing", lambda W, s: (W - eye(W)).square().sum()),
-    ("half", lambda W, s: s * (W - eye(W)).square().sum() / 2),
-    ("ones on the diagonal only", lambda W, s: s * (W - 1).square().sum()),
-    ("diagonal only", lambda W, s: s * (W - eye(W)).diagonal().square().sum()),
-    ("strength is squared too", lambda W, s: (s * (W - eye(W))).square().sum()),
-    ("sum them", lambda W, s: s * (W - eye(W)) ** 2),
-    ("lost touch with W_v", lambda W, s: s * (W - eye(W)).square().sum().item()),
-    ("lost touch with W_v", lambda W, s: s * (W.detach() - eye(W)).square().sum()),
-    ("nothing here yet", stub),
-])
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("pull W_v to zero", lambda W, s: s * W.square().sum()),
+        ("mean of the squares", lambda W, s: s * (W - eye(W)).square().mean()),
+        ("not squared", lambda W, s: s * (W - eye(W)).norm()),
+        ("squares are wanted", lambda W, s: s * (W - eye(W)).abs().sum()),
+        ("strength is missing", lambda W, s: (W - eye(W)).square().sum()),
+        ("half", lambda W, s: s * (W - eye(W)).square().sum() / 2),
+        ("ones on the diagonal only", lambda W, s: s * (W - 1).square().sum()),
+        ("diagonal only", lambda W, s: s * (W - eye(W)).diagonal().square().sum()),
+        ("strength is squared too", lambda W, s: (s * (W - eye(W))).square().sum()),
+        ("sum them", lambda W, s: s * (W - eye(W)) ** 2),
+        ("lost touch with W_v", lambda W, s: s * (W - eye(W)).square().sum().item()),
+        ("lost touch with W_v", lambda W, s: s * (W.detach() - eye(W)).square().sum()),
+        ("nothing here yet", stub),
+    ],
+)
 def test_penalty_mistakes(says, answer):
     rejects(says, check.fusion_penalty, answer)
 
 
 # ------------------------------------------------------------------------------------------------------ count_fusion
 
+
 def test_count_solution():
     accepts(check.count_fusion, lambda d, places: places * (3 * d * d + 2 * d))
 
 
-@pytest.mark.parametrize("says, answer", [
-    ("biases of query and key", lambda d, places: places * 3 * d * d),
-    ("value has no bias", lambda d, places: places * (3 * d * d + 3 * d)),
-    ("you count one.", lambda d, places: places * (3 * d * d + d)),
-    ("one place", lambda d, places: 3 * d * d + 2 * d),
-    ("three matrices", lambda d, places: places * (2 * d * d + 2 * d)),
-    ("not bottlenecks", lambda d, places: places * 3 * d),
-    ("d numbers, not one", lambda d, places: places * (3 * d * d + 2)),
-    ("no fourth matrix", lambda d, places: places * (4 * d * d + 2 * d)),
-    ("I count", lambda d, places: 1),
-    ("is there a `return`", lambda d, places: None),
-    ("nothing here yet", stub),
-])
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("biases of query and key", lambda d, places: places * 3 * d * d),
+        ("value has no bias", lambda d, places: places * (3 * d * d + 3 * d)),
+        ("you count one.", lambda d, places: places * (3 * d * d + d)),
+        ("one place", lambda d, places: 3 * d * d + 2 * d),
+        ("three matrices", lambda d, places: places * (2 * d * d + 2 * d)),
+        ("not bottlenecks", lambda d, places: places * 3 * d),
+        ("d numbers, not one", lambda d, places: places * (3 * d * d + 2)),
+        ("no fourth matrix", lambda d, places: places * (4 * d * d + 2 * d)),
+        ("I count", lambda d, places: 1),
+        ("is there a `return`", lambda d, places: None),
+        ("nothing here yet", stub),
+    ],
+)
 def test_count_mistakes(says, answer):
     rejects(says, check.count_fusion, answer)
 
 
 # ----------------------------------------------------------------------------------------------------- whom_it_hears
 
+
 def test_hears_solution():
     accepts(check.whom_it_hears, lambda p, mask: p[mask.bool()].mean(0))
-    accepts(check.whom_it_hears, lambda p, mask: torch.einsum("btn,bt->n", p, mask.to(p)) / mask.sum())
+    accepts(
+        check.whom_it_hears,
+        lambda p, mask: torch.einsum("btn,bt->n", p, mask.to(p)) / mask.sum(),
+    )
 
 
-@pytest.mark.parametrize("says, answer", [
-    ("padding too", lambda p, mask: p.mean((0, 1))),
-    ("all places", lambda p, mask: (p * mask[..., None]).mean((0, 1))),
-    ("rows' means", lambda p, mask: ((p * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).mean(0)),
-    ("give the sum", lambda p, mask: (p * mask[..., None]).sum((0, 1))),
-    ("drop the text", lambda p, mask: p[~mask.bool()].mean(0)),
-    ("largest share", lambda p, mask: torch.nn.functional.one_hot(p.argmax(-1), 4)[mask.bool()].double().mean(0)),
-    ("takes rows 0 and 1", lambda p, mask: p[mask].mean(0)),
-    ("takes rows 0 and 1", lambda p, mask: p[mask].mean((0, 1, 2))),
-    ("average over the tokens", lambda p, mask: p[mask.bool()].mean(-1)),
-    ("number of rows", lambda p, mask: (p * mask[..., None]).sum((0, 1)) / len(p)),
-    ("rows are left", lambda p, mask: (p * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)),
-    ("is there a `return`", lambda p, mask: None),
-    ("nothing here yet", stub),
-])
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("padding too", lambda p, mask: p.mean((0, 1))),
+        ("all places", lambda p, mask: (p * mask[..., None]).mean((0, 1))),
+        (
+            "rows' means",
+            lambda p, mask: (
+                (p * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            ).mean(0),
+        ),
+        ("give the sum", lambda p, mask: (p * mask[..., None]).sum((0, 1))),
+        ("drop the text", lambda p, mask: p[~mask.bool()].mean(0)),
+        (
+            "largest share",
+            lambda p, mask: (
+                torch.nn.functional.one_hot(p.argmax(-1), 4)[mask.bool()]
+                .double()
+                .mean(0)
+            ),
+        ),
+        ("takes rows 0 and 1", lambda p, mask: p[mask].mean(0)),
+        ("takes rows 0 and 1", lambda p, mask: p[mask].mean((0, 1, 2))),
+        ("average over the tokens", lambda p, mask: p[mask.bool()].mean(-1)),
+        ("number of rows", lambda p, mask: (p * mask[..., None]).sum((0, 1)) / len(p)),
+        (
+            "rows are left",
+            lambda p, mask: (p * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
+        ),
+        ("is there a `return`", lambda p, mask: None),
+        ("nothing here yet", stub),
+    ],
+)
 def test_hears_mistakes(says, answer):
     rejects(says, check.whom_it_hears, answer)

@@ -1,23 +1,30 @@
 """Weighted combinations against their definitions and against PEFT at the same seed."""
+
 import warnings
 
 import peft
 import pytest
 import torch
+from bases import BASES, close, differ, run
 from safetensors.torch import load_file
 
 import minipeft
-from bases import BASES, close, differ, run
 from minipeft import LoraConfig, combine, get_peft_model
 
 
 def several(base, package=minipeft, config=LoraConfig, ranks=(4, 4), **fields):
-    """A model with the adapters a, b ... of these ranks, random and the same for both packages."""
+    """A model with the adapters a, b ... of these ranks, random and the same for both
+    packages."""
     torch.manual_seed(0)
     model = None
     for name, r in zip("abc", ranks):
-        adapter = config(r=r, lora_alpha=2 * r + (name == "b"), init_lora_weights=False,
-                         target_modules=list(base.targets), **fields)
+        adapter = config(
+            r=r,
+            lora_alpha=2 * r + (name == "b"),
+            init_lora_weights=False,
+            target_modules=list(base.targets),
+            **fields,
+        )
         if model is None:
             model = package.get_peft_model(base.make(), adapter, adapter_name=name)
         else:
@@ -26,26 +33,45 @@ def several(base, package=minipeft, config=LoraConfig, ranks=(4, 4), **fields):
 
 
 def deltas(model, name):
-    return {path: adapter.delta(None).detach() for path, adapter in model._parts(name).items()}
+    return {
+        path: adapter.delta(None).detach()
+        for path, adapter in model._parts(name).items()
+    }
 
 
 @pytest.mark.parametrize("way", combine.WAYS)
 @pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "mlp"])
 def test_every_way_is_that_of_peft(way, name, tmp_path):
     if name == "hf_gpt2" and way in ("dare_linear_svd", "dare_ties_svd"):
-        pytest.skip("for Conv1D PEFT draws which entries stay for the transposed matrix: others, by the same law")
+        pytest.skip(
+            "for Conv1D PEFT draws which entries stay for the transposed matrix:"
+            " others, by the same law"
+        )
     states = []
     for package, config in ((minipeft, LoraConfig), (peft, peft.LoraConfig)):
         model = several(BASES[name], package, config)
-        more = {} if way in ("svd", "cat", "linear") else {"density": 0.6, "majority_sign_method": "frequency"}
+        more = (
+            {}
+            if way in ("svd", "cat", "linear")
+            else {"density": 0.6, "majority_sign_method": "frequency"}
+        )
         torch.manual_seed(7)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             book = model if package is minipeft else model.base_model
             book.add_weighted_adapter(["a", "b"], [0.7, -0.4], "ab", way, **more)
             model.set_adapter("ab")
-        model.save_pretrained(str(tmp_path / package.__name__), selected_adapters=["ab"])
-        states.append((load_file(tmp_path / package.__name__ / "ab" / "adapter_model.safetensors"), run(model)))
+        model.save_pretrained(
+            str(tmp_path / package.__name__), selected_adapters=["ab"]
+        )
+        states.append(
+            (
+                load_file(
+                    tmp_path / package.__name__ / "ab" / "adapter_model.safetensors"
+                ),
+                run(model),
+            )
+        )
     (ours, our_logits), (theirs, their_logits) = states
     assert ours.keys() == theirs.keys()
     for key in ours:
@@ -59,7 +85,12 @@ def test_31_cat_is_the_exact_sum_of_changes(name):
     model = several(BASES[name], ranks=(2, 4, 3))
     model.add_weighted_adapter(["a", "b", "c"], [0.7, -1.5, 0.3], "sum", "cat")
     for path, delta in deltas(model, "sum").items():
-        close(delta, 0.7 * deltas(model, "a")[path] - 1.5 * deltas(model, "b")[path] + 0.3 * deltas(model, "c")[path])
+        close(
+            delta,
+            0.7 * deltas(model, "a")[path]
+            - 1.5 * deltas(model, "b")[path]
+            + 0.3 * deltas(model, "c")[path],
+        )
     assert model.peft_config["sum"].r == 9
 
 
@@ -80,7 +111,8 @@ def test_svd_of_enough_rank_is_exact_and_of_less_the_nearest():
         wanted = deltas(model, "a")[path] + deltas(model, "b")[path]
         close(delta, wanted)
         left = torch.linalg.matrix_norm(deltas(model, "nearest")[path] - wanted)
-        close(left, torch.linalg.svdvals(wanted)[4:].square().sum().sqrt(), 1e-5)     # Eckart and Young
+        # Eckart and Young
+        close(left, torch.linalg.svdvals(wanted)[4:].square().sum().sqrt(), 1e-5)
 
 
 def test_linear_is_not_the_sum_of_changes():
@@ -92,8 +124,14 @@ def test_linear_is_not_the_sum_of_changes():
 
 def test_adapters_that_share_only_some_layers():
     base = BASES["llama"]
-    model = get_peft_model(base.make(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "a")
-    model.add_adapter("b", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(
+        base.make(),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+        "a",
+    )
+    model.add_adapter(
+        "b", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+    )
     model.add_weighted_adapter(["a", "b"], [1.0, 2.0], "sum", "cat")
     for path, delta in deltas(model, "sum").items():
         close(delta, deltas(model, "a").get(path, 0) + 2 * deltas(model, "b")[path])
@@ -104,7 +142,9 @@ def test_33_unequal_ranks(way):
     model = several(BASES["llama"], ranks=(2, 4))
     names, tensors = list(model.peft_config), list(model.state_dict())
     with pytest.raises(minipeft.ConfigError, match=r"one rank.*\[2, 4\]"):
-        model.add_weighted_adapter(["a", "b"], [1, 1], "c", way, density=None if way == "linear" else 0.5)
+        model.add_weighted_adapter(
+            ["a", "b"], [1, 1], "c", way, density=None if way == "linear" else 0.5
+        )
     assert names == list(model.peft_config) and tensors == list(model.state_dict())
     model.add_weighted_adapter(["a", "b"], [1, 1], "svd", "svd")
     model.add_weighted_adapter(["a", "b"], [1, 1], "cat", "cat")
@@ -113,8 +153,12 @@ def test_33_unequal_ranks(way):
 
 @pytest.mark.parametrize("way", ["linear", "svd", "cat"])
 def test_a_density_that_nothing_uses_is_said(way):
-    with pytest.warns(UserWarning, match=f"'{way}' keeps every entry: density = 0.5 is not used"):
-        several(BASES["llama"]).add_weighted_adapter(["a", "b"], [1, 1], "c", way, density=0.5)
+    with pytest.warns(
+        UserWarning, match=f"'{way}' keeps every entry: density = 0.5 is not used"
+    ):
+        several(BASES["llama"]).add_weighted_adapter(
+            ["a", "b"], [1, 1], "c", way, density=0.5
+        )
 
 
 def test_a_combination_waits_and_is_saved_like_any_other(tmp_path):
@@ -123,19 +167,37 @@ def test_a_combination_waits_and_is_saved_like_any_other(tmp_path):
     before = run(model)
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "ab")
     assert torch.equal(run(model), before) and model.active_adapters == ["a"]
-    assert not any(p.requires_grad for p in model._parts("ab")["model.layers.0.self_attn.q_proj"].parameters())
+    assert not any(
+        p.requires_grad
+        for p in model._parts("ab")["model.layers.0.self_attn.q_proj"].parameters()
+    )
     model.set_adapter("ab")
     model.save_pretrained(tmp_path, selected_adapters=["ab"])
-    close(run(peft.PeftModel.from_pretrained(base.make(), str(tmp_path / "ab"))), run(model))
+    close(
+        run(peft.PeftModel.from_pretrained(base.make(), str(tmp_path / "ab"))),
+        run(model),
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(adapters=["a", "d"]), "'d'"), (dict(weights=[1.0]), "one weight for each"),
-    (dict(adapter_name="a"), "already"),
-    (dict(combination_type="tie"), "nearest: ties"), (dict(combination_type="ties"), "density"),
-    (dict(combination_type="ties", density=-0.1), "density"), (dict(adapters=[], weights=[]), "one weight for each")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(adapters=["a", "d"]), "'d'"),
+        (dict(weights=[1.0]), "one weight for each"),
+        (dict(adapter_name="a"), "already"),
+        (dict(combination_type="tie"), "nearest: ties"),
+        (dict(combination_type="ties"), "density"),
+        (dict(combination_type="ties", density=-0.1), "density"),
+        (dict(adapters=[], weights=[]), "one weight for each"),
+    ],
+)
 def test_wrong_requests(arguments, message):
     model = several(BASES["llama"])
     with pytest.raises(ValueError, match=message):
-        model.add_weighted_adapter(**{**dict(adapters=["a", "b"], weights=[1.0, 1.0], adapter_name="new"), **arguments})
+        model.add_weighted_adapter(
+            **{
+                **dict(adapters=["a", "b"], weights=[1.0, 1.0], adapter_name="new"),
+                **arguments,
+            }
+        )
     assert list(model.peft_config) == ["a", "b"]

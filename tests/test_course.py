@@ -1,4 +1,6 @@
-"""What the notebooks use: live source, claims, tables, figures, and the runner that saves chapters."""
+"""What the notebooks use: live source, claims, tables, figures, and the runner that
+saves chapters."""
+
 import matplotlib
 import nbformat
 import pytest
@@ -28,7 +30,11 @@ class Shown:
 def test_source_is_live_and_without_docstrings():
     text = source(Shown)
     assert "noise" not in text.lower() and "several lines" not in text
-    assert "size = 3  # a reason" in text and 'return "kept"' in text and "so it stays" in text
+    assert (
+        "size = 3  # a reason" in text
+        and 'return "kept"' in text
+        and "so it stays" in text
+    )
     compile(text, "shown", "exec")
     assert "Noise" in source(Shown, docstrings=True)
     assert source(Shown.first).startswith("def first(self):")
@@ -38,12 +44,16 @@ def test_source_is_live_and_without_docstrings():
 def test_shown_source_of_the_package_still_runs():
     from minipeft import LinearDelta, Slot
     from minipeft.methods.lora import Lora
+
     for thing in (LinearDelta, Slot, Lora):
         compile(source(thing), "shown", "exec")
 
 
 def test_claims():
-    assert "**WRONG.** Because." in claim("2 + 2 = 5", "a book", "4", 2 + 2 == 5, "Because.").data
+    assert (
+        "**WRONG.** Because."
+        in claim("2 + 2 = 5", "a book", "4", 2 + 2 == 5, "Because.").data
+    )
     assert "**RIGHT.**" in claim("2 + 2 = 4", "a book", "4", True).data
     with pytest.raises(ValueError, match="must say on what"):
         claim("it is fast", "a blog", "so so", "DEPENDS")
@@ -52,53 +62,86 @@ def test_claims():
 
 
 def test_tables():
-    lines = table([["a", 1200, "x"], ["b", 3, "y"]], ["name", "count", "text"]).data.splitlines()
-    assert lines == ["| name | count | text |", "| --- | ---: | --- |", "| a | 1,200 | x |", "| b | 3 | y |"]
+    lines = table(
+        [["a", 1200, "x"], ["b", 3, "y"]], ["name", "count", "text"]
+    ).data.splitlines()
+    assert lines == [
+        "| name | count | text |",
+        "| --- | ---: | --- |",
+        "| a | 1,200 | x |",
+        "| b | 3 | y |",
+    ]
 
 
 def test_numbers_made_by_training_are_not_compared():
+    import re
     from pathlib import Path
 
     from nbval.plugin import get_sanitize_patterns
-    import re
-    patterns = get_sanitize_patterns((Path(__file__).parent / "sanitize.cfg").read_text(encoding="utf-8"))
+
+    patterns = get_sanitize_patterns(
+        (Path(__file__).parent / "sanitize.cfg").read_text(encoding="utf-8")
+    )
+
     def clean(text):
         for regex, replacement in patterns:
             text = re.sub(regex, replacement, text)
         return text
-    table_of = lambda loss, share: clean(f"| x | {about(loss)} | {about(share, '{:.0f} %')} |")
+
+    table_of = lambda loss, share: clean(
+        f"| x | {about(loss)} | {about(share, '{:.0f} %')} |"
+    )
     assert table_of(0.123, 87) == table_of(-4.5, 9)
     assert clean("13,631,488 and 0.1695 stay") == "13,631,488 and 0.1695 stay"
     assert clean("took 3.1 s at 5,000 tokens/s") == clean("took 12 s at 7.1k tokens/s")
 
 
 def test_figures_say_what_they_show(tmp_path):
-    figures.curves({"a": [3, 2, 1], "b": ([1, 2, 4], [1, 2, 3])}, "Title", "x (steps)", "y (nats)", logx=2,
-                   levels={"c": 2}, save=tmp_path / "a.png")
+    figures.curves(
+        {"a": [3, 2, 1], "b": ([1, 2, 4], [1, 2, 3])},
+        "Title",
+        "x (steps)",
+        "y (nats)",
+        logx=2,
+        levels={"c": 2},
+        save=tmp_path / "a.png",
+    )
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     ax = figures.axes("Title", "x (steps)", "y (nats)", logx=2)
     ax.plot([1, 8], [3, 7])
     figures.done(ax, legend=False, save=tmp_path / "b.png", ylim=(0, None))
     assert ax.get_ylim()[1] > 7, "what was drawn is cut off"
-    assert (ax.get_title(loc="left"), ax.get_xlabel(), ax.get_ylabel()) == ("Title", "x (steps)", "y (nats)")
+    assert (ax.get_title(loc="left"), ax.get_xlabel(), ax.get_ylabel()) == (
+        "Title",
+        "x (steps)",
+        "y (nats)",
+    )
     assert "4" in [tick.get_text() for tick in ax.get_xticklabels()]
 
 
 def test_a_chapter_is_run_and_saved_clean(tmp_path):
-    cells = [nbformat.v4.new_code_cell("import sys\nprint('seen')\nprint('noise', file=sys.stderr)\nprint('too')"),
-             nbformat.v4.new_code_cell("1 + 1")]
+    cells = [
+        nbformat.v4.new_code_cell(
+            "import sys\nprint('seen')\nprint('noise', file=sys.stderr)\nprint('too')"
+        ),
+        nbformat.v4.new_code_cell("1 + 1"),
+    ]
     path = tmp_path / "00_x.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     notebook.run(path)
     first, second = nbformat.read(path, as_version=4).cells
-    assert [output.text for output in first.outputs] == ["seen\ntoo\n"] and second.outputs[0].data["text/plain"] == "2"
+    assert [output.text for output in first.outputs] == [
+        "seen\ntoo\n"
+    ] and second.outputs[0].data["text/plain"] == "2"
     assert [first.execution_count, second.execution_count] == [1, 2]
     assert "execution" not in first.metadata and not list(tmp_path.glob("*.partial"))
 
 
 def test_a_chapter_that_fails_is_left_as_it_was(tmp_path):
     path = tmp_path / "00_x.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), path
+    )
     before = path.read_bytes()
     with pytest.raises(Exception, match="ZeroDivisionError"):
         notebook.run(path)
@@ -107,20 +150,33 @@ def test_a_chapter_that_fails_is_left_as_it_was(tmp_path):
 
 def test_open_limits_end_where_the_data_end(monkeypatch):
     from minipeft.course import figures
+
     seen = []
-    monkeypatch.setattr(figures.plt, "show", lambda: seen.append(figures.plt.gca().get_ylim()))
+    monkeypatch.setattr(
+        figures.plt, "show", lambda: seen.append(figures.plt.gca().get_ylim())
+    )
     figures.curves({"a": [3.0, 2.0, 1.0]}, "title", "x", "y", ylim=(0, None))
     assert seen[0][0] == 0 and seen[0][1] >= 3
 
 
 def test_progress_bars_are_text_even_where_widgets_are_installed(tmp_path):
     path = tmp_path / "00_x.ipynb"
-    bar = "import minipeft.course\nfrom tqdm.auto import tqdm\nprint(sum(tqdm([1, 2], disable=False)))"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(bar)]), path)
+    bar = (
+        "import minipeft.course\nfrom tqdm.auto import tqdm\nprint(sum(tqdm([1, 2],"
+        " disable=False)))"
+    )
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(bar)]), path
+    )
     notebook.run(path)
-    assert [output.text for output in nbformat.read(path, as_version=4).cells[0].outputs] == ["3\n"]
+    assert [
+        output.text for output in nbformat.read(path, as_version=4).cells[0].outputs
+    ] == ["3\n"]
 
 
 def test_no_two_chapters_have_a_check_of_the_same_name():
     from minipeft.course import check
-    assert len(check.__all__) == len(set(check.__all__)), "the later one would hide the earlier"
+
+    assert len(check.__all__) == len(set(check.__all__)), (
+        "the later one would hide the earlier"
+    )

@@ -1,15 +1,25 @@
-"""DoRA: what is particular to it, against its equation, autograd, PEFT's draws and torchtune's number."""
+"""DoRA: what is particular to it, against its equation, autograd, PEFT's draws and
+torchtune's number."""
+
 import json
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from bases import BASES, METHODS, adapted, close, differ, run, shake
 from torch import nn
 
-from bases import BASES, METHODS, adapted, close, differ, run, shake
-from minipeft import (BitFitConfig, ConfigError, DoraConfig, LoraConfig, PeftConfig, PeftModel, TargetError,
-                      get_peft_model)
+from minipeft import (
+    BitFitConfig,
+    ConfigError,
+    DoraConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TargetError,
+    get_peft_model,
+)
 from minipeft.methods.dora import Dora
 from minipeft.slot import Base, Slot, Switch
 
@@ -28,17 +38,28 @@ def layer(bias=True, dropout=0.0, dtype=torch.float32, r=3, scale=0.3):
 
 def whole(adapter, base):
     """W + s B A, (8, 6)"""
-    return base.module.weight + adapter.scaling * adapter.lora_B.weight @ adapter.lora_A.weight
+    return (
+        base.module.weight
+        + adapter.scaling * adapter.lora_B.weight @ adapter.lora_A.weight
+    )
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)]
+)
 def test_the_norms_are_those_of_the_rows(dtype, tolerance):
     adapter, base = layer(dtype=dtype)
     adapter.to(dtype)
-    close(adapter.norm(base), torch.linalg.norm(whole(adapter, base).detach(), dim=1), tolerance)
+    close(
+        adapter.norm(base),
+        torch.linalg.norm(whole(adapter, base).detach(), dim=1),
+        tolerance,
+    )
     assert len(adapter.norm(base)) == 8 != 6 and not adapter.norm(base).requires_grad
-    with torch.no_grad():                                           # where W and s B A all but cancel, it is no nan
-        base.module.weight.copy_(-adapter.scaling * adapter.lora_B.weight @ adapter.lora_A.weight)
+    with torch.no_grad():  # where W and s B A all but cancel, it is no nan
+        base.module.weight.copy_(
+            -adapter.scaling * adapter.lora_B.weight @ adapter.lora_A.weight
+        )
     assert adapter(base, torch.randn(2, 6).to(dtype)).isfinite().all()
 
 
@@ -51,13 +72,17 @@ def test_its_gradients_take_the_norm_for_a_constant(bias):
     for detached in (True, False):
         V = whole(adapter, base)
         norm = torch.linalg.norm(V, dim=1)
-        W = (adapter.lora_magnitude_vector / (norm.detach() if detached else norm))[:, None] * V
+        W = (adapter.lora_magnitude_vector / (norm.detach() if detached else norm))[
+            :, None
+        ] * V
         y = F.linear(x, W, base.module.bias)
         close(mine.detach(), y.detach())
-        grads[detached] = torch.autograd.grad((weights * y).sum(), list(adapter.parameters()))
+        grads[detached] = torch.autograd.grad(
+            (weights * y).sum(), list(adapter.parameters())
+        )
     for own, constant in zip(adapter.parameters(), grads[True]):
         close(own.grad, constant)
-    differ(grads[True][1], grads[False][1])                         # lora_A: another gradient altogether
+    differ(grads[True][1], grads[False][1])  # lora_A: another gradient altogether
 
 
 def test_the_number_that_torchtune_tests_its_dora_with():
@@ -86,7 +111,10 @@ def test_dropout_draws_what_peft_draws(name, tmp_path):
 
 
 def test_dora_config_is_lora_config_with_use_dora(tmp_path):
-    for config in (DoraConfig(target_modules=["q_proj"]), LoraConfig(use_dora=True, target_modules=["q_proj"])):
+    for config in (
+        DoraConfig(target_modules=["q_proj"]),
+        LoraConfig(use_dora=True, target_modules=["q_proj"]),
+    ):
         model = get_peft_model(LLAMA.make(), config)
         assert any(isinstance(module, Dora) for module in model.modules())
         model.save_pretrained(tmp_path)
@@ -97,20 +125,31 @@ def test_dora_config_is_lora_config_with_use_dora(tmp_path):
 
 
 def test_the_fields_of_lora_work_too(tmp_path):
-    fields = dict(r=4, use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 32}, use_dora=True,
-                  target_modules=list(HF.targets))
+    fields = dict(
+        r=4,
+        use_rslora=True,
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"q_proj": 32},
+        use_dora=True,
+        target_modules=list(HF.targets),
+    )
     model = shake(get_peft_model(HF.make(), LoraConfig(**fields)))
     model.save_pretrained(tmp_path)
     close(run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path))), run(model))
-    random = LoraConfig(**fields, init_lora_weights=False)          # W + s B A is not W, but its norms are m
+    # W + s B A is not W, but its norms are m
+    random = LoraConfig(**fields, init_lora_weights=False)
     differ(run(get_peft_model(HF.make(), random)), run(HF.make()))
 
 
 def test_what_it_does_not_adapt():
-    with pytest.raises(TargetError, match="embed_tokens: use_dora is for linear layers"):
+    with pytest.raises(
+        TargetError, match="embed_tokens: use_dora is for linear layers"
+    ):
         get_peft_model(LLAMA.make(), DoraConfig(target_modules=["embed_tokens"]))
     with pytest.raises(TargetError, match="Conv1d is no linear layer"):
-        get_peft_model(nn.Sequential(nn.Conv1d(3, 4, 2)), DoraConfig(target_modules=["0"]))
+        get_peft_model(
+            nn.Sequential(nn.Conv1d(3, 4, 2)), DoraConfig(target_modules=["0"])
+        )
     with pytest.raises(ConfigError, match="no lora_bias"):
         DoraConfig(lora_bias=True)
     model = get_peft_model(LLAMA.make(), DoraConfig())
@@ -118,14 +157,18 @@ def test_what_it_does_not_adapt():
         model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
-@pytest.mark.parametrize("below", [LoraConfig(r=2), DoraConfig(r=2), BitFitConfig(target_modules=["q_proj"])], ids=repr)
+@pytest.mark.parametrize(
+    "below",
+    [LoraConfig(r=2), DoraConfig(r=2), BitFitConfig(target_modules=["q_proj"])],
+    ids=repr,
+)
 def test_on_top_of_another_adapter_merged_or_not(below):
     model = shake(get_peft_model(LLAMA.make(), below, "below"), "below")
     model.add_adapter("dora", DoraConfig(r=4))
     shake(model, "dora")
     model.set_adapter(["below", "dora"])
     apart = run(model)
-    model.merge_adapter(["below"])                                  # the norm is still that of W + s B A
+    model.merge_adapter(["below"])  # the norm is still that of W + s B A
     close(run(model), apart, 3e-6)
     model.merge_adapter(["dora"])
     close(run(model), apart, 3e-6)
@@ -135,11 +178,22 @@ def test_on_top_of_another_adapter_merged_or_not(below):
 
 def test_two_doras_as_in_peft():
     models = []
-    for package, config in ((get_peft_model, LoraConfig), (peft.get_peft_model, peft.LoraConfig)):
+    for package, config in (
+        (get_peft_model, LoraConfig),
+        (peft.get_peft_model, peft.LoraConfig),
+    ):
         torch.manual_seed(1)
-        model = package(HF.make(), config(use_dora=True, target_modules=["q_proj"], init_lora_weights=False)).eval()
-        model.add_adapter("second", config(use_dora=True, target_modules=["q_proj"], init_lora_weights=False))
-        (model if package is get_peft_model else model.base_model).set_adapter(["default", "second"])
+        model = package(
+            HF.make(),
+            config(use_dora=True, target_modules=["q_proj"], init_lora_weights=False),
+        ).eval()
+        model.add_adapter(
+            "second",
+            config(use_dora=True, target_modules=["q_proj"], init_lora_weights=False),
+        )
+        (model if package is get_peft_model else model.base_model).set_adapter(
+            ["default", "second"]
+        )
         models.append(model)
     close(run(models[0]), run(models[1]))
     close(run(models[0].merge_and_unload()), run(models[1].merge_and_unload()), 2e-6)

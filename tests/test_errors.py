@@ -1,13 +1,23 @@
-"""Wrong input: an error of its own type that says what to do, and a model that is left as it was."""
+"""Wrong input: an error of its own type that says what to do, and a model that is left
+as it was."""
+
 import json
 
 import pytest
 import torch
+from bases import BASES, METHODS, adapted, run, shake
 from safetensors.torch import load_file, save_file
 
 import minipeft
-from bases import BASES, METHODS, adapted, run, shake
-from minipeft import AdapterFileError, AdapterNameError, ConfigError, LoraConfig, PeftModel, TargetError, get_peft_model
+from minipeft import (
+    AdapterFileError,
+    AdapterNameError,
+    ConfigError,
+    LoraConfig,
+    PeftModel,
+    TargetError,
+    get_peft_model,
+)
 
 BASE, LORA = BASES["llama"], METHODS["lora"]
 
@@ -17,28 +27,49 @@ def plain():
     """A base that must come out of the test as it went in."""
     model = BASE.make()
     before = [(name, id(module)) for name, module in model.named_modules()]
-    parameters = [(name, id(p), p.requires_grad, p.clone()) for name, p in model.named_parameters()]
+    parameters = [
+        (name, id(p), p.requires_grad, p.clone())
+        for name, p in model.named_parameters()
+    ]
     yield model
     assert [(name, id(module)) for name, module in model.named_modules()] == before
-    for (name, p), (other, known, grad, value) in zip(model.named_parameters(), parameters, strict=True):
-        assert (name, id(p), p.requires_grad) == (other, known, grad) and torch.equal(p, value)
+    for (name, p), (other, known, grad, value) in zip(
+        model.named_parameters(), parameters, strict=True
+    ):
+        assert (name, id(p), p.requires_grad) == (other, known, grad) and torch.equal(
+            p, value
+        )
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("targets, message", [
-    (["q_prj"], r"'q_prj' \(nearest: q_proj"), (["q_proj", "gate"], r"'gate' \(nearest: gate_proj"),
-    (["q_proj", "q_prj", "xyzzy"], r"'q_prj' \(nearest.*'xyzzy'"), (r".*\.query", r"'\.\*.*query'"),
-    (["proj"], "'proj'"), (["mlp"], "layers.0.mlp: MLP is no linear layer"), (["norm"], "RMSNorm is no linear layer"),
-    ([], "nothing is left"), (r"(.*q_proj", "is no regular expression")])
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (["q_prj"], r"'q_prj' \(nearest: q_proj"),
+        (["q_proj", "gate"], r"'gate' \(nearest: gate_proj"),
+        (["q_proj", "q_prj", "xyzzy"], r"'q_prj' \(nearest.*'xyzzy'"),
+        (r".*\.query", r"'\.\*.*query'"),
+        (["proj"], "'proj'"),
+        (["mlp"], "layers.0.mlp: MLP is no linear layer"),
+        (["norm"], "RMSNorm is no linear layer"),
+        ([], "nothing is left"),
+        (r"(.*q_proj", "is no regular expression"),
+    ],
+)
 def test_targets(plain, targets, message):
     with pytest.raises(TargetError, match=message):
         get_peft_model(plain, LoraConfig(target_modules=targets))
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(exclude_modules=["qq"]), "exclude_modules finds no"), (dict(exclude_modules=["q_proj"]), "nothing is left"),
-    (dict(modules_to_save=["heads"]), "modules_to_save finds no.*lm_head"),
-    (dict(layers_to_transform=[7]), "nothing is left")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(exclude_modules=["qq"]), "exclude_modules finds no"),
+        (dict(exclude_modules=["q_proj"]), "nothing is left"),
+        (dict(modules_to_save=["heads"]), "modules_to_save finds no.*lm_head"),
+        (dict(layers_to_transform=[7]), "nothing is left"),
+    ],
+)
 def test_other_names_of_modules(plain, fields, message):
     with pytest.raises(TargetError, match=message):
         get_peft_model(plain, LoraConfig(target_modules=["q_proj"], **fields))
@@ -50,26 +81,51 @@ def test_no_targets_and_no_usual_names():
 
 
 def test_a_model_without_linear_layers():
-    with pytest.raises(TargetError, match="all-linear: this Sequential has no linear layers"):
-        get_peft_model(torch.nn.Sequential(torch.nn.ReLU()), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(
+        TargetError, match="all-linear: this Sequential has no linear layers"
+    ):
+        get_peft_model(
+            torch.nn.Sequential(torch.nn.ReLU()),
+            LoraConfig(target_modules="all-linear"),
+        )
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(r=0), "r = 0"), (dict(r=-4), "r = -4"), (dict(r=2.0), "r = 2.0"), (dict(r="8"), "r = '8'"),
-    (dict(r=True), "r = True"), (dict(r=None), "r = None"), (dict(rank_pattern={"q_proj": 0}), "q_proj = 0"),
-    (dict(lora_dropout=1.5), "lora_dropout = 1.5"), (dict(lora_dropout="0.1"), "lora_dropout = '0.1': expected is float"),
-    (dict(lora_alpha=None), "lora_alpha = None"), (dict(use_dora="yes"), "use_dora = 'yes': expected is bool"),
-    (dict(target_modules=5), r"target_modules = 5: expected is list\[str\] | str"), (dict(target_modules=[1]), r"= \[1\]"),
-    (dict(modules_to_save="norm"), "modules_to_save = 'norm'"), (dict(rank_pattern=None), "rank_pattern = None"),
-    (dict(alpha_pattern={"q_proj": "8"}), "alpha_pattern = "), (dict(layers_to_transform="0"), "layers_to_transform = '0'"),
-    (dict(init_lora_weights="gausian"), "'gausian'.*'gaussian'"), (dict(bias="all"), "BitFitConfig"),
-    (dict(target_modules="all-linear", layers_to_transform=0), "layers_to_transform")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(r=0), "r = 0"),
+        (dict(r=-4), "r = -4"),
+        (dict(r=2.0), "r = 2.0"),
+        (dict(r="8"), "r = '8'"),
+        (dict(r=True), "r = True"),
+        (dict(r=None), "r = None"),
+        (dict(rank_pattern={"q_proj": 0}), "q_proj = 0"),
+        (dict(lora_dropout=1.5), "lora_dropout = 1.5"),
+        (dict(lora_dropout="0.1"), "lora_dropout = '0.1': expected is float"),
+        (dict(lora_alpha=None), "lora_alpha = None"),
+        (dict(use_dora="yes"), "use_dora = 'yes': expected is bool"),
+        (dict(target_modules=5), r"target_modules = 5: expected is list\[str\] | str"),
+        (dict(target_modules=[1]), r"= \[1\]"),
+        (dict(modules_to_save="norm"), "modules_to_save = 'norm'"),
+        (dict(rank_pattern=None), "rank_pattern = None"),
+        (dict(alpha_pattern={"q_proj": "8"}), "alpha_pattern = "),
+        (dict(layers_to_transform="0"), "layers_to_transform = '0'"),
+        (dict(init_lora_weights="gausian"), "'gausian'.*'gaussian'"),
+        (dict(bias="all"), "BitFitConfig"),
+        (
+            dict(target_modules="all-linear", layers_to_transform=0),
+            "layers_to_transform",
+        ),
+    ],
+)
 def test_configurations(fields, message):
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**fields)
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "pop", "keys", "forward", "__base__", 3, None])
+@pytest.mark.parametrize(
+    "name", ["a.b", "", "pop", "keys", "forward", "__base__", 3, None]
+)
 def test_impossible_names(plain, name):
     with pytest.raises(AdapterNameError, match="cannot name an adapter"):
         get_peft_model(plain, LoraConfig(), adapter_name=name)
@@ -80,10 +136,16 @@ def test_names_that_are_taken_or_unknown():
     before, tensors = run(model), list(model.state_dict())
     with pytest.raises(AdapterNameError, match="'known' already"):
         model.add_adapter("known", LoraConfig())
-    for wrong in (lambda: model.set_adapter("knwn"), lambda: model.set_adapter(["known", "knwn"]),
-                  lambda: model.delete_adapter("knwn"), lambda: model.merge_adapter("knwn"),
-                  lambda: model.merge_and_unload(adapter_names=["knwn"])):
-        with pytest.raises(AdapterNameError, match="no adapter 'knwn'.*nearest: 'known'"):
+    for wrong in (
+        lambda: model.set_adapter("knwn"),
+        lambda: model.set_adapter(["known", "knwn"]),
+        lambda: model.delete_adapter("knwn"),
+        lambda: model.merge_adapter("knwn"),
+        lambda: model.merge_and_unload(adapter_names=["knwn"]),
+    ):
+        with pytest.raises(
+            AdapterNameError, match="no adapter 'knwn'.*nearest: 'known'"
+        ):
             wrong()
     assert torch.equal(run(model), before) and list(model.state_dict()) == tensors
     assert model.active_adapters == ["known"]
@@ -105,6 +167,7 @@ def test_rows_of_merged_adapters():
 
 def test_an_initialisation_that_fails_midway_leaves_the_weights(plain, monkeypatch):
     from minipeft.methods import lora
+
     done = []
 
     def broken(adapter, base, config):
@@ -112,6 +175,7 @@ def test_an_initialisation_that_fails_midway_leaves_the_weights(plain, monkeypat
         done.append(base)
         if len(done) == 3:
             raise RuntimeError("no convergence")
+
     monkeypatch.setitem(lora.INITS, "broken", broken)
     with pytest.raises(RuntimeError, match="no convergence"):
         get_peft_model(plain, LoraConfig(init_lora_weights="broken"))
@@ -126,6 +190,7 @@ def break_fourth_fold(monkeypatch):
         if len(calls) == 4:
             raise RuntimeError("out of memory")
         fold(self, base)
+
     monkeypatch.setattr(minipeft.LinearDelta, "fold", broken)
 
 
@@ -141,8 +206,11 @@ def test_merging_that_fails_midway_leaves_the_weights(monkeypatch):
 
 
 def test_merging_slots_within_slots_that_fails_midway_leaves_the_weights(monkeypatch):
-    model = shake(get_peft_model(BASE.make(), minipeft.SubspaceConfig(d=50), "whole"), "whole")
-    model.add_adapter("inner", LORA.ours(BASE))                     # the outer slot is merged first, and undone last
+    model = shake(
+        get_peft_model(BASE.make(), minipeft.SubspaceConfig(d=50), "whole"), "whole"
+    )
+    # the outer slot is merged first, and undone last
+    model.add_adapter("inner", LORA.ours(BASE))
     shake(model, "inner").set_adapter(["whole", "inner"])
     before, state = run(model), {k: t.clone() for k, t in model.state_dict().items()}
     break_fourth_fold(monkeypatch)
@@ -157,15 +225,24 @@ def test_deleting_an_adapter_leaves_another_merged():
     model.add_adapter("b", LORA.ours(BASE))
     shake(model, "b", seed=6)
     model.merge_adapter(["a"])
-    weights = [slot.weight.clone() for slot in model.modules() if isinstance(slot, minipeft.Slot) and "a" in slot.adapters]
+    weights = [
+        slot.weight.clone()
+        for slot in model.modules()
+        if isinstance(slot, minipeft.Slot) and "a" in slot.adapters
+    ]
     model.delete_adapter("b")
-    after = [slot.weight for slot in model.modules() if isinstance(slot, minipeft.Slot) and "a" in slot.adapters]
+    after = [
+        slot.weight
+        for slot in model.modules()
+        if isinstance(slot, minipeft.Slot) and "a" in slot.adapters
+    ]
     assert model.merged_adapters == ["a"] and all(map(torch.equal, after, weights))
     model.unmerge_adapter()
     assert torch.equal(run(model), run(adapted(LORA, BASE, "a")))
 
 
 # Files
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -175,7 +252,10 @@ def folder(tmp_path):
 
 def rewrite(folder, change):
     tensors = change(load_file(folder / "adapter_model.safetensors"))
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
 
 
 def refused(plain, folder, kind=AdapterFileError):
@@ -192,15 +272,32 @@ def refused(plain, folder, kind=AdapterFileError):
 
 def test_a_file_from_another_size(plain, folder):
     from minipeft.lm.gpt import GPT, GPTConfig
-    wide = GPT(GPTConfig(vocab_size=40, hidden_size=32, intermediate_size=24, num_hidden_layers=3,
-                         num_attention_heads=4))
+
+    wide = GPT(
+        GPTConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+        )
+    )
     get_peft_model(wide, LORA.ours(BASE)).save_pretrained(folder)
     message = refused(plain, folder)
     for layer in range(2):
-        assert f"model.layers.{layer}.self_attn.q_proj.lora_A.weight  (4, 32), the model has (4, 16)" in message
-        assert f"model.layers.{layer}.mlp.down_proj.lora_B.weight  (32, 4), the model has (16, 4)" in message
+        assert (
+            f"model.layers.{layer}.self_attn.q_proj.lora_A.weight  (4, 32), the model"
+            " has (4, 16)" in message
+        )
+        assert (
+            f"model.layers.{layer}.mlp.down_proj.lora_B.weight  (32, 4), the model has"
+            " (16, 4)" in message
+        )
     assert message.count("unexpected") == 6
-    assert "unexpected  base_model.model.model.layers.2.mlp.down_proj.lora_A.weight  (4, 24)" in message
+    assert (
+        "unexpected  base_model.model.model.layers.2.mlp.down_proj.lora_A.weight "
+        " (4, 24)" in message
+    )
 
 
 def test_a_file_from_another_architecture(plain, tmp_path):
@@ -209,14 +306,29 @@ def test_a_file_from_another_architecture(plain, tmp_path):
 
 
 def test_missing_tensors(plain, folder):
-    rewrite(folder, lambda tensors: {key: value for key, value in tensors.items() if "lora_B" not in key})
+    rewrite(
+        folder,
+        lambda tensors: {
+            key: value for key, value in tensors.items() if "lora_B" not in key
+        },
+    )
     assert refused(plain, folder).count("missing") == 6
 
 
 def test_37_a_wrong_prefix(plain, folder):
-    rewrite(folder, lambda tensors: {key.removeprefix("base_model.model."): value for key, value in tensors.items()})
+    rewrite(
+        folder,
+        lambda tensors: {
+            key.removeprefix("base_model.model."): value
+            for key, value in tensors.items()
+        },
+    )
     message = refused(plain, folder)
-    assert "No key fits" in message and "'model.layers.0" in message and "'base_model.model.model.layers.0" in message
+    assert (
+        "No key fits" in message
+        and "'model.layers.0" in message
+        and "'base_model.model.model.layers.0" in message
+    )
 
 
 def test_another_base_weight(plain, folder):
@@ -232,15 +344,24 @@ def test_a_truncated_file(plain, folder, size):
     assert "damaged or cut short" in refused(plain, folder)
 
 
-@pytest.mark.parametrize("content, kind, message", [
-    ("{}", ConfigError, "no peft_type"), ('{"peft_type": null}', ConfigError, "no peft_type"),
-    ('{"peft_type": "LORRA"}', ConfigError, "'LORRA'.*nearest: LORA"),
-    ('{"peft_type": "HRA"}', ConfigError, "'HRA'.*known: "), ("{", AdapterFileError, "not JSON"),
-    ('{"peft_type": ["LORA"]}', ConfigError, "unknown peft_type"), ("[]", AdapterFileError, "list"),
-    ("", AdapterFileError, "not JSON"), ('{"peft_type": "LORA", "r": 0}', ConfigError, "r = 0"),
-    ('{"peft_type": "LORA", "bias": "all"}', ConfigError, "bias")])
+@pytest.mark.parametrize(
+    "content, kind, message",
+    [
+        ("{}", ConfigError, "no peft_type"),
+        ('{"peft_type": null}', ConfigError, "no peft_type"),
+        ('{"peft_type": "LORRA"}', ConfigError, "'LORRA'.*nearest: LORA"),
+        ('{"peft_type": "HRA"}', ConfigError, "'HRA'.*known: "),
+        ("{", AdapterFileError, "not JSON"),
+        ('{"peft_type": ["LORA"]}', ConfigError, "unknown peft_type"),
+        ("[]", AdapterFileError, "list"),
+        ("", AdapterFileError, "not JSON"),
+        ('{"peft_type": "LORA", "r": 0}', ConfigError, "r = 0"),
+        ('{"peft_type": "LORA", "bias": "all"}', ConfigError, "bias"),
+    ],
+)
 def test_configuration_files(plain, folder, content, kind, message):
     import re
+
     (folder / "adapter_config.json").write_text(content)
     found = refused(plain, folder, kind)
     assert re.search(message, found) and "adapter_config.json" in found

@@ -1,28 +1,45 @@
-"""Evaluation: the loss is a plain mean over tokens, the score is the task's, and the model is left as it was."""
+"""Evaluation: the loss is a plain mean over tokens, the score is the task's, and the
+model is left as it was."""
+
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train import Letters, tiny
 
 from minipeft.lanternwick.tasks import Example, Task
 from minipeft.lm.data import DataError, encode
 from minipeft.lm.evaluate import completion_loss, evaluate
 from minipeft.lm.train import train
-from test_train import Letters, tiny
 
 
 def examples(n=11):
-    return [Example("abcd"[i % 4] * (1 + i % 6), " " + "xyz"[i % 4 % 3] * (1 + i % 4 % 2), {}) for i in range(n)]
+    return [
+        Example(
+            "abcd"[i % 4] * (1 + i % 6), " " + "xyz"[i % 4 % 3] * (1 + i % 4 % 2), {}
+        )
+        for i in range(n)
+    ]
 
 
 def exact(predictions, examples):
-    return {"exact": 100 * sum(p.strip() == e.completion.strip() for p, e in zip(predictions, examples, strict=True)) / len(examples)}
+    return {
+        "exact": (
+            100
+            * sum(
+                p.strip() == e.completion.strip()
+                for p, e in zip(predictions, examples, strict=True)
+            )
+            / len(examples)
+        )
+    }
 
 
 class Words(Letters):
     """Decodes what it encodes: 3 + code % 61 is one to one on these letters."""
+
     letters = {3 + ord(c) % 61: c for c in " abcdxyz"}
 
     def decode(self, ids):
@@ -40,7 +57,9 @@ def by_hand(model, rows):
     for row in rows:
         ids, labels = (torch.tensor([x]) for x in encode(Letters(), row))
         logits = model(input_ids=ids).logits
-        total += F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum").item()
+        total += F.cross_entropy(
+            logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum"
+        ).item()
         count += (labels != -100).sum().item()
     return total / count, count
 
@@ -56,17 +75,22 @@ def test_loss_is_the_mean_over_completion_tokens_whatever_the_batches(batch_size
 
 def test_ready_batches_and_objects_with_batches():
     from minipeft.lm.data import Batches
+
     model, rows = tiny().eval(), Batches(examples(12), Letters(), 4)
     loss = completion_loss(model, Letters(), examples(12))["loss"]
     assert completion_loss(model, None, rows)["loss"] == pytest.approx(loss, abs=1e-6)
-    assert completion_loss(model, None, [rows.batch(i) for i in range(3)])["loss"] == pytest.approx(loss, abs=1e-6)
+    assert completion_loss(model, None, [rows.batch(i) for i in range(3)])[
+        "loss"
+    ] == pytest.approx(loss, abs=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_restored_and_no_gradient_is_left(training):
     model = tiny().train(training)
     evaluate(model, Words(), task(), max_new_tokens=3)
-    assert model.training is training and all(p.grad is None for p in model.parameters())
+    assert model.training is training and all(
+        p.grad is None for p in model.parameters()
+    )
     with pytest.raises(DataError):
         evaluate(model, Words(), [Example("a" * 99, " x", {})])
     assert model.training is training
@@ -75,20 +99,47 @@ def test_the_mode_is_restored_and_no_gradient_is_left(training):
 def test_a_trained_model_scores_and_an_untrained_one_does_not():
     model, toy = tiny(), task()
     before = evaluate(model, Words(), toy)
-    train(model, toy, tokenizer=Words(), steps=120, batch_size=8, lr=1e-2, progress=False)
+    train(
+        model, toy, tokenizer=Words(), steps=120, batch_size=8, lr=1e-2, progress=False
+    )
     after = evaluate(model, Words(), toy, predictions=True)
-    assert before["exact"] == 0 and after["exact"] == 100 and after["loss"] < 0.1 < before["loss"]
-    assert [p.strip() for p in after["predictions"]] == [e.completion.strip() for e in toy.test] and after["examples"] == 16
+    assert (
+        before["exact"] == 0
+        and after["exact"] == 100
+        and after["loss"] < 0.1 < before["loss"]
+    )
+    assert [p.strip() for p in after["predictions"]] == [
+        e.completion.strip() for e in toy.test
+    ] and after["examples"] == 16
     assert list(after) == ["examples", "loss", "perplexity", "exact", "predictions"]
 
 
 def test_split_limit_and_no_writing():
     model, toy = tiny(), task()
-    assert evaluate(model, Words(), toy, split="valid", limit=3, generate=False) == pytest.approx(
-        {"examples": 3} | {k: v for k, v in completion_loss(model, Words(), toy.valid[:3]).items() if k != "tokens"})
-    assert set(evaluate(model, Words(), examples())) == {"examples", "loss", "perplexity"}  # a list has no score
-    plain_text = SimpleNamespace(train=[], valid=[], test=[Example("", "abc", {})], score=None)
-    assert set(evaluate(model, Words(), plain_text)) == {"examples", "loss", "perplexity"}
+    assert evaluate(
+        model, Words(), toy, split="valid", limit=3, generate=False
+    ) == pytest.approx(
+        {"examples": 3}
+        | {
+            k: v
+            for k, v in completion_loss(model, Words(), toy.valid[:3]).items()
+            if k != "tokens"
+        }
+    )
+    # a list has no score
+    assert set(evaluate(model, Words(), examples())) == {
+        "examples",
+        "loss",
+        "perplexity",
+    }
+    plain_text = SimpleNamespace(
+        train=[], valid=[], test=[Example("", "abc", {})], score=None
+    )
+    assert set(evaluate(model, Words(), plain_text)) == {
+        "examples",
+        "loss",
+        "perplexity",
+    }
 
 
 def test_wrong_split_and_empty():

@@ -1,4 +1,6 @@
-"""The network against transformers': the same weights must give the same numbers, whatever the shape and the call."""
+"""The network against transformers': the same weights must give the same numbers,
+whatever the shape and the call."""
+
 import copy
 
 import pytest
@@ -8,35 +10,77 @@ from minipeft.lm import GPT, GPTConfig, load_pretrained
 
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 
-SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
-GPT2_SIZES = dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+GPT2_SIZES = dict(
+    vocab_size=61,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 THETA = {"rope_type": "default", "rope_theta": 5e5}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 KINDS = {
     "llama": ("LlamaConfig", SIZES),
-    "llama tied, biases, grouped": ("LlamaConfig", dict(
-        SIZES, num_key_value_heads=2, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
-        rope_parameters=THETA)),
-    "llama3 scaling, wide heads": ("LlamaConfig", dict(
-        SIZES, head_dim=16, num_key_value_heads=1, rope_parameters=LLAMA3)),
+    "llama tied, biases, grouped": (
+        "LlamaConfig",
+        dict(
+            SIZES,
+            num_key_value_heads=2,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            rope_parameters=THETA,
+        ),
+    ),
+    "llama3 scaling, wide heads": (
+        "LlamaConfig",
+        dict(SIZES, head_dim=16, num_key_value_heads=1, rope_parameters=LLAMA3),
+    ),
     "llama linear scaling": ("LlamaConfig", dict(SIZES, rope_parameters=LINEAR)),
     "mistral": ("MistralConfig", dict(SIZES, num_key_value_heads=2, sliding_window=40)),
-    "qwen2": ("Qwen2Config", dict(SIZES, num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2": (
+        "Qwen2Config",
+        dict(SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    ),
     "qwen3": ("Qwen3Config", dict(SIZES, num_key_value_heads=2, head_dim=16)),
     "gpt2": ("GPT2Config", GPT2_SIZES),
-    "gpt2, other width and activation": ("GPT2Config", dict(GPT2_SIZES, n_inner=40, activation_function="relu",
-                                                            layer_norm_epsilon=1e-3)),
+    "gpt2, other width and activation": (
+        "GPT2Config",
+        dict(
+            GPT2_SIZES, n_inner=40, activation_function="relu", layer_norm_epsilon=1e-3
+        ),
+    ),
 }
 
 
 def oracle(kind, seed=0, **more):
-    """A tiny transformers model with every weight random: biases and norms too, which start as zeros and ones."""
+    """A tiny transformers model with every weight random: biases and norms too, which
+    start as zeros and ones."""
     name, sizes = KINDS[kind]
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**{**sizes, **more})).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, name)(**{**sizes, **more})
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.2 + (1.0 if p.dim() == 1 else 0.0))
@@ -45,7 +89,8 @@ def oracle(kind, seed=0, **more):
 
 @pytest.fixture(params=KINDS, scope="module")
 def pair(request, tmp_path_factory):
-    """(ours, theirs) with the same weights; one for all tests of a kind, so a test that changes a model copies it."""
+    """(ours, theirs) with the same weights; one for all tests of a kind, so a test that
+    changes a model copies it."""
     theirs, folder = oracle(request.param), tmp_path_factory.mktemp("pair")
     theirs.save_pretrained(folder)
     return load_pretrained(folder), theirs
@@ -74,11 +119,19 @@ def test_padding_on_either_side(pair):
     ids, real = torch.randint(0, 61, (3, 12)), torch.ones(3, 12, dtype=torch.long)
     real[0, :5], real[1, 7:] = 0, 0
     where = real.bool()
-    close(ours(ids, attention_mask=real).logits[where], theirs(ids, attention_mask=real).logits[where])
-    positions = (real.cumsum(-1) - 1).clamp(min=0)      # as transformers' generate does, where arange is forward's own
+    close(
+        ours(ids, attention_mask=real).logits[where],
+        theirs(ids, attention_mask=real).logits[where],
+    )
+    # as transformers' generate does, where arange is forward's own
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
     padded = ours(ids, attention_mask=real, position_ids=positions).logits
-    close(padded[where], theirs(ids, attention_mask=real, position_ids=positions).logits[where])
-    close(padded[0, 5:], ours(ids[:1, 5:]).logits[0])   # a row says the same with and without its padding
+    close(
+        padded[where],
+        theirs(ids, attention_mask=real, position_ids=positions).logits[where],
+    )
+    # a row says the same with and without its padding
+    close(padded[0, 5:], ours(ids[:1, 5:]).logits[0])
     assert padded.isfinite().all()
 
 
@@ -88,14 +141,19 @@ def test_cache(pair):
     real[0, :3] = 0
     whole = theirs(ids, attention_mask=real).logits
     past = None
-    for a, b in [(0, 5), (5, 6), (6, 7), (7, 12)]:      # several tokens, one, one, several
-        out = ours(ids[:, a:b], attention_mask=real[:, :b], past_key_values=past, use_cache=True)
+    for a, b in [(0, 5), (5, 6), (6, 7), (7, 12)]:  # several tokens, one, one, several
+        out = ours(
+            ids[:, a:b],
+            attention_mask=real[:, :b],
+            past_key_values=past,
+            use_cache=True,
+        )
         past = out.past_key_values
         close(out.logits[real[:, a:b].bool()], whole[:, a:b][real[:, a:b].bool()])
     assert len(past) == 2 and past[0][0].shape[2] == 12
     whole, past = theirs(ids).logits, None
-    for t in range(12):                                 # and without a mask
-        out = ours(ids[:, t:t + 1], past_key_values=past, use_cache=True)
+    for t in range(12):  # and without a mask
+        out = ours(ids[:, t : t + 1], past_key_values=past, use_cache=True)
         past = out.past_key_values
         close(out.logits[:, 0], whole[:, t])
 
@@ -109,7 +167,10 @@ def test_a_given_past_moves_the_positions(pair):
     cache = transformers.DynamicCache(config=theirs.config)
     for i, (k, v) in enumerate(past):
         cache.update(k, v, i)
-    close(ours(ids, past_key_values=past).logits, theirs(ids, past_key_values=cache).logits)
+    close(
+        ours(ids, past_key_values=past).logits,
+        theirs(ids, past_key_values=cache).logits,
+    )
 
 
 def test_gradients(pair):
@@ -129,13 +190,18 @@ def test_gradient_checkpointing_changes_nothing(pair, reentrant):
     plain = copy.deepcopy(pair[0])
     checkpointed = copy.deepcopy(plain).train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert checkpointed.is_gradient_checkpointing and not plain.is_gradient_checkpointing
+    assert (
+        checkpointed.is_gradient_checkpointing and not plain.is_gradient_checkpointing
+    )
     ids = torch.randint(0, 61, (2, 10))
-    for model in (plain, checkpointed):                 # only the inner weights, as where adapters are trained
+    # only the inner weights, as where adapters are trained
+    for model in (plain, checkpointed):
         model.get_input_embeddings().requires_grad_(False)
         model.enable_input_require_grads()
         model(ids, labels=ids, use_cache=True).loss.backward()
-    for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters()):
+    for (name, a), (_, b) in zip(
+        plain.named_parameters(), checkpointed.named_parameters()
+    ):
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
@@ -151,7 +217,13 @@ def test_checkpointing_runs_a_layer_again_and_carries_gradients_into_the_past():
         if reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(0)
-        past = [(torch.randn(2, 4, 3, 8).requires_grad_(), torch.randn(2, 4, 3, 8).requires_grad_()) for _ in range(2)]
+        past = [
+            (
+                torch.randn(2, 4, 3, 8).requires_grad_(),
+                torch.randn(2, 4, 3, 8).requires_grad_(),
+            )
+            for _ in range(2)
+        ]
         calls.clear()
         model(ids, past_key_values=past, labels=ids).loss.backward()
         assert len(calls) == (1 if reentrant is None else 2)
@@ -162,7 +234,8 @@ def test_checkpointing_runs_a_layer_again_and_carries_gradients_into_the_past():
 
 
 def test_bfloat16_on_a_cpu_is_written_out_and_agrees(pair):
-    """Autocast takes another road through attention (see attend); bfloat16 has eight bits, so the tolerance is wide."""
+    """Autocast takes another road through attention (see attend); bfloat16 has eight
+    bits, so the tolerance is wide."""
     ours, _ = pair
     ids, real = torch.randint(0, 61, (2, 12)), torch.ones(2, 12, dtype=torch.long)
     real[0, :3] = 0
@@ -171,8 +244,12 @@ def test_bfloat16_on_a_cpu_is_written_out_and_agrees(pair):
         with torch.autocast("cpu", torch.bfloat16):
             rough = ours(ids, attention_mask=mask, labels=ids)
         assert rough.loss.dtype == torch.float32
-        where = real.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool)
-        error = (rough.logits.float() - exact.logits)[where].norm() / exact.logits[where].norm()
+        where = (
+            real.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool)
+        )
+        error = (rough.logits.float() - exact.logits)[where].norm() / exact.logits[
+            where
+        ].norm()
         assert error < 0.03
 
 
@@ -180,28 +257,48 @@ def test_a_mask_of_four_dimensions_keeps_documents_apart():
     model = GPT(GPTConfig(**SIZES))
     ids = torch.randint(0, 61, (1, 9))
     document = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
-    mask = (document[:, None] == document[None]) & torch.ones(9, 9, dtype=torch.bool).tril()
+    mask = (document[:, None] == document[None]) & torch.ones(
+        9, 9, dtype=torch.bool
+    ).tril()
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    together = model(ids, attention_mask=mask[None, None], position_ids=positions).logits
+    together = model(
+        ids, attention_mask=mask[None, None], position_ids=positions
+    ).logits
     close(together[:, 4:], model(ids[:, 4:]).logits)
 
 
 def test_names_and_embeddings_are_hugging_faces():
-    ours = GPT(GPTConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=False))
+    ours = GPT(
+        GPTConfig(
+            **SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+        )
+    )
     theirs = oracle("llama", attention_bias=True, mlp_bias=True)
     assert set(ours.state_dict()) == set(theirs.state_dict())
     assert ours.get_output_embeddings() is ours.lm_head
     wide = torch.nn.Embedding(70, 32)
     ours.set_input_embeddings(wide)
     assert ours.get_input_embeddings() is wide and ours.model.embed_tokens is wide
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+    ):
         assert getattr(ours.config, name) == getattr(theirs.config, name)
 
 
-@pytest.mark.parametrize("call, message", [
-    (dict(), "either input_ids or inputs_embeds"),
-    (dict(input_ids=torch.zeros(2, 5).long(), attention_mask=torch.ones(2, 4)), r"\(2, 4\); expected \(2, 5\)"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (dict(), "either input_ids or inputs_embeds"),
+        (
+            dict(input_ids=torch.zeros(2, 5).long(), attention_mask=torch.ones(2, 4)),
+            r"\(2, 4\); expected \(2, 5\)",
+        ),
+    ],
+)
 def test_wrong_calls(call, message):
     with pytest.raises(ValueError, match=message):
         GPT(GPTConfig(**SIZES))(**call)
@@ -213,20 +310,32 @@ def test_sequences_that_would_come_out_wrong_are_refused():
         GPT(GPTConfig(**SIZES, model_type="mistral", sliding_window=8))(ids)
     short = GPT(GPTConfig(**{**SIZES, "max_position_embeddings": 8}, model_type="gpt2"))
     for positions in (None, torch.arange(9)[None]):
-        with pytest.raises(ValueError, match="9 tokens are more than max_position_embeddings 8"):
+        with pytest.raises(
+            ValueError, match="9 tokens are more than max_position_embeddings 8"
+        ):
             short(ids, position_ids=positions)
-    short(ids, position_ids=(torch.arange(9)[None] - 1).clamp(min=0))       # one of them is padding
+    # one of them is padding
+    short(ids, position_ids=(torch.arange(9)[None] - 1).clamp(min=0))
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(model_type="lama"), "did you mean 'llama'"),
-    (dict(hidden_act="sillu"), "did you mean 'silu'"),
-    (dict(num_attention_heads=5), "cannot be shared among 5 heads"),
-    (dict(model_type="qwen2", mlp_bias=True), "qwen2 has no such biases"),
-    (dict(num_key_value_heads=3), "not a multiple of num_key_value_heads 3"),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "unknown rope_type 'yarn'"),
-    (dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}), "lacks low_freq_factor"),
-])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(model_type="lama"), "did you mean 'llama'"),
+        (dict(hidden_act="sillu"), "did you mean 'silu'"),
+        (dict(num_attention_heads=5), "cannot be shared among 5 heads"),
+        (dict(model_type="qwen2", mlp_bias=True), "qwen2 has no such biases"),
+        (dict(num_key_value_heads=3), "not a multiple of num_key_value_heads 3"),
+        (
+            dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+            "unknown rope_type 'yarn'",
+        ),
+        (
+            dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}),
+            "lacks low_freq_factor",
+        ),
+    ],
+)
 def test_wrong_configurations(fields, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**{**SIZES, **fields})
@@ -235,12 +344,16 @@ def test_wrong_configurations(fields, message):
 def test_compiled():
     model = GPT(GPTConfig(**SIZES)).eval()
     ids = torch.randint(0, 61, (2, 7))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)      # lengths are symbols then
+    # lengths are symbols then
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (7, 5, 1):
         close(compiled(ids[:, :length]).logits, model(ids[:, :length]).logits)
 
 
 def test_runs_without_memory():
     with torch.device("meta"):
-        model, ids = GPT(GPTConfig(**SIZES, model_type="gpt2")), torch.zeros(2, 7, dtype=torch.long)
+        model, ids = (
+            GPT(GPTConfig(**SIZES, model_type="gpt2")),
+            torch.zeros(2, 7, dtype=torch.long),
+        )
         assert model(ids, labels=ids).logits.shape == (2, 7, 61)

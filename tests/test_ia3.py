@@ -1,10 +1,11 @@
 """IA3 against Hugging Face PEFT, where the table of methods does not reach."""
+
 import peft
 import pytest
 import torch
+from bases import BASES, close, differ, run, shake
 
 import minipeft
-from bases import BASES, close, differ, run, shake
 from minipeft import IA3Config, PeftModel, TargetError, get_peft_model
 from minipeft.methods.ia3 import IA3
 
@@ -13,25 +14,49 @@ from minipeft.methods.ia3 import IA3
 def test_the_usual_targets_are_those_of_peft(name, tmp_path):
     base = BASES[name]
     ours = shake(get_peft_model(base.make(), IA3Config()))
-    theirs = peft.get_peft_model(base.make(), peft.IA3Config(**({} if name != "llama" else dict(
-        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]))))
+    theirs = peft.get_peft_model(
+        base.make(),
+        peft.IA3Config(
+            **(
+                {}
+                if name != "llama"
+                else dict(
+                    target_modules=["k_proj", "v_proj", "down_proj"],
+                    feedforward_modules=["down_proj"],
+                )
+            )
+        ),
+    )
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     ours.save_pretrained(tmp_path)
     close(run(peft.PeftModel.from_pretrained(base.make(), str(tmp_path))), run(ours))
 
 
-@pytest.mark.parametrize("fields", [
-    dict(target_modules="all-linear", feedforward_modules=["down_proj"]),
-    dict(target_modules=r".*\.(q_proj|up_proj)", feedforward_modules=r".*\.up_proj"),
-    dict(target_modules=["k_proj", "mlp.down_proj"], feedforward_modules=["mlp.down_proj"],
-         exclude_modules=r".*\.0\..*"),
-    dict(target_modules=["q_proj", "o_proj"], feedforward_modules=[]),
-    dict(target_modules=["q_proj", "down_proj"])])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(target_modules="all-linear", feedforward_modules=["down_proj"]),
+        dict(
+            target_modules=r".*\.(q_proj|up_proj)", feedforward_modules=r".*\.up_proj"
+        ),
+        dict(
+            target_modules=["k_proj", "mlp.down_proj"],
+            feedforward_modules=["mlp.down_proj"],
+            exclude_modules=r".*\.0\..*",
+        ),
+        dict(target_modules=["q_proj", "o_proj"], feedforward_modules=[]),
+        dict(target_modules=["q_proj", "down_proj"]),
+    ],
+)
 def test_fields_do_what_they_do_in_peft(fields, tmp_path):
     base, models = BASES["hf_llama"], []
     for package in (minipeft, peft):
         torch.manual_seed(0)
-        models.append(package.get_peft_model(base.make(), package.IA3Config(init_ia3_weights=False, **fields)).eval())
+        models.append(
+            package.get_peft_model(
+                base.make(), package.IA3Config(init_ia3_weights=False, **fields)
+            ).eval()
+        )
     ours, theirs = models
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     close(run(ours), run(theirs))
@@ -73,10 +98,16 @@ def test_two_at_once_multiply():
     close(run(model.merge_and_unload()), together)
 
 
-@pytest.mark.parametrize("shape, bias", [((6, 1), True), ((6, 1), False), ((1, 8), True)])
+@pytest.mark.parametrize(
+    "shape, bias", [((6, 1), True), ((6, 1), False), ((1, 8), True)]
+)
 def test_merging_folds_weight_and_bias(shape, bias):
     torch.manual_seed(0)
-    layer, x, part = torch.nn.Linear(8, 6, bias=bias), torch.randn(3, 8), IA3(shape, ones=False)
+    layer, x, part = (
+        torch.nn.Linear(8, 6, bias=bias),
+        torch.randn(3, 8),
+        IA3(shape, ones=False),
+    )
     expected = part(layer, x).detach()
     slot = minipeft.Slot(layer, minipeft.slot.Switch())
     slot.adapters["a"] = part
@@ -84,13 +115,37 @@ def test_merging_folds_weight_and_bias(shape, bias):
     close(slot(x).detach(), expected)
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(target_modules=["k_proj"], feedforward_modules=["down_proj"]),
-     "feedforward_modules, among the targets, finds no module for 'down_proj'.*k_proj"),
-    (dict(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proi"]), "'down_proi'.*: down_proj"),
-    (dict(target_modules=["q_proj"], feedforward_modules=r".*fc"), "among the targets"),
-    (dict(target_modules=["embed_tokens"], feedforward_modules=[]), "not embeddings"),
-    (dict(target_modules=["mlp"], feedforward_modules=[]), "MLP is no linear layer")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(target_modules=["k_proj"], feedforward_modules=["down_proj"]),
+            (
+                "feedforward_modules, among the targets, finds no module for"
+                " 'down_proj'.*k_proj"
+            ),
+        ),
+        (
+            dict(
+                target_modules=["q_proj", "down_proj"],
+                feedforward_modules=["down_proi"],
+            ),
+            "'down_proi'.*: down_proj",
+        ),
+        (
+            dict(target_modules=["q_proj"], feedforward_modules=r".*fc"),
+            "among the targets",
+        ),
+        (
+            dict(target_modules=["embed_tokens"], feedforward_modules=[]),
+            "not embeddings",
+        ),
+        (
+            dict(target_modules=["mlp"], feedforward_modules=[]),
+            "MLP is no linear layer",
+        ),
+    ],
+)
 def test_wrong_targets(fields, message):
     with pytest.raises(TargetError, match=message):
         get_peft_model(BASES["llama"].make(), IA3Config(**fields))
@@ -99,5 +154,7 @@ def test_wrong_targets(fields, message):
 def test_a_model_without_the_usual_names():
     with pytest.raises(TargetError, match="say feedforward_modules"):
         get_peft_model(BASES["mlp"].make(), IA3Config(target_modules=["up"]))
-    model = get_peft_model(BASES["mlp"].make(), IA3Config(target_modules=["up"], feedforward_modules=[]))
+    model = get_peft_model(
+        BASES["mlp"].make(), IA3Config(target_modules=["up"], feedforward_modules=[])
+    )
     assert torch.equal(run(model), run(BASES["mlp"].make()))

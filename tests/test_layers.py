@@ -1,15 +1,25 @@
-"""Layers of all classes look alike; models are walked through their slots; names find what PEFT's find."""
+"""Layers of all classes look alike; models are walked through their slots; names find
+what PEFT's find."""
+
 import pytest
 import torch
+from bases import BASES, close
 from torch import nn
 
-from bases import BASES, close
-from minipeft import NotMergeableError, Slot, TargetError, get_peft_model, layers, LoraConfig
+from minipeft import (
+    LoraConfig,
+    NotMergeableError,
+    Slot,
+    TargetError,
+    get_peft_model,
+    layers,
+)
 from minipeft.slot import Base, Switch
 
 
 def conv1d(d_in, d_out):
     from transformers.pytorch_utils import Conv1D
+
     layer = Conv1D(d_out, d_in)
     nn.init.normal_(layer.bias)
     return layer
@@ -17,10 +27,21 @@ def conv1d(d_in, d_out):
 
 def four_bit(d_in, d_out):
     import bitsandbytes as bnb
-    layer = bnb.nn.Linear4bit(d_in, d_out, quant_type="nf4", compute_dtype=torch.float32, compress_statistics=False)
-    layer.weight = bnb.nn.Params4bit(torch.randn(d_out, d_in), requires_grad=False, quant_type="nf4",
-                                     compress_statistics=False)
-    return layer.to("cpu").train()              # in training mode this machine's forward is exact
+
+    layer = bnb.nn.Linear4bit(
+        d_in,
+        d_out,
+        quant_type="nf4",
+        compute_dtype=torch.float32,
+        compress_statistics=False,
+    )
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(d_out, d_in),
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=False,
+    )
+    return layer.to("cpu").train()  # in training mode this machine's forward is exact
 
 
 DENSE = {"linear": nn.Linear, "conv1d": conv1d, "embedding": nn.Embedding}
@@ -34,12 +55,16 @@ def test_every_layer_is_a_dense_weight(make):
     assert weight.shape == (7, 12)
     one_hot = torch.eye(12)
     y = layer(torch.arange(12)) if make is nn.Embedding else layer(one_hot) - layer.bias
-    close(y, one_hot @ weight.T)                # the weight says what the layer computes
+    close(y, one_hot @ weight.T)  # the weight says what the layer computes
     new = torch.randn(7, 12)
     old = layer.weight
     layers.write_weight(layer, new)
     assert torch.equal(layers.read_weight(layer), new) and layer.weight.is_contiguous()
-    assert layer.weight is not old and layer.weight.shape == old.shape and not layer.weight.requires_grad
+    assert (
+        layer.weight is not old
+        and layer.weight.shape == old.shape
+        and not layer.weight.requires_grad
+    )
 
 
 def test_a_4_bit_layer_is_read_dense_and_written_only_on_request():
@@ -54,40 +79,53 @@ def test_a_4_bit_layer_is_read_dense_and_written_only_on_request():
         layers.write_weight(layer, weight)
     assert layer.weight is before
     layers.write_weight(layer, weight, lossy=True)
-    close(layers.read_weight(layer), weight)    # what is of 4 bits already stays as it is
+    close(layers.read_weight(layer), weight)  # what is of 4 bits already stays as it is
 
 
 def test_lora_beside_a_4_bit_layer():
     model = nn.Sequential(four_bit(64, 32), nn.ReLU(), four_bit(32, 64))
     x = torch.randn(5, 64)
     before, weights = model(x), [layers.read_weight(model[i]) for i in (0, 2)]
-    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
-    assert peft_model.get_nb_trainable_parameters() == (4 * 2 * 96, 4 * 2 * 96 + 2 * 64 * 32 + 96)
+    peft_model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+    )
+    assert peft_model.get_nb_trainable_parameters() == (
+        4 * 2 * 96,
+        4 * 2 * 96 + 2 * 64 * 32 + 96,
+    )
     y = peft_model(x)
     parts = peft_model._parts("default")
     h = torch.relu(x @ (weights[0] + parts["0"].delta(None)).T + model[0].bias)
     close(y, h @ (weights[1] + parts["2"].delta(None)).T + model[2].bias, 1e-5)
     y.square().mean().backward()
-    assert all(p.grad.abs().max() > 0 for p in peft_model.parameters() if p.requires_grad)
+    assert all(
+        p.grad.abs().max() > 0 for p in peft_model.parameters() if p.requires_grad
+    )
     with pytest.raises(NotMergeableError, match="lossy"):
         peft_model.merge_adapter()
     assert torch.equal(peft_model(x), y)
-    peft_model.merge_adapter(lossy=True)        # near, not equal
+    peft_model.merge_adapter(lossy=True)  # near, not equal
     assert 1e-4 < (peft_model(x) - y).abs().mean() < (before - y).abs().mean()
     peft_model.unmerge_adapter()
     assert torch.equal(peft_model(x), y)
 
 
 def test_layers_whose_weight_is_not_dense_are_refused():
-    class Packed(nn.Linear):                    # a subclass that stores something else, unknown here
+    class Packed(nn.Linear):  # a subclass that stores something else, unknown here
         pass
+
     layer = Packed(4, 4)
-    layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    layer.weight = nn.Parameter(
+        torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False
+    )
     with pytest.raises(TypeError, match="Packed.*uint8"):
         layers.read_weight(layer)
-    attention = nn.MultiheadAttention(8, 2)     # reads out_proj.weight and never calls out_proj
+    # reads out_proj.weight and never calls out_proj
+    attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(TargetError, match="out_proj.*no linear layer"):
-        get_peft_model(nn.Sequential(attention), LoraConfig(target_modules=["out_proj"]))
+        get_peft_model(
+            nn.Sequential(attention), LoraConfig(target_modules=["out_proj"])
+        )
 
 
 def test_walking_sees_through_slots():
@@ -98,16 +136,25 @@ def test_walking_sees_through_slots():
     walked = list(layers.walk(model.base_model))
     assert [path for path, *_ in walked] == [path for path, _ in plain]
     for path, parent, name, module in walked:
-        assert getattr(parent, name) is module and isinstance(module, Slot) == path.endswith("down_proj")
+        assert getattr(parent, name) is module and isinstance(
+            module, Slot
+        ) == path.endswith("down_proj")
         assert layers.bare(module) is dict(plain)[path]
 
 
-@pytest.mark.parametrize("path, index, pattern, expected", [
-    ("model.layers.1.mlp.up_proj", 1, None, True), ("model.layers.1.mlp.up_proj", [0, 2], None, False),
-    ("model.layers.1.experts.0.up_proj", [1], None, True), ("model.layers.1.experts.0.up_proj", [0], None, False),
-    ("model.layers.1.experts.0.up_proj", [0], "experts", True),
-    ("transformer.h.11.attn.c_attn", [11], ["layers", "h"], True),
-    ("layers.0.up", [0], "layers", True), ("lm_head", [0], None, False)])
+@pytest.mark.parametrize(
+    "path, index, pattern, expected",
+    [
+        ("model.layers.1.mlp.up_proj", 1, None, True),
+        ("model.layers.1.mlp.up_proj", [0, 2], None, False),
+        ("model.layers.1.experts.0.up_proj", [1], None, True),
+        ("model.layers.1.experts.0.up_proj", [0], None, False),
+        ("model.layers.1.experts.0.up_proj", [0], "experts", True),
+        ("transformer.h.11.attn.c_attn", [11], ["layers", "h"], True),
+        ("layers.0.up", [0], "layers", True),
+        ("lm_head", [0], None, False),
+    ],
+)
 def test_layer_numbers(path, index, pattern, expected):
     assert layers.in_layers(path, index, pattern) == expected
 
@@ -119,12 +166,16 @@ def test_names():
     assert layers.find(paths, r".*\.qq?_proj") == ["a.q_proj", "a.qq_proj"]
     assert layers.lookup({"q_proj": 1, r"a\..*": 2}, "a.q_proj", 3) == 1
     assert layers.lookup({r"a\..*": 2}, "a.qq_proj", 3) == 2
-    assert layers.lookup({"proj": 1}, "a.q_proj", 3) == 3       # whole parts of a path, as in PEFT
+    # whole parts of a path, as in PEFT
+    assert layers.lookup({"proj": 1}, "a.q_proj", 3) == 3
 
 
 def test_an_assigned_bias_keeps_its_type():
     slot = Slot(nn.Linear(3, 2).bfloat16(), Switch())
     Base(slot, "a").bias = torch.ones(2)
-    assert slot.base_layer.bias.dtype == torch.bfloat16 and slot.bias is slot.base_layer.bias
+    assert (
+        slot.base_layer.bias.dtype == torch.bfloat16
+        and slot.bias is slot.base_layer.bias
+    )
     with pytest.raises(NotMergeableError, match="no bias"):
         Base(Slot(nn.Linear(3, 2, bias=False), Switch()), "a").bias = torch.ones(2)

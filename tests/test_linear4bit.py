@@ -1,26 +1,41 @@
-"""4-bit layers, models of them, and adapters over them: against the dense layer with the same weight, and bitsandbytes."""
+"""4-bit layers, models of them, and adapters over them: against the dense layer with
+the same weight, and bitsandbytes."""
+
 import copy
 
+import bases
 import bitsandbytes
 import peft
 import pytest
 import torch
+from bases import BASES, METHODS, close, differ, loss_of, run, shake
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-import bases
 import minipeft
-from bases import BASES, METHODS, close, differ, loss_of, run, shake
-from minipeft import LoraConfig, NotMergeableError, get_peft_model, prepare_model_for_kbit_training
+from minipeft import (
+    LoraConfig,
+    NotMergeableError,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from minipeft.layers import held, read_weight
-from minipeft.quant import (BitsAndBytesConfig, Linear4bit, dequantize_model, dequantize_nf4, linear4bit, quantize_model,
-                            quantize_nf4)
+from minipeft.quant import (
+    BitsAndBytesConfig,
+    Linear4bit,
+    dequantize_model,
+    dequantize_nf4,
+    linear4bit,
+    quantize_model,
+    quantize_nf4,
+)
 
 BACKENDS = ("torch", "bitsandbytes")
 
 
 def make(name):
-    """A model of tests/bases.py, but 64 wide, where the kernels of bitsandbytes are right."""
+    """A model of tests/bases.py, but 64 wide, where the kernels of bitsandbytes are
+    right."""
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         patch.setattr(bases, "WIDTH", 64)
         torch.manual_seed(1)
@@ -47,7 +62,9 @@ def test_forward_and_backward_are_those_of_the_dense_layer(bias, quant_type):
     layer, twin = pair(bias=bias, quant_type=quant_type)
     results = []
     for each in (layer, twin):
-        x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        x = torch.randn(
+            3, 5, 96, generator=torch.Generator().manual_seed(2)
+        ).requires_grad_()
         y = each(x)
         y.square().sum().backward()
         results.append([y.detach(), x.grad] + ([each.bias.grad] if bias else []))
@@ -61,7 +78,9 @@ def test_the_dense_weight_is_not_kept_for_the_backward_pass():
     layer, twin = pair(512, 512)
     for each, most in ((layer, 0), (twin, 512 * 512 * 4)):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.nbytes) or t, lambda t: t
+        ):
             each(torch.randn(2, 512, requires_grad=True))
         assert sum(saved) <= most + 512 * 8
 
@@ -71,8 +90,13 @@ def test_the_input_gets_a_gradient_and_only_where_wanted():
     layer.bias.requires_grad_(False)
     assert not layer(torch.randn(2, 96)).requires_grad
     x = torch.randn(2, 96, requires_grad=True)
-    close(torch.autograd.grad(layer(x).sum(), x)[0], read_weight(layer).sum(0).expand(2, -1))
-    assert torch.autograd.gradcheck(layer.double(), torch.randn(2, 96, dtype=torch.float64, requires_grad=True))
+    close(
+        torch.autograd.grad(layer(x).sum(), x)[0],
+        read_weight(layer).sum(0).expand(2, -1),
+    )
+    assert torch.autograd.gradcheck(
+        layer.double(), torch.randn(2, 96, dtype=torch.float64, requires_grad=True)
+    )
 
 
 def test_dtypes():
@@ -101,7 +125,9 @@ def test_state_dicts_are_those_of_bitsandbytes(double_quant):
     torch.manual_seed(0)
     dense = nn.Linear(128, 96)
     ours = Linear4bit.of(dense, double_quant=double_quant)
-    theirs = bitsandbytes.nn.Linear4bit(128, 96, quant_type="nf4", compress_statistics=double_quant)
+    theirs = bitsandbytes.nn.Linear4bit(
+        128, 96, quant_type="nf4", compress_statistics=double_quant
+    )
     theirs.load_state_dict(dense.state_dict())
     theirs = theirs.to("cpu")
     mine, other = ours.state_dict(), theirs.state_dict()
@@ -111,10 +137,23 @@ def test_state_dicts_are_those_of_bitsandbytes(double_quant):
         assert torch.equal(mine[key], other[key]) or "quant_state" in key, key
     from_theirs = Linear4bit(128, 96, double_quant=not double_quant)
     from_theirs.load_state_dict(other)
-    assert torch.equal(read_weight(from_theirs), read_weight(ours)) and from_theirs.double_quant == double_quant
+    assert (
+        torch.equal(read_weight(from_theirs), read_weight(ours))
+        and from_theirs.double_quant == double_quant
+    )
     back = bitsandbytes.nn.Params4bit.from_prequantized(
-        mine["weight"], {k.removeprefix("weight."): v for k, v in mine.items() if k.startswith("weight.")}, device="cpu")
-    assert torch.equal(bitsandbytes.functional.dequantize_4bit(back.data, back.quant_state), read_weight(ours))
+        mine["weight"],
+        {
+            k.removeprefix("weight."): v
+            for k, v in mine.items()
+            if k.startswith("weight.")
+        },
+        device="cpu",
+    )
+    assert torch.equal(
+        bitsandbytes.functional.dequantize_4bit(back.data, back.quant_state),
+        read_weight(ours),
+    )
 
 
 def test_a_dense_weight_that_is_loaded_is_quantised():
@@ -131,14 +170,19 @@ def test_safetensors(tmp_path):
     differ(run(model), run(shaken))
     load_model(other, tmp_path / "model.safetensors")
     assert torch.equal(run(other), run(shaken))
-    save_file({k: v for k, v in shaken.state_dict().items() if k != "lm_head.weight"}, tmp_path / "plain.safetensors")
+    save_file(
+        {k: v for k, v in shaken.state_dict().items() if k != "lm_head.weight"},
+        tmp_path / "plain.safetensors",
+    )
     model.load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=False)
     assert torch.equal(run(model), run(shaken))
 
 
 def shake_base(model):
     for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+        parameter.data += 0.1 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(4)
+        )
     return model
 
 
@@ -153,6 +197,7 @@ def test_a_broken_state_dict_is_refused():
 
 # Whole models
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_quantised_model_is_the_dense_one_with_rounded_weights(name, backend):
@@ -165,7 +210,10 @@ def test_a_quantised_model_is_the_dense_one_with_rounded_weights(name, backend):
             weight = dequantize_nf4(quantize_nf4(minipeft.layers.read_weight(dense)))
             minipeft.layers.write_weight(dense, weight)
             n += 1
-    assert n == sum(minipeft.layers.is_linear(m) for m in rounded.modules()) - (name != "mlp")     # all but lm_head
+    # all but lm_head
+    assert n == sum(minipeft.layers.is_linear(m) for m in rounded.modules()) - (
+        name != "mlp"
+    )
     close(run(model), run(rounded), 1e-5)
     differ(run(model), run(make(base.name)))
     restored = dequantize_model(model)
@@ -174,12 +222,25 @@ def test_a_quantised_model_is_the_dense_one_with_rounded_weights(name, backend):
 
 
 def test_skip_and_ties_and_wrong_names():
-    model = quantize_model(make("llama"), skip=("lm_head", "q_proj", "layers.1.mlp.down_proj"))
-    kinds = {path: type(m).__name__ for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert kinds["model.layers.0.self_attn.q_proj"] == kinds["model.layers.1.mlp.down_proj"] == "Linear"
+    model = quantize_model(
+        make("llama"), skip=("lm_head", "q_proj", "layers.1.mlp.down_proj")
+    )
+    kinds = {
+        path: type(m).__name__
+        for path, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    }
+    assert (
+        kinds["model.layers.0.self_attn.q_proj"]
+        == kinds["model.layers.1.mlp.down_proj"]
+        == "Linear"
+    )
     assert kinds["model.layers.0.mlp.down_proj"] == "Linear4bit"
-    tied = quantize_model(make("llama"), skip=())              # the head is the embedding
-    assert type(tied.lm_head) is nn.Linear and tied.lm_head.weight is tied.model.embed_tokens.weight
+    tied = quantize_model(make("llama"), skip=())  # the head is the embedding
+    assert (
+        type(tied.lm_head) is nn.Linear
+        and tied.lm_head.weight is tied.model.embed_tokens.weight
+    )
     with pytest.raises(ValueError, match="torch, bitsandbytes"):
         quantize_model(make("llama"), "cuda")
     with pytest.raises(ValueError, match="blocks of 64"):
@@ -193,13 +254,19 @@ def test_parameters_are_counted_as_the_weights_they_are(backend):
     dense = make("hf_llama")
     count = sum(p.numel() for p in dense.parameters())
     quantised = quantize_model(make("hf_llama"), backend)
-    assert sum(p.numel() for p in quantised.parameters()) < count == sum(map(held, quantised.parameters()))
+    assert (
+        sum(p.numel() for p in quantised.parameters())
+        < count
+        == sum(map(held, quantised.parameters()))
+    )
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     expected = get_peft_model(dense, config).get_nb_trainable_parameters()
     model = get_peft_model(quantised, config)
     assert model.get_nb_trainable_parameters() == expected
-    theirs = peft.get_peft_model(quantize_model(make("hf_llama"), backend),
-                                 peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    theirs = peft.get_peft_model(
+        quantize_model(make("hf_llama"), backend),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    )
     assert theirs.get_nb_trainable_parameters() == expected
 
 
@@ -213,6 +280,7 @@ def test_the_meta_device_has_the_sizes_without_the_memory():
 
 
 # QLoRA: adapters over 4-bit layers
+
 
 def lora(base, **more):
     return LoraConfig(r=4, lora_alpha=8, target_modules=list(base.targets), **more)
@@ -241,15 +309,33 @@ def test_lora_over_4_bits_is_lora_over_the_rounded_weights(name, backend):
             assert parameter.grad is None
 
 
-@pytest.mark.parametrize("name", ["dora", "adalora", "loha", "lokr", "vera", "ia3", "bitfit", "bottleneck", "prompt", "prefix"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dora",
+        "adalora",
+        "loha",
+        "lokr",
+        "vera",
+        "ia3",
+        "bitfit",
+        "bottleneck",
+        "prompt",
+        "prefix",
+    ],
+)
 def test_every_adapter_over_both_backends(name):
     method, base, results = METHODS[name], BASES["llama"], []
     for backend in BACKENDS:
         torch.manual_seed(0)
-        model = get_peft_model(quantize_model(make(base.name), backend), method.ours(base))
+        model = get_peft_model(
+            quantize_model(make(base.name), backend), method.ours(base)
+        )
         shake(model, step=method.step)
         loss_of(model).backward()
-        results.append([run(model), *(p.grad for p in model.parameters() if p.requires_grad)])
+        results.append(
+            [run(model), *(p.grad for p in model.parameters() if p.requires_grad)]
+        )
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs, 1e-5)
     differ(results[0][0], run(quantize_model(make(base.name))))
@@ -259,12 +345,22 @@ def test_peft_gives_the_same_over_our_layers(tmp_path):
     base = BASES["hf_llama"]
     model = qlora(quantize_model(make(base.name)), base)
     model.save_pretrained(tmp_path)
-    oracle = peft.PeftModel.from_pretrained(quantize_model(make(base.name)), str(tmp_path), is_trainable=True)
+    oracle = peft.PeftModel.from_pretrained(
+        quantize_model(make(base.name)), str(tmp_path), is_trainable=True
+    )
     close(run(oracle), run(model))
     for each in (model, oracle):
         loss_of(each).backward()
-    theirs = {n.replace(".default", ""): p.grad for n, p in oracle.named_parameters() if p.grad is not None}
-    ours = {n.replace(".adapters.default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    theirs = {
+        n.replace(".default", ""): p.grad
+        for n, p in oracle.named_parameters()
+        if p.grad is not None
+    }
+    ours = {
+        n.replace(".adapters.default", ""): p.grad
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    }
     assert ours.keys() == theirs.keys() != set()
     for key in ours:
         close(ours[key], theirs[key])
@@ -272,21 +368,32 @@ def test_peft_gives_the_same_over_our_layers(tmp_path):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_the_layers_of_bitsandbytes_are_kept_from_packing_themselves_anew(double_quant):
-    """A call in eval mode packs them for inference on some CPUs: then there are no gradients, and other weights."""
+    """A call in eval mode packs them for inference on some CPUs: then there are no
+    gradients, and other weights."""
+
     def model():
         torch.manual_seed(3)
-        theirs = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compress_statistics=double_quant)
-        theirs.weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4",
-                                                   compress_statistics=double_quant, module=theirs)
+        theirs = bitsandbytes.nn.Linear4bit(
+            64, 64, bias=False, quant_type="nf4", compress_statistics=double_quant
+        )
+        theirs.weight = bitsandbytes.nn.Params4bit(
+            torch.randn(64, 64),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=double_quant,
+            module=theirs,
+        )
         return nn.Sequential(nn.Linear(64, 64), theirs).to("cpu").eval()
+
     fresh, used = model(), model()
     with torch.no_grad():
-        used(torch.randn(2, 64))                                        # packed, on such a CPU
-    assert (read_weight(fresh[1]) - read_weight(used[1])).abs().max() < 0.03   # the scales went through 16 bits
+        used(torch.randn(2, 64))  # packed, on such a CPU
+    # the scales went through 16 bits
+    assert (read_weight(fresh[1]) - read_weight(used[1])).abs().max() < 0.03
     for each in (fresh, used):
         adapted = shake(get_peft_model(each, LoraConfig(r=2, target_modules=["0"])))
         with torch.no_grad():
-            adapted(torch.randn(2, 64))                                 # in eval mode once more
+            adapted(torch.randn(2, 64))  # in eval mode once more
         adapted(torch.ones(2, 64)).sum().backward()
         grads = [p.grad for p in adapted.parameters() if p.requires_grad]
         assert all(g is not None and g.abs().max() > 0 for g in grads)
@@ -306,14 +413,18 @@ def test_merging_is_refused_or_made_dense_or_reported(backend):
     assert not [m for m in plain.modules() if type(m).__name__ == "Linear4bit"]
     close(run(plain), before, 1e-5)
     model = fresh()
-    with pytest.warns(UserWarning, match="rounding 6 merged weights to 4 bits again: the error is [0-9]+%"):
+    with pytest.warns(
+        UserWarning,
+        match="rounding 6 merged weights to 4 bits again: the error is [0-9]+%",
+    ):
         model.merge_adapter(lossy=True)
     differ(run(model), before, 1e-3)
     with model.disable_adapter():
         close(run(model), base_alone, 1e-6)
     model.unmerge_adapter()
     close(run(model), before, 1e-6)
-    with pytest.warns(UserWarning, match="rounding 6 merged weights"):          # what was unmerged no longer counts
+    # what was unmerged no longer counts
+    with pytest.warns(UserWarning, match="rounding 6 merged weights"):
         rounded = model.merge_and_unload(lossy=True)
     assert [m for m in rounded.modules() if type(m).__name__ == "Linear4bit"]
 
@@ -321,10 +432,15 @@ def test_merging_is_refused_or_made_dense_or_reported(backend):
 def test_the_reported_rounding_error_is_the_one_there_is():
     dense = nn.ModuleDict({"proj": nn.Linear(128, 128, bias=False)})
     dense.forward = lambda x: dense["proj"](x)
-    model = get_peft_model(quantize_model(dense), LoraConfig(r=4, target_modules=["proj"]))
+    model = get_peft_model(
+        quantize_model(dense), LoraConfig(r=4, target_modules=["proj"])
+    )
     shake(model, step=0.05)
     slot = model.get_base_model()["proj"]
-    before, delta = read_weight(slot.base_layer), slot.adapters["default"].delta(None).detach()
+    before, delta = (
+        read_weight(slot.base_layer),
+        slot.adapters["default"].delta(None).detach(),
+    )
     with pytest.warns(UserWarning) as caught:
         model.merge_adapter(lossy=True)
     error = (read_weight(slot.base_layer) - before - delta).norm() / delta.norm()
@@ -349,18 +465,28 @@ def test_a_failed_dense_merge_leaves_the_4_bit_model():
 
 # Ready for training
 
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_prepare_model_for_kbit_training(backend, reentrant):
     base = BASES["hf_llama"]
-    model = prepare_model_for_kbit_training(quantize_model(make(base.name).bfloat16(), backend),
-                                            gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model = prepare_model_for_kbit_training(
+        quantize_model(make(base.name).bfloat16(), backend),
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
     assert not any(p.requires_grad for p in model.parameters())
     for name, p in model.named_parameters():
-        assert p.dtype == (torch.uint8 if type(p).__name__ == "Params4bit" else torch.float32), name
+        assert p.dtype == (
+            torch.uint8 if type(p).__name__ == "Params4bit" else torch.float32
+        ), name
     adapted = qlora(model, base).train()
     loss_of(adapted).backward()
-    plain = qlora(prepare_model_for_kbit_training(quantize_model(make(base.name).bfloat16(), backend), False), base).train()
+    plain = qlora(
+        prepare_model_for_kbit_training(
+            quantize_model(make(base.name).bfloat16(), backend), False
+        ),
+        base,
+    ).train()
     loss_of(plain).backward()
     expected = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
     for name, p in adapted.named_parameters():
@@ -370,35 +496,73 @@ def test_prepare_model_for_kbit_training(backend, reentrant):
 
 
 def test_gradients_over_bitsandbytes_are_ours_but_for_its_rounding(monkeypatch):
-    """Its backward pass makes the dense weight in the type that was quantised, here 16 bits; its forward pass, and ours, does not."""
+    """Its backward pass makes the dense weight in the type that was quantised, here 16
+    bits; its forward pass, and ours, does not."""
     base, results = BASES["hf_llama"], []
+
     def rounding(ctx, dy):
         return dy @ dequantize_nf4(ctx.q, torch.bfloat16).to(dy.dtype), None, None
+
     for backend in BACKENDS:
         if backend == "torch":
             monkeypatch.setattr(linear4bit.Product, "backward", staticmethod(rounding))
-        model = qlora(prepare_model_for_kbit_training(quantize_model(make(base.name).bfloat16(), backend), False), base).train()
+        model = qlora(
+            prepare_model_for_kbit_training(
+                quantize_model(make(base.name).bfloat16(), backend), False
+            ),
+            base,
+        ).train()
         loss_of(model).backward()
-        results.append([run(model), *(p.grad for p in model.parameters() if p.requires_grad)])
+        results.append(
+            [run(model), *(p.grad for p in model.parameters() if p.requires_grad)]
+        )
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs)
 
 
 def test_prepare_leaves_a_dense_model_without_checkpointing():
     model = prepare_model_for_kbit_training(make("llama").bfloat16())
-    assert not model.is_gradient_checkpointing and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.is_gradient_checkpointing and {
+        p.dtype for p in model.parameters()
+    } == {torch.float32}
 
 
 def test_configurations():
     parse = BitsAndBytesConfig.make
-    assert parse("nf4").options() == dict(backend="torch", skip=("lm_head",), quant_type="nf4", double_quant=True,
-                                         compute_dtype=None, block_size=64)
-    assert parse(dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16",
-                     backend="bitsandbytes")).options()["compute_dtype"] == torch.bfloat16
+    assert parse("nf4").options() == dict(
+        backend="torch",
+        skip=("lm_head",),
+        quant_type="nf4",
+        double_quant=True,
+        compute_dtype=None,
+        block_size=64,
+    )
+    assert (
+        parse(
+            dict(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype="bfloat16",
+                backend="bitsandbytes",
+            )
+        ).options()["compute_dtype"]
+        == torch.bfloat16
+    )
     import transformers
-    theirs = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                             bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    assert parse(theirs).options()["double_quant"] and parse(theirs.to_dict()).options() == parse(theirs).options()
-    for wrong in (dict(load_in_8bit=True, load_in_4bit=False), dict(bnb_4bit_quant="nf4")):
+
+    theirs = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    assert (
+        parse(theirs).options()["double_quant"]
+        and parse(theirs.to_dict()).options() == parse(theirs).options()
+    )
+    for wrong in (
+        dict(load_in_8bit=True, load_in_4bit=False),
+        dict(bnb_4bit_quant="nf4"),
+    ):
         with pytest.raises(ValueError, match="bnb_4bit_quant_type"):
             parse(wrong)

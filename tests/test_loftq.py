@@ -1,10 +1,12 @@
-"""LoftQ: by its properties, since PEFT's own needs a GPU: the error falls, the start is the nearest there is."""
+"""LoftQ: by its properties, since PEFT's own needs a GPU: the error falls, the start is
+the nearest there is."""
+
 import pytest
 import torch
+from bases import BASES, close, differ, run, shake
 from torch import nn
 
 import minipeft
-from bases import BASES, close, differ, run, shake
 from minipeft import LoraConfig, PeftModel, get_peft_model
 from minipeft.layers import read_weight
 from minipeft.methods.loftq import alternate, rounded
@@ -13,7 +15,12 @@ from minipeft.quant import Linear4bit, dequantize_nf4, quantize_model, quantize_
 
 def weight(d_out=96, d_in=128):
     """With singular values that fall, as those of trained weights do."""
-    U, V = (torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n)))[0] for n in (d_out, d_in))
+    U, V = (
+        torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(n)))[
+            0
+        ]
+        for n in (d_out, d_in)
+    )
     return U @ torch.diag(1 / torch.arange(1.0, d_out + 1)) @ V[:d_out]
 
 
@@ -21,24 +28,37 @@ def weight(d_out=96, d_in=128):
 def test_the_error_falls(bits):
     W = weight()
     plain = (W - rounded(W, bits)).norm()
-    errors = [(W - Q - L @ R).norm() for Q, L, R in (alternate(W, 16, bits, n) for n in (1, 2, 5))]
+    errors = [
+        (W - Q - L @ R).norm()
+        for Q, L, R in (alternate(W, 16, bits, n) for n in (1, 2, 5))
+    ]
     assert errors[0] < plain and max(errors[1:]) < errors[0] * (1.1 if bits == 2 else 1)
     S = torch.linalg.svdvals(W - rounded(W, bits))
-    close(errors[0], S[16:].norm())                         # Eckart and Young: no 16 directions leave less
+    close(errors[0], S[16:].norm())  # Eckart and Young: no 16 directions leave less
 
 
 @pytest.mark.parametrize("alpha, rslora", [(8, False), (32, False), (3, True)])
 def test_the_start_is_nearer_to_the_dense_model_whatever_the_scale(alpha, rslora):
     base = BASES["llama"]
-    dense, plain = run(base.make()), run(quantize_model(base.make(), double_quant=False, skip=("lm_head",)))
-    config = LoraConfig(r=8, lora_alpha=alpha, use_rslora=rslora, target_modules="all-linear", init_lora_weights="loftq",
-                        loftq_config={"loftq_iter": 3})
+    dense, plain = (
+        run(base.make()),
+        run(quantize_model(base.make(), double_quant=False, skip=("lm_head",))),
+    )
+    config = LoraConfig(
+        r=8,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        target_modules="all-linear",
+        init_lora_weights="loftq",
+        loftq_config={"loftq_iter": 3},
+    )
     start = run(get_peft_model(base.make(), config))
     assert (start - dense).norm() < 0.8 * (plain - dense).norm()
     for slot in get_peft_model(base.make(), config).modules():
         if isinstance(slot, minipeft.Slot) and slot.adapters:
             A, B = slot.adapters["default"].factors
-            close((A * A).sum(1), (B * B).sum(0), 1e-5)     # the singular values are shared evenly
+            # the singular values are shared evenly
+            close((A * A).sum(1), (B * B).sum(0), 1e-5)
 
 
 def test_storing_the_base_in_4_bits_afterwards_changes_nothing():
@@ -49,38 +69,63 @@ def test_storing_the_base_in_4_bits_afterwards_changes_nothing():
     quantize_model(model, double_quant=False)
     assert [m for m in model.modules() if isinstance(m, Linear4bit)]
     close(run(model), before, 1e-6)
-    for name, module in base.make().named_modules():        # one iteration: the base is what plain quantisation makes
+    # one iteration: the base is what plain quantisation makes
+    for name, module in base.make().named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             got = read_weight(model.get_base_model().get_submodule(name).base_layer)
-            assert torch.equal(got, dequantize_nf4(quantize_nf4(module.weight, double_quant=False)))
+            assert torch.equal(
+                got, dequantize_nf4(quantize_nf4(module.weight, double_quant=False))
+            )
 
 
 def test_files(tmp_path):
     base = BASES["llama"]
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="loftq",
-                        loftq_config={"loftq_iter": 2})
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights="loftq",
+        loftq_config={"loftq_iter": 2},
+    )
     model = shake(get_peft_model(base.make(), config))
     with pytest.warns(UserWarning, match="changed likewise"):
         model.save_pretrained(tmp_path)
-    assert torch.equal(run(PeftModel.from_pretrained(base.make(), tmp_path)), run(model))
-    one = shake(get_peft_model(base.make(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="loftq")))
+    assert torch.equal(
+        run(PeftModel.from_pretrained(base.make(), tmp_path)), run(model)
+    )
+    one = shake(
+        get_peft_model(
+            base.make(),
+            LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="loftq"),
+        )
+    )
     with pytest.warns(UserWarning):
         one.save_pretrained(tmp_path / "one")
-    four = PeftModel.from_pretrained(quantize_model(base.make(), double_quant=False), tmp_path / "one")
-    differ(run(four), run(one))                             # all layers are in 4 bits there, only the adapted ones here
+    four = PeftModel.from_pretrained(
+        quantize_model(base.make(), double_quant=False), tmp_path / "one"
+    )
+    # all layers are in 4 bits there, only the adapted ones here
+    differ(run(four), run(one))
     with pytest.raises(minipeft.ConfigError, match="PiSSA or OLoRA"):
-        model.save_pretrained(tmp_path / "x", path_initial_model_for_weight_conversion=tmp_path)
+        model.save_pretrained(
+            tmp_path / "x", path_initial_model_for_weight_conversion=tmp_path
+        )
 
 
 def test_a_base_in_4_bits_is_too_late():
     with pytest.warns(UserWarning, match="a plain start"):
-        model = get_peft_model(quantize_model(BASES["llama"].make()),
-                               LoraConfig(target_modules=["q_proj"], init_lora_weights="loftq"))
+        model = get_peft_model(
+            quantize_model(BASES["llama"].make()),
+            LoraConfig(target_modules=["q_proj"], init_lora_weights="loftq"),
+        )
     close(run(model), run(quantize_model(BASES["llama"].make())))
 
 
 @pytest.mark.parametrize("wrong", [{"loftq_bits": 5}, {"loftq_iter": 0}, {"bits": 4}])
 def test_wrong_settings(wrong):
     with pytest.raises(minipeft.ConfigError, match="loftq_bits 2, 3, 4 or 8"):
-        get_peft_model(BASES["llama"].make(), LoraConfig(target_modules=["q_proj"], init_lora_weights="loftq",
-                                                         loftq_config=wrong))
+        get_peft_model(
+            BASES["llama"].make(),
+            LoraConfig(
+                target_modules=["q_proj"], init_lora_weights="loftq", loftq_config=wrong
+            ),
+        )

@@ -1,9 +1,11 @@
-"""Different methods side by side: on one layer, in one batch, merged together. And how many numbers each trains."""
+"""Different methods side by side: on one layer, in one batch, merged together. And how
+many numbers each trains."""
+
 import pytest
 import torch
+from bases import BASES, METHODS, close, differ, inputs, loss_of, run, shake
 
 import minipeft
-from bases import BASES, METHODS, close, differ, inputs, loss_of, run, shake
 from minipeft import NotMergeableError, Slot, get_peft_model
 
 MIX = ["dora", "adalora", "loha", "lokr", "vera", "denselora_linear", "lora"]
@@ -28,7 +30,9 @@ def test_a_batch_of_different_methods(name):
     torch.manual_seed(0)
     model = mixed(base, names)
     asked = [*names, "__base__"]
-    ids = torch.randint(3, 40, (len(asked), 6), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        3, 40, (len(asked), 6), generator=torch.Generator().manual_seed(1)
+    )
     with torch.no_grad():
         together = model(input_ids=ids, adapter_names=asked).logits
         for row, wanted in enumerate(asked):
@@ -50,7 +54,9 @@ def test_all_at_once_on_every_layer_merged_or_not(name, order):
     apart = run(model)
     loss_of(model).backward()
     for path, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == (".adapters." in path or path.startswith("shared.")), path
+        assert (parameter.grad is not None) == (
+            ".adapters." in path or path.startswith("shared.")
+        ), path
     model.merge_adapter()
     close(run(model), apart, 1e-5)
     model.unmerge_adapter()
@@ -59,14 +65,25 @@ def test_all_at_once_on_every_layer_merged_or_not(name, order):
 
 
 def test_the_sum_of_additive_methods_is_the_sum_of_their_changes():
-    base, names = BASES["llama"], ["adalora", "loha", "lokr", "vera", "denselora_linear", "lora"]
+    base, names = (
+        BASES["llama"],
+        ["adalora", "loha", "lokr", "vera", "denselora_linear", "lora"],
+    )
     model = mixed(base, names)
     model.set_adapter(names)
     slot = next(m for m in model.modules() if isinstance(m, Slot) and m.adapters)
     with torch.no_grad():
-        deltas = [slot.adapters[name].delta(minipeft.Base(slot, name)) for name in names]
+        deltas = [
+            slot.adapters[name].delta(minipeft.Base(slot, name)) for name in names
+        ]
         x = torch.randn(5, slot.base_layer.in_features)
-        close(slot(x), torch.nn.functional.linear(x, slot.base_layer.weight + sum(deltas), slot.base_layer.bias), 1e-5)
+        close(
+            slot(x),
+            torch.nn.functional.linear(
+                x, slot.base_layer.weight + sum(deltas), slot.base_layer.bias
+            ),
+            1e-5,
+        )
 
 
 def test_one_that_cannot_merge_stops_all():
@@ -76,38 +93,67 @@ def test_one_that_cannot_merge_stops_all():
     apart, weights = run(model), {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(NotMergeableError, match="'denselora' cannot be merged"):
         model.merge_adapter()
-    assert model.merged_adapters == [] and all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
-    model.merge_adapter(["lora", "dora"])                               # the others can
+    assert model.merged_adapters == [] and all(
+        torch.equal(p, weights[n]) for n, p in model.named_parameters()
+    )
+    model.merge_adapter(["lora", "dora"])  # the others can
     close(run(model), apart, 1e-5)
 
 
-# What Hugging Face's committed benchmark counts on Llama-3.2-3B, and the closed formulas (d_in, d_out) -> numbers
+# What Hugging Face's committed benchmark counts on Llama-3.2-3B, and the closed
+# formulas (d_in, d_out) -> numbers
 Q, V = (3072, 3072), (3072, 1024)
 COUNTS = {
     "lora": ("LoraConfig", dict(r=32), 9_175_040, lambda i, o: 32 * (i + o)),
     "dora": ("DoraConfig", dict(r=32), 9_289_728, lambda i, o: 32 * (i + o) + o),
     "vera": ("VeraConfig", dict(r=256), 129_024, lambda i, o: 256 + o),
     "loha": ("LoHaConfig", dict(r=32), 18_350_080, lambda i, o: 2 * 32 * (i + o)),
-    "lokr": ("LoKrConfig", dict(r=32, decompose_factor=4), 2_294_656, lambda i, o: 16 + 32 * (i + o) // 4),
-    "adalora": ("AdaLoraConfig", dict(init_r=64, target_r=32, total_step=5000), 18_353_664,
-                lambda i, o: 64 * (i + o + 1)),
+    "lokr": (
+        "LoKrConfig",
+        dict(r=32, decompose_factor=4),
+        2_294_656,
+        lambda i, o: 16 + 32 * (i + o) // 4,
+    ),
+    "adalora": (
+        "AdaLoraConfig",
+        dict(init_r=64, target_r=32, total_step=5000),
+        18_353_664,
+        lambda i, o: 64 * (i + o + 1),
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def llama_3b():
     from transformers import LlamaConfig, LlamaForCausalLM
+
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192,
-                                            num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-                                            head_dim=128, tie_word_embeddings=True))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=128256,
+                hidden_size=3072,
+                intermediate_size=8192,
+                num_hidden_layers=28,
+                num_attention_heads=24,
+                num_key_value_heads=8,
+                head_dim=128,
+                tie_word_embeddings=True,
+            )
+        )
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_counts_on_llama_3_2_3b(llama_3b, name):
     config, fields, committed, formula = COUNTS[name]
-    model = get_peft_model(llama_3b, getattr(minipeft, config)(target_modules=["q_proj", "v_proj"], **fields))
-    assert model.get_nb_trainable_parameters()[0] == committed == 28 * (formula(*Q) + formula(*V))
+    model = get_peft_model(
+        llama_3b,
+        getattr(minipeft, config)(target_modules=["q_proj", "v_proj"], **fields),
+    )
+    assert (
+        model.get_nb_trainable_parameters()[0]
+        == committed
+        == 28 * (formula(*Q) + formula(*V))
+    )
     model.unload()
 
 
@@ -119,7 +165,10 @@ def test_no_method_returns_another_precision(name):
     exact = run(model)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(**inputs()).logits
-    assert exact.dtype == torch.float32 and rough.dtype in (torch.bfloat16, torch.float32)
+    assert exact.dtype == torch.float32 and rough.dtype in (
+        torch.bfloat16,
+        torch.float32,
+    )
     close(rough.detach(), exact, 0.1)
     model.double()
     assert model(**inputs()).logits.dtype == torch.float64

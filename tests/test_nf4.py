@@ -1,4 +1,6 @@
-"""Four bits: codes, bytes and values against bitsandbytes to the bit, and against the definition."""
+"""Four bits: codes, bytes and values against bitsandbytes to the bit, and against the
+definition."""
+
 import math
 import time
 from statistics import NormalDist
@@ -10,64 +12,118 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute as in_tor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft.quant import (FP4_CODE, INT4_CODE, NF4_CODE, dequantize_4bit, dequantize_blockwise, dequantize_nf4,
-                            dynamic_map, linear_map, normal_float, quantize_4bit, quantize_blockwise, quantize_fp4,
-                            quantize_nf4)
+from minipeft.quant import (
+    FP4_CODE,
+    INT4_CODE,
+    NF4_CODE,
+    dequantize_4bit,
+    dequantize_blockwise,
+    dequantize_nf4,
+    dynamic_map,
+    linear_map,
+    normal_float,
+    quantize_4bit,
+    quantize_blockwise,
+    quantize_fp4,
+    quantize_nf4,
+)
 from minipeft.quant.blockwise import GRID
 
 
 def same(w, block_size=64, double_quant=True, quant_type="nf4"):
-    """Quantise here and there: every byte, scale and dequantised value must be equal. Returns ours."""
+    """Quantise here and there: every byte, scale and dequantised value must be equal.
+    Returns ours."""
     ours = quantize_4bit(w, block_size, double_quant, quant_type)
-    packed, state = bnb.quantize_4bit(w, blocksize=block_size, quant_type=quant_type, compress_statistics=double_quant)
+    packed, state = bnb.quantize_4bit(
+        w, blocksize=block_size, quant_type=quant_type, compress_statistics=double_quant
+    )
     assert torch.equal(ours.packed, packed.view(-1, 1))
     assert torch.equal(ours.absmax, state.absmax)
     if double_quant:
-        assert torch.equal(ours.absmax2, state.state2.absmax) and torch.equal(ours.offset, state.offset)
-    scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if double_quant else state.absmax
-    with torch.compiler.set_stance("force_eager"):      # it would be compiled, for seconds
-        theirs = in_torch(packed.view(-1), scales, state.code, block_size, w.shape, w.dtype)
+        assert torch.equal(ours.absmax2, state.state2.absmax) and torch.equal(
+            ours.offset, state.offset
+        )
+    scales = (
+        bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        if double_quant
+        else state.absmax
+    )
+    with torch.compiler.set_stance("force_eager"):  # it would be compiled, for seconds
+        theirs = in_torch(
+            packed.view(-1), scales, state.code, block_size, w.shape, w.dtype
+        )
     got = dequantize_4bit(ours)
     assert torch.equal(got, theirs.view(w.shape)) and got.dtype == w.dtype
-    if w.shape[-1] % 64 == 0 and block_size == 64:      # the one written in C++ is wrong for some other widths
+    # the one written in C++ is wrong for some other widths
+    if w.shape[-1] % 64 == 0 and block_size == 64:
         assert torch.equal(got, bnb.dequantize_4bit(packed, state).view(w.shape))
     return ours
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.sampled_from([32, 64, 128, 256, 1024, 4096]),
-       st.booleans(), st.sampled_from(["nf4", "fp4"]), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-       st.sampled_from([1e-3, 0.02, 1.0, 300.0]), st.integers(0, 3), st.integers(0, 2 ** 31))
-def test_bitsandbytes_to_the_bit(shape, block_size, double_quant, quant_type, dtype, scale, outliers, seed):
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.sampled_from([32, 64, 128, 256, 1024, 4096]),
+    st.booleans(),
+    st.sampled_from(["nf4", "fp4"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([1e-3, 0.02, 1.0, 300.0]),
+    st.integers(0, 3),
+    st.integers(0, 2**31),
+)
+def test_bitsandbytes_to_the_bit(
+    shape, block_size, double_quant, quant_type, dtype, scale, outliers, seed
+):
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(shape, generator=generator) * scale
     for _ in range(outliers):
         w.view(-1)[torch.randint(w.numel(), (1,), generator=generator)] *= 50
-    same(w.clamp(-60000, 60000).to(dtype), block_size, double_quant, quant_type)      # what 16 bits can hold
+    # what 16 bits can hold
+    same(w.clamp(-60000, 60000).to(dtype), block_size, double_quant, quant_type)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_large_matrix(dtype):
-    w = (torch.randn(1024, 1536, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)
+    w = (torch.randn(1024, 1536, generator=torch.Generator().manual_seed(1)) * 0.02).to(
+        dtype
+    )
     for quant_type in ("nf4", "fp4"):
         same(w, quant_type=quant_type)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_corner_cases(double_quant):
-    for w in (torch.zeros(200), torch.full((3, 64), -0.7), torch.tensor([1e-30, -2e-30, 5e-31]), torch.ones(1),
-              torch.tensor([1e-41, 0.0]), torch.cat([torch.zeros(64), torch.randn(64)])):
+    for w in (
+        torch.zeros(200),
+        torch.full((3, 64), -0.7),
+        torch.tensor([1e-30, -2e-30, 5e-31]),
+        torch.ones(1),
+        torch.tensor([1e-41, 0.0]),
+        torch.cat([torch.zeros(64), torch.randn(64)]),
+    ):
         same(w, double_quant=double_quant)
     empty = quantize_nf4(torch.empty(0, 7), double_quant=double_quant)
     assert dequantize_nf4(empty).shape == (0, 7) and empty.packed.numel() == 0
     not_contiguous = torch.randn(48, 64).T
-    assert torch.equal(quantize_nf4(not_contiguous).packed, quantize_nf4(not_contiguous.contiguous()).packed)
+    assert torch.equal(
+        quantize_nf4(not_contiguous).packed,
+        quantize_nf4(not_contiguous.contiguous()).packed,
+    )
 
 
 def test_ties_go_to_the_lower_code():
     bounds = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
-    same(torch.cat([bounds, torch.nextafter(bounds, torch.tensor(2.0)), torch.nextafter(bounds, torch.tensor(-2.0)),
-                    torch.ones(19)]), double_quant=False)
+    same(
+        torch.cat(
+            [
+                bounds,
+                torch.nextafter(bounds, torch.tensor(2.0)),
+                torch.nextafter(bounds, torch.tensor(-2.0)),
+                torch.ones(19),
+            ]
+        ),
+        double_quant=False,
+    )
 
 
 def test_nan_and_infinity_are_refused():
@@ -99,16 +155,28 @@ def test_the_sixteen_numbers_are_quantiles():
     assert torch.equal(FP4_CODE, bnb.get_4bit_type("fp4", device="cpu"))
     for bits in (2, 3, 4, 8):
         code = normal_float(bits)
-        assert len(code) == 2 ** bits and code[0] == -1 and code[-1] == 1 and (code == 0).sum() == 1
-        assert (code > 0).sum() == 2 ** (bits - 1) and torch.equal(code, code.sort().values)
+        assert (
+            len(code) == 2**bits
+            and code[0] == -1
+            and code[-1] == 1
+            and (code == 0).sum() == 1
+        )
+        assert (code > 0).sum() == 2 ** (bits - 1) and torch.equal(
+            code, code.sort().values
+        )
     cdf = NormalDist().cdf
     largest = NormalDist().inv_cdf(1 - (1 / 32 + 1 / 30) / 2)
     steps = torch.tensor([cdf(x * largest) for x in NF4_CODE[8:].tolist()]).diff()
-    assert (steps - steps.mean()).abs().max() < 1e-6                    # equally spaced in probability
+    assert (steps - steps.mean()).abs().max() < 1e-6  # equally spaced in probability
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 500), st.sampled_from([33, 64, 100]), st.sampled_from(["nf4", "fp4", "int4"]), st.integers(0, 2 ** 31))
+@given(
+    st.integers(1, 500),
+    st.sampled_from([33, 64, 100]),
+    st.sampled_from(["nf4", "fp4", "int4"]),
+    st.integers(0, 2**31),
+)
 def test_the_nearest_code_of_the_block(n, size, quant_type, seed):
     """Against the definition: no other code would have been closer."""
     w = torch.randn(n, generator=torch.Generator().manual_seed(seed))
@@ -123,7 +191,8 @@ def test_the_nearest_code_of_the_block(n, size, quant_type, seed):
 def test_bits_a_weight():
     w = torch.randn(512, 512)
     assert quantize_nf4(w, double_quant=False).bits == 4 + 32 / 64
-    assert abs(quantize_nf4(w).bits - (4 + 8 / 64 + 32 / (64 * 256))) < 2e-4      # and one mean for the whole tensor
+    # and one mean for the whole tensor
+    assert abs(quantize_nf4(w).bits - (4 + 8 / 64 + 32 / (64 * 256))) < 2e-4
 
 
 def test_quantising_what_is_quantised_changes_nothing():
@@ -134,11 +203,14 @@ def test_quantising_what_is_quantised_changes_nothing():
 def test_meta_tensors_have_the_right_sizes():
     w = torch.randn(100, 130)
     real, meta = quantize_nf4(w), quantize_nf4(w.to("meta"))
-    assert [t.shape for t in meta.tensors()] == [t.shape for t in real.tensors()] and meta.bits == real.bits
+    assert [t.shape for t in meta.tensors()] == [
+        t.shape for t in real.tensors()
+    ] and meta.bits == real.bits
     assert dequantize_nf4(meta).shape == w.shape
 
 
 # Blocks of any codebook
+
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_dynamic_map_is_that_of_bitsandbytes(signed):
@@ -146,18 +218,37 @@ def test_the_dynamic_map_is_that_of_bitsandbytes(signed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3000), st.sampled_from([64, 256, 2048]), st.booleans(), st.integers(0, 2 ** 31))
-def test_blockwise_codes_on_the_grid_are_those_of_bitsandbytes(n, block_size, signed, seed):
+@given(
+    st.integers(1, 3000),
+    st.sampled_from([64, 256, 2048]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_blockwise_codes_on_the_grid_are_those_of_bitsandbytes(
+    n, block_size, signed, seed
+):
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
-    x[:n // 3] = 0
+    x[: n // 3] = 0
     x, code = (x if signed else x.abs()), dynamic_map(signed)
     q, absmax = quantize_blockwise(x, code, block_size, grid=GRID)
     theirs, state = bnb.quantize_blockwise(x, code=code.clone(), blocksize=block_size)
     assert torch.equal(q, theirs) and torch.equal(absmax, state.absmax)
-    assert torch.equal(dequantize_blockwise(q, absmax, code, block_size), bnb.dequantize_blockwise(theirs, state))
+    assert torch.equal(
+        dequantize_blockwise(q, absmax, code, block_size),
+        bnb.dequantize_blockwise(theirs, state),
+    )
 
 
-@pytest.mark.parametrize("code", [dynamic_map(), linear_map(8), linear_map(3), normal_float(2), linear_map(8, False)])
+@pytest.mark.parametrize(
+    "code",
+    [
+        dynamic_map(),
+        linear_map(8),
+        linear_map(3),
+        normal_float(2),
+        linear_map(8, False),
+    ],
+)
 def test_blockwise_finds_the_nearest(code):
     x = torch.randn(7, 300).abs() if code[0] >= 0 else torch.randn(7, 300)
     q, absmax = quantize_blockwise(x, code, 256)
@@ -168,11 +259,23 @@ def test_blockwise_finds_the_nearest(code):
 
 
 def test_not_slower_than_agreed():
-    """Against bitsandbytes, in turns, by processor time, the best of three: at most 1.0 and 3 times as long."""
+    """Against bitsandbytes, in turns, by processor time, the best of three: at most 1.0
+    and 3 times as long."""
     w = torch.randn(4096, 4096) * 0.02
-    ours, (packed, state) = quantize_nf4(w, double_quant=False), bnb.quantize_4bit(w, quant_type="nf4")
-    calls = {"quantize": (lambda: quantize_nf4(w), lambda: bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)),
-             "dequantize": (lambda: dequantize_nf4(ours), lambda: bnb.dequantize_4bit(packed, state))}
+    ours, (packed, state) = (
+        quantize_nf4(w, double_quant=False),
+        bnb.quantize_4bit(w, quant_type="nf4"),
+    )
+    calls = {
+        "quantize": (
+            lambda: quantize_nf4(w),
+            lambda: bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True),
+        ),
+        "dequantize": (
+            lambda: dequantize_nf4(ours),
+            lambda: bnb.dequantize_4bit(packed, state),
+        ),
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -183,7 +286,9 @@ def test_not_slower_than_agreed():
                     start = time.process_time()
                     call()
                     kept.append(time.process_time() - start)
-            assert min(times[0]) <= most * min(times[1]), f"{name}: {min(times[0]):.4f} s against {min(times[1]):.4f} s"
+            assert min(times[0]) <= most * min(times[1]), (
+                f"{name}: {min(times[0]):.4f} s against {min(times[1]):.4f} s"
+            )
     finally:
         torch.set_num_threads(threads)
 

@@ -1,12 +1,14 @@
-"""AdamW8bit against bitsandbytes' over 100 steps, and against 32-bit AdamW; PagedAdamW; both by name in train()."""
+"""AdamW8bit against bitsandbytes' over 100 steps, and against 32-bit AdamW; PagedAdamW;
+both by name in train()."""
+
 import copy
 
 import bitsandbytes
 import pytest
 import torch
+from bases import BASES, inputs
 from torch import nn
 
-from bases import BASES, inputs
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import train
 from minipeft.quant import AdamW8bit, PagedAdamW, linear_map
@@ -14,7 +16,8 @@ from minipeft.quant.blockwise import GRID
 
 
 def descend(make, steps=100, dtype=torch.float32, decades=0):
-    """A regression of 96 x 128 weights and a bias: (the losses, the weights, the optimizer).
+    """A regression of 96 x 128 weights and a bias: (the losses, the weights, the
+    optimizer).
 
     The inputs' sizes, and so the gradients', lie over so many decades."""
     torch.manual_seed(0)
@@ -37,7 +40,8 @@ SETTINGS = dict(lr=2e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 def test_with_its_table_it_is_bitsandbytes_own_over_100_steps():
     ours, mine, _ = descend(lambda p: AdamW8bit(p, **SETTINGS, grid=GRID))
     theirs, weights, _ = descend(lambda p: bitsandbytes.optim.AdamW8bit(p, **SETTINGS))
-    assert (mine - weights).abs().mean() < 1e-6 and (mine - weights).abs().max() < 2e-4     # a last bit may turn a code
+    # a last bit may turn a code
+    assert (mine - weights).abs().mean() < 1e-6 and (mine - weights).abs().max() < 2e-4
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
@@ -47,25 +51,39 @@ def test_without_it_both_are_as_near_to_32_bits():
     theirs = descend(lambda p: bitsandbytes.optim.AdamW8bit(p, **SETTINGS))[1]
     start = descend(lambda p: AdamW8bit(p, **SETTINGS), steps=0)[1]
     moved = (exact - start).norm()
-    assert (ours - exact).norm() < 0.05 * moved and (ours - exact).norm() < 1.1 * (theirs - exact).norm()
+    assert (ours - exact).norm() < 0.05 * moved and (ours - exact).norm() < 1.1 * (
+        theirs - exact
+    ).norm()
 
 
 def test_small_tensors_keep_32_bits_and_are_exactly_adamw():
     exact = descend(lambda p: torch.optim.AdamW(p, **SETTINGS))[1]
-    ours = descend(lambda p: AdamW8bit(p, **SETTINGS, min_8bit_size=10 ** 9))[1]
+    ours = descend(lambda p: AdamW8bit(p, **SETTINGS, min_8bit_size=10**9))[1]
     assert (ours - exact).abs().max() < 1e-6
 
 
 def test_two_bytes_a_weight():
     _, weight, optimizer = descend(AdamW8bit, steps=1)
-    states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    states = [
+        t
+        for state in optimizer.state.values()
+        for t in state.values()
+        if torch.is_tensor(t)
+    ]
     n, bias = weight.numel(), weight.shape[0]
-    assert sum(t.untyped_storage().nbytes() for t in states) == 2 * n + 2 * 4 * (n // 256) + 2 * 4 * bias
+    assert (
+        sum(t.untyped_storage().nbytes() for t in states)
+        == 2 * n + 2 * 4 * (n // 256) + 2 * 4 * bias
+    )
 
 
 def test_equal_steps_for_the_codes_lose_the_small_numbers():
-    """The second mean's small numbers round to zero, and the step that is divided by its root explodes."""
-    losses, *_ = descend(lambda p: AdamW8bit(p, **SETTINGS, unsigned=linear_map(8, signed=False)), decades=2)
+    """The second mean's small numbers round to zero, and the step that is divided by
+    its root explodes."""
+    losses, *_ = descend(
+        lambda p: AdamW8bit(p, **SETTINGS, unsigned=linear_map(8, signed=False)),
+        decades=2,
+    )
     good, *_ = descend(lambda p: AdamW8bit(p, **SETTINGS), decades=2)
     assert losses[-1] > 10 * good[-1]
 
@@ -74,18 +92,29 @@ def test_16_bit_weights_and_saving_and_loading():
     make = lambda p: AdamW8bit(p, lr=1e-2)
     losses, weight, optimizer = descend(make, 5, torch.bfloat16)
     assert weight.dtype == torch.bfloat16 and losses[-1] < losses[0]
-    other = AdamW8bit([nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]])
+    other = AdamW8bit(
+        [nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]]
+    )
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for a, b in zip(optimizer.state.values(), other.state.values()):
         assert a.keys() == b.keys()
         for name in a:
-            assert torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype if torch.is_tensor(a[name]) else \
-                a[name] == b[name]
+            assert (
+                torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype
+                if torch.is_tensor(a[name])
+                else a[name] == b[name]
+            )
     for each in (optimizer, other):
         for p in each.param_groups[0]["params"]:
             p.grad = torch.ones_like(p)
         each.step()
-    assert all(map(torch.equal, optimizer.param_groups[0]["params"], other.param_groups[0]["params"]))
+    assert all(
+        map(
+            torch.equal,
+            optimizer.param_groups[0]["params"],
+            other.param_groups[0]["params"],
+        )
+    )
 
 
 def test_wrong_arguments():
@@ -107,19 +136,37 @@ class Batches:
         return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
+)
 @pytest.mark.filterwarnings("ignore:paging")
 def test_by_name_in_training(name, tmp_path):
     def run(**more):
         torch.manual_seed(0)
-        model = get_peft_model(BASES["llama"].make(), LoraConfig(r=256, target_modules="all-linear"))
-        return train(model, Batches(), steps=6, lr=1e-2, optimizer=name, progress=False, **more), model
+        model = get_peft_model(
+            BASES["llama"].make(), LoraConfig(r=256, target_modules="all-linear")
+        )
+        return (
+            train(
+                model,
+                Batches(),
+                steps=6,
+                lr=1e-2,
+                optimizer=name,
+                progress=False,
+                **more,
+            ),
+            model,
+        )
+
     whole, model = run()
     assert whole.losses[-1] < whole.losses[0]
-    if name == "adamw8bit":                         # stopped and resumed, it goes on to the same bits
+    if name == "adamw8bit":  # stopped and resumed, it goes on to the same bits
+
         def stop(step, facts):
             if step == 2:
                 raise KeyboardInterrupt
+
         with pytest.raises(KeyboardInterrupt):
             run(folder=tmp_path, save_every=1, log=stop)
         resumed, again = run(folder=tmp_path, save_every=1)

@@ -1,14 +1,22 @@
 """The one idea, on adapters made up for the purpose: y = adapter(base, x)."""
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+from bases import BASES, close, inputs, run
 from torch import nn
 
 import minipeft
-from bases import BASES, close, inputs, run
-from minipeft import Adapter, AdapterNameError, LinearDelta, NotMergeableError, Slot, get_peft_model
+from minipeft import (
+    Adapter,
+    AdapterNameError,
+    LinearDelta,
+    NotMergeableError,
+    Slot,
+    get_peft_model,
+)
 from minipeft.config import METHODS, LayerConfig, PeftConfig
 from minipeft.methods.modules_to_save import Copy
 from minipeft.slot import Base, Rows, Switch
@@ -44,11 +52,14 @@ class Shift(LinearDelta):
 
 
 class Average(Adapter):
-    """The mean of two other adapters' outputs, as fusion has it: they are peers, not children."""
+    """The mean of two other adapters' outputs, as fusion has it: they are peers, not
+    children."""
 
     def forward(self, base, x):
         y = base(x)
-        return (base.peer("times")(lambda x: y, x) + base.peer("plus")(lambda x: y, x)) / 2
+        return (
+            base.peer("times")(lambda x: y, x) + base.peer("plus")(lambda x: y, x)
+        ) / 2
 
 
 def slot_with(**adapters):
@@ -61,8 +72,14 @@ def slot_with(**adapters):
 def test_stacking_is_composition():
     slot, x = slot_with(times=Times(3), plus=Plus(5), shift=Shift(0.5))
     y = slot.base_layer(x)
-    for names, expected in {(): y, ("times",): 3 * y, ("times", "plus"): 3 * y + 5, ("plus", "times"): 3 * (y + 5),
-                            ("shift", "times"): 3 * (y + 0.5 * x.sum(-1, keepdim=True)), ("elsewhere",): y}.items():
+    for names, expected in {
+        (): y,
+        ("times",): 3 * y,
+        ("times", "plus"): 3 * y + 5,
+        ("plus", "times"): 3 * (y + 5),
+        ("shift", "times"): 3 * (y + 0.5 * x.sum(-1, keepdim=True)),
+        ("elsewhere",): y,
+    }.items():
         slot.switch.active = list(names)
         close(slot(x), expected)
     slot.switch.enabled = False
@@ -74,12 +91,13 @@ def test_rows_are_sent_their_own_ways():
     y = slot.base_layer(x)
     slot.switch.rows = Rows(["plus", "__base__", "times", "plus"])
     close(slot(x), torch.stack([y[0] + 5, y[1], 3 * y[2], y[3] + 5]))
-    slot.switch.rows = Rows(["plus", "times"])              # each row twice, as in beam search, or two tokens long
+    # each row twice, as in beam search, or two tokens long
+    slot.switch.rows = Rows(["plus", "times"])
     close(slot(x), torch.stack([y[0] + 5, y[1] + 5, 3 * y[2], 3 * y[3]]))
     slot.switch.rows = Rows(["plus", "times", "times"])
     with pytest.raises(ValueError, match="3 adapter_names for a batch of 4 rows"):
         slot(x)
-    slot.switch.rows = Rows(["elsewhere"] * 3)              # none of ours: not our business
+    slot.switch.rows = Rows(["elsewhere"] * 3)  # none of ours: not our business
     assert torch.equal(slot(x), y)
 
 
@@ -90,7 +108,7 @@ def test_merging_writes_weights_and_unmerging_puts_the_old_ones_back():
     assert slot.merged == ["a", "b"]
     close(slot.weight, weight + 0.75)
     slot.switch.active = ["a", "b"]
-    close(slot(x), nn.functional.linear(x, weight + 0.75, slot.bias))       # once, not twice
+    close(slot(x), nn.functional.linear(x, weight + 0.75, slot.bias))  # once, not twice
     slot.unmerge()
     assert slot.weight is weight and slot.merged == []
 
@@ -119,11 +137,16 @@ def test_a_copy_takes_the_place_of_the_layer():
     before = slot(x)
     slot.switch.active = ["copy"]
     expected = slot(x)
-    assert torch.equal(expected, slot.adapters["copy"].module(x)) and not torch.equal(expected, before)
+    assert torch.equal(expected, slot.adapters["copy"].module(x)) and not torch.equal(
+        expected, before
+    )
     slot.merge(["copy"])
     slot.switch.active = []
     assert torch.equal(slot(x), expected)
-    assert slot.weight is not slot.adapters["copy"].module.weight and not slot.weight.requires_grad
+    assert (
+        slot.weight is not slot.adapters["copy"].module.weight
+        and not slot.weight.requires_grad
+    )
     slot.unmerge()
     assert torch.equal(slot(x), before)
 
@@ -141,7 +164,9 @@ def test_what_is_no_change_of_weights_cannot_be_merged():
         slot.merge(["times"])
 
 
-# Whole methods, made up: a shared part, a slot around a block, and one around the whole model.
+# Whole methods, made up: a shared part, a slot around a block, and one around the whole
+# model.
+
 
 @pytest.fixture
 def methods():
@@ -173,14 +198,20 @@ def shared_method():
 
         def create(self, base, path):
             return Scaled()
+
     return SharedConfig
 
 
 def test_a_shared_part_is_owned_once_and_lent(methods, tmp_path):
     base, config = BASES["llama"], shared_method()(target_modules=["mlp"])
-    model = get_peft_model(base.make(), config)             # slots around blocks, not only around linear layers
+    # slots around blocks, not only around linear layers
+    model = get_peft_model(base.make(), config)
     assert model.get_nb_trainable_parameters()[0] == 3
-    owned = [name for name, p in model.named_parameters() if p.requires_grad and name.startswith("shared")]
+    owned = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and name.startswith("shared")
+    ]
     assert owned == ["shared.default.scale"]
     run_before = run(model)
     model(**inputs()).logits.sum().backward()
@@ -190,7 +221,7 @@ def test_a_shared_part_is_owned_once_and_lent(methods, tmp_path):
     assert torch.equal(run(again), run_before)
     model.add_adapter("b", config)
     within = minipeft.LoraConfig(target_modules=["down_proj"], init_lora_weights=False)
-    model.add_adapter("inner", within)                      # slots in slots
+    model.add_adapter("inner", within)  # slots in slots
     model.set_adapter(["default", "inner"])
     assert not torch.equal(run(model), run_before)
     close(run(model, adapter_names=["inner", "default", "b"])[1:], run_before[1:])
@@ -199,9 +230,14 @@ def test_a_shared_part_is_owned_once_and_lent(methods, tmp_path):
         model.delete_adapter(name) if name == "inner" else None
     model.set_adapter("default")
     assert torch.equal(run(model), run_before)
-    assert not model.shared.keys() & {"inner"} and list(model.shared) == ["default", "b"]
+    assert not model.shared.keys() & {"inner"} and list(model.shared) == [
+        "default",
+        "b",
+    ]
     plain = model.unload()
-    assert not any(isinstance(module, Slot) for module in plain.modules()) and torch.equal(run(plain), run(base.make()))
+    assert not any(
+        isinstance(module, Slot) for module in plain.modules()
+    ) and torch.equal(run(plain), run(base.make()))
 
 
 def whole_model_method():
@@ -228,6 +264,7 @@ def whole_model_method():
 
         def create(self, base, path):
             return Lead(base.module.config.hidden_size)
+
     return LeadConfig()
 
 
@@ -237,11 +274,16 @@ def test_an_adapter_around_the_whole_model(methods, tmp_path, name):
     model = get_peft_model(base.make(), config)
     width, ids = 16, inputs()["input_ids"]
     with_prompt = run(model)
-    embedded = torch.cat([torch.ones(3, 1, width), base.make().get_input_embeddings()(ids)], 1)
+    embedded = torch.cat(
+        [torch.ones(3, 1, width), base.make().get_input_embeddings()(ids)], 1
+    )
     close(with_prompt, base.make()(inputs_embeds=embedded).logits[:, 1:])
     model.save_pretrained(tmp_path)
-    assert set(minipeft.files.load(tmp_path)[1]) == {"prompt"}          # as PEFT's prompts: no path, no prefix
-    assert torch.equal(run(minipeft.PeftModel.from_pretrained(base.make(), tmp_path)), with_prompt)
+    # as PEFT's prompts: no path, no prefix
+    assert set(minipeft.files.load(tmp_path)[1]) == {"prompt"}
+    assert torch.equal(
+        run(minipeft.PeftModel.from_pretrained(base.make(), tmp_path)), with_prompt
+    )
     with model.disable_adapter():
         assert torch.equal(run(model), run(base.make()))
     model.add_adapter("lora", minipeft.LoraConfig(init_lora_weights=False))
@@ -251,8 +293,12 @@ def test_an_adapter_around_the_whole_model(methods, tmp_path, name):
     close(mixed, torch.stack([with_lora[0], with_prompt[1], run(base.make())[2]]))
     labels = ids.clone()
     labels[1, 3:] = -100
-    loss = model(**inputs(), labels=labels, adapter_names=["lora", "default", "__base__"]).loss
-    shifted = nn.functional.cross_entropy(mixed[:, :-1].reshape(-1, mixed.shape[-1]), labels[:, 1:].reshape(-1))
+    loss = model(
+        **inputs(), labels=labels, adapter_names=["lora", "default", "__base__"]
+    ).loss
+    shifted = nn.functional.cross_entropy(
+        mixed[:, :-1].reshape(-1, mixed.shape[-1]), labels[:, 1:].reshape(-1)
+    )
     close(loss, shifted)
     assert model.active_adapters == ["lora"] and torch.equal(run(model), with_lora)
     with pytest.raises(ValueError, match="one at a time"):
@@ -260,7 +306,10 @@ def test_an_adapter_around_the_whole_model(methods, tmp_path, name):
     assert torch.equal(run(model), with_lora)
     if name == "hf_llama":
         model.set_adapter("default")
-        assert model.generate(ids, max_new_tokens=1, do_sample=False)[0] == "generated around"
+        assert (
+            model.generate(ids, max_new_tokens=1, do_sample=False)[0]
+            == "generated around"
+        )
     model.delete_adapter("default")
     assert list(model.base_model.adapters) == []
 
@@ -268,5 +317,9 @@ def test_an_adapter_around_the_whole_model(methods, tmp_path, name):
 def test_a_base_gives_shape_and_storage_but_no_names():
     slot, _ = slot_with()
     base = Base(slot, "a")
-    assert base.module is slot.base_layer and base.weight.shape == (2, 3) and base.bias.shape == (2,)
+    assert (
+        base.module is slot.base_layer
+        and base.weight.shape == (2, 3)
+        and base.bias.shape == (2,)
+    )
     assert base(torch.zeros(1, 3)).shape == (1, 2)

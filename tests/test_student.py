@@ -1,4 +1,6 @@
-"""The student's edition holds no answer and all the rest; nbgrader itself marks solved, untouched and half-wrong work rightly."""
+"""The student's edition holds no answer and all the rest; nbgrader itself marks solved,
+untouched and half-wrong work rightly."""
+
 import copy
 import csv
 import os
@@ -11,12 +13,22 @@ import nbformat
 import pytest
 
 from minipeft.cli import main
-from minipeft.course.student import SOLUTION, StudentError, exercises, nbgrader_source, student_edition, write
+from minipeft.course.student import (
+    SOLUTION,
+    StudentError,
+    exercises,
+    nbgrader_source,
+    student_edition,
+    write,
+)
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 LORA = ROOT / "chapters" / "04_lora.ipynb"
-HIDDEN = "\n### BEGIN HIDDEN TESTS\nassert check.lora_delta(lora_delta), 'hidden'\n### END HIDDEN TESTS"
+HIDDEN = (
+    "\n### BEGIN HIDDEN TESTS\nassert check.lora_delta(lora_delta), 'hidden'\n### END"
+    " HIDDEN TESTS"
+)
 
 
 def read(path):
@@ -25,10 +37,19 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def chapter(tmp_path_factory):
-    """Chapter 04's imports and exercises, with a hidden test: what a grader needs, without minutes of training."""
+    """Chapter 04's imports and exercises, with a hidden test: what a grader needs,
+    without minutes of training."""
     notebook = read(LORA)
     imports = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    notebook.cells = [notebook.cells[0], imports, *(cell for cell in notebook.cells if "exercise" in cell.metadata.get("minipeft", {}))]
+    notebook.cells = [
+        notebook.cells[0],
+        imports,
+        *(
+            cell
+            for cell in notebook.cells
+            if "exercise" in cell.metadata.get("minipeft", {})
+        ),
+    ]
     exercises(notebook)["lora_delta"]["check"].source += HIDDEN
     path = tmp_path_factory.mktemp("full") / LORA.name
     nbformat.write(notebook, path)
@@ -37,25 +58,42 @@ def chapter(tmp_path_factory):
 
 # ------------------------------------------------------------------------------------------------ the student's edition
 
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_nothing_but_the_answers_is_gone(path, tmp_path):
     full, mine = read(path), read(write(path, tmp_path / "mine"))
     text = "\n".join(cell.source for cell in mine.cells)
     assert "BEGIN SOLUTION" not in text and "BEGIN HIDDEN" not in text
-    assert not any(cell.outputs or cell.execution_count for cell in mine.cells if cell.cell_type == "code")
+    assert not any(
+        cell.outputs or cell.execution_count
+        for cell in mine.cells
+        if cell.cell_type == "code"
+    )
     for name, cells in exercises(full).items():
         left = exercises(mine)[name]
         assert list(left) == ["question", "stub", "check", "hint"]
         for role in ("question", "check", "hint"):
             assert left[role].source == cells[role].source
         title = re.search(r"^### (.+)$", cells["question"].source, re.M)[1]
-        assert title.split(":")[0] in left["stub"].source, "the stub does not say which exercise it is"
-        assert ("raise NotImplementedError(\"" in left["stub"].source) == ("raise NotImplementedError" in cells["stub"].source)
+        assert title.split(":")[0] in left["stub"].source, (
+            "the stub does not say which exercise it is"
+        )
+        assert ('raise NotImplementedError("' in left["stub"].source) == (
+            "raise NotImplementedError" in cells["stub"].source
+        )
         compile(left["stub"].source, name, "exec")
         answer = SOLUTION.search(cells["solution"].source)[1]
         assert answer not in text
-    kept = [cell.source for cell in full.cells if "exercise" not in cell.metadata.get("minipeft", {})]
-    there = [cell.source for cell in mine.cells if "exercise" not in cell.metadata.get("minipeft", {})]
+    kept = [
+        cell.source
+        for cell in full.cells
+        if "exercise" not in cell.metadata.get("minipeft", {})
+    ]
+    there = [
+        cell.source
+        for cell in mine.cells
+        if "exercise" not in cell.metadata.get("minipeft", {})
+    ]
     assert len(kept) == len(there)
 
 
@@ -65,8 +103,11 @@ def test_it_finds_its_files_wherever_it_lies(path, tmp_path):
     mine = read(write(path, folder))
     for cell in mine.cells:
         if cell.cell_type == "code":
-            outside = re.findall(r"[\"'](\.\.(?:/[\w./-]*)?)[\"']", cell.source)       # what may be absent stays as it is
-            assert not any((path.parent / name).exists() for name in outside), cell.source
+            # what may be absent stays as it is
+            outside = re.findall(r"[\"'](\.\.(?:/[\w./-]*)?)[\"']", cell.source)
+            assert not any((path.parent / name).exists() for name in outside), (
+                cell.source
+            )
             for name in re.findall(r"[\"'](files/[\w./-]+)[\"']", cell.source):
                 assert (folder / name).is_file()
         else:
@@ -76,13 +117,17 @@ def test_it_finds_its_files_wherever_it_lies(path, tmp_path):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_the_exercises_can_be_worked_after_the_first_cell(path):
-    """The stubs of the student's edition are refused, the solutions in their place accepted."""
+    """The stubs of the student's edition are refused, the solutions in their place
+    accepted."""
     full = read(path)
     scope, mine = {}, exercises(student_edition(full))
     exec(next(cell.source for cell in full.cells if cell.cell_type == "code"), scope)
     for name, cells in exercises(full).items():
         call = re.search(r"check\.\w+\(.*\)", mine[name]["check"].source)[0]
-        for source, right in ((mine[name]["stub"].source, False), (SOLUTION.search(cells["solution"].source)[1], True)):
+        for source, right in (
+            (mine[name]["stub"].source, False),
+            (SOLUTION.search(cells["solution"].source)[1], True),
+        ):
             exec(source, scope)
             verdict = eval(call, scope)
             assert bool(verdict) == right, (name, str(verdict))
@@ -92,7 +137,10 @@ def test_stubs_say_what_to_do_when_they_are_called():
     stub = exercises(student_edition(read(LORA)))["lora_delta"]["stub"].source
     scope = {}
     exec(stub, scope)
-    with pytest.raises(NotImplementedError, match="Exercise 1: the update. Write your answer here, then run the check"):
+    with pytest.raises(
+        NotImplementedError,
+        match="Exercise 1: the update. Write your answer here, then run the check",
+    ):
         scope["lora_delta"](1, 2, 3, 4)
 
 
@@ -120,7 +168,9 @@ def test_what_is_no_chapter_is_refused(chapter, tmp_path):
     with pytest.raises(StudentError, match="is it a student's edition already"):
         write(stripped, tmp_path / "twice")
     notebook = read(chapter)
-    notebook.cells.append(nbformat.v4.new_code_cell("### BEGIN SOLUTION\n1\n### END SOLUTION"))
+    notebook.cells.append(
+        nbformat.v4.new_code_cell("### BEGIN SOLUTION\n1\n### END SOLUTION")
+    )
     with pytest.raises(StudentError, match="outside an exercise"):
         student_edition(notebook)
 
@@ -129,26 +179,48 @@ def test_the_command(chapter, tmp_path, capsys):
     assert main(["student", str(chapter), "--out", str(tmp_path / "one")]) == 0
     assert (tmp_path / "one" / chapter.name).is_file()
     assert main(["student", "--all", "--out", str(tmp_path / "all")]) == 0
-    assert sorted(path.name for path in (tmp_path / "all").glob("*.ipynb")) == [path.name for path in CHAPTERS]
-    assert main(["student", str(chapter), "--nbgrader", "--out", str(tmp_path / "course")]) == 0
+    assert sorted(path.name for path in (tmp_path / "all").glob("*.ipynb")) == [
+        path.name for path in CHAPTERS
+    ]
+    assert (
+        main(["student", str(chapter), "--nbgrader", "--out", str(tmp_path / "course")])
+        == 0
+    )
     assert (tmp_path / "course" / "nbgrader_config.py").is_file()
-    assert main(["student", "--out", str(tmp_path)]) == 1 and main(["student", "no.ipynb", "--out", str(tmp_path)]) == 1
+    assert (
+        main(["student", "--out", str(tmp_path)]) == 1
+        and main(["student", "no.ipynb", "--out", str(tmp_path)]) == 1
+    )
     out, err = capsys.readouterr()
-    assert "nbgrader generate_assignment 04_lora" in out and "name a chapter" in err and "no such notebook" in err
+    assert (
+        "nbgrader generate_assignment 04_lora" in out
+        and "name a chapter" in err
+        and "no such notebook" in err
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ nbgrader
 
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_nbgrader_takes_every_chapters_cells(path):
     from nbgrader.nbgraderformat import MetadataValidator
+
     source = nbgrader_source(read(path))
     nbformat.validate(source)
     MetadataValidator().validate_nb(source)
-    marks = [cell.metadata["nbgrader"] for cell in source.cells if "nbgrader" in cell.metadata]
+    marks = [
+        cell.metadata["nbgrader"]
+        for cell in source.cells
+        if "nbgrader" in cell.metadata
+    ]
     assert len({each["grade_id"] for each in marks}) == len(marks)
     assert all(each["points"] > 0 and each["locked"] for each in marks if each["grade"])
-    assert sum(each["solution"] for each in marks) == sum(each["grade"] for each in marks) == len(exercises(read(path)))
+    assert (
+        sum(each["solution"] for each in marks)
+        == sum(each["grade"] for each in marks)
+        == len(exercises(read(path)))
+    )
     for cell in source.cells:
         if cell.metadata.get("nbgrader", {}).get("grade"):
             assert "assert verdict, verdict" in cell.source
@@ -156,13 +228,22 @@ def test_nbgrader_takes_every_chapters_cells(path):
 
 def nbgrader(course, *argv):
     # as in an activated environment: nbgrader calls its own helpers by name
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run([sys.executable, "-m", "nbgrader", *argv], cwd=course, env=env, capture_output=True, text=True)
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "nbgrader", *argv],
+        cwd=course,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def hand_in(course, student, answers):
-    """What a student hands in: the released notebook with these answers put in the place of the stubs."""
+    """What a student hands in: the released notebook with these answers put in the
+    place of the stubs."""
     notebook = read(course / "release" / "04_lora" / "04_lora.ipynb")
     for cell in notebook.cells:
         name = cell.metadata.get("nbgrader", {}).get("grade_id")
@@ -178,19 +259,44 @@ def test_nbgrader_marks_as_it_should(chapter, tmp_path):
     nbgrader(course, "generate_assignment", "04_lora")
     released = read(course / "release" / "04_lora" / "04_lora.ipynb")
     text = "\n".join(cell.source for cell in released.cells)
-    right = {name: SOLUTION.search(cells["solution"].source)[1] for name, cells in exercises(read(chapter)).items()}
+    right = {
+        name: SOLUTION.search(cells["solution"].source)[1]
+        for name, cells in exercises(read(chapter)).items()
+    }
     assert not any(answer in text for answer in right.values()) and "hidden" not in text
-    assert text.count("raise NotImplementedError(\"Exercise") >= 5
+    assert text.count('raise NotImplementedError("Exercise') >= 5
     hand_in(course, "solved", right)
     hand_in(course, "untouched", {})
-    hand_in(course, "nearly", right | {"lora_delta": "def lora_delta(A, B, alpha, r):\n    return alpha * B @ A"})
+    hand_in(
+        course,
+        "nearly",
+        right
+        | {"lora_delta": "def lora_delta(A, B, alpha, r):\n    return alpha * B @ A"},
+    )
     nbgrader(course, "autograde", "04_lora")
     nbgrader(course, "export", "--to", "grades.csv")
     with open(course / "grades.csv", newline="") as file:
-        score = {row["student_id"]: (float(row["score"]), float(row["max_score"])) for row in csv.DictReader(file)}
-    points = {name: cells["check"].metadata["minipeft"]["points"] for name, cells in exercises(read(chapter)).items()}
+        score = {
+            row["student_id"]: (float(row["score"]), float(row["max_score"]))
+            for row in csv.DictReader(file)
+        }
+    points = {
+        name: cells["check"].metadata["minipeft"]["points"]
+        for name, cells in exercises(read(chapter)).items()
+    }
     full = sum(points.values())
-    assert score == {"solved": (full, full), "untouched": (0, full), "nearly": (full - points["lora_delta"], full)}
+    assert score == {
+        "solved": (full, full),
+        "untouched": (0, full),
+        "nearly": (full - points["lora_delta"], full),
+    }
     marked = read(course / "autograded" / "nearly" / "04_lora" / "04_lora.ipynb")
-    said = str([cell.outputs for cell in marked.cells if cell.metadata.get("nbgrader", {}).get("grade_id") == "lora_delta-check"])
-    assert "forget to divide by r" in said  # the student sees the check's message, not a bare assertion
+    said = str(
+        [
+            cell.outputs
+            for cell in marked.cells
+            if cell.metadata.get("nbgrader", {}).get("grade_id") == "lora_delta-check"
+        ]
+    )
+    # the student sees the check's message, not a bare assertion
+    assert "forget to divide by r" in said

@@ -1,4 +1,6 @@
-"""The six tasks: rebuilt byte by byte, disjoint, with fair floors; scorers that nothing harms; known words."""
+"""The six tasks: rebuilt byte by byte, disjoint, with fair floors; scorers that nothing
+harms; known words."""
+
 import hashlib
 import json
 import math
@@ -9,7 +11,17 @@ from itertools import islice
 
 import pytest
 
-from minipeft.lanternwick import HERE, documents, labels, phrases, queries, scoring, tasks, voices, words
+from minipeft.lanternwick import (
+    HERE,
+    documents,
+    labels,
+    phrases,
+    queries,
+    scoring,
+    tasks,
+    voices,
+    words,
+)
 from minipeft.lanternwick.register import register
 from minipeft.lanternwick.tasks import SIZES, TASKS, Example, load_task, make_task
 
@@ -28,11 +40,19 @@ def test_committed_file_is_what_the_seed_gives(name):
 def test_splits_are_disjoint_by_construction(name):
     task = ALL[name]
     splits = {split: getattr(task, split) for split in SIZES}
-    keys = {split: {json.dumps(e.meta["key"]) for e in examples} for split, examples in splits.items()}
-    assert not keys["train"] & keys["valid"] and not keys["train"] & keys["test"] and not keys["valid"] & keys["test"]
+    keys = {
+        split: {json.dumps(e.meta["key"]) for e in examples}
+        for split, examples in splits.items()
+    }
+    assert (
+        not keys["train"] & keys["valid"]
+        and not keys["train"] & keys["test"]
+        and not keys["valid"] & keys["test"]
+    )
     prompts = [e.prompt for examples in splits.values() for e in examples]
     assert len(prompts) == len(set(prompts))
-    if name != "newcomers":             # not luck: the key's hash decides, so no draw could have put it elsewhere
+    # not luck: the key's hash decides, so no draw could have put it elsewhere
+    if name != "newcomers":
         for split, examples in splits.items():
             assert {phrases.split_of(name, *e.meta["key"]) for e in examples} == {split}
 
@@ -42,7 +62,11 @@ def test_sizes_lengths_and_form(name):
     task = ALL[name]
     assert len(task.train) >= 2400 and len(task.valid) == 200 and len(task.test) >= 300
     for e in task.train + task.valid + task.test:
-        assert e.prompt == e.prompt.rstrip() and re.match(r" \S", e.completion) and e.completion.isascii()
+        assert (
+            e.prompt == e.prompt.rstrip()
+            and re.match(r" \S", e.completion)
+            and e.completion.isascii()
+        )
         assert len(re.findall(r"\w+|[^\w\s]+", e.prompt + e.completion)) <= 65
 
 
@@ -61,8 +85,12 @@ def test_gold_scores_full_and_nothing_scores_nothing(name):
 def test_floor_is_what_the_best_constant_answer_scores(name):
     task = ALL[name]
     assert task.floor <= (17 if name == "mood" else 5)
-    common = [said for said, _ in Counter(e.completion for e in task.test).most_common(5)]
-    best = max(task.score([said] * len(task.test), task.test)[task.metric] for said in common)
+    common = [
+        said for said, _ in Counter(e.completion for e in task.test).most_common(5)
+    ]
+    best = max(
+        task.score([said] * len(task.test), task.test)[task.metric] for said in common
+    )
     assert best <= task.floor + 0.01
     if name in ("mood", "extract", "voice", "records"):
         assert best == pytest.approx(task.floor, abs=0.01)
@@ -71,13 +99,21 @@ def test_floor_is_what_the_best_constant_answer_scores(name):
 def test_mood_labels_are_balanced_and_one_cue_is_not_enough():
     for split in SIZES:
         counts = Counter(e.completion.strip() for e in getattr(ALL["mood"], split))
-        assert set(counts) == set(words.MOODS) and max(counts.values()) - min(counts.values()) <= 4
-    # naive Bayes over single words stays far below what the task allows: it cannot tell whose event came last
+        assert (
+            set(counts) == set(words.MOODS)
+            and max(counts.values()) - min(counts.values()) <= 4
+        )
+    # naive Bayes over single words stays far below what the task allows: it cannot tell
+    # whose event came last
     seen = {mood: Counter() for mood in words.MOODS}
     for e in ALL["mood"].train:
         seen[e.completion.strip()].update(set(re.findall(r"\w+", e.prompt)))
-    odds = lambda e, mood: sum(math.log((seen[mood][w] + 1) / 402) for w in set(re.findall(r"\w+", e.prompt)))
-    guesses = [max(words.MOODS, key=lambda mood: odds(e, mood)) for e in ALL["mood"].test]
+    odds = lambda e, mood: sum(
+        math.log((seen[mood][w] + 1) / 402) for w in set(re.findall(r"\w+", e.prompt))
+    )
+    guesses = [
+        max(words.MOODS, key=lambda mood: odds(e, mood)) for e in ALL["mood"].test
+    ]
     assert ALL["mood"].score(guesses, ALL["mood"].test)["accuracy"] < 60
 
 
@@ -85,22 +121,45 @@ def test_sql_gold_answers_are_neither_empty_nor_trivial():
     answers = [scoring.answer(e.completion) for e in ALL["sql"].test]
     dull = [a for a in answers if not a or a[0][0] in (None, 0, 1) or a == [("",)]]
     assert len(dull) < 0.05 * len(answers)
-    assert Counter(repr(sorted(a)) for a in answers).most_common(1)[0][1] < 0.05 * len(answers)
+    assert Counter(repr(sorted(a)) for a in answers).most_common(1)[0][1] < 0.05 * len(
+        answers
+    )
 
 
-HOSTILE = ["DROP TABLE residents", "DELETE FROM residents", "UPDATE residents SET age = 1",
-           "INSERT INTO prices VALUES ('x', 1, 'y')",
-           "CREATE TABLE t (a)", "ATTACH DATABASE 'stolen.db' AS s", "PRAGMA writable_schema = 1",
-           "PRAGMA table_info(residents)",
-           "VACUUM INTO 'copy.db'", "SELECT load_extension('x')", "SELECT name FROM residents; DROP TABLE residents",
-           "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c",
-           "BEGIN; SELECT 1", "",  ";", "-- nothing",
-           "SELECT COUNT(*) FROM residents a, residents b, residents c, residents d, residents e, residents f",
-           "SELECT a.name FROM residents a, residents b, residents c",
-           "SELECT zeroblob(1000000000)", "SELECT randomblob(100000000)",
-           "SELECT " + "(" * 500 + "1" + ")" * 500, "SELECT '" + "x" * 100_000 + "'", "SELECT name FROM nowhere",
-           "SELECT \x00 name", "SELECT CAST(x'ff' AS TEXT)",
-           "SELECT replace(hex(replace(hex(name), '3', name)), '4', name) FROM residents, animals, prices"]
+HOSTILE = [
+    "DROP TABLE residents",
+    "DELETE FROM residents",
+    "UPDATE residents SET age = 1",
+    "INSERT INTO prices VALUES ('x', 1, 'y')",
+    "CREATE TABLE t (a)",
+    "ATTACH DATABASE 'stolen.db' AS s",
+    "PRAGMA writable_schema = 1",
+    "PRAGMA table_info(residents)",
+    "VACUUM INTO 'copy.db'",
+    "SELECT load_extension('x')",
+    "SELECT name FROM residents; DROP TABLE residents",
+    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT x FROM c",
+    "BEGIN; SELECT 1",
+    "",
+    ";",
+    "-- nothing",
+    (
+        "SELECT COUNT(*) FROM residents a, residents b, residents c, residents d,"
+        " residents e, residents f"
+    ),
+    "SELECT a.name FROM residents a, residents b, residents c",
+    "SELECT zeroblob(1000000000)",
+    "SELECT randomblob(100000000)",
+    "SELECT " + "(" * 500 + "1" + ")" * 500,
+    "SELECT '" + "x" * 100_000 + "'",
+    "SELECT name FROM nowhere",
+    "SELECT \x00 name",
+    "SELECT CAST(x'ff' AS TEXT)",
+    (
+        "SELECT replace(hex(replace(hex(name), '3', name)), '4', name) FROM residents,"
+        " animals, prices"
+    ),
+]
 
 
 @pytest.mark.parametrize("sql", HOSTILE)
@@ -117,9 +176,12 @@ def test_hostile_sql_scores_zero_and_harms_nothing(sql, tmp_path, monkeypatch):
 def test_sql_is_judged_by_its_answer():
     same = scoring.same_answer
     gold = "SELECT name FROM residents WHERE trade = 'baker' ;"
-    assert same("select name from residents where 'baker' = trade order by age desc", gold)      # any order will do
+    # any order will do
+    assert same(
+        "select name from residents where 'baker' = trade order by age desc", gold
+    )
     assert not same("SELECT name, age FROM residents WHERE trade = 'baker'", gold)
-    assert not same(gold.replace(";", f"UNION ALL {gold}"), gold)                                # every row twice
+    assert not same(gold.replace(";", f"UNION ALL {gold}"), gold)  # every row twice
     ordered = "SELECT age FROM residents ORDER BY age ;"
     assert same("SELECT age FROM residents ORDER BY 1", ordered)
     assert not same("SELECT age FROM residents ORDER BY age DESC", ordered)
@@ -127,23 +189,44 @@ def test_sql_is_judged_by_its_answer():
 
 def test_other_scorers_on_half_right_answers():
     gold = [Example("", f" {labels.label('Mara', 'grey lantern', 'quay')}", {})]
-    assert scoring.extract(['{ "where": "quay",\n "who": "Mara", "what": "grey lantern" }'], gold)["json"] == 100
-    assert scoring.extract([labels.label("Mara", "grey lantern", "inn")], gold) == {"json": 0, "fields": 66.67}
-    for bad in ("[1]", "null", '"Mara"', "{", "[" * 100_000, labels.label("Mara", "grey lantern", "quay") + " and"):
+    assert (
+        scoring.extract(
+            ['{ "where": "quay",\n "who": "Mara", "what": "grey lantern" }'], gold
+        )["json"]
+        == 100
+    )
+    assert scoring.extract([labels.label("Mara", "grey lantern", "inn")], gold) == {
+        "json": 0,
+        "fields": 66.67,
+    }
+    for bad in (
+        "[1]",
+        "null",
+        '"Mara"',
+        "{",
+        "[" * 100_000,
+        labels.label("Mara", "grey lantern", "quay") + " and",
+    ):
         assert scoring.extract([bad], gold) == {"json": 0, "fields": 0}
     gold = [Example("", " a baker.", {"value": "baker"})]
     assert scoring.newcomers(["baker"], gold) == {"recall": 100, "exact": 0}
     assert scoring.newcomers(["a bakery."], gold)["recall"] == 0
-    assert scoring.newcomers([" ".join(words.TRADES[::-1])], gold)["recall"] == 0      # guessing all is no answer
-    gold = [Example("", " Arr, me vessel be wet.", {"slots": ["me", "vessel", "be", "wet"]})]
+    # guessing all is no answer
+    assert scoring.newcomers([" ".join(words.TRADES[::-1])], gold)["recall"] == 0
+    gold = [
+        Example("", " Arr, me vessel be wet.", {"slots": ["me", "vessel", "be", "wet"]})
+    ]
     half = scoring.text(["Arr, my vessel is wet."], gold)
     assert half["exact"] == 0 and half["coverage"] == 50 and 0 < half["bleu"] < 100
     assert scoring.mood([" Glad. "], [Example("", " glad", {})]) == {"accuracy": 100}
-    assert scoring.bleu(["a b c d e"], [["x y", "a b c d e"]]) == 100           # several references, as E2E has
+    # several references, as E2E has
+    assert scoring.bleu(["a b c d e"], [["x y", "a b c d e"]]) == 100
 
 
 def test_the_captain_the_clerk_and_the_parrot():
-    assert voices.captain("The boat is on the quay.") == "Arr, th' vessel be on th' quay."
+    assert (
+        voices.captain("The boat is on the quay.") == "Arr, th' vessel be on th' quay."
+    )
     assert voices.captain("Mara, are you my friend?") == "Ahoy, Mara, be ye me matey?"
     assert voices.clerk("Your red hat is on the floor!") == "Noted: red hat on floor."
     assert voices.parrot("My boat!") == "Awk! My boat!"
@@ -151,7 +234,11 @@ def test_the_captain_the_clerk_and_the_parrot():
     for _ in range(500):
         sentence = voices.sentence(rng)[0]
         assert len(sentence.split()) <= 10 and voices.captain(sentence) != sentence
-    used = Counter(word for e in ALL["voice"].train for word in re.findall(r"[\w']+", e.prompt.split(":")[1].lower()))
+    used = Counter(
+        word
+        for e in ALL["voice"].train
+        for word in re.findall(r"[\w']+", e.prompt.split(":")[1].lower())
+    )
     assert all(used[word] >= 20 for word in voices.LEXICON)
 
 
@@ -171,13 +258,32 @@ def test_every_word_that_a_task_must_say_is_in_the_pretraining_text():
     pieces = lambda text: re.findall(r"\w+|[^\w\s]+", text)
     rng = random.Random(4)
     texts = [doc.text for doc in islice(documents.stream(4), 5000)]
-    texts += [make(rng) for make in (voices.document, queries.document, labels.document) for _ in range(2000)]
+    texts += [
+        make(rng)
+        for make in (voices.document, queries.document, labels.document)
+        for _ in range(2000)
+    ]
     told = Counter(piece for text in texts for piece in pieces(text))
-    lists = (words.GENDER, words.SURNAMES, words.THINGS, words.PLACES, words.PET_NAMES, *words.ADJECTIVES.values())
+    lists = (
+        words.GENDER,
+        words.SURNAMES,
+        words.THINGS,
+        words.PLACES,
+        words.PET_NAMES,
+        *words.ADJECTIVES.values(),
+    )
     listed = {word for group in lists for entry in group for word in entry.split()}
     for name, task in ALL.items():
-        said = Counter(piece for e in task.train + task.valid + task.test for piece in pieces(e.completion))
-        missing = {piece for piece in said if not told[piece] and piece not in listed and not piece.isdigit()}
+        said = Counter(
+            piece
+            for e in task.train + task.valid + task.test
+            for piece in pieces(e.completion)
+        )
+        missing = {
+            piece
+            for piece in said
+            if not told[piece] and piece not in listed and not piece.isdigit()
+        }
         assert not missing, (name, missing)
 
 

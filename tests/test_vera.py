@@ -1,14 +1,22 @@
 """VeRA: one pair of matrices for all layers, owned once, saved or drawn again."""
+
 import json
 
 import peft
 import pytest
 import torch
+from bases import BASES, METHODS, adapted, close, differ, run, shake
 from safetensors.torch import load_file
 
 import minipeft
-from bases import BASES, METHODS, adapted, close, differ, run, shake
-from minipeft import AdapterFileError, ConfigError, PeftModel, TargetError, VeraConfig, get_peft_model
+from minipeft import (
+    AdapterFileError,
+    ConfigError,
+    PeftModel,
+    TargetError,
+    VeraConfig,
+    get_peft_model,
+)
 from minipeft.methods.vera import Projection, Vera
 from minipeft.slot import Base, Slot, Switch
 
@@ -22,10 +30,17 @@ def test_both_ways_of_saving(saved, tmp_path):
     model.save_pretrained(tmp_path / "ours")
     tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     assert ("base_model.vera_A" in tensors) == ("base_model.vera_B" in tensors) == saved
-    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["projection_prng_key"] == 7
-    assert torch.equal(run(PeftModel.from_pretrained(HF.make(), tmp_path / "ours")), run(model))
+    assert (
+        json.loads((tmp_path / "ours" / "adapter_config.json").read_text())[
+            "projection_prng_key"
+        ]
+        == 7
+    )
+    assert torch.equal(
+        run(PeftModel.from_pretrained(HF.make(), tmp_path / "ours")), run(model)
+    )
     oracle = peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "ours"))
-    close(run(oracle), run(model))                                      # the same seed draws the same numbers there
+    close(run(oracle), run(model))  # the same seed draws the same numbers there
     oracle.save_pretrained(str(tmp_path / "theirs"))
     close(run(PeftModel.from_pretrained(HF.make(), tmp_path / "theirs")), run(model))
 
@@ -33,17 +48,27 @@ def test_both_ways_of_saving(saved, tmp_path):
 def test_the_same_seed_draws_what_peft_draws(tmp_path):
     for key in (0, 3):
         for package, config in ((minipeft, VeraConfig), (peft, peft.VeraConfig)):
-            model = package.get_peft_model(HF.make(), config(r=6, target_modules=["q_proj", "down_proj"],
-                                                             projection_prng_key=key))
+            model = package.get_peft_model(
+                HF.make(),
+                config(
+                    r=6, target_modules=["q_proj", "down_proj"], projection_prng_key=key
+                ),
+            )
             model.save_pretrained(str(tmp_path / package.__name__))
-        own, other = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("minipeft", "peft"))
+        own, other = (
+            load_file(tmp_path / who / "adapter_model.safetensors")
+            for who in ("minipeft", "peft")
+        )
         assert own.keys() == other.keys()
         assert all(torch.equal(own[name], other[name]) for name in own)
-    assert own["base_model.vera_A"].shape == (6, 24) and own["base_model.vera_B"].shape == (16, 6)
+    assert own["base_model.vera_A"].shape == (6, 24) and own[
+        "base_model.vera_B"
+    ].shape == (16, 6)
 
 
 def test_a_file_without_its_projection_is_not_read_as_another(tmp_path):
     from safetensors.torch import save_file
+
     model = adapted(METHOD, LLAMA)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -55,15 +80,23 @@ def test_a_file_without_its_projection_is_not_read_as_another(tmp_path):
 
 def test_the_pair_is_owned_once_and_trained_by_nobody():
     model = adapted(METHOD, LLAMA)
-    assert [name for name, m in model.named_modules() if isinstance(m, Projection)] == ["shared.default"]
+    assert [name for name, m in model.named_modules() if isinstance(m, Projection)] == [
+        "shared.default"
+    ]
     assert sum(isinstance(m, Vera) for m in model.modules()) == 6
-    assert not any("vera_A" in name or "vera_B" in name for name, _ in model.named_parameters())
+    assert not any(
+        "vera_A" in name or "vera_B" in name for name, _ in model.named_parameters()
+    )
     before = {name: buffer.clone() for name, buffer in model.shared.named_buffers()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1
+    )
     loss = model(input_ids=torch.arange(6)[None]).logits.square().mean()
     loss.backward()
     optimizer.step()
-    assert before.keys() and all(torch.equal(b, before[name]) for name, b in model.shared.named_buffers())
+    assert before.keys() and all(
+        torch.equal(b, before[name]) for name, b in model.shared.named_buffers()
+    )
 
 
 def test_adapters_with_seeds_of_their_own():
@@ -73,7 +106,14 @@ def test_adapters_with_seeds_of_their_own():
     model.add_adapter("b", METHOD.ours(LLAMA, projection_prng_key=5, r=12))
     shake(model, "b")
     model.set_adapter("b")
-    alone = run(shake(get_peft_model(LLAMA.make(), METHOD.ours(LLAMA, projection_prng_key=5, r=12), "b"), "b"))
+    alone = run(
+        shake(
+            get_peft_model(
+                LLAMA.make(), METHOD.ours(LLAMA, projection_prng_key=5, r=12), "b"
+            ),
+            "b",
+        )
+    )
     close(run(model), alone)
     differ(with_a, alone)
     model.delete_adapter("b")
@@ -87,9 +127,15 @@ def test_the_bounds_of_the_draw():
         close(tensor.var(), torch.tensor(2 / columns), 1e-3)
 
 
-@pytest.mark.parametrize("fields, message", [
-    (dict(r=0), "r = 0"), (dict(r="8"), "r = '8'"), (dict(vera_dropout=1.0), "vera_dropout = 1.0"),
-    (dict(bias="all"), "bias='all' is not supported")])
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(r=0), "r = 0"),
+        (dict(r="8"), "r = '8'"),
+        (dict(vera_dropout=1.0), "vera_dropout = 1.0"),
+        (dict(bias="all"), "bias='all' is not supported"),
+    ],
+)
 def test_configurations_that_mean_nothing(fields, message):
     with pytest.raises(ConfigError, match=message):
         VeraConfig(**fields)
@@ -102,9 +148,16 @@ def test_with_w_in_one_product_or_apart(rows, r, bias):
     torch.manual_seed(0)
     slot = Slot(torch.nn.Linear(24, 32, bias).double().requires_grad_(False), Switch())
     slot.shared["default"] = Projection(30, 40, VeraConfig(r=r)).double()
-    adapter, base = Vera(24, 32, VeraConfig(r=r, init_weights=False)).double(), Base(slot, "default")
+    adapter, base = (
+        Vera(24, 32, VeraConfig(r=r, init_weights=False)).double(),
+        Base(slot, "default"),
+    )
     x, outputs, gradients = torch.randn(rows, 1, 24).double().requires_grad_(), [], []
-    b, d, A, B = *adapter.parameters(), slot.shared["default"].vera_A[:, :24], slot.shared["default"].vera_B[:32]
+    b, d, A, B = (
+        *adapter.parameters(),
+        slot.shared["default"].vera_A[:, :24],
+        slot.shared["default"].vera_B[:32],
+    )
     for y in (adapter(base, x), slot.base_layer(x) + b * ((x @ A.T * d) @ B.T)):
         outputs.append(y.detach())
         gradients.append(torch.autograd.grad(y.square().sum(), [x, b, d]))
@@ -124,5 +177,9 @@ def test_random_start_and_dropout_as_in_peft(tmp_path):
         torch.manual_seed(5)
         outputs.append(run(each.train()))
     close(*outputs)
-    b = next(m for m in get_peft_model(HF.make(), VeraConfig(init_weights=False)).modules() if isinstance(m, Vera))
+    b = next(
+        m
+        for m in get_peft_model(HF.make(), VeraConfig(init_weights=False)).modules()
+        if isinstance(m, Vera)
+    )
     assert (b.vera_lambda_b == 1).all() and b.vera_lambda_d.std() > 0.5

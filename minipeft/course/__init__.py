@@ -1,8 +1,12 @@
-"""What the notebooks use: live source, figures, claims, checks of a learner's code. Nothing below imports this."""
+"""What the notebooks use: live source, figures, claims, checks of a learner's code.
+Nothing below imports this."""
+
 import warnings
 
-# Progress bars are plain text, other libraries' too: a widget, which they take to be better, shows nothing in a saved file.
-with warnings.catch_warnings(action="ignore"):  # "IProgress not found": no need to say so in every chapter
+# Progress bars are plain text, other libraries' too: a widget, which they take to be
+# better, shows nothing in a saved file. "IProgress not found": no need to say so in
+# every chapter
+with warnings.catch_warnings(action="ignore"):
     import tqdm.auto
 tqdm.auto.tqdm = tqdm.tqdm
 

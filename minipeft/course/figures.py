@@ -1,27 +1,56 @@
-"""One style for all figures: titles that say what one sees, axes with units, colours that everybody can tell apart."""
+"""One style for all figures: titles that say what one sees, axes with units, colours
+that everybody can tell apart."""
+
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import StrMethodFormatter
 
-# Okabe and Ito's palette (2008), made to be told apart with any kind of colour vision; yellow last, as it is pale.
+# Okabe and Ito's palette (2008), made to be told apart with any kind of colour vision;
+# yellow last, as it is pale.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#F0E442",
+    "#7F7F7F",
+)
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY)
 MARKERS = "osD^vP*X"  # so that a figure can be read in black and white too
 
 STYLE = {
-    "figure.figsize": (6.4, 3.6), "figure.dpi": 96, "savefig.dpi": 96, "figure.constrained_layout.use": True,
-    "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#E5E5E5", "grid.linewidth": 0.8, "axes.axisbelow": True,
-    "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 10,
-    "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False,
-    "lines.linewidth": 1.8, "lines.markersize": 5, "font.size": 10,
+    "figure.figsize": (6.4, 3.6),
+    "figure.dpi": 96,
+    "savefig.dpi": 96,
+    "figure.constrained_layout.use": True,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "font.size": 10,
 }
 
 
-def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=False, logy=False):
+def axes(
+    title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=False, logy=False
+):
     """One pair of axes in the course's style; logx=2: powers of two."""
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=size)
@@ -29,18 +58,24 @@ def axes(title: str, xlabel: str = "", ylabel: str = "", *, size=None, logx=Fals
     if logx:
         ax.set_xscale("log", base=2 if logx == 2 else 10)
     if logx == 2:
-        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 1, 2, 4 rather than powers
+        # 1, 2, 4 rather than powers
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     if logy:
         ax.set_yscale("log")
     return ax
 
 
 def done(ax=None, legend=True, outside=False, save=None, **limits) -> None:
-    """Add the legend, show the figure (or save it to a file), forget it. limits: xlim=, ylim=, xticks=, ..."""
+    """Add the legend, show the figure (or save it to a file), forget it. limits: xlim=,
+    ylim=, xticks=, ..."""
     ax = ax or plt.gca()
     ax.set(**limits)  # only now: ylim=(0, None) means up to whatever was drawn
     if legend and ax.get_legend_handles_labels()[1]:
-        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if outside else {"loc": "best"}
+        place = (
+            {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+            if outside
+            else {"loc": "best"}
+        )
         ax.legend(**place, fontsize=9, frameon=False)
     if save:
         ax.figure.savefig(save, dpi=144, metadata={"Software": None})
@@ -49,29 +84,69 @@ def done(ax=None, legend=True, outside=False, save=None, **limits) -> None:
     plt.close("all")
 
 
-def curves(runs: dict, title: str, xlabel: str, ylabel: str, *, levels=None, marks=False, smooth=1, outside=False,
-           save=None, size=None, logx=False, logy=False, **limits) -> None:
-    """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; levels: {label: y}, dashed lines to compare with;
-    smooth: a running mean over so many points, the points themselves faint behind it."""
+def curves(
+    runs: dict,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    *,
+    levels=None,
+    marks=False,
+    smooth=1,
+    outside=False,
+    save=None,
+    size=None,
+    logx=False,
+    logy=False,
+    **limits,
+) -> None:
+    """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; levels: {label:
+    y}, dashed lines to compare with; smooth: a running mean over so many points, the
+    points themselves faint behind it."""
     ax = axes(title, xlabel, ylabel, size=size, logx=logx, logy=logy)
     for number, (label, run) in enumerate(runs.items()):
         x, y = run if isinstance(run, tuple) else (range(1, len(run) + 1), run)
         x, y = np.asarray(list(x), float), np.asarray(list(y), float)
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)] if marks else None
+        colour, marker = (
+            COLOURS[number % len(COLOURS)],
+            (MARKERS[number % len(MARKERS)] if marks else None),
+        )
         if smooth > 1 and len(y) > smooth:
             ax.plot(x, y, color=colour, alpha=0.25, linewidth=1)
-            y, x = np.convolve(y, np.ones(smooth) / smooth, "valid"), x[smooth - 1:]
-        ax.plot(x, y, label=label, color=colour, marker=marker, linewidth=1.8, markersize=5)
+            y, x = np.convolve(y, np.ones(smooth) / smooth, "valid"), x[smooth - 1 :]
+        ax.plot(
+            x, y, label=label, color=colour, marker=marker, linewidth=1.8, markersize=5
+        )
     for number, (label, level) in enumerate((levels or {}).items()):
-        ax.axhline(level, label=label, color="black", linestyle=("--", ":", "-.")[number % 3], linewidth=1.2)
+        ax.axhline(
+            level,
+            label=label,
+            color="black",
+            linestyle=("--", ":", "-.")[number % 3],
+            linewidth=1.2,
+        )
     done(ax, outside=outside, save=save, **limits)
 
 
-def bars(values: dict, title: str, ylabel: str, *, colours=None, form="{:.0f}", rotate=0, size=None, **limits) -> None:
+def bars(
+    values: dict,
+    title: str,
+    ylabel: str,
+    *,
+    colours=None,
+    form="{:.0f}",
+    rotate=0,
+    size=None,
+    **limits,
+) -> None:
     """Bars with their values written on them."""
     ax = axes(title, "", ylabel, size=size)
-    drawn = ax.bar(list(values), list(values.values()), color=colours or BLUE, width=0.65)
-    ax.bar_label(drawn, [form.format(value) for value in values.values()], padding=2, fontsize=9)
+    drawn = ax.bar(
+        list(values), list(values.values()), color=colours or BLUE, width=0.65
+    )
+    ax.bar_label(
+        drawn, [form.format(value) for value in values.values()], padding=2, fontsize=9
+    )
     ax.grid(axis="x", visible=False)
     ax.margins(y=0.12)
     if rotate:
@@ -80,7 +155,8 @@ def bars(values: dict, title: str, ylabel: str, *, colours=None, form="{:.0f}", 
 
 
 def matrices(parts: list, title: str, note: str = "") -> None:
-    """A row of matrices drawn to scale. parts: strings ("=", "+ α/r ·") and (name, rows, columns, colour, caption)."""
+    """A row of matrices drawn to scale. parts: strings ("=", "+ α/r ·") and (name,
+    rows, columns, colour, caption)."""
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(8, 2.9))
     at, tallest = 0.0, max(part[1] for part in parts if not isinstance(part, str))
@@ -91,41 +167,106 @@ def matrices(parts: list, title: str, note: str = "") -> None:
             at += gap + 0.062 * tallest * len(part)
             continue
         name, rows, columns, colour, caption = part
-        ax.add_patch(Rectangle((at, -rows / 2), columns, rows, facecolor=colour, alpha=0.85, edgecolor="black"))
-        ax.text(at + columns / 2, 0, name, ha="center", va="center", fontsize=13,
-                color="white" if min(rows, columns) > 0.15 * tallest else "black", weight="bold")
-        ax.text(at + columns / 2, -rows / 2 - 0.07 * tallest, caption, ha="center", va="top", fontsize=9)
+        ax.add_patch(
+            Rectangle(
+                (at, -rows / 2),
+                columns,
+                rows,
+                facecolor=colour,
+                alpha=0.85,
+                edgecolor="black",
+            )
+        )
+        ax.text(
+            at + columns / 2,
+            0,
+            name,
+            ha="center",
+            va="center",
+            fontsize=13,
+            color="white" if min(rows, columns) > 0.15 * tallest else "black",
+            weight="bold",
+        )
+        ax.text(
+            at + columns / 2,
+            -rows / 2 - 0.07 * tallest,
+            caption,
+            ha="center",
+            va="top",
+            fontsize=9,
+        )
         at += columns + gap
     ax.set(xlim=(-gap, at), ylim=(-0.78 * tallest, 0.58 * tallest), aspect="equal")
     with plt.rc_context(STYLE):
         ax.set_title(title)
     ax.axis("off")
     if note:
-        ax.text(at / 2, -0.76 * tallest, note, ha="center", va="bottom", fontsize=9, color="#444444")
+        ax.text(
+            at / 2,
+            -0.76 * tallest,
+            note,
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color="#444444",
+        )
     done(ax, legend=False)
 
 
 def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
-    """A drawing of boxes and arrows. places: {label: (x, y, width, colour)}, x and y the middle of a box, a colour of
-    None for words without a box; arrows: [(label, label)] or [(label, label, colour)], from box to box."""
+    """A drawing of boxes and arrows. places: {label: (x, y, width, colour)}, x and y
+    the middle of a box, a colour of None for words without a box; arrows: [(label,
+    label)] or [(label, label, colour)], from box to box."""
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=size)
         ax.set_title(title)
     tall = 0.62
     for label, (x, y, width, colour) in places.items():
         if colour:
-            ax.add_patch(Rectangle((x - width / 2, y - tall / 2), width, tall, facecolor=colour, alpha=0.85,
-                                   edgecolor="black", zorder=2))
-        ax.text(x, y, label.strip(), ha="center", va="center", fontsize=9, zorder=3,
-                color="white" if colour in (BLUE, GREEN, GREY, RED) else "black")
+            ax.add_patch(
+                Rectangle(
+                    (x - width / 2, y - tall / 2),
+                    width,
+                    tall,
+                    facecolor=colour,
+                    alpha=0.85,
+                    edgecolor="black",
+                    zorder=2,
+                )
+            )
+        ax.text(
+            x,
+            y,
+            label.strip(),
+            ha="center",
+            va="center",
+            fontsize=9,
+            zorder=3,
+            color="white" if colour in (BLUE, GREEN, GREY, RED) else "black",
+        )
     for start, end, *colour in arrows:
         (x0, y0, w0, _), (x1, y1, w1, _) = places[start], places[end]
         if y0 == y1:
-            x0, x1 = (x0 + w0 / 2, x1 - w1 / 2) if x0 < x1 else (x0 - w0 / 2, x1 + w1 / 2)
+            x0, x1 = (
+                (x0 + w0 / 2, x1 - w1 / 2) if x0 < x1 else (x0 - w0 / 2, x1 + w1 / 2)
+            )
         else:
-            y0, y1 = (y0 + tall / 2, y1 - tall / 2) if y0 < y1 else (y0 - tall / 2, y1 + tall / 2)
-        ax.annotate("", (x1, y1), (x0, y0), zorder=1,
-                    arrowprops={"arrowstyle": "-|>", "color": (colour or ["black"])[0], "linewidth": 1.3})
+            y0, y1 = (
+                (y0 + tall / 2, y1 - tall / 2)
+                if y0 < y1
+                else (y0 - tall / 2, y1 + tall / 2)
+            )
+        ax.annotate(
+            "",
+            (x1, y1),
+            (x0, y0),
+            zorder=1,
+            arrowprops={
+                "arrowstyle": "-|>",
+                "color": (colour or ["black"])[0],
+                "linewidth": 1.3,
+            },
+        )
     ax.autoscale_view()
     ax.margins(0.04, 0.12)
     ax.set_aspect("equal")
@@ -133,27 +274,56 @@ def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
     done(ax, legend=False)
 
 
-def heat(values, rows: list, columns: list, title: str, xlabel: str, ylabel: str, form="{:.0f}", top=None) -> None:
-    """A grid of numbers, coloured and written out; top: from here on all are coloured alike."""
+def heat(
+    values,
+    rows: list,
+    columns: list,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    form="{:.0f}",
+    top=None,
+) -> None:
+    """A grid of numbers, coloured and written out; top: from here on all are coloured
+    alike."""
     values = np.asarray(values, float)
-    ax = axes(title, xlabel, ylabel, size=(1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(rows)))
+    ax = axes(
+        title, xlabel, ylabel, size=(1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(rows))
+    )
     ax.imshow(values, cmap="viridis", aspect="auto", vmax=top)
-    ax.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+    ax.set(
+        xticks=range(len(columns)),
+        xticklabels=columns,
+        yticks=range(len(rows)),
+        yticklabels=rows,
+    )
     middle = (np.nanmin(values) + (top or np.nanmax(values))) / 2
     for (i, j), value in np.ndenumerate(values):
-        ax.text(j, i, form.format(value), ha="center", va="center", color="white" if value < middle else "black")
+        ax.text(
+            j,
+            i,
+            form.format(value),
+            ha="center",
+            va="center",
+            color="white" if value < middle else "black",
+        )
     ax.grid(visible=False)
     done(ax)
 
 
 def about(number: float, form: str = "{:.2f}") -> str:
-    """A number that training has made: its last digits depend on the processor. `≈` tells readers and tests so."""
+    """A number that training has made: its last digits depend on the processor. `≈`
+    tells readers and tests so."""
     return "≈ " + form.format(number)
 
 
 def table(rows: list, header: list) -> Markdown:
     """A table; numbers are set right, texts left."""
-    text = [[cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows]
-    right = [all(not isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    text = [
+        [cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows
+    ]
+    right = [
+        all(not isinstance(row[i], str) for row in rows) for i in range(len(header))
+    ]
     lines = [header, ["---:" if is_number else "---" for is_number in right], *text]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))

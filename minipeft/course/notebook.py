@@ -1,7 +1,8 @@
 """Run chapters and save what they print, in the form that the tests expect.
 
-    python -m minipeft.course.notebook chapters/04_lora.ipynb
+python -m minipeft.course.notebook chapters/04_lora.ipynb
 """
+
 import os
 import sys
 import time
@@ -14,23 +15,34 @@ KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def clean(notebook) -> None:
-    """Drop what differs between runs or machines: timings, progress bars, the kernel's version."""
+    """Drop what differs between runs or machines: timings, progress bars, the kernel's
+    version."""
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [
+                output for output in cell.outputs if output.get("name") != "stderr"
+            ]
             for output in cell.outputs:
                 output.get("metadata", {}).clear()
 
 
 def run(path) -> float:
-    """Execute a notebook from top to bottom in its own folder and save it; returns seconds."""
-    os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")  # as under the tests
+    """Execute a notebook from top to bottom in its own folder and save it; returns
+    seconds."""
+    # as under the tests
+    os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")
     path, start = Path(path), time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False, coalesce_streams=True,
-                   resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        notebook,
+        kernel_name="python3",
+        timeout=900,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
     clean(notebook)
     nbformat.validate(notebook)
     beside = path.with_suffix(".partial")

@@ -1,7 +1,10 @@
-"""What the dataset's card records: hashes, shares and diversity of the world, measured anew.
+"""What the dataset's card records: hashes, shares and diversity of the world, measured
+anew.
 
-`python -m minipeft.lanternwick.card` writes the measured part of data/lanternwick/README.md; tests hold it.
+`python -m minipeft.lanternwick.card` writes the measured part of
+data/lanternwick/README.md; tests hold it.
 """
+
 import hashlib
 import itertools
 import json
@@ -14,9 +17,23 @@ from .documents import sections, stream
 
 MARK = "<!-- measured: python -m minipeft.lanternwick.card -->"
 NAMES = set(words.WOMEN + words.MEN + words.SURNAMES + words.PET_NAMES)
-VALUES = sorted({*words.STREETS, *words.PLACES, *words.THINGS, *words.TRADES, "pupil", *words.PETS, *words.FOODS,
-                 *words.DAYS, *words.COLOURS, *register.EVENTS, *register.WARES, *sum(words.ADJECTIVES.values(), ())},
-                key=lambda value: (-len(value), value))
+VALUES = sorted(
+    {
+        *words.STREETS,
+        *words.PLACES,
+        *words.THINGS,
+        *words.TRADES,
+        "pupil",
+        *words.PETS,
+        *words.FOODS,
+        *words.DAYS,
+        *words.COLOURS,
+        *register.EVENTS,
+        *register.WARES,
+        *sum(words.ADJECTIVES.values(), ()),
+    },
+    key=lambda value: (-len(value), value),
+)
 VALUE = re.compile(rf"\b(?:(?:an?|the) )?(?:{'|'.join(VALUES)})\b", re.I)
 
 
@@ -25,8 +42,13 @@ def sha(text):
 
 
 def frames(text):
-    """Sentences with names, things, places, trades and numbers taken out; a question and its answer are one."""
-    text = re.sub(r"\b[A-Z]\w+", lambda word: "N" if word[0] in NAMES else word[0], text.replace("\n", ". "))
+    """Sentences with names, things, places, trades and numbers taken out; a question
+    and its answer are one."""
+    text = re.sub(
+        r"\b[A-Z]\w+",
+        lambda word: "N" if word[0] in NAMES else word[0],
+        text.replace("\n", ". "),
+    )
     text = re.sub(r"\d+", "0", VALUE.sub("V", text))
     text = re.sub(r"\b([NV])(?: \1)+\b", r"\1", text)
     return [frame.strip() for frame in re.findall(r"[^.!]+[.!]+[\"']*", text)]
@@ -34,15 +56,22 @@ def frames(text):
 
 def dump(connection):
     """Every table of the register with its rows, as one text."""
-    tables = connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
-    return "\n".join(json.dumps([sql, connection.execute(f"SELECT * FROM {name}").fetchall()]) for name, sql in tables)
+    tables = connection.execute(
+        "SELECT name, sql FROM sqlite_master ORDER BY name"
+    ).fetchall()
+    return "\n".join(
+        json.dumps([sql, connection.execute(f"SELECT * FROM {name}").fetchall()])
+        for name, sql in tables
+    )
 
 
 def hashes():
     first = "\n\n".join(document.text for document in itertools.islice(stream(), 500))
-    return {"register.json": sha((HERE / "register.json").read_text(encoding="utf-8")),
-            "register.sqlite, its tables": sha(dump(register.register().sqlite())),
-            "the first 500 documents": sha(first)}
+    return {
+        "register.json": sha((HERE / "register.json").read_text(encoding="utf-8")),
+        "register.sqlite, its tables": sha(dump(register.register().sqlite())),
+        "the first 500 documents": sha(first),
+    }
 
 
 def diversity(count):
@@ -54,11 +83,22 @@ def diversity(count):
     size = Counter()
     for document in documents:
         size[document.kind] += len(document.text.split())
-    return {"story skeletons": len(sections("stories")), "documents counted": count, "words": sum(size.values()),
-            "word types (names left out)": len({w.lower() for w in set().union(*tokens) - NAMES if w.isalpha()}),
-            "distinct trigrams / trigrams": round(len(set(trigrams)) / len(trigrams), 3),
-            "commonest sentence frame, % of sentences": round(100 * max(every.values()) / sum(every.values()), 2),
-            "shares of words, %": {kind: round(100 * n / sum(size.values()), 1) for kind, n in size.most_common()}}
+    return {
+        "story skeletons": len(sections("stories")),
+        "documents counted": count,
+        "words": sum(size.values()),
+        "word types (names left out)": len(
+            {w.lower() for w in set().union(*tokens) - NAMES if w.isalpha()}
+        ),
+        "distinct trigrams / trigrams": round(len(set(trigrams)) / len(trigrams), 3),
+        "commonest sentence frame, % of sentences": round(
+            100 * max(every.values()) / sum(every.values()), 2
+        ),
+        "shares of words, %": {
+            kind: round(100 * n / sum(size.values()), 1)
+            for kind, n in size.most_common()
+        },
+    }
 
 
 def recorded():
@@ -69,7 +109,9 @@ def recorded():
 
 def main():
     text = (HERE / "README.md").read_text(encoding="utf-8").split(MARK)[0]
-    measured = json.dumps({"sha256": hashes(), "diversity": diversity(20_000)}, indent=1)
+    measured = json.dumps(
+        {"sha256": hashes(), "diversity": diversity(20_000)}, indent=1
+    )
     part = HERE / "README.md.part"
     part.write_text(f"{text}{MARK}\n```json\n{measured}\n```\n", encoding="utf-8")
     os.replace(part, HERE / "README.md")

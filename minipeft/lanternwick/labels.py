@@ -1,4 +1,6 @@
-"""Parcel slips and market labels: the carriers' JSON, with the keys and marks that the task `extract` asks for."""
+"""Parcel slips and market labels: the carriers' JSON, with the keys and marks that the
+task `extract` asks for."""
+
 import json
 
 from . import phrases, words
@@ -11,27 +13,71 @@ def label(who, what, where):
 
 def draw(rng):
     """The values of one label, drawn: {key: value}."""
-    return {"who": phrases.names(rng, 1)[0], "what": phrases.thing(rng), "where": rng.choice(tuple(words.PLACES))}
+    return {
+        "who": phrases.names(rng, 1)[0],
+        "what": phrases.thing(rng),
+        "where": rng.choice(tuple(words.PLACES)),
+    }
 
 
 def document(rng):
-    """A list of labels, or one read and copied, at times with one value changed. Never a sentence beside its JSON."""
+    """A list of labels, or one read and copied, at times with one value changed. Never
+    a sentence beside its JSON."""
     drawn = [draw(rng) for _ in range(rng.randint(1, 3))]
     slips = [label(**values) for values in drawn]
     kind = rng.choice(("list", "copy", "change", "pile"))
     if kind == "list":
-        start = rng.choice(("Labels of the day:", "On the parcels stood:", "Slips in the box:", "Market labels:"))
+        start = rng.choice(
+            (
+                "Labels of the day:",
+                "On the parcels stood:",
+                "Slips in the box:",
+                "Market labels:",
+            )
+        )
         return "\n".join([start, *slips, label(**draw(rng))])
     if kind == "pile":
-        end = rng.choice(("Then the box was full.", "That was the last slip.", "The carrier tied them up."))
-        return "\n".join([f"Slip {number}: {slip}" for number, slip in enumerate(slips, rng.randint(1, 60))] + [end])
-    start = rng.choice(("The label said", "On the parcel stood", "The slip read", "The carrier found this label"))
+        end = rng.choice(
+            (
+                "Then the box was full.",
+                "That was the last slip.",
+                "The carrier tied them up.",
+            )
+        )
+        return "\n".join(
+            [
+                f"Slip {number}: {slip}"
+                for number, slip in enumerate(slips, rng.randint(1, 60))
+            ]
+            + [end]
+        )
+    start = rng.choice(
+        (
+            "The label said",
+            "On the parcel stood",
+            "The slip read",
+            "The carrier found this label",
+        )
+    )
     if kind == "copy":
-        again = rng.choice(("The clerk copied it:", "The carrier read it again:", "And once more for the book:",
-                            "The second slip was the same:"))
+        again = rng.choice(
+            (
+                "The clerk copied it:",
+                "The carrier read it again:",
+                "And once more for the book:",
+                "The second slip was the same:",
+            )
+        )
         return f"{start} {slips[0]}\n{again} {slips[0]}"
     key, fresh = rng.choice(tuple(drawn[0])), draw(rng)
-    reason = rng.choice(("It was wrong. The new label said", "Somebody changed it. Now it read",
-                         "Rain had spoilt it. The next one said"))
+    reason = rng.choice(
+        (
+            "It was wrong. The new label said",
+            "Somebody changed it. Now it read",
+            "Rain had spoilt it. The next one said",
+        )
+    )
     changed = label(**drawn[0] | {key: fresh[key]})
-    return f"{start} {slips[0]}\n{reason} {changed}\nOnly the {key} was new: {fresh[key]}."
+    return (
+        f"{start} {slips[0]}\n{reason} {changed}\nOnly the {key} was new: {fresh[key]}."
+    )

@@ -1,4 +1,6 @@
-"""Small helpers of the task texts: phrase files, wordings, names and things, and the split of a combination."""
+"""Small helpers of the task texts: phrase files, wordings, names and things, and the
+split of a combination."""
+
 import functools
 import hashlib
 import re
@@ -8,9 +10,12 @@ from . import HERE, words
 
 @functools.cache
 def read(name):
-    """phrases/<name>.txt as {section: lines}; a file without sections has the one section ""."""
+    """phrases/<name>.txt as {section: lines}; a file without sections has the one
+    section ""."""
     sections, section = {}, ""
-    for line in (HERE / "phrases" / f"{name}.txt").read_text(encoding="utf-8").splitlines():
+    for line in (
+        (HERE / "phrases" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    ):
         if line.startswith("==="):
             section = line[3:].strip()
         elif line.strip() and not line.startswith("#"):
@@ -29,17 +34,20 @@ def names(rng, count):
 
 
 def thing(rng, noun=None):
-    """"grey lantern", with an adjective that suits the noun."""
+    """ "grey lantern", with an adjective that suits the noun."""
     noun = noun or rng.choice(tuple(words.THINGS))
     return f"{rng.choice(words.ADJECTIVES[noun])} {noun}"
 
 
 def place(rng):
-    """"on the quay"."""
+    """ "on the quay"."""
     return words.in_place(rng.choice(tuple(words.PLACES)))
 
 
 def split_of(*key):
-    """The split that a combination of values belongs to, now and for ever: 70 % train, 10 % valid, 20 % test."""
-    number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big") % 100
+    """The split that a combination of values belongs to, now and for ever: 70 % train,
+    10 % valid, 20 % test."""
+    number = (
+        int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big") % 100
+    )
     return "train" if number < 70 else "valid" if number < 80 else "test"

@@ -2,6 +2,7 @@
 
 Pure functions: (predictions, examples) -> {metric: 0..100}, the task's metric first.
 """
+
 import functools
 import json
 import re
@@ -11,33 +12,46 @@ from collections import Counter
 
 from .register import register
 
-_ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}   # no write, ATTACH, PRAGMA, recursion
+# no write, ATTACH, PRAGMA, recursion
+_ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
 _FORBIDDEN_FUNCTIONS = {"load_extension", "randomblob", "zeroblob"}
-_LIMITS = {sqlite3.SQLITE_LIMIT_LENGTH: 100_000, sqlite3.SQLITE_LIMIT_SQL_LENGTH: 5_000,
-           sqlite3.SQLITE_LIMIT_COLUMN: 50, sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 50,
-           sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 20}
+_LIMITS = {
+    sqlite3.SQLITE_LIMIT_LENGTH: 100_000,
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 5_000,
+    sqlite3.SQLITE_LIMIT_COLUMN: 50,
+    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 50,
+    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 20,
+}
 
 
 def _may(action, first, second, *_):
     function = (second or "").lower() if action == sqlite3.SQLITE_FUNCTION else ""
-    return sqlite3.SQLITE_OK if action in _ALLOWED and function not in _FORBIDDEN_FUNCTIONS else sqlite3.SQLITE_DENY
+    return (
+        sqlite3.SQLITE_OK
+        if action in _ALLOWED and function not in _FORBIDDEN_FUNCTIONS
+        else sqlite3.SQLITE_DENY
+    )
 
 
 def answer(sql, seconds=0.5, rows=1000):
-    """The rows that the register gives to one SELECT, or None: not SQL, not allowed, too slow or too long.
+    """The rows that the register gives to one SELECT, or None: not SQL, not allowed,
+    too slow or too long.
 
-    The file is opened read-only, an authorizer lets only reading through, a progress handler stops what takes long."""
+    The file is opened read-only, an authorizer lets only reading through, a progress
+    handler stops what takes long."""
     database = register().sqlite()
     try:
         for limit, value in _LIMITS.items():
             database.setlimit(limit, value)
         database.set_authorizer(_may)
         end = time.monotonic() + seconds
-        database.set_progress_handler(lambda: time.monotonic() > end, 1000)            # a true value stops the query
+        # a true value stops the query
+        database.set_progress_handler(lambda: time.monotonic() > end, 1000)
         cursor = database.execute(sql)
         found = cursor.fetchmany(rows + 1)
         return found if cursor.description and len(found) <= rows else None
-    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError):      # Warning: two statements, in Python 3.11
+    # Warning: two statements, in Python 3.11
+    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError):
         return None
     finally:
         database.close()
@@ -49,7 +63,8 @@ def _gold_answer(sql):
 
 
 def same_answer(sql, gold):
-    """Does `sql` give the rows of `gold`, in any order, or in gold's order where gold asks for one?"""
+    """Does `sql` give the rows of `gold`, in any order, or in gold's order where gold
+    asks for one?"""
     ours, theirs = answer(sql), _gold_answer(gold)
     if ours is None or theirs is None:
         return False
@@ -67,7 +82,10 @@ def percent(hits):
 
 
 def _exact(predictions, examples):
-    return percent(plain(p) == plain(e.completion) for p, e in zip(predictions, examples, strict=True))
+    return percent(
+        plain(p) == plain(e.completion)
+        for p, e in zip(predictions, examples, strict=True)
+    )
 
 
 def holds(text, phrase):
@@ -76,32 +94,50 @@ def holds(text, phrase):
 
 
 def bleu(predictions, references):
-    """Corpus BLEU (Papineni et al. 2002) by sacrebleu. `references`: per prediction a text, or a list of texts."""
-    import sacrebleu                                    # imported late: it is needed for two of six tasks
+    """Corpus BLEU (Papineni et al. 2002) by sacrebleu. `references`: per prediction a
+    text, or a list of texts."""
+    import sacrebleu  # imported late: it is needed for two of six tasks
+
     if not predictions:
         return 0.0
     references = [[r] if isinstance(r, str) else list(r) for r in references]
     most = max(map(len, references))
     streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
-    return round(sacrebleu.corpus_bleu([plain(p) for p in predictions], streams).score, 2)
+    return round(
+        sacrebleu.corpus_bleu([plain(p) for p in predictions], streams).score, 2
+    )
 
 
 def mood(predictions, examples):
     said = [plain(p).lower().rstrip(".") for p in predictions]
-    return {"accuracy": percent(s == plain(e.completion) for s, e in zip(said, examples, strict=True))}
+    return {
+        "accuracy": percent(
+            s == plain(e.completion) for s, e in zip(said, examples, strict=True)
+        )
+    }
 
 
 def text(predictions, examples):
     """Exact match, the share of the slots (`meta["slots"]`) that are said, BLEU."""
-    return {"exact": _exact(predictions, examples),
-            "coverage": percent(holds(p, slot) for p, e in zip(predictions, examples) for slot in e.meta["slots"]),
-            "bleu": bleu(predictions, [plain(e.completion) for e in examples])}
+    return {
+        "exact": _exact(predictions, examples),
+        "coverage": percent(
+            holds(p, slot)
+            for p, e in zip(predictions, examples)
+            for slot in e.meta["slots"]
+        ),
+        "bleu": bleu(predictions, [plain(e.completion) for e in examples]),
+    }
 
 
 def sql(predictions, examples):
     pairs = zip(predictions, examples, strict=True)
-    return {"execution": percent(same_answer(p.strip(), e.completion.strip()) for p, e in pairs),
-            "exact": _exact(predictions, examples)}
+    return {
+        "execution": percent(
+            same_answer(p.strip(), e.completion.strip()) for p, e in pairs
+        ),
+        "exact": _exact(predictions, examples),
+    }
 
 
 def _parsed(text):
@@ -113,14 +149,29 @@ def _parsed(text):
 
 
 def extract(predictions, examples):
-    """Equal JSON, whatever its spacing and order; and the share of single fields that are right."""
-    pairs = [(_parsed(p), json.loads(e.completion)) for p, e in zip(predictions, examples, strict=True)]
-    return {"json": percent(ours == gold for ours, gold in pairs),
-            "fields": percent(ours.get(key) == gold[key] for ours, gold in pairs for key in gold)}
+    """Equal JSON, whatever its spacing and order; and the share of single fields that
+    are right."""
+    pairs = [
+        (_parsed(p), json.loads(e.completion))
+        for p, e in zip(predictions, examples, strict=True)
+    ]
+    return {
+        "json": percent(ours == gold for ours, gold in pairs),
+        "fields": percent(
+            ours.get(key) == gold[key] for ours, gold in pairs for key in gold
+        ),
+    }
 
 
 def newcomers(predictions, examples):
-    """Recall: the fact (`meta["value"]`) is said in the first sentence, within ten words: guessing all is no answer."""
-    first = [" ".join(re.split(r"[.\n]", p.strip())[0].split()[:10]) for p in predictions]
-    return {"recall": percent(holds(p, e.meta["value"]) for p, e in zip(first, examples, strict=True)),
-            "exact": _exact(predictions, examples)}
+    """Recall: the fact (`meta["value"]`) is said in the first sentence, within ten
+    words: guessing all is no answer."""
+    first = [
+        " ".join(re.split(r"[.\n]", p.strip())[0].split()[:10]) for p in predictions
+    ]
+    return {
+        "recall": percent(
+            holds(p, e.meta["value"]) for p, e in zip(first, examples, strict=True)
+        ),
+        "exact": _exact(predictions, examples),
+    }

@@ -1,6 +1,8 @@
-"""The language model: its network, tokenizer, files, text generation, training and evaluation."""
-# All at once, and not when first asked for: `generate`, `train` and `evaluate` are functions and files of one name, and
-# whichever is bound last wins.
+"""The language model: its network, tokenizer, files, text generation, training and
+evaluation."""
+
+# All at once, and not when first asked for: `generate`, `train` and `evaluate` are
+# functions and files of one name, and whichever is bound last wins.
 from .data import load_data
 from .evaluate import evaluate
 from .generate import generate
@@ -11,5 +13,18 @@ from .shapes import SHAPES, on_paper
 from .tokenizer import Tokenizer, load_tokenizer
 from .train import train
 
-__all__ = ["GPT", "GPTConfig", "SHAPES", "Tokenizer", "evaluate", "generate", "load_data", "load_pretrained", "load_tokenizer",
-           "memory_ledger", "on_paper", "save_pretrained", "train"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "SHAPES",
+    "Tokenizer",
+    "evaluate",
+    "generate",
+    "load_data",
+    "load_pretrained",
+    "load_tokenizer",
+    "memory_ledger",
+    "on_paper",
+    "save_pretrained",
+    "train",
+]

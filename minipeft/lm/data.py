@@ -1,11 +1,15 @@
 """Data for training: by name or from your own file, then rows of tokens, then batches.
 
     load_data("sql")          one of Lanternwick's tasks
-    load_data("e2e_nlg")      a real data set: fetched once from its public home, checked, kept in a cache
-    load_data("my.jsonl")     your own, {"prompt": ..., "completion": ...} or {"text": ...} a line; or my.txt
+    load_data("e2e_nlg")      a real data set: fetched once from its public home,
+      checked, kept in a cache
+    load_data("my.jsonl")     your own, {"prompt": ..., "completion": ...} or {"text":
+      ...} a line; or my.txt
 
-All are a Task: Examples in train, valid and test, and a score. The cache is ~/.cache/minipeft, or MINIPEFT_CACHE.
+All are a Task: Examples in train, valid and test, and a score. The cache is
+~/.cache/minipeft, or MINIPEFT_CACHE.
 """
+
 import csv
 import difflib
 import json
@@ -26,7 +30,8 @@ LONGEST_LINE = 1_000_000  # characters; what is longer is not text that somebody
 
 
 def load_data(name):
-    """A Task by name (Lanternwick's or a real one), or from the path of a .txt or .jsonl file. Raises DataError."""
+    """A Task by name (Lanternwick's or a real one), or from the path of a .txt or
+    .jsonl file. Raises DataError."""
     if name in TASKS:
         return load_task(name)
     if name in REAL:
@@ -36,72 +41,145 @@ def load_data(name):
     names = [*TASKS, *REAL]
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise DataError(f"no data set {str(name)!r}{hint}: expected one of {', '.join(names)}, or a .txt or .jsonl file")
+    raise DataError(
+        f"no data set {str(name)!r}{hint}: expected one of {', '.join(names)}, or a"
+        " .txt or .jsonl file"
+    )
 
 
 def split(groups):
-    """Lists of Examples -> train, valid, test: a tenth of the groups for valid and for test, the same every time."""
+    """Lists of Examples -> train, valid, test: a tenth of the groups for valid and for
+    test, the same every time."""
     groups = random.Random("split").sample(groups, len(groups))
     tenth = max(1, len(groups) // 10)
-    parts = groups[2 * tenth:], groups[:tenth], groups[tenth:2 * tenth]
+    parts = groups[2 * tenth :], groups[:tenth], groups[tenth : 2 * tenth]
     return [[example for group in part for example in group] for part in parts]
 
 
 # ---- real data sets ------------------------------------------------------------------------------------------------
 
-def e2e_nlg():
-    """Restaurants, from data to text: Novikova et al. 2017 (arXiv 1706.09254), CC BY-SA 4.0.
 
-    An example a text in train; an example a record in valid and test, with all its texts as references."""
-    short = {"eatType": "type", "priceRange": "price", "customer rating": "rating", "familyFriendly": "family friendly"}
+def e2e_nlg():
+    """Restaurants, from data to text: Novikova et al. 2017 (arXiv 1706.09254), CC BY-SA
+    4.0.
+
+    An example a text in train; an example a record in valid and test, with all its
+    texts as references."""
+    short = {
+        "eatType": "type",
+        "priceRange": "price",
+        "customer rating": "rating",
+        "familyFriendly": "family friendly",
+    }
 
     def read(file):
         references = defaultdict(list)  # prompt -> what people wrote
         with open(fetch(f"e2e_nlg/{file}"), encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
-                slots = [slot.rstrip("]").split("[", 1) for slot in row["mr"].split(", ")]  # "food[French], area[city]"
-                record = " ; ".join(f"{short.get(key, key)}: {value}" for key, value in slots)
+                # "food[French], area[city]"
+                slots = [
+                    slot.rstrip("]").split("[", 1) for slot in row["mr"].split(", ")
+                ]
+                record = " ; ".join(
+                    f"{short.get(key, key)}: {value}" for key, value in slots
+                )
                 references[f"Record: {record}\nText:"].append(plain(row["ref"]))
         return references
 
-    train = [Example(prompt, f" {text}", {}) for prompt, texts in read("trainset.csv").items() for text in texts]
-    valid, test = ([Example(prompt, f" {texts[0]}", {"references": texts}) for prompt, texts in read(file).items()]
-                   for file in ("devset.csv", "testset_w_refs.csv"))
-    score = lambda predictions, examples: {"bleu": bleu(predictions, [e.meta["references"] for e in examples])}
-    return Task("e2e_nlg", "restaurants, from data to text (real; sacrebleu with all references)",
-                train, valid, test, "bleu", 0.0, score)
+    train = [
+        Example(prompt, f" {text}", {})
+        for prompt, texts in read("trainset.csv").items()
+        for text in texts
+    ]
+    valid, test = (
+        [
+            Example(prompt, f" {texts[0]}", {"references": texts})
+            for prompt, texts in read(file).items()
+        ]
+        for file in ("devset.csv", "testset_w_refs.csv")
+    )
+    score = lambda predictions, examples: {
+        "bleu": bleu(predictions, [e.meta["references"] for e in examples])
+    }
+    return Task(
+        "e2e_nlg",
+        "restaurants, from data to text (real; sacrebleu with all references)",
+        train,
+        valid,
+        test,
+        "bleu",
+        0.0,
+        score,
+    )
 
 
 def sentence_polarity():
-    """Sentences of film reviews, for or against: Pang and Lee 2005 (arXiv cs/0506075), CC BY 4.0."""
-    examples = [Example(f"Review: {line.strip()}\nThe writer felt", f" {word}", {})
-                for word, end in (("glad", "pos"), ("sad", "neg"))
-                for line in fetch(f"sentence_polarity/rt-polarity.{end}").read_text(encoding="utf-8").splitlines()]
-    score = lambda predictions, examples: {"accuracy": exact(predictions, examples)["exact"]}
-    return Task("sentence_polarity", "film reviews: is the writer glad or sad? (real)",
-                *split([[example] for example in examples]), "accuracy", 50.0, score)
+    """Sentences of film reviews, for or against: Pang and Lee 2005 (arXiv cs/0506075),
+    CC BY 4.0."""
+    examples = [
+        Example(f"Review: {line.strip()}\nThe writer felt", f" {word}", {})
+        for word, end in (("glad", "pos"), ("sad", "neg"))
+        for line in (
+            fetch(f"sentence_polarity/rt-polarity.{end}")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
+    ]
+    score = lambda predictions, examples: {
+        "accuracy": exact(predictions, examples)["exact"]
+    }
+    return Task(
+        "sentence_polarity",
+        "film reviews: is the writer glad or sad? (real)",
+        *split([[example] for example in examples]),
+        "accuracy",
+        50.0,
+        score,
+    )
 
 
 def tinyshakespeare():
-    """A megabyte of Shakespeare's plays (public domain). Its last tenth is for valid and test."""
-    blocks = [Example("", text, {}) for _, text in paragraphs(fetch("tinyshakespeare/input.txt"))]
+    """A megabyte of Shakespeare's plays (public domain). Its last tenth is for valid
+    and test."""
+    blocks = [
+        Example("", text, {})
+        for _, text in paragraphs(fetch("tinyshakespeare/input.txt"))
+    ]
     n = len(blocks) // 20
-    return Task("tinyshakespeare", "Shakespeare's plays (real; plain text)",
-                blocks[:-2 * n], blocks[-2 * n:-n], blocks[-n:], *PLAIN_TEXT)
+    return Task(
+        "tinyshakespeare",
+        "Shakespeare's plays (real; plain text)",
+        blocks[: -2 * n],
+        blocks[-2 * n : -n],
+        blocks[-n:],
+        *PLAIN_TEXT,
+    )
 
 
-REAL = {"e2e_nlg": e2e_nlg, "sentence_polarity": sentence_polarity, "tinyshakespeare": tinyshakespeare}
-PLAIN_TEXT = "perplexity", None, None  # metric, floor, score: there is no right answer to compare with
+REAL = {
+    "e2e_nlg": e2e_nlg,
+    "sentence_polarity": sentence_polarity,
+    "tinyshakespeare": tinyshakespeare,
+}
+# metric, floor, score: there is no right answer to compare with
+PLAIN_TEXT = "perplexity", None, None
 
 
 def exact(predictions, examples):
-    return {"exact": percent(plain(p) == plain(e.completion) for p, e in zip(predictions, examples, strict=True))}
+    return {
+        "exact": percent(
+            plain(p) == plain(e.completion)
+            for p, e in zip(predictions, examples, strict=True)
+        )
+    }
 
 
 # ---- your own file -------------------------------------------------------------------------------------------------
 
+
 def own_file(path):
-    """.txt: paragraphs, or single lines where there are few. .jsonl: records; equal prompts stay in one split."""
+    """.txt: paragraphs, or single lines where there are few. .jsonl: records; equal
+    prompts stay in one split."""
     groups = defaultdict(list)
     if path.suffix == ".txt":
         texts = paragraphs(path)
@@ -109,15 +187,28 @@ def own_file(path):
             texts = [(number, line) for number, line in lines_of(path) if line.strip()]
         records = [("", text, number) for number, text in texts]
     else:
-        records = [(*record(line, f"{path}, line {number}"), number) for number, line in lines_of(path) if line.strip()]
+        records = [
+            (*record(line, f"{path}, line {number}"), number)
+            for number, line in lines_of(path)
+            if line.strip()
+        ]
     for prompt, completion, number in records:
         if bool(prompt) != bool(records[0][0]):
-            raise DataError(f"{path}, line {number}: a text among prompts, or a prompt among texts")
-        groups[prompt or completion].append(Example(prompt, completion, {"file": str(path), "line": number}))
+            raise DataError(
+                f"{path}, line {number}: a text among prompts, or a prompt among texts"
+            )
+        groups[prompt or completion].append(
+            Example(prompt, completion, {"file": str(path), "line": number})
+        )
     if len(groups) < 3:
-        raise DataError(f"{path}: only {len(groups)} different texts or prompts; train, valid and test need one each")
+        raise DataError(
+            f"{path}: only {len(groups)} different texts or prompts; train, valid and"
+            " test need one each"
+        )
     judged = ("exact", 0.0, exact) if records[0][0] else PLAIN_TEXT
-    return Task(path.stem, f"your file {path.name}", *split(list(groups.values())), *judged)
+    return Task(
+        path.stem, f"your file {path.name}", *split(list(groups.values())), *judged
+    )
 
 
 def record(line, where):
@@ -125,18 +216,27 @@ def record(line, where):
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}). Each line holds one record") from error
-    filled = lambda key: isinstance(found, dict) and isinstance(found.get(key), str) and found[key].strip() != ""
+        raise DataError(
+            f"{where}: not JSON ({error}). Each line holds one record"
+        ) from error
+    filled = lambda key: (
+        isinstance(found, dict)
+        and isinstance(found.get(key), str)
+        and found[key].strip() != ""
+    )
     if filled("text"):
         return "", found["text"]
     if filled("prompt") and filled("completion"):
         return found["prompt"].rstrip(), " " + found["completion"].strip()
-    raise DataError(f'{where}: expected {{"prompt": "...", "completion": "..."}} or {{"text": "..."}}, none empty; '
-                    f"found {line[:80]}")
+    raise DataError(
+        f'{where}: expected {{"prompt": "...", "completion": "..."}} or {{"text":'
+        f' "..."}}, none empty; found {line[:80]}'
+    )
 
 
 def lines_of(path):
-    """Yields (number, line) of a UTF-8 file; what is wrong is a DataError that names file and line."""
+    """Yields (number, line) of a UTF-8 file; what is wrong is a DataError that names
+    file and line."""
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -147,38 +247,60 @@ def lines_of(path):
         try:
             line = line.decode("utf-8").rstrip("\r")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number}: not UTF-8 (0x{line[error.start]:02x} at byte {error.start + 1} of the "
-                            "line). Save it as UTF-8, for example: iconv -f latin1 -t utf-8 old > new") from error
+            raise DataError(
+                f"{path}, line {number}: not UTF-8 (0x{line[error.start]:02x} at byte"
+                f" {error.start + 1} of the line). Save it as UTF-8, for example: iconv"
+                " -f latin1 -t utf-8 old > new"
+            ) from error
         if "\0" in line:
-            raise DataError(f"{path}, line {number}: holds a zero byte; this is no UTF-8 text")
+            raise DataError(
+                f"{path}, line {number}: holds a zero byte; this is no UTF-8 text"
+            )
         if len(line) > LONGEST_LINE:
-            raise DataError(f"{path}, line {number}: too long, {len(line):,} characters (at most {LONGEST_LINE:,})")
+            raise DataError(
+                f"{path}, line {number}: too long, {len(line):,} characters (at most"
+                f" {LONGEST_LINE:,})"
+            )
         yield number, line
 
 
 def paragraphs(path, enough=400):
-    """[(line number, text)]: the file's paragraphs, short neighbours together until they are `enough` characters."""
+    """[(line number, text)]: the file's paragraphs, short neighbours together until
+    they are `enough` characters."""
     found, open_lines = [], []
     for number, line in [*lines_of(path), (0, "")]:
         if line.strip() or open_lines:
             open_lines.append((number, line))
-        if not line.strip() and open_lines and (number == 0 or sum(len(line) for _, line in open_lines) >= enough):
-            found.append((open_lines[0][0], "\n".join(line for _, line in open_lines).strip("\n")))
+        if (
+            not line.strip()
+            and open_lines
+            and (number == 0 or sum(len(line) for _, line in open_lines) >= enough)
+        ):
+            found.append(
+                (
+                    open_lines[0][0],
+                    "\n".join(line for _, line in open_lines).strip("\n"),
+                )
+            )
             open_lines = []
     return found
 
 
 # ---- from examples to batches --------------------------------------------------------------------------------------
 
+
 def room(model):
-    """How many tokens a row may have: the model's positions, or None where it sets no limit."""
+    """How many tokens a row may have: the model's positions, or None where it sets no
+    limit."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def encode(tokenizer, example, max_length=None, truncate=False):
-    """An Example -> (ids, labels): [bos] prompt completion [eos]; only the completion is learnt, other labels are -100.
+    """An Example -> (ids, labels): [bos] prompt completion [eos]; only the completion
+    is learnt, other labels are -100.
 
-    More than max_length tokens are a DataError that names the example; with truncate=True its prompt loses its start."""
+    More than max_length tokens are a DataError that names the example; with
+    truncate=True its prompt loses its start."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     prompt = tokenizer.encode(example.prompt) if example.prompt else []
     completion = tokenizer.encode(example.completion) + [tokenizer.eos_token_id]
@@ -186,44 +308,80 @@ def encode(tokenizer, example, max_length=None, truncate=False):
         if not truncate or over > len(prompt):
             meta = example.meta or {}
             text = (example.prompt or example.completion)[:60]
-            where = f"{meta['file']}, line {meta['line']}" if "line" in meta else f"the example {text!r}"
-            raise DataError(f"{where}: {over + max_length} tokens, but a row holds {max_length}. Shorten or remove it"
-                            + ("" if truncate else ", or pass truncate=True to cut its prompt from the left"))
+            where = (
+                f"{meta['file']}, line {meta['line']}"
+                if "line" in meta
+                else f"the example {text!r}"
+            )
+            raise DataError(
+                f"{where}: {over + max_length} tokens, but a row holds {max_length}."
+                " Shorten or remove it"
+                + (
+                    ""
+                    if truncate
+                    else ", or pass truncate=True to cut its prompt from the left"
+                )
+            )
         prompt = prompt[over:]
     ids = start + prompt + completion
     return ids, [-100] * len(start + prompt) + completion
 
 
 class Batches:
-    """Examples as batches: `.batch(step)` is a pure function of (seed, step), so training can stop and go on anywhere.
+    """Examples as batches: `.batch(step)` is a pure function of (seed, step), so
+    training can stop and go on anywhere.
 
-    Each epoch is a new permutation of the rows; those that do not fill its last batch are left out of it. Rows are padded
-    on the right. A text without a prompt that is too long for a row becomes several rows, each overlapping the one before
-    by a token, so every token is predicted once. bucket=True puts rows of like length together: less padding to compute.
+    Each epoch is a new permutation of the rows; those that do not fill its last batch
+    are left out of it. Rows are padded on the right. A text without a prompt that is
+    too long for a row becomes several rows, each overlapping the one before by a token,
+    so every token is predicted once. bucket=True puts rows of like length together:
+    less padding to compute.
     """
 
-    def __init__(self, examples, tokenizer, batch_size=16, seed=0, max_length=None, truncate=False, bucket=False):
+    def __init__(
+        self,
+        examples,
+        tokenizer,
+        batch_size=16,
+        seed=0,
+        max_length=None,
+        truncate=False,
+        bucket=False,
+    ):
         if not examples:
             raise DataError("no examples to make batches of")
         if batch_size < 1:
             raise DataError(f"batch_size = {batch_size}: at least one row is expected")
         self.batch_size, self.seed, self.bucket = batch_size, seed, bucket
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = (
+            tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id
+        )
         self.rows, self.truncated, self._epoch = [], 0, (None, None)
-        remembers = SimpleNamespace(encode=lru_cache(None)(tokenizer.encode), bos_token_id=tokenizer.bos_token_id,
-                                    eos_token_id=tokenizer.eos_token_id)  # prompts come again, with other completions
+        remembers = SimpleNamespace(
+            encode=lru_cache(None)(tokenizer.encode),
+            bos_token_id=tokenizer.bos_token_id,
+            # prompts come again, with other completions
+            eos_token_id=tokenizer.eos_token_id,
+        )
         for example in tqdm(examples, desc="encoding", leave=False, delay=3):
             ids, labels = encode(remembers, example, None)
             if not max_length or len(ids) <= max_length:
                 self.rows.append((ids, labels))
             elif not example.prompt:
                 for at in range(0, len(ids) - 1, max_length - 1):
-                    self.rows.append((ids[at:at + max_length], labels[at:at + max_length]))
+                    self.rows.append(
+                        (ids[at : at + max_length], labels[at : at + max_length])
+                    )
             else:
                 self.rows.append(encode(remembers, example, max_length, truncate))
                 self.truncated += 1
         if self.truncated:
-            print(f"{self.truncated} of {len(examples)} prompts lost their beginning to fit into {max_length} tokens")
+            print(
+                f"{self.truncated} of {len(examples)} prompts lost their beginning to"
+                f" fit into {max_length} tokens"
+            )
 
     def __len__(self):
         """Batches an epoch."""
@@ -235,16 +393,21 @@ class Batches:
             order = chance.sample(range(len(self.rows)), len(self.rows))
             size, many = self.batch_size, 32 * self.batch_size
             if self.bucket:  # sort within each 32 batches, then shuffle the batches
-                parts = [order[at:at + many] for at in range(0, len(order), many)]
-                order = [i for part in parts for i in sorted(part, key=lambda i: len(self.rows[i][0]))]
-            batches = [order[at:at + size] for at in range(0, len(self) * size, size)]
+                parts = [order[at : at + many] for at in range(0, len(order), many)]
+                order = [
+                    i
+                    for part in parts
+                    for i in sorted(part, key=lambda i: len(self.rows[i][0]))
+                ]
+            batches = [order[at : at + size] for at in range(0, len(self) * size, size)]
             if self.bucket:
                 chance.shuffle(batches)
             self._epoch = (epoch, batches)
         return self._epoch[1]
 
     def batch(self, step):
-        """Step (from 0) -> {"input_ids", "labels", "attention_mask"}, each (B, T) int64, T the longest row's length."""
+        """Step (from 0) -> {"input_ids", "labels", "attention_mask"}, each (B, T)
+        int64, T the longest row's length."""
         epoch, at = divmod(step, len(self))
         return self.pad_rows([self.rows[i] for i in self._order(epoch)[at]])
 
@@ -252,11 +415,15 @@ class Batches:
         """Every row once, the short ones first: for evaluation."""
         rows = sorted(self.rows, key=lambda row: len(row[0]))
         for at in range(0, len(rows), self.batch_size):
-            yield self.pad_rows(rows[at:at + self.batch_size])
+            yield self.pad_rows(rows[at : at + self.batch_size])
 
     def pad_rows(self, rows):
         longest = max(len(ids) for ids, _ in rows)
         fill = lambda values, with_: values + [with_] * (longest - len(values))
-        return {"input_ids": torch.tensor([fill(ids, self.pad) for ids, _ in rows]),
-                "labels": torch.tensor([fill(labels, -100) for _, labels in rows]),
-                "attention_mask": torch.tensor([fill([1] * len(ids), 0) for ids, _ in rows])}
+        return {
+            "input_ids": torch.tensor([fill(ids, self.pad) for ids, _ in rows]),
+            "labels": torch.tensor([fill(labels, -100) for _, labels in rows]),
+            "attention_mask": torch.tensor(
+                [fill([1] * len(ids), 0) for ids, _ in rows]
+            ),
+        }

@@ -1,4 +1,6 @@
-"""How good is it: the loss of the completions, the perplexity, and the task's own score of what the model writes."""
+"""How good is it: the loss of the completions, the perplexity, and the task's own score
+of what the model writes."""
+
 import math
 
 import torch
@@ -14,15 +16,18 @@ def bare(model):
 
 
 def fast_loss(model):
-    """Our GPT can apply its head only where a label is, which saves a small model much of its time. Others get {}."""
+    """Our GPT can apply its head only where a label is, which saves a small model much
+    of its time. Others get {}."""
     return {"labels_only": True} if isinstance(bare(model), GPT) else {}
 
 
 @torch.no_grad()
 def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=False):
-    """Mean loss in nats per token of the completions, their ends included: {"loss", "perplexity", "tokens"}.
+    """Mean loss in nats per token of the completions, their ends included: {"loss",
+    "perplexity", "tokens"}.
 
-    `data`: a list of Examples, a list of ready batches (dicts of tensors), or an object with .batch(i) and a length."""
+    `data`: a list of Examples, a list of ready batches (dicts of tensors), or an object
+    with .batch(i) and a length."""
     if hasattr(data, "batch"):
         batches = map(data.batch, range(len(data)))
     elif isinstance(data[0], dict):
@@ -34,10 +39,14 @@ def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=
     total = count = 0
     model.eval()
     try:
-        for batch in tqdm(batches, desc="loss", disable=not progress, leave=False, delay=3):
+        for batch in tqdm(
+            batches, desc="loss", disable=not progress, leave=False, delay=3
+        ):
             n = (batch["labels"][:, 1:] != -100).sum().item()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = model(**{k: v.to(device) for k, v in batch.items()}, **fast_loss(model)).loss
+                loss = model(
+                    **{k: v.to(device) for k, v in batch.items()}, **fast_loss(model)
+                ).loss
             total, count = total + loss.item() * n, count + n
     finally:
         model.train(was_training)
@@ -45,15 +54,27 @@ def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
 
 
-def evaluate(model, tokenizer, data, split="test", limit=None, max_new_tokens=None, batch_size=64, generate=True,
-             predictions=False, progress=True):
-    """Evaluate on a Task's `split` or on a list of Examples; returns a dict, the model is left in the mode it was in.
+def evaluate(
+    model,
+    tokenizer,
+    data,
+    split="test",
+    limit=None,
+    max_new_tokens=None,
+    batch_size=64,
+    generate=True,
+    predictions=False,
+    progress=True,
+):
+    """Evaluate on a Task's `split` or on a list of Examples; returns a dict, the model
+    is left in the mode it was in.
 
-    "loss", "perplexity"   of the completions, per token
-    the task's metrics     of the completions that the model writes greedily (0 to 100), unless generate=False
-    "examples"             how many were used: `limit` takes the first ones; None takes all
-    "predictions"          with predictions=True: what the model wrote, in the examples' order
-    max_new_tokens: None leaves room for the longest true completion and a little more.
+    "loss", "perplexity"   of the completions, per token the task's metrics     of the
+    completions that the model writes greedily (0 to 100), unless generate=False
+    "examples"             how many were used: `limit` takes the first ones; None takes
+    all "predictions"          with predictions=True: what the model wrote, in the
+    examples' order max_new_tokens: None leaves room for the longest true completion and
+    a little more.
     """
     score = getattr(data, "score", None)
     if hasattr(data, "train"):  # a Task
@@ -64,15 +85,28 @@ def evaluate(model, tokenizer, data, split="test", limit=None, max_new_tokens=No
     if not examples:
         raise DataError(f"no examples to evaluate in split {split!r}")
     result = completion_loss(model, tokenizer, examples, batch_size, progress=progress)
-    result = {"examples": len(examples), "loss": result["loss"], "perplexity": result["perplexity"]}
+    result = {
+        "examples": len(examples),
+        "loss": result["loss"],
+        "perplexity": result["perplexity"],
+    }
     if not generate or not (score or predictions):
         return result
     from .generate import generate as write
+
     if max_new_tokens is None:
-        max_new_tokens = 8 + max(len(tokenizer.encode(example.completion)) for example in examples)
+        max_new_tokens = 8 + max(
+            len(tokenizer.encode(example.completion)) for example in examples
+        )
     texts, many = [], 4 * batch_size
-    for at in tqdm(range(0, len(examples), many), desc="writing", disable=not progress, leave=False, delay=3):
-        prompts = [example.prompt for example in examples[at:at + many]]
+    for at in tqdm(
+        range(0, len(examples), many),
+        desc="writing",
+        disable=not progress,
+        leave=False,
+        delay=3,
+    ):
+        prompts = [example.prompt for example in examples[at : at + many]]
         texts += write(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
     if score:
         result |= score(texts, examples)

@@ -1,14 +1,18 @@
-"""A decoder-only language model in one file: Llama and its relatives, and GPT-2, chosen by configuration.
+"""A decoder-only language model in one file: Llama and its relatives, and GPT-2, chosen
+by configuration.
 
-Module names are Hugging Face's (`model.layers.0.self_attn.q_proj`), and so are the arguments and the fields of the
-output, so that an adapter written for one runs on the other. Every projection is a plain `nn.Linear` of its own.
+Module names are Hugging Face's (`model.layers.0.self_attn.q_proj`), and so are the
+arguments and the fields of the output, so that an adapter written for one runs on the
+other. Every projection is a plain `nn.Linear` of its own.
 
-Shapes: B rows, T new tokens, P tokens already in the cache, S = P + T, d hidden_size, H heads, K key-value heads,
-h head_dim, V vocabulary.
+Shapes: B rows, T new tokens, P tokens already in the cache, S = P + T, d hidden_size, H
+heads, K key-value heads, h head_dim, V vocabulary.
 
-Llama: Touvron et al. 2023 (arXiv 2302.13971); rotary positions: Su et al. 2021 (2104.09864); grouped queries: Ainslie
-et al. 2023 (2305.13245); SwiGLU: Shazeer 2020 (2002.05202); GPT-2: Radford et al. 2019. No dropout anywhere.
+Llama: Touvron et al. 2023 (arXiv 2302.13971); rotary positions: Su et al. 2021
+(2104.09864); grouped queries: Ainslie et al. 2023 (2305.13245); SwiGLU: Shazeer 2020
+(2002.05202); GPT-2: Radford et al. 2019. No dropout anywhere.
 """
+
 import difflib
 import math
 from dataclasses import dataclass, fields
@@ -20,35 +24,50 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
-               "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
-ROPE_TYPES = {                                  # the fields of rope_scaling that each kind needs
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+ROPE_TYPES = {  # the fields of rope_scaling that each kind needs
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
 }
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model, in Hugging Face's names. `model_type` decides the style; see MODEL_TYPES."""
+    """The shape of a model, in Hugging Face's names. `model_type` decides the style;
+    see MODEL_TYPES."""
+
     vocab_size: int = 1024
     hidden_size: int = 128
     intermediate_size: int = 384
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    num_key_value_heads: int | None = None      # fewer than heads: grouped queries; None: as many
-    head_dim: int | None = None                 # None: hidden_size / heads
+    # fewer than heads: grouped queries; None: as many
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None  # None: hidden_size / heads
     max_position_embeddings: int = 512
     model_type: str = "llama"
-    hidden_act: str | None = None               # None: silu, and gelu_new in GPT-2
-    norm_eps: float = 1e-5                      # rms_norm_eps or layer_norm_epsilon in Hugging Face's files
+    hidden_act: str | None = None  # None: silu, and gelu_new in GPT-2
+    norm_eps: float = 1e-5  # rms_norm_eps or layer_norm_epsilon in Hugging Face's files
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None            # {"rope_type": "linear" | "llama3", "factor": ...}
-    attention_bias: bool = False                # on q, k, v and o (qwen2: always on q, k, v and never on o)
+    # {"rope_type": "linear" | "llama3", "factor": ...}
+    rope_scaling: dict | None = None
+    # on q, k, v and o (qwen2: always on q, k, v and never on o)
+    attention_bias: bool = False
     mlp_bias: bool = False
-    tie_word_embeddings: bool = True            # the head is the embedding, transposed
-    sliding_window: int | None = None           # mistral: longer sequences than this are refused
+    tie_word_embeddings: bool = True  # the head is the embedding, transposed
+    sliding_window: int | None = None  # mistral: longer sequences than this are refused
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -59,20 +78,39 @@ class GPTConfig:
         self.hidden_act = self.hidden_act or ("gelu_new" if self.is_gpt2 else "silu")
         nearest("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} cannot be shared among {self.num_attention_heads} heads")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} cannot be shared among"
+                f" {self.num_attention_heads} heads"
+            )
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
-                             f"{self.num_key_value_heads}")
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}"
+            )
         kind = (self.rope_scaling or {}).get("rope_type", "default")
         nearest("rope_type", kind, ROPE_TYPES)
-        if missing := [field for field in ROPE_TYPES[kind] if field not in (self.rope_scaling or {})]:
-            raise ValueError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
+        if missing := [
+            field
+            for field in ROPE_TYPES[kind]
+            if field not in (self.rope_scaling or {})
+        ]:
+            raise ValueError(
+                f"rope_scaling of type {kind!r} lacks {', '.join(missing)}"
+            )
         if self.is_gpt2:
             self.attention_bias = self.mlp_bias = True
-        elif self.mlp_bias and self.model_type != "llama" or self.attention_bias and self.model_type == "mistral":
-            raise ValueError(f"{self.model_type} has no such biases: transformers could not open it; take llama")
+        elif (
+            self.mlp_bias
+            and self.model_type != "llama"
+            or self.attention_bias
+            and self.model_type == "mistral"
+        ):
+            raise ValueError(
+                f"{self.model_type} has no such biases: transformers could not open it;"
+                " take llama"
+            )
 
     @property
     def is_gpt2(self):
@@ -84,9 +122,10 @@ class GPTConfig:
 
 @dataclass
 class Output:
-    logits: torch.Tensor = None                 # (B, T, V)
-    loss: torch.Tensor | None = None            # mean over the labels that count, in nats
-    past_key_values: tuple | None = None        # one (keys, values) a layer, each (B, K, S, h)
+    logits: torch.Tensor = None  # (B, T, V)
+    loss: torch.Tensor | None = None  # mean over the labels that count, in nats
+    # one (keys, values) a layer, each (B, K, S, h)
+    past_key_values: tuple | None = None
 
 
 def nearest(what, value, valid):
@@ -98,25 +137,36 @@ def nearest(what, value, valid):
 
 
 class Rotary:
-    """Turns positions into rotary angles. Plain tensors, always float32: no weights, nothing to save."""
+    """Turns positions into rotary angles. Plain tensors, always float32: no weights,
+    nothing to save."""
 
     def __init__(self, config):
         h, scaling = config.head_dim, config.rope_scaling or {}
-        frequency = 1 / config.rope_theta ** (torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h)  # (h/2,)
+        # (h/2,)
+        frequency = 1 / config.rope_theta ** (
+            torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h
+        )
         kind = scaling.get("rope_type", "default")
-        if kind == "linear":                    # positions closer together
+        if kind == "linear":  # positions closer together
             frequency = frequency / scaling["factor"]
-        elif kind == "llama3":                  # slow waves slowed further, fast ones kept, a ramp between
+        # slow waves slowed further, fast ones kept, a ramp between
+        elif kind == "llama3":
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)  # over the old context
+            # over the old context
+            turns = (
+                scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            )
             keep = ((turns - low) / (high - low)).clamp(0, 1)
             frequency = frequency * (keep + (1 - keep) / scaling["factor"])
         self.frequency = frequency
 
-    def __call__(self, position_ids):           # (B or 1, T) -> two of (B or 1, 1, T, h)
-        angle = position_ids[:, None, :, None].float() * self.frequency.to(position_ids.device)
+    def __call__(self, position_ids):  # (B or 1, T) -> two of (B or 1, 1, T, h)
+        angle = position_ids[:, None, :, None].float() * self.frequency.to(
+            position_ids.device
+        )
         cos, sin = angle.cos(), angle.sin()
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)    # the minus sign of the rotation lives in sin
+        # the minus sign of the rotation lives in sin
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
@@ -125,18 +175,25 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q kT / sqrt(h)) v, causal if there is no mask. q (B, H, T, h), k and v (B, K, S, h) -> (B, H, T, h)."""
+    """softmax(q kT / sqrt(h)) v, causal if there is no mask. q (B, H, T, h), k and v
+    (B, K, S, h) -> (B, H, T, h)."""
     T, heads = q.shape[2], q.shape[1] // k.shape[1]
-    causal = True if mask is None and T > 1 else False      # a plain bool even where torch.compile has a symbol for T
+    # a plain bool even where torch.compile has a symbol for T
+    causal = True if mask is None and T > 1 else False
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads > 1)
-    # Written out: on a CPU, the backward pass of torch's bfloat16 kernel takes 40 % of a small model's whole step.
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=heads > 1
+        )
+    # Written out: on a CPU, the backward pass of torch's bfloat16 kernel takes 40 % of
+    # a small model's whole step.
     k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                        # (B, H, T, S)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
     if causal:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(
+            ~mask, -math.inf
+        )
     return torch.softmax(scores, -1) @ v
 
 
@@ -149,27 +206,40 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(d, config.num_attention_heads * h, bias=qkv_bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * h, bias=qkv_bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * h, bias=qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * h, d,
-                                bias=config.attention_bias and config.model_type != "qwen2")
-        if config.model_type == "qwen3":        # each head's query and key normalised before they are rotated
-            self.q_norm, self.k_norm = nn.RMSNorm(h, config.norm_eps), nn.RMSNorm(h, config.norm_eps)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * h,
+            d,
+            bias=config.attention_bias and config.model_type != "qwen2",
+        )
+        # each head's query and key normalised before they are rotated
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = (
+                nn.RMSNorm(h, config.norm_eps),
+                nn.RMSNorm(h, config.norm_eps),
+            )
 
-    def forward(self, x, cos=None, sin=None, mask=None, past_k=None, past_v=None, present=None):
+    def forward(
+        self, x, cos=None, sin=None, mask=None, past_k=None, past_v=None, present=None
+    ):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim)    # (B, T, H, h)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)    # (B, T, K, h)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, h)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, h)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if hasattr(self, "q_norm"):
-            q, k = (norm(z.to(x.dtype)).to(v.dtype) for norm, z in ((self.q_norm, q), (self.k_norm, k)))
+            q, k = (
+                norm(z.to(x.dtype)).to(v.dtype)
+                for norm, z in ((self.q_norm, q), (self.k_norm, k))
+            )
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cos is not None:
             cos, sin = cos.to(q.dtype), sin.to(q.dtype)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past_k is not None:
-            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)     # (B, K, S, h)
+            # (B, K, S, h)
+            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         if present is not None:
             present.append((k, v))
-        y = attend(q, k, v, mask)                           # (B, H, T, h)
+        y = attend(q, k, v, mask)  # (B, H, T, h)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -184,7 +254,7 @@ class MLP(nn.Module):
         self.gated, self.act = not config.is_gpt2, ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
-        if self.gated:                          # SwiGLU
+        if self.gated:  # SwiGLU
             return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
         return self.down_proj(self.act(self.up_proj(x)))
 
@@ -198,74 +268,108 @@ class Block(nn.Module):
         self.input_layernorm = norm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = norm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x, *attention):           # x (B, T, d); the rest is attention's
+    def forward(self, x, *attention):  # x (B, T, d); the rest is attention's
         x = x + self.self_attn(self.input_layernorm(x), *attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """The body: token ids (B, T) to what the head reads, a plain tensor (B, T, d) after the last norm."""
+    """The body: token ids (B, T) to what the head reads, a plain tensor (B, T, d) after
+    the last norm."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.is_gpt2:
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = (nn.LayerNorm if config.is_gpt2 else nn.RMSNorm)(config.hidden_size, config.norm_eps)
+            self.embed_positions = nn.Embedding(
+                config.max_position_embeddings, config.hidden_size
+            )
+        self.layers = nn.ModuleList(
+            Block(config) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = (nn.LayerNorm if config.is_gpt2 else nn.RMSNorm)(
+            config.hidden_size, config.norm_eps
+        )
         self.rotary = None if config.is_gpt2 else Rotary(config)
-        self.checkpointing = None               # keyword arguments of torch's checkpoint, when it is on
+        # keyword arguments of torch's checkpoint, when it is on
+        self.checkpointing = None
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                present=None):
-        """As GPT.forward. `present`: a list to which every layer appends its (keys, values), each (B, K, S, h)."""
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        present=None,
+    ):
+        """As GPT.forward. `present`: a list to which every layer appends its (keys,
+        values), each (B, K, S, h)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds            # (B, T, d)
+        # (B, T, d)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
         P = past_key_values[0][0].shape[2] if past_key_values else 0
         mask = self.attention_mask(attention_mask, B, T, P, x.device)
         if position_ids is None:
-            position_ids = torch.arange(P, P + T, device=x.device)[None]                        # (1, T)
+            position_ids = torch.arange(P, P + T, device=x.device)[None]  # (1, T)
         if self.rotary is None:
             cos = sin = None
-            most, longest = self.config.max_position_embeddings, P + T if x.is_meta else int(position_ids.max()) + 1
+            most, longest = (
+                self.config.max_position_embeddings,
+                (P + T if x.is_meta else int(position_ids.max()) + 1),
+            )
             if longest > most:
-                raise ValueError(f"{longest} tokens are more than max_position_embeddings {most}")
+                raise ValueError(
+                    f"{longest} tokens are more than max_position_embeddings {most}"
+                )
             x = x + self.embed_positions(position_ids)
         else:
             cos, sin = self.rotary(position_ids)
         for i, layer in enumerate(self.layers):
             past_k, past_v = past_key_values[i] if P else (None, None)
             if self.checkpointing is not None and self.training:
-                x = checkpoint(layer, x, cos, sin, mask, past_k, past_v, **self.checkpointing)
+                x = checkpoint(
+                    layer, x, cos, sin, mask, past_k, past_v, **self.checkpointing
+                )
             else:
                 x = layer(x, cos, sin, mask, past_k, past_v, present)
         return self.norm(x)
 
     def attention_mask(self, attention_mask, B, T, P, device):
-        """Booleans (B or 1, 1, T, S), True where a query may look; None where plain causal attention is meant."""
+        """Booleans (B or 1, 1, T, S), True where a query may look; None where plain
+        causal attention is meant."""
         S, window = P + T, self.config.sliding_window
         if window is not None and S > window:
-            raise ValueError(f"{S} tokens are more than this model's sliding window of {window}: not supported")
+            raise ValueError(
+                f"{S} tokens are more than this model's sliding window of {window}: not"
+                " supported"
+            )
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         if attention_mask is not None and attention_mask.shape != (B, S):
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected ({B}, {S}): "
-                             f"{P} tokens of the past and {T} new ones")
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}; expected ({B}, {S}):"
+                f" {P} tokens of the past and {T} new ones"
+            )
         padded = attention_mask is not None and not bool(attention_mask.all())
         if not padded and (P == 0 or T == 1):
             return None
-        query, key = torch.arange(P, S, device=device)[:, None], torch.arange(S, device=device)[None]
-        mask = (key <= query)[None, None]                                   # (1, 1, T, S)
-        if padded:                              # padding still looks at itself: an empty softmax would be NaN
+        query, key = (
+            torch.arange(P, S, device=device)[:, None],
+            torch.arange(S, device=device)[None],
+        )
+        mask = (key <= query)[None, None]  # (1, 1, T, S)
+        if padded:  # padding still looks at itself: an empty softmax would be NaN
             mask = mask & attention_mask[:, None, None].bool() | (key == query)
         return mask
 
 
 class GPT(nn.Module):
-    """The language model: a Decoder and a head that turns what it says of each position into V logits."""
+    """The language model: a Decoder and a head that turns what it says of each position
+    into V logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -285,38 +389,72 @@ class GPT(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, labels_only=False):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        labels_only=False,
+    ):
         """Hugging Face's forward -> Output.
 
-        input_ids (B, T) int64, or inputs_embeds (B, T, d). attention_mask (B, P + T): 1 for real tokens, 0 for padding
-        on either side; or (B, 1, T, P + T) booleans, used as they are. position_ids (B, T): P, P + 1, ... unless given.
-        past_key_values: a (keys, values) pair a layer, each (B, K, P, h). labels (B, T): the input ids themselves, -100
-        where no loss is wanted; they are shifted here. logits_to_keep = n: logits of the last n positions only.
-        labels_only: the head is applied only where a label is, and logits are (N, V) for those N positions: the head
-        is a large share of a small model's work. Raises ValueError for shapes that do not fit.
+        input_ids (B, T) int64, or inputs_embeds (B, T, d). attention_mask (B, P + T): 1
+        for real tokens, 0 for padding on either side; or (B, 1, T, P + T) booleans,
+        used as they are. position_ids (B, T): P, P + 1, ... unless given.
+        past_key_values: a (keys, values) pair a layer, each (B, K, P, h). labels (B,
+        T): the input ids themselves, -100 where no loss is wanted; they are shifted
+        here. logits_to_keep = n: logits of the last n positions only. labels_only: the
+        head is applied only where a label is, and logits are (N, V) for those N
+        positions: the head is a large share of a small model's work. Raises ValueError
+        for shapes that do not fit.
         """
-        present = [] if use_cache and not (self.is_gradient_checkpointing and self.training) else None
-        x = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, present)    # (B, T, d)
+        present = (
+            []
+            if use_cache and not (self.is_gradient_checkpointing and self.training)
+            else None
+        )
+        # (B, T, d)
+        x = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            present,
+        )
         if labels is not None:
-            labels = F.pad(labels[:, 1:], (0, 1), value=-100)               # position t predicts token t + 1
+            # position t predicts token t + 1
+            labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             if labels_only:
-                x, labels = x[labels != -100], labels[labels != -100]       # (N, d), (N,)
+                x, labels = x[labels != -100], labels[labels != -100]  # (N, d), (N,)
         if logits_to_keep and x.dim() == 3:
-            x, labels = x[:, -logits_to_keep:], None if labels is None else labels[:, -logits_to_keep:]
+            x, labels = (
+                x[:, -logits_to_keep:],
+                (None if labels is None else labels[:, -logits_to_keep:]),
+            )
         logits, loss = self.lm_head(x), None
         if labels is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100)
+            loss = F.cross_entropy(
+                logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100
+            )
         return Output(logits, loss, tuple(present) if present is not None else None)
 
     def generate(self, input_ids, attention_mask=None, **options):
-        """Continue input_ids (B, T) -> (B, T + new), rows that end early filled up; see generate.generate_ids."""
+        """Continue input_ids (B, T) -> (B, T + new), rows that end early filled up; see
+        generate.generate_ids."""
         from .generate import generate_ids
+
         return generate_ids(self, input_ids, attention_mask, **options)
 
     def save_pretrained(self, folder, tokenizer=None):
         """Write a folder in Hugging Face's layout; transformers opens it."""
         from .hub import save_pretrained
+
         save_pretrained(self, folder, tokenizer)
 
     def get_input_embeddings(self):
@@ -332,8 +470,12 @@ class GPT(nn.Module):
         self.lm_head = module
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
-        self.model.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        """Keep only each layer's input for the backward pass and compute the rest
+        again: less memory, more time."""
+        self.model.checkpointing = {
+            "use_reentrant": False,
+            **(gradient_checkpointing_kwargs or {}),
+        }
 
     def gradient_checkpointing_disable(self):
         self.model.checkpointing = None
@@ -343,8 +485,11 @@ class GPT(nn.Module):
         return self.model.checkpointing is not None
 
     def enable_input_require_grads(self):
-        """Reentrant checkpointing gives no gradient where no input asks for one, as over a frozen embedding."""
-        self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        """Reentrant checkpointing gives no gradient where no input asks for one, as
+        over a frozen embedding."""
+        self.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output.requires_grad_(True)
+        )
 
     @property
     def device(self):

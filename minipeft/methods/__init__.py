@@ -1,5 +1,6 @@
 """Floor 3: the methods, one file each. Importing a file makes its method known."""
-from . import loftq  # noqa: F401: makes init_lora_weights="loftq" known
+
+from . import loftq  # noqa: F401
 from .adalora import AdaLoraConfig
 from .bitfit import BitFitConfig
 from .bottleneck import BottleneckConfig

@@ -1,18 +1,22 @@
-"""AdaLoRA: give each matrix the rank that it needs. The change is written like an SVD; what matters least is pruned.
+"""AdaLoRA: give each matrix the rank that it needs. The change is written like an SVD;
+what matters least is pruned.
 
     W' = W + s B diag(E) A,    A (r, d_in),  E (r, 1),  B (d_out, r)
 
-Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", arXiv 2303.10512. Rows of A and
-columns of B are kept near orthonormal by a penalty, so that the entries of E behave like singular values and one of
-them can go without the others noticing. A triplet is E_i with its row and column. How much it matters is the mean
-over its entries of sensitivity |w dL/dw| times its uncertainty, both smoothed over steps. The budget falls from
-init_r to target_r, cubically:
+Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+arXiv 2303.10512. Rows of A and columns of B are kept near orthonormal by a penalty, so
+that the entries of E behave like singular values and one of them can go without the
+others noticing. A triplet is E_i with its row and column. How much it matters is the
+mean over its entries of sensitivity |w dL/dw| times its uncertainty, both smoothed over
+steps. The budget falls from init_r to target_r, cubically:
 
     b(t) = b_T + (b_0 - b_T) (1 - (t - t_init) / (T - t_final - t_init))^3
 
-A pruned triplet keeps its row and column, so until the budget is final it can come back. As in Hugging Face PEFT s is
-lora_alpha / init_r throughout, and the penalty is the mean over all A's and B's of ||A A^T - I|| or ||B^T B - I||.
+A pruned triplet keeps its row and column, so until the budget is final it can come
+back. As in Hugging Face PEFT s is lora_alpha / init_r throughout, and the penalty is
+the mean over all A's and B's of ||A A^T - I|| or ||B^T B - I||.
 """
+
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,42 +33,66 @@ from .lora import LoraConfig
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
     """Hugging Face PEFT's fields and defaults."""
+
     peft_type: ClassVar[str] = "ADALORA"
     penalised: ClassVar[bool] = True
-    init_r: int = 12                            # every layer's rank at first (r itself is not used)
-    target_r: int = 8                           # what it shall be at last, on average
-    tinit: int = 0                              # steps before the budget begins to fall
-    tfinal: int = 0                             # steps at the end in which it does not change
-    deltaT: int = 1                             # steps from one pruning to the next
-    beta1: float = 0.85                         # smoothing of the sensitivity
-    beta2: float = 0.85                         # smoothing of its uncertainty
-    orth_reg_weight: float = 0.5                # of the penalty, in training (PEFT adds it to losses in eval mode too)
-    total_step: int | None = None               # required: the length of the training
-    rank_pattern: dict | None = None            # {path + ".lora_E": [is the triplet kept?]}, from the allocator
+    init_r: int = 12  # every layer's rank at first (r itself is not used)
+    target_r: int = 8  # what it shall be at last, on average
+    tinit: int = 0  # steps before the budget begins to fall
+    tfinal: int = 0  # steps at the end in which it does not change
+    deltaT: int = 1  # steps from one pruning to the next
+    beta1: float = 0.85  # smoothing of the sensitivity
+    beta2: float = 0.85  # smoothing of its uncertainty
+    # of the penalty, in training (PEFT adds it to losses in eval mode too)
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None  # required: the length of the training
+    # {path + ".lora_E": [is the triplet kept?]}, from the allocator
+    rank_pattern: dict | None = None
 
     def __post_init__(self):
-        pattern, self.rank_pattern = self.rank_pattern, {}                  # not ranks, as in LoRA's
+        pattern, self.rank_pattern = self.rank_pattern, {}  # not ranks, as in LoRA's
         if not isinstance(pattern, dict | None):
-            raise ConfigError(f"rank_pattern = {pattern!r}: expected is what the allocator notes, a dict")
+            raise ConfigError(
+                f"rank_pattern = {pattern!r}: expected is what the allocator notes, a"
+                " dict"
+            )
         super().__post_init__()
         self.rank_pattern = pattern
         self.positive("init_r", "target_r", "total_step", "deltaT")
         if self.target_r > self.init_r:
-            raise ConfigError(f"target_r = {self.target_r} is above init_r = {self.init_r}: ranks are only taken away")
-        if min(self.tinit, self.tfinal) < 0 or self.tinit + self.tfinal >= self.total_step:
-            raise ConfigError(f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves none of the total_step = "
-                              f"{self.total_step} steps for the budget to fall in")
+            raise ConfigError(
+                f"target_r = {self.target_r} is above init_r = {self.init_r}: ranks are"
+                " only taken away"
+            )
+        if (
+            min(self.tinit, self.tfinal) < 0
+            or self.tinit + self.tfinal >= self.total_step
+        ):
+            raise ConfigError(
+                f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves none of the"
+                f" total_step = {self.total_step} steps for the budget to fall in"
+            )
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
-            raise ConfigError(f"beta1 = {self.beta1}, beta2 = {self.beta2}: numbers between 0 and 1 are expected")
+            raise ConfigError(
+                f"beta1 = {self.beta1}, beta2 = {self.beta2}: numbers between 0 and 1"
+                " are expected"
+            )
         if self.orth_reg_weight < 0:
-            raise ConfigError(f"orth_reg_weight = {self.orth_reg_weight}: a weight of 0 or more is expected")
+            raise ConfigError(
+                f"orth_reg_weight = {self.orth_reg_weight}: a weight of 0 or more is"
+                " expected"
+            )
         for name in ("use_dora", "use_rslora", "lora_bias", "alpha_pattern"):
             if getattr(self, name):
                 raise ConfigError(f"AdaLoRA has no {name}")
         if not isinstance(self.init_lora_weights, bool):
-            raise ConfigError(f"init_lora_weights = {self.init_lora_weights!r}: AdaLoRA knows True and False")
+            raise ConfigError(
+                f"init_lora_weights = {self.init_lora_weights!r}: AdaLoRA knows True"
+                " and False"
+            )
 
-    def create_shared(self, bases):             # nothing is shared, but the penalty is a mean over all layers
+    # nothing is shared, but the penalty is a mean over all layers
+    def create_shared(self, bases):
         self.weight = self.orth_reg_weight / (2 * len(bases))
 
     def create(self, base, path):
@@ -77,31 +105,44 @@ class AdaLora(LinearDelta):
 
     def __init__(self, d_in, d_out, rows, config):
         super().__init__()
-        r = sum(rows)                           # rows: which of the init_r triplets there are
-        self.lora_A, self.lora_B = nn.Parameter(torch.randn(r, d_in)), nn.Parameter(torch.randn(d_out, r))
+        r = sum(rows)  # rows: which of the init_r triplets there are
+        self.lora_A, self.lora_B = (
+            nn.Parameter(torch.randn(r, d_in)),
+            nn.Parameter(torch.randn(d_out, r)),
+        )
         self.lora_E = nn.Parameter(torch.randn(r, 1))
         if config.init_lora_weights:
             nn.init.zeros_(self.lora_E)
             nn.init.normal_(self.lora_A, std=0.02)
             nn.init.normal_(self.lora_B, std=0.02)
-        self.scaling = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
+        self.scaling = (
+            config.lora_alpha if config.lora_alpha > 0 else config.init_r
+        ) / (config.init_r + 1e-5)
         self.dropout, self.weight = config.lora_dropout, config.weight
-        self.rows, self.kept = rows, [True] * r             # and which of these are not pruned: what a file holds
+        # and which of these are not pruned: what a file holds
+        self.rows, self.kept = rows, [True] * r
 
     def delta(self, base):
         return self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
 
     def forward(self, base, x):
-        h = F.linear(self.seen(x, self.lora_A.dtype), self.lora_A * self.lora_E)            # (..., r)
+        # (..., r)
+        h = F.linear(self.seen(x, self.lora_A.dtype), self.lora_A * self.lora_E)
         return self.plus(base(x), h, self.lora_B)
 
     def penalty(self):
-        return self.weight * sum(torch.linalg.norm(gram - torch.eye(len(gram)).to(gram))
-                                 for gram in (self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B))
+        return self.weight * sum(
+            torch.linalg.norm(gram - torch.eye(len(gram)).to(gram))
+            for gram in (self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B)
+        )
 
     def to_file(self):
         kept = torch.tensor(self.kept, dtype=torch.bool)
-        return {"lora_A": self.lora_A[kept], "lora_B": self.lora_B[:, kept], "lora_E": self.lora_E[kept]}
+        return {
+            "lora_A": self.lora_A[kept],
+            "lora_B": self.lora_B[:, kept],
+            "lora_E": self.lora_E[kept],
+        }
 
     def pattern(self):
         """[is the triplet kept?] for all init_r"""
@@ -109,51 +150,83 @@ class AdaLora(LinearDelta):
         return [there and next(kept) for there in self.rows]
 
     def drop_pruned(self):
-        """Take the pruned triplets out of memory, for good. An optimizer has to be made anew after that."""
+        """Take the pruned triplets out of memory, for good. An optimizer has to be made
+        anew after that."""
         trained = self.lora_E.requires_grad
         for name, tensor in self.to_file().items():
-            setattr(self, name, nn.Parameter(tensor.detach().clone(), requires_grad=trained))
+            setattr(
+                self, name, nn.Parameter(tensor.detach().clone(), requires_grad=trained)
+            )
         self.rows, self.kept = self.pattern(), [True] * len(self.lora_E)
 
 
 class RankAllocator:
-    """Used like a scheduler: `step` after optimizer.step() and before zero_grad(), for it reads the gradients."""
+    """Used like a scheduler: `step` after optimizer.step() and before zero_grad(), for
+    it reads the gradients."""
 
     def __init__(self, model, adapter_name="default"):
         self.config = model.peft_config[adapter_name]
         if not isinstance(self.config, AdaLoraConfig):
-            raise ConfigError(f"{adapter_name!r} is no AdaLoRA: {type(self.config).__name__}")
-        self.adapters = {path: part for path, part in model._parts(adapter_name).items() if isinstance(part, AdaLora)}
-        self.sensitivity = {p: torch.zeros_like(p) for a in self.adapters.values() for p in a.parameters()}
+            raise ConfigError(
+                f"{adapter_name!r} is no AdaLoRA: {type(self.config).__name__}"
+            )
+        self.adapters = {
+            path: part
+            for path, part in model._parts(adapter_name).items()
+            if isinstance(part, AdaLora)
+        }
+        self.sensitivity = {
+            p: torch.zeros_like(p)
+            for a in self.adapters.values()
+            for p in a.parameters()
+        }
         self.uncertainty = {p: torch.zeros_like(p) for p in self.sensitivity}
-        self.steps = 0                          # done so far
+        self.steps = 0  # done so far
 
     def budget(self, step):
         """How many triplets all layers together may have after so many steps."""
-        config, first = self.config, sum(len(adapter.lora_E) for adapter in self.adapters.values())
-        last, steps = config.target_r * len(self.adapters), config.total_step - config.tfinal - config.tinit
+        config, first = (
+            self.config,
+            sum(len(adapter.lora_E) for adapter in self.adapters.values()),
+        )
+        last, steps = (
+            config.target_r * len(self.adapters),
+            config.total_step - config.tfinal - config.tinit,
+        )
         rest = min(max(1 - (step - config.tinit) / steps, 0), 1)
-        return int((first - last) * rest ** 3 + last)
+        return int((first - last) * rest**3 + last)
 
     @torch.no_grad()
     def step(self):
         self.steps += 1
-        step, end, config = self.steps, self.config.total_step - self.config.tfinal, self.config
+        step, end, config = (
+            self.steps,
+            self.config.total_step - self.config.tfinal,
+            self.config,
+        )
         if step < end:
             for p in self.sensitivity:
                 now = (p * (0 if p.grad is None else p.grad)).abs()
                 self.sensitivity[p].lerp_(now, 1 - config.beta1)
-                self.uncertainty[p].lerp_((now - self.sensitivity[p]).abs(), 1 - config.beta2)
+                self.uncertainty[p].lerp_(
+                    (now - self.sensitivity[p]).abs(), 1 - config.beta2
+                )
         if config.tinit < step <= end and (step % config.deltaT == 0 or step == end):
             self.allocate(self.budget(step))
-        elif step > end:                        # the choice is final
+        elif step > end:  # the choice is final
             self.mask()
 
     def importance(self):
         """{path: how much each triplet matters (r,)}"""
         score = lambda p: self.sensitivity[p] * self.uncertainty[p]
-        return {path: score(a.lora_E)[:, 0] + score(a.lora_A).mean(1) + score(a.lora_B).mean(0)
-                for path, a in self.adapters.items()}
+        return {
+            path: (
+                score(a.lora_E)[:, 0]
+                + score(a.lora_A).mean(1)
+                + score(a.lora_B).mean(0)
+            )
+            for path, a in self.adapters.items()
+        }
 
     @torch.no_grad()
     def allocate(self, budget):
@@ -161,8 +234,14 @@ class RankAllocator:
         scores = self.importance()
         worst = torch.cat(list(scores.values())).sort().values[:-budget]
         for path, adapter in self.adapters.items():
-            adapter.kept = (scores[path] > worst[-1]).tolist() if len(worst) else [True] * len(adapter.lora_E)
-        self.config.rank_pattern = {f"{path}.lora_E": a.pattern() for path, a in self.adapters.items()}
+            adapter.kept = (
+                (scores[path] > worst[-1]).tolist()
+                if len(worst)
+                else [True] * len(adapter.lora_E)
+            )
+        self.config.rank_pattern = {
+            f"{path}.lora_E": a.pattern() for path, a in self.adapters.items()
+        }
         self.mask()
 
     @torch.no_grad()

@@ -2,10 +2,12 @@
 
     y = W x + b + delta,    delta (d_out,) starts at zero
 
-Ben Zaken, Ravfogel, Goldberg 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
-Language-models", arXiv 2106.10199. The adapter holds the change of a bias rather than the bias: a change can be taken
-off, stacked on another and merged. A bias moves every token's output by the same vector, whatever the token.
+Ben Zaken, Ravfogel, Goldberg 2021, "BitFit: Simple Parameter-efficient Fine-tuning for
+Transformer-based Masked Language-models", arXiv 2106.10199. The adapter holds the
+change of a bias rather than the bias: a change can be taken off, stacked on another and
+merged. A bias moves every token's output by the same vector, whatever the token.
 """
+
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,42 +22,65 @@ from ..slot import Adapter
 
 @dataclass(kw_only=True)
 class BitFitConfig(LayerConfig):
-    """target_modules=None: every module that has a bias, norms too. Hugging Face PEFT has no such method of its own.
+    """target_modules=None: every module that has a bias, norms too. Hugging Face PEFT
+    has no such method of its own.
 
-    add_bias: modules without a bias may be named too; theirs starts at zero. All linear layers, if none are named.
-    Such a bias cannot be merged: the plain model has no place for it.
+    add_bias: modules without a bias may be named too; theirs starts at zero. All linear
+    layers, if none are named. Such a bias cannot be merged: the plain model has no
+    place for it.
     """
+
     peft_type: ClassVar[str] = "BITFIT"
     add_bias: bool = False
 
     def select(self, model):
         if self.target_modules is None:
-            modules = {path: layers.bare(module) for path, _, _, module in layers.walk(model)}
+            modules = {
+                path: layers.bare(module) for path, _, _, module in layers.walk(model)
+            }
             found = [path for path, module in modules.items() if has_bias(module)]
             if not found and not self.add_bias:
-                raise TargetError("this model has no biases to train: Llama-like models have none. With add_bias=True "
-                                  "every linear layer gets one, which starts at zero")
-            self.target_modules = layers.short(modules, found) if found else "all-linear"
+                raise TargetError(
+                    "this model has no biases to train: Llama-like models have none."
+                    " With add_bias=True every linear layer gets one, which starts at"
+                    " zero"
+                )
+            self.target_modules = (
+                layers.short(modules, found) if found else "all-linear"
+            )
         return super().select(model)
 
     def create(self, base, path):
         if not has_bias(base.module) and not self.add_bias:
-            raise TargetError(f"this {type(base.module).__name__} has no bias; add_bias=True gives it one")
-        return BitFit(base.module.bias.numel() if has_bias(base.module) else layers.features(base.module)[1],
-                      has_bias(base.module))
+            raise TargetError(
+                f"this {type(base.module).__name__} has no bias; add_bias=True gives"
+                " it one"
+            )
+        return BitFit(
+            (
+                base.module.bias.numel()
+                if has_bias(base.module)
+                else layers.features(base.module)[1]
+            ),
+            has_bias(base.module),
+        )
 
 
 def has_bias(module):
-    return isinstance(getattr(module, "bias", None), nn.Parameter) and module.bias.dim() == 1
+    return (
+        isinstance(getattr(module, "bias", None), nn.Parameter)
+        and module.bias.dim() == 1
+    )
 
 
 class BitFit(Adapter):
-    """x (..., d_in) -> (..., d_out), or of whatever module that ends by adding a bias, as LayerNorm does."""
+    """x (..., d_in) -> (..., d_out), or of whatever module that ends by adding a bias,
+    as LayerNorm does."""
 
     def __init__(self, d_out, mergeable=True):
         super().__init__()
         self.bias_delta = nn.Parameter(torch.zeros(d_out))
-        self.mergeable = mergeable              # into a bias that is there
+        self.mergeable = mergeable  # into a bias that is there
 
     def forward(self, base, x):
         y = base(x)

@@ -1,14 +1,18 @@
 """Bottleneck adapters: small networks of their own, put in beside the frozen ones.
 
-    sequential   y = f(x) + s A(f(x))      "houlsby": after attention and feed-forward; "pfeiffer": after the latter
+    sequential   y = f(x) + s A(f(x))      "houlsby": after attention and feed-forward;
+      "pfeiffer": after the latter
     parallel     y = f(x) + s A(x)         beside feed-forward, s = 4
     A(h) = W_up act(W_down h + b_down) + b_up,    W_down (m, d),  W_up (d, m)
 
-Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv 1902.00751; Pfeiffer et al. 2020,
-2005.00247; parallel: He et al. 2021, "Towards a Unified View of Parameter-Efficient Transfer Learning", 2110.04366.
-f is a part of a transformer's block, before its output is added to the residual stream. Because of the non-linearity no
-A is a change of a weight: none can be merged. Defaults are those of the library `adapters`.
+Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv 1902.00751;
+Pfeiffer et al. 2020, 2005.00247; parallel: He et al. 2021, "Towards a Unified View of
+Parameter-Efficient Transfer Learning", 2110.04366. f is a part of a transformer's
+block, before its output is added to the residual stream. Because of the non-linearity
+no A is a change of a weight: none can be merged. Defaults are those of the library
+`adapters`.
 """
+
 import inspect
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,52 +27,86 @@ from ..layers import TargetError
 from ..slot import Adapter
 
 # placement: (where in the block, reduction factor, non-linearity, scaling)
-PLACEMENTS = {"houlsby": (("attention", "feed-forward"), 16, "swish", 1.0),
-              "pfeiffer": (("feed-forward",), 16, "relu", 1.0),
-              "parallel": (("feed-forward",), 2, "relu", 4.0)}
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh,
-               "leakyrelu": F.leaky_relu, "sigmoid": torch.sigmoid, "identity": lambda h: h}
+PLACEMENTS = {
+    "houlsby": (("attention", "feed-forward"), 16, "swish", 1.0),
+    "pfeiffer": (("feed-forward",), 16, "relu", 1.0),
+    "parallel": (("feed-forward",), 2, "relu", 4.0),
+}
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swish": F.silu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "leakyrelu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda h: h,
+}
 INITS = ("identity", "bert", "mam")
 
 
 @dataclass(kw_only=True)
 class BottleneckConfig(LayerConfig):
-    """r or reduction_factor (then r = d / reduction_factor); what is None is the placement's own, see PLACEMENTS.
+    """r or reduction_factor (then r = d / reduction_factor); what is None is the
+    placement's own, see PLACEMENTS.
 
-    init: "identity" W_down normal with sd 0.02, W_up zero; "bert" both so, nearly the identity; "mam" as LoRA.
-    target_modules=None: the right parts of every block, found by structure. Named ones may be any module that maps
-    (..., d) to (..., d) or to a tuple that begins so.
+    init: "identity" W_down normal with sd 0.02, W_up zero; "bert" both so, nearly the
+    identity; "mam" as LoRA. target_modules=None: the right parts of every block, found
+    by structure. Named ones may be any module that maps (..., d) to (..., d) or to a
+    tuple that begins so.
     """
+
     peft_type: ClassVar[str] = "BOTTLENECK"
     placement: str = "pfeiffer"
     r: int | None = None
     reduction_factor: float | None = None
     non_linearity: str | None = None
-    scaling: float | str | None = None          # a number, or "learned": one number a layer, which starts at 1
+    # a number, or "learned": one number a layer, which starts at 1
+    scaling: float | str | None = None
     init: str = "identity"
-    train_layernorm: bool = False               # train and save the norms too, as Houlsby et al. do
+    train_layernorm: bool = False  # train and save the norms too, as Houlsby et al. do
 
     def __post_init__(self):
         super().__post_init__()
-        for field, valid in (("placement", PLACEMENTS), ("non_linearity", ACTIVATIONS), ("init", INITS)):
-            if getattr(self, field) not in (*valid, *([None] if field == "non_linearity" else [])):
-                raise ConfigError(f"{field} = {getattr(self, field)!r}; valid: {', '.join(valid)}")
+        for field, valid in (
+            ("placement", PLACEMENTS),
+            ("non_linearity", ACTIVATIONS),
+            ("init", INITS),
+        ):
+            if getattr(self, field) not in (
+                *valid,
+                *([None] if field == "non_linearity" else []),
+            ):
+                raise ConfigError(
+                    f"{field} = {getattr(self, field)!r}; valid: {', '.join(valid)}"
+                )
         if self.r is not None and self.reduction_factor is not None:
-            raise ConfigError("give r or reduction_factor, not both: r = d / reduction_factor")
+            raise ConfigError(
+                "give r or reduction_factor, not both: r = d / reduction_factor"
+            )
         if self.r is not None:
             self.positive("r")
         if self.reduction_factor is not None and not self.reduction_factor > 0:
-            raise ConfigError(f"reduction_factor = {self.reduction_factor!r}: a positive number is expected")
+            raise ConfigError(
+                f"reduction_factor = {self.reduction_factor!r}: a positive number is"
+                " expected"
+            )
         if isinstance(self.scaling, str) and self.scaling != "learned":
-            raise ConfigError(f"scaling = {self.scaling!r}: a number or 'learned' is expected")
+            raise ConfigError(
+                f"scaling = {self.scaling!r}: a number or 'learned' is expected"
+            )
 
     def select(self, model):
-        modules = {path: layers.bare(module) for path, _, _, module in layers.walk(model)}
+        modules = {
+            path: layers.bare(module) for path, _, _, module in layers.walk(model)
+        }
         if self.target_modules is None:
             self.target_modules = parts(modules, PLACEMENTS[self.placement][0])
         if self.train_layernorm:
             norms = [path for path in modules if layers.is_norm(modules[path])]
-            self.modules_to_save = sorted({*(self.modules_to_save or ()), *layers.short(modules, norms)})
+            self.modules_to_save = sorted(
+                {*(self.modules_to_save or ()), *layers.short(modules, norms)}
+            )
         return super().select(model)
 
     def create(self, base, path):
@@ -76,8 +114,14 @@ class BottleneckConfig(LayerConfig):
         d_in, d_out = width(base.module)
         d = d_in if self.placement == "parallel" else d_out
         r = self.r or max(1, int(d // (self.reduction_factor or factor)))
-        adapter = Bottleneck(d, r, d_out, self.placement == "parallel", self.non_linearity or act,
-                             scaling if self.scaling is None else self.scaling)
+        adapter = Bottleneck(
+            d,
+            r,
+            d_out,
+            self.placement == "parallel",
+            self.non_linearity or act,
+            scaling if self.scaling is None else self.scaling,
+        )
         adapter.reset(self.init)
         return adapter
 
@@ -87,26 +131,38 @@ def width(module):
     within = [module, *(layers.bare(below) for _, _, _, below in layers.walk(module))]
     linear = [layers.features(m) for m in within if layers.is_linear(m)]
     if not linear:
-        raise TargetError(f"{type(module).__name__} has no linear layers: how wide it is cannot be told")
+        raise TargetError(
+            f"{type(module).__name__} has no linear layers: how wide it is cannot be"
+            " told"
+        )
     return linear[0][0], linear[-1][1]
 
 
 def parts(modules, wanted):
-    """The names, for target_modules, of each block's attention and feed-forward, told by structure: children of a block
-    with several linear layers. Feed-forward is told of nothing but x; attention also of masks, positions and caches.
-    An adapter after attention stands at its last linear layer, which ends it and is called with one tensor."""
+    """The names, for target_modules, of each block's attention and feed-forward, told
+    by structure: children of a block with several linear layers. Feed-forward is told
+    of nothing but x; attention also of masks, positions and caches. An adapter after
+    attention stands at its last linear layer, which ends it and is called with one
+    tensor."""
     names, found = {}, []
     for path, module in modules.items():
         block, _, name = path.rpartition(".")
         stack = modules.get(block.rpartition(".")[0])
-        linear = [p for p in modules if p.startswith(f"{path}.") and layers.is_linear(modules[p])]
+        linear = [
+            p
+            for p in modules
+            if p.startswith(f"{path}.") and layers.is_linear(modules[p])
+        ]
         if isinstance(stack, nn.ModuleList) and len(linear) > 1:
             alone = len(inspect.signature(module.forward).parameters) == 1
             if ("feed-forward" if alone else "attention") in wanted:
                 found.append(path if alone else linear[-1])
                 names[found[-1].removeprefix(f"{block}.")] = None
     if not found:
-        raise TargetError("no blocks with attention and feed-forward are found in this model: say target_modules")
+        raise TargetError(
+            "no blocks with attention and feed-forward are found in this model: say"
+            " target_modules"
+        )
     return list(names) if layers.find(modules, names) == found else found
 
 
@@ -115,14 +171,14 @@ class Bottleneck(Adapter):
 
     def __init__(self, d_in, r, d_out, parallel, non_linearity, scaling):
         super().__init__()
-        self.adapter_down = nn.Linear(d_in, r)                  # weight (r, d_in)
-        self.adapter_up = nn.Linear(r, d_out)                   # weight (d_out, r)
+        self.adapter_down = nn.Linear(d_in, r)  # weight (r, d_in)
+        self.adapter_up = nn.Linear(r, d_out)  # weight (d_out, r)
         self.parallel, self.act = parallel, ACTIVATIONS[non_linearity]
         self.scaling = nn.Parameter(torch.ones(1)) if scaling == "learned" else scaling
 
     def reset(self, init):
-        if init == "mam":                                       # nn.Linear's own: uniform within 1 / sqrt(d_in)
-            nn.init.kaiming_uniform_(self.adapter_down.weight, a=5 ** 0.5)
+        if init == "mam":  # nn.Linear's own: uniform within 1 / sqrt(d_in)
+            nn.init.kaiming_uniform_(self.adapter_down.weight, a=5**0.5)
         else:
             nn.init.normal_(self.adapter_down.weight, std=0.02)
         nn.init.normal_(self.adapter_up.weight, std=0.02 if init == "bert" else 0.0)
@@ -138,6 +194,7 @@ class Bottleneck(Adapter):
     def forward(self, base, *args, **kwargs):
         output = base(*args, **kwargs)
         y, *rest = output if isinstance(output, tuple) else [output]
-        x = args[0] if args else next(iter(kwargs.values()))    # Hugging Face calls attention with hidden_states=x
+        # Hugging Face calls attention with hidden_states=x
+        x = args[0] if args else next(iter(kwargs.values()))
         y = (y + self.correction(x if self.parallel else y)).to(y.dtype)
         return (y, *rest) if isinstance(output, tuple) else y

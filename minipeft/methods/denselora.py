@@ -1,13 +1,18 @@
-"""DenseLoRA: layers of one kind share an encoder and a decoder; a layer's own part is one small dense matrix.
+"""DenseLoRA: layers of one kind share an encoder and a decoder; a layer's own part is
+one small dense matrix.
 
-    y = W x + s f(D M f(E x)),    E (r, d_in) and D (d_out, r) shared, M (r, r), s = alpha / r, f = GELU
+    y = W x + s f(D M f(E x)),    E (r, d_in) and D (d_out, r) shared, M (r, r), s =
+      alpha / r, f = GELU
 
-Mu et al. 2025, "DenseLoRA: Dense Low-Rank Adaptation of Large Language Models", arXiv 2505.23808. Layers are of one
-kind if they have the same last name and the same shape: all q_proj, all down_proj. D starts at zero; GELU has slope
-1/2 there, so D gets a gradient at once, and the others as soon as D has moved. It is written from the paper: its
-published code, as it was released, adds nothing to the base. With f it is no change of a weight, and cannot be
-merged. Without (activation="linear") it is W' = W + s D M E, a LoRA whose outer factors are shared.
+Mu et al. 2025, "DenseLoRA: Dense Low-Rank Adaptation of Large Language Models", arXiv
+2505.23808. Layers are of one kind if they have the same last name and the same shape:
+all q_proj, all down_proj. D starts at zero; GELU has slope 1/2 there, so D gets a
+gradient at once, and the others as soon as D has moved. It is written from the paper:
+its published code, as it was released, adds nothing to the base. With f it is no change
+of a weight, and cannot be merged. Without (activation="linear") it is W' = W + s D M E,
+a LoRA whose outer factors are shared.
 """
+
 from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
@@ -24,23 +29,31 @@ from ..slot import LinearDelta
 @dataclass(kw_only=True)
 class DenseLoraConfig(LayerConfig):
     """Hugging Face PEFT does not have it. The fields are named as LoRA's."""
+
     peft_type: ClassVar[str] = "DENSELORA"
     r: int = 16
     lora_alpha: float = 16
-    lora_dropout: float = 0.0                   # on what the encoder reads, in training
-    activation: str = "gelu"                    # "linear": none, and so mergeable
-    init_lora_weights: bool = True              # False: D is random too
+    lora_dropout: float = 0.0  # on what the encoder reads, in training
+    activation: str = "gelu"  # "linear": none, and so mergeable
+    init_lora_weights: bool = True  # False: D is random too
 
     def __post_init__(self):
         super().__post_init__()
         self.positive("r")
         self.probability("lora_dropout")
         if self.activation not in ("gelu", "linear"):
-            raise ConfigError(f"unknown activation {self.activation!r}; valid: 'gelu', 'linear'")
+            raise ConfigError(
+                f"unknown activation {self.activation!r}; valid: 'gelu', 'linear'"
+            )
 
     def create_shared(self, bases):
-        return nn.ModuleDict({kind: Pair(d_in, d_out, self) for path, base in bases.items()
-                              for kind, d_in, d_out in [kind_of(base, path)]})
+        return nn.ModuleDict(
+            {
+                kind: Pair(d_in, d_out, self)
+                for path, base in bases.items()
+                for kind, d_in, d_out in [kind_of(base, path)]
+            }
+        )
 
     def create(self, base, path):
         return DenseLora(kind_of(base, path)[0], self)
@@ -60,7 +73,8 @@ class Pair(nn.Module):
         self.encoder = nn.Parameter(torch.empty(config.r, d_in))
         self.decoder = nn.Parameter(torch.empty(d_out, config.r))
         for factor in (self.encoder, self.decoder):
-            nn.init.kaiming_uniform_(factor, a=sqrt(5))                     # uniform within 1 / sqrt(columns)
+            # uniform within 1 / sqrt(columns)
+            nn.init.kaiming_uniform_(factor, a=sqrt(5))
         if config.init_lora_weights:
             nn.init.zeros_(self.decoder)
 
@@ -72,7 +86,11 @@ class DenseLora(LinearDelta):
         super().__init__()
         self.lora_M = nn.Parameter(torch.empty(config.r, config.r))
         nn.init.kaiming_uniform_(self.lora_M, a=sqrt(5))
-        self.kind, self.scaling, self.dropout = kind, config.lora_alpha / config.r, config.lora_dropout
+        self.kind, self.scaling, self.dropout = (
+            kind,
+            config.lora_alpha / config.r,
+            config.lora_dropout,
+        )
         self.mergeable = config.activation == "linear"
         self.bend = nn.Identity() if self.mergeable else F.gelu
 
@@ -82,5 +100,5 @@ class DenseLora(LinearDelta):
 
     def update(self, base, x):
         pair = base.shared[self.kind]
-        h = F.linear(self.bend(F.linear(x, pair.encoder)), self.lora_M)     # (..., r)
+        h = F.linear(self.bend(F.linear(x, pair.encoder)), self.lora_M)  # (..., r)
         return self.scaling * self.bend(F.linear(h, pair.decoder))

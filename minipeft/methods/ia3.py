@@ -1,11 +1,15 @@
-"""IA3: rescale what is there. One number for each channel of the keys, the values and the feed-forward's middle.
+"""IA3: rescale what is there. One number for each channel of the keys, the values and
+the feed-forward's middle.
 
-    k = l_k * (W_k x),    v = l_v * (W_v x),    FFN(x) = W_2 (l_ff * act(W_1 x)),    all l start at one
+    k = l_k * (W_k x),    v = l_v * (W_v x),    FFN(x) = W_2 (l_ff * act(W_1 x)),    all
+      l start at one
 
-Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv
-2205.05638. The name: Infused Adapter by Inhibiting and Amplifying Inner Activations. A channel can be made louder or
-silenced, but none is mixed with another: what the layer can say stays what it could say before.
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+In-Context Learning", arXiv 2205.05638. The name: Infused Adapter by Inhibiting and
+Amplifying Inner Activations. A channel can be made louder or silenced, but none is
+mixed with another: what the layer can say stays what it could say before.
 """
+
 import re
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,24 +25,41 @@ from ..slot import Adapter
 
 @dataclass(kw_only=True)
 class IA3Config(LayerConfig):
-    """Hugging Face PEFT's fields and defaults. feedforward_modules: those of the targets whose input is scaled, as the
-    paper does in W_2; of all others the output is. A list of names, or one regular expression for whole paths."""
+    """Hugging Face PEFT's fields and defaults. feedforward_modules: those of the
+    targets whose input is scaled, as the paper does in W_2; of all others the output
+    is. A list of names, or one regular expression for whole paths."""
+
     peft_type: ClassVar[str] = "IA3"
     feedforward_modules: list[str] | str | None = None
-    init_ia3_weights: bool = True               # False: random, for tests
-    fan_in_fan_out: bool = False                # for PEFT; here the layer's class says how its weight is stored
-    default_targets: ClassVar[list] = [["k_proj", "v_proj", "down_proj"], ["c_attn", "mlp.c_proj"]]
+    init_ia3_weights: bool = True  # False: random, for tests
+    # for PEFT; here the layer's class says how its weight is stored
+    fan_in_fan_out: bool = False
+    default_targets: ClassVar[list] = [
+        ["k_proj", "v_proj", "down_proj"],
+        ["c_attn", "mlp.c_proj"],
+    ]
 
     def select(self, model):
         found = super().select(model)
         if self.feedforward_modules is None:
-            usual = {names[-1] for names in self.default_targets}           # down_proj, mlp.c_proj
+            # down_proj, mlp.c_proj
+            usual = {names[-1] for names in self.default_targets}
             paths = [path for path, *_ in layers.walk(model)]
             if not any(layers.ends(name, path) for name in usual for path in paths):
-                raise TargetError("say feedforward_modules: those of target_modules whose input is scaled; [] for none")
-            self.feedforward_modules = sorted(n for n in usual if any(layers.ends(n, path) for path in found))
+                raise TargetError(
+                    "say feedforward_modules: those of target_modules whose input is"
+                    " scaled; [] for none"
+                )
+            self.feedforward_modules = sorted(
+                n for n in usual if any(layers.ends(n, path) for path in found)
+            )
         if self.feedforward_modules:
-            layers.find(found, self.feedforward_modules, "feedforward_modules, among the targets,", layers.ends)
+            layers.find(
+                found,
+                self.feedforward_modules,
+                "feedforward_modules, among the targets,",
+                layers.ends,
+            )
         return found
 
     def create(self, base, path):
@@ -46,13 +67,19 @@ class IA3Config(LayerConfig):
             raise TargetError("IA3 rescales linear layers, not embeddings")
         d_in, d_out = layers.features(base.module)
         names = self.feedforward_modules
-        feedforward = re.fullmatch(names, path) if isinstance(names, str) else any(layers.ends(n, path) for n in names)
+        feedforward = (
+            re.fullmatch(names, path)
+            if isinstance(names, str)
+            else any(layers.ends(n, path) for n in names)
+        )
         return IA3((1, d_in) if feedforward else (d_out, 1), self.init_ia3_weights)
 
 
 class IA3(Adapter):
-    """x (..., d_in) -> (..., d_out). Multiplied with a weight (d_out, d_in), l of shape (d_out, 1) scales rows, and so
-    the output; of shape (1, d_in) it scales columns, and so the input."""
+    """x (..., d_in) -> (..., d_out). Multiplied with a weight (d_out, d_in), l of shape
+    (d_out, 1) scales rows, and so the output; of shape (1, d_in) it scales columns, and
+    so the input."""
+
     mergeable = True
 
     def __init__(self, shape, ones=True):

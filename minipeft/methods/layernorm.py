@@ -1,10 +1,13 @@
 """LayerNorm tuning: train the norms' gains and biases, and nothing else.
 
-    LN(x) = g * (x - mean) / sd + b,    RMSNorm(x) = g * x / rms,    g and b are trained, from where they were
+    LN(x) = g * (x - mean) / sd + b,    RMSNorm(x) = g * x / rms,    g and b are
+      trained, from where they were
 
-Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", arXiv 2312.11420.
-BitFit's sibling: the other vectors of a transformer. Of all methods it trains the fewest numbers.
+Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM
+Finetuning", arXiv 2312.11420. BitFit's sibling: the other vectors of a transformer. Of
+all methods it trains the fewest numbers.
 """
+
 import copy
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,13 +22,19 @@ from ..slot import Adapter
 
 @dataclass(kw_only=True)
 class LNTuningConfig(LayerConfig):
-    """Hugging Face PEFT's fields. target_modules=None: every norm of the model, found by its one-dimensional weight."""
+    """Hugging Face PEFT's fields. target_modules=None: every norm of the model, found
+    by its one-dimensional weight."""
+
     peft_type: ClassVar[str] = "LN_TUNING"
 
     def select(self, model):
         if self.target_modules is None:
-            modules = {path: layers.bare(module) for path, _, _, module in layers.walk(model)}
-            self.target_modules = layers.short(modules, [path for path in modules if layers.is_norm(modules[path])])
+            modules = {
+                path: layers.bare(module) for path, _, _, module in layers.walk(model)
+            }
+            self.target_modules = layers.short(
+                modules, [path for path in modules if layers.is_norm(modules[path])]
+            )
         return super().select(model)
 
     def create(self, base, path):
@@ -35,8 +44,9 @@ class LNTuningConfig(LayerConfig):
 
 
 class LNTuning(Adapter):
-    """A trained copy of a norm in its place, computed in the copy's precision. x (..., d) -> (..., d). It does not ask
-    its base: of two that are active the last counts."""
+    """A trained copy of a norm in its place, computed in the copy's precision. x (...,
+    d) -> (..., d). It does not ask its base: of two that are active the last counts."""
+
     mergeable = True
 
     def __init__(self, norm):
@@ -44,9 +54,17 @@ class LNTuning(Adapter):
         self.ln_tuning_layers = copy.deepcopy(norm)
 
     def forward(self, base, x):
-        return self.ln_tuning_layers(x.to(self.ln_tuning_layers.weight.dtype)).to(x.dtype)
+        return self.ln_tuning_layers(x.to(self.ln_tuning_layers.weight.dtype)).to(
+            x.dtype
+        )
 
     def fold(self, base):
         for name, trained in self.ln_tuning_layers.named_parameters():
             frozen = getattr(base.module, name)
-            setattr(base.module, name, nn.Parameter(trained.detach().to(frozen.dtype, copy=True), requires_grad=False))
+            setattr(
+                base.module,
+                name,
+                nn.Parameter(
+                    trained.detach().to(frozen.dtype, copy=True), requires_grad=False
+                ),
+            )

@@ -1,4 +1,6 @@
-"""modules_to_save: a trained copy of a whole module, in place of the frozen one. It comes with any method."""
+"""modules_to_save: a trained copy of a whole module, in place of the frozen one. It
+comes with any method."""
+
 import copy
 
 from torch import nn
@@ -8,6 +10,7 @@ from ..slot import Adapter
 
 class Copy(Adapter):
     """y = module(x): the simplest adapter of all, for it does not ask its base."""
+
     mergeable = True
 
     def __init__(self, module):
@@ -19,11 +22,19 @@ class Copy(Adapter):
 
     def fold(self, base):
         for trained, frozen in zip(self.module.modules(), base.module.modules()):
-            frozen._parameters.update({name: p if p is None else nn.Parameter(p.detach().clone(), requires_grad=False)
-                                       for name, p in trained._parameters.items()})
+            frozen._parameters.update(
+                {
+                    name: (
+                        p
+                        if p is None
+                        else nn.Parameter(p.detach().clone(), requires_grad=False)
+                    )
+                    for name, p in trained._parameters.items()
+                }
+            )
             frozen._buffers.update(copy.deepcopy(trained._buffers))
 
-    def to_file(self):                          # in files it bears the module's own names
+    def to_file(self):  # in files it bears the module's own names
         return self.module.state_dict()
 
     def from_file(self, tensors):

@@ -1,10 +1,13 @@
-"""P-tuning: a prompt whose vectors are made by a small network, so that they are learned together and not each alone.
+"""P-tuning: a prompt whose vectors are made by a small network, so that they are
+learned together and not each alone.
 
     model([f(Z); E(x)]),    Z (n, d) and the network f trained
 
-Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385. The network is for training only: what is saved is f(Z), a
-prompt like any other. (P-tuning v2 is another thing: see prefix.py.)
+Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385. The network is for training
+only: what is saved is f(Z), a prompt like any other. (P-tuning v2 is another thing: see
+prefix.py.)
 """
+
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,31 +23,53 @@ from .virtual import VirtualTokensConfig
 @dataclass(kw_only=True)
 class PromptEncoderConfig(VirtualTokensConfig):
     """Hugging Face PEFT's fields and defaults."""
+
     peft_type: ClassVar[str] = "P_TUNING"
-    encoder_reparameterization_type: str = "MLP"            # or LSTM, as in the paper, read from both ends
-    encoder_hidden_size: int | None = None      # None: the model's width
-    encoder_num_layers: int = 2                 # of the LSTM; the MLP has its three matrices whatever this says
-    encoder_dropout: float = 0.0                # between the LSTM's layers
+    # or LSTM, as in the paper, read from both ends
+    encoder_reparameterization_type: str = "MLP"
+    encoder_hidden_size: int | None = None  # None: the model's width
+    # of the LSTM; the MLP has its three matrices whatever this says
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0  # between the LSTM's layers
 
     def __post_init__(self):
         super().__post_init__()
         if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
-            raise ConfigError(f"unknown encoder_reparameterization_type {self.encoder_reparameterization_type!r}; "
-                              "valid: MLP, LSTM")
+            raise ConfigError(
+                "unknown encoder_reparameterization_type"
+                f" {self.encoder_reparameterization_type!r}; valid: MLP, LSTM"
+            )
         for field in ("encoder_hidden_size", "encoder_num_layers"):
             if getattr(self, field) is not None:
                 self.positive(field)
         self.probability("encoder_dropout")
-        if self.encoder_reparameterization_type == "MLP" and (self.encoder_num_layers != 2 or self.encoder_dropout):
-            warnings.warn("encoder_num_layers and encoder_dropout are the LSTM's: the MLP ignores them", stacklevel=3)
+        if self.encoder_reparameterization_type == "MLP" and (
+            self.encoder_num_layers != 2 or self.encoder_dropout
+        ):
+            warnings.warn(
+                "encoder_num_layers and encoder_dropout are the LSTM's: the MLP ignores"
+                " them",
+                stacklevel=3,
+            )
 
     def create(self, base, path):
         d, h = self.token_dim, self.encoder_hidden_size or self.token_dim
         self.encoder_hidden_size = h
         start = torch.randn(self.num_virtual_tokens, d)
         if self.encoder_reparameterization_type == "MLP":
-            return Prompt(start, nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d)))
-        return Prompt(start, Recurrent(d, h, self.encoder_num_layers, self.encoder_dropout))
+            return Prompt(
+                start,
+                nn.Sequential(
+                    nn.Linear(d, h),
+                    nn.ReLU(),
+                    nn.Linear(h, h),
+                    nn.ReLU(),
+                    nn.Linear(h, d),
+                ),
+            )
+        return Prompt(
+            start, Recurrent(d, h, self.encoder_num_layers, self.encoder_dropout)
+        )
 
 
 class Recurrent(nn.Module):
@@ -53,7 +78,9 @@ class Recurrent(nn.Module):
     def __init__(self, d, h, num_layers, dropout):
         super().__init__()
         self.lstm = nn.LSTM(d, h, num_layers, dropout=dropout, bidirectional=True)
-        self.mlp = nn.Sequential(nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d)
+        )
 
     def forward(self, x):
         return self.mlp(self.lstm(x)[0])

@@ -1,45 +1,61 @@
 """Eight bits and fewer: any codebook, one scale a block.
 
-    x ~ absmax * code[q],    absmax = max |x| of the block,    q = the index of the code nearest to x / absmax
+    x ~ absmax * code[q],    absmax = max |x| of the block,    q = the index of the code
+      nearest to x / absmax
 
-The codebook that optimizer states and the scales of NF4 are kept in is the dynamic map (Dettmers 2015, "8-Bit
-Approximations for Parallelism in Deep Learning", arXiv 1511.04561): seven decades, each with twice as many numbers as the
-one below, so that small numbers keep a small relative error.
+The codebook that optimizer states and the scales of NF4 are kept in is the dynamic map
+(Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning", arXiv
+1511.04561): seven decades, each with twice as many numbers as the one below, so that
+small numbers keep a small relative error.
 """
+
 import torch
 import torch.nn.functional as F
 
-GRID = 65535        # bitsandbytes on a CPU looks codes up in a table of so many steps between -1 and 1
+# bitsandbytes on a CPU looks codes up in a table of so many steps between -1 and 1
+GRID = 65535
 
 
 def dynamic_map(signed=True):
-    """(256,) float32, sorted: -0.993 to 1, or 0 to 1. To the bit bitsandbytes' create_dynamic_map."""
+    """(256,) float32, sorted: -0.993 to 1, or 0 to 1. To the bit bitsandbytes'
+    create_dynamic_map."""
     positive = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** i * (1 if signed else 2) + 1, device="cpu")     # whatever the default
+        # whatever the default
+        edges = torch.linspace(0.1, 1, 2**i * (1 if signed else 2) + 1, device="cpu")
         positive += (10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    return torch.tensor(sorted([*positive, *([-x for x in positive] if signed else []), 0.0, 1.0]), device="cpu")
+    return torch.tensor(
+        sorted([*positive, *([-x for x in positive] if signed else []), 0.0, 1.0]),
+        device="cpu",
+    )
 
 
 def linear_map(bits=8, signed=True):
-    """Equal steps: (2^bits - 1,) from -1 to 1 with a zero in the middle, or (2^bits,) from 0 to 1."""
-    return torch.linspace(-1, 1, 2 ** bits - 1) if signed else torch.linspace(0, 1, 2 ** bits)
+    """Equal steps: (2^bits - 1,) from -1 to 1 with a zero in the middle, or (2^bits,)
+    from 0 to 1."""
+    return (
+        torch.linspace(-1, 1, 2**bits - 1) if signed else torch.linspace(0, 1, 2**bits)
+    )
 
 
 def quantize_blockwise(x, code, block_size=256, grid=None):
-    """x of any shape -> (q of that shape, uint8; absmax (blocks,) float32). `code`: up to 256 numbers, sorted.
+    """x of any shape -> (q of that shape, uint8; absmax (blocks,) float32). `code`: up
+    to 256 numbers, sorted.
 
-    grid: first round x / absmax to so many steps, as bitsandbytes does on a CPU (GRID): to have its very bits."""
+    grid: first round x / absmax to so many steps, as bitsandbytes does on a CPU (GRID):
+    to have its very bits."""
     flat = x.detach().reshape(-1).float()
-    rows = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)               # (blocks, block_size)
+    # (blocks, block_size)
+    rows = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
     absmax = rows.abs().amax(1)
-    y = rows * (1 / absmax)[:, None]                                                    # between -1 and 1
+    y = rows * (1 / absmax)[:, None]  # between -1 and 1
     if grid:
         y = ((y + 1) * 0.5 * grid + 0.5).floor() / grid * 2 - 1
     code = code.to(y.device)
-    q = torch.bucketize(y, (code[1:] + code[:-1]) / 2, out_int32=True).to(torch.uint8)  # the nearest; ties: the lower
+    # the nearest; ties: the lower
+    q = torch.bucketize(y, (code[1:] + code[:-1]) / 2, out_int32=True).to(torch.uint8)
     q.masked_fill_((absmax == 0)[:, None], 0)
-    return q.view(-1)[:len(flat)].clone().view(x.shape), absmax
+    return q.view(-1)[: len(flat)].clone().view(x.shape), absmax
 
 
 def dequantize_blockwise(q, absmax, code, block_size=256):
@@ -47,4 +63,4 @@ def dequantize_blockwise(q, absmax, code, block_size=256):
     flat = q.reshape(-1)
     y = code.to(q.device).index_select(0, flat.int())
     rows = F.pad(y, (0, -len(y) % block_size)).view(-1, block_size) * absmax[:, None]
-    return rows.view(-1)[:len(flat)].view(q.shape)
+    return rows.view(-1)[: len(flat)].view(q.shape)

@@ -1,13 +1,16 @@
 """Four bits a weight: one of sixteen numbers, times the scale of its block.
 
-    w ~ absmax * code[q],    absmax = max |w| of the block,    q = the index of the code nearest to w / absmax
+    w ~ absmax * code[q],    absmax = max |w| of the block,    q = the index of the code
+      nearest to w / absmax
 
-NF4's sixteen numbers are quantiles of the normal distribution: where trained weights are dense, so are they. Two codes go
-in a byte. Double quantisation keeps the scales themselves in 8 bits: less their mean, in blocks of 256.
+NF4's sixteen numbers are quantiles of the normal distribution: where trained weights
+are dense, so are they. Two codes go in a byte. Double quantisation keeps the scales
+themselves in 8 bits: less their mean, in blocks of 256.
 
-Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314, section 3. Codes, bytes and
-dequantised values are those of bitsandbytes, to the bit.
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314,
+section 3. Codes, bytes and dequantised values are those of bitsandbytes, to the bit.
 """
+
 import math
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -20,49 +23,87 @@ from .blockwise import GRID, dequantize_blockwise, dynamic_map, quantize_blockwi
 
 
 def normal_float(bits=4):
-    """(2^bits,) float32, sorted: the quantiles that NF4 is made of, for any number of bits; a zero is among them.
+    """(2^bits,) float32, sorted: the quantiles that NF4 is made of, for any number of
+    bits; a zero is among them.
 
-    2^(bits-1) positive numbers and one fewer negative ones, each half equally spaced in probability up to the same
-    outermost quantile, then all divided by the largest."""
+    2^(bits-1) positive numbers and one fewer negative ones, each half equally spaced in
+    probability up to the same outermost quantile, then all divided by the largest."""
     half = 2 ** (bits - 1)
-    outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2           # the mean of half a bin with 2^bits, and one less
+    # the mean of half a bin with 2^bits, and one less
+    outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
     quantile = NormalDist().inv_cdf
-    side = lambda count: [quantile(outermost + (0.5 - outermost) * i / count) for i in range(count)]
+    side = lambda count: [
+        quantile(outermost + (0.5 - outermost) * i / count) for i in range(count)
+    ]
     numbers = sorted([*side(half), 0.0, *(-q for q in side(half - 1))])
     return torch.tensor([number / numbers[-1] for number in numbers])
 
 
-# normal_float(4) as bitsandbytes has it: the outermost probability was rounded to 0.9677083, so the last digits differ.
-NF4_CODE = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
-# A sign, two bits of exponent, one of mantissa, in the order of their bits: half of it negative, two zeros.
-FP4_CODE = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
-INT4_CODE = torch.arange(-8, 8) / 7             # equal steps from -7/7 to 7/7; -8/7 is never the nearest
+# normal_float(4) as bitsandbytes has it: the outermost probability was rounded to
+# 0.9677083, so the last digits differ.
+NF4_CODE = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
+# A sign, two bits of exponent, one of mantissa, in the order of their bits: half of it
+# negative, two zeros.
+FP4_CODE = (
+    torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3])
+    / 12
+)
+# equal steps from -7/7 to 7/7; -8/7 is never the nearest
+INT4_CODE = torch.arange(-8, 8) / 7
 CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE, "int4": INT4_CODE}
 
 
 @dataclass
 class QTensor:
     """A tensor in 4 bits."""
-    packed: torch.Tensor                        # (ceil(n / 2), 1) uint8: two codes a byte, the first in the high half
-    absmax: torch.Tensor                        # (blocks,) float32; uint8 where the scales are quantised too
+
+    # (ceil(n / 2), 1) uint8: two codes a byte, the first in the high half
+    packed: torch.Tensor
+    absmax: torch.Tensor  # (blocks,) float32; uint8 where the scales are quantised too
     shape: torch.Size
-    dtype: torch.dtype                          # what it was before, and is again by default
+    dtype: torch.dtype  # what it was before, and is again by default
     quant_type: str = "nf4"
     block_size: int = 64
-    absmax2: torch.Tensor | None = None         # (ceil(blocks / 256),) float32: the scales of the scales
-    offset: torch.Tensor | None = None          # () float32: their mean
+    # (ceil(blocks / 256),) float32: the scales of the scales
+    absmax2: torch.Tensor | None = None
+    offset: torch.Tensor | None = None  # () float32: their mean
 
     def scales(self):
         """(blocks,) float32"""
         if self.absmax2 is None:
             return self.absmax
-        return dequantize_blockwise(self.absmax, self.absmax2, _dynamic_map(self.absmax.device)) + self.offset
+        return (
+            dequantize_blockwise(
+                self.absmax, self.absmax2, _dynamic_map(self.absmax.device)
+            )
+            + self.offset
+        )
 
     def tensors(self):
-        return [t for t in (self.packed, self.absmax, self.absmax2, self.offset) if t is not None]
+        return [
+            t
+            for t in (self.packed, self.absmax, self.absmax2, self.offset)
+            if t is not None
+        ]
 
     @property
     def nbytes(self):
@@ -79,7 +120,8 @@ class QTensor:
 
 
 def _chunk(tensor):
-    """How many numbers at a time: on a CPU what fits into its cache, on a GPU what is no great part of its memory."""
+    """How many numbers at a time: on a CPU what fits into its cache, on a GPU what is
+    no great part of its memory."""
     return 1 << 17 if tensor.device.type == "cpu" else 1 << 24
 
 
@@ -90,19 +132,25 @@ def _dynamic_map(device):
 
 @cache
 def _pairs(quant_type, device):
-    """(256,): the two numbers of every byte. As the parts of a complex number they are looked up in one go."""
+    """(256,): the two numbers of every byte. As the parts of a complex number they are
+    looked up in one go."""
     code, byte = CODES[quant_type], torch.arange(256, device="cpu")
     return torch.complex(code[byte >> 4], code[byte & 15]).to(device)
 
 
 def quantize_4bit(w, block_size=64, double_quant=True, quant_type="nf4"):
-    """w, of any shape, 16 or 32 bits -> QTensor. Blocks run through the flattened tensor; the last may be shorter.
+    """w, of any shape, 16 or 32 bits -> QTensor. Blocks run through the flattened
+    tensor; the last may be shorter.
 
     Raises ValueError for NaN or infinity, and for a block size outside 32 to 4096."""
     if quant_type not in CODES:
-        raise ValueError(f"quant_type {quant_type!r}: expected one of {', '.join(CODES)}")
+        raise ValueError(
+            f"quant_type {quant_type!r}: expected one of {', '.join(CODES)}"
+        )
     if not isinstance(block_size, int) or not 32 <= block_size <= 4096:
-        raise ValueError(f"block_size {block_size!r}: expected a whole number from 32 to 4096")
+        raise ValueError(
+            f"block_size {block_size!r}: expected a whole number from 32 to 4096"
+        )
     if not w.is_floating_point():
         raise ValueError(f"floating-point weights are expected, not {w.dtype}")
     flat = w.detach().reshape(-1)
@@ -111,48 +159,60 @@ def quantize_4bit(w, block_size=64, double_quant=True, quant_type="nf4"):
     absmax = torch.empty(-(-n // block_size), device=w.device)
     order = code.argsort()
     bounds = ((code[order][1:] + code[order][:-1]) / 2).tolist()
-    step = 2 * max(1, _chunk(w) // 2 // block_size) * block_size         # whole blocks, and whole bytes
+    # whole blocks, and whole bytes
+    step = 2 * max(1, _chunk(w) // 2 // block_size) * block_size
     for start in range(0, 0 if w.is_meta else n, step):
-        x = flat[start:start + step].float()
-        short = -len(x) % block_size            # what the last block lacks
+        x = flat[start : start + step].float()
+        short = -len(x) % block_size  # what the last block lacks
         rows = F.pad(x, (0, short)).view(-1, block_size)
         scale = rows.abs().amax(1)
         y = rows * (1 / scale.clamp(min=1e-38))[:, None]
-        if short:                               # bitsandbytes divides in the last block, and multiplies in all others
+        # bitsandbytes divides in the last block, and multiplies in all others
+        if short:
             scale[-1].clamp_(min=1e-38)
             y[-1] = rows[-1] / scale[-1]
-        y = F.pad(y.view(-1)[:len(x)], (0, len(x) % 2))
+        y = F.pad(y.view(-1)[: len(x)], (0, len(x) % 2))
         q = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
-        for bound in bounds:                    # how many bounds lie below; a tie goes to the lower code
+        for bound in bounds:  # how many bounds lie below; a tie goes to the lower code
             q += y > bound
-        if quant_type == "fp4":                 # whose codes are not sorted
+        if quant_type == "fp4":  # whose codes are not sorted
             q = order.to(q)[q.int()]
-        packed[start // 2:(start + step) // 2] = (q[::2] << 4) | q[1::2]
-        absmax[start // block_size:(start + step) // block_size] = scale
+        packed[start // 2 : (start + step) // 2] = (q[::2] << 4) | q[1::2]
+        absmax[start // block_size : (start + step) // block_size] = scale
     if not w.is_meta and not absmax.isfinite().all():
         raise ValueError("NaN or infinity among the weights: they cannot be quantised")
     q = QTensor(packed[:, None], absmax, w.shape, w.dtype, quant_type, block_size)
     if not double_quant:
         return q
     offset = absmax.mean() if n else absmax.sum()
-    codes, absmax2 = quantize_blockwise(absmax - offset, _dynamic_map(w.device), grid=GRID)
+    codes, absmax2 = quantize_blockwise(
+        absmax - offset, _dynamic_map(w.device), grid=GRID
+    )
     return replace(q, absmax=codes, absmax2=absmax2, offset=offset)
 
 
 def dequantize_4bit(q, dtype=None):
     """QTensor -> the dense tensor it stands for, in q.dtype unless another is given."""
-    n, size, pairs = math.prod(q.shape), q.block_size, _pairs(q.quant_type, q.packed.device)
+    n, size, pairs = (
+        math.prod(q.shape),
+        q.block_size,
+        _pairs(q.quant_type, q.packed.device),
+    )
     out = torch.empty(2 * len(q.packed), dtype=dtype or q.dtype, device=q.packed.device)
     if not q.packed.is_meta:
         packed, scales = q.packed.view(-1), q.scales()
-        step = max(1, _chunk(packed) // 2 // size) * size                # bytes
+        step = max(1, _chunk(packed) // 2 // size) * size  # bytes
         for start in range(0, len(packed), step):
-            values = torch.view_as_real(pairs.index_select(0, packed[start:start + step].int())).view(-1)
-            into, full = out[2 * start:2 * (start + step)], len(values) // size
-            here = scales[2 * start // size:]
-            into[:full * size] = (values[:full * size].view(-1, size) * here[:full, None]).view(-1)
+            values = torch.view_as_real(
+                pairs.index_select(0, packed[start : start + step].int())
+            ).view(-1)
+            into, full = out[2 * start : 2 * (start + step)], len(values) // size
+            here = scales[2 * start // size :]
+            into[: full * size] = (
+                values[: full * size].view(-1, size) * here[:full, None]
+            ).view(-1)
             if full * size < len(values) and full < len(here):
-                into[full * size:] = values[full * size:] * here[full]
+                into[full * size :] = values[full * size :] * here[full]
     return out[:n].view(q.shape)
 
 
