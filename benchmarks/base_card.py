@@ -17,7 +17,7 @@ from minipeft.course import figures
 from minipeft.lanternwick import DATA
 from minipeft.lanternwick.documents import stream
 from minipeft.lanternwick.tasks import Example
-from minipeft.lm.evaluate import completion_loss
+from minipeft.lm.evaluation import completion_loss
 
 FOLDER = DATA / "base"
 ASKED = [

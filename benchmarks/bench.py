@@ -36,7 +36,7 @@ from minipeft.lm import (
     train,
 )
 from minipeft.lm.data import Batches
-from minipeft.lm.ledger import peak_bytes
+from minipeft.lm.memory import peak_bytes
 
 DROPOUT = 0.05
 TARGETS = {

@@ -31,7 +31,7 @@ from minipeft.lm import (
     train,
 )
 from minipeft.lm.data import Batches, Example
-from minipeft.lm.evaluate import completion_loss
+from minipeft.lm.evaluation import completion_loss
 from minipeft.lm.pretrain import Text
 
 STEPS, WARMUP, SEEDS = 80, 8, (0, 1, 2)

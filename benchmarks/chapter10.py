@@ -22,10 +22,10 @@ from chapter06 import batches
 from common import RESULTS, climb, facts, finite, found, sweep
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.layers import write_weight
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.methods.loftq import rounded
 from minipeft.quant import quantize_model
+from minipeft.weights import write_weight
 
 R, ALPHA, WARMUP, SEEDS = 8, 16, 10, (0, 1, 2)
 # turns to climb in

@@ -23,7 +23,7 @@ from minipeft.lm import (
     memory_ledger,
     train,
 )
-from minipeft.lm.ledger import human
+from minipeft.lm.memory import human
 
 
 def main(argv=None):

@@ -3,12 +3,12 @@
 import importlib
 
 from .config import ConfigError, PeftConfig
-from .files import AdapterFileError
-from .layers import NotMergeableError, TargetError
+from .errors import NotMergeableError, TargetError
 from .methods import *  # noqa: F403
 from .methods import __all__ as _methods
 from .methods.prefix import initialize_kv_prefix_from_text
 from .model import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from .saving import AdapterFileError
 from .slot import Adapter, AdapterNameError, Base, LinearDelta, Slot
 
 __version__ = "0.1.0"

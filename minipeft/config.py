@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from . import layers
-from .layers import TargetError
+from . import targets, weights
+from .errors import TargetError
 
 CONFIG = "adapter_config.json"
 METHODS = {}  # peft_type -> its dataclass
@@ -236,12 +236,13 @@ class LayerConfig(PeftConfig):
     def select(self, model):
         # their heads are new: train them too
         if self.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-            heads = {path for path, *_ in layers.walk(model)} & {"classifier", "score"}
+            heads = {path for path, *_ in targets.walk(model)} & {"classifier", "score"}
             self.modules_to_save = (
                 sorted({*(self.modules_to_save or ()), *heads}) or None
             )
         modules = {
-            path: layers.bare(module) for path, _, _, module in layers.walk(model)
+            path: targets.unwrap_slot(module)
+            for path, _, _, module in targets.walk(model)
         }
         if self.target_modules is None:
             self.target_modules = self._usual(modules)
@@ -254,21 +255,21 @@ class LayerConfig(PeftConfig):
             found = [
                 path
                 for path, m in modules.items()
-                if layers.is_linear(m) and m is not layers.bare(head)
+                if weights.is_linear(m) and m is not targets.unwrap_slot(head)
             ]
             if not found:
                 raise TargetError(
                     f"all-linear: this {type(model).__name__} has no linear layers"
                 )
-            self.target_modules = layers.short(modules, found)
-        found = layers.find(modules, self.target_modules)
+            self.target_modules = targets.shortest_names(modules, found)
+        found = targets.resolve_targets(modules, self.target_modules)
         out = (
-            layers.find(modules, self.exclude_modules, "exclude_modules")
+            targets.resolve_targets(modules, self.exclude_modules, "exclude_modules")
             if self.exclude_modules
             else []
         )
-        saved = layers.find(
-            modules, self.modules_to_save or (), "modules_to_save", layers.ends
+        saved = targets.resolve_targets(
+            modules, self.modules_to_save or (), "modules_to_save", targets.ends_with
         )
         found = [
             path
@@ -280,7 +281,9 @@ class LayerConfig(PeftConfig):
             found = [
                 path
                 for path in found
-                if layers.in_layers(path, self.layers_to_transform, self.layers_pattern)
+                if targets.in_layers(
+                    path, self.layers_to_transform, self.layers_pattern
+                )
             ]
         if not found:
             raise TargetError(
@@ -291,13 +294,16 @@ class LayerConfig(PeftConfig):
 
     def _usual(self, modules):
         for names in self.default_targets:
-            if all(any(layers.named(name, path) for path in modules) for name in names):
+            if all(
+                any(targets.matches_suffix(name, path) for path in modules)
+                for name in names
+            ):
                 return list(names)
         linear = sorted(
             {
                 path.rpartition(".")[2]
                 for path in modules
-                if layers.is_linear(modules[path])
+                if weights.is_linear(modules[path])
             }
         )
         raise TargetError(
@@ -306,13 +312,13 @@ class LayerConfig(PeftConfig):
         )
 
     def drop_absent(self, model):
-        paths = [path for path, *_ in layers.walk(model)]
+        paths = [path for path, *_ in targets.walk(model)]
         for field in ("target_modules", "feedforward_modules", "modules_to_save"):
             names = getattr(self, field, None)
             if isinstance(names, list):
                 there = [
                     name
                     for name in names
-                    if any(layers.ends(name, path) for path in paths)
+                    if any(targets.ends_with(name, path) for path in paths)
                 ]
                 setattr(self, field, there or names)

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import combine, files, layers
+from . import saving, targets, weighted
 from .config import ConfigError
-from .layers import NotMergeableError, TargetError
-from .methods import inits
+from .errors import NotMergeableError, TargetError
+from .methods import lora_init
 from .methods.modules_to_save import Copy
 from .quant import linear4bit
 from .slot import AdapterNameError, Base, Rows, Slot, Switch
+from .weights import device_and_dtype, logical_numel, undo_bnb_cpu_repacking
 
 
 def get_peft_model(
@@ -60,7 +61,7 @@ class Root(Slot):
                 "adapters around the model have caches of unlike lengths: generate for"
                 " one at a time"
             )
-        if self.training and layers.checkpoints(self.base_layer):
+        if self.training and targets.uses_grad_checkpointing(self.base_layer):
             raise ValueError(
                 "rows with different adapters around the model cannot be trained with"
                 " checkpointing, which runs layers again when it is no longer known"
@@ -141,10 +142,10 @@ class PeftModel(nn.Module):
         self.shared = nn.ModuleDict()
         self.peft_config = {}
         self._add(adapter_name, peft_config, autocast_adapter_dtype, fill)
-        layers.settle(model).requires_grad_(False)
+        undo_bnb_cpu_repacking(model).requires_grad_(False)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         self.training = model.training
-        if layers.checkpoints(model):
+        if targets.uses_grad_checkpointing(model):
             self.enable_input_require_grads()
 
     def forward(self, *args, adapter_names=None, **kwargs):
@@ -227,7 +228,7 @@ class PeftModel(nn.Module):
         there)}"""
         return {"": (self.base_model, None)} | {
             path: (module, partial(setattr, parent, name))
-            for path, parent, name, module in layers.walk(self.base_model)
+            for path, parent, name, module in targets.walk(self.base_model)
         }
 
     def _slots(self):
@@ -290,18 +291,18 @@ class PeftModel(nn.Module):
             or getattr(model, "name_or_path", None)
             or None
         )
-        if self.peft_config and inits.changes_base(config):
+        if self.peft_config and lora_init.changes_base(config):
             raise ConfigError(
                 f"{config.init_lora_weights!r} changes the base, on which"
                 f" {', '.join(self.peft_config)} stand: make it on a model without"
                 " adapters, or load it converted to a plain LoRA"
             )
         chosen = config.select(model)
-        copied = layers.find(
+        copied = targets.resolve_targets(
             places,
             getattr(config, "modules_to_save", None) or (),
             "modules_to_save",
-            layers.ends,
+            targets.ends_with,
         )
         slots = {path: places[path][0] for path in [*chosen, *copied]}
         slots = {
@@ -318,12 +319,12 @@ class PeftModel(nn.Module):
         ]
         try:
             shared = config.create_shared(bases)
-            like = layers.like(bases[chosen[0]].module, autocast_adapter_dtype)
+            like = device_and_dtype(bases[chosen[0]].module, autocast_adapter_dtype)
             parts = {} if shared is None else {None: shared.to(*like)}
             for path, base in _bar(list(bases.items()), "making adapters"):
                 try:
                     parts[path] = config.create(base, path).to(
-                        *layers.like(base.module, autocast_adapter_dtype)
+                        *device_and_dtype(base.module, autocast_adapter_dtype)
                     )
                 except TargetError as error:
                     raise TargetError(f"{path}: {error}") from None
@@ -568,11 +569,11 @@ class PeftModel(nn.Module):
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
             folder = Path(save_directory) / ("" if name == "default" else name)
-            tensors = files.tensors(self._parts(name))
+            tensors = saving.tensors(self._parts(name))
             if path_initial_model_for_weight_conversion is not None:
-                start = files.load(path_initial_model_for_weight_conversion)[1]
-                config, tensors = inits.as_lora(config, tensors, start)
-            elif inits.changes_base(config):
+                start = saving.load(path_initial_model_for_weight_conversion)[1]
+                config, tensors = lora_init.as_lora(config, tensors, start)
+            elif lora_init.changes_base(config):
                 warnings.warn(
                     f"{name!r} began as {config.init_lora_weights!r}, which changed the"
                     " base: what is saved fits only a base that was changed likewise."
@@ -580,7 +581,7 @@ class PeftModel(nn.Module):
                     " path_initial_model_for_weight_conversion",
                     stacklevel=2,
                 )
-            files.save(folder, config, tensors)
+            saving.save(folder, config, tensors)
 
     @classmethod
     def from_pretrained(
@@ -597,7 +598,7 @@ class PeftModel(nn.Module):
         Raises AdapterFileError, ConfigError or TargetError, and then leaves the model
         as it was.
         """
-        config, fill = files.adapter(model_id, model, is_trainable)
+        config, fill = saving.adapter(model_id, model, is_trainable)
         return cls(model, config, adapter_name, autocast_adapter_dtype, fill).train(
             is_trainable and model.training
         )
@@ -607,7 +608,7 @@ class PeftModel(nn.Module):
     ):
         """One more adapter, from a folder; inactive until `set_adapter`, if another is
         active."""
-        config, fill = files.adapter(model_id, self.get_base_model(), is_trainable)
+        config, fill = saving.adapter(model_id, self.get_base_model(), is_trainable)
         self._add(adapter_name, config, autocast_adapter_dtype, fill)
         if not self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=not is_trainable)
@@ -628,7 +629,7 @@ class PeftModel(nn.Module):
         majority_sign_method="total",
     ):
         """A new LoRA from others, inactive until `set_adapter`. The ways are told in
-        minipeft/combine.py."""
+        minipeft/weighted.py."""
         parts = [self._parts(name) for name in self._known(adapters)]
         paths = [
             path for path, _, _ in self._slots() if any(path in part for part in parts)
@@ -637,7 +638,7 @@ class PeftModel(nn.Module):
             [self.peft_config[name] for name in adapters],
             (svd_clamp, svd_full_matrices, svd_driver),
         )
-        config, fill = combine.plan(
+        config, fill = weighted.plan(
             configs,
             parts,
             weights,
@@ -655,8 +656,8 @@ class PeftModel(nn.Module):
     def get_nb_trainable_parameters(self):
         """(trainable, all). A packed 4-bit weight counts as the weights that it holds."""
         parameters = list(self.parameters())
-        return sum(layers.held(p) for p in parameters if p.requires_grad), sum(
-            map(layers.held, parameters)
+        return sum(logical_numel(p) for p in parameters if p.requires_grad), sum(
+            map(logical_numel, parameters)
         )
 
     def print_trainable_parameters(self):
@@ -717,7 +718,7 @@ def prepare_model_for_kbit_training(
     bits from now on; activations are computed again in the backward pass rather than
     kept, for which a reentrant checkpoint needs an input with a gradient.
     """
-    layers.settle(model).requires_grad_(False)
+    undo_bnb_cpu_repacking(model).requires_grad_(False)
     quantised = any(
         type(parameter).__name__ == "Params4bit" for parameter in model.parameters()
     )

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import layers
+from . import weights
+from .errors import NotMergeableError
 
 
 class AdapterNameError(ValueError):
@@ -70,11 +71,11 @@ class Base:
     def weight(self):
         """The frozen weight, dense, (d_out, d_in), however the layer stores it.
         Assigning stores it that way again."""
-        return layers.read_weight(self.module)
+        return weights.read_weight(self.module)
 
     @weight.setter
     def weight(self, weight):
-        rounding = layers.write_weight(self.module, weight, self.lossy)
+        rounding = weights.write_weight(self.module, weight, self.lossy)
         if rounding:
             self.slot.rounding.append(rounding)
 
@@ -85,7 +86,7 @@ class Base:
 
     @bias.setter
     def bias(self, bias):
-        layers.write_bias(self.module, bias)
+        weights.write_bias(self.module, bias)
 
     @property
     def shared(self):
@@ -114,7 +115,7 @@ class Adapter(nn.Module):
 
     def fold(self, base):
         """Write yourself into base.weight."""
-        raise layers.NotMergeableError(
+        raise NotMergeableError(
             f"{type(self).__name__} is no change of a weight: it cannot be merged"
             " into one"
         )

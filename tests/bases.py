@@ -7,7 +7,7 @@ A new method is one line in METHODS.
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn

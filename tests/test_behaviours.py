@@ -145,7 +145,7 @@ def test_7_8_gradients_and_one_step_are_those_of_peft(method, base, tmp_path):
     }
     parts = model._parts("default")
     own = {
-        minipeft.files.key(path, name): p.grad
+        minipeft.saving.key(path, name): p.grad
         for path, part in parts.items()
         for name, p in part.named_parameters()
         if p.requires_grad
@@ -192,7 +192,7 @@ def test_10_trainable_count_is_that_of_peft(method, base):
 def test_10_trainable_count_is_the_formula(method, base):
     model = get_peft_model(base.make(), method.ours(base))
     expected = sum(
-        method.count(*minipeft.layers.features(slot.base_layer))
+        method.count(*minipeft.weights.features(slot.base_layer))
         for slot in model.modules()
         if isinstance(slot, Slot) and slot.adapters
     )
@@ -251,7 +251,7 @@ def test_14_merging_in_32_bits_layer_by_layer(method, base):
             (
                 slot.weight.shape[-1]
                 if method.config == "LNTuningConfig"
-                else minipeft.layers.features(slot.base_layer)[0]
+                else minipeft.weights.features(slot.base_layer)[0]
             ),
             generator=generator,
         )

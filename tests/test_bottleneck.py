@@ -16,9 +16,9 @@ from minipeft import (
     TargetError,
     get_peft_model,
 )
-from minipeft.layers import walk
 from minipeft.methods.bottleneck import Bottleneck
 from minipeft.slot import Slot
+from minipeft.targets import walk
 
 ACTS = {"swish": nn.SiLU(), "relu": nn.ReLU(), "gelu": nn.GELU()}
 # what a block has

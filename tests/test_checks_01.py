@@ -10,7 +10,7 @@ from judging import accepts, rejects
 
 from minipeft.course import check
 from minipeft.lm import GPT, GPTConfig
-from minipeft.lm.generate import choose
+from minipeft.lm.generation import choose
 from minipeft.lm.gpt import Rotary, attend, rotate
 
 

@@ -14,7 +14,7 @@ import torch
 from test_train import Letters
 
 from minipeft.lanternwick.tasks import Example
-from minipeft.lm import data, fetch
+from minipeft.lm import fetch
 from minipeft.lm.data import Batches, DataError, encode, load_data
 
 BODY = random.Random(0).randbytes(300_000)

@@ -1,8 +1,6 @@
 """Wrong input: an error of its own type that says what to do, and a model that is left
 as it was."""
 
-import json
-
 import pytest
 import torch
 from bases import BASES, METHODS, adapted, run, shake

@@ -9,11 +9,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "minipeft"
 # The adapters' floors: a file may import from lower floors only.
 FLOORS = [
-    ["layers"],
+    ["errors"],
+    ["weights"],
+    ["targets"],
     ["slot"],
     ["config", "quant"],
-    ["methods", "files", "optim"],
-    ["combine"],
+    ["methods", "saving", "optim"],
+    ["weighted"],
     ["model"],
 ]
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}

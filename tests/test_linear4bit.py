@@ -19,7 +19,6 @@ from minipeft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from minipeft.layers import held, read_weight
 from minipeft.quant import (
     BitsAndBytesConfig,
     Linear4bit,
@@ -29,6 +28,7 @@ from minipeft.quant import (
     quantize_model,
     quantize_nf4,
 )
+from minipeft.weights import logical_numel, read_weight
 
 BACKENDS = ("torch", "bitsandbytes")
 
@@ -207,11 +207,11 @@ def test_a_quantised_model_is_the_dense_one_with_rounded_weights(name, backend):
     for path, module in model.named_modules():
         if type(module).__name__ == "Linear4bit":
             dense = rounded.get_submodule(path)
-            weight = dequantize_nf4(quantize_nf4(minipeft.layers.read_weight(dense)))
-            minipeft.layers.write_weight(dense, weight)
+            weight = dequantize_nf4(quantize_nf4(minipeft.weights.read_weight(dense)))
+            minipeft.weights.write_weight(dense, weight)
             n += 1
     # all but lm_head
-    assert n == sum(minipeft.layers.is_linear(m) for m in rounded.modules()) - (
+    assert n == sum(minipeft.weights.is_linear(m) for m in rounded.modules()) - (
         name != "mlp"
     )
     close(run(model), run(rounded), 1e-5)
@@ -257,7 +257,7 @@ def test_parameters_are_counted_as_the_weights_they_are(backend):
     assert (
         sum(p.numel() for p in quantised.parameters())
         < count
-        == sum(map(held, quantised.parameters()))
+        == sum(map(logical_numel, quantised.parameters()))
     )
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     expected = get_peft_model(dense, config).get_nb_trainable_parameters()
@@ -274,7 +274,10 @@ def test_the_meta_device_has_the_sizes_without_the_memory():
     with torch.device("meta"):
         big = nn.ModuleDict({"proj": nn.Linear(8192, 28672, bias=False)})
     layer = quantize_model(big)["proj"]
-    assert layer.weight.device.type == "meta" and held(layer.weight) == 8192 * 28672
+    assert (
+        layer.weight.device.type == "meta"
+        and logical_numel(layer.weight) == 8192 * 28672
+    )
     stored = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
     assert abs(8 * stored / (8192 * 28672) - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-6
 

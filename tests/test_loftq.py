@@ -8,9 +8,9 @@ from torch import nn
 
 import minipeft
 from minipeft import LoraConfig, PeftModel, get_peft_model
-from minipeft.layers import read_weight
 from minipeft.methods.loftq import alternate, rounded
 from minipeft.quant import Linear4bit, dequantize_nf4, quantize_model, quantize_nf4
+from minipeft.weights import read_weight
 
 
 def weight(d_out=96, d_in=128):

@@ -238,7 +238,6 @@ def test_the_counts_of_llama_3_8b(capsys):
 def test_the_quick_start_with_only_the_import_changed(tmp_path):
     """The training part of the second source document, from its imports on; the model
     is small and not quantised."""
-    from transformers import AutoModelForCausalLM
 
     BASES["hf_llama"].make().save_pretrained(tmp_path)
     program = """

@@ -12,10 +12,10 @@ import torch
 from bases import close
 from torch import nn
 
-from minipeft.layers import held, read_weight
 from minipeft.lm import GPT, GPTConfig, load_pretrained, save_pretrained
 from minipeft.lm.hub import ModelFileError
 from minipeft.quant import quantize_model
+from minipeft.weights import logical_numel, read_weight
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -65,7 +65,7 @@ def test_loading_into_4_bits_is_loading_and_then_quantising(fields, backend, tmp
     assert torch.equal(logits(model), logits(expected))
     assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) >= 12
     assert not any(p.is_meta for p in model.parameters())
-    assert sum(map(held, model.parameters())) == sum(
+    assert sum(map(logical_numel, model.parameters())) == sum(
         p.numel() for p in load_pretrained(tmp_path).parameters()
     )
 

@@ -6,7 +6,7 @@ import copy
 import bitsandbytes
 import pytest
 import torch
-from bases import BASES, inputs
+from bases import BASES
 from torch import nn
 
 from minipeft import LoraConfig, get_peft_model

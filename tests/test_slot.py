@@ -280,7 +280,7 @@ def test_an_adapter_around_the_whole_model(methods, tmp_path, name):
     close(with_prompt, base.make()(inputs_embeds=embedded).logits[:, 1:])
     model.save_pretrained(tmp_path)
     # as PEFT's prompts: no path, no prefix
-    assert set(minipeft.files.load(tmp_path)[1]) == {"prompt"}
+    assert set(minipeft.saving.load(tmp_path)[1]) == {"prompt"}
     assert torch.equal(
         run(minipeft.PeftModel.from_pretrained(base.make(), tmp_path)), with_prompt
     )

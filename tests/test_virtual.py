@@ -20,7 +20,7 @@ from minipeft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from minipeft.lm.generate import generate_ids
+from minipeft.lm.generation import generate_ids
 
 N = 3
 KINDS = {  # (the configuration's name, its fields)

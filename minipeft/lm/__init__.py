@@ -4,14 +4,14 @@ evaluation."""
 # All at once, and not when first asked for: `generate`, `train` and `evaluate` are
 # functions and files of one name, and whichever is bound last wins.
 from .data import load_data
-from .evaluate import evaluate
-from .generate import generate
+from .evaluation import evaluate
+from .generation import generate
 from .gpt import GPT, GPTConfig
 from .hub import load_pretrained, save_pretrained
-from .ledger import memory_ledger
+from .memory import memory_ledger
 from .shapes import SHAPES, on_paper
 from .tokenizer import Tokenizer, load_tokenizer
-from .train import train
+from .training import train
 
 __all__ = [
     "GPT",

@@ -447,7 +447,7 @@ class GPT(nn.Module):
     def generate(self, input_ids, attention_mask=None, **options):
         """Continue input_ids (B, T) -> (B, T + new), rows that end early filled up; see
         generate.generate_ids."""
-        from .generate import generate_ids
+        from .generation import generate_ids
 
         return generate_ids(self, input_ids, attention_mask, **options)
 

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import platform
-import random
 import time
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from ..lanternwick import words
 from ..lanternwick.documents import stream
 from .gpt import GPT, GPTConfig
 from .tokenizer import train_tokenizer
-from .train import train
+from .training import train
 
 ROW = 256  # tokens a row: a story with its questions fits
 SHAPE = dict(

@@ -12,17 +12,8 @@ SentencePiece's own: a single space at the very start of a text is dropped.
 import json
 from pathlib import Path
 
-from tokenizers import (
-    Regex,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
-from tokenizers import (
-    Tokenizer as RawTokenizer,
-)
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
 
 from .hub import resolve
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import layers
+from .. import weights
 from ..config import ConfigError
 from ..slot import LinearDelta
 from .lora import LoraConfig
@@ -97,7 +97,7 @@ class AdaLoraConfig(LoraConfig):
 
     def create(self, base, path):
         rows = (self.rank_pattern or {}).get(f"{path}.lora_E", [True] * self.init_r)
-        return AdaLora(*layers.linear_features(base.module), rows, self)
+        return AdaLora(*weights.linear_features(base.module), rows, self)
 
 
 class AdaLora(LinearDelta):

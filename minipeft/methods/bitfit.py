@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .. import layers
+from .. import targets, weights
 from ..config import LayerConfig
-from ..layers import TargetError
+from ..errors import TargetError
 from ..slot import Adapter
 
 
@@ -36,7 +36,8 @@ class BitFitConfig(LayerConfig):
     def select(self, model):
         if self.target_modules is None:
             modules = {
-                path: layers.bare(module) for path, _, _, module in layers.walk(model)
+                path: targets.unwrap_slot(module)
+                for path, _, _, module in targets.walk(model)
             }
             found = [path for path, module in modules.items() if has_bias(module)]
             if not found and not self.add_bias:
@@ -46,7 +47,7 @@ class BitFitConfig(LayerConfig):
                     " zero"
                 )
             self.target_modules = (
-                layers.short(modules, found) if found else "all-linear"
+                targets.shortest_names(modules, found) if found else "all-linear"
             )
         return super().select(model)
 
@@ -60,7 +61,7 @@ class BitFitConfig(LayerConfig):
             (
                 base.module.bias.numel()
                 if has_bias(base.module)
-                else layers.features(base.module)[1]
+                else weights.features(base.module)[1]
             ),
             has_bias(base.module),
         )

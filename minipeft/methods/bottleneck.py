@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import layers
+from .. import targets, weights
 from ..config import ConfigError, LayerConfig
-from ..layers import TargetError
+from ..errors import TargetError
 from ..slot import Adapter
 
 # placement: (where in the block, reduction factor, non-linearity, scaling)
@@ -98,14 +98,15 @@ class BottleneckConfig(LayerConfig):
 
     def select(self, model):
         modules = {
-            path: layers.bare(module) for path, _, _, module in layers.walk(model)
+            path: targets.unwrap_slot(module)
+            for path, _, _, module in targets.walk(model)
         }
         if self.target_modules is None:
             self.target_modules = parts(modules, PLACEMENTS[self.placement][0])
         if self.train_layernorm:
-            norms = [path for path in modules if layers.is_norm(modules[path])]
+            norms = [path for path in modules if weights.is_norm(modules[path])]
             self.modules_to_save = sorted(
-                {*(self.modules_to_save or ()), *layers.short(modules, norms)}
+                {*(self.modules_to_save or ()), *targets.shortest_names(modules, norms)}
             )
         return super().select(model)
 
@@ -128,8 +129,11 @@ class BottleneckConfig(LayerConfig):
 
 def width(module):
     """(d_in, d_out) of a linear layer, or of a module that begins and ends with one."""
-    within = [module, *(layers.bare(below) for _, _, _, below in layers.walk(module))]
-    linear = [layers.features(m) for m in within if layers.is_linear(m)]
+    within = [
+        module,
+        *(targets.unwrap_slot(below) for _, _, _, below in targets.walk(module)),
+    ]
+    linear = [weights.features(m) for m in within if weights.is_linear(m)]
     if not linear:
         raise TargetError(
             f"{type(module).__name__} has no linear layers: how wide it is cannot be"
@@ -151,7 +155,7 @@ def parts(modules, wanted):
         linear = [
             p
             for p in modules
-            if p.startswith(f"{path}.") and layers.is_linear(modules[p])
+            if p.startswith(f"{path}.") and weights.is_linear(modules[p])
         ]
         if isinstance(stack, nn.ModuleList) and len(linear) > 1:
             alone = len(inspect.signature(module.forward).parameters) == 1
@@ -163,7 +167,7 @@ def parts(modules, wanted):
             "no blocks with attention and feed-forward are found in this model: say"
             " target_modules"
         )
-    return list(names) if layers.find(modules, names) == found else found
+    return list(names) if targets.resolve_targets(modules, names) == found else found
 
 
 class Bottleneck(Adapter):

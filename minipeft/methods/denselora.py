@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import layers
+from .. import weights
 from ..config import ConfigError, LayerConfig
 from ..slot import LinearDelta
 
@@ -61,7 +61,7 @@ class DenseLoraConfig(LayerConfig):
 
 def kind_of(base, path):
     """(its name, d_in, d_out): who shares"""
-    d_in, d_out = layers.linear_features(base.module)
+    d_in, d_out = weights.linear_features(base.module)
     return f"{path.rpartition('.')[2]}_{d_in}x{d_out}", d_in, d_out
 
 

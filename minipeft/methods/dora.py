@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import layers
+from .. import weights
 from .lora import VARIANTS, Lora, LoraConfig
 
 
@@ -45,7 +45,7 @@ class Dora(Lora):
     @torch.no_grad()
     def norm(self, base):
         """||W + s B A|| of each row (d_out,)"""
-        W = layers.read_weight(base.frozen)
+        W = weights.read_weight(base.frozen)
         # in 16 bits it would be rough
         with torch.autocast("cpu" if W.is_meta else W.device.type, enabled=False):
             W, A, B = (
@@ -76,7 +76,7 @@ class Dora(Lora):
             z = y.addmm_(h, B.T, alpha=self.scaling)  # (W + s B A) x, (N, d_out)
         # the directions see a thinned x, so W x is needed once more
         elif self.dropout and self.training:
-            y, W = base(x), layers.read_weight(frozen).to(A.dtype)
+            y, W = base(x), weights.read_weight(frozen).to(A.dtype)
             more = (g - 1) * F.linear(seen, W) + g * self.scaling * F.linear(h, B).view(
                 y.shape
             )

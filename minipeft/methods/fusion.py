@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .. import layers
+from .. import targets
 from ..config import ConfigError, PeftConfig
-from ..layers import TargetError
+from ..errors import TargetError
 from ..slot import Adapter, AdapterNameError
 from .bottleneck import width
 from .modules_to_save import Copy
@@ -57,7 +57,7 @@ class FusionConfig(PeftConfig):
     def select(self, model):
         slots = {
             path: module
-            for path, _, _, module in layers.walk(model)
+            for path, _, _, module in targets.walk(model)
             if getattr(module, "is_slot", False)
         }
         places = {

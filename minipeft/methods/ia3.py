@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .. import layers
+from .. import targets, weights
 from ..config import LayerConfig
-from ..layers import TargetError
+from ..errors import TargetError
 from ..slot import Adapter
 
 
@@ -44,33 +44,35 @@ class IA3Config(LayerConfig):
         if self.feedforward_modules is None:
             # down_proj, mlp.c_proj
             usual = {names[-1] for names in self.default_targets}
-            paths = [path for path, *_ in layers.walk(model)]
-            if not any(layers.ends(name, path) for name in usual for path in paths):
+            paths = [path for path, *_ in targets.walk(model)]
+            if not any(
+                targets.ends_with(name, path) for name in usual for path in paths
+            ):
                 raise TargetError(
                     "say feedforward_modules: those of target_modules whose input is"
                     " scaled; [] for none"
                 )
             self.feedforward_modules = sorted(
-                n for n in usual if any(layers.ends(n, path) for path in found)
+                n for n in usual if any(targets.ends_with(n, path) for path in found)
             )
         if self.feedforward_modules:
-            layers.find(
+            targets.resolve_targets(
                 found,
                 self.feedforward_modules,
                 "feedforward_modules, among the targets,",
-                layers.ends,
+                targets.ends_with,
             )
         return found
 
     def create(self, base, path):
         if isinstance(base.module, nn.Embedding):
             raise TargetError("IA3 rescales linear layers, not embeddings")
-        d_in, d_out = layers.features(base.module)
+        d_in, d_out = weights.features(base.module)
         names = self.feedforward_modules
         feedforward = (
             re.fullmatch(names, path)
             if isinstance(names, str)
-            else any(layers.ends(n, path) for n in names)
+            else any(targets.ends_with(n, path) for n in names)
         )
         return IA3((1, d_in) if feedforward else (d_out, 1), self.init_ia3_weights)
 

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from .. import layers
+from .. import targets, weights
 from ..config import LayerConfig
-from ..layers import TargetError
+from ..errors import TargetError
 from ..slot import Adapter
 
 
@@ -30,15 +30,16 @@ class LNTuningConfig(LayerConfig):
     def select(self, model):
         if self.target_modules is None:
             modules = {
-                path: layers.bare(module) for path, _, _, module in layers.walk(model)
+                path: targets.unwrap_slot(module)
+                for path, _, _, module in targets.walk(model)
             }
-            self.target_modules = layers.short(
-                modules, [path for path in modules if layers.is_norm(modules[path])]
+            self.target_modules = targets.shortest_names(
+                modules, [path for path in modules if weights.is_norm(modules[path])]
             )
         return super().select(model)
 
     def create(self, base, path):
-        if not layers.is_norm(base.module):
+        if not weights.is_norm(base.module):
             raise TargetError(f"{type(base.module).__name__} is no norm")
         return LNTuning(base.module)
 

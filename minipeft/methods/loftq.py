@@ -18,7 +18,7 @@ import warnings
 
 import torch
 
-from .. import layers
+from .. import weights
 from ..config import ConfigError
 from ..quant import (
     dequantize_4bit,
@@ -27,8 +27,8 @@ from ..quant import (
     quantize_blockwise,
     quantize_nf4,
 )
-from .inits import dense
 from .lora import INITS
+from .lora_init import dense
 
 
 def rounded(W, bits):
@@ -66,7 +66,7 @@ def loftq(adapter, base, config):
             f"loftq_config={config.loftq_config!r}: expected loftq_bits 2, 3, 4 or 8,"
             " and loftq_iter of 1 or more"
         )
-    if not layers.is_dense(base.module):
+    if not weights.is_dense(base.module):
         torch.nn.init.zeros_(adapter.lora_B.weight)
         if not config.inference_mode:
             warnings.warn(

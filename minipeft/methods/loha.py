@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import layers
+from .. import targets, weights
 from ..config import LayerConfig
 from ..slot import LinearDelta
 
@@ -46,9 +46,11 @@ class LycorisConfig(LayerConfig):
         self.probability("rank_dropout", "module_dropout")
 
     def create(self, base, path):
-        r = layers.lookup(self.rank_pattern, path, self.r)
-        alpha = layers.lookup(self.alpha_pattern, path, self.alpha)
-        adapter = self.adapter(*layers.linear_features(base.module), r, alpha / r, self)
+        r = targets.match_pattern(self.rank_pattern, path, self.r)
+        alpha = targets.match_pattern(self.alpha_pattern, path, self.alpha)
+        adapter = self.adapter(
+            *weights.linear_features(base.module), r, alpha / r, self
+        )
         adapter.reset(self)
         return adapter
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .. import layers
+from .. import weights
 from ..config import ConfigError
 from .loha import Lycoris, LycorisConfig
 
@@ -148,7 +148,7 @@ class LoKrConfig(LycorisConfig):
 
     def create(self, base, path):
         for d in (
-            layers.linear_features(base.module)
+            weights.linear_features(base.module)
             if self.decompose_factor > 0 and self.strict
             else ()
         ):

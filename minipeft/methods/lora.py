@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import layers
+from .. import targets, weights
 from ..config import ConfigError, LayerConfig
-from ..layers import TargetError
+from ..errors import TargetError
 from ..slot import LinearDelta
 
 # init_lora_weights="name", or "name_4" for "name_[number]": a function (adapter, base,
@@ -83,8 +83,8 @@ class LoraConfig(LayerConfig):
             )
 
     def create(self, base, path):
-        r = layers.lookup(self.rank_pattern, path, self.r)
-        alpha = layers.lookup(self.alpha_pattern, path, self.lora_alpha)
+        r = targets.match_pattern(self.rank_pattern, path, self.r)
+        alpha = targets.match_pattern(self.alpha_pattern, path, self.lora_alpha)
         variant = next((name for name in VARIANTS if getattr(self, name)), None)
         embedding = isinstance(base.module, nn.Embedding)
         if embedding and (variant or self.lora_bias):
@@ -93,7 +93,7 @@ class LoraConfig(LayerConfig):
             )
         kind = LoraEmbedding if embedding else VARIANTS.get(variant, Lora)
         adapter = kind(
-            *layers.features(base.module),
+            *weights.features(base.module),
             r,
             alpha / (math.sqrt(r) if self.use_rslora else r),
             dropout=self.lora_dropout,

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .. import layers
+from .. import targets
 from ..config import ConfigError
 from .virtual import VirtualTokens, VirtualTokensConfig, length, token_ids
 
@@ -128,7 +128,7 @@ def extended(past, pairs, model):
     it yet."""
     transformers = sys.modules.get("transformers")
     if transformers and isinstance(model, transformers.PreTrainedModel):
-        if model.training and layers.checkpoints(model):
+        if model.training and targets.uses_grad_checkpointing(model):
             raise ValueError(
                 "no prefix with gradient checkpointing: transformers then takes away"
                 " the cache, and with it the prefix. Call"

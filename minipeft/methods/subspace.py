@@ -22,9 +22,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .. import layers
+from .. import targets
 from ..config import ConfigError, PeftConfig
-from ..layers import TargetError
+from ..errors import TargetError
 from ..slot import Adapter
 from .projections import PROJECTIONS, fingerprint
 
@@ -35,7 +35,7 @@ def places(model):
     found = {}
     for module in [
         model,
-        *(layers.bare(module) for _, _, _, module in layers.walk(model)),
+        *(targets.unwrap_slot(module) for _, _, _, module in targets.walk(model)),
     ]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -124,7 +124,11 @@ class Subspace(Adapter):
     @contextmanager
     def inside(self, model):
         """Within it the model's parameters are the moved ones."""
-        if self.training and torch.is_grad_enabled() and layers.checkpoints(model):
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and targets.uses_grad_checkpointing(model)
+        ):
             raise ValueError(
                 "gradient checkpointing runs layers again when the moved weights are"
                 " gone: switch it off"

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import layers
+from .. import weights
 from ..config import ConfigError, LayerConfig
 from ..slot import LinearDelta
 
@@ -50,11 +50,11 @@ class VeraConfig(LayerConfig):
             )
 
     def create_shared(self, bases):
-        sizes = [layers.linear_features(base.module) for base in bases.values()]
+        sizes = [weights.linear_features(base.module) for base in bases.values()]
         return Projection(*map(max, zip(*sizes)), self)
 
     def create(self, base, path):
-        return Vera(*layers.linear_features(base.module), self)
+        return Vera(*weights.linear_features(base.module), self)
 
 
 class Projection(nn.Module):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import ConfigError, PeftConfig
-from ..layers import TargetError
+from ..errors import TargetError
 from ..slot import Adapter, Base
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import layers
+from .. import targets, weights
 from .blockwise import dynamic_map
 from .nf4 import CODES, QTensor, dequantize_4bit, quantize_4bit
 
@@ -75,9 +75,9 @@ class Linear4bit(nn.Linear):
     @classmethod
     def of(cls, layer, **options):
         """A 4-bit copy of whatever linear layer. Its bias is the same Parameter."""
-        d_in, d_out = layers.features(layer)
+        d_in, d_out = weights.features(layer)
         new = cls(d_in, d_out, bias=False, device="meta", **options)
-        new.store(layers.read_weight(layer))
+        new.store(weights.read_weight(layer))
         new.bias = getattr(layer, "bias", None)
         return new.train(layer.training)
 
@@ -244,7 +244,7 @@ class Packed:
         layer.store(weight.to(layer.weight.device, layer.dtype))
 
 
-layers.STORAGE["minipeft.quant.linear4bit.Linear4bit"] = Packed
+weights.STORAGE["minipeft.quant.linear4bit.Linear4bit"] = Packed
 
 
 # Models
@@ -341,7 +341,7 @@ def bitsandbytes_layer(
         raise ValueError(
             "bitsandbytes' layers have blocks of 64; other sizes need backend='torch'"
         )
-    weight, (d_in, d_out) = layers.read_weight(layer), layers.features(layer)
+    weight, (d_in, d_out) = weights.read_weight(layer), weights.features(layer)
     if weight.device.type == "cpu" and d_in % 64 and d_in % 16 == 0:
         raise ValueError(
             f"on a CPU, bitsandbytes (0.50) computes wrong weights for {d_in} inputs: a"
@@ -361,7 +361,7 @@ def bitsandbytes_layer(
     new.weight = bitsandbytes.nn.Params4bit.from_prequantized(
         q.packed, to_bitsandbytes(q), device=weight.device, module=new
     )
-    # see layers.settle
+    # see weights.undo_bnb_cpu_repacking
     new.bias, new.support_avx512bf16_for_cpu = getattr(layer, "bias", None), False
     return new.train(layer.training)
 
@@ -373,9 +373,9 @@ def sites(model):
     """[(path, layer, the function that puts another in its place)] of all linear
     layers, slots seen through."""
     found = []
-    for path, parent, name, module in layers.walk(model):
-        layer = layers.bare(module)
-        if layers.is_linear(layer):
+    for path, parent, name, module in targets.walk(model):
+        layer = targets.unwrap_slot(module)
+        if weights.is_linear(layer):
             holder, attribute = (
                 (parent, name) if layer is module else (module, "base_layer")
             )
@@ -397,9 +397,9 @@ def targets(model, skip=("lm_head",)):
     return {
         path: (layer, put)
         for path, layer, put in sites(model)
-        if layers.is_dense(layer)
+        if weights.is_dense(layer)
         and id(layer.weight) not in tied
-        and not any(layers.named(name, path) for name in skip)
+        and not any(targets.matches_suffix(name, path) for name in skip)
     }
 
 
@@ -417,22 +417,22 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
     while found:  # layer by layer, keeping none
         _, (layer, put) = found.popitem()
         put(BACKENDS[backend](layer, **options))
-    return layers.settle(model)
+    return weights.undo_bnb_cpu_repacking(model)
 
 
 def dequantize_model(model, dtype=None):
     """Every 4-bit layer becomes an nn.Linear again, in place; returns the model. The
     rounding, of course, remains."""
     for _, layer, put in sites(model):
-        if not layers.is_dense(layer):
+        if not weights.is_dense(layer):
             put(dense(layer, dtype))
     return model
 
 
 def dense(layer, dtype=None):
     """An nn.Linear with the weight that a 4-bit layer stands for."""
-    weight = layers.read_weight(layer)
-    new = nn.Linear(*layers.features(layer), bias=False, device="meta")
+    weight = weights.read_weight(layer)
+    new = nn.Linear(*weights.features(layer), bias=False, device="meta")
     new.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
     new.bias = layer.bias
     return new.train(layer.training)

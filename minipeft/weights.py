@@ -1,27 +1,17 @@
-"""Floor 0: what a layer is, whatever its class; how to walk through a model; how target
-names find their layers.
+"""How a linear layer stores its weight, and how to read and write it.
 
-To an adapter every linear layer looks alike: it maps d_in numbers to d_out numbers and
-has a dense weight of shape (d_out, d_in). The classes differ in how they store it. An
-embedding is one of them: a linear map of one-hot vectors.
+To an adapter every linear layer looks alike: it maps d_in features to d_out features
+and has a dense weight of shape (d_out, d_in). The classes differ in how they store it.
+An embedding is one of them: a linear map of one-hot vectors.
 """
-
-import difflib
-import re
 
 import torch
 from torch import nn
 
-
-class TargetError(ValueError):
-    """A target name finds no layer, or one that the method cannot adapt."""
+from .errors import NotMergeableError, TargetError
 
 
-class NotMergeableError(ValueError):
-    """An adapter that cannot be written into this layer's weight."""
-
-
-class Straight:  # stored as (d_out, d_in): nn.Linear
+class DenseStorage:  # stored as (d_out, d_in): nn.Linear
     def read(layer):
         return layer.weight
 
@@ -33,19 +23,19 @@ class Straight:  # stored as (d_out, d_in): nn.Linear
         )
 
 
-class Transposed:  # stored as (d_in, d_out): Hugging Face's Conv1D, nn.Embedding
+class TransposedStorage:  # stored as (d_in, d_out): Hugging Face's Conv1D, nn.Embedding
     def read(layer):
         return layer.weight.T
 
     def write(layer, weight):
-        Straight.write(layer, weight.T)
+        DenseStorage.write(layer, weight.T)
 
 
-class Bitsandbytes4bit:  # packed: two weights to a byte
+class Bitsandbytes4bitStorage:  # packed: two weights to a byte
     def read(layer):
         from bitsandbytes.functional import dequantize_4bit
 
-        Bitsandbytes4bit.settle(layer)
+        Bitsandbytes4bitStorage.settle(layer)
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
     def write(layer, weight):  # rounds the weight to 4 bits again
@@ -80,10 +70,10 @@ class Bitsandbytes4bit:  # packed: two weights to a byte
 # The storage of each class, by name, so that nothing is imported for it. Later floors
 # add theirs. None: not adaptable.
 STORAGE = {
-    "torch.nn.modules.linear.Linear": Straight,
-    "torch.nn.modules.sparse.Embedding": Transposed,
-    "transformers.pytorch_utils.Conv1D": Transposed,
-    "bitsandbytes.nn.modules.Linear4bit": Bitsandbytes4bit,
+    "torch.nn.modules.linear.Linear": DenseStorage,
+    "torch.nn.modules.sparse.Embedding": TransposedStorage,
+    "transformers.pytorch_utils.Conv1D": TransposedStorage,
+    "bitsandbytes.nn.modules.Linear4bit": Bitsandbytes4bitStorage,
     # attention reads its weight, never calls it
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,
 }
@@ -165,15 +155,15 @@ def write_weight(layer, weight, lossy=False):
 
 def is_dense(layer):
     """Is the weight stored as the numbers themselves, not quantised?"""
-    return storage(layer) in (Straight, Transposed)
+    return storage(layer) in (DenseStorage, TransposedStorage)
 
 
-def settle(model):
+def undo_bnb_cpu_repacking(model):
     """Keep bitsandbytes' layers in the one form that gives gradients; returns the
     model."""
     for module in model.modules():
-        if storage(module) is Bitsandbytes4bit:
-            Bitsandbytes4bit.settle(module)
+        if storage(module) is Bitsandbytes4bitStorage:
+            Bitsandbytes4bitStorage.settle(module)
     return model
 
 
@@ -187,139 +177,13 @@ def write_bias(layer, bias):
     )
 
 
-def held(parameter):
+def logical_numel(parameter):
     """How many weights a parameter holds: a packed 4-bit one holds two in each byte."""
     packed = type(parameter).__name__ == "Params4bit"
     return parameter.numel() * (2 * parameter.element_size() if packed else 1)
 
 
-def bare(module):
-    """The module itself, out of its slot if it is in one."""
-    return module.base_layer if getattr(module, "is_slot", False) else module
-
-
-def walk(model):
-    """Every module below `model` once, parents first, as (path, parent, name, module).
-    Slots are seen through: paths are those of the bare model, and a module that is in a
-    slot comes as the slot."""
-    seen = set()
-
-    def below(parent, prefix):
-        for name, module in parent.named_children():
-            if module not in seen:
-                seen.add(module)
-                yield prefix + name, parent, name, module
-                yield from below(bare(module), f"{prefix}{name}.")
-
-    yield from below(bare(model), "")
-
-
-def named(name, path):
-    """Does `name` mean `path`? It is the whole path or its end: "q_proj" means
-    "layers.0.self_attn.q_proj"."""
-    return path == name or path.endswith("." + name)
-
-
-def ends(name, path):
-    """What modules_to_save means by a name, as in PEFT: "norm" means "input_layernorm"
-    too."""
-    return path.endswith(name)
-
-
-def expression(text):
-    """A compiled regular expression; TargetError where it is none."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise TargetError(f"{text!r} is no regular expression: {error}") from None
-
-
-def lookup(patterns, path, default):
-    """The value of the first pattern (a regular expression for the end of a path) that
-    fits, as in rank_pattern."""
-    return next(
-        (
-            value
-            for key, value in (patterns or {}).items()
-            if expression(rf"(.*\.)?({key})$").match(path)
-        ),
-        default,
-    )
-
-
-def in_layers(path, indices, pattern):
-    """Is `path` within one of the numbered layers `indices`? `pattern` names the list
-    of layers; None: any list."""
-    lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    found = next(
-        filter(
-            None,
-            (expression(rf"(?:^|.*?\.){name}\.(\d+)\.").match(path) for name in lists),
-        ),
-        None,
-    )
-    return found is not None and int(found[1]) in (
-        [indices] if isinstance(indices, int) else indices
-    )
-
-
-def find(paths, targets, what="target_modules", fits=named):
-    """The paths that `targets` mean: a list of names, each of which must be found, or
-    one regular expression.
-
-    Raises TargetError that lists the nearest names there are.
-    """
-    if isinstance(targets, str):
-        found = [path for path in paths if expression(targets).fullmatch(path)]
-        missing = [] if found else [targets]
-    else:
-        found = [path for path in paths if any(fits(name, path) for name in targets)]
-        missing = [
-            name for name in targets if not any(fits(name, path) for path in found)
-        ]
-    if missing:
-        short = {path.rpartition(".")[2] for path in paths}
-        short = sorted(name for name in short if name and not name.isdigit()) or list(
-            paths
-        )
-        near = {
-            name: difflib.get_close_matches(name, [*short, *paths], n=3, cutoff=0.4)
-            for name in missing
-        }
-        hints = [
-            f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "")
-            for name in missing
-        ]
-        raise TargetError(
-            f"{what} finds no module for {'; '.join(hints)}. There are:"
-            f" {', '.join(short)}"
-        )
-    return found
-
-
-def short(paths, found):
-    """Names for `found` that mean just these of all `paths`: the last parts, if they
-    suffice; else whole paths."""
-    ends = sorted({path.rpartition(".")[2] for path in found})
-    return (
-        ends
-        if [path for path in paths if any(named(name, path) for name in ends)]
-        == list(found)
-        else list(found)
-    )
-
-
-def checkpoints(model):
-    """Does it compute activations again in the backward pass?"""
-    name = "is_activation_checkpointing"  # transformers 5 renamed it
-    return bool(
-        getattr(
-            model, name if hasattr(model, name) else "is_gradient_checkpointing", False
-        )
-    )
-
-
-def like(layer, at_least_32_bits=True):
+def device_and_dtype(layer, at_least_32_bits=True):
     """(device, dtype) for new parameters beside `layer`."""
     parameter = next(layer.parameters(), torch.empty(0))
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32

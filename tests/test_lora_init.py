@@ -14,8 +14,8 @@ from torch import nn
 
 import minipeft
 from minipeft import ConfigError, LoraConfig, PeftModel, TargetError, get_peft_model
-from minipeft.layers import read_weight
 from minipeft.optim import create_loraplus_optimizer
+from minipeft.weights import read_weight
 
 ON = [BASES[name] for name in ("llama", "gpt2", "hf_llama", "hf_gpt2", "mlp")]
 LORAS = {

@@ -92,7 +92,7 @@ def evaluate(
     }
     if not generate or not (score or predictions):
         return result
-    from .generate import generate as write
+    from .generation import generate as write
 
     if max_new_tokens is None:
         max_new_tokens = 8 + max(

@@ -9,7 +9,7 @@ from bases import BASES, METHODS, adapted, run
 from safetensors import safe_open
 
 import minipeft
-from minipeft import LoraConfig, PeftConfig, PeftModel, files, get_peft_model
+from minipeft import LoraConfig, PeftConfig, PeftModel, get_peft_model, saving
 
 BASE, LORA = BASES["llama"], METHODS["lora"]
 
@@ -156,7 +156,7 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     PeftModel.from_pretrained(BASE.make(), "somebody/adapter")
     assert asked == [
-        ("somebody/adapter", {"allow_patterns": [files.CONFIG, files.TENSORS]})
+        ("somebody/adapter", {"allow_patterns": [saving.CONFIG, saving.TENSORS]})
     ]
 
 

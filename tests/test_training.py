@@ -12,7 +12,7 @@ from torch import nn
 from minipeft.lm.checkpoint import load_checkpoint, save_checkpoint, trained_tensors
 from minipeft.lm.data import Batches
 from minipeft.lm.gpt import GPT, GPTConfig
-from minipeft.lm.train import History, lr_factor, train
+from minipeft.lm.training import History, lr_factor, train
 
 
 class Letters:
@@ -353,7 +353,7 @@ def test_best_checkpoint_is_kept(tmp_path):
         "step": step,
         "loss": loss,
     }
-    from minipeft.lm.evaluate import completion_loss
+    from minipeft.lm.evaluation import completion_loss
 
     assert completion_loss(best, Letters(), examples(6))["loss"] == pytest.approx(
         loss, abs=1e-6

@@ -11,8 +11,8 @@ from test_train import Letters, tiny
 
 from minipeft.lanternwick.tasks import Example, Task
 from minipeft.lm.data import DataError, encode
-from minipeft.lm.evaluate import completion_loss, evaluate
-from minipeft.lm.train import train
+from minipeft.lm.evaluation import completion_loss, evaluate
+from minipeft.lm.training import train
 
 
 def examples(n=11):

@@ -12,7 +12,8 @@ from minipeft import (
     Slot,
     TargetError,
     get_peft_model,
-    layers,
+    targets,
+    weights,
 )
 from minipeft.slot import Base, Switch
 
@@ -50,16 +51,16 @@ DENSE = {"linear": nn.Linear, "conv1d": conv1d, "embedding": nn.Embedding}
 @pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
 def test_every_layer_is_a_dense_weight(make):
     layer = make(12, 7)
-    assert layers.features(layer) == (12, 7)
-    weight = layers.read_weight(layer)
+    assert weights.features(layer) == (12, 7)
+    weight = weights.read_weight(layer)
     assert weight.shape == (7, 12)
     one_hot = torch.eye(12)
     y = layer(torch.arange(12)) if make is nn.Embedding else layer(one_hot) - layer.bias
     close(y, one_hot @ weight.T)  # the weight says what the layer computes
     new = torch.randn(7, 12)
     old = layer.weight
-    layers.write_weight(layer, new)
-    assert torch.equal(layers.read_weight(layer), new) and layer.weight.is_contiguous()
+    weights.write_weight(layer, new)
+    assert torch.equal(weights.read_weight(layer), new) and layer.weight.is_contiguous()
     assert (
         layer.weight is not old
         and layer.weight.shape == old.shape
@@ -69,23 +70,25 @@ def test_every_layer_is_a_dense_weight(make):
 
 def test_a_4_bit_layer_is_read_dense_and_written_only_on_request():
     layer = four_bit(64, 32)
-    assert layers.features(layer) == (64, 32)
-    weight = layers.read_weight(layer)
+    assert weights.features(layer) == (64, 32)
+    weight = weights.read_weight(layer)
     x = torch.randn(5, 64)
     close(layer(x), x @ weight.T + layer.bias)
-    assert layers.held(layer.weight) == 64 * 32
+    assert weights.logical_numel(layer.weight) == 64 * 32
     before = layer.weight
     with pytest.raises(NotMergeableError, match="4 bits.*lossy=True"):
-        layers.write_weight(layer, weight)
+        weights.write_weight(layer, weight)
     assert layer.weight is before
-    layers.write_weight(layer, weight, lossy=True)
-    close(layers.read_weight(layer), weight)  # what is of 4 bits already stays as it is
+    weights.write_weight(layer, weight, lossy=True)
+    close(
+        weights.read_weight(layer), weight
+    )  # what is of 4 bits already stays as it is
 
 
 def test_lora_beside_a_4_bit_layer():
     model = nn.Sequential(four_bit(64, 32), nn.ReLU(), four_bit(32, 64))
     x = torch.randn(5, 64)
-    before, weights = model(x), [layers.read_weight(model[i]) for i in (0, 2)]
+    before, weights = model(x), [weights.read_weight(model[i]) for i in (0, 2)]
     peft_model = get_peft_model(
         model, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
     )
@@ -119,7 +122,7 @@ def test_layers_whose_weight_is_not_dense_are_refused():
         torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False
     )
     with pytest.raises(TypeError, match="Packed.*uint8"):
-        layers.read_weight(layer)
+        weights.read_weight(layer)
     # reads out_proj.weight and never calls out_proj
     attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(TargetError, match="out_proj.*no linear layer"):
@@ -130,16 +133,16 @@ def test_layers_whose_weight_is_not_dense_are_refused():
 
 def test_walking_sees_through_slots():
     base = BASES["llama"].make()
-    plain = [(path, module) for path, _, _, module in layers.walk(base)]
+    plain = [(path, module) for path, _, _, module in targets.walk(base)]
     assert plain == list(base.named_modules())[1:]
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"]))
-    walked = list(layers.walk(model.base_model))
+    walked = list(targets.walk(model.base_model))
     assert [path for path, *_ in walked] == [path for path, _ in plain]
     for path, parent, name, module in walked:
         assert getattr(parent, name) is module and isinstance(
             module, Slot
         ) == path.endswith("down_proj")
-        assert layers.bare(module) is dict(plain)[path]
+        assert targets.unwrap_slot(module) is dict(plain)[path]
 
 
 @pytest.mark.parametrize(
@@ -156,18 +159,18 @@ def test_walking_sees_through_slots():
     ],
 )
 def test_layer_numbers(path, index, pattern, expected):
-    assert layers.in_layers(path, index, pattern) == expected
+    assert targets.in_layers(path, index, pattern) == expected
 
 
 def test_names():
     paths = ["a.q_proj", "a.qq_proj", "q_proj", "b.q_proj.x"]
-    assert layers.find(paths, ["q_proj"]) == ["a.q_proj", "q_proj"]
-    assert layers.find(paths, ["a.q_proj"]) == ["a.q_proj"]
-    assert layers.find(paths, r".*\.qq?_proj") == ["a.q_proj", "a.qq_proj"]
-    assert layers.lookup({"q_proj": 1, r"a\..*": 2}, "a.q_proj", 3) == 1
-    assert layers.lookup({r"a\..*": 2}, "a.qq_proj", 3) == 2
+    assert targets.resolve_targets(paths, ["q_proj"]) == ["a.q_proj", "q_proj"]
+    assert targets.resolve_targets(paths, ["a.q_proj"]) == ["a.q_proj"]
+    assert targets.resolve_targets(paths, r".*\.qq?_proj") == ["a.q_proj", "a.qq_proj"]
+    assert targets.match_pattern({"q_proj": 1, r"a\..*": 2}, "a.q_proj", 3) == 1
+    assert targets.match_pattern({r"a\..*": 2}, "a.qq_proj", 3) == 2
     # whole parts of a path, as in PEFT
-    assert layers.lookup({"proj": 1}, "a.q_proj", 3) == 3
+    assert targets.match_pattern({"proj": 1}, "a.q_proj", 3) == 3
 
 
 def test_an_assigned_bias_keeps_its_type():

@@ -19,16 +19,19 @@ import math
 
 import torch
 
-from .. import layers
+from .. import weights
 from ..config import ConfigError
-from ..layers import TargetError
+from ..errors import TargetError
 from .lora import INITS
 
 
 def dense(adapter, base):
     """W (d_out, d_in) in 32 bits. Raises TargetError where W_res could not be stored,
     or has no r directions."""
-    if layers.storage(base.module) not in (layers.Straight, layers.Transposed):
+    if weights.storage(base.module) not in (
+        weights.DenseStorage,
+        weights.TransposedStorage,
+    ):
         raise TargetError(
             "PiSSA and OLoRA store W - s B A in the base, and this 4-bit"
             f" {type(base.module).__name__} would round it. Make the adapter on the"

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ..quant.optimizers import BLOCK, SMALL
-from .evaluate import bare, fast_loss
+from .evaluation import bare, fast_loss
 from .gpt import GPT
-from .train import make_optimizer
+from .training import make_optimizer
 
 # numbers of the parameter's own type for each trained number
 STATES = {"adamw": 2, "adam": 2, "sgd": 0, "paged_adamw": 2}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import layers
+from . import targets
 from .config import CONFIG, AdapterFileError, PeftConfig
 
 TENSORS = "adapter_model.safetensors"
@@ -57,7 +57,8 @@ def adapter(folder, model, is_trainable):
     config.inference_mode = not is_trainable
     config.drop_absent(model)
     modules = {
-        key(path, ""): layers.bare(module) for path, _, _, module in layers.walk(model)
+        key(path, ""): targets.unwrap_slot(module)
+        for path, _, _, module in targets.walk(model)
     }
     # PEFT saves adapted embeddings with their base
     for name in [name for name in found if ".base_layer." in name]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..quant import AdamW8bit, PagedAdamW
 from .checkpoint import load_checkpoint, read_facts, save_checkpoint
 from .data import Batches, room
-from .evaluate import completion_loss, fast_loss
+from .evaluation import completion_loss, fast_loss
 
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,

@@ -7,7 +7,7 @@ import torch
 from minipeft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from minipeft.lm import on_paper
 from minipeft.lm.gpt import GPT, GPTConfig
-from minipeft.lm.ledger import Ledger, memory_ledger, peak_bytes
+from minipeft.lm.memory import Ledger, memory_ledger, peak_bytes
 from minipeft.quant import quantize_model
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minipeft.lm import GPT, GPTConfig, generate, load_pretrained, load_tokenizer
-from minipeft.lm.generate import choose, generate_ids
+from minipeft.lm.generation import choose, generate_ids
 
 SIZES = dict(
     vocab_size=40,

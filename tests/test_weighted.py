@@ -9,7 +9,7 @@ from bases import BASES, close, differ, run
 from safetensors.torch import load_file
 
 import minipeft
-from minipeft import LoraConfig, combine, get_peft_model
+from minipeft import LoraConfig, get_peft_model, weighted
 
 
 def several(base, package=minipeft, config=LoraConfig, ranks=(4, 4), **fields):
@@ -39,7 +39,7 @@ def deltas(model, name):
     }
 
 
-@pytest.mark.parametrize("way", combine.WAYS)
+@pytest.mark.parametrize("way", weighted.WAYS)
 @pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "mlp"])
 def test_every_way_is_that_of_peft(way, name, tmp_path):
     if name == "hf_gpt2" and way in ("dare_linear_svd", "dare_ties_svd"):

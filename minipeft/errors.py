@@ -1,0 +1,9 @@
+"""The errors that this package raises on purpose; each names what was wrong."""
+
+
+class TargetError(ValueError):
+    """A target name finds no layer, or one that the method cannot adapt."""
+
+
+class NotMergeableError(ValueError):
+    """An adapter that cannot be written into this layer's weight."""
