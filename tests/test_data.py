@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from test_train import Letters
+from test_training import Letters
 
 from minipeft.lanternwick.tasks import Example
 from minipeft.lm import fetch

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import Letters, tiny
+from test_training import Letters, tiny
 
 from minipeft.lanternwick.tasks import Example, Task
 from minipeft.lm.data import DataError, encode

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import targets, weights
+from .. import weights
+from ..targets import walk
 from .blockwise import dynamic_map
 from .nf4 import CODES, QTensor, dequantize_4bit, quantize_4bit
 
@@ -373,7 +374,7 @@ def sites(model):
     """[(path, layer, the function that puts another in its place)] of all linear
     layers, slots seen through."""
     found = []
-    for path, parent, name, module in targets.walk(model):
+    for path, parent, name, module in walk(model):
         layer = targets.unwrap_slot(module)
         if weights.is_linear(layer):
             holder, attribute = (
