@@ -228,7 +228,8 @@ def test_checkpointing_runs_a_layer_again_and_carries_gradients_into_the_past():
         model(ids, past_key_values=past, labels=ids).loss.backward()
         assert len(calls) == (1 if reentrant is None else 2)
         grads = [t.grad for pair in past for t in pair]
-        expected = grads if reentrant is None else expected
+        if reentrant is None:
+            expected = grads
         for a, b in zip(grads, expected):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 

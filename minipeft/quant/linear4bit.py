@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import weights
-from ..targets import walk
+from ..targets import matches_suffix, unwrap_slot, walk
 from .blockwise import dynamic_map
 from .nf4 import CODES, QTensor, dequantize_4bit, quantize_4bit
 
@@ -375,7 +375,7 @@ def sites(model):
     layers, slots seen through."""
     found = []
     for path, parent, name, module in walk(model):
-        layer = targets.unwrap_slot(module)
+        layer = unwrap_slot(module)
         if weights.is_linear(layer):
             holder, attribute = (
                 (parent, name) if layer is module else (module, "base_layer")
@@ -392,7 +392,7 @@ def sites(model):
     return found
 
 
-def targets(model, skip=("lm_head",)):
+def linear_layers(model, skip=("lm_head",)):
     """{path: (layer, put)} of the linear layers that quantize_model changes."""
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return {
@@ -400,7 +400,7 @@ def targets(model, skip=("lm_head",)):
         for path, layer, put in sites(model)
         if weights.is_dense(layer)
         and id(layer.weight) not in tied
-        and not any(targets.matches_suffix(name, path) for name in skip)
+        and not any(matches_suffix(name, path) for name in skip)
     }
 
 
@@ -414,7 +414,7 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    found = targets(model, skip)
+    found = linear_layers(model, skip)
     while found:  # layer by layer, keeping none
         _, (layer, put) = found.popitem()
         put(BACKENDS[backend](layer, **options))
