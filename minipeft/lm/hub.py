@@ -28,7 +28,7 @@ from ..quant.linear4bit import (
     BitsAndBytesConfig,
     Linear4bit,
     from_bitsandbytes,
-    targets,
+    linear_layers,
 )
 from .gpt import GPT, MODEL_TYPES, GPTConfig, nearest
 
@@ -379,7 +379,7 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
     )
     backend, skip = options.pop("backend", None), options.pop("skip")
     chosen = (
-        {path: put for path, (_, put) in targets(model, skip).items()}
+        {path: put for path, (_, put) in linear_layers(model, skip).items()}
         if options
         else {}
     )
