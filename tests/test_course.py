@@ -5,7 +5,7 @@ import matplotlib
 import nbformat
 import pytest
 
-from minipeft.course import about, claim, figures, notebook, show, table
+from minipeft.course import approx, claim, figures, notebook, show, table
 from minipeft.course.show import source
 
 matplotlib.use("Agg")
@@ -89,7 +89,7 @@ def test_numbers_made_by_training_are_not_compared():
         return text
 
     table_of = lambda loss, share: clean(
-        f"| x | {about(loss)} | {about(share, '{:.0f} %')} |"
+        f"| x | {approx(loss)} | {approx(share, '{:.0f} %')} |"
     )
     assert table_of(0.123, 87) == table_of(-4.5, 9)
     assert clean("13,631,488 and 0.1695 stay") == "13,631,488 and 0.1695 stay"
@@ -109,7 +109,7 @@ def test_figures_say_what_they_show(tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     ax = figures.axes("Title", "x (steps)", "y (nats)", logx=2)
     ax.plot([1, 8], [3, 7])
-    figures.done(ax, legend=False, save=tmp_path / "b.png", ylim=(0, None))
+    figures.finish(ax, legend=False, save=tmp_path / "b.png", ylim=(0, None))
     assert ax.get_ylim()[1] > 7, "what was drawn is cut off"
     assert (ax.get_title(loc="left"), ax.get_xlabel(), ax.get_ylabel()) == (
         "Title",

@@ -65,7 +65,7 @@ def axes(
     return ax
 
 
-def done(ax=None, legend=True, outside=False, save=None, **limits) -> None:
+def finish(ax=None, legend=True, outside=False, save=None, **limits) -> None:
     """Add the legend, show the figure (or save it to a file), forget it. limits: xlim=,
     ylim=, xticks=, ..."""
     ax = ax or plt.gca()
@@ -125,7 +125,7 @@ def curves(
             linestyle=("--", ":", "-.")[number % 3],
             linewidth=1.2,
         )
-    done(ax, outside=outside, save=save, **limits)
+    finish(ax, outside=outside, save=save, **limits)
 
 
 def bars(
@@ -151,7 +151,7 @@ def bars(
     ax.margins(y=0.12)
     if rotate:
         ax.tick_params(axis="x", rotation=rotate)
-    done(ax, **limits)
+    finish(ax, **limits)
 
 
 def matrices(parts: list, title: str, note: str = "") -> None:
@@ -210,7 +210,7 @@ def matrices(parts: list, title: str, note: str = "") -> None:
             fontsize=9,
             color="#444444",
         )
-    done(ax, legend=False)
+    finish(ax, legend=False)
 
 
 def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
@@ -271,7 +271,7 @@ def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
     ax.margins(0.04, 0.12)
     ax.set_aspect("equal")
     ax.axis("off")
-    done(ax, legend=False)
+    finish(ax, legend=False)
 
 
 def heat(
@@ -308,10 +308,10 @@ def heat(
             color="white" if value < middle else "black",
         )
     ax.grid(visible=False)
-    done(ax)
+    finish(ax)
 
 
-def about(number: float, form: str = "{:.2f}") -> str:
+def approx(number: float, form: str = "{:.2f}") -> str:
     """A number that training has made: its last digits depend on the processor. `≈`
     tells readers and tests so."""
     return "≈ " + form.format(number)
