@@ -17,7 +17,7 @@ CONFIG = "adapter_config.json"
 METHODS = {}  # peft_type -> its dataclass
 # What Hugging Face's files may say without changing what an adapter computes, whatever
 # the value.
-HARMLESS = {
+IGNORED_FIELDS = {
     "peft_version",
     "auto_mapping",
     "megatron_config",
@@ -71,7 +71,7 @@ class PeftConfig:
 
     peft_type: ClassVar[str] = ""
     # in training, each of its adapters adds its `penalty()` to the loss
-    penalised: ClassVar[bool] = False
+    regularized: ClassVar[bool] = False
     # noted in files; nothing here depends on it, except SEQ_CLS's head
     task_type: str | None = None
     base_model_name_or_path: str | None = None  # noted in files
@@ -93,7 +93,7 @@ class PeftConfig:
                     f"{field.name} = {getattr(self, field.name)!r}: expected is {said}"
                 )
 
-    def positive(self, *fields, **values):
+    def check_positive(self, *fields, **values):
         """ConfigError unless these fields, or values given by name, are positive
         integers."""
         for name, value in {
@@ -103,7 +103,7 @@ class PeftConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
                 raise ConfigError(f"{name} = {value!r}: a positive integer is expected")
 
-    def probability(self, *fields):
+    def check_probability(self, *fields):
         for field in fields:
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(
@@ -125,11 +125,11 @@ class PeftConfig:
         """An nn.Module that all adapters of this name share, from {path: Base}, or
         None."""
 
-    def loaded(self):
+    def on_load(self):
         """This comes from a file: raise ConfigError where the adapter cannot be made
         again as it was."""
 
-    def drop_absent(self, model):
+    def drop_missing_targets(self, model):
         """Forget targets that this model does not have: in a file meant for several
         architectures they do no harm."""
 
@@ -168,7 +168,7 @@ class PeftConfig:
         asked = {
             name: value
             for name, value in data.items()
-            if name not in known | HARMLESS and value
+            if name not in known | IGNORED_FIELDS and value
         }
         if asked:
             asked = ", ".join(f"{name}={value!r}" for name, value in asked.items())
@@ -311,7 +311,7 @@ class LayerConfig(PeftConfig):
             " layers are named: " + ", ".join(linear)
         )
 
-    def drop_absent(self, model):
+    def drop_missing_targets(self, model):
         paths = [path for path, *_ in targets.walk(model)]
         for field in ("target_modules", "feedforward_modules", "modules_to_save"):
             names = getattr(self, field, None)

@@ -169,11 +169,11 @@ class PeftModel(nn.Module):
             and getattr(output, "loss", None) is not None
         ):
             for name in self.active_adapters:
-                if self.peft_config[name].penalised:
+                if self.peft_config[name].regularized:
                     output.loss = output.loss + sum(
-                        part.penalty()
-                        for part in self._parts(name).values()
-                        if hasattr(part, "penalty")
+                        part.regularization_loss()
+                        for part in self._adapters_by_path(name).values()
+                        if hasattr(part, "regularization_loss")
                     )
         return output
 
@@ -187,7 +187,7 @@ class PeftModel(nn.Module):
     def _rows(self, names, size=None):
         if names is None:
             return None
-        self._known(name for name in names if name != "__base__")
+        self._check_names(name for name in names if name != "__base__")
         if not names or size not in (None, len(names)):
             raise ValueError(
                 f"{len(names)} adapter_names for a batch of {size} rows: one name a row"
@@ -223,7 +223,7 @@ class PeftModel(nn.Module):
             dict.fromkeys(name for _, slot, _ in self._slots() for name in slot.merged)
         )
 
-    def _places(self):
+    def _sites(self):
         """{path: (the module or slot there, the function that puts something else
         there)}"""
         return {"": (self.base_model, None)} | {
@@ -234,11 +234,11 @@ class PeftModel(nn.Module):
     def _slots(self):
         return [
             (path, module, put)
-            for path, (module, put) in self._places().items()
+            for path, (module, put) in self._sites().items()
             if isinstance(module, Slot)
         ]
 
-    def _parts(self, name):
+    def _adapters_by_path(self, name):
         """{path: the adapter of that name there}; what they share has the path None."""
         parts = {None: self.shared[name]} if name in self.shared else {}
         return parts | {
@@ -247,7 +247,7 @@ class PeftModel(nn.Module):
             if name in slot.adapters
         }
 
-    def _known(self, names):
+    def _check_names(self, names):
         """A list of adapter names, given one or several."""
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
@@ -284,7 +284,7 @@ class PeftModel(nn.Module):
         model, config, places = (
             self.get_base_model(),
             copy.deepcopy(config),
-            self._places(),
+            self._sites(),
         )
         config.base_model_name_or_path = (
             config.base_model_name_or_path
@@ -321,7 +321,7 @@ class PeftModel(nn.Module):
             shared = config.create_shared(bases)
             like = device_and_dtype(bases[chosen[0]].module, autocast_adapter_dtype)
             parts = {} if shared is None else {None: shared.to(*like)}
-            for path, base in _bar(list(bases.items()), "making adapters"):
+            for path, base in progress(list(bases.items()), "making adapters"):
                 try:
                     parts[path] = config.create(base, path).to(
                         *device_and_dtype(base.module, autocast_adapter_dtype)
@@ -362,7 +362,7 @@ class PeftModel(nn.Module):
     def set_adapter(self, adapter_name, inference_mode=False):
         """Activate one adapter, or a list: each is given those before it as its base.
         Only they are trained."""
-        names = self._known(adapter_name)
+        names = self._check_names(adapter_name)
         for path, slot, _ in self._slots():
             copies = [
                 name
@@ -376,11 +376,11 @@ class PeftModel(nn.Module):
                 )
         self.base_model.switch.active = names
         for name in self.peft_config:
-            for part in self._parts(name).values():
+            for part in self._adapters_by_path(name).values():
                 part.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name):
-        self._known(adapter_name)
+        self._check_names(adapter_name)
         merged = self.merged_adapters
         self.unmerge_adapter()
         for _, slot, put in self._slots():
@@ -428,7 +428,7 @@ class PeftModel(nn.Module):
         names = (
             self.active_adapters
             if adapter_names is None
-            else self._known(adapter_names)
+            else self._check_names(adapter_names)
         )
         fresh = [name for name in names if name not in self.merged_adapters]
         if names and not fresh:
@@ -453,14 +453,14 @@ class PeftModel(nn.Module):
     def _merge(self, fresh, safe_merge=False, lossy=False):
         merged, slots = self.merged_adapters, [slot for _, slot, _ in self._slots()]
         for name in fresh:
-            for adapter in self._parts(name).values():
+            for adapter in self._adapters_by_path(name).values():
                 if not getattr(adapter, "mergeable", True):
                     raise NotMergeableError(
                         f"{name!r} cannot be merged: a {type(adapter).__name__} changes"
                         " no weights"
                     )
         try:
-            for slot in _bar(slots, "merging"):
+            for slot in progress(slots, "merging"):
                 slot.merge(fresh, lossy)
                 if (
                     safe_merge
@@ -501,7 +501,7 @@ class PeftModel(nn.Module):
         names = (
             self.active_adapters
             if adapter_names is None
-            else self._known(adapter_names)
+            else self._check_names(adapter_names)
         )
         before = linear4bit.sites(self.get_base_model()) if dequantize else []
         if before:
@@ -519,7 +519,7 @@ class PeftModel(nn.Module):
                 put(layer)
             raise
         self._report_rounding(stacklevel=3)
-        base, config = self._take_out(), getattr(self.get_base_model(), "config", None)
+        base, config = self._remove_slots(), getattr(self.get_base_model(), "config", None)
         # merging into one of the two ends the tie
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = (
@@ -531,9 +531,9 @@ class PeftModel(nn.Module):
         """The plain model as it was before (after PiSSA or OLoRA: less what they took
         out of its weights). This PeftModel is empty afterwards."""
         self.unmerge_adapter()
-        return self._take_out()
+        return self._remove_slots()
 
-    def _take_out(self):
+    def _remove_slots(self):
         for _, slot, put in self._slots():
             slot.adapters.clear()
             if put:
@@ -564,12 +564,12 @@ class PeftModel(nn.Module):
         for name in (
             self.peft_config
             if selected_adapters is None
-            else self._known(selected_adapters)
+            else self._check_names(selected_adapters)
         ):
             config = copy.copy(self.peft_config[name])
             config.inference_mode = True
             folder = Path(save_directory) / ("" if name == "default" else name)
-            tensors = saving.tensors(self._parts(name))
+            tensors = saving.tensors(self._adapters_by_path(name))
             if path_initial_model_for_weight_conversion is not None:
                 start = saving.load(path_initial_model_for_weight_conversion)[1]
                 config, tensors = lora_init.as_lora(config, tensors, start)
@@ -630,7 +630,7 @@ class PeftModel(nn.Module):
     ):
         """A new LoRA from others, inactive until `set_adapter`. The ways are told in
         minipeft/weighted.py."""
-        parts = [self._parts(name) for name in self._known(adapters)]
+        parts = [self._adapters_by_path(name) for name in self._check_names(adapters)]
         paths = [
             path for path, _, _ in self._slots() if any(path in part for part in parts)
         ]
@@ -697,7 +697,7 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
 
-def _bar(things, what):
+def progress(things, what):
     """Shows how far it is, where it takes longer than three seconds."""
     from tqdm import tqdm
 

@@ -53,9 +53,9 @@ def adapter(folder, model, is_trainable):
     """The config in a folder, ready for `model`, and the function that fills {path:
     adapter} with what is there."""
     config, found = load(folder)
-    config.loaded()
+    config.on_load()
     config.inference_mode = not is_trainable
-    config.drop_absent(model)
+    config.drop_missing_targets(model)
     modules = {
         key(path, ""): targets.unwrap_slot(module)
         for path, _, _, module in targets.walk(model)

@@ -140,7 +140,7 @@ def test_orthonormal_factors_are_not_penalised():
         if isinstance(part, AdaLora):
             torch.nn.init.orthogonal_(part.lora_A)
             torch.nn.init.orthogonal_(part.lora_B)
-            assert part.penalty() < 1e-5
+            assert part.regularization_loss() < 1e-5
 
 
 def test_pruned_ranks_can_be_dropped_from_memory(tmp_path):

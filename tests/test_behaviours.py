@@ -143,9 +143,9 @@ def test_7_8_gradients_and_one_step_are_those_of_peft(method, base, tmp_path):
         for key, g in gradients.items()
         if not any(g is b for b in buffers.values())
     }
-    parts = model._parts("default")
+    parts = model._adapters_by_path("default")
     own = {
-        minipeft.saving.key(path, name): p.grad
+        minipeft.saving.tensor_key(path, name): p.grad
         for path, part in parts.items()
         for name, p in part.named_parameters()
         if p.requires_grad

@@ -26,7 +26,7 @@ def test_a_step_is_the_step_of_the_biases_trained_in_place(name):
         p.requires_grad_(True)
     for each in (model, plain):
         loss_of(each).backward()
-    for path, part in model._parts("default").items():
+    for path, part in model._adapters_by_path("default").items():
         close(part.bias_delta.grad, biases[f"{path}.bias"].grad)
     for each in (model, plain):
         torch.optim.SGD(

@@ -56,7 +56,7 @@ def by_hand(base, placement, ours, act, scaling):
             or path.endswith("." + attention)
             and placement == "houlsby"
         ):
-            mine = ours._parts("default")[path]
+            mine = ours._adapters_by_path("default")[path]
             adapter = nn.Sequential(
                 nn.Linear(16, mine.adapter_down.out_features),
                 act,
@@ -87,7 +87,7 @@ def test_each_placement_is_the_papers_equation_found_by_structure(
     base, placement, act, scaling, r
 ):
     model = shake(get_peft_model(base.make(), BottleneckConfig(placement=placement)))
-    parts = model._parts("default")
+    parts = model._adapters_by_path("default")
     assert len(parts) == (4 if placement == "houlsby" else 2)  # 2 layers
     oracle = by_hand(base, placement, model, ACTS[act], scaling)
     close(run(model), run(oracle))
@@ -136,7 +136,7 @@ def test_fields(fields):
         fields.get("scaling", 4.0 if config.placement == "parallel" else 1.0),
     )
     close(run(model), run(oracle))
-    part = next(iter(model._parts("default").values()))
+    part = next(iter(model._adapters_by_path("default").values()))
     assert part.adapter_down.out_features == fields.get(
         "r", 4 if "reduction_factor" in fields else 1
     )
@@ -152,11 +152,11 @@ def test_a_learned_scaling_starts_at_one_and_learns():
     )
     for model in (learned, fixed):
         torch.manual_seed(0)
-        for part in model._parts("default").values():
+        for part in model._adapters_by_path("default").values():
             part.reset("bert")
     close(run(learned), run(fixed), 0)
     learned(**inputs(), labels=inputs()["input_ids"]).loss.backward()
-    for part in learned._parts("default").values():
+    for part in learned._adapters_by_path("default").values():
         assert (
             part.scaling.shape == (1,)
             and part.scaling.item() == 1
@@ -215,7 +215,7 @@ def test_parallel_to_attention(name):
     seen, plain = [], base.make()
     for path, parent, child, module in list(walk(plain)):
         if path.endswith("." + attention):
-            mine = model._parts("default")[path]
+            mine = model._adapters_by_path("default")[path]
 
             def hook(module, args, kwargs, output, mine=mine):
                 x = args[0] if args else kwargs["hidden_states"]
@@ -245,10 +245,10 @@ def test_beside_a_lora_within_the_same_module():
         base.make(), LoraConfig(r=2, target_modules=["down_proj", "q_proj"])
     )
     plain.add_adapter("bottleneck", BottleneckConfig(r=3))
-    for path, part in {**model._parts("lora")}.items():
-        plain._parts("default")[path].load_state_dict(part.state_dict())
-    for path, part in model._parts("bottleneck").items():
-        plain._parts("bottleneck")[path].load_state_dict(part.state_dict())
+    for path, part in {**model._adapters_by_path("lora")}.items():
+        plain._adapters_by_path("default")[path].load_state_dict(part.state_dict())
+    for path, part in model._adapters_by_path("bottleneck").items():
+        plain._adapters_by_path("bottleneck")[path].load_state_dict(part.state_dict())
     plain.set_adapter(["default", "bottleneck"])
     close(run(plain), both)
 

@@ -106,12 +106,12 @@ def test_new_fusion_is_near_the_mean_of_the_experts(name, kind):
     """V is the identity but for 1e-6; with query and key at zero the mean is exact,
     layer by layer."""
     model = fused(name, kind, moved=False)
-    for part in model._parts("fusion").values():
+    for part in model._adapters_by_path("fusion").values():
         torch.nn.init.zeros_(part.query.weight)
         torch.nn.init.eye_(part.value.weight)
     oracle = with_experts(name, kind)  # the mean of three sums, made by stacking thirds
     for i in range(3):
-        for part in oracle._parts(f"e{i}").values():
+        for part in oracle._adapters_by_path(f"e{i}").values():
             part.scaling = part.scaling / 3
     oracle.set_adapter(["e0", "e1", "e2"])
     if kind in ("lora", "parallel"):  # experts that do not read each other's outputs
@@ -124,7 +124,7 @@ def test_only_fusion_is_trained_and_saved(name, kind, tmp_path):
     model, before = fused(name, kind), None
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(".adapters.fusion." in n for n in trainable)
-    parts = model._parts("fusion")
+    parts = model._adapters_by_path("fusion")
     assert model.get_nb_trainable_parameters()[0] == sum(
         3 * d * d + 2 * d for d in [part.value.out_features for part in parts.values()]
     )
@@ -198,7 +198,7 @@ def test_the_penalty_is_on_the_loss_in_training_only():
     plain = model.eval()(**batch).loss
     expected = sum(
         0.3 * (part.value.weight - torch.eye(16)).square().sum()
-        for part in model._parts("fusion").values()
+        for part in model._adapters_by_path("fusion").values()
     )
     close(model.train()(**batch).loss, plain + expected)
     assert expected > 0.1
@@ -206,7 +206,7 @@ def test_the_penalty_is_on_the_loss_in_training_only():
     with torch.no_grad():
         assert model.train()(**batch).loss == model.eval()(**batch).loss
         static = fused(value=False)
-        assert static._parts("fusion").popitem()[1].value is None
+        assert static._adapters_by_path("fusion").popitem()[1].value is None
         assert static.train()(**batch).loss == static.eval()(**batch).loss
 
 
@@ -214,7 +214,7 @@ def test_attention_can_be_read():
     model = fused(kind="houlsby")
     with attention(model, "fusion") as seen:
         run(model)
-    assert list(seen) == list(model._parts("fusion")) and len(seen) == 4
+    assert list(seen) == list(model._adapters_by_path("fusion")) and len(seen) == 4
     for (p,) in seen.values():
         assert p.shape == (3, 6, 3)
         close(p.sum(-1), torch.ones(3, 6))

@@ -75,7 +75,7 @@ def test_unmerging_is_exact_even_where_a_channel_was_silenced():
     """PEFT divides by l + 1e-8: what was multiplied by zero does not come back."""
     base = BASES["llama"]
     model = get_peft_model(base.make(), IA3Config())
-    for part in model._parts("default").values():
+    for part in model._adapters_by_path("default").values():
         part.ia3_l.data[0] = 0.0
     model.merge_adapter()
     differ(run(model), run(base.make()))
@@ -91,8 +91,8 @@ def test_two_at_once_multiply():
     shake(model, "b", seed=8)
     model.set_adapter(["a", "b"])
     product = get_peft_model(base.make(), IA3Config())
-    for path, part in product._parts("default").items():
-        part.ia3_l.data = model._parts("a")[path].ia3_l * model._parts("b")[path].ia3_l
+    for path, part in product._adapters_by_path("default").items():
+        part.ia3_l.data = model._adapters_by_path("a")[path].ia3_l * model._adapters_by_path("b")[path].ia3_l
     close(run(model), run(product))
     together = run(model)
     close(run(model.merge_and_unload()), together)

@@ -97,7 +97,7 @@ def test_lora_beside_a_4_bit_layer():
         4 * 2 * 96 + 2 * 64 * 32 + 96,
     )
     y = peft_model(x)
-    parts = peft_model._parts("default")
+    parts = peft_model._adapters_by_path("default")
     h = torch.relu(x @ (weights[0] + parts["0"].delta(None)).T + model[0].bias)
     close(y, h @ (weights[1] + parts["2"].delta(None)).T + model[2].bias, 1e-5)
     y.square().mean().backward()

@@ -35,11 +35,11 @@ def several(base, package=minipeft, config=LoraConfig, ranks=(4, 4), **fields):
 def deltas(model, name):
     return {
         path: adapter.delta(None).detach()
-        for path, adapter in model._parts(name).items()
+        for path, adapter in model._adapters_by_path(name).items()
     }
 
 
-@pytest.mark.parametrize("way", weighted.WAYS)
+@pytest.mark.parametrize("way", weighted.COMBINATION_TYPES)
 @pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "mlp"])
 def test_every_way_is_that_of_peft(way, name, tmp_path):
     if name == "hf_gpt2" and way in ("dare_linear_svd", "dare_ties_svd"):
@@ -169,7 +169,7 @@ def test_a_combination_waits_and_is_saved_like_any_other(tmp_path):
     assert torch.equal(run(model), before) and model.active_adapters == ["a"]
     assert not any(
         p.requires_grad
-        for p in model._parts("ab")["model.layers.0.self_attn.q_proj"].parameters()
+        for p in model._adapters_by_path("ab")["model.layers.0.self_attn.q_proj"].parameters()
     )
     model.set_adapter("ab")
     model.save_pretrained(tmp_path, selected_adapters=["ab"])

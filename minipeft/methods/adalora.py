@@ -35,7 +35,7 @@ class AdaLoraConfig(LoraConfig):
     """Hugging Face PEFT's fields and defaults."""
 
     peft_type: ClassVar[str] = "ADALORA"
-    penalised: ClassVar[bool] = True
+    regularized: ClassVar[bool] = True
     init_r: int = 12  # every layer's rank at first (r itself is not used)
     target_r: int = 8  # what it shall be at last, on average
     tinit: int = 0  # steps before the budget begins to fall
@@ -58,7 +58,7 @@ class AdaLoraConfig(LoraConfig):
             )
         super().__post_init__()
         self.rank_pattern = pattern
-        self.positive("init_r", "target_r", "total_step", "deltaT")
+        self.check_positive("init_r", "target_r", "total_step", "deltaT")
         if self.target_r > self.init_r:
             raise ConfigError(
                 f"target_r = {self.target_r} is above init_r = {self.init_r}: ranks are"
@@ -130,7 +130,7 @@ class AdaLora(LinearDelta):
         h = F.linear(self.seen(x, self.lora_A.dtype), self.lora_A * self.lora_E)
         return self.plus(base(x), h, self.lora_B)
 
-    def penalty(self):
+    def regularization_loss(self):
         return self.weight * sum(
             torch.linalg.norm(gram - torch.eye(len(gram)).to(gram))
             for gram in (self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B)
@@ -172,7 +172,7 @@ class RankAllocator:
             )
         self.adapters = {
             path: part
-            for path, part in model._parts(adapter_name).items()
+            for path, part in model._adapters_by_path(adapter_name).items()
             if isinstance(part, AdaLora)
         }
         self.sensitivity = {

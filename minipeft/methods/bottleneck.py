@@ -85,7 +85,7 @@ class BottleneckConfig(LayerConfig):
                 "give r or reduction_factor, not both: r = d / reduction_factor"
             )
         if self.r is not None:
-            self.positive("r")
+            self.check_positive("r")
         if self.reduction_factor is not None and not self.reduction_factor > 0:
             raise ConfigError(
                 f"reduction_factor = {self.reduction_factor!r}: a positive number is"

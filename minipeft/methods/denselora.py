@@ -39,8 +39,8 @@ class DenseLoraConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.positive("r")
-        self.probability("lora_dropout")
+        self.check_positive("r")
+        self.check_probability("lora_dropout")
         if self.activation not in ("gelu", "linear"):
             raise ConfigError(
                 f"unknown activation {self.activation!r}; valid: 'gelu', 'linear'"

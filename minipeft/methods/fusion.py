@@ -36,7 +36,7 @@ class FusionConfig(PeftConfig):
     """
 
     peft_type: ClassVar[str] = "FUSION"
-    penalised: ClassVar[bool] = True
+    regularized: ClassVar[bool] = True
     adapters: list[str]
     value: bool = True
     regularization: float = 0.01
@@ -127,7 +127,7 @@ class Fusion(Adapter):
         y = (y + (p.unsqueeze(-2) @ u).squeeze(-2)).to(y.dtype)
         return (y, *rest) if isinstance(output, tuple) else y
 
-    def penalty(self):
+    def regularization_loss(self):
         """What is added to the loss: regularization ||W_v - 1||^2."""
         if self.value is None:
             return 0.0
@@ -143,7 +143,7 @@ def attention(model, name):
     """Within it, what fusion `name` of a PeftModel looks at is noted: {path: [p (B, T,
     N), one for each call]}."""
     seen, hooks = {}, []
-    for path, part in model._parts(name).items():
+    for path, part in model._adapters_by_path(name).items():
         seen[path] = []
         hooks.append(
             part.softmax.register_forward_hook(

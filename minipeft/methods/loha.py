@@ -42,8 +42,8 @@ class LycorisConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.positive("r", **self.rank_pattern)
-        self.probability("rank_dropout", "module_dropout")
+        self.check_positive("r", **self.rank_pattern)
+        self.check_probability("rank_dropout", "module_dropout")
 
     def create(self, base, path):
         r = targets.match_pattern(self.rank_pattern, path, self.r)

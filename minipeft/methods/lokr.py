@@ -143,7 +143,7 @@ class LoKrConfig(LycorisConfig):
                 " 'lycoris'"
             )
 
-    def loaded(self):  # whatever PEFT made of it is made of it again
+    def on_load(self):  # whatever PEFT made of it is made of it again
         self.strict = False
 
     def create(self, base, path):

@@ -58,8 +58,8 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.positive("r", **self.rank_pattern)
-        self.probability("lora_dropout")
+        self.check_positive("r", **self.rank_pattern)
+        self.check_probability("lora_dropout")
         if self.bias != "none":
             raise ConfigError(
                 f"bias={self.bias!r} is not supported; BitFitConfig trains biases,"
@@ -73,7 +73,7 @@ class LoraConfig(LayerConfig):
                 " with"
             )
 
-    def loaded(self):
+    def on_load(self):
         if "niter" in str(self.init_lora_weights):
             raise ConfigError(
                 f"{self.init_lora_weights} draws random numbers: the base that this"

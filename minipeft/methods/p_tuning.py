@@ -41,8 +41,8 @@ class PromptEncoderConfig(VirtualTokensConfig):
             )
         for field in ("encoder_hidden_size", "encoder_num_layers"):
             if getattr(self, field) is not None:
-                self.positive(field)
-        self.probability("encoder_dropout")
+                self.check_positive(field)
+        self.check_probability("encoder_dropout")
         if self.encoder_reparameterization_type == "MLP" and (
             self.encoder_num_layers != 2 or self.encoder_dropout
         ):

@@ -47,7 +47,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
                 " a text: initialize_kv_prefix_from_text"
             )
         if self.encoder_hidden_size is not None:
-            self.positive("encoder_hidden_size")
+            self.check_positive("encoder_hidden_size")
 
     def shape(self, config):
         heads = (

@@ -56,7 +56,7 @@ class SubspaceConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.positive("d")
+        self.check_positive("d")
         if self.projection not in PROJECTIONS:
             near = difflib.get_close_matches(str(self.projection), PROJECTIONS, n=1)
             raise ConfigError(

@@ -42,8 +42,8 @@ class VeraConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.positive("r")
-        self.probability("vera_dropout")
+        self.check_positive("r")
+        self.check_probability("vera_dropout")
         if self.bias != "none":
             raise ConfigError(
                 f"bias={self.bias!r} is not supported; BitFitConfig trains biases"

@@ -39,7 +39,7 @@ class VirtualTokensConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.positive("num_virtual_tokens")
+        self.check_positive("num_virtual_tokens")
         if self.task_type not in (None, "CAUSAL_LM"):
             raise ConfigError(
                 f"task_type={self.task_type!r}: virtual tokens are for CAUSAL_LM only"
@@ -72,7 +72,7 @@ class VirtualTokensConfig(PeftConfig):
             setattr(self, field, value)
         return [""]
 
-    def loaded(self):
+    def on_load(self):
         # the values will come from there: no initial text to be looked up
         self.given = True
 

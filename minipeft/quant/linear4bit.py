@@ -276,7 +276,7 @@ class BitsAndBytesConfig:
                 for name in cls.__dataclass_fields__
                 if hasattr(given, name)
             }
-        wrong = given.keys() - cls.__dataclass_fields__.keys() - FOREIGN
+        wrong = given.keys() - cls.__dataclass_fields__.keys() - IGNORED_BNB_FIELDS
         if wrong or given.get("load_in_8bit") or not given.get("load_in_4bit", True):
             raise ValueError(
                 "quantization: only 4 bits are supported, with the fields "
@@ -320,7 +320,7 @@ class BitsAndBytesConfig:
 
 # What else transformers writes into a quantization_config: it does not change 4-bit
 # layers.
-FOREIGN = {
+IGNORED_BNB_FIELDS = {
     "quant_method",
     "load_in_8bit",
     "_load_in_4bit",
