@@ -519,7 +519,10 @@ class PeftModel(nn.Module):
                 put(layer)
             raise
         self._report_rounding(stacklevel=3)
-        base, config = self._remove_slots(), getattr(self.get_base_model(), "config", None)
+        base, config = (
+            self._remove_slots(),
+            getattr(self.get_base_model(), "config", None),
+        )
         # merging into one of the two ends the tie
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = (

@@ -92,7 +92,10 @@ def test_two_at_once_multiply():
     model.set_adapter(["a", "b"])
     product = get_peft_model(base.make(), IA3Config())
     for path, part in product._adapters_by_path("default").items():
-        part.ia3_l.data = model._adapters_by_path("a")[path].ia3_l * model._adapters_by_path("b")[path].ia3_l
+        part.ia3_l.data = (
+            model._adapters_by_path("a")[path].ia3_l
+            * model._adapters_by_path("b")[path].ia3_l
+        )
     close(run(model), run(product))
     together = run(model)
     close(run(model.merge_and_unload()), together)

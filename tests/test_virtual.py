@@ -323,7 +323,9 @@ def test_several_at_once(base, names):
         text = torch.cat((text, run_on(model, text)[:, -1:].argmax(-1)), 1)
     assert torch.equal(text, tokens)
     model(input_ids=ids).logits.sum().backward()
-    trained = [part for name in names for part in model._adapters_by_path(name).values()]
+    trained = [
+        part for name in names for part in model._adapters_by_path(name).values()
+    ]
     assert all(p.grad is not None for part in trained for p in part.parameters())
 
 

@@ -169,7 +169,9 @@ def test_a_combination_waits_and_is_saved_like_any_other(tmp_path):
     assert torch.equal(run(model), before) and model.active_adapters == ["a"]
     assert not any(
         p.requires_grad
-        for p in model._adapters_by_path("ab")["model.layers.0.self_attn.q_proj"].parameters()
+        for p in model._adapters_by_path("ab")[
+            "model.layers.0.self_attn.q_proj"
+        ].parameters()
     )
     model.set_adapter("ab")
     model.save_pretrained(tmp_path, selected_adapters=["ab"])
