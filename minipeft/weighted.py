@@ -29,7 +29,7 @@ from .config import ConfigError
 from .methods.lora import LoraConfig
 
 SEPARATE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-WAYS = (
+COMBINATION_TYPES = (
     "svd",
     "cat",
     *SEPARATE,
@@ -104,12 +104,12 @@ def weighted(factors, weights, way, rank, svd=(), density=None, majority="total"
 def plan(configs, parts, weights, paths, way, svd_rank, svd, density, majority):
     """The new adapter's config, and the function that fills its {path: adapter}. parts:
     the same of the old ones."""
-    if way not in WAYS:
-        near = difflib.get_close_matches(str(way), WAYS, n=1)
+    if way not in COMBINATION_TYPES:
+        near = difflib.get_close_matches(str(way), COMBINATION_TYPES, n=1)
         raise ConfigError(
             f"unknown combination_type {way!r}"
             + (f" (nearest: {near[0]})" if near else "")
-            + f"; valid: {', '.join(WAYS)}"
+            + f"; valid: {', '.join(COMBINATION_TYPES)}"
         )
     if len(configs) != len(weights) or not configs:
         raise ConfigError(

@@ -247,7 +247,7 @@ def rows(logits, labels):
     ).mean()
 
 
-def check_probability(logits, labels):
+def probability(logits, labels):
     target = labels[:, 1:]
     asked = target != -100
     return logits[:, :-1].softmax(-1)[asked].gather(-1, target[asked][:, None]).mean()

@@ -88,7 +88,8 @@ def test_a_4_bit_layer_is_read_dense_and_written_only_on_request():
 def test_lora_beside_a_4_bit_layer():
     model = nn.Sequential(four_bit(64, 32), nn.ReLU(), four_bit(32, 64))
     x = torch.randn(5, 64)
-    before, weights = model(x), [weights.read_weight(model[i]) for i in (0, 2)]
+    before = model(x)
+    first, second = (weights.read_weight(model[i]) for i in (0, 2))
     peft_model = get_peft_model(
         model, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
     )
@@ -98,8 +99,8 @@ def test_lora_beside_a_4_bit_layer():
     )
     y = peft_model(x)
     parts = peft_model._adapters_by_path("default")
-    h = torch.relu(x @ (weights[0] + parts["0"].delta(None)).T + model[0].bias)
-    close(y, h @ (weights[1] + parts["2"].delta(None)).T + model[2].bias, 1e-5)
+    h = torch.relu(x @ (first + parts["0"].delta(None)).T + model[0].bias)
+    close(y, h @ (second + parts["2"].delta(None)).T + model[2].bias, 1e-5)
     y.square().mean().backward()
     assert all(
         p.grad.abs().max() > 0 for p in peft_model.parameters() if p.requires_grad
