@@ -13,16 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from . import saving, targets, weighted
+from . import merging, saving, targets, weighted
 from .config import ConfigError
-from .errors import NotMergeableError, TargetError
+from .errors import TargetError
 from .methods import lora_init
-from .methods.modules_to_save import Copy
-from .quant import linear4bit
-from .slot import AdapterNameError, Base, Rows, Slot, Switch
+from .methods.modules_to_save import ModuleCopy
+from .slot import ActiveAdapters, AdapterNameError, Base, ModelSlot, RowAdapters, Slot
 from .weights import device_and_dtype, logical_numel, undo_bnb_cpu_repacking
 
 
@@ -37,86 +35,6 @@ def get_peft_model(
     model as it was.
     """
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
-
-
-class Root(Slot):
-    """The slot around the whole model. As in Hugging Face PEFT, the model itself is
-    `base_model.model`."""
-
-    def __init__(self, model, switch):
-        super().__init__(model, switch)
-        self._modules["model"] = self._modules.pop("base_layer")
-
-    @property
-    def base_layer(self):
-        return self._modules["model"]
-
-    def by_rows(self, rows, *args, **kwargs):
-        """Adapters inside the model see to their rows themselves. Around it, each group
-        of rows runs alone."""
-        if self.adapters.keys().isdisjoint(rows.names):
-            return self.base_layer(*args, **kwargs)
-        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "adapters around the model have caches of unlike lengths: generate for"
-                " one at a time"
-            )
-        if self.training and targets.uses_grad_checkpointing(self.base_layer):
-            raise ValueError(
-                "rows with different adapters around the model cannot be trained with"
-                " checkpointing, which runs layers again when it is no longer known"
-                " which rows they saw"
-            )
-        labels, outputs = kwargs.pop("labels", None), []
-        groups, order = rows.split(len(rows.names), (*args, *kwargs.values())[0].device)
-        for name, index in groups:
-
-            def own(value):
-                return (
-                    value[index]
-                    if torch.is_tensor(value) and value.shape[:1] == order.shape
-                    else value
-                )
-
-            with self.switch.alone(name):
-                outputs.append(
-                    self.stack(
-                        [name],
-                        *map(own, args),
-                        **{key: own(kwargs[key]) for key in kwargs},
-                    )
-                )
-        if torch.is_tensor(outputs[0]):
-            return torch.cat(outputs)[order]
-        whole = copy.copy(outputs[0])
-        # prompts add positions in front
-        length = min(output.logits.shape[1] for output in outputs)
-        whole.logits, whole.past_key_values = (
-            torch.cat([output.logits[:, -length:] for output in outputs])[order],
-            None,
-        )
-        if labels is not None:
-            whole.loss = F.cross_entropy(
-                whole.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-            )
-        return whole
-
-    def generate(self, *args, **kwargs):
-        """The model's own generate, as the adapters around it change it."""
-        call, rows = self.base_layer.generate, self.switch.rows
-        if rows is not None and not self.adapters.keys().isdisjoint(rows.names):
-            raise ValueError(
-                "adapters around the model have caches of unlike lengths: generate for"
-                " one at a time"
-            )
-        # The one that runs first in forward is asked last, so that it goes around the
-        # model before the others do.
-        for name in (
-            reversed(self.switch.active) if self.switch.enabled and rows is None else ()
-        ):
-            if name in self.adapters:
-                call = partial(self.adapters[name].generate, Base(self, name, call))
-        return call(*args, **kwargs)
 
 
 class PeftModel(nn.Module):
@@ -137,7 +55,7 @@ class PeftModel(nn.Module):
                 "this model has adapters already: use add_adapter on its PeftModel, or"
                 " unload it first"
             )
-        self.base_model = Root(model, Switch())
+        self.base_model = ModelSlot(model, ActiveAdapters())
         # what an adapter shares over its slots is owned here, and lent to them
         self.shared = nn.ModuleDict()
         self.peft_config = {}
@@ -161,11 +79,11 @@ class PeftModel(nn.Module):
         )
         # Rows stay set until the next call: gradient checkpointing runs the layers
         # again in the backward pass.
-        self.base_model.switch.rows = self._rows(adapter_names, size)
+        self.base_model.active.rows = self._rows(adapter_names, size)
         output = self.base_model(*args, **kwargs)
         if (
             self.training
-            and self.base_model.switch.enabled
+            and self.base_model.active.enabled
             and getattr(output, "loss", None) is not None
         ):
             for name in self.active_adapters:
@@ -178,11 +96,11 @@ class PeftModel(nn.Module):
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
-        self.base_model.switch.rows = self._rows(adapter_names)
+        self.base_model.active.rows = self._rows(adapter_names)
         try:
             return self.base_model.generate(*args, **kwargs)
         finally:
-            self.base_model.switch.rows = None
+            self.base_model.active.rows = None
 
     def _rows(self, names, size=None):
         if names is None:
@@ -198,7 +116,7 @@ class PeftModel(nn.Module):
                 f"{self.merged_adapters} are merged, so all rows have them: call"
                 " unmerge_adapter() first"
             )
-        return Rows(names)
+        return RowAdapters(names)
 
     # The book.
 
@@ -207,7 +125,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapters(self):
-        return list(self.base_model.switch.active)
+        return list(self.base_model.active.names)
 
     @property
     def active_adapter(self):
@@ -219,9 +137,8 @@ class PeftModel(nn.Module):
 
     @property
     def merged_adapters(self):
-        return list(
-            dict.fromkeys(name for _, slot, _ in self._slots() for name in slot.merged)
-        )
+        active = self.base_model.active
+        return list(active.merged) if active.enabled else []
 
     def _sites(self):
         """{path: (the module or slot there, the function that puts something else
@@ -309,7 +226,7 @@ class PeftModel(nn.Module):
             path: (
                 module
                 if isinstance(module, Slot)
-                else Slot(module, self.base_model.switch)
+                else Slot(module, self.base_model.active)
             )
             for path, module in slots.items()
         }
@@ -321,7 +238,7 @@ class PeftModel(nn.Module):
             shared = config.create_shared(bases)
             like = device_and_dtype(bases[chosen[0]].module, autocast_adapter_dtype)
             parts = {} if shared is None else {None: shared.to(*like)}
-            for path, base in progress(list(bases.items()), "making adapters"):
+            for path, base in targets.progress(list(bases.items()), "making adapters"):
                 try:
                     parts[path] = config.create(base, path).to(
                         *device_and_dtype(base.module, autocast_adapter_dtype)
@@ -334,7 +251,7 @@ class PeftModel(nn.Module):
                     for module in slots[path].base_layer.modules()
                 ):
                     raise TargetError(f"modules_to_save: {path} holds adapters")
-                parts[path] = Copy(slots[path].base_layer)
+                parts[path] = ModuleCopy(slots[path].base_layer)
             if fill is not None:
                 fill(parts)
         except BaseException:  # an initialisation may have changed weights
@@ -367,33 +284,33 @@ class PeftModel(nn.Module):
             copies = [
                 name
                 for name in names
-                if name in slot.adapters and isinstance(slot.adapters[name], Copy)
+                if name in slot.adapters and isinstance(slot.adapters[name], ModuleCopy)
             ]
             if len(copies) > 1:
                 raise AdapterNameError(
                     f"{copies} each have their own copy of {path} (modules_to_save):"
                     " one at a time"
                 )
-        self.base_model.switch.active = names
+        self.base_model.active.names = names
         for name in self.peft_config:
             for part in self._adapters_by_path(name).values():
                 part.requires_grad_(name in names and not inference_mode)
 
     def delete_adapter(self, adapter_name):
         self._check_names(adapter_name)
-        merged = self.merged_adapters
-        self.unmerge_adapter()
-        for _, slot, put in self._slots():
-            if adapter_name in slot.adapters:
-                del slot.adapters[adapter_name]
-                slot.shared.pop(adapter_name, None)
-                if put and not slot.adapters:
-                    put(slot.base_layer)
-        if adapter_name in self.shared:
-            del self.shared[adapter_name]
-        del self.peft_config[adapter_name]
-        self._merge([name for name in merged if name != adapter_name], lossy=True)
-        rest = self.base_model.switch.active = [
+        active = self.base_model.active
+        with merging.unmerged(self):
+            for _, slot, put in self._slots():
+                if adapter_name in slot.adapters:
+                    del slot.adapters[adapter_name]
+                    slot.shared.pop(adapter_name, None)
+                    if put and not slot.adapters:
+                        put(slot.base_layer)
+            if adapter_name in self.shared:
+                del self.shared[adapter_name]
+            del self.peft_config[adapter_name]
+            active.merged = [name for name in active.merged if name != adapter_name]
+        rest = self.base_model.active.names = [
             name for name in self.active_adapters if name != adapter_name
         ]
         if not rest and self.peft_config:
@@ -406,83 +323,37 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self):
         """Within it the model is the base, bit for bit."""
-        switch, merged = self.base_model.switch, self.merged_adapters
-        before, switch.enabled = switch.enabled, False
-        self.unmerge_adapter()
-        try:
-            yield
-        finally:
-            switch.enabled = before
-            self._merge(merged, lossy=True)
+        active = self.base_model.active
+        with merging.unmerged(self):
+            before = active.enabled
+            active.enabled = False
+            try:
+                yield
+            finally:
+                active.enabled = before
 
     # Merging.
 
     def merge_adapter(self, adapter_names=None, safe_merge=False, lossy=False):
-        """Write adapters (the active ones) into the weights, all or nothing.
-        `unmerge_adapter` puts back the old ones.
+        """Write adapters (the active ones) into the weights, all or nothing. A layer
+        with a merged adapter ignores adapters that are only active, as in Hugging Face
+        PEFT. `unmerge_adapter` puts back the old weights.
 
         safe_merge refuses results that are not finite. lossy allows 4-bit layers, whose
         weights are rounded once more: a warning says how much of the adapters' change
         that costs. Raises NotMergeableError.
         """
-        names = (
-            self.active_adapters
-            if adapter_names is None
-            else self._check_names(adapter_names)
-        )
-        fresh = [name for name in names if name not in self.merged_adapters]
-        if names and not fresh:
+        names = self._to_merge(adapter_names)
+        if names and all(name in self.merged_adapters for name in names):
             warnings.warn(
                 f"already merged: {', '.join(names)}. Nothing to do", stacklevel=2
             )
-        self._merge(fresh, safe_merge, lossy)
-        self._report_rounding(stacklevel=3)
-
-    def _report_rounding(self, stacklevel):
-        rounding = torch.tensor(
-            [pair for _, slot, _ in self._slots() for pair in slot.rounding]
-        ).view(-1, 2)
-        if len(rounding):
-            lost, written = rounding.norm(dim=0).tolist()
-            warnings.warn(
-                f"rounding {len(rounding)} merged weights to 4 bits again: the error is"
-                f" {lost / written:.0%} of the size of the adapter's change",
-                stacklevel=stacklevel,
-            )
-
-    def _merge(self, fresh, safe_merge=False, lossy=False):
-        merged, slots = self.merged_adapters, [slot for _, slot, _ in self._slots()]
-        for name in fresh:
-            for adapter in self._adapters_by_path(name).values():
-                if not getattr(adapter, "mergeable", True):
-                    raise NotMergeableError(
-                        f"{name!r} cannot be merged: a {type(adapter).__name__} changes"
-                        " no weights"
-                    )
-        try:
-            for slot in progress(slots, "merging"):
-                slot.merge(fresh, lossy)
-                if (
-                    safe_merge
-                    and slot.merged
-                    and not all(
-                        p.isfinite().all() for p in slot.base_layer.parameters()
-                    )
-                ):
-                    raise NotMergeableError(
-                        f"merging {fresh} gives weights that are not finite: the"
-                        " adapter is broken"
-                    )
-        except BaseException:
-            for slot in reversed(slots):
-                slot.unmerge()
-            for slot in slots:
-                slot.merge(merged, lossy=True)
-            raise
+        merging.merge(self, names, safe_merge, lossy)
+        merging.warn_of_quant_error(self, stacklevel=3)
 
     def unmerge_adapter(self):
-        for _, slot, _ in reversed(self._slots()):  # the outermost was merged first
-            slot.unmerge()
+        """Put back the weights from before merging, bit for bit."""
+        merging.unmerge(self)
 
     def merge_and_unload(
         self,
@@ -492,48 +363,22 @@ class PeftModel(nn.Module):
         lossy=False,
         dequantize=False,
     ):
-        """The plain model with the adapters written into it. This PeftModel is empty
-        afterwards.
+        """The plain model with adapters (the active ones) written into it. This
+        PeftModel is empty afterwards.
 
         4-bit layers refuse, unless `dequantize` makes the whole model dense first, or
-        `lossy` rounds the result again.
+        `lossy` rounds the result again. Raises NotMergeableError.
         """
-        names = (
-            self.active_adapters
-            if adapter_names is None
-            else self._check_names(adapter_names)
-        )
-        before = linear4bit.sites(self.get_base_model()) if dequantize else []
-        if before:
-            names = list(dict.fromkeys([*self.merged_adapters, *names]))
-            self.unmerge_adapter()
-            linear4bit.dequantize_model(self.get_base_model())
-        try:
-            self._merge(
-                [name for name in names if name not in self.merged_adapters],
-                safe_merge,
-                lossy,
-            )
-        except BaseException:
-            for _, layer, put in before:
-                put(layer)
-            raise
-        self._report_rounding(stacklevel=3)
-        base, config = (
-            self._remove_slots(),
-            getattr(self.get_base_model(), "config", None),
-        )
-        # merging into one of the two ends the tie
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = (
-                base.get_output_embeddings().weight is self._embeddings().weight
-            )
-        return base
+        names = self._to_merge(adapter_names)
+        return merging.merge_and_unload(self, names, safe_merge, lossy, dequantize)
+
+    def _to_merge(self, names):
+        return self.active_adapters if names is None else self._check_names(names)
 
     def unload(self):
         """The plain model as it was before (after PiSSA or OLoRA: less what they took
         out of its weights). This PeftModel is empty afterwards."""
-        self.unmerge_adapter()
+        merging.unmerge(self)
         return self._remove_slots()
 
     def _remove_slots(self):
@@ -543,7 +388,8 @@ class PeftModel(nn.Module):
                 put(slot.base_layer)
         self.shared.clear()
         self.peft_config.clear()
-        self.base_model.switch.active = []
+        self.base_model.active.names = []
+        self.base_model.active.merged = []
         hooks = getattr(self._embeddings(), "_forward_hooks", {})
         for key in [key for key, hook in hooks.items() if hook is _require_grad]:
             del hooks[key]
@@ -698,13 +544,6 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def progress(things, what):
-    """Shows how far it is, where it takes longer than three seconds."""
-    from tqdm import tqdm
-
-    return tqdm(things, desc=what, delay=3, leave=False)
 
 
 def _require_grad(module, args, output):

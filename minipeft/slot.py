@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import weights
+from . import targets, weights
 from .errors import NotMergeableError
 
 
@@ -59,8 +59,8 @@ class Base:
 
     @property
     def frozen(self):
-        """That layer as it was before anything was merged into it."""
-        for module, parameters, buffers in self.slot.original:
+        """The frozen layer as it was before adapters of this slot were merged."""
+        for module, parameters, buffers in self.slot.unmerged_params:
             if module is self.module:
                 before = copy.copy(module)
                 before._parameters, before._buffers = parameters, buffers
@@ -75,9 +75,9 @@ class Base:
 
     @weight.setter
     def weight(self, weight):
-        rounding = weights.write_weight(self.module, weight, self.lossy)
-        if rounding:
-            self.slot.rounding.append(rounding)
+        error = weights.write_weight(self.module, weight, self.lossy)
+        if error:
+            self.slot.quant_error.append(error)
 
     @property
     def bias(self):
@@ -108,7 +108,9 @@ class Adapter(nn.Module):
     """A method. `forward` is its equation; the names in its state_dict are those that
     its tensors have in files."""
 
-    mergeable = False
+    mergeable = False  # can `fold` write it into the weights?
+    # True: forward never calls base, so adapters inside the layer have no effect
+    replaces_base = False
 
     def forward(self, base, *args, **kwargs):
         raise NotImplementedError
@@ -193,137 +195,214 @@ class LinearDelta(Adapter):
 
 
 class Slot(nn.Module):
-    """Stands where `base_layer` stood, with any number of adapters."""
+    """Stands where `base_layer` stood, with any number of adapters.
+
+    Merged adapters are part of the weights: a slot with one runs its layer alone, as
+    Hugging Face PEFT's layers do.
+    """
 
     is_slot = True
+    layer_name = "base_layer"  # the wrapped layer's name in state_dict
 
-    def __init__(self, base_layer, switch):
+    def __init__(self, base_layer, active):
         super().__init__()
-        self.base_layer = base_layer
+        self.add_module(self.layer_name, base_layer)
         self.adapters = nn.ModuleDict()
-        self.switch = switch
-        # lent: what adapters share over slots belongs to the PeftModel
+        self.active = active  # the model's ActiveAdapters
+        # {name: what that adapter shares over its slots}; the PeftModel owns it
         self.shared = {}
-        self.merged = []  # names of the adapters that are written into the weight
-        # [(a module of the layer, its parameters, buffers)] from before
-        self.original = []
-        # (what was lost to rounding, what was to be written), 4-bit layers only
-        self.rounding = []
+        self.merged = []  # names of the adapters that are written into the weights
+        # [(a module of the layer, its parameters, its buffers)] from before merging
+        self.unmerged_params = []
+        # [(norm of the rounding error, norm of the change)] of merged 4-bit weights
+        self.quant_error = []
 
     def forward(self, *args, **kwargs):
-        if not self.switch.enabled:
+        if not self.active.enabled or self.merged:
             return self.base_layer(*args, **kwargs)
-        if self.switch.rows is not None:
-            return self.by_rows(self.switch.rows, *args, **kwargs)
-        return self.stack(self.switch.active, *args, **kwargs)
+        if self.active.rows is not None:
+            return self.forward_mixed_batch(self.active.rows, *args, **kwargs)
+        return self.forward_stacked(self.active.names, *args, **kwargs)
 
-    def stack(self, names, *args, **kwargs):
-        """Compose: the first adapter is given the layer, the second is given the first,
-        and so on."""
+    def forward_stacked(self, names, *args, **kwargs):
+        """Compose: the first adapter's base is the layer, the second's is the first
+        adapter, and so on."""
         call = self.base_layer
         for name in names:
-            if name in self.adapters and name not in self.merged:
+            if name in self.adapters:
                 call = partial(self.adapters[name], Base(self, name, call))
         return call(*args, **kwargs)
 
-    def by_rows(self, rows, *args, **kwargs):
-        """Each row through its own adapter. The one argument is x (B, ...), and so is
-        the result."""
+    def forward_mixed_batch(self, rows, *args, **kwargs):
+        """Run each row of x (B, ...), the only argument, through its own adapter."""
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(*args, **kwargs)
-        # attention's masks and caches cannot be told apart by rows
+        # attention's masks and caches cannot be split by rows
         if len(args) != 1 or kwargs:
             raise ValueError(
-                f"a {type(self.base_layer).__name__} is given more than one tensor: its"
-                " rows cannot go through different adapters. Put the adapters at its"
-                " last linear layer instead"
+                f"this {type(self.base_layer).__name__} is called with more than one"
+                " tensor, so its rows cannot go through different adapters. Put the"
+                " adapters at its last linear layer instead"
             )
         (x,) = args
-        parts, (groups, order) = [], rows.split(x.shape[0], x.device)
+        outputs = []
+        groups, order = rows.group(x.shape[0], x.device)
         for name, index in groups:
-            # for the slots within this layer: they see these rows only
-            with self.switch.alone(name):
-                parts.append(self.stack([name], x[index]))
-        return torch.cat(parts)[order]
+            with self.active.only(name):  # slots inside this layer see these rows only
+                outputs.append(self.forward_stacked([name], x[index]))
+        return torch.cat(outputs)[order]
 
     def merge(self, names, lossy=False):
-        """Write adapters into the weight, keeping the parameters from before."""
+        """Write adapters into the weights, and keep the parameters from before."""
         for name in names:
             if name in self.adapters:
-                self.original = self.original or [
+                self.unmerged_params = self.unmerged_params or [
                     (module, dict(module._parameters), dict(module._buffers))
-                    for module in self.base_layer.modules()
+                    for module in targets.bare_modules(self.base_layer)
                 ]
                 self.adapters[name].fold(Base(self, name, lossy=lossy))
                 self.merged.append(name)
 
     def unmerge(self):
-        """Put back the very parameters from before merging: nothing is lost to
-        rounding."""
-        for module, parameters, buffers in self.original:
+        """Put back the very parameters from before merging: no rounding error."""
+        for module, parameters, buffers in self.unmerged_params:
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-        self.merged, self.original, self.rounding = [], [], []
+        self.merged = []
+        self.unmerged_params = []
+        self.quant_error = []
 
-    # whatever else is asked (weight, in_features), the layer answers
-    def __getattr__(self, name):
+    def __getattr__(self, name):  # weight, in_features ...: the layer's
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name == self.layer_name:
                 raise
             return getattr(self.base_layer, name)
 
 
-class Switch:
-    """Who plays. There is one for the whole model, and every slot reads it."""
+class ModelSlot(Slot):
+    """The slot around the whole model. In state_dict the model is `base_model.model`,
+    as in Hugging Face PEFT."""
+
+    layer_name = "model"
+
+    @property
+    def base_layer(self):
+        return self.model
+
+    def forward_mixed_batch(self, rows, *args, **kwargs):
+        """Run each group of rows alone through the adapters around the model. Adapters
+        inside the model split the rows themselves."""
+        if self.adapters.keys().isdisjoint(rows.names):
+            return self.base_layer(*args, **kwargs)
+        self.check_mixed_batch(kwargs)
+        labels = kwargs.pop("labels", None)
+        outputs = []
+        groups, order = rows.group(len(rows.names), (*args, *kwargs.values())[0].device)
+        for name, index in groups:
+
+            def select_rows(value, index=index):
+                per_row = torch.is_tensor(value) and value.shape[:1] == order.shape
+                return value[index] if per_row else value
+
+            with self.active.only(name):
+                outputs.append(
+                    self.forward_stacked(
+                        [name],
+                        *map(select_rows, args),
+                        **{key: select_rows(value) for key, value in kwargs.items()},
+                    )
+                )
+        if torch.is_tensor(outputs[0]):
+            return torch.cat(outputs)[order]
+        combined = copy.copy(outputs[0])
+        # prompts add positions in front: keep those of the text
+        length = min(output.logits.shape[1] for output in outputs)
+        logits = torch.cat([output.logits[:, -length:] for output in outputs])
+        combined.logits = logits[order]
+        combined.past_key_values = None
+        if labels is not None:
+            combined.loss = F.cross_entropy(
+                combined.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            )
+        return combined
+
+    def check_mixed_batch(self, kwargs):
+        """Raise ValueError where rows cannot be run in groups."""
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            raise ValueError(MIXED_CACHES)
+        if self.training and targets.uses_grad_checkpointing(self.base_layer):
+            raise ValueError(
+                "rows with different adapters around the model cannot be trained with"
+                " gradient checkpointing: when a layer runs again in the backward pass,"
+                " its rows are no longer known"
+            )
+
+    def generate(self, *args, **kwargs):
+        """The model's own generate, wrapped by the active adapters around the model."""
+        call = self.base_layer.generate
+        rows = self.active.rows
+        if rows is not None and not self.adapters.keys().isdisjoint(rows.names):
+            raise ValueError(MIXED_CACHES)
+        stacked = self.active.enabled and rows is None and not self.merged
+        # Reversed: the outermost generate patches the model's forward first, and so
+        # ends up innermost.
+        for name in reversed(self.active.names) if stacked else ():
+            if name in self.adapters:
+                call = partial(self.adapters[name].generate, Base(self, name, call))
+        return call(*args, **kwargs)
+
+
+MIXED_CACHES = (
+    "adapters around the model have caches of different lengths: generate for one at a"
+    " time"
+)
+
+
+class ActiveAdapters:
+    """Which adapters are active; one object per model, read by every slot."""
 
     def __init__(self):
-        self.active = []  # names of the active adapters, the lowest first
-        self.enabled = True
-        self.rows = None  # Rows, where each row of the batch wants its own adapter
+        self.names = []  # the active adapters, the innermost first
+        self.merged = []  # those written into the weights, in the order of merging
+        self.enabled = True  # False within disable_adapter()
+        self.rows = None  # RowAdapters, where each row has an adapter of its own
 
     @contextmanager
-    def alone(self, name):
-        """Within it one adapter plays alone, for all rows."""
-        before = self.active, self.rows
-        self.active, self.rows = [name], None
+    def only(self, name):
+        """Within it one adapter is active, for all rows."""
+        before = self.names, self.rows
+        self.names, self.rows = [name], None
         try:
             yield
         finally:
-            self.active, self.rows = before
+            self.names, self.rows = before
 
 
-class Rows:
-    """The adapter that each row of a batch wants. "__base__" is none."""
+class RowAdapters:
+    """The adapter of each row of a batch; "__base__" for none."""
 
     def __init__(self, names):
-        self.names, self.known = list(names), {}
+        self.names = list(names)
+        self._cache = {}  # {(batch size, device): groups and order}
 
-    def split(self, size, device):
-        """([(adapter's name, the rows that want it)], the order that puts all of these
-        back in their places).
+    def group(self, size, device):
+        """([(adapter's name, indices of its rows)], the order that restores the batch).
 
-        A batch may have `size` rows, several for each name: beams, or tokens where a
-        layer takes each as a row.
+        A batch may have `size` rows, a multiple of the names: several rows for each
+        name, as in beam search, or where a layer takes each token as a row.
         """
-        if (size, device) not in self.known:
+        if (size, device) not in self._cache:
             if size % len(self.names):
                 raise ValueError(
                     f"{len(self.names)} adapter_names for a batch of {size} rows"
                 )
             rows = torch.arange(size, device=device).view(len(self.names), -1)
-            groups = [
-                (
-                    name,
-                    rows[
-                        [i for i, other in enumerate(self.names) if other == name]
-                    ].flatten(),
-                )
-                for name in dict.fromkeys(self.names)
-            ]
-            self.known[size, device] = (
-                groups,
-                torch.cat([index for _, index in groups]).argsort(),
-            )
-        return self.known[size, device]
+            groups = []
+            for name in dict.fromkeys(self.names):
+                mine = [i for i, other in enumerate(self.names) if other == name]
+                groups.append((name, rows[mine].flatten()))
+            order = torch.cat([index for _, index in groups]).argsort()
+            self._cache[size, device] = groups, order
+        return self._cache[size, device]

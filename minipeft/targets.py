@@ -27,6 +27,22 @@ def walk(model):
     yield from below(unwrap_slot(model), "")
 
 
+def bare_modules(model):
+    """The model and every module below it once, parents first, without slots and
+    adapters."""
+    return [
+        unwrap_slot(model),
+        *(unwrap_slot(module) for _, _, _, module in walk(model)),
+    ]
+
+
+def progress(items, what):
+    """Shows progress over a list of layers, once it takes longer than three seconds."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, delay=3, leave=False)
+
+
 def matches_suffix(name, path):
     """Does `name` mean `path`? It is the whole path or its end: "q_proj" means
     "layers.0.self_attn.q_proj"."""

@@ -21,14 +21,14 @@ from minipeft import (
     get_peft_model,
 )
 from minipeft.methods.dora import Dora
-from minipeft.slot import Base, Slot, Switch
+from minipeft.slot import ActiveAdapters, Base, Slot
 
 LLAMA, HF = BASES["llama"], BASES["hf_llama"]
 
 
 def layer(bias=True, dropout=0.0, dtype=torch.float32, r=3, scale=0.3):
     """(a DoRA that does something, its base)"""
-    slot = Slot(nn.Linear(6, 8, bias=bias).to(dtype), Switch())
+    slot = Slot(nn.Linear(6, 8, bias=bias).to(dtype), ActiveAdapters())
     base, adapter = Base(slot, "default"), Dora(6, 8, r=r, scaling=0.7, dropout=dropout)
     adapter.reset(base, LoraConfig(init_lora_weights=False))
     with torch.no_grad():
@@ -88,12 +88,12 @@ def test_its_gradients_take_the_norm_for_a_constant(bias):
 def test_the_number_that_torchtune_tests_its_dora_with():
     torch.manual_seed(16)
     x = torch.randn(2, 32, 64)
-    slot = Slot(nn.Linear(64, 128, bias=False), Switch())
+    slot = Slot(nn.Linear(64, 128, bias=False), ActiveAdapters())
     slot.adapters["default"] = Dora(64, 128, r=4, scaling=1 / 4)
     for parameter in slot.parameters():
         n = parameter.numel()
         parameter.data = torch.arange(0, 1, 1 / n)[:n].view(parameter.shape)
-    slot.switch.active = ["default"]
+    slot.active.names = ["default"]
     assert abs(slot(x).mean().item() - 0.05201) < 1e-4
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     ["slot"],
     ["config", "quant"],
     ["methods", "saving", "optim"],
-    ["weighted"],
+    ["weighted", "merging"],
     ["model"],
 ]
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}

@@ -112,7 +112,7 @@ def test_merging_folds_weight_and_bias(shape, bias):
         IA3(shape, ones=False),
     )
     expected = part(layer, x).detach()
-    slot = minipeft.Slot(layer, minipeft.slot.Switch())
+    slot = minipeft.Slot(layer, minipeft.slot.ActiveAdapters())
     slot.adapters["a"] = part
     slot.merge(["a"])
     close(slot(x).detach(), expected)

@@ -15,7 +15,7 @@ from torch import nn
 import minipeft
 from minipeft import ConfigError, LoKrConfig, TargetError, get_peft_model
 from minipeft.methods.lokr import Kronecker, LoKr, factorization
-from minipeft.slot import Base, Slot, Switch
+from minipeft.slot import ActiveAdapters, Base, Slot
 
 HF, LLAMA = BASES["hf_llama"], BASES["llama"]
 
@@ -35,7 +35,7 @@ def test_reshaping_is_the_kronecker_product(d_in, d_out, r, both, factor):
     )
     adapter, base = (
         LoKr(d_in, d_out, r, 0.7, config),
-        Base(Slot(nn.Linear(d_in, d_out), Switch()), "default"),
+        Base(Slot(nn.Linear(d_in, d_out), ActiveAdapters()), "default"),
     )
     adapter.reset(config)
     x, (C, D) = torch.randn(2, 3, d_in), adapter.factors
@@ -81,7 +81,9 @@ def test_training_keeps_nothing_but_the_input():
         torch.randn(50, 24, requires_grad=True),
         [],
     )
-    base = Base(Slot(nn.Linear(24, 48).requires_grad_(False), Switch()), "default")
+    base = Base(
+        Slot(nn.Linear(24, 48).requires_grad_(False), ActiveAdapters()), "default"
+    )
     weights = {p.data_ptr() for p in [*adapter.parameters(), x, base.module.weight]}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t) or t, lambda t: t

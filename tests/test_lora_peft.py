@@ -15,7 +15,7 @@ from torch import nn
 import minipeft
 from minipeft import LoraConfig, PeftModel, get_peft_model
 from minipeft.methods.lora import Lora
-from minipeft.slot import Slot, Switch
+from minipeft.slot import ActiveAdapters, Slot
 
 
 def both(base, seed=0, **fields):
@@ -282,12 +282,12 @@ model.print_trainable_parameters()
 def test_the_number_that_torchtune_tests_its_lora_with():
     torch.manual_seed(16)
     x = torch.randn(2, 32, 64)
-    slot = Slot(nn.Linear(64, 128), Switch())
+    slot = Slot(nn.Linear(64, 128), ActiveAdapters())
     slot.adapters["default"] = Lora(64, 128, r=4, scaling=1 / 4)
     for parameter in slot.parameters():
         n = parameter.numel()
         parameter.data = torch.arange(0, 1, 1 / n)[:n].view(parameter.shape)
-    slot.switch.active = ["default"]
+    slot.active.names = ["default"]
     assert abs(slot(x).mean().item() - 1.1252) < 1e-4
 
 

@@ -18,8 +18,8 @@ from minipeft import (
     get_peft_model,
 )
 from minipeft.config import METHODS, LayerConfig, PeftConfig
-from minipeft.methods.modules_to_save import Copy
-from minipeft.slot import Base, Rows, Switch
+from minipeft.methods.modules_to_save import ModuleCopy
+from minipeft.slot import ActiveAdapters, Base, RowAdapters
 
 
 class Times(Adapter):
@@ -63,7 +63,7 @@ class Average(Adapter):
 
 
 def slot_with(**adapters):
-    slot = Slot(nn.Linear(3, 2), Switch())
+    slot = Slot(nn.Linear(3, 2), ActiveAdapters())
     for name, adapter in adapters.items():
         slot.adapters[name] = adapter
     return slot, torch.randn(4, 3)
@@ -80,24 +80,24 @@ def test_stacking_is_composition():
         ("shift", "times"): 3 * (y + 0.5 * x.sum(-1, keepdim=True)),
         ("elsewhere",): y,
     }.items():
-        slot.switch.active = list(names)
+        slot.active.names = list(names)
         close(slot(x), expected)
-    slot.switch.enabled = False
+    slot.active.enabled = False
     assert torch.equal(slot(x), y)
 
 
 def test_rows_are_sent_their_own_ways():
     slot, x = slot_with(times=Times(3), plus=Plus(5))
     y = slot.base_layer(x)
-    slot.switch.rows = Rows(["plus", "__base__", "times", "plus"])
+    slot.active.rows = RowAdapters(["plus", "__base__", "times", "plus"])
     close(slot(x), torch.stack([y[0] + 5, y[1], 3 * y[2], y[3] + 5]))
     # each row twice, as in beam search, or two tokens long
-    slot.switch.rows = Rows(["plus", "times"])
+    slot.active.rows = RowAdapters(["plus", "times"])
     close(slot(x), torch.stack([y[0] + 5, y[1] + 5, 3 * y[2], 3 * y[3]]))
-    slot.switch.rows = Rows(["plus", "times", "times"])
+    slot.active.rows = RowAdapters(["plus", "times", "times"])
     with pytest.raises(ValueError, match="3 adapter_names for a batch of 4 rows"):
         slot(x)
-    slot.switch.rows = Rows(["elsewhere"] * 3)  # none of ours: not our business
+    slot.active.rows = RowAdapters(["elsewhere"] * 3)  # none of ours: not our business
     assert torch.equal(slot(x), y)
 
 
@@ -107,7 +107,7 @@ def test_merging_writes_weights_and_unmerging_puts_the_old_ones_back():
     slot.merge(["a", "b", "elsewhere"])
     assert slot.merged == ["a", "b"]
     close(slot.weight, weight + 0.75)
-    slot.switch.active = ["a", "b"]
+    slot.active.names = ["a", "b"]
     close(slot(x), nn.functional.linear(x, weight + 0.75, slot.bias))  # once, not twice
     slot.unmerge()
     assert slot.weight is weight and slot.merged == []
@@ -115,13 +115,13 @@ def test_merging_writes_weights_and_unmerging_puts_the_old_ones_back():
 
 def test_a_linear_delta_needs_only_its_delta():
     slot, x = slot_with(shift=Shift(0.5))
-    slot.switch.active = ["shift"]
+    slot.active.names = ["shift"]
     close(slot(x), nn.functional.linear(x, slot.weight + 0.5, slot.bias))
 
 
 def test_peers_are_not_children():
     slot, x = slot_with(times=Times(3), plus=Plus(5), average=Average())
-    slot.switch.active = ["average"]
+    slot.active.names = ["average"]
     y = slot.base_layer(x)
     close(slot(x), (3 * y + y + 5) / 2)
     assert list(slot.adapters["average"].parameters()) == []
@@ -132,16 +132,16 @@ def test_peers_are_not_children():
 
 def test_a_copy_takes_the_place_of_the_layer():
     slot, x = slot_with()
-    slot.adapters["copy"] = Copy(slot.base_layer)
+    slot.adapters["copy"] = ModuleCopy(slot.base_layer)
     nn.init.normal_(slot.adapters["copy"].module.weight)
     before = slot(x)
-    slot.switch.active = ["copy"]
+    slot.active.names = ["copy"]
     expected = slot(x)
     assert torch.equal(expected, slot.adapters["copy"].module(x)) and not torch.equal(
         expected, before
     )
     slot.merge(["copy"])
-    slot.switch.active = []
+    slot.active.names = []
     assert torch.equal(slot(x), expected)
     assert (
         slot.weight is not slot.adapters["copy"].module.weight

@@ -15,7 +15,7 @@ from minipeft import (
     targets,
     weights,
 )
-from minipeft.slot import Base, Switch
+from minipeft.slot import ActiveAdapters, Base
 
 
 def conv1d(d_in, d_out):
@@ -175,11 +175,13 @@ def test_names():
 
 
 def test_an_assigned_bias_keeps_its_type():
-    slot = Slot(nn.Linear(3, 2).bfloat16(), Switch())
+    slot = Slot(nn.Linear(3, 2).bfloat16(), ActiveAdapters())
     Base(slot, "a").bias = torch.ones(2)
     assert (
         slot.base_layer.bias.dtype == torch.bfloat16
         and slot.bias is slot.base_layer.bias
     )
     with pytest.raises(NotMergeableError, match="no bias"):
-        Base(Slot(nn.Linear(3, 2, bias=False), Switch()), "a").bias = torch.ones(2)
+        Base(
+            Slot(nn.Linear(3, 2, bias=False), ActiveAdapters()), "a"
+        ).bias = torch.ones(2)

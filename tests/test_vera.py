@@ -18,7 +18,7 @@ from minipeft import (
     get_peft_model,
 )
 from minipeft.methods.vera import Projection, Vera
-from minipeft.slot import Base, Slot, Switch
+from minipeft.slot import ActiveAdapters, Base, Slot
 
 HF, LLAMA, METHOD = BASES["hf_llama"], BASES["llama"], METHODS["vera"]
 
@@ -146,7 +146,9 @@ def test_configurations_that_mean_nothing(fields, message):
 def test_with_w_in_one_product_or_apart(rows, r, bias):
     """The equation and its gradients, whichever way is the cheaper."""
     torch.manual_seed(0)
-    slot = Slot(torch.nn.Linear(24, 32, bias).double().requires_grad_(False), Switch())
+    slot = Slot(
+        torch.nn.Linear(24, 32, bias).double().requires_grad_(False), ActiveAdapters()
+    )
     slot.shared["default"] = Projection(30, 40, VeraConfig(r=r)).double()
     adapter, base = (
         Vera(24, 32, VeraConfig(r=r, init_weights=False)).double(),

@@ -158,10 +158,10 @@ class Layers:
         shared = 0
         for site in sites:
             layer, adapters = getattr(site, "base_layer", site), []
-            if layer is not site and site.switch.enabled:
+            if layer is not site and site.active.enabled:
                 adapters = [
                     site.adapters[name]
-                    for name in site.switch.active
+                    for name in site.active.names
                     if name in site.adapters
                 ]
             if layer.weight.requires_grad:

@@ -23,7 +23,7 @@ from ..config import ConfigError, PeftConfig
 from ..errors import TargetError
 from ..slot import Adapter, AdapterNameError
 from .bottleneck import width
-from .modules_to_save import Copy
+from .modules_to_save import ModuleCopy
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,8 @@ class FusionConfig(PeftConfig):
                 )
         for path in places[first]:
             if any(
-                isinstance(slots[path].adapters[name], Copy) for name in self.adapters
+                isinstance(slots[path].adapters[name], ModuleCopy)
+                for name in self.adapters
             ):
                 raise TargetError(
                     f"{path}: each expert has a copy of its own (modules_to_save):"

@@ -1,17 +1,19 @@
-"""modules_to_save: a trained copy of a whole module, in place of the frozen one. It
-comes with any method."""
+"""modules_to_save: a trained copy of a whole module, in place of the frozen one. It can
+accompany any method."""
 
 import copy
 
 from torch import nn
 
+from .. import targets
 from ..slot import Adapter
 
 
-class Copy(Adapter):
-    """y = module(x): the simplest adapter of all, for it does not ask its base."""
+class ModuleCopy(Adapter):
+    """y = module(x): a trained copy of the layer, which never calls its base."""
 
     mergeable = True
+    replaces_base = True
 
     def __init__(self, module):
         super().__init__()
@@ -21,20 +23,15 @@ class Copy(Adapter):
         return self.module(*args, **kwargs)
 
     def fold(self, base):
-        for trained, frozen in zip(self.module.modules(), base.module.modules()):
-            frozen._parameters.update(
-                {
-                    name: (
-                        p
-                        if p is None
-                        else nn.Parameter(p.detach().clone(), requires_grad=False)
-                    )
-                    for name, p in trained._parameters.items()
-                }
-            )
+        modules = map(targets.bare_modules, (self.module, base.module))
+        for trained, frozen in zip(*modules, strict=True):
+            for name, p in trained._parameters.items():
+                if p is not None:
+                    new = nn.Parameter(p.detach().clone(), requires_grad=False)
+                    frozen._parameters[name] = new
             frozen._buffers.update(copy.deepcopy(trained._buffers))
 
-    def to_file(self):  # in files it bears the module's own names
+    def to_file(self):  # under the module's own names
         return self.module.state_dict()
 
     def from_file(self, tensors):
