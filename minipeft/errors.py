@@ -7,3 +7,7 @@ class TargetError(ValueError):
 
 class NotMergeableError(ValueError):
     """An adapter that cannot be written into this layer's weight."""
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written; the message says which, and why."""

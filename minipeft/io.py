@@ -1,0 +1,258 @@
+"""Reading and writing files, and checking what people give: each in one place.
+
+JSON, safetensors and users' text are read here. Each error names the file, what was
+found and what was expected; readers raise the class of error that the caller passes.
+What is written is written beside its place and renamed, so a reader never sees half a
+file.
+"""
+
+import contextlib
+import difflib
+import json
+import math
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from .errors import FileError
+
+PART = ".part"  # the suffix of a file that is being written
+
+
+# ---- what people give ----------------------------------------------------------------
+
+
+def brief(value, length=80):
+    """repr(value), cut in the middle to `length` characters."""
+    if isinstance(value, (str, bytes, list, tuple)):
+        value = value[: length + 1]  # no need to format a megabyte
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 10]} ... {text[-5:]}"
+
+
+def did_you_mean(value, valid):
+    """ " (did you mean 'lora'?)", or "" where no valid choice is near. Ignores case."""
+    known = {str(choice).lower(): choice for choice in valid}
+    close = difflib.get_close_matches(str(value)[:200].lower(), known, n=1)
+    return f" (did you mean {known[close[0]]!r}?)" if close else ""
+
+
+def check_choice(name, value, valid, error=ValueError):
+    """Raise `error`, which names the nearest valid choice, unless `value` is one."""
+    if not any(value == choice for choice in valid):
+        choices = ", ".join(str(choice) for choice in valid)
+        raise error(
+            f"unknown {name} {brief(value)}{did_you_mean(value, valid)};"
+            f" expected one of {choices}"
+        )
+
+
+def check_number(
+    name,
+    value,
+    *,
+    whole=False,
+    least=None,
+    above=None,
+    most=None,
+    below=None,
+    also="",
+    error=ValueError,
+):
+    """Raise `error` unless `value` is a finite number (whole: an int) within the
+    bounds: least and most may be reached, above and below may not. True is not a
+    number. also: appended to what is expected, such as ", or None"."""
+    good = isinstance(value, int if whole else (int, float))
+    good = good and not isinstance(value, bool) and abs(value) < math.inf
+    good = (
+        good and (least is None or value >= least) and (most is None or value <= most)
+    )
+    good = (
+        good and (above is None or value > above) and (below is None or value < below)
+    )
+    if not good:
+        bounds = (("at least", least), ("above", above), ("at most", most))
+        bounds = [*bounds, ("below", below)]
+        text = " and ".join(
+            f"{word} {bound}" for word, bound in bounds if bound is not None
+        )
+        kind = "a whole number" if whole else "a number"
+        expected = f"{kind} {text}".rstrip()
+        raise error(f"{name} = {brief(value)}: expected {expected}{also}")
+
+
+# ---- reading -------------------------------------------------------------------------
+
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def check_file(path, error=FileError):
+    """Raise `error` unless `path` is a regular file: a pipe or a device may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as problem:
+        raise error(f"cannot read {path}: {problem.strerror}") from None
+    for is_kind, kind in KINDS:
+        if is_kind(mode):
+            raise error(f"{path} is {kind}; expected a file")
+
+
+def read_bytes(path, error=FileError):
+    """A regular file's content."""
+    check_file(path, error)
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise error(f"cannot read {path}: {problem.strerror}") from None
+
+
+def read_text(path, error=FileError):
+    """A UTF-8 file's text, without a byte order mark."""
+    content = read_bytes(path, error)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{path}: not UTF-8 (0x{content[problem.start]:02x} at byte"
+            f" {problem.start + 1}); expected text"
+        ) from None
+
+
+def parse_json(text, where, kind=dict, error=FileError):
+    """`text` as JSON of that kind (dict, list, object for any). where: what the error
+    calls it."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise error(f"{where}: JSON nested too deeply") from None
+    except ValueError as problem:
+        raise error(f"{where}: not JSON ({problem})") from None
+    if not isinstance(found, kind):
+        names = {dict: "an object", list: "a list", str: "a string"}
+        raise error(f"{where}: expected {names[kind]}, found {brief(found)}")
+    return found
+
+
+def read_json(path, kind=dict, error=FileError):
+    """A JSON file, an object unless another kind is given."""
+    return parse_json(read_text(path, error), path, kind, error)
+
+
+@contextlib.contextmanager
+def open_safetensors(path, error=FileError):
+    """safetensors' safe_open: .keys(), .get_tensor(name), .get_slice(name), .metadata().
+    Whatever is wrong with the file, also within the block, is `error`."""
+    from safetensors import SafetensorError, safe_open
+
+    check_file(path, error)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as problem:
+        size = os.stat(path).st_size
+        raise error(
+            f"{path} ({size:,} bytes) is cut short or damaged: {problem}"
+        ) from None
+
+
+def read_safetensors(path, error=FileError):
+    """({name: tensor}, {name: str} of the header's metadata)"""
+    with open_safetensors(path, error) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return tensors, file.metadata() or {}
+
+
+# ---- writing -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """The path of a new file beside `path`; renamed to it when the block ends, removed
+    when the block fails.
+
+    The name is not shared with any other process. A rename is atomic: whoever reads
+    `path` finds the old file or the new one, whole."""
+    path = Path(path)
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    part = path.with_name(f".{path.name}.{unique}{PART}")
+    try:
+        yield part
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())  # else a power cut may leave an empty file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(path):
+    """Remove what killed writers of `path` left. Only for who holds the folder's lock."""
+    path = Path(path)
+    for part in path.parent.glob(f".{path.name}.*{PART}"):
+        part.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a UTF-8 file, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path, value, **options):
+    """Write a JSON file, whole or not at all. options: json.dumps' own."""
+    options = {"indent": 2, **options}
+    write_text(path, json.dumps(value, **options) + "\n")
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write contiguous tensors {name: tensor}, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as part:
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as problem:  # such as a full disk
+            raise FileError(f"cannot write {path}: {problem}") from None
+
+
+def make_folder(path, error=FileError):
+    """Create the folder `path` and check that files can be made in it. Returns its
+    Path."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{secrets.token_hex(8)}{PART}"
+        probe.touch()
+        probe.unlink()
+    except FileExistsError:
+        raise error(f"{path} is a file; expected a folder") from None
+    except OSError as problem:
+        raise error(f"cannot write into {path}: {problem.strerror}") from None
+    return path
+
+
+@contextlib.contextmanager
+def locked(folder, error=FileError):
+    """Within the block, no other process or thread gets the lock of `folder`, which is
+    made if absent. The lock goes with its holder, even a killed one."""
+    import filelock
+
+    lock = filelock.FileLock(make_folder(folder, error) / ".lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise error(
+            f"{folder} is in use: another run writes there. Wait for it, or take"
+            " another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
