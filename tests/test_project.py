@@ -56,7 +56,8 @@ def test_every_import_is_a_declared_dependency():
         re.split(r"[<>=]", line)[0].replace("-", "_").lower()
         for line in PROJECT["dependencies"]
     }
-    come_with = {"ipython", "nbformat", "nbclient", "nbconvert"}  # with jupyterlab
+    # filelock with torch; the others with jupyterlab
+    come_with = {"filelock", "ipython", "nbformat", "nbclient", "nbconvert"}
     # imported where asked for, inside functions
     optional = {"transformers", "peft", "nbgrader", "psutil"}
     for file in (ROOT / "minipeft").rglob("*.py"):
