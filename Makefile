@@ -1,19 +1,17 @@
 # Two commands to know: `make lab` and `make test`. All they need is Python 3.11 or newer with pip.
 PYTHON ?= python3
-# One version of torch, so that the numbers in the chapters are the numbers that you see.
-# Without a GPU this download is smaller: make lab TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/ready
-SETTINGS := .venv/share/jupyter/lab/settings
 # Extra arguments, say: make test ARGS="-x -k lora", make lab ARGS="--no-browser --port 9000"
 ARGS ?=
 
-.PHONY: help lab test demo pretrain results chapters bench clean
+.PHONY: help lab test test-latest lock demo pretrain results chapters bench clean
 
 help:
 	@echo "make lab       open the course in JupyterLab (the first time it sets up .venv)"
 	@echo "make test      run the package's tests, then every chapter, comparing all outputs"
+	@echo "make test-latest  the package's tests with the newest versions of everything, in .venv-latest"
+	@echo "make lock      write constraints.txt from pyproject.toml (all newest: ARGS=--upgrade)"
 	@echo "make demo      fine-tune the shipped model with LoRA, in about a minute"
 	@echo "make chapters  run all chapters again and save their outputs"
 	@echo "make pretrain  train the base model from nothing"
@@ -21,13 +19,8 @@ help:
 	@echo "make bench     measure speed and memory"
 	@echo "make clean     remove .venv and everything else that was made here"
 
-$(READY): pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'minipeft needs Python 3.11 or newer; say which: make lab PYTHON=python3.12')"
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
-		($(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	mkdir -p $(SETTINGS) && cp chapters/.jupyterlab.json $(SETTINGS)/overrides.json
+$(READY): pyproject.toml constraints.txt setup_env.py
+	$(PYTHON) setup_env.py
 	touch $@
 
 lab: $(READY)
@@ -36,6 +29,19 @@ lab: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval chapters $(ARGS)
+
+# The newest of all that pyproject.toml allows; CONTRIBUTING.md says what to do when it turns red.
+test-latest:
+	$(PYTHON) setup_env.py --latest --folder .venv-latest
+	.venv-latest/bin/python -m pytest -n 2 --dist worksteal tests $(ARGS)
+
+# One version of everything, for all systems and Pythons, and for both builds of torch.
+# Without ARGS it keeps what is locked and adds what is new.
+lock: $(READY)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv pip compile pyproject.toml --extra all --universal --python-version 3.11 \
+		--fork-strategy fewest --no-annotate --custom-compile-command "make lock" \
+		--output-file constraints.txt $(ARGS)
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
@@ -55,5 +61,5 @@ results: $(READY)
 		chapter10 chapter11 chapter12 chapter13 chapter14; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-latest build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

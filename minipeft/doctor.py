@@ -11,23 +11,24 @@ import sys
 NEEDED = {
     "torch": "2.5",
     "numpy": "1.26",
-    "matplotlib": "3.8",
-    "jupyterlab": "4.2",
-    "tokenizers": "0.20",
     "safetensors": "0.4.3",
+    "tokenizers": "0.20",
     "huggingface_hub": "0.25",
     "tqdm": "4.66",
-    "bitsandbytes": "0.45",
-    "sacrebleu": "2.4",
+    "pooch": "1.8",
 }
 FOR_TESTS = (
+    "jupyterlab",
+    "matplotlib",
+    "sacrebleu",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "nbgrader",
     "pytest",
     "pytest-xdist",
     "nbval",
     "hypothesis",
-    "transformers",
-    "peft",
-    "nbgrader",
 )
 
 
@@ -62,10 +63,10 @@ def packages():
     yield (
         not absent,
         (
-            f"for tests and some chapters: {absent or 'all'}"
+            f"for the chapters and tests: {absent or 'all'}"
             f" {'missing' if absent else 'there'}"
         ),
-        "pip install -e '.[test]'",
+        "pip install -e '.[all]'",
     )
 
 

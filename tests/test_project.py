@@ -2,6 +2,7 @@
 exist, importing it stays light."""
 
 import ast
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from minipeft import doctor
 
@@ -30,56 +34,110 @@ def tracked() -> list:
     ]
 
 
+def requirements(*extras) -> dict:
+    """name -> specifier of the library and of these extras of pyproject.toml, with
+    what they name in turn (`minipeft[course]`)."""
+    found, lines = {}, [*PROJECT["dependencies"]]
+    lines += [line for extra in extras for line in EXTRAS[extra]]
+    for requirement in map(Requirement, lines):
+        if requirement.name == "minipeft":
+            found |= requirements(*requirement.extras)
+        else:
+            found[canonicalize_name(requirement.name)] = requirement.specifier
+    return found
+
+
+def constraints() -> dict:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert len({pin.name for pin in pinned}) == len(pinned), "one version of each"
+    return {pin.name: pin.specifier for pin in pinned}
+
+
+def only_version(specifier) -> str:
+    """ "==1.2" -> "1.2"."""
+    (single,) = specifier
+    assert single.operator == "==", single
+    return single.version
+
+
+def test_all_is_all_extras():
+    assert requirements("all") == requirements(*EXTRAS)
+
+
+def test_lock_holds_all_requirements_in_their_ranges():
+    locked = constraints()
+    for name, allowed in requirements("all").items():
+        assert name in locked, f"{name} is not locked: make lock"
+        assert only_version(locked[name]) in allowed, f"{name}: make lock"
+
+
+def test_lock_serves_the_cpu_and_the_cuda_build():
+    """A version without a local part (+cpu, +cu130) admits every build of it."""
+    for name, specifier in constraints().items():
+        assert Version(only_version(specifier)).local is None, name
+    assert Version("2.13.0+cpu") in constraints()["torch"]
+    assert Version("2.13.0+cu130") in constraints()["torch"]
+
+
+def test_this_environment_follows_the_lock():
+    """Numbers in chapters belong to the lock. `make test-latest` has others."""
+    if Path(sys.prefix).name != ".venv":
+        pytest.skip("not the environment that make lab sets up")
+    for name, specifier in constraints().items():
+        if name in requirements("all"):
+            assert importlib.metadata.version(name) in specifier, name
+
+
 def test_conda_and_pip_install_the_same():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert {"pip": ["-e ."]} in conda
-    conda = {line for line in conda if isinstance(line, str)} - {"pip"}
-    pip = {
-        "python" + PROJECT["requires-python"],
-        *PROJECT["dependencies"],
-        *EXTRAS["test"],
-        *EXTRAS["teach"],
-    }
-    # conda-forge's name for it
-    assert conda == {re.sub(r"^torch\b", "pytorch", line) for line in pip}
+    (lines,) = [entry["pip"] for entry in conda if isinstance(entry, dict)]
+    assert "--constraint constraints.txt" in lines and "--editable ." in lines
+    named = [Requirement(line) for line in lines if not line.startswith("-")]
+    named = {canonicalize_name(one.name): one.specifier for one in named}
+    locked = constraints()
+    assert named == {name: locked[name] for name in requirements("all")}
+    assert any(line.startswith(f"python{PROJECT['requires-python']}") for line in conda)
 
 
 def test_doctor_asks_for_what_is_installed():
     assert [f"{name}>={least}" for name, least in doctor.NEEDED.items()] == PROJECT[
         "dependencies"
     ]
-    assert set(doctor.FOR_TESTS) <= {line.partition(">=")[0] for line in EXTRAS["test"]}
+    assert set(doctor.FOR_TESTS) <= set(requirements("all"))
+
+
+def imported(tree):
+    """(name of the package, is it imported when the module is?) for each import."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        for name in names:
+            yield name.split(".")[0].lower(), node.col_offset == 0
 
 
 def test_every_import_is_a_declared_dependency():
-    declared = {
-        re.split(r"[<>=]", line)[0].replace("-", "_").lower()
-        for line in PROJECT["dependencies"]
-    }
-    # filelock with torch; the others with jupyterlab
-    come_with = {"filelock", "ipython", "nbformat", "nbclient", "nbconvert"}
-    # imported where asked for, inside functions
-    optional = {"transformers", "peft", "nbgrader", "psutil"}
+    """Outside functions the library imports what it needs, and `minipeft.course` what
+    the extra [course] brings; inside functions anything of [all]."""
+    brought = {"filelock", "packaging"}  # by torch, by pooch
+    brought_to_course = {"ipython", "nbconvert"}  # by jupyterlab
+
+    def modules(*extras):
+        return {name.replace("-", "_") for name in requirements(*extras)}
+
     for file in (ROOT / "minipeft").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else []
+        course = "course" in file.relative_to(ROOT).parts
+        eager = modules("course") | brought_to_course if course else modules()
+        lazy = modules("all") | brought_to_course | {"psutil"}
+        for name, at_import in imported(ast.parse(file.read_text(encoding="utf-8"))):
+            if name in sys.stdlib_module_names or name == "minipeft":
+                continue
+            assert name in brought | (eager if at_import else lazy), (
+                f"{file.relative_to(ROOT)} imports {name}"
             )
-            names += (
-                [node.module]
-                if isinstance(node, ast.ImportFrom) and not node.level
-                else []
-            )
-            for name in (name.split(".")[0].lower() for name in names):
-                known = (
-                    name in sys.stdlib_module_names
-                    or name in declared | come_with | {"minipeft"}
-                )
-                assert known or (name in optional and node.col_offset > 0), (
-                    f"{file.relative_to(ROOT)} imports {name}"
-                )
 
 
 def test_make_help_names_every_target():
@@ -89,6 +147,8 @@ def test_make_help_names_every_target():
         "help",
         "lab",
         "test",
+        "test-latest",
+        "lock",
         "demo",
         "pretrain",
         "results",

@@ -96,7 +96,12 @@ def holds(text, phrase):
 def bleu(predictions, references):
     """Corpus BLEU (Papineni et al. 2002) by sacrebleu. `references`: per prediction a
     text, or a list of texts."""
-    import sacrebleu  # imported late: it is needed for two of six tasks
+    try:
+        import sacrebleu  # two of six tasks need it
+    except ImportError as error:
+        raise ImportError(
+            "BLEU needs sacrebleu: pip install 'minipeft[course]'"
+        ) from error
 
     if not predictions:
         return 0.0

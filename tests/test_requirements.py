@@ -1,0 +1,111 @@
+"""The library runs with its own requirements alone; what needs an extra says which."""
+
+import contextlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def distributions_needed_by(names) -> set:
+    """These distributions and all that they require on this machine."""
+    found, queue = set(), list(names)
+    while queue:
+        name = canonicalize_name(queue.pop())
+        if name in found:
+            continue
+        found.add(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            lines = map(Requirement, importlib.metadata.requires(name) or [])
+            queue += [r.name for r in lines if not r.marker or r.marker.evaluate()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def library_alone(tmp_path_factory):
+    """Runs code where nothing can be imported but the library's own requirements, and
+    what these require, as after `pip install minipeft`."""
+    needed = distributions_needed_by(
+        Requirement(line).name for line in PROJECT["dependencies"]
+    )
+    absent = {
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if not needed & set(map(canonicalize_name, owners))
+    }
+    assert {"matplotlib", "IPython", "transformers", "bitsandbytes"} <= absent
+    hook = tmp_path_factory.mktemp("hook") / "sitecustomize.py"
+    hook.write_text(f"""
+from importlib.machinery import PathFinder
+
+absent, find = {sorted(absent - {"minipeft"})}, PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in absent else find(name, path, target)
+
+PathFinder.find_spec = find_spec
+""")
+    path = os.pathsep.join([str(hook.parent), str(ROOT)])
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=hook.parent,
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    assert "No module named 'IPython'" in run("-c", "import IPython").stderr
+    return run
+
+
+def test_library_trains_a_lora_with_its_own_requirements_alone(library_alone):
+    code = """
+import torch
+from minipeft import LoraConfig, PeftModel, get_peft_model
+from minipeft.lm import evaluate, generate, load_data, load_pretrained, load_tokenizer
+from minipeft.lm import train
+
+torch.manual_seed(0)
+data, tokenizer = load_data("mood"), load_tokenizer("lanternwick")
+config = LoraConfig(r=4, target_modules="all-linear")
+model = get_peft_model(load_pretrained("lanternwick"), config)
+train(model, data, tokenizer=tokenizer, steps=3, lr=1e-3, batch_size=2, progress=False)
+model.save_pretrained("adapter")
+again = PeftModel.from_pretrained(load_pretrained("lanternwick"), "adapter").eval()
+x = torch.arange(12)[None]
+assert torch.equal(again(x).logits, model.eval()(x).logits)
+generate(again, tokenizer, "Once", max_new_tokens=3)
+print(evaluate(again, tokenizer, data, limit=2, progress=False))
+"""
+    done = library_alone("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "finetune --help", "doctor --json"])
+def test_command_line_runs_with_the_library_alone(library_alone, command):
+    done = library_alone("-m", "minipeft", *command.split())
+    assert "Traceback" not in done.stderr and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from minipeft.lanternwick.scoring import bleu; bleu(['a'], ['a'])",
+        "import minipeft; minipeft.course.table",
+        "from minipeft.course.student import write",
+    ],
+)
+def test_what_is_absent_names_its_extra(library_alone, code):
+    done = library_alone("-c", code)
+    assert "pip install 'minipeft[course]'" in done.stderr, done.stderr
