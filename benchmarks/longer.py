@@ -10,7 +10,7 @@ the loss on validation examples; then the other seeds run at the best. A run rec
 validation loss along the way, the loss and the score on 300 test examples, and which of
 them were answered right, so that two cases can be compared answer by answer
 (minipeft.course.compare). A run that several chapters use is made once and written into
-the record of each: benchmarks/results/chapterNN.json, under "longer". The records are
+the record of each: benchmarks/results/chapterNN.json, under "long_runs". The records are
 written as the runs come in, and the script goes on where it was stopped.
 """
 
@@ -250,7 +250,7 @@ def pool() -> list:
     """All longer runs on this base, each once."""
     runs = []
     for record in records().values():
-        longer = record.get("longer", {})
+        longer = record.get("long_runs", {})
         if longer.get("weights") == ground():
             runs += [run for run in longer["runs"] if run not in runs]
     return runs
@@ -265,7 +265,7 @@ def keep(run: dict, chapters: list) -> None:
     """Write the run into the record of each chapter."""
     for chapter in chapters:
         record = records()[chapter]
-        before = record.get("longer", {})
+        before = record.get("long_runs", {})
         runs = before.get("runs", []) if before.get("weights") == ground() else []
         about = {
             "weights": ground(),
@@ -277,7 +277,7 @@ def keep(run: dict, chapters: list) -> None:
             "seeds": SEEDS,
         }
         runs = runs if run in runs else [*runs, run]
-        record["longer"] = facts() | about | {"runs": runs}
+        record["long_runs"] = facts() | about | {"runs": runs}
         save(path_of(chapter), record)
 
 
