@@ -112,12 +112,12 @@ def vocabulary() -> str:
 
 def sweep(jobs_of, one_run, turns, record: dict, out: Path, workers: int) -> list:
     """Run jobs_of(turn, runs so far) for every turn (a seed, say), keep the results in
-    `out` as they come in, return all of them."""
-    before, started = (
-        (json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}),
-        time.time(),
-    )
+    `out` as they come in, return all of them. What longer.py wrote there stays."""
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    started = time.time()
     record = record | {"weights": weights()}
+    if "long_runs" in before:
+        record["long_runs"] = before["long_runs"]
     runs = before["runs"] if before.get("weights") == record["weights"] else []
     spent = before.get("minutes", 0) if runs else 0
     with ProcessPoolExecutor(workers) as pool:

@@ -17,6 +17,7 @@ import bench  # noqa: E402
 import common  # noqa: E402
 import demo  # noqa: E402
 import e2e_nlg  # noqa: E402
+import longer  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,42 @@ def test_climbing_ends_between_two_worse_rates():
         common.finite(float("nan")) == common.finite(1e9) == 100.0
         and common.finite(0.12346) == 0.1235
     )
+
+
+def test_a_sweep_keeps_the_longer_runs(tmp_path, monkeypatch):
+    out = tmp_path / "chapter.json"
+    monkeypatch.setattr(common, "weights", lambda: "a base")
+    common.save(out, {"weights": "another", "runs": [1], "long_runs": {"runs": [2]}})
+    common.sweep(lambda turn, runs: [{"at": turn}], dict, [0], {}, out, 1)
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["runs"] == [{"at": 0}] and record["long_runs"] == {"runs": [2]}
+
+
+def test_longer_runs_climb_then_repeat_the_best_rate(monkeypatch):
+    """Best rate 5e-3 on the way; three rates with seed 0, then the other seeds."""
+    made = []
+    monkeypatch.setattr(longer, "pool", lambda: made)
+    line = longer.entry("06", "full", 300, 2e-3)
+    while jobs := longer.next_jobs(line):
+        for job in jobs:
+            made.append(job | {"valid_loss": abs(job["lr"] - 5e-3)})
+    assert [(run["lr"], run["seed"]) for run in made] == [
+        (1e-3, 0),
+        (2e-3, 0),
+        (5e-3, 0),
+        (1e-2, 0),
+        (5e-3, 1),
+        (5e-3, 2),
+    ]
+    # without a ladder: only these rates
+    line = longer.entry("06", "LoRA r 8", 300, [1e-3, 3e-3], seeds=(0, 1))
+    assert [job["lr"] for job in longer.next_jobs(line)] == [1e-3, 3e-3]
+
+
+def test_reversed_ranks_stay_with_their_kind():
+    ranks = {"0.q": 1, "1.q": 5, "2.q": 3, "0.up": 0, "1.up": 2}
+    turned = {"0.q": 5, "1.q": 1, "2.q": 3, "0.up": 2, "1.up": 0}
+    assert longer.backwards(ranks) == turned
 
 
 def test_bench_measures_and_judges(tmp_path):

@@ -20,7 +20,8 @@ tqdm.auto.tqdm = tqdm.tqdm
 
 from . import check, figures  # noqa: E402
 from .claims import claim  # noqa: E402
+from .comparison import compare  # noqa: E402
 from .figures import approx, table  # noqa: E402
 from .show import show  # noqa: E402
 
-__all__ = ["approx", "check", "claim", "figures", "show", "table"]
+__all__ = ["approx", "check", "claim", "compare", "figures", "show", "table"]

@@ -139,19 +139,35 @@ def bars(
     size=None,
     **limits,
 ) -> None:
-    """Bars with their values written on them."""
+    """Bars with their values written on them. A list of values, one a seed, is drawn as
+    its mean, and each seed as a point."""
     ax = axes(title, "", ylabel, size=size)
-    drawn = ax.bar(
-        list(values), list(values.values()), color=colours or BLUE, width=0.65
-    )
-    ax.bar_label(
-        drawn, [form.format(value) for value in values.values()], padding=2, fontsize=9
-    )
+    means = [float(np.mean(value)) for value in values.values()]
+    drawn = ax.bar(list(values), means, color=colours or BLUE, width=0.65)
+    ax.bar_label(drawn, [form.format(mean) for mean in means], padding=2, fontsize=9)
+    for place, value in enumerate(values.values()):
+        if np.ndim(value):
+            seed_points(ax, place, value)
     ax.grid(axis="x", visible=False)
     ax.margins(y=0.12)
     if rotate:
         ax.tick_params(axis="x", rotation=rotate)
     finish(ax, **limits)
+
+
+def seed_points(ax, place: float, values, colour="black", width=0.3) -> None:
+    """One value a seed, as points side by side around `place`."""
+    values = np.asarray(list(values), float)
+    aside = np.linspace(-width / 2, width / 2, len(values)) if len(values) > 1 else [0]
+    ax.scatter(
+        place + np.asarray(aside),
+        values,
+        s=18,
+        color=colour,
+        edgecolor="white",
+        linewidth=0.6,
+        zorder=3,
+    )
 
 
 def matrices(parts: list, title: str, note: str = "") -> None:
