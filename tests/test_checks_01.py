@@ -18,7 +18,7 @@ def stub(*arguments):
     raise NotImplementedError
 
 
-# ------------------------------------------------------------------------------------------------------- count_gpt
+# ---------------------------------------------------------------------------- count_gpt
 
 
 def counting(block=0, end=0, square=False, narrow=False, tables=None, blocks=None):
@@ -110,7 +110,7 @@ def test_count_mistakes(says, answer):
     rejects(says, check.count_gpt, answer)
 
 
-# ------------------------------------------------------------------------------------------------------- train_bpe
+# ---------------------------------------------------------------------------- train_bpe
 
 
 def bpe(
@@ -219,7 +219,7 @@ def test_bpe_mistakes(says, answer):
     rejects(says, check.train_bpe, answer)
 
 
-# ------------------------------------------------------------------------------------------------- next_token_loss
+# ---------------------------------------------------------------------- next_token_loss
 
 
 def loss(logits, labels):
@@ -341,7 +341,7 @@ def test_loss_mean_of_rows():
     assert any("mean of the rows' means" in verdict.message for verdict in verdicts)
 
 
-# ----------------------------------------------------------------------------------------------------- cached_step
+# -------------------------------------------------------------------------- cached_step
 
 
 def step(
@@ -424,7 +424,7 @@ def test_cached_step_mistakes(says, answer):
     rejects(says, check.cached_step, answer)
 
 
-# --------------------------------------------------------------------------------------------------------- nucleus
+# ------------------------------------------------------------------------------ nucleus
 
 
 def top_p(
@@ -505,7 +505,7 @@ def test_nucleus_mistakes(says, answer):
     rejects(says, check.nucleus, answer)
 
 
-# ----------------------------------------------------------------------------------------------- halves_from_pairs
+# -------------------------------------------------------------------- halves_from_pairs
 
 
 def halves(weight, heads, a=None, b=None, blocks=None):

@@ -13,7 +13,7 @@ def stub(*arguments):
     raise NotImplementedError
 
 
-# --------------------------------------------------------------------------------------------------- step_bytes
+# --------------------------------------------------------------------------- step_bytes
 
 
 def test_step_bytes_solution():
@@ -64,7 +64,7 @@ def test_step_bytes_mistakes(says, answer):
     rejects(says, check.step_bytes, answer)
 
 
-# ------------------------------------------------------------------------------------------------------- adamw_step
+# --------------------------------------------------------------------------- adamw_step
 
 
 def adamw(
@@ -215,7 +215,7 @@ def test_adamw_mistakes(says, answer):
     rejects(says, check.adamw_step, answer)
 
 
-# ------------------------------------------------------------------------------------------------------ accumulated
+# -------------------------------------------------------------------------- accumulated
 
 
 def weighed(grads, labels):
@@ -272,7 +272,7 @@ def test_accumulated_mistakes(says, answer):
     rejects(says, check.accumulated, answer)
 
 
-# ----------------------------------------------------------------------------------------------------- kept_numbers
+# ------------------------------------------------------------------------- kept_numbers
 
 
 def kept(widths, trained):
@@ -367,7 +367,7 @@ def test_kept_mistakes(says, answer):
     rejects(says, check.kept_numbers, answer)
 
 
-# --------------------------------------------------------------------------------------------------------- families
+# ----------------------------------------------------------------------------- families
 
 SORTED = {
     "LoRA": "reparametrised",

@@ -7,7 +7,7 @@ from judging import accepts, judge, rejects
 
 from minipeft.course import check
 
-# ------------------------------------------------------------------------------------------------- subspace_gradient
+# -------------------------------------------------------------------- subspace_gradient
 
 
 def test_subspace_gradient_solution():
@@ -34,7 +34,7 @@ def test_subspace_gradient_mistakes(says, answer):
     rejects(says, check.subspace_gradient, answer)
 
 
-# ----------------------------------------------------------------------------------------------------- fast_hadamard
+# ------------------------------------------------------------------------ fast_hadamard
 
 
 def fast(x, last=None, scale=1.0):
@@ -129,7 +129,7 @@ def test_fast_hadamard_slips(answer):
         )
 
 
-# ------------------------------------------------------------------------------------------------------ hash_project
+# ------------------------------------------------------------------------- hash_project
 
 
 def count(index):
@@ -194,7 +194,7 @@ def test_hash_project_mistakes(says, answer):
     rejects(says, check.hash_project, answer)
 
 
-# --------------------------------------------------------------------------------------------------- structure_aware
+# ---------------------------------------------------------------------- structure_aware
 
 
 def said(flat, lambdas, shapes, change=lambda factor, part: factor * part):
@@ -234,7 +234,7 @@ def test_structure_aware_mistakes(says, answer):
     rejects(says, check.structure_aware, answer)
 
 
-# --------------------------------------------------------------------------------------------------------------- d90
+# ---------------------------------------------------------------------------------- d90
 
 
 def right(losses, start, full):

@@ -10,7 +10,7 @@ from torch import nn
 
 from minipeft.course import check
 
-# ------------------------------------------------------------------------------------------------------- lora_delta
+# --------------------------------------------------------------------------- lora_delta
 
 
 def test_lora_delta_solution():
@@ -43,7 +43,7 @@ def test_lora_delta_mistakes(says, answer):
     rejects(says, check.lora_delta, answer)
 
 
-# ------------------------------------------------------------------------------------------------------- lora_layer
+# --------------------------------------------------------------------------- lora_layer
 
 
 class Lora(nn.Module):
@@ -291,7 +291,7 @@ def test_lora_layer_mistakes(says, answer):
     rejects(says, check.lora_layer, answer)
 
 
-# ---------------------------------------------------------------------------------------------------------- merging
+# ------------------------------------------------------------------------------ merging
 
 
 @torch.no_grad()
@@ -414,7 +414,7 @@ def test_merging_mistakes(says, answers):
     rejects(says, check.merging, *answers)
 
 
-# -------------------------------------------------------------------------------------------------- count_parameters
+# --------------------------------------------------------------------- count_parameters
 
 
 def test_count_solution():
@@ -498,7 +498,7 @@ def test_count_mistakes(says, answer):
     rejects(says, check.count_parameters, answer)
 
 
-# --------------------------------------------------------------------------------------------------- first_gradients
+# ---------------------------------------------------------------------- first_gradients
 
 
 def gradients(x, g, A, B, alpha, r):
@@ -557,7 +557,7 @@ def test_gradient_mistakes(says, answer):
     rejects(says, check.first_gradients, answer)
 
 
-# ------------------------------------------------------------------------------------------------------- six_million
+# -------------------------------------------------------------------------- six_million
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,7 @@ def test_six_million_mistakes(says, answer):
     rejects(says, check.six_million, answer)
 
 
-# --------------------------------------------------------------------------------------------------------- in general
+# --------------------------------------------------------------------------- in general
 
 
 def test_stub_of_a_function():

@@ -13,7 +13,7 @@ def stub(*_):
     raise NotImplementedError
 
 
-# --------------------------------------------------------------------------------------------------------- same_run
+# ----------------------------------------------------------------------------- same_run
 
 
 def same_run(c, rate_A, rate_B, optimizer):
@@ -75,7 +75,7 @@ def test_same_run_mistakes(says, answer):
     rejects(says, check.same_run, answer)
 
 
-# --------------------------------------------------------------------------------------------------- rank_at_budget
+# ----------------------------------------------------------------------- rank_at_budget
 
 
 def cost(shapes, targets, of=lambda d_out, d_in: d_out + d_in):
@@ -162,7 +162,7 @@ def test_rank_at_budget_mistakes(says, answer):
     rejects(says, check.rank_at_budget, answer)
 
 
-# ------------------------------------------------------------------------------------------------------ pissa_start
+# -------------------------------------------------------------------------- pissa_start
 
 
 def pissa(
@@ -278,7 +278,7 @@ def test_pissa_start_mistakes(says, answer):
     rejects(says, check.pissa_start, answer)
 
 
-# -------------------------------------------------------------------------------------------------- loraplus_groups
+# ---------------------------------------------------------------------- loraplus_groups
 
 
 def groups(
@@ -409,7 +409,7 @@ def test_loraplus_groups_mistakes(says, answer):
     rejects(says, check.loraplus_groups, answer)
 
 
-# --------------------------------------------------------------------------------------------------------- diagnose
+# ----------------------------------------------------------------------------- diagnose
 
 
 def diagnose(layer, optimizer, skip=None):

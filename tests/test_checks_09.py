@@ -14,7 +14,7 @@ def blank(*_):
     raise NotImplementedError
 
 
-# ----------------------------------------------------------------------------------------------------- absmax_round
+# ------------------------------------------------------------------------- absmax_round
 
 
 def rounding(
@@ -69,7 +69,7 @@ def test_absmax_round_mistakes(says, answer):
     rejects(says, check.absmax_round, answer)
 
 
-# ------------------------------------------------------------------------------------------------- blockwise_nearest
+# -------------------------------------------------------------------- blockwise_nearest
 
 
 def nearest(y, code):
@@ -180,7 +180,7 @@ def test_blockwise_nearest_mistakes(says, answer):
     rejects(says, check.blockwise_nearest, answer)
 
 
-# --------------------------------------------------------------------------------------------------- normal_codebook
+# ---------------------------------------------------------------------- normal_codebook
 
 
 def codebook(end=None, positive=None, negative=None, zero=True, norm=True, sign=1):
@@ -254,7 +254,7 @@ def test_normal_codebook_mistakes(says, answer):
     rejects(says, check.normal_codebook, answer)
 
 
-# ------------------------------------------------------------------------------------------------------ pack_nibbles
+# ------------------------------------------------------------------------- pack_nibbles
 
 
 def pack(codes):
@@ -312,7 +312,7 @@ def test_pack_nibbles_mistakes(says, answer):
     rejects(says, check.pack_nibbles, *answer)
 
 
-# --------------------------------------------------------------------------------------------------- double_quantize
+# ---------------------------------------------------------------------- double_quantize
 
 
 def double(subtract=torch.mean, add=torch.mean, whole=False):
@@ -384,7 +384,7 @@ def test_double_quantize_mistakes(says, answer):
     rejects(says, check.double_quantize, answer)
 
 
-# --------------------------------------------------------------------------------------------------- bits_per_weight
+# ---------------------------------------------------------------------- bits_per_weight
 
 
 def bits(bits, size, double=None):

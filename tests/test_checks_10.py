@@ -12,7 +12,7 @@ def blank(*_):
     raise NotImplementedError
 
 
-# -------------------------------------------------------------------------------------------------- four_bit_product
+# --------------------------------------------------------------------- four_bit_product
 
 
 def product(forward=None, backward=None):
@@ -112,7 +112,7 @@ def test_four_bit_product_mistakes(says, answer):
     rejects(says, check.four_bit_product, answer)
 
 
-# ---------------------------------------------------------------------------------------------- prepare_for_training
+# ----------------------------------------------------------------- prepare_for_training
 
 
 def prepare(
@@ -177,7 +177,7 @@ def test_prepare_for_training_mistakes(says, answer):
     rejects(says, check.prepare_for_training, answer)
 
 
-# ------------------------------------------------------------------------------------------------------- loftq_start
+# -------------------------------------------------------------------------- loftq_start
 
 
 def loftq(
@@ -264,7 +264,7 @@ def test_loftq_start_mistakes(says, answer):
     rejects(says, check.loftq_start, answer)
 
 
-# ---------------------------------------------------------------------------------------------------- adam_8bit_step
+# ----------------------------------------------------------------------- adam_8bit_step
 
 
 def adam(
@@ -362,7 +362,7 @@ def test_adam_8bit_step_mistakes(says, answer):
     rejects(says, check.adam_8bit_step, answer)
 
 
-# ---------------------------------------------------------------------------------------------------- training_bytes
+# ----------------------------------------------------------------------- training_bytes
 
 
 def count(frozen, kept, trained, bits):
@@ -422,7 +422,7 @@ def test_training_bytes_mistakes(says, answer):
     rejects(says, check.training_bytes, answer)
 
 
-# ------------------------------------------------------------------------------------------------------- merge_error
+# -------------------------------------------------------------------------- merge_error
 
 
 def test_merge_error_solution():

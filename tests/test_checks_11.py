@@ -16,7 +16,7 @@ def stub(*args):
     raise NotImplementedError
 
 
-# ----------------------------------------------------------------------------------------------- sequential_adapter
+# ------------------------------------------------------------------- sequential_adapter
 
 
 def test_sequential_solution():
@@ -114,7 +114,7 @@ def test_sequential_mistakes(says, answer):
     rejects(says, check.sequential_adapter, answer)
 
 
-# ---------------------------------------------------------------------------------------------------- adapter_layer
+# ------------------------------------------------------------------------ adapter_layer
 
 
 class Parallel(nn.Module):
@@ -282,7 +282,7 @@ def test_layer_mistakes(says, answer):
     rejects(says, check.adapter_layer, answer)
 
 
-# --------------------------------------------------------------------------------------------------- count_adapters
+# ----------------------------------------------------------------------- count_adapters
 
 
 def count(d, m, layers, placement):
@@ -337,7 +337,7 @@ def test_count_mistakes(says, answer):
     rejects(says, check.count_adapters, answer)
 
 
-# ---------------------------------------------------------------------------------------------- fold_linear_adapter
+# ------------------------------------------------------------------ fold_linear_adapter
 
 
 def fold(W, b, D, c, U, e):

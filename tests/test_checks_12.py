@@ -13,7 +13,7 @@ def blank(*args):
     raise NotImplementedError
 
 
-# ------------------------------------------------------------------------------------------------------ soft_prompt
+# -------------------------------------------------------------------------- soft_prompt
 
 
 def soft_prompt(prompt, x, mask, labels):
@@ -158,7 +158,7 @@ def test_soft_prompt_mistakes(says, answer):
     rejects(says, check.soft_prompt, answer)
 
 
-# ----------------------------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------- places
 
 
 def places(mask, n):
@@ -249,7 +249,7 @@ def test_places_mistakes(says, answer):
     rejects(says, check.places, answer)
 
 
-# ------------------------------------------------------------------------------------------------- prefix_attention
+# --------------------------------------------------------------------- prefix_attention
 
 
 def prefix_attention(q, k, v, prefix_k, prefix_v):
@@ -410,7 +410,7 @@ def test_prefix_attention_mistakes(says, answer):
     rejects(says, check.prefix_attention, answer)
 
 
-# ------------------------------------------------------------------------------------------------------ prefix_gate
+# -------------------------------------------------------------------------- prefix_gate
 
 
 def scores_of(q, k, pk, root=None, masked=True):
@@ -510,7 +510,7 @@ def test_prefix_gate_mistakes(says, answer):
     rejects(says, check.prefix_gate, answer)
 
 
-# ---------------------------------------------------------------------------------------------------- count_virtual
+# ------------------------------------------------------------------------ count_virtual
 
 
 def count_virtual(kind, n, layers, width, heads, kv_heads):

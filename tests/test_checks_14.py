@@ -13,7 +13,7 @@ def stub(*args):
     raise NotImplementedError
 
 
-# -------------------------------------------------------------------------------------------------------------- fuse
+# --------------------------------------------------------------------------------- fuse
 
 
 def solution(y, u, q, k, v, scale=1.0, over=0, key=None, value=None):
@@ -98,7 +98,7 @@ def test_fuse_mistakes(says, answer):
     rejects(says, check.fuse, answer)
 
 
-# ----------------------------------------------------------------------------------------------------- fusion_module
+# ------------------------------------------------------------------------ fusion_module
 
 
 class Fusion(nn.Module):
@@ -241,7 +241,7 @@ def test_module_mistakes(says, answer):
     rejects(says, check.fusion_module, answer)
 
 
-# ---------------------------------------------------------------------------------------------------- fusion_penalty
+# ----------------------------------------------------------------------- fusion_penalty
 
 
 def eye(W):
@@ -277,7 +277,7 @@ def test_penalty_mistakes(says, answer):
     rejects(says, check.fusion_penalty, answer)
 
 
-# ------------------------------------------------------------------------------------------------------ count_fusion
+# ------------------------------------------------------------------------- count_fusion
 
 
 def test_count_solution():
@@ -304,7 +304,7 @@ def test_count_mistakes(says, answer):
     rejects(says, check.count_fusion, answer)
 
 
-# ----------------------------------------------------------------------------------------------------- whom_it_hears
+# ------------------------------------------------------------------------ whom_it_hears
 
 
 def test_hears_solution():

@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------- count_gpt
+# ---------------------------------------------------------------------------- count_gpt
 
 
 def block(d, wide, heads, kv_heads):
@@ -49,20 +49,18 @@ def count_gpt(function) -> None:
             got is not None, "Your function gives None: is there a `return` at its end?"
         )
         slips = {
-            "You count the head and the table, but when tied they are one and the same.": (
-                right + tied * vocab * d
-            ),
-            "The head is missing: when it is not tied, it is a second table of vocab × d.": (
-                right - (not tied) * vocab * d
-            ),
+            "You count the head and the table, but when tied they are one and the"
+            " same.": right + tied * vocab * d,
+            "The head is missing: when it is not tied, it is a second table of vocab"
+            " × d.": (right - (not tied) * vocab * d),
             "The last norm is missing: d numbers after all the blocks.": right - d,
             "A block has two norms, one before each half: you count one.": (
                 right - layers * d
             ),
-            "The norms are missing: d numbers each, two in a block and one at the end.": (
-                right - (2 * layers + 1) * d
-            ),
-            "You take k and v for square. With grouped queries they are narrower: kv_heads heads in the place of heads.": (
+            "The norms are missing: d numbers each, two in a block and one at the"
+            " end.": (right - (2 * layers + 1) * d),
+            "You take k and v for square. With grouped queries they are narrower:"
+            " kv_heads heads in the place of heads.": (
                 right + layers * 2 * d * (d - kv)
             ),
             "You take k and v for one head wide each: they have kv_heads heads.": (
@@ -74,9 +72,8 @@ def count_gpt(function) -> None:
             "o_proj is missing: it brings the heads back to width d.": (
                 right - layers * d * d
             ),
-            "k and v are two matrices, each kv_heads heads wide: you count one of them.": (
-                right - layers * d * kv
-            ),
+            "k and v are two matrices, each kv_heads heads wide: you count one of"
+            " them.": right - layers * d * kv,
             "You count one block: there are `layers` of them.": tables + one + d,
             "The embedding is missing: the table has vocab × d numbers.": (
                 right - tables
@@ -109,7 +106,7 @@ def count_gpt(function) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------------- train_bpe
+# ---------------------------------------------------------------------------- train_bpe
 
 
 def merge(parts, pair):
@@ -244,7 +241,7 @@ def train_bpe(function) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------- next_token_loss
+# ---------------------------------------------------------------------- next_token_loss
 
 
 @checks(
@@ -279,40 +276,41 @@ def next_token_loss(function) -> None:
             "You changed `labels` in place: copy them first.",
         )
         mistakes = {
-            "Nothing is shifted: place t is judged by token t, its own input. It should be judged by token t + 1.": mean(
-                logp, labels
-            ),
+            "Nothing is shifted: place t is judged by token t, its own input. It"
+            " should be judged by token t + 1.": mean(logp, labels),
             "You shift the wrong way: place t is judged by the token before it.": mean(
                 logp[:, 1:], labels[:, :-1]
             ),
             "You shift twice: place t is judged by token t + 2.": mean(
                 logp[:, :-2], labels[:, 2:]
             ),
-            "You count the places with -100 as if token 0 were wanted there: leave them out.": mean(
-                shifted, target, every
-            ),
-            "You count the places with -100 as if the last token were wanted there (an index of -100, or -1, wraps around): leave them out.": mean(
+            "You count the places with -100 as if token 0 were wanted there: leave"
+            " them out.": mean(shifted, target, every),
+            "You count the places with -100 as if the last token were wanted there"
+            " (an index of -100, or -1, wraps around): leave them out.": mean(
                 shifted, torch.where(target < 0, V - 1, target), every
             ),
             "You divide by all places, also by those that nobody asked about.": (
                 right * number / target.numel()
             ),
             "You give the sum: the mean is wanted.": right * number,
-            "You divide by all places of the input, also by those that nobody asked about, and by the last one.": (
-                right * number / labels.numel()
-            ),
-            "You choose the places before the shift: by their own label, not by that of the token they are to foresee. So the first token of every answer is left out.": mean(
+            "You divide by all places of the input, also by those that nobody asked"
+            " about, and by the last one.": (right * number / labels.numel()),
+            "You choose the places before the shift: by their own label, not by that"
+            " of the token they are to foresee. So the first token of every answer is"
+            " left out.": mean(
                 shifted, target, (target != -100) & (labels[:, :-1] != -100)
             ),
-            "Your softmax runs over the places: it belongs to the last dimension, the vocabulary.": mean(
+            "Your softmax runs over the places: it belongs to the last dimension, the"
+            " vocabulary.": mean(
                 (z - z.exp().sum(1, keepdim=True).log())[:, :-1], target
             ),
-            "Your softmax runs over the places (after the shift): it belongs to the last dimension, the vocabulary.": mean(
+            "Your softmax runs over the places (after the shift): it belongs to the"
+            " last dimension, the vocabulary.": mean(
                 z[:, :-1] - z[:, :-1].exp().sum(1, keepdim=True).log(), target
             ),
-            "You take the mean of the rows' means. Rows with few labels would count too much: one mean over all places that are asked.": (
-                rowwise
-            ),
+            "You take the mean of the rows' means. Rows with few labels would count"
+            " too much: one mean over all places that are asked.": rowwise,
             "The sign is missing: the loss is minus the log of the probability.": (
                 -right
             ),
@@ -341,7 +339,7 @@ def next_token_loss(function) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ cached_step
+# -------------------------------------------------------------------------- cached_step
 
 
 @checks(
@@ -396,13 +394,11 @@ def cached_step(function) -> None:
                 new,
                 right,
                 {
-                    f"The new token stands at the front of the cache's {name}: it comes last, after the past.": torch.cat(
-                        (now, before), 2
-                    ),
+                    f"The new token stands at the front of the cache's {name}: it"
+                    f" comes last, after the past.": torch.cat((now, before), 2),
                     f"The new token is missing from the cache's {name}.": before,
-                    "You give v in the place of k, and k in the place of v: the order is y, k, v.": (
-                        all_v if name == "k" else all_k
-                    ),
+                    "You give v in the place of k, and k in the place of v: the order"
+                    " is y, k, v.": all_v if name == "k" else all_k,
                 },
                 f"The new cache's {name}",
             )
@@ -422,21 +418,21 @@ def cached_step(function) -> None:
             ),
             "You divide by h: it should be √h.": attend(q, all_k, all_v, 1 / h),
             "You multiply by √h: divide.": attend(q, all_k, all_v, h**0.5),
-            "Your softmax is over the wrong dimension: over the keys, the last one. (Over one query alone it gives 1 everywhere.)": (
+            "Your softmax is over the wrong dimension: over the keys, the last one."
+            " (Over one query alone it gives 1 everywhere.)": (
                 attend(q, 0 * all_k, all_v) * (P + 1)
             ),
-            "The wrong heads are paired: query heads 0 and 1 share key-value head 0, and so on. That is repeat_interleave, not repeat.": attend(
+            "The wrong heads are paired: query heads 0 and 1 share key-value head 0,"
+            " and so on. That is repeat_interleave, not repeat.": attend(
                 q, all_k, all_v, repeat=lambda z: z.repeat(1, groups, 1, 1)
             ),
             "A mask keeps the token from the past: nothing here needs one.": (
                 v.repeat_interleave(groups, 1)
             ),
-            "You mask all but the first place: a triangle of one row is no mask for one new token.": (
-                all_v[:, :, :1].repeat_interleave(groups, 1)
-            ),
-            "You mix keys and values: the weights come from the keys, what is summed are the values.": attend(
-                q, all_k, all_k
-            ),
+            "You mask all but the first place: a triangle of one row is no mask for"
+            " one new token.": (all_v[:, :, :1].repeat_interleave(groups, 1)),
+            "You mix keys and values: the weights come from the keys, what is summed"
+            " are the values.": attend(q, all_k, all_k),
         }
         if groups == 1:
             mistakes = {
@@ -447,7 +443,7 @@ def cached_step(function) -> None:
         compare(y, attend(q, all_k, all_v), mistakes, "y")
 
 
-# ---------------------------------------------------------------------------------------------------------- nucleus
+# ------------------------------------------------------------------------------ nucleus
 
 
 @checks("The smallest set that has p, in its old order, and it sums to one.")
@@ -490,19 +486,17 @@ def nucleus(function) -> None:
         from_below = torch.zeros_like(probs)
         from_below[probs.sort().indices[rare]] = rising[rare]
         mistakes = {
-            "The token that crosses the line is missing: together they must have *at least* p.": kept(
-                total <= p
-            ),
+            "The token that crosses the line is missing: together they must have *at"
+            " least* p.": kept(total <= p),
             "What you keep does not sum to one: scale it.": kept(keep, scale=False),
-            "You give the probabilities in falling order: put them back in their old places.": torch.cat(
-                (sums, torch.zeros(V - len(sums), dtype=sums.dtype))
-            ),
-            "You put them back by the order of sorting, and the way back is its inverse: result[order] = sorted, or take sorted[order.argsort()].": (
+            "You give the probabilities in falling order: put them back in their old"
+            " places.": torch.cat((sums, torch.zeros(V - len(sums), dtype=sums.dtype))),
+            "You put them back by the order of sorting, and the way back is its"
+            " inverse: result[order] = sorted, or take sorted[order.argsort()].": (
                 torch.where(keep, ordered, 0)[order] / ordered[keep].sum()
             ),
-            "You apply a softmax to probabilities: they need only be divided by their sum.": (
-                torch.where(kept(keep) > 0, probs, -torch.inf).softmax(0)
-            ),
+            "You apply a softmax to probabilities: they need only be divided by their"
+            " sum.": (torch.where(kept(keep) > 0, probs, -torch.inf).softmax(0)),
             "You keep the tokens that have p each. p is what they have *together*.": (
                 torch.where(probs >= p, probs, 0) / probs[probs >= p].sum()
             ),
@@ -516,7 +510,7 @@ def nucleus(function) -> None:
         compare(got, kept(keep), mistakes, "Your result")
 
 
-# -------------------------------------------------------------------------------------------------- halves_from_pairs
+# -------------------------------------------------------------------- halves_from_pairs
 
 
 @checks(
@@ -536,15 +530,12 @@ def halves_from_pairs(function) -> None:
         z.view(-1, a, b, z.shape[-1]).transpose(1, 2).reshape(len(z), -1)
     )
     mistakes = {
-        "That is the way back, from halves to pairs. Here the rows come as pairs: view them as (heads, pairs, 2).": move(
-            weight, 2, half
-        ),
-        "You reorder over all heads at once: each head has its own pairs, and keeps its own rows.": move(
-            weight, heads * half, 2
-        ),
-        "You reorder the columns, what is read; the turn is applied to what comes out, so to the rows.": (
-            move(weight.T.contiguous(), d // 2, 2).T
-        ),
+        "That is the way back, from halves to pairs. Here the rows come as pairs:"
+        " view them as (heads, pairs, 2).": move(weight, 2, half),
+        "You reorder over all heads at once: each head has its own pairs, and keeps"
+        " its own rows.": move(weight, heads * half, 2),
+        "You reorder the columns, what is read; the turn is applied to what comes"
+        " out, so to the rows.": (move(weight.T.contiguous(), d // 2, 2).T),
         "You swap the two members of each pair: that turns the other way.": (
             weight.view(-1, 2, d).flip(1).reshape(-1, d)
         ),

@@ -10,7 +10,7 @@ from .teacher import Wrong, checks, compare, need
 __all__ = ["accumulated", "adamw_step", "families", "kept_numbers", "step_bytes"]
 
 
-# --------------------------------------------------------------------------------------------------- step_bytes
+# --------------------------------------------------------------------------- step_bytes
 
 
 @checks("Frozen 2 bytes, trained 16: the bill is right, for 7B with a LoRA too.")
@@ -29,9 +29,8 @@ def step_bytes(function) -> None:
         )
         right = 2 * frozen + 16 * trained
         slips = {
-            "You let every number have a gradient and two means: only the trained ones do.": (
-                2 * frozen + 4 * trained + 12 * total
-            ),
+            "You let every number have a gradient and two means: only the trained"
+            " ones do.": 2 * frozen + 4 * trained + 12 * total,
             "You charge 16 bytes for the frozen numbers too: they cost 2.": 16 * total,
             "Adam keeps *two* means for each trained number; you count one.": (
                 2 * frozen + 12 * trained
@@ -42,21 +41,17 @@ def step_bytes(function) -> None:
             "The optimizer is missing: 8 bytes for each trained number.": (
                 right - 8 * trained
             ),
-            "The frozen numbers are missing: they are not trained, but they are there.": (
-                16 * trained
-            ),
-            "You count the trained numbers twice, as a part of the total and by themselves: frozen is total - trained.": (
-                2 * total + 16 * trained
-            ),
-            "You take the trained numbers, or their gradients, in 16 bits: here both are in 32.": (
-                right - 2 * trained
-            ),
+            "The frozen numbers are missing: they are not trained, but they are"
+            " there.": 16 * trained,
+            "You count the trained numbers twice, as a part of the total and by"
+            " themselves: frozen is total - trained.": 2 * total + 16 * trained,
+            "You take the trained numbers, or their gradients, in 16 bits: here both"
+            " are in 32.": right - 2 * trained,
             "You store the frozen numbers in 32 bits: here they are kept in 16.": (
                 4 * frozen + 16 * trained
             ),
-            "You add another copy in 32 bits: here the trained numbers are stored in 32 bits already.": (
-                right + 4 * trained
-            ),
+            "You add another copy in 32 bits: here the trained numbers are stored in"
+            " 32 bits already.": right + 4 * trained,
             "You let every number have a gradient: only the trained ones have one.": (
                 right + 4 * frozen
             ),
@@ -78,7 +73,7 @@ def step_bytes(function) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------------- adamw_step
+# --------------------------------------------------------------------------- adamw_step
 
 
 @checks(
@@ -117,19 +112,18 @@ def adamw_step(function) -> None:
             got[1],
             new_m,
             {
-                "m: the weights are swapped: the old mean keeps beta1, the new gradient comes with 1 - beta1.": (
-                    (1 - b1) * m + b1 * g
-                ),
+                "m: the weights are swapped: the old mean keeps beta1, the new"
+                " gradient comes with 1 - beta1.": ((1 - b1) * m + b1 * g),
                 "m: the gradient comes in whole; it should come with 1 - beta1.": (
                     b1 * m + g
                 ),
                 "m: you used beta2; the mean of the gradient has beta1.": (
                     b2 * m + (1 - b2) * g
                 ),
-                "m: you give the corrected mean. Keep the plain one; the correction is for this step only.": (
-                    new_m / (1 - b1**t)
-                ),
-                "m: the decay has got into the gradient. That is L2 with Adam; in AdamW the decay goes to p directly.": (
+                "m: you give the corrected mean. Keep the plain one; the correction"
+                " is for this step only.": (new_m / (1 - b1**t)),
+                "m: the decay has got into the gradient. That is L2 with Adam; in"
+                " AdamW the decay goes to p directly.": (
                     b1 * m + (1 - b1) * (g + decay * p)
                 ),
                 "m has not changed.": m,
@@ -174,9 +168,9 @@ def adamw_step(function) -> None:
             step(),
             {
                 "p goes up the gradient: subtract.": step(sign=1),
-                "The correction of the means is missing: divide m by 1 - beta1^t and v by 1 - beta2^t. Without it the first steps are far too small, or too large.": step(
-                    new_m, new_v
-                ),
+                "The correction of the means is missing: divide m by 1 - beta1^t and"
+                " v by 1 - beta2^t. Without it the first steps are far too small, or"
+                " too large.": step(new_m, new_v),
                 "m is not corrected: divide it by 1 - beta1^t.": step(m_hat=new_m),
                 "v is not corrected: divide it by 1 - beta2^t.": step(v_hat=new_v),
                 "t counts from 1, and you count from 0 (or one too far).": step(
@@ -192,16 +186,15 @@ def adamw_step(function) -> None:
                 "The decay is missing: p shrinks by the factor 1 - lr · weight_decay.": step(
                     shrink=1
                 ),
-                "The decay is not scaled by the rate: the factor is 1 - lr · weight_decay.": step(
-                    shrink=1 - decay
-                ),
-                "You let p shrink after the step: the decay comes first, so that it does not touch the step itself.": (
+                "The decay is not scaled by the rate: the factor is 1 - lr ·"
+                " weight_decay.": step(shrink=1 - decay),
+                "You let p shrink after the step: the decay comes first, so that it"
+                " does not touch the step itself.": (
                     (p - lr * (new_m / (1 - b1**t)) / (v_hat.sqrt() + eps))
                     * (1 - lr * decay)
                 ),
-                "eps is added before v is corrected: correct first, then the root, then eps.": step(
-                    bottom=(new_v.sqrt() + eps) / (1 - b2**t) ** 0.5
-                ),
+                "eps is added before v is corrected: correct first, then the root,"
+                " then eps.": step(bottom=(new_v.sqrt() + eps) / (1 - b2**t) ** 0.5),
                 "You correct by 1 - beta · t: it is the power, 1 - beta^t.": step(
                     new_m / (1 - b1 * t), new_v / abs(1 - b2 * t)
                 ),
@@ -219,7 +212,7 @@ def adamw_step(function) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ accumulated
+# -------------------------------------------------------------------------- accumulated
 
 
 @checks(
@@ -245,25 +238,22 @@ def accumulated(function) -> None:
         got,
         (stack * n).sum(0) / sum(labels),
         {
-            "You take the mean of the means. A batch with few labels would count as much as one with many: weigh each by its labels.": stack.mean(
-                0
-            ),
-            "You add the gradients up: that is a step several times too long. The mean over all labels is wanted.": stack.sum(
-                0
-            ),
-            "You give the gradient of the *sum* of all losses: divide by all labels together.": (
-                (stack * n).sum(0)
-            ),
+            "You take the mean of the means. A batch with few labels would count as"
+            " much as one with many: weigh each by its labels.": stack.mean(0),
+            "You add the gradients up: that is a step several times too long. The"
+            " mean over all labels is wanted.": stack.sum(0),
+            "You give the gradient of the *sum* of all losses: divide by all labels"
+            " together.": ((stack * n).sum(0)),
             "You divide by the number of batches; divide by the number of labels.": (
                 (stack * n).sum(0) / count
             ),
             "You weigh the wrong way round: many labels, much weight.": (
                 (stack / n).sum(0) / (1 / n).sum()
             ),
-            "You divide each gradient by its labels: it is a mean already. Multiply, add, and divide by all.": (
-                (stack / n).sum(0)
-            ),
-            "You weigh by the labels and divide by their sum: that is all. The number of batches has no place here.": (
+            "You divide each gradient by its labels: it is a mean already. Multiply,"
+            " add, and divide by all.": ((stack / n).sum(0)),
+            "You weigh by the labels and divide by their sum: that is all. The number"
+            " of batches has no place here.": (
                 (stack * n).sum(0) / sum(labels) / count
             ),
             "That is the last batch's gradient alone.": stack[-1],
@@ -275,7 +265,7 @@ def accumulated(function) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- kept_numbers
+# ------------------------------------------------------------------------- kept_numbers
 
 
 @checks(
@@ -306,29 +296,29 @@ def kept_numbers(function) -> None:
         right = sum(width for width, k in zip(widths, kept) if k)
         inputs = sum(width for width, k in zip(widths, trained) if k)
         slips = {
-            "You count every place between the layers. Below the first trained layer no gradient goes, and nothing is kept.": sum(
-                widths[:-1]
-            ),
-            "You count the last output too: nobody needs it for the way back (there is no ReLU after it).": (
-                right + widths[-1]
-            ),
-            "You count only the inputs of trained layers. Above them each ReLU that a gradient passes keeps its output as well.": (
-                inputs
-            ),
-            "You count places twice: a ReLU's output *is* the next layer's input, and it is kept once.": (
+            "You count every place between the layers. Below the first trained layer"
+            " no gradient goes, and nothing is kept.": sum(widths[:-1]),
+            "You count the last output too: nobody needs it for the way back (there"
+            " is no ReLU after it).": right + widths[-1],
+            "You count only the inputs of trained layers. Above them each ReLU that a"
+            " gradient passes keeps its output as well.": inputs,
+            "You count places twice: a ReLU's output *is* the next layer's input, and"
+            " it is kept once.": (
                 right
                 + sum(widths[i] for i in range(1, layers) if passes[i] and trained[i])
             ),
-            "You count only what lies above the first trained layer: that layer keeps its own input too.": sum(
+            "You count only what lies above the first trained layer: that layer keeps"
+            " its own input too.": sum(
                 widths[i] for i in range(1, layers) if passes[i]
             ),
-            "The way back goes from the loss *down* to the trained layers: what counts is whether a layer below is trained, not above.": sum(
+            "The way back goes from the loss *down* to the trained layers: what"
+            " counts is whether a layer below is trained, not above.": sum(
                 widths[i] for i in range(layers) if any(trained[i:])
             ),
-            "The input of the chain is kept only if the first layer is trained; no ReLU stands before it.": (
-                right + widths[0] * (not trained[0])
-            ),
-            "You count outputs in the place of inputs: a linear layer keeps what it read.": sum(
+            "The input of the chain is kept only if the first layer is trained; no"
+            " ReLU stands before it.": (right + widths[0] * (not trained[0])),
+            "You count outputs in the place of inputs: a linear layer keeps what it"
+            " read.": sum(
                 widths[i + 1]
                 for i in range(layers)
                 if passes[i] and i > 0 or trained[i]
@@ -351,7 +341,7 @@ def kept_numbers(function) -> None:
             )
 
 
-# --------------------------------------------------------------------------------------------------------- families
+# ----------------------------------------------------------------------------- families
 
 FAMILIES = {
     "LoRA": "reparametrised",

@@ -40,15 +40,14 @@ def subspace_gradient(function) -> None:
             got,
             right,
             {
-                "You give the point of the subspace that is nearest to g (least squares). The chain rule asks for less: Pᵀg.": (
+                "You give the point of the subspace that is nearest to g (least"
+                " squares). The chain rule asks for less: Pᵀg.": (
                     torch.linalg.lstsq(P, g[:, None]).solution[:, 0]
                 ),
-                "The sign is wrong: the step goes against the gradient, the gradient itself does not.": (
-                    -right
-                ),
-                "You take the mean over the D parameters: each adds its own part, so sum.": (
-                    right / D
-                ),
+                "The sign is wrong: the step goes against the gradient, the gradient"
+                " itself does not.": -right,
+                "You take the mean over the D parameters: each adds its own part, so"
+                " sum.": right / D,
                 "You take the mean over the d columns: each has its own gradient.": (
                     right / d
                 ),
@@ -115,19 +114,18 @@ def fast_hadamard(function) -> None:
             got,
             right,
             {
-                "You divide by √n: that makes H orthogonal, but here its entries are +1 and -1.": (
-                    right / n**0.5
-                ),
+                "You divide by √n: that makes H orthogonal, but here its entries are"
+                " +1 and -1.": right / n**0.5,
                 "You divide by n: that is the way back, the inverse.": right / n,
-                "Only one stage was done: neighbours are added and subtracted, and now the same has to follow for distances 2, 4, 8 …": stages(
+                "Only one stage was done: neighbours are added and subtracted, and"
+                " now the same has to follow for distances 2, 4, 8 …": stages(
                     x, powers[:1]
                 ),
                 "The last stage is missing: the distance has to run up to n / 2.": (
                     stages(x, powers[:-1])
                 ),
-                "Only the stage with the largest distance was done: it recurs within both halves.": stages(
-                    x, powers[-1:]
-                ),
+                "Only the stage with the largest distance was done: it recurs within"
+                " both halves.": stages(x, powers[-1:]),
                 "Within a pair you have the difference first: it is (a + b, a - b).": (
                     right.flip(0)
                 ),
@@ -175,16 +173,14 @@ def hash_project(function) -> None:
             got,
             right,
             {
-                "The columns are too long: with c entries of ±1 a column has the length √c. Divide by it.": (
-                    value[index] * sign
-                ),
-                "You divide by the number of entries of a column: its length is the square root of that.": (
-                    value[index] * sign / count[index]
-                ),
-                "The signs are missing: without them all parameters of a column move the same way.": (
-                    value[index] / count.sqrt()[index]
-                ),
-                "The columns have length 1 only on average: you divide by √(D/d), but each column has its own number of entries.": (
+                "The columns are too long: with c entries of ±1 a column has the"
+                " length √c. Divide by it.": value[index] * sign,
+                "You divide by the number of entries of a column: its length is the"
+                " square root of that.": value[index] * sign / count[index],
+                "The signs are missing: without them all parameters of a column move"
+                " the same way.": (value[index] / count.sqrt()[index]),
+                "The columns have length 1 only on average: you divide by √(D/d), but"
+                " each column has its own number of entries.": (
                     value[index] * sign / (D / d) ** 0.5
                 ),
                 "You multiply by the column's length: divide by it.": (
@@ -251,10 +247,12 @@ def structure_aware(function) -> None:
                 "You multiply by the first λ throughout: each tensor has its own.": (
                     factors[0] * parts[i]
                 ),
-                "Every tensor gets the beginning of the random vector: move on by the size of what came before.": (
+                "Every tensor gets the beginning of the random vector: move on by the"
+                " size of what came before.": (
                     factors[i] * flat[: sizes[i]].view(shapes[i])
                 ),
-                "Your parts come from the end of the random vector: take them in the order of the shapes.": (
+                "Your parts come from the end of the random vector: take them in the"
+                " order of the shapes.": (
                     factors[i]
                     * (flat[-sum(sizes[: i + 1]) :][: sizes[i]]).view(shapes[i])
                 ),
@@ -300,18 +298,15 @@ def d90(function) -> None:
         full,
         128,
         {
-            "You take the first in the order of the dictionary, which need not be sorted.": (
-                1024
-            ),
+            "You take the first in the order of the dictionary, which need not be"
+            " sorted.": 1024,
             "You take the largest d that reaches it: the smallest is wanted.": 4096,
-            "You compare the losses themselves, loss with full: what that says depends on where zero is. Compare what was gained.": (
-                512
-            ),
+            "You compare the losses themselves, loss with full: what that says"
+            " depends on where zero is. Compare what was gained.": 512,
             "You give the loss: give the dimension.": 1.25,
             "The threshold lies at 10 % of the gain: it is 90 %.": 8,
-            "One of them does reach 90 %. Is there a `return`? And is the whole gain start - full, not start?": (
-                None
-            ),
+            "One of them does reach 90 %. Is there a `return`? And is the whole gain"
+            " start - full, not start?": (None),
         },
     )
     ask(
@@ -320,9 +315,8 @@ def d90(function) -> None:
         full,
         32,
         {
-            "Curves are noisy: d = 32 reached it, though 128 did not. The smallest that does is wanted.": (
-                512
-            )
+            "Curves are noisy: d = 32 reached it, though 128 did not. The smallest"
+            " that does is wanted.": (512)
         },
     )
     ask(

@@ -39,13 +39,11 @@ def draw():
 def wrong_scales(product, alpha, r) -> dict:
     """The update with every scale that people use by mistake. product: B A."""
     return {
-        "Your update is r times too large: you multiply by alpha. Did you forget to divide by r?": (
-            alpha * product
-        ),
+        "Your update is r times too large: you multiply by alpha. Did you forget to"
+        " divide by r?": (alpha * product),
         "Your update is B A alone: the factor alpha / r is missing.": product,
-        "You multiply by alpha / √r. That is rsLoRA, of chapter 05; LoRA's factor is alpha / r.": (
-            alpha / r**0.5 * product
-        ),
+        "You multiply by alpha / √r. That is rsLoRA, of chapter 05; LoRA's factor is"
+        " alpha / r.": alpha / r**0.5 * product,
         "Your factor is upside down: you have r / alpha, and it should be alpha / r.": (
             r / alpha * product
         ),
@@ -132,9 +130,8 @@ def lora_layer(layer_class) -> None:
             "Your layer gives the base's output alone: the update never reaches it.": (
                 base
             ),
-            "The bias is added twice: the base's output holds it already, and LoRA has none.": (
-                base + alpha / r * update + bias
-            ),
+            "The bias is added twice: the base's output holds it already, and LoRA"
+            " has none.": base + alpha / r * update + bias,
             "The base's output is scaled too: alpha / r belongs to the update alone.": (
                 alpha / r * (base + update)
             ),
@@ -465,21 +462,18 @@ def count_parameters(function) -> None:
             "That counts B alone: A has r · d_in numbers more.": (
                 layers * r * sum(o for o, i in chosen)
             ),
-            "That is 2 · r · d_in for each target, right only for square matrices. With grouped queries k_proj and v_proj are narrower, and the MLP is wider: r (d_in + d_out).": (
-                layers * r * sum(2 * i for o, i in chosen)
-            ),
-            "That is 2 · r · d_out for each target, right only for square matrices: r (d_in + d_out).": (
-                layers * r * sum(2 * o for o, i in chosen)
-            ),
+            "That is 2 · r · d_in for each target, right only for square matrices."
+            " With grouped queries k_proj and v_proj are narrower, and the MLP is"
+            " wider: r (d_in + d_out).": (layers * r * sum(2 * i for o, i in chosen)),
+            "That is 2 · r · d_out for each target, right only for square matrices: r"
+            " (d_in + d_out).": (layers * r * sum(2 * o for o, i in chosen)),
             "You count the frozen weights, d_in · d_out, with the adapters.": (
                 layers * sum(o * i + r * (o + i) for o, i in chosen)
             ),
-            "That is r · d_in · d_out. A and B stand beside each other, their sizes add: r (d_in + d_out).": (
-                layers * r * sum(o * i for o, i in chosen)
-            ),
-            "You count B A, which has d_in · d_out numbers; what is trained and kept are its two thin factors.": (
-                layers * sum(o * i for o, i in chosen)
-            ),
+            "That is r · d_in · d_out. A and B stand beside each other, their sizes"
+            " add: r (d_in + d_out).": (layers * r * sum(o * i for o, i in chosen)),
+            "You count B A, which has d_in · d_out numbers; what is trained and kept"
+            " are its two thin factors.": (layers * sum(o * i for o, i in chosen)),
         }
         if got != right:
             raise Wrong(
@@ -532,9 +526,8 @@ def first_gradients(function) -> None:
             ("grad_B", "A", grad_B, right_B),
         ):
             mistakes = {
-                f"{name} lacks the scale: alpha / r stands before B A, so it stands before the gradient.": (
-                    right / s
-                ),
+                f"{name} lacks the scale: alpha / r stands before B A, so it stands"
+                f" before the gradient.": right / s,
                 f"In {name} the scale is alpha: it should be alpha / r.": right * r,
                 f"{name} has the scale twice: it passes through alpha / r only once.": (
                     right * s
@@ -542,12 +535,10 @@ def first_gradients(function) -> None:
                 f"{name} is the mean over the rows: the loss adds them up, so sum.": (
                     right / n
                 ),
-                f"{name} has the wrong sign: the step goes down the gradient, the gradient itself does not.": (
-                    -right
-                ),
-                f"{name} is zero, though {other} is not: have you taken the first step's answer for every step?": (
-                    0 * right
-                ),
+                f"{name} has the wrong sign: the step goes down the gradient, the"
+                f" gradient itself does not.": -right,
+                f"{name} is zero, though {other} is not: have you taken the first"
+                f" step's answer for every step?": (0 * right),
             }
             compare(gradient, right, mistakes if right.any() else {}, name)
 

@@ -39,9 +39,8 @@ def wrong_norms(W, A, B, s) -> dict:
     """Every norm that people take by mistake."""
     BA = (B @ A).detach()
     return {
-        "Your norms are those of the columns, one for each input: DoRA takes the rows, one for each output (dim=1).": (
-            (W + s * BA).norm(dim=0)
-        ),
+        "Your norms are those of the columns, one for each input: DoRA takes the"
+        " rows, one for each output (dim=1).": ((W + s * BA).norm(dim=0)),
         "That is the norm of the whole matrix, one number: there is one for each row.": (
             (W + s * BA).norm()
         ),
@@ -67,15 +66,13 @@ def wrong_norms(W, A, B, s) -> dict:
             .clamp(min=0)
             .sqrt()
         ),
-        "You add the norms of W and of the update: the norm of a sum is not the sum of the norms.": (
-            W.norm(dim=1) + (s * BA).norm(dim=1)
-        ),
+        "You add the norms of W and of the update: the norm of a sum is not the sum"
+        " of the norms.": (W.norm(dim=1) + (s * BA).norm(dim=1)),
         "You divide by r, but s = α / r holds that already.": (
             (W + s / A.shape[0] * BA).norm(dim=1)
         ),
-        "Those are the unit rows, the directions: the exercise asks for the lengths that they are divided by.": F.normalize(
-            (W + s * BA), dim=1
-        ),
+        "Those are the unit rows, the directions: the exercise asks for the lengths"
+        " that they are divided by.": F.normalize((W + s * BA), dim=1),
         "That is the root of the mean square: the norm is the root of the sum.": (
             (W + s * BA).square().mean(1).sqrt()
         ),
@@ -175,16 +172,14 @@ def dora_forward(function) -> None:
         norm, z = right_norms(W, A, B, s), x @ (W + s * B @ A).T
         right, plain, g = m / norm * z + b, z + b, m / norm
         mistakes = {
-            "The bias is scaled too: the magnitude belongs to the weight. Scale first, then add b.": (
-                g * (z + b)
-            ),
+            "The bias is scaled too: the magnitude belongs to the weight. Scale"
+            " first, then add b.": (g * (z + b)),
             "The bias is missing.": g * z,
             "That is LoRA: nothing is scaled by m / ‖W + sBA‖.": plain,
             "You multiply by m, but do not divide by the norm.": m * z + b,
             "You divide by the norm, but do not multiply by m.": z / norm + b,
-            "The norm is that of W alone: it has to be that of W + s B A, as it is now.": (
-                m / W.norm(dim=1) * z + b
-            ),
+            "The norm is that of W alone: it has to be that of W + s B A, as it is"
+            " now.": (m / W.norm(dim=1) * z + b),
             "Only W x is scaled: the update s B A x has to be scaled with it.": (
                 g * (x @ W.T) + s * x @ A.T @ B.T + b
             ),
@@ -193,7 +188,8 @@ def dora_forward(function) -> None:
             ),
             "The update has lost its scale s.": m / norm * (x @ (W + B @ A).T) + b,
             "The knob stands on its head: it is m / norm.": norm / m * z + b,
-            "You divide the output by its own length. The norm is that of the weight's rows, the same for every x.": (
+            "You divide the output by its own length. The norm is that of the"
+            " weight's rows, the same for every x.": (
                 m * z / z.norm(dim=-1, keepdim=True) + b
             ),
         }
@@ -255,16 +251,15 @@ def length_and_direction(function) -> None:
             got[0],
             right[0],
             {
-                "ΔM is taken over columns: a length belongs to a row, that is to an output.": (
-                    down[0].abs().mean()
-                ),
-                "In ΔM changes up and down cancel: take the absolute value before the mean.": (
-                    lengths.mean()
-                ),
+                "ΔM is taken over columns: a length belongs to a row, that is to an"
+                " output.": (down[0].abs().mean()),
+                "In ΔM changes up and down cancel: take the absolute value before the"
+                " mean.": (lengths.mean()),
                 "In ΔM the absolute value comes too late, after the mean.": (
                     lengths.mean().abs()
                 ),
-                "ΔM is the length of the difference, which holds the turn as well: take the difference of the lengths.": (
+                "ΔM is the length of the difference, which holds the turn as well:"
+                " take the difference of the lengths.": (
                     (new - old).norm(dim=1).mean()
                 ),
                 "ΔM is a sum: it should be a mean over the rows.": lengths.abs().sum(),
@@ -274,9 +269,8 @@ def length_and_direction(function) -> None:
                 "ΔM is relative to the old length: the formula does not divide.": (
                     (lengths.abs() / old.norm(dim=1)).mean()
                 ),
-                "ΔM takes each matrix for one long vector: its rows have lengths of their own.": (
-                    (new.norm() - old.norm()).abs()
-                ),
+                "ΔM takes each matrix for one long vector: its rows have lengths of"
+                " their own.": ((new.norm() - old.norm()).abs()),
                 "ΔM is squared: it is the absolute value.": lengths.square().mean(),
             },
             "ΔM",
@@ -288,9 +282,8 @@ def length_and_direction(function) -> None:
                 "ΔD is taken over columns: a direction belongs to a row.": (
                     (1 - down[1]).mean()
                 ),
-                "ΔD is the cosine itself, which is 1 where nothing turned: take 1 - cosine.": (
-                    cosine.mean()
-                ),
+                "ΔD is the cosine itself, which is 1 where nothing turned: take 1 -"
+                " cosine.": (cosine.mean()),
                 "ΔD is a sum: it should be a mean over the rows.": (1 - cosine).sum(),
                 "ΔD is a scalar product, not a cosine: divide by both lengths.": (
                     (1 - (new * old).sum(1)).mean()
@@ -301,10 +294,12 @@ def length_and_direction(function) -> None:
                 "ΔD is an angle: it is 1 - cos, without the arc.": (
                     cosine.clamp(-1, 1).acos().mean()
                 ),
-                "ΔD takes each matrix for one long vector: its rows have directions of their own.": (
+                "ΔD takes each matrix for one long vector: its rows have directions"
+                " of their own.": (
                     1 - F.cosine_similarity(new.flatten(), old.flatten(), dim=0)
                 ),
-                "ΔD compares the change with the old row: compare the new row with the old one.": (
+                "ΔD compares the change with the old row: compare the new row with"
+                " the old one.": (
                     (1 - F.cosine_similarity(new - old, old, dim=1)).mean()
                 ),
             },
@@ -346,18 +341,16 @@ def slips(losses) -> dict:
         "That is DoRA minus LoRA: the other way round is asked for.": -fmean(
             gap(losses, best)
         ),
-        "You choose the rate by the test loss. Then the test questions have helped to tune: choose by the validation loss.": fmean(
+        "You choose the rate by the test loss. Then the test questions have helped to"
+        " tune: choose by the validation loss.": fmean(
             gap(losses, chosen(losses, TEST))
         ),
-        "The rates are right, but you report validation losses: they were used to choose. Report the test losses.": fmean(
-            gap(losses, best, VALID)
-        ),
-        "You choose the rate of the luckiest single run: take the mean over the seeds first.": fmean(
-            gap(losses, chosen(losses, over=min))
-        ),
-        "You compare the best test loss of each, over all rates and seeds: that rewards luck.": (
-            lowest["LoRA"] - lowest["DoRA"]
-        ),
+        "The rates are right, but you report validation losses: they were used to"
+        " choose. Report the test losses.": fmean(gap(losses, best, VALID)),
+        "You choose the rate of the luckiest single run: take the mean over the seeds"
+        " first.": fmean(gap(losses, chosen(losses, over=min))),
+        "You compare the best test loss of each, over all rates and seeds: that"
+        " rewards luck.": lowest["LoRA"] - lowest["DoRA"],
         "You average over all rates: the bad ones count as much as the best.": fmean(
             fmean(gap(losses, dict.fromkeys(best, rate))) for rate in range(len(RATES))
         ),
@@ -432,7 +425,11 @@ def fair_gap(function) -> None:
             need(
                 False,
                 message
-                or f"Your difference is {difference:+.4f}, and it is {right:+.4f}: for each method choose the rate with the lowest mean validation loss, then subtract the test losses.",
+                or (
+                    f"Your difference is {difference:+.4f}, and it is {right:+.4f}:"
+                    f" for each method choose the rate with the lowest mean"
+                    f" validation loss, then subtract the test losses."
+                ),
             )
         need(
             got[1] in (True, False),

@@ -36,26 +36,26 @@ def orthogonality(function) -> None:
                 "You took A for lying on its side: its ROWS are orthonormal, A @ A.T.": (
                     norm(A.T @ A - torch.eye(9, dtype=torch.float64)) + two
                 ),
-                "You took B for lying on its side: its COLUMNS are orthonormal, B.T @ B.": (
-                    one + norm(B @ B.T - torch.eye(12, dtype=torch.float64))
-                ),
+                "You took B for lying on its side: its COLUMNS are orthonormal, B.T @"
+                " B.": (one + norm(B @ B.T - torch.eye(12, dtype=torch.float64))),
                 "The identity is missing: factors of length zero would be the best.": (
                     norm(A @ A.T) + norm(B.T @ B)
                 ),
                 "You take the mean of the two: the formula adds them.": (one + two) / 2,
-                "You take the root of the sum of squares: each factor has its own norm, and the two are added.": (
-                    (one**2 + two**2).sqrt()
-                ),
-                "You add absolute values: the norm is Frobenius', the root of the sum of the squares.": (
+                "You take the root of the sum of squares: each factor has its own"
+                " norm, and the two are added.": ((one**2 + two**2).sqrt()),
+                "You add absolute values: the norm is Frobenius', the root of the sum"
+                " of the squares.": (
                     (A @ A.T - eye).abs().sum() + (B.T @ B - eye).abs().sum()
                 ),
-                "That is the spectral norm, the largest singular value: the penalty takes Frobenius'.": (
-                    norm(A @ A.T - eye, 2) + norm(B.T @ B - eye, 2)
-                ),
-                "You take means of squares: the norm is the root of the sum of squares.": (
+                "That is the spectral norm, the largest singular value: the penalty"
+                " takes Frobenius'.": (norm(A @ A.T - eye, 2) + norm(B.T @ B - eye, 2)),
+                "You take means of squares: the norm is the root of the sum of"
+                " squares.": (
                     (A @ A.T - eye).square().mean() + (B.T @ B - eye).square().mean()
                 ),
-                "You leave out the diagonal: rows that are orthogonal but of any length would cost nothing.": (
+                "You leave out the diagonal: rows that are orthogonal but of any"
+                " length would cost nothing.": (
                     norm((A @ A.T) * (1 - eye)) + norm((B.T @ B) * (1 - eye))
                 ),
             },
@@ -117,40 +117,38 @@ def importance(function) -> None:
             function(list(weights), list(gradients), *betas),
             average * spread,
             {
-                "The uncertainty is missing: the score is the product of the two averages.": (
-                    average
-                ),
+                "The uncertainty is missing: the score is the product of the two"
+                " averages.": average,
                 "That is the uncertainty alone: the sensitivity is missing.": spread,
                 "You add the two: the score is their product.": average + spread,
                 "You use the last step alone: smooth over all of them.": last,
-                "The uncertainty compares with the average from before this step; it should be the one after.": times(
+                "The uncertainty compares with the average from before this step; it"
+                " should be the one after.": times(
                     score(weights, gradients, *betas, early=True)
                 ),
-                "Sensitivity is |w · g|: without the absolute value pluses and minuses cancel.": times(
+                "Sensitivity is |w · g|: without the absolute value pluses and"
+                " minuses cancel.": times(
                     score(weights, gradients, *betas, signed=True)
                 ),
                 "That is the size of the gradient: sensitivity is |w · gradient|.": (
                     times(score(weights, gradients, *betas, gradient=True))
                 ),
-                "The two betas are swapped: β₁ smooths the sensitivity, β₂ the uncertainty.": times(
-                    score(weights, gradients, *betas[::-1])
-                ),
+                "The two betas are swapped: β₁ smooths the sensitivity, β₂ the"
+                " uncertainty.": times(score(weights, gradients, *betas[::-1])),
                 "β and 1 - β are swapped: the old average has β.": times(
                     score(weights, gradients, 1 - betas[0], 1 - betas[1])
                 ),
-                "The uncertainty lacks its absolute value: deviations up and down cancel.": times(
-                    score(weights, gradients, *betas, away=lambda x: x)
-                ),
+                "The uncertainty lacks its absolute value: deviations up and down"
+                " cancel.": times(score(weights, gradients, *betas, away=lambda x: x)),
                 "The uncertainty squares the deviation: it takes the absolute value.": (
                     times(score(weights, gradients, *betas, away=torch.square))
                 ),
-                "Your average starts at the first sensitivity: both averages start at zero.": times(
-                    late_start(weights, gradients, *betas)
-                ),
-                "You take plain means over the steps: both are smoothed, with β₁ and β₂.": (
-                    mean * deviation
-                ),
-                "You add up the scores of all steps: only the one after the last step counts.": sum(
+                "Your average starts at the first sensitivity: both averages start at"
+                " zero.": times(late_start(weights, gradients, *betas)),
+                "You take plain means over the steps: both are smoothed, with β₁ and"
+                " β₂.": mean * deviation,
+                "You add up the scores of all steps: only the one after the last step"
+                " counts.": sum(
                     times(score(weights[:t], gradients[:t], *betas))
                     for t in range(1, steps + 1)
                 ),

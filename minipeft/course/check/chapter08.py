@@ -58,7 +58,8 @@ def loha_delta(function) -> None:
                     alpha / r * (B1 @ A2) * (B2 @ A1)
                 ),
                 "Only the first product is there: that is a LoRA.": alpha / r * one,
-                "You multiply the factors entry by entry, and then the results as matrices: it is the other way round.": (
+                "You multiply the factors entry by entry, and then the results as"
+                " matrices: it is the other way round.": (
                     alpha / r * (B1 * B2) @ (A1 * A2)
                 ),
                 "You divide by √r, as rsLoRA does: LoHa's scale is α / r.": (
@@ -94,9 +95,8 @@ def lokr_apply(function) -> None:
             " (flatten).",
         )
         mistakes = {
-            "The factors are swapped: yours is D ⊗ C. The outer index, of the blocks, belongs to C.": (
-                x @ torch.kron(D, C).T
-            ),
+            "The factors are swapped: yours is D ⊗ C. The outer index, of the blocks,"
+            " belongs to C.": (x @ torch.kron(D, C).T),
             "You read the result column by column: (p, q) is flattened row by row.": (
                 (C @ X @ D.T).mT.flatten(1)
             ),
@@ -199,27 +199,25 @@ def trainable_numbers(function) -> None:
                 lora,
                 {
                     "lora: you count the matrices in full.": each(lambda o, i: o * i),
-                    "lora: you count each kind once, but every layer has its own A and B.": ends(
-                        set(shapes)
-                    ),
+                    "lora: you count each kind once, but every layer has its own A"
+                    " and B.": ends(set(shapes)),
                 },
             ),
             "loha": (
                 2 * lora,
                 {
-                    "loha: there are two products, so it is twice a LoRA of the same r.": (
-                        lora
-                    ),
+                    "loha: there are two products, so it is twice a LoRA of the same"
+                    " r.": lora,
                     "loha: the rank is r², the number of parameters is not.": lora * r,
                 },
             ),
             "vera": (
                 each(lambda o, i: o + r),
                 {
-                    "vera: A and B are frozen, and not trained: only d (r) and b (d_out) are.": (
-                        each(lambda o, i: o + r) + lora
-                    ),
-                    "vera: A and B are frozen: that they are shared makes them one pair, but they are not trained at all.": (
+                    "vera: A and B are frozen, and not trained: only d (r) and b"
+                    " (d_out) are.": (each(lambda o, i: o + r) + lora),
+                    "vera: A and B are frozen: that they are shared makes them one"
+                    " pair, but they are not trained at all.": (
                         each(lambda o, i: o + r)
                         + r
                         * (max(o for _, o, _ in shapes) + max(i for *_, i in shapes))
@@ -238,18 +236,15 @@ def trainable_numbers(function) -> None:
             "denselora": (
                 ends(set(shapes)) + r * r * len(shapes),
                 {
-                    "denselora: encoder and decoder are shared by the layers of a kind: count them once.": (
-                        lora + r * r * len(shapes)
-                    ),
-                    "denselora: encoder and decoder are trained too, one pair for each kind.": (
-                        r * r * len(shapes)
-                    ),
+                    "denselora: encoder and decoder are shared by the layers of a"
+                    " kind: count them once.": (lora + r * r * len(shapes)),
+                    "denselora: encoder and decoder are trained too, one pair for"
+                    " each kind.": (r * r * len(shapes)),
                     "denselora: the r × r matrices are missing, one for each layer.": (
                         ends(set(shapes))
                     ),
-                    "denselora: the r × r matrix is not shared: there is one for each layer.": (
-                        ends(set(shapes)) + r * r * len(set(shapes))
-                    ),
+                    "denselora: the r × r matrix is not shared: there is one for each"
+                    " layer.": (ends(set(shapes)) + r * r * len(set(shapes))),
                 },
             ),
         }
@@ -261,7 +256,10 @@ def trainable_numbers(function) -> None:
                 need(
                     False,
                     message
-                    or f"{name}: you have {got[name]:,}, and it is {right:,} for layers {shapes[:3]} … ({len(shapes)} of them), r = {r}.",
+                    or (
+                        f"{name}: you have {got[name]:,}, and it is {right:,} for"
+                        f" layers {shapes[:3]} … ({len(shapes)} of them), r = {r}."
+                    ),
                 )
 
 
@@ -303,19 +301,18 @@ def nearest_kron(function) -> None:
         pair = lambda at, size: size * torch.outer(U[:, at], V[at])
         as_it_lies = torch.linalg.svd(T.reshape(p * m, q * n))
         mistakes = {
-            "The size is missing: the singular value belongs to C, or to D, or its root to both.": pair(
-                0, 1.0
-            ),
+            "The size is missing: the singular value belongs to C, or to D, or its"
+            " root to both.": pair(0, 1.0),
             "The singular value is in both: once is enough, or its root in each.": pair(
                 0, S[0] ** 2
             ),
             "Only the root of the singular value is in: it is missing once more.": pair(
                 0, S[0].sqrt()
             ),
-            "You take the smallest singular value; the nearest product has the largest.": pair(
-                len(S) - 1, S[-1]
-            ),
-            "Your SVD is of T's numbers in the order in which they lie. Lay out each block as one row first: view(p, q, m, n), then swap q and m.": (
+            "You take the smallest singular value; the nearest product has the"
+            " largest.": pair(len(S) - 1, S[-1]),
+            "Your SVD is of T's numbers in the order in which they lie. Lay out each"
+            " block as one row first: view(p, q, m, n), then swap q and m.": (
                 as_it_lies[1][0] * torch.outer(as_it_lies[0][:, 0], as_it_lies[2][0])
             ),
             "Right up to its sign: the SVD's two vectors belong together.": -pair(

@@ -30,22 +30,23 @@ def absmax_round(function) -> None:
         m, absmax = 2 ** (bits - 1) - 1, w.abs().max()
         step = absmax / m
         mistakes = {
-            "You return the whole numbers themselves: multiply by the step again, so that the result stands for w.": (
-                (w / step).round()
-            ),
-            "Your step comes from the largest number, not from the largest in *size*: take abs() first. Here the largest in size is negative, and it does not survive.": (
-                (w / (w.max() / m)).round() * (w.max() / m)
-            ),
-            "You have 2^(bits - 1) steps on each side: with the zero that is one whole number too many for so few bits. It is 2^(bits - 1) - 1.": (
+            "You return the whole numbers themselves: multiply by the step again, so"
+            " that the result stands for w.": ((w / step).round()),
+            "Your step comes from the largest number, not from the largest in *size*:"
+            " take abs() first. Here the largest in size is negative, and it does not"
+            " survive.": ((w / (w.max() / m)).round() * (w.max() / m)),
+            "You have 2^(bits - 1) steps on each side: with the zero that is one"
+            " whole number too many for so few bits. It is 2^(bits - 1) - 1.": (
                 (w / (absmax / (m + 1))).round() * (absmax / (m + 1))
             ),
-            "You have 2^bits - 1 steps on each side: twice as many whole numbers as there are codes. One bit is the sign.": (
+            "You have 2^bits - 1 steps on each side: twice as many whole numbers as"
+            " there are codes. One bit is the sign.": (
                 (w / (absmax / (2**bits - 1))).round() * (absmax / (2**bits - 1))
             ),
-            "You cut off instead of rounding (int, trunc or floor): then the error is up to a whole step, not half a one.": (
-                (w / step).trunc() * step
-            ),
-            "You take one absmax a row. That is better than one for all, and section 2.2 comes to it; here it is one.": (
+            "You cut off instead of rounding (int, trunc or floor): then the error is"
+            " up to a whole step, not half a one.": ((w / step).trunc() * step),
+            "You take one absmax a row. That is better than one for all, and section"
+            " 2.2 comes to it; here it is one.": (
                 (w / (w.abs().amax(1, keepdim=True) / m)).round()
                 * (w.abs().amax(1, keepdim=True) / m)
             ),
@@ -56,16 +57,15 @@ def absmax_round(function) -> None:
         ] = (w / step).floor() * step
         low, wide = w.min(), (w.max() - w.min()) / (2**bits - 1)
         mistakes |= {
-            "You spread the steps from the smallest to the largest number: then zero need not be among them. Here the steps start at zero, and the largest *size* is m of them.": (
-                ((w - low) / wide).round() * wide + low
-            ),
+            "You spread the steps from the smallest to the largest number: then zero"
+            " need not be among them. Here the steps start at zero, and the largest"
+            " *size* is m of them.": (((w - low) / wide).round() * wide + low),
             "You take one absmax a column. Here it is one for the whole tensor.": (
                 (w / (w.abs().amax(0, keepdim=True) / m)).round()
                 * (w.abs().amax(0, keepdim=True) / m)
             ),
-            "You round w itself, so that the step is 1: divide by the step first, and multiply by it afterwards.": (
-                w.round()
-            ),
+            "You round w itself, so that the step is 1: divide by the step first, and"
+            " multiply by it afterwards.": (w.round()),
             "Your step is the absmax itself: it is the absmax divided by m.": (
                 (w / absmax).round() * absmax
             ),
@@ -113,38 +113,34 @@ def blockwise_nearest(function) -> None:
             "You use one absmax for the whole tensor: each block needs its own.": (
                 nearest(x / x.abs().max(), code) * x.abs().max()
             ),
-            "Your absmax runs along the wrong axis: a block is block_size *neighbours*, a row of x.view(-1, block_size).": (
+            "Your absmax runs along the wrong axis: a block is block_size"
+            " *neighbours*, a row of x.view(-1, block_size).": (
                 nearest(rows / rows.abs().amax(0, keepdim=True), code)
                 * rows.abs().amax(0, keepdim=True)
             ),
-            "Your blocks run down the columns: neighbours in memory belong together, x.view(-1, block_size).": (
+            "Your blocks run down the columns: neighbours in memory belong together,"
+            " x.view(-1, block_size).": (
                 nearest(columns / by_column, code) * by_column
             ),
-            "You return numbers between -1 and 1: multiply each block by its absmax again.": nearest(
-                y, code
-            ),
-            "You take the code below, not the nearest one: compare with the middles between codes.": (
-                floor * absmax
-            ),
-            "You take the code above, not the nearest one: compare with the middles between codes.": (
-                ceiling * absmax
-            ),
-            "You scale by the largest number of a block, not the largest in size: take abs() first.": (
-                nearest(rows / top, code) * top
-            ),
-            "You scale by the mean size of a block: then what is larger is cut off. It is the largest.": (
+            "You return numbers between -1 and 1: multiply each block by its absmax"
+            " again.": nearest(y, code),
+            "You take the code below, not the nearest one: compare with the middles"
+            " between codes.": floor * absmax,
+            "You take the code above, not the nearest one: compare with the middles"
+            " between codes.": ceiling * absmax,
+            "You scale by the largest number of a block, not the largest in size:"
+            " take abs() first.": (nearest(rows / top, code) * top),
+            "You scale by the mean size of a block: then what is larger is cut off."
+            " It is the largest.": (
                 nearest(rows / rows.abs().mean(1, keepdim=True), code)
                 * rows.abs().mean(1, keepdim=True)
             ),
-            "You scale by the standard deviation of a block: then what is larger is cut off. It is the largest.": (
-                nearest(rows / spread, code) * spread
-            ),
-            "You find the index as if the codes stood at equal distances. They do not: compare with the middles between neighbours.": (
-                even * absmax
-            ),
-            "The signs are lost: divide the numbers themselves by the absmax, not their sizes.": (
-                nearest(y.abs(), code) * absmax
-            ),
+            "You scale by the standard deviation of a block: then what is larger is"
+            " cut off. It is the largest.": (nearest(rows / spread, code) * spread),
+            "You find the index as if the codes stood at equal distances. They do"
+            " not: compare with the middles between neighbours.": even * absmax,
+            "The signs are lost: divide the numbers themselves by the absmax, not"
+            " their sizes.": (nearest(y.abs(), code) * absmax),
             "You look for the nearest code without dividing by the absmax first.": (
                 nearest(rows, code) * absmax
             ),
@@ -222,12 +218,10 @@ def normal_codebook(function) -> None:
             ]
         )
         mistakes = {
-            "Your numbers are the quantiles, but they do not end at 1: divide by the largest.": (
-                raw
-            ),
-            "Your two sides are swapped: NF4 has one number more on the *positive* side.": -right.flip(
-                0
-            ),
+            "Your numbers are the quantiles, but they do not end at 1: divide by the"
+            " largest.": raw,
+            "Your two sides are swapped: NF4 has one number more on the *positive*"
+            " side.": -right.flip(0),
         }
         need(
             not (same(got, steps) or same(got, half)),
@@ -378,19 +372,19 @@ def double_quantize(function) -> None:
         right = rounded(absmax - mean) + mean
         got = function(absmax.clone(), code.clone(), size)
         mistakes = {
-            "The mean is missing: scales are all positive, so without it half of the codes are never used, and the error is larger. Subtract it first and add it at the end.": rounded(
-                absmax
-            ),
+            "The mean is missing: scales are all positive, so without it half of the"
+            " codes are never used, and the error is larger. Subtract it first and"
+            " add it at the end.": rounded(absmax),
             "You subtract the mean, but do not add it again at the end.": rounded(
                 absmax - mean
             ),
             "You add a mean that you never subtracted.": rounded(absmax) + mean,
-            "You use one scale for all of them: the outlier among them spoils the rest. They come in blocks too.": (
+            "You use one scale for all of them: the outlier among them spoils the"
+            " rest. They come in blocks too.": (
                 rounded(absmax - mean, len(absmax)) + mean
             ),
-            "You subtract the smallest, not the mean: then half of the signed codes are never used.": (
-                rounded(absmax - absmax.min()) + absmax.min()
-            ),
+            "You subtract the smallest, not the mean: then half of the signed codes"
+            " are never used.": (rounded(absmax - absmax.min()) + absmax.min()),
             "Nothing has been rounded: the scales came back as they were.": absmax,
         }
         rows = absmax.view(-1, size)
@@ -399,18 +393,18 @@ def double_quantize(function) -> None:
         signed = less.amax(1, keepdim=True)
         scale = less.abs().amax(1, keepdim=True)
         mistakes |= {
-            "You subtract a mean from each block: there is one for all scales, and only it is stored.": (
+            "You subtract a mean from each block: there is one for all scales, and"
+            " only it is stored.": (
                 rounded((rows - own).view(-1)) + own.expand_as(rows).reshape(-1)
             ),
-            "You scale by the largest of a block, not by the largest in size. Less the mean, there are negative ones: abs() first.": (
+            "You scale by the largest of a block, not by the largest in size. Less"
+            " the mean, there are negative ones: abs() first.": (
                 (nearest(less / signed, code) * signed).view(-1) + mean
             ),
-            "You add the mean to numbers between -1 and 1: multiply each block by its own scale first.": (
-                nearest(less / scale, code).view(-1) + mean
-            ),
-            "The code you return is the rounded one of each block, and neither scale nor mean has come back.": (
-                nearest(less / scale, code).view(-1)
-            ),
+            "You add the mean to numbers between -1 and 1: multiply each block by its"
+            " own scale first.": (nearest(less / scale, code).view(-1) + mean),
+            "The code you return is the rounded one of each block, and neither scale"
+            " nor mean has come back.": (nearest(less / scale, code).view(-1)),
         }
         compare(got, right, mistakes, "Your scales")
 
@@ -430,15 +424,12 @@ def bits_per_weight(function) -> None:
                 else bits + 8 / size + 32 / (size * outer)
             )
             mistakes = {
-                "The scales are missing: each block has one, and each weight pays its share of it.": (
-                    bits
-                ),
-                "You charge every weight a whole scale. A block of block_size weights shares it.": (
-                    bits + 32
-                ),
-                "Your share is upside down: block_size / 32 instead of 32 / block_size.": (
-                    bits + size / 32
-                ),
+                "The scales are missing: each block has one, and each weight pays its"
+                " share of it.": bits,
+                "You charge every weight a whole scale. A block of block_size weights"
+                " shares it.": bits + 32,
+                "Your share is upside down: block_size / 32 instead of 32 /"
+                " block_size.": bits + size / 32,
                 "That is in bytes; bits are asked for.": right / 8,
                 "Those are the scales alone: the code itself takes `bits` more.": (
                     right - bits
@@ -453,16 +444,17 @@ def bits_per_weight(function) -> None:
                     "With double quantisation a scale has 8 bits, not 32.": (
                         bits + 32 / size
                     ),
-                    "The scales of the scales are missing: they cost 32 bits for double_block blocks.": (
-                        bits + 8 / size
-                    ),
-                    "The second scale is shared by double_block *blocks*, so by block_size · double_block weights.": (
+                    "The scales of the scales are missing: they cost 32 bits for"
+                    " double_block blocks.": bits + 8 / size,
+                    "The second scale is shared by double_block *blocks*, so by"
+                    " block_size · double_block weights.": (
                         bits + 8 / size + 32 / outer
                     ),
                     "The second scale stays in 32 bits; only the first becomes 8.": (
                         bits + 8 / size + 8 / (size * outer)
                     ),
-                    "You count the first scales twice, in 32 bits and in 8: the 8-bit codes replace them.": (
+                    "You count the first scales twice, in 32 bits and in 8: the 8-bit"
+                    " codes replace them.": (
                         bits + 32 / size + 8 / size + 32 / (size * outer)
                     ),
                 }

@@ -54,9 +54,8 @@ def four_bit_product(function_class) -> None:
             y.detach(),
             (x @ W.T).detach(),
             {
-                "Your output is rounded or scaled once more: dequantize() gives the weight as it is meant.": (
-                    2 * (x @ W.T).detach()
-                )
+                "Your output is rounded or scaled once more: dequantize() gives the"
+                " weight as it is meant.": (2 * (x @ W.T).detach())
             },
             "Your output",
         )
@@ -106,9 +105,9 @@ def four_bit_product(function_class) -> None:
             x.grad,
             dy @ W,
             {
-                "The gradient of x is all zero. Rounding has no gradient, but this is not the gradient *through* the rounding: W is a constant here, and dx = dy W.": torch.zeros_like(
-                    x
-                ),
+                "The gradient of x is all zero. Rounding has no gradient, but this is"
+                " not the gradient *through* the rounding: W is a constant here, and"
+                " dx = dy W.": torch.zeros_like(x),
                 "Your gradient has the sign turned round.": -(dy @ W),
                 "You return x's own values, or dy's, as the gradient: it is dy W.": (
                     x.detach()
@@ -263,30 +262,27 @@ def loftq_start(function) -> None:
             s * B @ A,
             best(lost, r),
             {
-                "You have taken the smallest singular values. The best rank-r part has the largest, which come first.": (
-                    (U[:, -r:] * S[-r:]) @ V[-r:]
-                ),
-                "Your B A is s times too large: the layer multiplies it by s, so divide by s here.": (
-                    s * best(lost, r)
-                ),
+                "You have taken the smallest singular values. The best rank-r part"
+                " has the largest, which come first.": ((U[:, -r:] * S[-r:]) @ V[-r:]),
+                "Your B A is s times too large: the layer multiplies it by s, so"
+                " divide by s here.": (s * best(lost, r)),
                 "Your B A is s² times too large: divide by s once, not multiply.": (
                     s**2 * best(lost, r)
                 ),
-                "Your B A is s times too small: share 1/s between the two, √ each, or give it to one of them.": (
-                    best(lost, r) / s
-                ),
+                "Your B A is s times too small: share 1/s between the two, √ each, or"
+                " give it to one of them.": (best(lost, r) / s),
                 "You have decomposed W. What is wanted is what rounding lost, W - Q.": (
                     best(W, r)
                 ),
                 "You have decomposed W, and not divided by s.": s * best(W, r),
-                "The sign is turned round: it is W - Q, not Q - W, that the adapter has to add.": -best(
-                    lost, r
-                ),
+                "The sign is turned round: it is W - Q, not Q - W, that the adapter"
+                " has to add.": -best(lost, r),
                 "You have decomposed Q. What is wanted is W - Q.": best(rounded, r),
                 "You have left the singular values out: U and V alone are not enough.": (
                     s * U[:, :r] @ V[:r]
                 ),
-                "Each factor has the whole singular values, so the product has their squares: a square root in each.": (
+                "Each factor has the whole singular values, so the product has their"
+                " squares: a square root in each.": (
                     s * (U[:, :r] * S[:r] ** 2) @ V[:r]
                 ),
             },
@@ -327,16 +323,16 @@ def adam_8bit_step(function) -> None:
             new_p,
             update(m1, v1),
             {
-                "Both bias corrections are missing: divide m by 1 - 0.9^step and v by 1 - 0.999^step.": update(
-                    m1, v1, 1, 1
-                ),
+                "Both bias corrections are missing: divide m by 1 - 0.9^step and v by"
+                " 1 - 0.999^step.": update(m1, v1, 1, 1),
                 "The bias correction of m is missing: divide it by 1 - 0.9^step.": (
                     update(m1, v1, 1, c2)
                 ),
                 "The bias correction of v is missing: divide it by 1 - 0.999^step.": (
                     update(m1, v1, c1, 1)
                 ),
-                "You round the means before the update. Update first, in full precision, and put them away afterwards.": update(
+                "You round the means before the update. Update first, in full"
+                " precision, and put them away afterwards.": update(
                     keep_m(m1), keep_v(v1)
                 ),
                 "You forget the square root of v.": (
@@ -383,15 +379,12 @@ def adam_8bit_step(function) -> None:
             keep_m(m1),
             {
                 f"m {linear}keep_m.": even(m1, 127),
-                "m comes back in full precision: put it through keep_m, or nothing is saved.": (
-                    m1
-                ),
-                "m goes through keep_v, which is made for numbers that are never negative: it has codes of its own, keep_m.": keep_v(
-                    m1
-                ),
-                "The m that comes back is the corrected one: what is kept is the mean itself.": keep_m(
-                    m1 / c1
-                ),
+                "m comes back in full precision: put it through keep_m, or nothing is"
+                " saved.": m1,
+                "m goes through keep_v, which is made for numbers that are never"
+                " negative: it has codes of its own, keep_m.": keep_v(m1),
+                "The m that comes back is the corrected one: what is kept is the mean"
+                " itself.": keep_m(m1 / c1),
             },
             "The new m",
         )
@@ -401,15 +394,12 @@ def adam_8bit_step(function) -> None:
             {
                 f"v {linear}keep_v.": even(v1, 255),
                 f"Your v {linear}keep_v.": even(v1, 127),
-                "v comes back in full precision: put it through keep_v, or nothing is saved.": (
-                    v1
-                ),
-                "v goes through keep_m: its small numbers need codes of their own, without a sign. That is keep_v.": keep_m(
-                    v1
-                ),
-                "The v that comes back is the corrected one: what is kept is the mean itself.": keep_v(
-                    v1 / c2
-                ),
+                "v comes back in full precision: put it through keep_v, or nothing is"
+                " saved.": v1,
+                "v goes through keep_m: its small numbers need codes of their own,"
+                " without a sign. That is keep_v.": keep_m(v1),
+                "The v that comes back is the corrected one: what is kept is the mean"
+                " itself.": keep_v(v1 / c2),
             },
             "The new v",
         )
@@ -435,24 +425,20 @@ def training_bytes(function) -> None:
             "4.127 are bits, not bytes: divide by eight.": (
                 frozen * 4.127 + 2 * kept + rest(bits)
             ),
-            "The gradients of the trained numbers (or these themselves) are missing, or both are in 16 bits: 4 bytes each.": (
+            "The gradients of the trained numbers (or these themselves) are missing,"
+            " or both are in 16 bits: 4 bytes each.": (
                 base + trained * (4 + 2 * bits / 8)
             ),
-            "Adam keeps two numbers for each trained one: a mean, and a mean of squares.": (
-                base + trained * (8 + bits / 8)
-            ),
-            "The optimizer's states are missing (or the trained numbers, or their gradients, are in 16 bits: both have 32).": (
-                base + trained * 8
-            ),
-            "You charge gradients and states for the frozen weights too: they have none.": (
-                base + (trained + frozen) * (8 + 2 * bits / 8) - 4 * frozen
-            ),
-            "You have put what is kept in 16 bits into four as well: embeddings, head and norms are not quantised.": (
-                (frozen + kept) * 4.127 / 8 + rest(bits)
-            ),
-            "The scales are missing: NF4 with double quantisation takes 4.127 bits a weight, not 4.": (
-                frozen * 4 / 8 + 2 * kept + rest(bits)
-            ),
+            "Adam keeps two numbers for each trained one: a mean, and a mean of"
+            " squares.": (base + trained * (8 + bits / 8)),
+            "The optimizer's states are missing (or the trained numbers, or their"
+            " gradients, are in 16 bits: both have 32).": base + trained * 8,
+            "You charge gradients and states for the frozen weights too: they have"
+            " none.": (base + (trained + frozen) * (8 + 2 * bits / 8) - 4 * frozen),
+            "You have put what is kept in 16 bits into four as well: embeddings, head"
+            " and norms are not quantised.": ((frozen + kept) * 4.127 / 8 + rest(bits)),
+            "The scales are missing: NF4 with double quantisation takes 4.127 bits a"
+            " weight, not 4.": (frozen * 4 / 8 + 2 * kept + rest(bits)),
             "optimizer_bits are bits for each of Adam's numbers, not bytes.": (
                 base + trained * (8 + 2 * bits)
             ),
@@ -490,26 +476,23 @@ def merge_error(function) -> None:
         wanted, stored = W + delta, quantize(W + delta)
         error = (stored - wanted).norm()
         mistakes = {
-            "You compare with the size of W: then any error looks small. What counts is how much of the *adapter's change* is lost.": (
-                error / W.norm()
-            ),
-            "You compare with the size of the merged weight: then any error looks small. Divide by that of delta.": (
-                error / wanted.norm()
-            ),
+            "You compare with the size of W: then any error looks small. What counts"
+            " is how much of the *adapter's change* is lost.": (error / W.norm()),
+            "You compare with the size of the merged weight: then any error looks"
+            " small. Divide by that of delta.": (error / wanted.norm()),
             "That is the error itself; divide it by the norm of delta.": error,
-            "You measure how far the weight has moved, not how far it is from where it should be.": (
-                (stored - W).norm() / delta.norm()
-            ),
+            "You measure how far the weight has moved, not how far it is from where"
+            " it should be.": ((stored - W).norm() / delta.norm()),
             "You quantise delta alone. It is the sum that is stored.": (
                 (W + quantize(delta) - wanted).norm() / delta.norm()
             ),
             "That is the square: take norms, not their squares.": (
                 error**2 / delta.norm() ** 2
             ),
-            "Your fraction is upside down: the error comes above, the adapter's change below.": (
-                delta.norm() / error
-            ),
-            "You compare mean sizes of the entries. Take norms: large errors weigh more than small ones.": (
+            "Your fraction is upside down: the error comes above, the adapter's"
+            " change below.": (delta.norm() / error),
+            "You compare mean sizes of the entries. Take norms: large errors weigh"
+            " more than small ones.": (
                 (stored - wanted).abs().mean() / delta.abs().mean()
             ),
             "You compare the largest entries. Take norms: all entries count.": (
@@ -518,7 +501,8 @@ def merge_error(function) -> None:
             "Nothing has been rounded: quantise the sum, then compare.": torch.zeros(
                 (), dtype=torch.float64
             ),
-            "You quantise W again, without the adapter: W is what four bits can say, so nothing happens. Add delta first.": (
+            "You quantise W again, without the adapter: W is what four bits can say,"
+            " so nothing happens. Add delta first.": (
                 (quantize(W) + delta - wanted).norm() / delta.norm()
             ),
         }

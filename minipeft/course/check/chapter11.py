@@ -53,18 +53,14 @@ def sequential_adapter(function) -> None:
             got,
             h + a,
             {
-                "The residual is forgotten: what the frozen part computed, h, must go on too. An adapter of zeros would now silence it.": (
-                    a
-                ),
-                "The activation comes after the up-projection: it belongs in the middle, between the two.": (
-                    h + act(z @ up.T + b_up)
-                ),
-                "There is no activation: two linear maps in a row are one linear map, of low rank.": (
-                    h + z @ up.T + b_up
-                ),
-                "The activation comes before the down-projection: it belongs after it.": (
-                    h + (act(h) @ down.T + b_down) @ up.T + b_up
-                ),
+                "The residual is forgotten: what the frozen part computed, h, must go"
+                " on too. An adapter of zeros would now silence it.": a,
+                "The activation comes after the up-projection: it belongs in the"
+                " middle, between the two.": (h + act(z @ up.T + b_up)),
+                "There is no activation: two linear maps in a row are one linear map,"
+                " of low rank.": h + z @ up.T + b_up,
+                "The activation comes before the down-projection: it belongs after"
+                " it.": (h + (act(h) @ down.T + b_down) @ up.T + b_up),
                 "You bend the sum as well: the residual must pass untouched.": act(
                     h + a
                 ),
@@ -76,10 +72,11 @@ def sequential_adapter(function) -> None:
                 ),
                 "You subtract the adapter: it is added.": h - a,
                 "h goes on twice.": 2 * h + a,
-                "W_down and W_up have changed places: their shapes fit that way round without a .T, but W_down is (m, d), and down comes first: h @ W_down.T.": (
-                    h + act(h @ up + b_down) @ down + b_up
-                ),
-                "You always bend in the same way: the activation is given to you, as `act`.": next(
+                "W_down and W_up have changed places: their shapes fit that way round"
+                " without a .T, but W_down is (m, d), and down comes first: h @"
+                " W_down.T.": (h + act(h @ up + b_down) @ down + b_up),
+                "You always bend in the same way: the activation is given to you, as"
+                " `act`.": next(
                     (
                         wrong
                         for name, other in bent.items()
@@ -183,12 +180,10 @@ def adapter_layer(layer_class) -> None:
             layer(x),
             right,
             {
-                "That is the sequential adapter: it reads what the part has computed. The parallel one reads x.": (
-                    y + scaling * adapter(y)
-                ),
-                "That is the sequential adapter, without the scale: it reads what the part has computed.": (
-                    y + adapter(y)
-                ),
+                "That is the sequential adapter: it reads what the part has computed."
+                " The parallel one reads x.": (y + scaling * adapter(y)),
+                "That is the sequential adapter, without the scale: it reads what the"
+                " part has computed.": (y + adapter(y)),
                 "The scale is missing: the adapter is multiplied by it.": y + z,
                 "The whole sum is scaled: the scale belongs to the adapter alone.": (
                     scaling * (y + z)
@@ -199,9 +194,8 @@ def adapter_layer(layer_class) -> None:
                 "The part's output is scaled: the scale belongs to the adapter.": (
                     scaling * y + z
                 ),
-                "x is added as well: the residual stream around this layer does that already.": (
-                    right + x
-                ),
+                "x is added as well: the residual stream around this layer does that"
+                " already.": right + x,
                 "The activation is missing: relu between down and up.": (
                     y + scaling * down_up(x, down, up).detach()
                 ),
@@ -210,9 +204,8 @@ def adapter_layer(layer_class) -> None:
                 "The scale misses up's bias: it multiplies all that the adapter says.": (
                     (y + scaling * (z - up.bias) + up.bias).detach()
                 ),
-                "relu comes after up: it belongs between the two, where the numbers are few.": (
-                    y + scaling * torch.relu(down_up(x, down, up)).detach()
-                ),
+                "relu comes after up: it belongs between the two, where the numbers"
+                " are few.": (y + scaling * torch.relu(down_up(x, down, up)).detach()),
                 "That is another activation: relu is asked for.": next(
                     (
                         wrong
@@ -291,15 +284,13 @@ def count_adapters(function) -> None:
             one = 2 * d * m + m + d
             right, every = layers * times * one, layers * times
             slips = {
-                "Houlsby puts two adapters into each layer, one after attention and one after feed-forward.": (
-                    right // 2 if times == 2 else None
-                ),
+                "Houlsby puts two adapters into each layer, one after attention and"
+                " one after feed-forward.": right // 2 if times == 2 else None,
                 f"“{placement}” has one adapter a layer; only Houlsby has two.": (
                     2 * right if times == 1 else None
                 ),
-                "The biases are missing: m for the down-projection, d for the up-projection.": (
-                    every * 2 * d * m
-                ),
+                "The biases are missing: m for the down-projection, d for the"
+                " up-projection.": every * 2 * d * m,
                 "The bias of the down-projection is missing, m numbers.": (
                     every * (2 * d * m + d)
                 ),
@@ -310,13 +301,12 @@ def count_adapters(function) -> None:
                     every * (d * m + m + d)
                 ),
                 "You count one layer: there are `layers` of them.": times * one,
-                "Each bias is as long as what its Linear gives: m for down, d for up. You have d twice.": (
-                    every * (2 * d * m + 2 * d)
-                ),
-                "Each bias is as long as what its Linear gives: m for down, d for up. You have m twice.": (
-                    every * (2 * d * m + 2 * m)
-                ),
-                "You count the norms too. Houlsby et al. train them, but here the adapters alone are counted.": next(
+                "Each bias is as long as what its Linear gives: m for down, d for up."
+                " You have d twice.": (every * (2 * d * m + 2 * d)),
+                "Each bias is as long as what its Linear gives: m for down, d for up."
+                " You have m twice.": (every * (2 * d * m + 2 * m)),
+                "You count the norms too. Houlsby et al. train them, but here the"
+                " adapters alone are counted.": next(
                     (
                         right + layers * norms
                         for norms in (2 * d, 4 * d)
@@ -369,16 +359,13 @@ def fold_linear_adapter(function) -> None:
             got[0],
             W + step @ W,
             {
-                "The residual is forgotten: y itself goes on too, so W stays in the sum.": (
-                    step @ W
-                ),
+                "The residual is forgotten: y itself goes on too, so W stays in the"
+                " sum.": step @ W,
                 "Your weight is as it was: W_up W_down has to be in it.": W,
-                "The order is turned: the adapter reads what W has written, so W stands on the right, W_up W_down W.": (
-                    W + (W.T @ step.T).T.flip(0)
-                ),
-                "The adapter's matrices are swapped: down is met first, so it stands on the right.": (
-                    W + (up @ down).T @ W
-                ),
+                "The order is turned: the adapter reads what W has written, so W"
+                " stands on the right, W_up W_down W.": (W + (W.T @ step.T).T.flip(0)),
+                "The adapter's matrices are swapped: down is met first, so it stands"
+                " on the right.": (W + (up @ down).T @ W),
                 "You subtract: it is added.": W - step @ W,
             },
             "W_new",
@@ -388,20 +375,16 @@ def fold_linear_adapter(function) -> None:
             got[1],
             right,
             {
-                "The layer's bias b passes through the adapter too: W_up W_down b is missing.": (
-                    b + up @ b_down + b_up
-                ),
+                "The layer's bias b passes through the adapter too: W_up W_down b is"
+                " missing.": b + up @ b_down + b_up,
                 "b itself is missing: it goes on beside the adapter.": right - b,
-                "b_down is carried over as it is, or not at all: it still has to go through W_up.": (
-                    right - up @ b_down
-                ),
+                "b_down is carried over as it is, or not at all: it still has to go"
+                " through W_up.": right - up @ b_down,
                 "b_up is missing.": right - b_up,
-                "The bias is as it was; the adapter's biases, and what it makes of b, belong to it.": (
-                    b
-                ),
-                "Only the adapter's biases are in it: b, and what the adapter makes of b, are missing.": (
-                    up @ b_down + b_up
-                ),
+                "The bias is as it was; the adapter's biases, and what it makes of b,"
+                " belong to it.": b,
+                "Only the adapter's biases are in it: b, and what the adapter makes"
+                " of b, are missing.": up @ b_down + b_up,
             },
             "b_new",
         )

@@ -42,15 +42,12 @@ def soft_prompt(function) -> None:
         new_x,
         torch.cat((each, x), 1),
         {
-            "Your prompt stands behind the text. Tokens see only what comes before them: so nothing would see it.": torch.cat(
-                (x, each), 1
-            ),
-            "You add the prompt to the embeddings. A prompt is put in front of them: the sequence becomes longer.": torch.cat(
-                (each + x[:, :n], x[:, n:]), 1
-            ),
-            "The prompt takes the place of the first tokens: they must stay, behind it.": torch.cat(
-                (each, x[:, n:]), 1
-            ),
+            "Your prompt stands behind the text. Tokens see only what comes before"
+            " them: so nothing would see it.": torch.cat((x, each), 1),
+            "You add the prompt to the embeddings. A prompt is put in front of them:"
+            " the sequence becomes longer.": torch.cat((each + x[:, :n], x[:, n:]), 1),
+            "The prompt takes the place of the first tokens: they must stay, behind"
+            " it.": torch.cat((each, x[:, n:]), 1),
             "The prompt's vectors come in reversed order.": torch.cat(
                 (each.flip(1), x), 1
             ),
@@ -65,18 +62,17 @@ def soft_prompt(function) -> None:
             "Your mask hides the prompt: 1 means that a place is seen.": torch.cat(
                 (zeros, mask), 1
             ),
-            "The ones for the prompt are at the end of the mask; the prompt is in front.": torch.cat(
-                (mask, ones), 1
-            ),
+            "The ones for the prompt are at the end of the mask; the prompt is in"
+            " front.": torch.cat((mask, ones), 1),
             "Your mask is 1 everywhere: the padding has become visible.": torch.ones(
                 B, n + T
             ),
-            "You repeat the start of the text's mask for the prompt. Where a row is padded on the left, that hides the prompt.": torch.cat(
+            "You repeat the start of the text's mask for the prompt. Where a row is"
+            " padded on the left, that hides the prompt.": torch.cat(
                 (mask[:, :n], mask), 1
             ),
-            "Your mask is as long as before: it needs a place for every virtual token.": (
-                mask
-            ),
+            "Your mask is as long as before: it needs a place for every virtual"
+            " token.": mask,
         },
         "Your mask",
     )
@@ -84,22 +80,22 @@ def soft_prompt(function) -> None:
         as_numbers(new_labels),
         torch.cat((torch.full((B, n), -100), labels), 1),
         {
-            "Your labels are as long as before. The logits have n places more: each label would judge another place.": (
-                labels
-            ),
-            "The prompt's labels are 0, and 0 is a token: the prompt would be trained to be followed by it. No loss is -100.": torch.cat(
-                (zeros, labels), 1
-            ),
+            "Your labels are as long as before. The logits have n places more: each"
+            " label would judge another place.": labels,
+            "The prompt's labels are 0, and 0 is a token: the prompt would be trained"
+            " to be followed by it. No loss is -100.": torch.cat((zeros, labels), 1),
             "The prompt's labels are -1. The loss skips -100, and nothing else.": (
                 torch.cat((-ones, labels), 1)
             ),
             "The labels of the prompt belong in front, where the prompt is.": torch.cat(
                 (labels, torch.full((B, n), -100)), 1
             ),
-            "You repeat the first label for the prompt: then it is trained to say the first token n times.": torch.cat(
+            "You repeat the first label for the prompt: then it is trained to say the"
+            " first token n times.": torch.cat(
                 (labels[:, :1].expand(-1, n), labels), 1
             ),
-            "You cut the labels to the old length: the last tokens' losses are lost, and all others have moved.": torch.cat(
+            "You cut the labels to the old length: the last tokens' losses are lost,"
+            " and all others have moved.": torch.cat(
                 (torch.full((B, n), -100), labels), 1
             )[:, :T],
         },
@@ -149,15 +145,13 @@ def places(function) -> None:
             "Your mask hides the prefix: 1 means that a place is seen.": torch.cat(
                 (torch.zeros(3, n), mask), 1
             ),
-            "The ones for the prefix are at the end of the mask; the prefix stands in front.": torch.cat(
-                (mask, ones), 1
-            ),
+            "The ones for the prefix are at the end of the mask; the prefix stands in"
+            " front.": torch.cat((mask, ones), 1),
             "Your mask is 1 everywhere: the padding has become visible.": torch.ones(
                 3, n + T
             ),
-            "Your mask is as long as before: the keys of the prefix need their places in it.": (
-                mask
-            ),
+            "Your mask is as long as before: the keys of the prefix need their places"
+            " in it.": mask,
         },
         "Your mask",
     )
@@ -177,23 +171,19 @@ def places(function) -> None:
         f"be (3, {T}).",
     )
     slips = {
-        "Your positions are not shifted: they begin at 0, but n places are taken by the prefix. They begin at n.": (
-            right - n
-        ),
-        "Your positions count the padding on the left: a row's first real token should stand at n, however much padding is before it.": (
-            along + n
-        ),
-        "Your positions are not shifted, and they count padding too: the first real token of each row stands at n.": (
-            along
-        ),
-        "Your positions are one too high: the first real token stands at n, not at n + 1.": (
-            right + 1
-        ),
-        "Your positions are one too low: the first real token stands at n, not at n - 1.": (
-            right - 1
-        ),
+        "Your positions are not shifted: they begin at 0, but n places are taken by"
+        " the prefix. They begin at n.": right - n,
+        "Your positions count the padding on the left: a row's first real token"
+        " should stand at n, however much padding is before it.": along + n,
+        "Your positions are not shifted, and they count padding too: the first real"
+        " token of each row stands at n.": along,
+        "Your positions are one too high: the first real token stands at n, not at n"
+        " + 1.": right + 1,
+        "Your positions are one too low: the first real token stands at n, not at n -"
+        " 1.": right - 1,
         "Your positions are shifted by n twice.": right + n,
-        "You take off all padding, on whichever side. Only what stands before a word moves it: padding on the right does not.": (
+        "You take off all padding, on whichever side. Only what stands before a word"
+        " moves it: padding on the right does not.": (
             along + n - (1 - mask).sum(1, keepdim=True)
         ),
     }
@@ -258,13 +248,16 @@ def prefix_attention(function) -> None:
             "Your mask is not causal: each token sees the tokens after it.": attention(
                 q, K, V, torch.ones_like(mask)
             ),
-            "Your causal mask covers the prefix too: the first token sees only the first vector of it. All of the prefix is past for everyone.": attention(
+            "Your causal mask covers the prefix too: the first token sees only the"
+            " first vector of it. All of the prefix is past for everyone.": attention(
                 q, K, V, torch.ones(T, n + T).tril().bool()
             ),
-            "Your prefix is causal, as though it began where the text begins: all of it is past for everyone.": attention(
+            "Your prefix is causal, as though it began where the text begins: all of"
+            " it is past for everyone.": attention(
                 q, K, V, torch.cat((torch.ones(T, n).tril().bool(), causal), 1)
             ),
-            "You add the prefix to the keys and values of the first tokens: it stands before them, as more keys and values.": attention(
+            "You add the prefix to the keys and values of the first tokens: it stands"
+            " before them, as more keys and values.": attention(
                 q,
                 torch.cat((k[:n] + pk, k[n:])),
                 torch.cat((v[:n] + pv, v[n:])),
@@ -274,19 +267,24 @@ def prefix_attention(function) -> None:
             "You have swapped the prefix's keys and values.": attention(
                 q, torch.cat((pv, k)), torch.cat((pk, v)), mask
             ),
-            "You add the prefix to the queries. It has no queries: it is looked at, and does not look.": attention(
+            "You add the prefix to the queries. It has no queries: it is looked at,"
+            " and does not look.": attention(
                 torch.cat((q[:n] + pk, q[n:])), k, v, causal
             ),
-            "You add two attentions, that of the text and that of the prefix, each with a softmax of its own. There is one softmax over both: the two shares sum to 1.": (
+            "You add two attentions, that of the text and that of the prefix, each"
+            " with a softmax of its own. There is one softmax over both: the two"
+            " shares sum to 1.": (
                 attention(q, k, v, causal) + attention(q, pk, pv, seen)
             ),
-            "You average two attentions. The weights are no halves: one softmax over both decides.": (
+            "You average two attentions. The weights are no halves: one softmax over"
+            " both decides.": (
                 (attention(q, k, v, causal) + attention(q, pk, pv, seen)) / 2
             ),
             "You gave the prefix queries as well and cut off the wrong end.": attention(
                 queries, K, V, square
             )[:T],
-            "Keys and values are not in the same order: the prefix is in front in one, and behind in the other.": next(
+            "Keys and values are not in the same order: the prefix is in front in"
+            " one, and behind in the other.": next(
                 (
                     wrong
                     for keys, values in (
@@ -303,7 +301,8 @@ def prefix_attention(function) -> None:
             "You divide by h: the scores are divided by its root.": attention(
                 q / h**0.5, K, V, mask
             ),
-            "You divide by the root of a number of tokens. It is the root of h, the width of a query.": next(
+            "You divide by the root of a number of tokens. It is the root of h, the"
+            " width of a query.": next(
                 (
                     wrong
                     for count in (T, n, n + T)
@@ -311,13 +310,16 @@ def prefix_attention(function) -> None:
                 ),
                 None,
             ),
-            "You set the masked scores to zero. A score of zero still gets a share, as e⁰ = 1: masked scores are -inf.": (
+            "You set the masked scores to zero. A score of zero still gets a share,"
+            " as e⁰ = 1: masked scores are -inf.": (
                 torch.softmax(q @ K.T / h**0.5 * mask, 1) @ V
             ),
-            "You mask after the softmax: the shares that are left no longer sum to 1. Mask the scores, with -inf.": (
+            "You mask after the softmax: the shares that are left no longer sum to 1."
+            " Mask the scores, with -inf.": (
                 (torch.softmax(q @ K.T / h**0.5, 1) * mask) @ V
             ),
-            "Your softmax runs over the queries: it belongs along the keys, the last dimension.": (
+            "Your softmax runs over the queries: it belongs along the keys, the last"
+            " dimension.": (
                 torch.softmax((q @ K.T / h**0.5).masked_fill(~mask, -torch.inf), 0) @ V
             ),
         },
@@ -376,17 +378,18 @@ def prefix_gate(function) -> None:
             {}
             if large
             else {
-                "That is the ratio of the prefix's mass to the text's. A share is prefix / (prefix + text).": (
+                "That is the ratio of the prefix's mass to the text's. A share is"
+                " prefix / (prefix + text).": (
                     on_prefix.exp().sum(1) / on_text.exp().sum(1)
                 ),
                 "That is the share of the text, 1 - g.": 1 - right,
-                "The text's scores are not masked: each token would see those after it.": share(
-                    on_prefix, mass(root, k)
-                ),
+                "The text's scores are not masked: each token would see those after"
+                " it.": share(on_prefix, mass(root, k)),
                 "The scores are not divided by √h.": share(
                     mass(1, pk), mass(1, k, causal)
                 ),
-                "You count keys, n / (n + those seen). The gate depends on the scores: it is a share of the softmax.": (
+                "You count keys, n / (n + those seen). The gate depends on the"
+                " scores: it is a share of the softmax.": (
                     n / (n + torch.arange(1, T + 1, dtype=torch.float64))
                 ),
                 "That is the mean over the prefix's vectors: the gate is their sum.": (
@@ -395,18 +398,21 @@ def prefix_gate(function) -> None:
                 "That is the prefix's mass, before it is divided by the whole.": (
                     on_prefix.exp().sum(1)
                 ),
-                "You leave the exp out: the softmax is made of exponentials of the scores.": (
+                "You leave the exp out: the softmax is made of exponentials of the"
+                " scores.": (
                     on_prefix.sum(1) / (on_prefix.sum(1) + mass(root, k).tril().sum(1))
                 ),
-                "That is 1 for everybody: you take the softmax over the prefix alone. It runs over prefix and text together.": torch.ones(
+                "That is 1 for everybody: you take the softmax over the prefix alone."
+                " It runs over prefix and text together.": torch.ones(
                     T, dtype=torch.float64
                 ),
-                "You set the masked scores to zero. A score of zero still gets a share, as e⁰ = 1: masked scores are -inf.": share(
+                "You set the masked scores to zero. A score of zero still gets a"
+                " share, as e⁰ = 1: masked scores are -inf.": share(
                     on_prefix, mass(root, k).tril()
                 ),
-                "You subtract from the prefix's scores their own maximum, and from the text's another: then the two no longer compare. It must be one maximum for both.": own_maximum(
-                    on_prefix, on_text
-                ),
+                "You subtract from the prefix's scores their own maximum, and from"
+                " the text's another: then the two no longer compare. It must be one"
+                " maximum for both.": own_maximum(on_prefix, on_text),
                 "You mask the prefix too: all of it is past for every token.": share(
                     on_prefix.masked_fill(~torch.ones(T, n).tril().bool(), -torch.inf),
                     on_text,
@@ -441,22 +447,20 @@ def count_virtual(function) -> None:
             )
             slips = {
                 "prompt": {
-                    "A prompt stands in the input alone: it has no part in the layers.": (
-                        layers * n * width
-                    ),
-                    "That is a prefix's count: the prompt has n vectors of the model's width, and nothing else.": (
-                        2 * layers * n * narrow
-                    ),
+                    "A prompt stands in the input alone: it has no part in the"
+                    " layers.": layers * n * width,
+                    "That is a prefix's count: the prompt has n vectors of the"
+                    " model's width, and nothing else.": 2 * layers * n * narrow,
                     "That is one vector: there are n of them.": width,
-                    "You count a key and a value for each: a prompt has neither, it is n vectors in the input.": (
-                        2 * n * width
-                    ),
+                    "You count a key and a value for each: a prompt has neither, it"
+                    " is n vectors in the input.": 2 * n * width,
                     "The prompt's vectors are as wide as the model, not as its keys.": (
                         n * narrow
                     ),
                 },
                 "prefix": {
-                    "You take keys and values to be as wide as the model. With grouped queries they are narrower: width / heads · kv_heads.": (
+                    "You take keys and values to be as wide as the model. With"
+                    " grouped queries they are narrower: width / heads · kv_heads.": (
                         2 * layers * n * width
                     ),
                     "Keys or values? A prefix has both: a factor of 2 is missing.": (
@@ -469,9 +473,8 @@ def count_virtual(function) -> None:
                     "That is one head's keys: there are kv_heads of them.": (
                         2 * layers * n * (width // heads)
                     ),
-                    "That is a prompt's count: n vectors in the input. A prefix has keys and values in every layer.": (
-                        n * width
-                    ),
+                    "That is a prompt's count: n vectors in the input. A prefix has"
+                    " keys and values in every layer.": n * width,
                 },
             }[kind]
             if got != right:

@@ -65,9 +65,8 @@ def ia3_layer(function) -> None:
         else:
             right = (y + b) * v
             mistakes = {
-                "The bias is not scaled: what is scaled is the layer's whole output, W x + b.": (
-                    y * v + b
-                ),
+                "The bias is not scaled: what is scaled is the layer's whole output,"
+                " W x + b.": y * v + b,
                 "l did nothing.": y + b,
                 "You multiply by 1 + l: l starts at one, and is the factor itself.": (
                     (y + b) * (1 + v)
@@ -150,9 +149,8 @@ def fold_ia3(function) -> None:
                 got[1],
                 b * l,
                 {
-                    "The bias is left as it was: the output is scaled, and the bias is part of the output.": (
-                        b
-                    ),
+                    "The bias is left as it was: the output is scaled, and the bias"
+                    " is part of the output.": b,
                     "You divide the bias by l.": b / l,
                 },
                 "b_new" + where,
@@ -247,21 +245,18 @@ def bias_gradient(function) -> None:
         function(g, x),
         g.sum((0, 1)),
         {
-            "That is the mean over the tokens: the loss adds up what each of them does, so sum.": g.mean(
-                (0, 1)
-            ),
+            "That is the mean over the tokens: the loss adds up what each of them"
+            " does, so sum.": g.mean((0, 1)),
             "You sum over the rows only: the tokens' dimension is left.": g.sum(0),
             "You sum over the tokens only: the rows' dimension is left.": g.sum(1),
             "You sum over everything: one number for each output is wanted.": g.sum(),
-            "You sum over the outputs: sum over the first two dimensions, rows and tokens.": g.sum(
-                -1
-            ),
+            "You sum over the outputs: sum over the first two dimensions, rows and"
+            " tokens.": g.sum(-1),
             "That is the weight's gradient: the bias's does not contain x.": (
                 torch.einsum("bto,bti->oi", g, x)
             ),
-            "The sign is wrong: the step goes down the gradient, the gradient itself does not.": -g.sum(
-                (0, 1)
-            ),
+            "The sign is wrong: the step goes down the gradient, the gradient itself"
+            " does not.": -g.sum((0, 1)),
             "You sum |grad|: signs must cancel where tokens disagree.": (
                 g.abs().sum((0, 1))
             ),
@@ -277,9 +272,8 @@ def bias_gradient(function) -> None:
             "You sum over the rows, and take the mean over the tokens: sum over both.": (
                 g.mean(1).sum(0)
             ),
-            "Right numbers, but two dimensions of size 1 are left: the bias has one dimension.": g.sum(
-                (0, 1), keepdim=True
-            ),
+            "Right numbers, but two dimensions of size 1 are left: the bias has one"
+            " dimension.": g.sum((0, 1), keepdim=True),
             "You multiply by x: a bias never sees it.": (
                 (g.sum(-1, keepdim=True) * x).sum((0, 1))
             ),
@@ -311,15 +305,13 @@ def count_ia3(function) -> None:
         )
         right = layers * (2 * kv + wide)
         slips = {
-            "With grouped queries keys and values are narrower than the model: kv_heads · head_dim.": (
-                layers * (2 * d + wide)
-            ),
+            "With grouped queries keys and values are narrower than the model:"
+            " kv_heads · head_dim.": (layers * (2 * d + wide)),
             "You count one layer.": 2 * kv + wide,
             "One of the two, keys or values, is missing.": layers * (kv + wide),
             "The feed-forward's vector is missing.": layers * 2 * kv,
-            "The feed-forward's vector scales its middle, which is `wide` long, not the model's width.": (
-                layers * (2 * kv + d)
-            ),
+            "The feed-forward's vector scales its middle, which is `wide` long, not"
+            " the model's width.": (layers * (2 * kv + d)),
             "The queries are not scaled.": layers * (2 * kv + d + wide),
             "The feed-forward has one vector, at the second matrix.": (
                 layers * (2 * kv + 2 * wide)
@@ -331,15 +323,13 @@ def count_ia3(function) -> None:
             "The values are as narrow as the keys: kv_heads of them, too.": (
                 layers * (kv + d + wide)
             ),
-            "heads // kv_heads says how many queries share a key. How many keys there are is kv_heads.": (
-                layers * (2 * (heads // kv_heads) * h + wide)
-            ),
+            "heads // kv_heads says how many queries share a key. How many keys there"
+            " are is kv_heads.": (layers * (2 * (heads // kv_heads) * h + wide)),
             "Two vectors in attention, for keys and values: you count three.": (
                 layers * (3 * kv + wide)
             ),
-            "You count the matrices: (IA)³ trains one number for each of their channels.": (
-                layers * (2 * kv * d + d * wide)
-            ),
+            "You count the matrices: (IA)³ trains one number for each of their"
+            " channels.": (layers * (2 * kv * d + d * wide)),
         }
         if got != right:
             raise Wrong(

@@ -56,15 +56,14 @@ def fuse(function) -> None:
                 "The residual is forgotten: the layer's own output y goes on too.": out(
                     residual=0 * y
                 ),
-                "You attend over the inputs: keys are made of what the experts *say*, the updates, not of y. With equal keys every expert gets the same share.": (
-                    mean
-                ),
-                "The values are y + update: take the updates alone, since y is added at the end. (In the keys it would not matter: y shifts all scores of a token alike.)": out(
-                    value=y + u
-                ),
-                "The residual is in it twice: take the shares' sum of the updates alone, and add y once.": out(
-                    residual=2 * y
-                ),
+                "You attend over the inputs: keys are made of what the experts *say*,"
+                " the updates, not of y. With equal keys every expert gets the same"
+                " share.": mean,
+                "The values are y + update: take the updates alone, since y is added"
+                " at the end. (In the keys it would not matter: y shifts all scores"
+                " of a token alike.)": out(value=y + u),
+                "The residual is in it twice: take the shares' sum of the updates"
+                " alone, and add y once.": out(residual=2 * y),
                 "You divide the scores by √d. AdapterFusion does not scale them.": out(
                     scale=d**-0.5
                 ),
@@ -74,13 +73,11 @@ def fuse(function) -> None:
                 "The values do not pass through W_v.": out(W_v=one),
                 "The keys do not pass through W_k.": out(W_k=one),
                 "The query does not pass through W_q.": out(W_q=one),
-                "Your softmax is over the tokens: each token chooses among the experts by itself.": out(
-                    over=2
-                ),
+                "Your softmax is over the tokens: each token chooses among the"
+                " experts by itself.": out(over=2),
                 "Your softmax is over the rows of the batch.": out(over=1),
-                "Query and key are swapped: the layer's output asks, the experts' updates are the keys.": out(
-                    W_q=W_k, W_k=W_q
-                ),
+                "Query and key are swapped: the layer's output asks, the experts'"
+                " updates are the keys.": out(W_q=W_k, W_k=W_q),
                 "All weights are transposed: nn.Linear computes x @ W.T.": out(
                     W_q=W_q.T, W_k=W_k.T, W_v=W_v.T
                 ),
@@ -180,7 +177,8 @@ def fusion_module(module_class) -> None:
                 right(),
                 {
                     "The residual is forgotten: y goes on too.": right() - y,
-                    "You take the plain mean of the experts: the attention is missing, or its keys are made of y, so that all are equal.": (
+                    "You take the plain mean of the experts: the attention is"
+                    " missing, or its keys are made of y, so that all are equal.": (
                         y + module.value(u).mean(0)
                     ),
                     "Only one expert is heard.": y + module.value(u)[0],
@@ -188,9 +186,8 @@ def fusion_module(module_class) -> None:
                     "You divide the scores by √d. AdapterFusion does not scale them.": (
                         right(scale=d**-0.5)
                     ),
-                    "Your softmax is over the tokens: each token chooses among the experts by itself.": right(
-                        over=2
-                    ),
+                    "Your softmax is over the tokens: each token chooses among the"
+                    " experts by itself.": right(over=2),
                     "Your softmax is over the rows of the batch.": right(over=1),
                     "Query and key are swapped: y asks, the updates are the keys.": (
                         right(swapped=True)
@@ -256,9 +253,8 @@ def fusion_penalty(function) -> None:
                 "There is a half too much or too little.": (
                     strength * off.square().sum() / 2
                 ),
-                "You take 1 from every entry: the identity has ones on the diagonal only.": (
-                    strength * (W - 1).square().sum()
-                ),
+                "You take 1 from every entry: the identity has ones on the diagonal"
+                " only.": (strength * (W - 1).square().sum()),
                 "You look at the diagonal only.": (
                     strength * off.diagonal().square().sum()
                 ),
@@ -337,12 +333,10 @@ def whom_it_hears(function) -> None:
         got,
         kept.sum((0, 1)) / mask.sum(),
         {
-            "You count the padding too: it also has an attention, which means nothing.": p.mean(
-                (0, 1)
-            ),
-            "You divide by all places, padding included: the shares should sum to one.": kept.mean(
-                (0, 1)
-            ),
+            "You count the padding too: it also has an attention, which means"
+            " nothing.": p.mean((0, 1)),
+            "You divide by all places, padding included: the shares should sum to"
+            " one.": kept.mean((0, 1)),
             "You take the mean of the rows' means: short rows would count too much.": (
                 rows.mean(0)
             ),
@@ -350,7 +344,8 @@ def whom_it_hears(function) -> None:
             "You keep the padding and drop the text.": (
                 (p * (1 - mask)[..., None]).sum((0, 1)) / (1 - mask).sum()
             ),
-            "You count how often each expert has the largest share: the mean of the shares is wanted.": (
+            "You count how often each expert has the largest share: the mean of the"
+            " shares is wanted.": (
                 (nn.functional.one_hot(p.argmax(-1), N) * mask[..., None]).sum((0, 1))
                 / mask.sum()
             ),
