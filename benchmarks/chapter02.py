@@ -75,7 +75,7 @@ def recalled(model, tokenizer, questions: int = 80) -> float:
 
 
 class Mixed:
-    """The task's batches, every fourth one replaced by the pretraining's kind of text."""
+    """The task's batches; every fourth one is the pretraining's kind of text."""
 
     def __init__(self, task, text):
         self.task, self.text = task, text

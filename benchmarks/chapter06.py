@@ -159,7 +159,7 @@ def again(*methods, seeds=SEEDS[1:], rate_of=None):
 
 
 def main(name, cases, turns, description, *, steps=STEPS, moves=False, argv=None):
-    """turns: functions that give the next (method, rate, seed)s from the runs so far."""
+    """turns: functions from the runs so far to the next (method, rate, seed)s."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

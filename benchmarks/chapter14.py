@@ -89,7 +89,7 @@ def mix(size: int) -> list:
 
 
 def learner(case: str, seed: int):
-    """The model that is to learn the mix, or, for what is free, that is used as it is."""
+    """The model that learns the mix, or, for what is free, is used as it is."""
     model = with_experts(seed) if case in ("fusion", *FREE) else None
     torch.manual_seed(seed)
     if case in SKILLS:

@@ -152,7 +152,7 @@ TEXTS = tuple(name for name, base in BASES.items() if base.layered)
 
 @dataclass(frozen=True)
 class Method:
-    """One way to adapt a model. `fields` go to our configuration and to PEFT's alike."""
+    """One way to adapt a model. `fields` are our configuration's and PEFT's alike."""
 
     name: str
     config: str  # the class's name in minipeft

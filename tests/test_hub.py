@@ -162,7 +162,8 @@ def test_memory_stays_near_one_copy(tmp_path):
 import resource, sys
 from minipeft.lm import GPT, GPTConfig, load_pretrained
 GPT(GPTConfig())
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+unit = 1 if sys.platform == "darwin" else 1024
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 before = peak()
 model = load_pretrained({str(tmp_path)!r})
 print((peak() - before) / {size})

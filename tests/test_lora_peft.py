@@ -253,8 +253,9 @@ model = prepare_model_for_kbit_training(model)
 # LoRA configuration — only these adapter matrices will be trained
 lora_config = LoraConfig(
     r=16,                      # rank of LoRA decomposition — higher = more parameters
-    lora_alpha=32,             # scaling factor (lora_alpha/r = effective learning rate scaling)
-    target_modules=["q_proj", "v_proj", "k_proj", "o_proj"],  # which attention matrices to adapt
+    lora_alpha=32,  # scaling factor (lora_alpha/r = effective learning rate scaling)
+    # which attention matrices to adapt
+    target_modules=["q_proj", "v_proj", "k_proj", "o_proj"],
     lora_dropout=0.05,
     bias="none",
     task_type="CAUSAL_LM",

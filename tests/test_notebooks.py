@@ -96,7 +96,7 @@ def test_there_are_chapters():
     assert CHAPTERS
 
 
-# ------------------------------------------------------------------------------------------------------ notebook laws
+# ------------------------------------------------------------------------ notebook laws
 
 
 def test_executed_from_top_to_bottom(chapter):
@@ -192,7 +192,7 @@ def test_links_to_files_hold(path, chapter):
             assert (path.parent / target.split("#")[0]).exists(), target
 
 
-# ------------------------------------------------------------------------------------------------------------ anatomy
+# ------------------------------------------------------------------------------ anatomy
 
 
 def test_the_first_cell_says_what_to_expect(chapter):

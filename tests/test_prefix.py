@@ -115,7 +115,7 @@ def test_zeros_stay_alike():
 
 
 def test_positions_go_on_behind_the_prefix():
-    """A prefix is read as n places: without the shift the text would stand elsewhere."""
+    """A prefix takes n places: without the shift the text would stand elsewhere."""
     base, ids = BASES["gpt2"].make(), inputs()["input_ids"]
     model = shake(get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=3)))
     shifted = torch.arange(3, 9)[None]

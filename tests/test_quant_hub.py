@@ -188,9 +188,9 @@ torch.set_num_threads(1)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def load(folder):
-    return load_pretrained(folder, quantization=dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                                     backend=sys.argv[2]))
-load(sys.argv[1] + "/small")                                           # all that is imported or made once
+    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return load_pretrained(folder, quantization=nf4 | dict(backend=sys.argv[2]))
+load(sys.argv[1] + "/small")  # all that is imported or made once
 before, seen = resident(), []
 def watch():
     while True:

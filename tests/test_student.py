@@ -56,7 +56,7 @@ def chapter(tmp_path_factory):
     return path
 
 
-# ------------------------------------------------------------------------------------------------ the student's edition
+# ---------------------------------------------------------------- the student's edition
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -199,7 +199,7 @@ def test_the_command(chapter, tmp_path, capsys):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ nbgrader
+# ----------------------------------------------------------------------------- nbgrader
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)

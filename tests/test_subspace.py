@@ -88,11 +88,15 @@ def test_memory_for_three_million_parameters():
 import torch
 from minipeft.methods.projections import Fastfood
 torch.set_num_threads(1)
-memory = lambda name: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(name))
-Fastfood(8192, 4096, torch.Generator())(torch.zeros(4096, requires_grad=True)).sum().backward()     # load all code
-open("/proc/self/clear_refs", "w").write("5")                                                       # forget the peak
+def memory(name):
+    lines = open("/proc/self/status").readlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+theta = torch.zeros(4096, requires_grad=True)
+Fastfood(8192, 4096, torch.Generator())(theta).sum().backward()  # load all code
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak
 before = memory("VmRSS:")
-P, theta = Fastfood(3_000_000, 4096, torch.Generator()), torch.zeros(4096, requires_grad=True)
+P = Fastfood(3_000_000, 4096, torch.Generator())
+theta = torch.zeros(4096, requires_grad=True)
 P(theta).sum().backward()
 print(memory("VmHWM:") - before)
 """

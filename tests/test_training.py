@@ -223,7 +223,7 @@ def test_other_settings_are_not_mixed(tmp_path):
 
 
 def test_accumulation_is_the_gradient_of_one_large_batch():
-    """Micro-batches with different numbers of labels: a mean of means would be wrong."""
+    """Micro-batches with different numbers of labels: a mean of means is wrong."""
     rows = Batches(examples(), Letters(), 4)
     small = [rows.batch(i) for i in range(2)]
     width = max(b["input_ids"].shape[1] for b in small)

@@ -58,7 +58,7 @@ def config(kind, package=minipeft, n=N, **more):
 
 
 def made(kind, base, package=minipeft, seed=0, n=N):
-    """A model with a shaken adapter; from the same seed the same one of either package."""
+    """A model with a shaken adapter, the same one of either package for a seed."""
     torch.manual_seed(seed)
     model = package.get_peft_model(BASES[base].make(), config(kind, package, n)).eval()
     torch.manual_seed(seed + 1)

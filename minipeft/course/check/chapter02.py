@@ -183,9 +183,8 @@ def adamw_step(function) -> None:
                 "The root is missing: divide by √v, not by v.": step(
                     bottom=v_hat + eps
                 ),
-                "The decay is missing: p shrinks by the factor 1 - lr · weight_decay.": step(
-                    shrink=1
-                ),
+                "The decay is missing: p shrinks by the factor 1 - lr ·"
+                " weight_decay.": step(shrink=1),
                 "The decay is not scaled by the rate: the factor is 1 - lr ·"
                 " weight_decay.": step(shrink=1 - decay),
                 "You let p shrink after the step: the decay comes first, so that it"

@@ -41,9 +41,8 @@ def wrong_norms(W, A, B, s) -> dict:
     return {
         "Your norms are those of the columns, one for each input: DoRA takes the"
         " rows, one for each output (dim=1).": ((W + s * BA).norm(dim=0)),
-        "That is the norm of the whole matrix, one number: there is one for each row.": (
-            (W + s * BA).norm()
-        ),
+        "That is the norm of the whole matrix, one number: there is one for each"
+        " row.": ((W + s * BA).norm()),
         "Those are squares: the root is missing.": (W + s * BA).norm(dim=1) ** 2,
         "Those are the norms of W, without the update s B A.": W.norm(dim=1),
         "The update has lost its scale: it is s B A, not B A.": (W + BA).norm(dim=1),
@@ -227,7 +226,7 @@ def dora_forward(function) -> None:
     "Both weights are (d_out, d_in), and a row is one output.",
 )
 def length_and_direction(function) -> None:
-    """function(new, old) -> (mean change of length, mean of 1 - cosine), over the rows."""
+    """function(new, old) -> (mean change of length, mean of 1 - cosine) of the rows."""
     for _ in range(3):
         old, *_ = draw()
         new = old + 0.5 * torch.randn_like(old)
@@ -395,7 +394,7 @@ def sweep(agree: bool) -> dict:
     " seed by seed. That is fair."
 )
 def fair_gap(function) -> None:
-    """function(runs) -> (mean of LoRA minus DoRA, do all seeds agree on who is better?)"""
+    """function(runs) -> (mean of LoRA minus DoRA, do all seeds agree who is better?)"""
     for agree in (True, False, True, False):
         losses = sweep(agree)
         runs = [

@@ -33,9 +33,8 @@ def orthogonality(function) -> None:
                 "That is the penalty of A alone: B has one too.": one,
                 "That is the penalty of B alone: A has one too.": two,
                 "The norms are squared: the penalty is not.": one**2 + two**2,
-                "You took A for lying on its side: its ROWS are orthonormal, A @ A.T.": (
-                    norm(A.T @ A - torch.eye(9, dtype=torch.float64)) + two
-                ),
+                "You took A for lying on its side: its ROWS are orthonormal, A @"
+                " A.T.": (norm(A.T @ A - torch.eye(9, dtype=torch.float64)) + two),
                 "You took B for lying on its side: its COLUMNS are orthonormal, B.T @"
                 " B.": (one + norm(B @ B.T - torch.eye(12, dtype=torch.float64))),
                 "The identity is missing: factors of length zero would be the best.": (

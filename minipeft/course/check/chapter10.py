@@ -278,9 +278,8 @@ def loftq_start(function) -> None:
                 "The sign is turned round: it is W - Q, not Q - W, that the adapter"
                 " has to add.": -best(lost, r),
                 "You have decomposed Q. What is wanted is W - Q.": best(rounded, r),
-                "You have left the singular values out: U and V alone are not enough.": (
-                    s * U[:, :r] @ V[:r]
-                ),
+                "You have left the singular values out: U and V alone are not"
+                " enough.": s * U[:, :r] @ V[:r],
                 "Each factor has the whole singular values, so the product has their"
                 " squares: a square root in each.": (
                     s * (U[:, :r] * S[:r] ** 2) @ V[:r]

@@ -201,9 +201,8 @@ def adapter_layer(layer_class) -> None:
                 ),
                 "The adapter never reaches the output.": y,
                 "You divide by the scale.": y + z / scaling,
-                "The scale misses up's bias: it multiplies all that the adapter says.": (
-                    (y + scaling * (z - up.bias) + up.bias).detach()
-                ),
+                "The scale misses up's bias: it multiplies all that the adapter"
+                " says.": ((y + scaling * (z - up.bias) + up.bias).detach()),
                 "relu comes after up: it belongs between the two, where the numbers"
                 " are few.": (y + scaling * torch.relu(down_up(x, down, up)).detach()),
                 "That is another activation: relu is asked for.": next(

@@ -128,7 +128,7 @@ def as_numbers(tensor):
     "The mask becomes (B, n + T); the positions are those of the text alone, (B, T).",
 )
 def places(function) -> None:
-    """function(mask, n) -> (mask (B, n + T), position_ids (B, T)), for a prefix of n."""
+    """function(mask, n) -> (mask (B, n + T), position_ids (B, T)); n: of the prefix."""
     n, T, _ = sizes()
     mask = torch.ones(3, T, dtype=torch.long)
     mask[0, :2], mask[1, -2:] = 0, 0

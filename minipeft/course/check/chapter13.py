@@ -223,9 +223,8 @@ def find_scales(function) -> None:
                     "Upside down: you have W / W_new.": 1 / l,
                     "The sign is lost: a scale may be negative.": l.abs(),
                     "That is the change of the scale: l itself starts at one.": l - 1,
-                    "You give the whole diagonal matrix: its diagonal is wanted.": torch.diag(
-                        l
-                    ),
+                    "You give the whole diagonal matrix: its diagonal is"
+                    " wanted.": torch.diag(l),
                 },
                 "Your l",
             )
@@ -266,12 +265,10 @@ def bias_gradient(function) -> None:
             "You listen to the last token only: the bias was added at every place.": (
                 g[:, -1].sum(0)
             ),
-            "You sum over the tokens, and take the mean over the rows: sum over both.": (
-                g.mean(0).sum(0)
-            ),
-            "You sum over the rows, and take the mean over the tokens: sum over both.": (
-                g.mean(1).sum(0)
-            ),
+            "You sum over the tokens, and take the mean over the rows: sum over"
+            " both.": (g.mean(0).sum(0)),
+            "You sum over the rows, and take the mean over the tokens: sum over"
+            " both.": (g.mean(1).sum(0)),
             "Right numbers, but two dimensions of size 1 are left: the bias has one"
             " dimension.": g.sum((0, 1), keepdim=True),
             "You multiply by x: a bias never sees it.": (

@@ -290,9 +290,8 @@ def count_fusion(function) -> None:
                 places * (2 * d * d + 2 * d)
             ),
             "The matrices are d × d, not bottlenecks.": places * 3 * d,
-            "There is no fourth matrix after the attention, as in ordinary attention.": (
-                places * (4 * d * d + 2 * d)
-            ),
+            "There is no fourth matrix after the attention, as in ordinary"
+            " attention.": (places * (4 * d * d + 2 * d)),
             "A bias of a linear layer has d numbers, not one.": (
                 places * (3 * d * d + 2)
             ),
