@@ -9,6 +9,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pooch
 import pytest
 import torch
 from test_training import Letters
@@ -20,42 +21,41 @@ from minipeft.lm.data import Batches, DataError, encode, load_data
 BODY = random.Random(0).randbytes(300_000)
 
 
-class Home(BaseHTTPRequestHandler):
+class Source(BaseHTTPRequestHandler):
     """A web server for one test; `server.plan` says what it does wrong, one entry a
     request."""
 
     def do_GET(self):
-        asked = self.headers.get("Range")
-        self.server.asked.append(asked)
+        self.server.requests += 1
         plan = self.server.plan.pop(0) if self.server.plan else "serve"
         if plan == "404":
             return self.send_error(404)
-        start = int(asked[6:-1]) if asked and plan != "no ranges" else 0
-        if start >= len(self.server.body):
-            return self.send_error(416)
-        body = self.server.body[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.body)))
         self.end_headers()
-        self.wfile.write(body[:100_000] if plan == "break" else body)
+        self.wfile.write(
+            self.server.body[:100_000] if plan == "break" else self.server.body
+        )
 
     def log_message(self, *args):
         pass
 
 
 @pytest.fixture
-def home(monkeypatch, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Home)
-    server.body, server.plan, server.asked = BODY, [], []
+def source(monkeypatch, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Source)
+    server.body, server.plan, server.requests = BODY, [], 0
     threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
     ).start()
     server.url = f"http://127.0.0.1:{server.server_port}/thing.bin"
     monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
+    # pooch waits before it tries again
+    monkeypatch.setattr(pooch.core.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(
         fetch,
-        "HOMES",
+        "SOURCES",
         {"set/thing.bin": (server.url, hashlib.sha256(BODY).hexdigest())},
     )
     server.cache = tmp_path / "cache" / "set"
@@ -68,103 +68,116 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
-def test_fetched_once(home, capsys, monkeypatch):
-    # conftest turns all bars off
-    monkeypatch.setattr(fetch, "tqdm", functools.partial(fetch.tqdm, disable=False))
-    path = fetch.fetch("set/thing.bin")
-    assert path == home.cache / "thing.bin" and path.read_bytes() == BODY
-    assert fetch.fetch("set/thing.bin") == path and home.asked == [None]
-    assert names(home.cache) == ["thing.bin"]
-    assert "thing.bin" in capsys.readouterr().err  # the progress bar
+class TestFetching:
+    def test_it_happens_once(self, source):
+        path = fetch.fetch("set/thing.bin")
+        assert path == source.cache / "thing.bin" and path.read_bytes() == BODY
+        assert fetch.fetch("set/thing.bin") == path and source.requests == 1
+        assert names(source.cache) == ["thing.bin"]
 
-
-def test_a_broken_connection_goes_on_where_it_broke(home):
-    home.plan = ["break", "break"]
-    assert fetch.fetch("set/thing.bin").read_bytes() == BODY
-    assert home.asked == [None, "bytes=100000-", "bytes=200000-"]
-
-
-def test_a_later_call_goes_on_too(home):
-    home.plan = ["break", "404", "404"]
-    with pytest.raises(DataError, match="404"):
+    def test_it_shows_its_progress(self, source, monkeypatch, capsys):
+        # conftest turns all bars off
+        bar = functools.partial(pooch.downloaders.tqdm, disable=False)
+        monkeypatch.setattr(pooch.downloaders, "tqdm", bar)
         fetch.fetch("set/thing.bin")
-    home.plan = []
-    assert names(home.cache) == ["thing.bin.part"]
-    assert (
-        fetch.fetch("set/thing.bin").read_bytes() == BODY
-        and home.asked[-1] == "bytes=100000-"
+        assert "300k/300k" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "plan", [["break"], ["404", "break"], ["break", "break"]], ids=str
     )
-    assert names(home.cache) == ["thing.bin"]
+    def test_it_tries_three_times(self, source, plan):
+        source.plan = [*plan]
+        assert fetch.fetch("set/thing.bin").read_bytes() == BODY
+        assert source.requests == len(plan) + 1
 
-
-def test_a_server_without_ranges(home):
-    home.plan = ["break", "no ranges"]
-    assert fetch.fetch("set/thing.bin").read_bytes() == BODY
-
-
-def test_stopped_between_arrival_and_renaming(home):
-    home.cache.mkdir(parents=True)
-    (home.cache / "thing.bin.part").write_bytes(BODY)
-    assert fetch.fetch("set/thing.bin").read_bytes() == BODY
-
-
-@pytest.mark.parametrize("body", [BODY[:-1] + b"?", b""])
-def test_a_wrong_hash_is_not_kept(home, body):
-    home.body = body
-    with pytest.raises(DataError, match="sha256|416"):
-        fetch.fetch("set/thing.bin")
-    assert "thing.bin" not in names(home.cache)
-    home.body = BODY
-    assert fetch.fetch("set/thing.bin").read_bytes() == BODY
-
-
-def test_a_damaged_file_in_the_cache_is_named(home):
-    home.cache.mkdir(parents=True)
-    (home.cache / "thing.bin").write_bytes(b"half")
-    with pytest.raises(DataError, match="thing.bin is not the file.*delete it"):
-        fetch.fetch("set/thing.bin")
-    assert home.asked == []
-
-
-def test_offline_says_what_to_do(home, monkeypatch):
-    monkeypatch.setattr(
-        fetch, "HOMES", {"set/thing.bin": ("http://127.0.0.1:9/thing.bin", "0" * 64)}
+    @pytest.mark.parametrize(
+        "plan, message",
+        [
+            (["404"] * 3, "the server answers 404 Not Found"),
+            (["break"] * 3, "the connection broke"),
+            (["404", "404", "break"], "the connection broke"),
+        ],
+        ids=str,
     )
-    with pytest.raises(DataError) as error:
-        fetch.fetch("set/thing.bin")
-    for part in (
-        "cannot fetch http://127.0.0.1:9/thing.bin",
-        str(home.cache / "thing.bin"),
-        "MINIPEFT_CACHE",
-        "no network",
-    ):
-        assert part in str(error.value)
+    def test_what_fails_leaves_nothing_and_can_be_repeated(self, source, plan, message):
+        source.plan = plan
+        with pytest.raises(DataError, match=message):
+            fetch.fetch("set/thing.bin")
+        assert names(source.cache) == []
+        assert fetch.fetch("set/thing.bin").read_bytes() == BODY
 
+    @pytest.mark.parametrize("body", [BODY[:-1] + b"?", b"", BODY + b"!"], ids=len)
+    def test_a_wrong_hash_is_not_kept(self, source, body):
+        source.body = body
+        with pytest.raises(DataError, match="hash"):
+            fetch.fetch("set/thing.bin")
+        assert names(source.cache) == []
+        source.body = BODY
+        assert fetch.fetch("set/thing.bin").read_bytes() == BODY
 
-@pytest.mark.parametrize("good", [True, False])
-def test_files_in_a_zip(home, monkeypatch, good):
-    files = {"a.pos": b"fine film\n", "a.neg": b"dull film\n"}
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
+    def test_a_damaged_file_in_the_cache_is_named(self, source):
+        source.cache.mkdir(parents=True)
+        (source.cache / "thing.bin").write_bytes(b"half")
+        with pytest.raises(DataError, match="thing.bin is not the file.*delete it"):
+            fetch.fetch("set/thing.bin")
+        assert source.requests == 0
+
+    def test_offline_says_what_to_do(self, source, monkeypatch):
+        monkeypatch.setattr(
+            fetch,
+            "SOURCES",
+            {"set/thing.bin": ("http://127.0.0.1:9/thing.bin", "0" * 64)},
+        )
+        with pytest.raises(DataError) as error:
+            fetch.fetch("set/thing.bin")
+        for part in (
+            "cannot fetch http://127.0.0.1:9/thing.bin: no connection",
+            str(source.cache / "thing.bin"),
+            "MINIPEFT_CACHE",
+            "no network",
+        ):
+            assert part in str(error.value)
+
+    @pytest.fixture
+    def packed(self, source, monkeypatch):
+        """Two files in a zip; (their contents, the zip's bytes)."""
+        files = {"a.pos": b"fine film\n", "a.neg": b"dull film\n"}
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(f"thing/{name}", content)
+        url = source.url.replace(".bin", ".zip")
+        hashes = {
+            f"set/{name}": (url, hashlib.sha256(content).hexdigest())
+            for name, content in files.items()
+        }
+        monkeypatch.setattr(fetch, "SOURCES", hashes)
+        return files, packed.getvalue()
+
+    def test_a_zip_gives_all_its_files_at_once(self, source, packed):
+        files, source.body = packed
         for name, content in files.items():
-            archive.writestr(f"thing/{name}", content)
-    home.body, url = (
-        packed.getvalue() if good else b"no zip at all",
-        home.url.replace(".bin", ".zip"),
-    )
-    monkeypatch.setattr(
-        fetch,
-        "HOMES",
-        {f"set/{n}": (url, hashlib.sha256(c).hexdigest()) for n, c in files.items()},
-    )
-    if good:
-        assert [fetch.fetch(f"set/{n}").read_bytes() for n in files] == list(
-            files.values()
-        ) and len(home.asked) == 1
-    else:
-        with pytest.raises(DataError, match="not a zip"):
+            assert fetch.fetch(f"set/{name}").read_bytes() == content
+        assert source.requests == 1
+        assert names(source.cache) == sorted(files)
+        assert names(source.cache.parent) == ["set"]
+
+    @pytest.mark.parametrize("what", ["junk", "cut", "without a file", "changed"])
+    def test_a_wrong_zip_leaves_nothing(self, source, packed, what):
+        files, good = packed
+        other = io.BytesIO()
+        with zipfile.ZipFile(other, "w") as archive:
+            archive.writestr("thing/a.pos", files["a.pos"])
+            if what == "changed":
+                archive.writestr("thing/a.neg", b"a fine film\n")
+        source.body = {"junk": b"not a zip at all", "cut": good[:-30]}.get(
+            what, other.getvalue()
+        )
+        message = {"without a file": "a.neg", "changed": "another set/a.neg"}
+        with pytest.raises(DataError, match=message.get(what, "is not a zip")):
             fetch.fetch("set/a.pos")
-    assert names(home.cache) == (sorted(files) if good else [])
+        assert names(source.cache) == []
+        assert names(source.cache.parent) == []
 
 
 # ---- the real sets -------------------------------------------------------------------

@@ -1,15 +1,10 @@
-"""Fetch real files from their public homes, once: resumed where it broke, checked by
-sha256, never half-written."""
+"""Real files from their public sources, fetched once: checked by sha256, never
+half-written. pooch does the work."""
 
-import hashlib
 import os
-import urllib.error
-import urllib.request
+import tempfile
 import zipfile
-from http.client import HTTPException
 from pathlib import Path
-
-from tqdm import tqdm
 
 from .hub import cache_folder
 
@@ -17,9 +12,9 @@ RAW = "https://raw.githubusercontent.com"
 E2E = f"{RAW}/tuetschek/e2e-dataset/master"
 POLARITY = f"{RAW}/nltk/nltk_data/gh-pages/packages/corpora/sentence_polarity.zip"
 SHAKESPEARE = f"{RAW}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-# file in the cache: (its home, sha256). A home that ends in .zip holds <zip's
+# file in the cache: (its source, sha256). A source that ends in .zip holds it as <zip's
 # name>/<file's name>
-HOMES = {
+SOURCES = {
     "e2e_nlg/trainset.csv": (
         f"{E2E}/trainset.csv",
         "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
@@ -48,93 +43,98 @@ HOMES = {
 
 
 class DataError(ValueError):
-    """Something is wrong with the data, and the message says what, where, and what to
-    do."""
-
-
-def sha256(content):
-    return hashlib.sha256(content).hexdigest()
-
-
-def download(url, part, tries=3):
-    """Write `url` to the file `part`; what is there already is not fetched again."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(tries):
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            request = urllib.request.Request(
-                url, headers={"Range": f"bytes={have}-"} if have else {}
-            )
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                # 200: the server sends the whole file again
-                have = have if answer.status == 206 else 0
-                length = int(answer.headers.get("Content-Length") or 0)
-                bar = tqdm(
-                    desc=Path(url).name,
-                    total=have + length or None,
-                    initial=have,
-                    unit="B",
-                    unit_scale=True,
-                )
-                with bar, open(part, "ab" if have else "wb") as file:
-                    while block := answer.read(1 << 16):
-                        file.write(block)
-                        bar.update(len(block))
-            if part.stat().st_size >= have + length:
-                return
-            reason = "the connection broke"
-        except urllib.error.HTTPError as error:
-            # nothing comes after what we have: it is whole
-            if error.code == 416 and have:
-                return
-            reason = f"the server answers {error.code} {error.reason}"
-        except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-    raise DataError(f"cannot fetch {url}: {reason}")
+    """Something is wrong with the data; the message says what, where, and what to do."""
 
 
 def fetch(name):
-    """The path of the file `name` (a key of HOMES) in the cache; if it is absent:
-    fetched, checked, put there whole."""
-    home, wanted = HOMES[name]
+    """The path of the file `name` (a key of SOURCES) in the cache folder. If it is not
+    there, it is fetched and checked first.
+
+    Raises DataError: the network or the server fails, or a hash is wrong."""
+    import pooch
+
+    source, expected = SOURCES[name]
     path = cache_folder() / name
     if path.is_file():
-        if (found := sha256(path.read_bytes())) != wanted:
+        if (found := pooch.file_hash(path)) != expected:
             raise DataError(
-                f"{path} is not the file it should be (sha256 {found}, not {wanted}):"
-                " delete it and try again"
+                f"{path} is not the file it should be (sha256 {found}, expected"
+                f" {expected}): delete it and try again"
             )
         return path
-    part = path.with_name(Path(home).name + ".part")
     try:
-        download(home, part)
-        files = {name: part.read_bytes()}
-        if home.endswith(".zip"):
-            with zipfile.ZipFile(part) as archive:
-                files = {
-                    key: archive.read(f"{Path(home).stem}/{Path(key).name}")
-                    for key, (url, _) in HOMES.items()
-                    if url == home
-                }
-        for key, content in files.items():
-            if (found := sha256(content)) != HOMES[key][1]:
-                part.unlink()
-                raise DataError(
-                    f"{home} does not hold the {key} that is expected (sha256 {found},"
-                    f" not {HOMES[key][1]}): changed there or on the way. It was not"
-                    " kept"
-                )
-        for key, content in files.items():
-            beside = path.with_name(Path(key).name + ".tmp")
-            beside.write_bytes(content)
-            os.replace(beside, path.with_name(Path(key).name))
-        part.unlink()
-    except (DataError, OSError, zipfile.BadZipFile, KeyError) as error:
-        if isinstance(error, (zipfile.BadZipFile, KeyError)):
-            part.unlink()
+        if source.endswith(".zip"):
+            fetch_zip(source)
+        else:
+            download(source, expected, path)
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise DataError(
-            f"{error}\nTo go on: try again (what has arrived is kept); or get the file"
-            f" elsewhere and save it as\n  {path}\nor set MINIPEFT_CACHE to a folder"
-            f" that holds {name}. Lanternwick's own tasks need no network."
+            f"cannot fetch {source}: {reason(error)}\nWhat to do: try again; or get the"
+            f" file elsewhere and save it as\n  {path}\nor set MINIPEFT_CACHE to a"
+            f" folder that holds {name}. Lanternwick's own tasks need no network."
         ) from error
     return path
+
+
+def download(url, sha256, path, processor=None):
+    """Write `url` to `path` once it is whole and has this hash (None: any); two more
+    tries if that fails."""
+    import pooch
+
+    pooch.get_logger().setLevel("WARNING")
+    files = pooch.create(
+        path.parent,
+        base_url="",
+        registry={path.name: sha256},
+        urls={path.name: url},
+        retry_if_failed=2,
+    )
+    downloader = pooch.HTTPDownloader(progressbar=True, timeout=30)
+    return files.fetch(path.name, processor=processor, downloader=downloader)
+
+
+def fetch_zip(source):
+    """Fetch a zip file and put every file of SOURCES that it holds into the cache."""
+    import pooch
+
+    names = [name for name, (url, _) in SOURCES.items() if url == source]
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        folder = Path(folder)
+        unpacked = {
+            name: folder / Path(source).stem / Path(name).name for name in names
+        }
+        unzip = pooch.Unzip(
+            members=[file.relative_to(folder).as_posix() for file in unpacked.values()],
+            extract_dir=".",
+        )
+        download(source, None, folder / Path(source).name, unzip)
+        for name, file in unpacked.items():
+            found, expected = pooch.file_hash(file), SOURCES[name][1]
+            if found != expected:
+                raise ValueError(
+                    f"it holds another {name}, changed there or on the way (sha256"
+                    f" {found}, expected {expected})"
+                )
+        for name, file in unpacked.items():
+            path = cache_folder() / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, path)
+
+
+# requests' errors, which pooch passes on
+REASONS = {
+    "BadZipFile": "it is not a zip file",
+    "ChunkedEncodingError": "the connection broke",
+    "ConnectionError": "no connection to the server",
+    "ConnectTimeout": "the server does not answer",
+    "ReadTimeout": "the server does not answer",
+}
+
+
+def reason(error):
+    """Why a download failed, in a few words."""
+    answer = getattr(error, "response", None)
+    if answer is not None:
+        return f"the server answers {answer.status_code} {answer.reason}"
+    return REASONS.get(type(error).__name__) or " ".join(str(error).split())
