@@ -579,24 +579,33 @@ def merge(args):
 
 
 def student(args):
-    from .course.student import write
+    from .course.student import write_all
 
-    home = Path(__file__).parents[1] / "chapters"
     free_folder(args.out)
-    chapters = (
-        sorted(home.glob("*.ipynb"))
-        if args.all
-        else [Path(name) for name in args.chapters]
-    )
-    if not chapters:
-        raise UserError(
-            f"no chapters in {home}" if args.all else "name a chapter, or say --all"
-        )
-    made = [str(write(path, args.out, args.nbgrader, args.force)) for path in chapters]
+    made = write_all(chapters(args), args.out, args.nbgrader, args.force)
     print(*made, sep="\n")
     if args.nbgrader:
-        print(f"now: cd {args.out} && nbgrader generate_assignment {chapters[0].stem}")
-    return {"made": made}, 0
+        print(f"now: cd {args.out} && nbgrader generate_assignment {made[0].stem}")
+    return {"made": [str(path) for path in made]}, 0
+
+
+def chapters(args):
+    """The notebooks that `minipeft student` is to make editions of."""
+    if args.all and args.chapters:
+        raise UserError(
+            f"--all takes every chapter: leave out {', '.join(args.chapters)}, or --all"
+        )
+    if not args.all and not args.chapters:
+        raise UserError("name a chapter, or say --all")
+    if not args.all:
+        return [Path(name) for name in args.chapters]
+    home = Path(__file__).parents[1] / "chapters"
+    if not (found := sorted(home.glob("*.ipynb"))):
+        raise UserError(
+            "--all: the chapters are in minipeft's repository, not in the installed"
+            " package. Get the repository, or name the notebooks"
+        )
+    return found
 
 
 def doctor(args):

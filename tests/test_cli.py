@@ -378,7 +378,7 @@ def test_what_is_no_notebook_has_no_students_edition(text, tmp_path, capsys):
     )
     assert (
         code == 1
-        and "a.ipynb is no notebook" in err
+        and "a.ipynb is not a notebook" in err
         and not (tmp_path / "out").exists()
     )
 

@@ -3,6 +3,7 @@ untouched and half-wrong work rightly."""
 
 import copy
 import csv
+import json
 import os
 import re
 import subprocess
@@ -14,14 +15,15 @@ import pytest
 
 from minipeft.cli import main
 from minipeft.course.student import (
-    SOLUTION,
     StudentError,
     exercises,
     nbgrader_source,
     student_edition,
     write,
+    write_all,
 )
 
+SOLUTION = re.compile(r"^### BEGIN SOLUTION\n(.*?)\n### END SOLUTION$", re.M | re.S)
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 LORA = ROOT / "chapters" / "04_lora.ipynb"
@@ -33,6 +35,15 @@ HIDDEN = (
 
 def read(path):
     return nbformat.read(path, as_version=4)
+
+
+def changed(chapter, folder, change):
+    """A copy of the chapter in `folder`, after change(its exercises, the notebook)."""
+    notebook = read(chapter)
+    change(exercises(notebook), notebook)
+    path = folder / chapter.name
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -56,174 +67,361 @@ def chapter(tmp_path_factory):
     return path
 
 
-# ---------------------------------------------------------------- the student's edition
+class TestStudentsEdition:
+    """All chapters: the answers are gone, and nothing else."""
 
-
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_nothing_but_the_answers_is_gone(path, tmp_path):
-    full, mine = read(path), read(write(path, tmp_path / "mine"))
-    text = "\n".join(cell.source for cell in mine.cells)
-    assert "BEGIN SOLUTION" not in text and "BEGIN HIDDEN" not in text
-    assert not any(
-        cell.outputs or cell.execution_count
-        for cell in mine.cells
-        if cell.cell_type == "code"
-    )
-    for name, cells in exercises(full).items():
-        left = exercises(mine)[name]
-        assert list(left) == ["question", "stub", "check", "hint"]
-        for role in ("question", "check", "hint"):
-            assert left[role].source == cells[role].source
-        title = re.search(r"^### (.+)$", cells["question"].source, re.M)[1]
-        assert title.split(":")[0] in left["stub"].source, (
-            "the stub does not say which exercise it is"
+    @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+    def test_nothing_but_the_answers_is_gone(self, path, tmp_path):
+        full, mine = read(path), read(write(path, tmp_path / "mine"))
+        text = "\n".join(cell.source for cell in mine.cells)
+        assert "BEGIN SOLUTION" not in text and "BEGIN HIDDEN" not in text
+        assert not any(
+            cell.outputs or cell.execution_count
+            for cell in mine.cells
+            if cell.cell_type == "code"
         )
-        assert ('raise NotImplementedError("' in left["stub"].source) == (
-            "raise NotImplementedError" in cells["stub"].source
-        )
-        compile(left["stub"].source, name, "exec")
-        answer = SOLUTION.search(cells["solution"].source)[1]
-        assert answer not in text
-    kept = [
-        cell.source
-        for cell in full.cells
-        if "exercise" not in cell.metadata.get("minipeft", {})
-    ]
-    there = [
-        cell.source
-        for cell in mine.cells
-        if "exercise" not in cell.metadata.get("minipeft", {})
-    ]
-    assert len(kept) == len(there)
-
-
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_it_finds_its_files_wherever_it_lies(path, tmp_path):
-    folder = tmp_path / "somewhere" / "else"
-    mine = read(write(path, folder))
-    for cell in mine.cells:
-        if cell.cell_type == "code":
-            # what may be absent stays as it is
-            outside = re.findall(r"[\"'](\.\.(?:/[\w./-]*)?)[\"']", cell.source)
-            assert not any((path.parent / name).exists() for name in outside), (
-                cell.source
+        for name, cells in exercises(full).items():
+            left = exercises(mine)[name]
+            assert list(left) == ["question", "stub", "check", "hint"]
+            for role in ("question", "check", "hint"):
+                assert left[role].source == cells[role].source
+            title = re.search(r"^### (.+)$", cells["question"].source, re.M)[1]
+            assert title.split(":")[0] in left["stub"].source, (
+                "the stub does not say which exercise it is"
             )
-            for name in re.findall(r"[\"'](files/[\w./-]+)[\"']", cell.source):
-                assert (folder / name).is_file()
-        else:
-            for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+)\)", cell.source):
-                assert (folder / target).is_file() or target.endswith(".ipynb"), target
+            assert ('raise NotImplementedError("' in left["stub"].source) == (
+                "raise NotImplementedError" in cells["stub"].source
+            )
+            compile(left["stub"].source, name, "exec")
+            answer = SOLUTION.search(cells["solution"].source)[1]
+            assert answer not in text
+        kept = [
+            cell.source
+            for cell in full.cells
+            if "exercise" not in cell.metadata.get("minipeft", {})
+        ]
+        there = [
+            cell.source
+            for cell in mine.cells
+            if "exercise" not in cell.metadata.get("minipeft", {})
+        ]
+        assert len(kept) == len(there)
 
+    @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+    def test_it_finds_its_files_wherever_it_lies(self, path, tmp_path):
+        folder = tmp_path / "somewhere" / "else"
+        mine = read(write(path, folder))
+        for cell in mine.cells:
+            if cell.cell_type == "code":
+                # what may be absent stays as it is
+                outside = re.findall(r"[\"'](\.\.(?:/[\w./-]*)?)[\"']", cell.source)
+                assert not any((path.parent / name).exists() for name in outside), (
+                    cell.source
+                )
+                for name in re.findall(r"[\"'](files/[\w./-]+)[\"']", cell.source):
+                    assert (folder / name).is_file()
+            else:
+                for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+)\)", cell.source):
+                    assert (folder / target).is_file() or target.endswith(".ipynb"), (
+                        target
+                    )
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_the_exercises_can_be_worked_after_the_first_cell(path):
-    """The stubs of the student's edition are refused, the solutions in their place
-    accepted."""
-    full = read(path)
-    scope, mine = {}, exercises(student_edition(full))
-    exec(next(cell.source for cell in full.cells if cell.cell_type == "code"), scope)
-    for name, cells in exercises(full).items():
-        call = re.search(r"check\.\w+\(.*\)", mine[name]["check"].source)[0]
-        for source, right in (
-            (mine[name]["stub"].source, False),
-            (SOLUTION.search(cells["solution"].source)[1], True),
+    @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+    def test_the_exercises_can_be_worked_after_the_first_cell(self, path):
+        """The stubs of the student's edition are refused, the solutions in their place
+        accepted."""
+        full = read(path)
+        scope, mine = {}, exercises(student_edition(full))
+        exec(
+            next(cell.source for cell in full.cells if cell.cell_type == "code"), scope
+        )
+        for name, cells in exercises(full).items():
+            call = re.search(r"check\.\w+\(.*\)", mine[name]["check"].source)[0]
+            for source, right in (
+                (mine[name]["stub"].source, False),
+                (SOLUTION.search(cells["solution"].source)[1], True),
+            ):
+                exec(source, scope)
+                verdict = eval(call, scope)
+                assert bool(verdict) == right, (name, str(verdict))
+
+    def test_stubs_say_what_to_do_when_they_are_called(self):
+        stub = exercises(student_edition(read(LORA)))["lora_delta"]["stub"].source
+        scope = {}
+        exec(stub, scope)
+        with pytest.raises(
+            NotImplementedError,
+            match="Exercise 1: the update. Write your answer here, then run the check",
         ):
-            exec(source, scope)
-            verdict = eval(call, scope)
-            assert bool(verdict) == right, (name, str(verdict))
+            scope["lora_delta"](1, 2, 3, 4)
 
 
-def test_stubs_say_what_to_do_when_they_are_called():
-    stub = exercises(student_edition(read(LORA)))["lora_delta"]["stub"].source
-    scope = {}
-    exec(stub, scope)
-    with pytest.raises(
-        NotImplementedError,
-        match="Exercise 1: the update. Write your answer here, then run the check",
-    ):
-        scope["lora_delta"](1, 2, 3, 4)
+class TestWriting:
+    """What stands in the way is never overwritten, and nothing is half-written."""
 
-
-def test_the_chapter_itself_is_left_alone(chapter, tmp_path):
-    before, notebook = chapter.read_bytes(), read(chapter)
-    as_it_was = copy.deepcopy(notebook)
-    student_edition(notebook), nbgrader_source(notebook)
-    assert notebook == as_it_was
-    write(chapter, tmp_path)
-    with pytest.raises(StudentError, match="perhaps with somebody's work: --force"):
+    def test_the_chapter_itself_is_left_alone(self, chapter, tmp_path):
+        before, notebook = chapter.read_bytes(), read(chapter)
+        as_it_was = copy.deepcopy(notebook)
+        student_edition(notebook), nbgrader_source(notebook)
+        assert notebook == as_it_was
         write(chapter, tmp_path)
-    write(chapter, tmp_path, force=True)
-    with pytest.raises(StudentError, match="is the chapter itself"):
-        write(chapter, chapter.parent, force=True)
-    assert chapter.read_bytes() == before
+        with pytest.raises(StudentError, match="perhaps with somebody's work: --force"):
+            write(chapter, tmp_path)
+        write(chapter, tmp_path, force=True)
+        with pytest.raises(StudentError, match="is the chapter itself"):
+            write(chapter, chapter.parent, force=True)
+        assert chapter.read_bytes() == before
+
+    @pytest.mark.parametrize("nbgrader", [False, True])
+    def test_one_that_cannot_be_written_stops_all(self, chapter, tmp_path, nbgrader):
+        first = changed(chapter, tmp_path, lambda cells, notebook: None)
+        first = first.rename(tmp_path / "03_first.ipynb")
+        out = tmp_path / "out"
+        there = write(chapter, out, nbgrader)
+        before = there.read_bytes()
+        with pytest.raises(StudentError, match="perhaps with somebody's work"):
+            write_all([first, chapter], out, nbgrader)
+        assert len([*out.rglob("*.ipynb")]) == 1 and there.read_bytes() == before
+        write_all([first, chapter], out, nbgrader, force=True)
+        assert len([*out.rglob("*.ipynb")]) == 2
+
+    def test_two_of_one_name_would_be_one(self, chapter, tmp_path):
+        other = changed(chapter, tmp_path, lambda cells, notebook: None)
+        with pytest.raises(StudentError, match="two chapters would become"):
+            write_all([chapter, other], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_chapter_is_refused(chapter, tmp_path):
-    with pytest.raises(StudentError, match="no such notebook"):
-        write(tmp_path / "none.ipynb", tmp_path)
-    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "empty.ipynb")
-    with pytest.raises(StudentError, match="has no exercises"):
-        write(tmp_path / "empty.ipynb", tmp_path / "out")
-    stripped = write(chapter, tmp_path / "once")
-    with pytest.raises(StudentError, match="is it a student's edition already"):
-        write(stripped, tmp_path / "twice")
-    notebook = read(chapter)
-    notebook.cells.append(
-        nbformat.v4.new_code_cell("### BEGIN SOLUTION\n1\n### END SOLUTION")
+class TestRefusals:
+    """No solution and no hidden test survives, however it is marked."""
+
+    def test_what_is_no_chapter_is_refused(self, chapter, tmp_path):
+        with pytest.raises(StudentError, match="no such notebook"):
+            write(tmp_path / "none.ipynb", tmp_path)
+        nbformat.write(nbformat.v4.new_notebook(), tmp_path / "empty.ipynb")
+        with pytest.raises(StudentError, match="has no exercises"):
+            write(tmp_path / "empty.ipynb", tmp_path / "out")
+        stripped = write(chapter, tmp_path / "once")
+        with pytest.raises(StudentError, match="is it a student's edition already"):
+            write(stripped, tmp_path / "twice")
+        notebook = read(chapter)
+        notebook.cells.append(
+            nbformat.v4.new_code_cell("### BEGIN SOLUTION\n1\n### END SOLUTION")
+        )
+        with pytest.raises(StudentError, match="outside an exercise"):
+            student_edition(notebook)
+
+    @pytest.mark.parametrize("kind", ["code", "markdown", "raw"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "### BEGIN SOLUTION\n42\n### END SOLUTION",
+            "def f():\n    ### BEGIN SOLUTION\n    return 42\n    ### END SOLUTION",
+            "### BEGIN SOLUTION\n42",
+            "### BEGIN SOLUTION\r\n42\r\n### END SOLUTION\r\n",
+            "### BEGIN SOLUTION   \n42\n### END SOLUTION\t",
+            "#BEGIN SOLUTION\n42\n#END SOLUTION",
+            "# BEGIN_SOLUTION\n42\n# END_SOLUTION",
+            "## begin solution\n42\n## end solution",
+            "<!-- BEGIN SOLUTION -->\n42\n<!-- END SOLUTION -->",
+            "> ### BEGIN  SOLUTION\n> 42\n> ### END  SOLUTION",
+            "42\n### END SOLUTION",
+        ],
     )
-    with pytest.raises(StudentError, match="outside an exercise"):
-        student_edition(notebook)
+    def test_a_solution_elsewhere(self, chapter, tmp_path, text, kind):
+        cell = getattr(nbformat.v4, f"new_{kind}_cell")(text)
+        path = changed(chapter, tmp_path, lambda cells, nb: nb.cells.append(cell))
+        for nbgrader in (False, True):
+            with pytest.raises(StudentError, match="outside an exercise"):
+                write(path, tmp_path / "out", nbgrader)
+        assert not (tmp_path / "out").exists()
 
-
-def test_the_command(chapter, tmp_path, capsys):
-    assert main(["student", str(chapter), "--out", str(tmp_path / "one")]) == 0
-    assert (tmp_path / "one" / chapter.name).is_file()
-    assert main(["student", "--all", "--out", str(tmp_path / "all")]) == 0
-    assert sorted(path.name for path in (tmp_path / "all").glob("*.ipynb")) == [
-        path.name for path in CHAPTERS
-    ]
-    assert (
-        main(["student", str(chapter), "--nbgrader", "--out", str(tmp_path / "course")])
-        == 0
+    @pytest.mark.parametrize(
+        "text, message",
+        [
+            ("### BEGIN HIDDEN TESTS\nassert secret", "No end hidden tests"),
+            ("    ### BEGIN HIDDEN TESTS  \nassert secret", "No end hidden tests"),
+            ("### BEGIN HIDDEN TEST\nassert secret\n### END HIDDEN TEST", "be left"),
+            ("# begin hidden tests\nassert secret\n# end hidden tests", "be left"),
+            ("assert secret\n### END HIDDEN TESTS #", None),
+            (HIDDEN + HIDDEN.split("\n### END")[0], "No end hidden tests"),
+            ("### BEGIN HIDDEN TESTS\n### BEGIN HIDDEN TESTS\n1", "nested"),
+        ],
     )
-    assert (tmp_path / "course" / "nbgrader_config.py").is_file()
-    assert (
-        main(["student", "--out", str(tmp_path)]) == 1
-        and main(["student", "no.ipynb", "--out", str(tmp_path)]) == 1
+    def test_a_hidden_test_without_its_end(self, chapter, tmp_path, text, message):
+        def change(cells, notebook):
+            cells["lora_delta"]["check"].source += f"\n{text}"
+
+        path = changed(chapter, tmp_path, change)
+        if message is None:  # nbgrader takes the lone end away
+            text = str(read(write(path, tmp_path / "out")))
+            assert "HIDDEN" not in text
+            return
+        with pytest.raises(StudentError, match=message):
+            write(path, tmp_path / "out")
+        with pytest.raises(StudentError, match=message):
+            write(path, tmp_path / "out", nbgrader=True)
+
+    @pytest.mark.parametrize(
+        "old, new",
+        [
+            ("### BEGIN SOLUTION", "# the answer"),
+            ("### END SOLUTION", ""),
+            ("### BEGIN SOLUTION", "    ### BEGIN SOLUTION"),
+            ("### END SOLUTION", "### END SOLUTION\n### END SOLUTION"),
+            ("### BEGIN SOLUTION", "### END SOLUTION\n### BEGIN SOLUTION"),
+        ],
     )
-    out, err = capsys.readouterr()
-    assert (
-        "nbgrader generate_assignment 04_lora" in out
-        and "name a chapter" in err
-        and "no such notebook" in err
+    def test_a_solution_without_its_markers(self, chapter, tmp_path, old, new):
+        def change(cells, notebook):
+            solution = cells["lora_delta"]["solution"]
+            solution.source = solution.source.replace(old, new)
+
+        path = changed(chapter, tmp_path, change)
+        with pytest.raises(StudentError, match="exercise 'lora_delta' must stand"):
+            write(path, tmp_path / "out")
+
+    @pytest.mark.parametrize("ending", ["\r\n", "\r", " \n", "\t\n"])
+    def test_a_solution_with_other_line_ends(self, chapter, tmp_path, ending):
+        def change(cells, notebook):
+            for cell in notebook.cells:
+                cell.source = cell.source.replace("\n", ending)
+
+        text = str(read(write(changed(chapter, tmp_path, change), tmp_path / "out")))
+        assert "SOLUTION" not in text and "HIDDEN" not in text
+        for cells in exercises(read(chapter)).values():
+            assert SOLUTION.search(cells["solution"].source)[1] not in text
+
+    @pytest.mark.parametrize(
+        "metadata",
+        [
+            5,
+            [],
+            "lora_delta",
+            {"exercise": 5, "role": "stub"},
+            {"exercise": ["lora_delta"], "role": "stub"},
+            {"exercise": "lora_delta"},
+            {"exercise": "lora_delta", "role": "Solution"},
+            {"exercise": "lora_delta", "role": None},
+            {"role": "solution"},
+        ],
     )
+    def test_odd_metadata_names_its_cell(self, chapter, tmp_path, metadata):
+        def change(cells, notebook):
+            notebook.cells[3].metadata["minipeft"] = metadata
 
+        path = changed(chapter, tmp_path, change)
+        with pytest.raises(StudentError, match="cell 4 has the metadata .*expected an"):
+            write(path, tmp_path / "out")
 
-# ----------------------------------------------------------------------------- nbgrader
+    def test_a_question_without_a_heading(self, chapter, tmp_path):
+        def change(cells, notebook):
+            cells["lora_delta"]["question"].source = 'Write "it".'
 
+        mine = read(write(changed(chapter, tmp_path, change), tmp_path / "out"))
+        stub = exercises(mine)["lora_delta"]["stub"].source
+        compile(stub, "stub", "exec")
+        assert 'NotImplementedError("lora_delta. Write your answer here' in stub
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_nbgrader_takes_every_chapters_cells(path):
-    from nbgrader.nbgraderformat import MetadataValidator
-
-    source = nbgrader_source(read(path))
-    nbformat.validate(source)
-    MetadataValidator().validate_nb(source)
-    marks = [
-        cell.metadata["nbgrader"]
-        for cell in source.cells
-        if "nbgrader" in cell.metadata
-    ]
-    assert len({each["grade_id"] for each in marks}) == len(marks)
-    assert all(each["points"] > 0 and each["locked"] for each in marks if each["grade"])
-    assert (
-        sum(each["solution"] for each in marks)
-        == sum(each["grade"] for each in marks)
-        == len(exercises(read(path)))
+    @pytest.mark.parametrize(
+        "heading", ['### What is "r"?', r"### $\alpha\nu$", "### \\"]
     )
-    for cell in source.cells:
-        if cell.metadata.get("nbgrader", {}).get("grade"):
-            assert "assert verdict, verdict" in cell.source
+    def test_any_heading_gives_a_stub_that_runs(self, chapter, tmp_path, heading):
+        def change(cells, notebook):
+            cells["lora_delta"]["question"].source = heading
+
+        mine = read(write(changed(chapter, tmp_path, change), tmp_path / "out"))
+        compile(exercises(mine)["lora_delta"]["stub"].source, "stub", "exec")
+
+    @pytest.mark.parametrize("points", [None, "2", -1, True, float("nan"), [1]])
+    def test_points_that_are_none(self, chapter, tmp_path, points):
+        def change(cells, notebook):
+            metadata = cells["lora_delta"]["check"].metadata["minipeft"]
+            del metadata["points"]
+            if points is not None:
+                metadata["points"] = points
+
+        path = changed(chapter, tmp_path, change)
+        write(path, tmp_path / "out")  # only nbgrader needs them
+        with pytest.raises(StudentError, match="'lora_delta' has points = "):
+            write(path, tmp_path / "course", nbgrader=True)
+        assert not (tmp_path / "course").exists()
+
+    def test_without_nbgrader_it_says_how_to_install_it(
+        self, chapter, tmp_path, monkeypatch
+    ):
+        monkeypatch.setitem(sys.modules, "nbgrader.preprocessors", None)
+        with pytest.raises(StudentError, match=r"pip install 'minipeft\[teach\]'"):
+            write(chapter, tmp_path / "out")
+
+
+class TestFilesTakenAlong:
+    """What a chapter links to is copied, and nothing else."""
+
+    def test_nothing_outside_the_course(self, chapter, tmp_path, capsys):
+        course = tmp_path / "course"
+        (course / "chapters").mkdir(parents=True)
+        (course / "pyproject.toml").touch()
+        for name in ("secret.txt", "course/data.json", "course/chapters/a.png"):
+            (tmp_path / name).write_text(name)
+        (course / "chapters" / "link.txt").symlink_to(tmp_path / "secret.txt")
+        prose = nbformat.v4.new_markdown_cell(
+            f"[a](a.png) [b](../../secret.txt) [c]({tmp_path}/secret.txt) [d](link.txt)"
+            " [e](b/../../data.json)"
+        )
+        code = nbformat.v4.new_code_cell(
+            'open("../data.json"), open("../../secret.txt")'
+        )
+        (course / "chapters" / "b").mkdir()
+
+        def change(cells, notebook):
+            notebook.cells += [prose, code]
+
+        path = changed(chapter, course / "chapters", change)
+        out = tmp_path / "out"
+        written = read(write(path, out))
+        files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+        assert files == {"04_lora.ipynb", "a.png", "files/data.json"}
+        assert written.cells[-1].source == (
+            'open("files/data.json"), open("../../secret.txt")'
+        )
+        assert "[e](files/data.json)" in written.cells[-2].source
+        assert capsys.readouterr().out.count("outside the course: not copied") == 4
+
+
+class TestCommand:
+    def test_the_command(self, chapter, tmp_path, capsys):
+        assert main(["student", str(chapter), "--out", str(tmp_path / "one")]) == 0
+        assert (tmp_path / "one" / chapter.name).is_file()
+        assert main(["student", "--all", "--out", str(tmp_path / "all")]) == 0
+        assert sorted(path.name for path in (tmp_path / "all").glob("*.ipynb")) == [
+            path.name for path in CHAPTERS
+        ]
+        assert (
+            main(
+                [
+                    "student",
+                    str(chapter),
+                    "--nbgrader",
+                    "--out",
+                    str(tmp_path / "course"),
+                ]
+            )
+            == 0
+        )
+        assert (tmp_path / "course" / "nbgrader_config.py").is_file()
+        assert main(["student", "--all", "nope.ipynb", "--out", str(tmp_path)]) == 1
+        assert (
+            main(["student", "--out", str(tmp_path)]) == 1
+            and main(["student", "no.ipynb", "--out", str(tmp_path)]) == 1
+        )
+        out, err = capsys.readouterr()
+        assert (
+            "nbgrader generate_assignment 04_lora" in out
+            and "name a chapter" in err
+            and "--all takes every chapter" in err
+            and "no such notebook" in err
+        )
 
 
 def nbgrader(course, *argv):
@@ -253,50 +451,82 @@ def hand_in(course, student, answers):
     nbformat.write(notebook, folder / "04_lora.ipynb")
 
 
-def test_nbgrader_marks_as_it_should(chapter, tmp_path):
-    course = tmp_path / "course"
-    write(chapter, course, nbgrader=True)
-    nbgrader(course, "generate_assignment", "04_lora")
-    released = read(course / "release" / "04_lora" / "04_lora.ipynb")
-    text = "\n".join(cell.source for cell in released.cells)
-    right = {
-        name: SOLUTION.search(cells["solution"].source)[1]
-        for name, cells in exercises(read(chapter)).items()
-    }
-    assert not any(answer in text for answer in right.values()) and "hidden" not in text
-    assert text.count('raise NotImplementedError("Exercise') >= 5
-    hand_in(course, "solved", right)
-    hand_in(course, "untouched", {})
-    hand_in(
-        course,
-        "nearly",
-        right
-        | {"lora_delta": "def lora_delta(A, B, alpha, r):\n    return alpha * B @ A"},
-    )
-    nbgrader(course, "autograde", "04_lora")
-    nbgrader(course, "export", "--to", "grades.csv")
-    with open(course / "grades.csv", newline="") as file:
-        score = {
-            row["student_id"]: (float(row["score"]), float(row["max_score"]))
-            for row in csv.DictReader(file)
-        }
-    points = {
-        name: cells["check"].metadata["minipeft"]["points"]
-        for name, cells in exercises(read(chapter)).items()
-    }
-    full = sum(points.values())
-    assert score == {
-        "solved": (full, full),
-        "untouched": (0, full),
-        "nearly": (full - points["lora_delta"], full),
-    }
-    marked = read(course / "autograded" / "nearly" / "04_lora" / "04_lora.ipynb")
-    said = str(
-        [
-            cell.outputs
-            for cell in marked.cells
-            if cell.metadata.get("nbgrader", {}).get("grade_id") == "lora_delta-check"
+class TestNbgrader:
+    @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+    def test_nbgrader_takes_every_chapters_cells(self, path):
+        from nbgrader.nbgraderformat import MetadataValidator
+
+        source = nbgrader_source(read(path))
+        nbformat.validate(source)
+        MetadataValidator().validate_nb(source)
+        marks = [
+            cell.metadata["nbgrader"]
+            for cell in source.cells
+            if "nbgrader" in cell.metadata
         ]
-    )
-    # the student sees the check's message, not a bare assertion
-    assert "forget to divide by r" in said
+        assert len({each["grade_id"] for each in marks}) == len(marks)
+        assert all(
+            each["points"] > 0 and each["locked"] for each in marks if each["grade"]
+        )
+        assert (
+            sum(each["solution"] for each in marks)
+            == sum(each["grade"] for each in marks)
+            == len(exercises(read(path)))
+        )
+        for cell in source.cells:
+            if cell.metadata.get("nbgrader", {}).get("grade"):
+                assert "assert verdict, verdict" in cell.source
+
+    def test_nbgrader_marks_as_it_should(self, chapter, tmp_path):
+        course = tmp_path / "course"
+        write(chapter, course, nbgrader=True)
+        nbgrader(course, "generate_assignment", "04_lora")
+        released = read(course / "release" / "04_lora" / "04_lora.ipynb")
+        text = "\n".join(cell.source for cell in released.cells)
+        right = {
+            name: SOLUTION.search(cells["solution"].source)[1]
+            for name, cells in exercises(read(chapter)).items()
+        }
+        assert (
+            not any(answer in text for answer in right.values())
+            and "hidden" not in text
+        )
+        assert text.count('raise NotImplementedError("Exercise') >= 5
+        hand_in(course, "solved", right)
+        hand_in(course, "untouched", {})
+        hand_in(
+            course,
+            "nearly",
+            right
+            | {
+                "lora_delta": "def lora_delta(A, B, alpha, r):\n    return alpha * B @ A"
+            },
+        )
+        nbgrader(course, "autograde", "04_lora")
+        nbgrader(course, "export", "--to", "grades.csv")
+        with open(course / "grades.csv", newline="") as file:
+            score = {
+                row["student_id"]: (float(row["score"]), float(row["max_score"]))
+                for row in csv.DictReader(file)
+            }
+        points = {
+            name: cells["check"].metadata["minipeft"]["points"]
+            for name, cells in exercises(read(chapter)).items()
+        }
+        full = sum(points.values())
+        assert score == {
+            "solved": (full, full),
+            "untouched": (0, full),
+            "nearly": (full - points["lora_delta"], full),
+        }
+        marked = read(course / "autograded" / "nearly" / "04_lora" / "04_lora.ipynb")
+        said = str(
+            [
+                cell.outputs
+                for cell in marked.cells
+                if cell.metadata.get("nbgrader", {}).get("grade_id")
+                == "lora_delta-check"
+            ]
+        )
+        # the student sees the check's message, not a bare assertion
+        assert "forget to divide by r" in said
