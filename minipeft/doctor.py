@@ -7,67 +7,91 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
+import tomllib
+from pathlib import Path
 
-NEEDED = {
-    "torch": "2.5",
-    "numpy": "1.26",
-    "safetensors": "0.4.3",
-    "tokenizers": "0.20",
-    "huggingface_hub": "0.25",
-    "tqdm": "4.66",
-    "pooch": "1.8",
-}
-FOR_TESTS = (
-    "jupyterlab",
-    "matplotlib",
-    "sacrebleu",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "nbgrader",
-    "pytest",
-    "pytest-xdist",
-    "nbval",
-    "hypothesis",
-)
+REPOSITORY = Path(__file__).parents[1]
+# GB on disk of everything that the course installs, by the build of torch
+SIZES = {"CUDA": 5.5, "CPU": 1.7}
 
 
-def numbers(version):
-    return [
-        int("".join(c for c in part if c.isdigit()) or 0)
-        for part in version.split("+")[0].split(".")[:3]
-    ]
+def in_repository():
+    """Does this package run from its repository, and not as an installed wheel?"""
+    return (REPOSITORY / "pyproject.toml").is_file()
+
+
+def requirements():
+    """{extra, or "" for what the library itself needs: list of packaging Requirements},
+    from pyproject.toml or, outside the repository, from what pip installed."""
+    from packaging.requirements import Requirement
+
+    if in_repository():
+        text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+        project = tomllib.loads(text)["project"]
+        groups = {"": project["dependencies"], **project["optional-dependencies"]}
+        return {
+            extra: [r for r in map(Requirement, lines) if applies(r)]
+            for extra, lines in groups.items()
+        }
+    lines = importlib.metadata.requires("minipeft") or []
+    extras = importlib.metadata.metadata("minipeft").get_all("Provides-Extra") or []
+    found = {extra: [] for extra in ("", *extras)}
+    for requirement in map(Requirement, lines):
+        if applies(requirement):
+            found[""].append(requirement)
+        else:
+            for extra in extras:
+                if applies(requirement, extra):
+                    found[extra].append(requirement)
+    return found
+
+
+def applies(requirement, extra=""):
+    """Is it a requirement on this system, with this extra?"""
+    marker = requirement.marker
+    return marker is None or marker.evaluate({"extra": extra})
+
+
+def version(name):
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def satisfied(requirement):
+    """Is a version installed that this requirement admits?"""
+    found = version(requirement.name)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
 
 
 def packages():
-    def version(name):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     yield (
         sys.version_info >= (3, 11),
         f"Python {platform.python_version()}",
         "Python 3.11 or newer is needed",
     )
-    for name, least in NEEDED.items():
-        found = version(name)
-        good = found is not None and numbers(found) >= numbers(least)
+    groups = requirements()
+    for requirement in groups.pop(""):
+        plain = f"{requirement.name}{requirement.specifier}"
         yield (
-            good,
-            f"{name} {found or 'is not installed'}",
-            f"{least} or newer is needed: pip install '{name}>={least}'",
+            satisfied(requirement),
+            f"{requirement.name} {version(requirement.name) or 'is not installed'}",
+            f"expected {plain}: pip install '{plain}'",
         )
-    absent = ", ".join(name for name in FOR_TESTS if version(name) is None)
-    yield (
-        not absent,
-        (
-            f"for the chapters and tests: {absent or 'all'}"
-            f" {'missing' if absent else 'there'}"
-        ),
-        "pip install -e '.[all]'",
-    )
+    for extra, wanted in groups.items():
+        wanted = [r for r in wanted if r.name != "minipeft"]
+        missing = ", ".join(r.name for r in wanted if not satisfied(r))
+        place = "-e '.[all]'" if in_repository() else f"'minipeft[{extra}]'"
+        install = f"pip install {place}"
+        if missing and not in_repository():
+            # the library is whole without it
+            yield True, f"[{extra}] is not installed ({install})", ""
+        elif wanted:
+            what = f"missing {missing}" if missing else "complete"
+            yield not missing, f"[{extra}]: {what}", install
 
 
 def base():
@@ -75,27 +99,26 @@ def base():
     from .lanternwick import DATA
 
     sums = DATA / "base" / "SHA256SUMS"
+    again = "pip install --force-reinstall minipeft"
     if not sums.is_file():
-        yield (
-            False,
-            "the base model is not here",
-            "`make pretrain` makes it; or get the whole repository again",
-        )
+        make = "`make pretrain` makes it; or get the whole repository again"
+        advice = make if in_repository() else again
+        yield False, "the base model is not here", advice
         return
-    for wanted, name in (line.split() for line in sums.read_text().splitlines()):
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        expected, name = line.split()
         path = sums.parent / name.lstrip("*")
-        found = (
-            hashlib.sha256(path.read_bytes()).hexdigest()
-            if path.is_file()
-            else "absent"
-        )
-        state = {wanted: "is as shipped", "absent": "is missing"}.get(
-            found, "was changed"
-        )
+        if not path.is_file():
+            state = "is missing"
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+            state = "was changed"
+        else:
+            state = "is as shipped"
+        git = "`git checkout data/base` brings it back"
         yield (
-            found == wanted,
+            state == "is as shipped",
             f"base model: {path.name} {state}",
-            "`git checkout data/base` brings it back",
+            git if in_repository() else again,
         )
 
 
@@ -115,19 +138,49 @@ def memory():
             return None
 
 
-def machine():
+def free_space(folder):
+    """Bytes free for `folder`, which need not exist yet."""
+    folder = Path(folder)
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    return shutil.disk_usage(place).free
+
+
+def disk():
     import torch
 
     from .lm.hub import cache_folder
 
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    build = "CUDA" if torch.version.cuda else "CPU"
+    other = "CPU" if build == "CUDA" else "CUDA"
+    sizes = f"about {SIZES[build]} GB"
+    if platform.system() == "Linux":
+        sizes += f" with this {build} build of torch ({SIZES[other]} GB with {other})"
+    free = free_space(sysconfig.get_path("purelib"))
+    yield (
+        free > 0.5e9,
+        f"disk: {free / 1e9:.1f} GB free beside the packages, which take {sizes}",
+        "pip needs room to update them: free half a GB",
+    )
+    folder = cache_folder()
+    free = free_space(folder)
+    yield (
+        free > 1e9,
+        f"disk: {free / 1e9:.1f} GB free for {folder}",
+        "real data and models need up to 1 GB: make room, or set MINIPEFT_CACHE to"
+        " another folder",
+    )
+
+
+def machine():
+    import torch
+
+    threads = torch.get_num_threads()
+    cores = os.cpu_count() or 1
     yield (
         threads <= cores,
         f"{threads} threads on {cores} processors",
-        (
-            "threads beyond the processors are in each other's way: set"
-            f" OMP_NUM_THREADS={cores}"
-        ),
+        f"more threads than processors slow each other down: set"
+        f" OMP_NUM_THREADS={cores}",
     )
     if (found := memory()) is not None:
         yield (
@@ -135,36 +188,22 @@ def machine():
             f"memory: {found[0] / 1e9:.1f} GB free of {found[1] / 1e9:.1f} GB",
             "a chapter needs up to 2 GB: close something",
         )
-    folder = cache_folder()
-    place = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    yield (
-        free > 1e9,
-        f"disk: {free / 1e9:.1f} GB free for {folder}",
-        (
-            "real data and models want 1 GB: make room, or set MINIPEFT_CACHE to"
-            " another place"
-        ),
-    )
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        yield True, f"GPU: {torch.cuda.get_device_name(0)}, {total / 1e9:.0f} GB", ""
+        what = f"GPU: {torch.cuda.get_device_name(0)}, {total / 1e9:.0f} GB"
+    elif torch.backends.mps.is_available():
+        what = "GPU: Apple's, with --device mps"
     else:
-        apple = torch.backends.mps.is_available()
-        yield (
-            True,
-            (
-                "GPU: Apple's, with --device mps"
-                if apple
-                else "no GPU: fine, every chapter runs on the processor"
-            ),
-            "",
-        )
+        what = "no GPU: fine, every chapter runs on the processor"
+    yield True, what, ""
 
 
 def checks():
-    for part in (packages, base, machine):
+    for part in (packages, base, disk, machine):
         try:
             yield from part()
         except ImportError as error:
-            yield False, f"cannot import {error.name}", "pip install -e ."
+            install = "-e ." if in_repository() else "--force-reinstall minipeft"
+            yield False, f"cannot import {error.name}", f"pip install {install}"
+        except OSError as error:
+            yield False, f"cannot look at {part.__name__}: {error}", "try again"

@@ -1,7 +1,9 @@
 """The command line: what it makes, what it says when something is wrong, and its exit
 codes."""
 
+import email
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from minipeft import PeftModel, doctor
 from minipeft.cli import main
@@ -441,10 +444,67 @@ def test_doctor_knows_a_changed_base(tmp_path, capsys, monkeypatch):
     )
 
 
-def test_doctor_knows_an_old_package(monkeypatch):
-    monkeypatch.setitem(doctor.NEEDED, "torch", "99.1")
-    assert any(
-        not good and what.startswith("torch") and "99.1" in advice
-        for good, what, advice in doctor.packages()
-    )
-    assert all(good for good, *_ in doctor.machine())
+class TestDoctor:
+    @pytest.mark.parametrize("bounds", ["torch>=99.1", "torch<1", "torch==2.0.0"])
+    def test_a_version_out_of_range(self, monkeypatch, bounds):
+        asked = {"": [Requirement(bounds)]}
+        monkeypatch.setattr(doctor, "requirements", lambda: asked)
+        checks = [*doctor.packages()]
+        assert [good for good, *_ in checks] == [True, False]
+        assert bounds in checks[1][2] and checks[1][1].startswith("torch 2")
+
+    def test_a_missing_package(self, monkeypatch):
+        asked = {
+            "": [Requirement("no-such-package>=1")],
+            "test": [Requirement("nbvaal")],
+        }
+        monkeypatch.setattr(doctor, "requirements", lambda: asked)
+        _, needed, extra = doctor.packages()
+        assert needed[:2] == (False, "no-such-package is not installed")
+        assert extra == (False, "[test]: missing nbvaal", "pip install -e '.[all]'")
+
+    def test_this_machine(self):
+        assert all(good for good, *_ in [*doctor.machine(), *doctor.disk()])
+
+    @pytest.mark.parametrize("build, size", [("13.0", "5.5 GB"), (None, "1.7 GB")])
+    def test_true_sizes(self, monkeypatch, build, size):
+        monkeypatch.setattr(torch.version, "cuda", build)
+        assert f"take about {size}" in next(iter(doctor.disk()))[1]
+
+
+class TestInstalledWheel:
+    """Outside the repository, advice is true there."""
+
+    @pytest.fixture(autouse=True)
+    def wheel(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(doctor, "REPOSITORY", tmp_path)
+
+    def test_requirements_are_those_of_the_installed_package(self, monkeypatch):
+        metadata = email.message_from_string(
+            "Name: minipeft\nProvides-Extra: course\nProvides-Extra: test\n"
+        )
+        lines = [
+            "torch>=2.5",
+            'never>=1; platform_system == "Amiga"',
+            'matplotlib>=3.8; extra == "course"',
+            'nosuch; extra == "test"',
+        ]
+        monkeypatch.setattr(importlib.metadata, "metadata", lambda name: metadata)
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+        found = doctor.requirements()
+        names = {extra: [r.name for r in rs] for extra, rs in found.items()}
+        assert names == {"": ["torch"], "course": ["matplotlib"], "test": ["nosuch"]}
+        checks = [*doctor.packages()]
+        assert all(good for good, *_ in checks)  # an extra is a choice
+        assert "[test] is not installed (pip install 'minipeft[test]')" in checks[-1]
+
+    def test_a_changed_base_is_not_for_git(self, monkeypatch, tmp_path):
+        import minipeft.lanternwick
+
+        monkeypatch.setattr(minipeft.lanternwick, "DATA", tmp_path)
+        checks = [*doctor.base()]
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
+        checks += doctor.base()
+        again = "pip install --force-reinstall minipeft"
+        assert [advice for _, _, advice in checks] == [again, again]

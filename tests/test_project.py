@@ -100,11 +100,13 @@ def test_conda_and_pip_install_the_same():
     assert any(line.startswith(f"python{PROJECT['requires-python']}") for line in conda)
 
 
-def test_doctor_asks_for_what_is_installed():
-    assert [f"{name}>={least}" for name, least in doctor.NEEDED.items()] == PROJECT[
-        "dependencies"
-    ]
-    assert set(doctor.FOR_TESTS) <= set(requirements("all"))
+def test_doctor_asks_for_what_is_declared():
+    asked = doctor.requirements()
+    assert [str(r) for r in asked.pop("")] == PROJECT["dependencies"]
+    assert {extra: [str(r) for r in rs] for extra, rs in asked.items()} == {
+        extra: [str(Requirement(line)) for line in lines]
+        for extra, lines in EXTRAS.items()
+    }
 
 
 def imported(tree):
