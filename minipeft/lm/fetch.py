@@ -43,7 +43,8 @@ SOURCES = {
 
 
 class DataError(ValueError):
-    """Something is wrong with the data; the message says what, where, and what to do."""
+    """Something is wrong with the data: the message says what, where, and what to
+    do."""
 
 
 def fetch(name):
