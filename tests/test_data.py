@@ -367,8 +367,8 @@ def test_wrong_files_are_named_with_their_line(tmp_path, name, content, message)
 def test_wrong_names():
     with pytest.raises(DataError, match="did you mean 'e2e_nlg'"):
         load_data("e2e_nlp")
-    with pytest.raises(DataError, match=".txt or .jsonl"):
-        load_data("my.csv")
+    with pytest.raises(DataError, match=".txt, .jsonl or .csv"):
+        load_data("my.xlsx")
     with pytest.raises(DataError, match="cannot read .*nowhere.txt: No such file"):
         load_data("nowhere.txt")
 

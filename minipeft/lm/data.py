@@ -3,16 +3,14 @@
     load_data("sql")          one of Lanternwick's tasks
     load_data("e2e_nlg")      a real data set: fetched once from its public home,
       checked, kept in a cache
-    load_data("my.jsonl")     your own, {"prompt": ..., "completion": ...} or {"text":
-      ...} a line; or my.txt
+    load_data("my.jsonl")     your own, {"prompt": ..., "completion": ...} a line; or
+      .csv, .txt (see user_data.py)
 
 All are a Task: Examples in train, valid and test, and a score. The cache is
 ~/.cache/minipeft, or MINIPEFT_CACHE.
 """
 
 import csv
-import difflib
-import json
 import random
 from collections import defaultdict
 from functools import lru_cache
@@ -22,28 +20,28 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from ..io import did_you_mean
 from ..lanternwick.scoring import bleu, percent, plain
 from ..lanternwick.tasks import TASKS, Example, Task, load_task
 from .fetch import DataError, fetch
+from .user_data import SUFFIXES, paragraphs, read_user_file
 
-LONGEST_LINE = 1_000_000  # characters; what is longer is not text that somebody wrote
 
+def load_data(name, tokenizer=None):
+    """A Task by name (Lanternwick's or a real one), or from the path of a .txt, .jsonl
+    or .csv file. Raises DataError.
 
-def load_data(name):
-    """A Task by name (Lanternwick's or a real one), or from the path of a .txt or
-    .jsonl file. Raises DataError."""
+    tokenizer: its chat template puts instructions and messages into words."""
     if name in TASKS:
         return load_task(name)
     if name in REAL:
         return REAL[name]()
-    if Path(name).suffix in (".txt", ".jsonl"):
-        return own_file(Path(name))
+    if Path(name).suffix in SUFFIXES:
+        return load_file(Path(name), tokenizer)
     names = [*TASKS, *REAL]
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise DataError(
-        f"no data set {str(name)!r}{hint}: expected one of {', '.join(names)}, or a"
-        " .txt or .jsonl file"
+        f"no data set {str(name)!r}{did_you_mean(name, names)}: expected one of"
+        f" {', '.join(names)}, or a .txt, .jsonl or .csv file"
     )
 
 
@@ -177,26 +175,11 @@ def exact(predictions, examples):
 # ---- your own file -------------------------------------------------------------------------------------------------
 
 
-def own_file(path):
-    """.txt: paragraphs, or single lines where there are few. .jsonl: records; equal
-    prompts stay in one split."""
+def load_file(path, tokenizer=None):
+    """A Task from a user's file; equal prompts stay in one split."""
     groups = defaultdict(list)
-    if path.suffix == ".txt":
-        texts = paragraphs(path)
-        if len(texts) < 10:
-            texts = [(number, line) for number, line in lines_of(path) if line.strip()]
-        records = [("", text, number) for number, text in texts]
-    else:
-        records = [
-            (*record(line, f"{path}, line {number}"), number)
-            for number, line in lines_of(path)
-            if line.strip()
-        ]
+    records = read_user_file(path, tokenizer)
     for prompt, completion, number in records:
-        if bool(prompt) != bool(records[0][0]):
-            raise DataError(
-                f"{path}, line {number}: a text among prompts, or a prompt among texts"
-            )
         groups[prompt or completion].append(
             Example(prompt, completion, {"file": str(path), "line": number})
         )
@@ -209,81 +192,6 @@ def own_file(path):
     return Task(
         path.stem, f"your file {path.name}", *split(list(groups.values())), *judged
     )
-
-
-def record(line, where):
-    """One line of JSON -> (prompt, completion)."""
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise DataError(
-            f"{where}: not JSON ({error}). Each line holds one record"
-        ) from error
-    filled = lambda key: (
-        isinstance(found, dict)
-        and isinstance(found.get(key), str)
-        and found[key].strip() != ""
-    )
-    if filled("text"):
-        return "", found["text"]
-    if filled("prompt") and filled("completion"):
-        return found["prompt"].rstrip(), " " + found["completion"].strip()
-    raise DataError(
-        f'{where}: expected {{"prompt": "...", "completion": "..."}} or {{"text":'
-        f' "..."}}, none empty; found {line[:80]}'
-    )
-
-
-def lines_of(path):
-    """Yields (number, line) of a UTF-8 file; what is wrong is a DataError that names
-    file and line."""
-    try:
-        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if not raw.strip():
-        raise DataError(f"{path} is empty")
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        try:
-            line = line.decode("utf-8").rstrip("\r")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not UTF-8 (0x{line[error.start]:02x} at byte"
-                f" {error.start + 1} of the line). Save it as UTF-8, for example: iconv"
-                " -f latin1 -t utf-8 old > new"
-            ) from error
-        if "\0" in line:
-            raise DataError(
-                f"{path}, line {number}: holds a zero byte; this is no UTF-8 text"
-            )
-        if len(line) > LONGEST_LINE:
-            raise DataError(
-                f"{path}, line {number}: too long, {len(line):,} characters (at most"
-                f" {LONGEST_LINE:,})"
-            )
-        yield number, line
-
-
-def paragraphs(path, enough=400):
-    """[(line number, text)]: the file's paragraphs, short neighbours together until
-    they are `enough` characters."""
-    found, open_lines = [], []
-    for number, line in [*lines_of(path), (0, "")]:
-        if line.strip() or open_lines:
-            open_lines.append((number, line))
-        if (
-            not line.strip()
-            and open_lines
-            and (number == 0 or sum(len(line) for _, line in open_lines) >= enough)
-        ):
-            found.append(
-                (
-                    open_lines[0][0],
-                    "\n".join(line for _, line in open_lines).strip("\n"),
-                )
-            )
-            open_lines = []
-    return found
 
 
 # ---- from examples to batches --------------------------------------------------------------------------------------
@@ -303,7 +211,8 @@ def encode(tokenizer, example, max_length=None, truncate=False):
     truncate=True its prompt loses its start."""
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     prompt = tokenizer.encode(example.prompt) if example.prompt else []
-    completion = tokenizer.encode(example.completion) + [tokenizer.eos_token_id]
+    completion = completion_ids(tokenizer, example.prompt, example.completion)
+    completion = completion + [tokenizer.eos_token_id]
     if max_length and (over := len(start + prompt + completion) - max_length) > 0:
         if not truncate or over > len(prompt):
             meta = example.meta or {}
@@ -325,6 +234,17 @@ def encode(tokenizer, example, max_length=None, truncate=False):
         prompt = prompt[over:]
     ids = start + prompt + completion
     return ids, [-100] * len(start + prompt) + completion
+
+
+def completion_ids(tokenizer, prompt, completion):
+    """The completion's ids as they follow the prompt's. Alone, a word at the start of a
+    text would be taken for one with a space before it."""
+    if prompt and not completion.startswith(" "):
+        before = tokenizer.encode(prompt)
+        both = tokenizer.encode(prompt + completion)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return tokenizer.encode(completion)
 
 
 class Batches:

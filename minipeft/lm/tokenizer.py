@@ -79,8 +79,9 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with the few verbs that a language model needs. `raw` is
     the thing itself."""
 
-    def __init__(self, raw, bos=None, eos=None, pad=None):
+    def __init__(self, raw, bos=None, eos=None, pad=None, chat_template=None):
         self.raw = raw
+        self.chat_template = chat_template  # Jinja, or None (see chat.py)
         find = lambda *names: next(
             (i for n in names if n and (i := raw.token_to_id(n)) is not None), None
         )
@@ -126,6 +127,8 @@ class Tokenizer:
             "pad_token": name(self.pad_token_id),
             "clean_up_tokenization_spaces": False,
         }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         for file, text in [
             ("tokenizer.json", self.raw.to_str(pretty=True)),
             ("tokenizer_config.json", json.dumps(config, indent=1)),
@@ -153,10 +156,16 @@ def load_tokenizer(name=None):
         if config_file.is_file()
         else {}
     )
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, with names
+        template = {t.get("name"): t.get("template") for t in template}.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     word = lambda key: t["content"] if isinstance(t := config.get(key), dict) else t
     return Tokenizer(
         RawTokenizer.from_file(str(file)),
         word("bos_token"),
         word("eos_token"),
         word("pad_token"),
+        template,
     )

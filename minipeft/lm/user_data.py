@@ -1,0 +1,204 @@
+"""A user's own file, read into prompts and completions.
+
+    my.txt      plain text: paragraphs, or single lines where there are few
+    my.jsonl    one record a line
+    my.csv      one record a row, its header names the fields
+
+A record is one of
+
+    {"text": ...}
+    {"prompt": ..., "completion": ...}
+    {"instruction": ..., "input": ..., "output": ...}     "input" may be absent
+    {"messages": [{"role": "user", "content": ...}, ...]}
+
+Instructions and messages go through the tokenizer's chat template; of a conversation
+only the assistant's answers are learnt. Whatever is wrong is a DataError that names
+file and line.
+"""
+
+import csv
+import io
+import json
+
+from ..io import brief, read_bytes
+from .chat import ChatError, answers
+from .fetch import DataError
+
+LONGEST_LINE = 1_000_000  # characters; what is longer is not text that somebody wrote
+SUFFIXES = (".txt", ".jsonl", ".csv")
+EXPECTED = (
+    '{"text": "..."}, {"prompt": "...", "completion": "..."}, {"instruction": "...",'
+    ' "output": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]},'
+    " none empty"
+)
+
+
+def read_user_file(path, tokenizer=None):
+    """[(prompt, completion, line number)]; a text is a completion without a prompt."""
+    if path.suffix == ".txt":
+        texts = paragraphs(path)
+        if len(texts) < 10:
+            texts = [(number, line) for number, line in lines_of(path) if line.strip()]
+        return [("", text, number) for number, text in texts]
+    rows = csv_rows(path) if path.suffix == ".csv" else json_rows(path)
+    records = []
+    for number, row in rows:
+        where = f"{path}, line {number}"
+        for prompt, completion in pairs(row, where, tokenizer):
+            records.append((prompt, completion, number))
+    for prompt, _, number in records:
+        if bool(prompt) != bool(records[0][0]):
+            raise DataError(
+                f"{path}, line {number}: a text among prompts, or a prompt among texts"
+            )
+    return records
+
+
+def json_rows(path):
+    """Yields (line number, what the line holds)."""
+    for number, line in lines_of(path):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except RecursionError:
+            raise DataError(f"{where}: JSON nested too deeply") from None
+        except ValueError as error:
+            raise DataError(
+                f"{where}: not JSON ({error}). Each line holds one record"
+            ) from error
+        yield number, row
+
+
+def csv_rows(path):
+    """Yields (number of the row's last line, {column: text})."""
+    text = "\n".join(line for _, line in lines_of(path))
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if None in row:
+                raise DataError(f"{where}: more fields than the header has")
+            yield rows.line_num, row
+    except csv.Error as error:
+        line = rows.reader.line_num
+        raise DataError(f"{path}, line {line}: {error}") from None
+
+
+def pairs(row, where, tokenizer=None):
+    """One record -> [(prompt, completion)]."""
+
+    def filled(key):
+        return isinstance(row.get(key), str) and row[key].strip() != ""
+
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected {EXPECTED}; found {brief(row)}")
+    try:
+        if filled("text"):
+            found = [("", row["text"])]
+        elif filled("prompt") and filled("completion"):
+            found = [join(row["prompt"], row["completion"])]
+        elif filled("instruction") and filled("output"):
+            asked = row["instruction"]
+            if filled("input"):
+                asked += f"\n\n{row['input']}"
+            turns = [("user", asked), ("assistant", row["output"])]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            found = answers(messages, tokenizer)
+        elif row.get("messages"):
+            found = answers(check_messages(row["messages"], where), tokenizer)
+        else:
+            raise DataError(f"{where}: expected {EXPECTED}; found {brief(row)}")
+    except ChatError as error:
+        raise DataError(f"{where}: {error}") from None
+    for text in (text for pair in found for text in pair):
+        check_unicode(text, where)
+    return found
+
+
+def check_messages(messages, where):
+    """The messages, if each has a role and a content that are text."""
+    if isinstance(messages, list):
+        for message in messages:
+            if not isinstance(message, dict):
+                break
+            values = [message.get("role"), message.get("content")]
+            if not all(isinstance(value, str) and value for value in values):
+                break
+        else:
+            return messages
+    raise DataError(
+        f'{where}: messages: expected a list of {{"role": "user", "content": "..."}};'
+        f" found {brief(messages)}"
+    )
+
+
+def check_unicode(text, where):
+    """DataError if the text cannot be written as UTF-8: half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {text[error.start]!a} is half of a character (a lone surrogate);"
+            " write the file as UTF-8"
+        ) from None
+
+
+def trim(prompt):
+    """A prompt without spaces at its end, since a word carries the space before it.
+    Spaces that begin a line stay: they are indentation."""
+    stripped = prompt.rstrip(" ")
+    return prompt if stripped == "" or stripped.endswith("\n") else stripped
+
+
+def join(prompt, completion):
+    """(prompt, completion) with the space between them, if one is missing, before the
+    completion. Newlines and indentation at the border stay as they are."""
+    trimmed = trim(prompt)
+    if trimmed and not trimmed[-1].isspace() and not completion[0].isspace():
+        completion = " " + completion
+    return trimmed, completion
+
+
+def lines_of(path):
+    """Yields (number, line) of a UTF-8 file."""
+    raw = read_bytes(path, DataError).removeprefix(b"\xef\xbb\xbf")
+    if not raw.strip():
+        raise DataError(f"{path} is empty")
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        try:
+            line = line.decode("utf-8").rstrip("\r")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: not UTF-8 (0x{line[error.start]:02x} at byte"
+                f" {error.start + 1} of the line). Save it as UTF-8, for example: iconv"
+                " -f latin1 -t utf-8 old > new"
+            ) from error
+        if "\0" in line:
+            raise DataError(
+                f"{path}, line {number}: holds a zero byte; this is not UTF-8 text"
+            )
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path}, line {number}: too long, {len(line):,} characters (at most"
+                f" {LONGEST_LINE:,})"
+            )
+        yield number, line
+
+
+def paragraphs(path, enough=400):
+    """[(line number, text)]: the file's paragraphs, short neighbours together until
+    they are `enough` characters."""
+    found = []
+    open_lines = []
+    for number, line in [*lines_of(path), (0, "")]:
+        if line.strip() or open_lines:
+            open_lines.append((number, line))
+        length = sum(len(line) for _, line in open_lines)
+        if line.strip() or not open_lines or (number and length < enough):
+            continue
+        text = "\n".join(line for _, line in open_lines).strip("\n")
+        found.append((open_lines[0][0], text))
+        open_lines = []
+    return found
