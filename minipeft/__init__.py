@@ -2,37 +2,68 @@
 
 import importlib
 
-from .config import ConfigError, PeftConfig
-from .errors import NotMergeableError, TargetError
-from .methods import *  # noqa: F403
-from .methods import __all__ as _methods
+from .config import LayerConfig, PeftConfig
+from .errors import AdapterFileError, ConfigError, NotMergeableError, TargetError
+from .methods import (
+    AdaLoraConfig,
+    BitFitConfig,
+    BottleneckConfig,
+    DenseLoraConfig,
+    DoraConfig,
+    FusionConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    SubspaceConfig,
+    VeraConfig,
+)
 from .methods.prefix import initialize_kv_prefix_from_text
-from .model import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from .saving import AdapterFileError
+from .model import PeftModel, get_peft_model
+from .quant.kbit import prepare_model_for_kbit_training
 from .slot import Adapter, AdapterNameError, Base, LinearDelta, Slot
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaLoraConfig",
     "Adapter",
     "AdapterFileError",
     "AdapterNameError",
     "Base",
+    "BitFitConfig",
+    "BottleneckConfig",
     "ConfigError",
+    "DenseLoraConfig",
+    "DoraConfig",
+    "FusionConfig",
+    "IA3Config",
+    "LNTuningConfig",
+    "LayerConfig",
     "LinearDelta",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
     "NotMergeableError",
     "PeftConfig",
     "PeftModel",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "Slot",
+    "SubspaceConfig",
     "TargetError",
+    "VeraConfig",
     "get_peft_model",
     "initialize_kv_prefix_from_text",
     "prepare_model_for_kbit_training",
-    *_methods,
 ]
 
 
-# minipeft.lm and the rest of the course: imported when asked for
-def __getattr__(name):
+def __getattr__(name):  # the other towers: imported when asked for
     if name in ("lm", "quant", "optim", "course", "lanternwick"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

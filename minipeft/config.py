@@ -1,78 +1,44 @@
-"""Floor 2: what a method is told. One dataclass a method, found by its peft_type, to
-and from Hugging Face's JSON."""
+"""Configurations: one dataclass per method, found by its peft_type, to and from Hugging
+Face's JSON."""
 
+import copy
 import dataclasses
-import difflib
-import json
+import math
 import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from . import targets, weights
-from .errors import TargetError
+from . import io, targets, weights
+from .errors import AdapterFileError, ConfigError, TargetError
+from .peft_tables import LORA_TARGETS, NOTES, TASK_HEADS, UNSUPPORTED
 
 CONFIG = "adapter_config.json"
-METHODS = {}  # peft_type -> its dataclass
-# What Hugging Face's files may say without changing what an adapter computes, whatever
-# the value.
-IGNORED_FIELDS = {
-    "peft_version",
-    "auto_mapping",
-    "megatron_config",
-    "megatron_core",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "qalora_group_size",
-    "runtime_config",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
-}
+METHODS = {}  # peft_type: its dataclass; PeftConfig.__init_subclass__ fills it
 
 
-class ConfigError(ValueError):
-    """A configuration that means nothing, or something that this package does not have."""
+class ConfigType(type):
+    """Lets configurations be called with all of Hugging Face PEFT's arguments: those
+    that are not built here are dropped where they ask for nothing."""
 
-
-class AdapterFileError(ValueError):
-    """A file that is not an adapter, not a whole one, or not one for this model."""
-
-
-def fits(value, kind):
-    """Is `value` what an annotation such as `list[str] | None` says? Any collection
-    does for a list, int for float."""
-    origin, inside = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return any(fits(value, one) for one in inside)
-    if origin is list:
-        return isinstance(value, (list, tuple, set)) and all(
-            fits(one, inside[0]) for one in value
-        )
-    if origin is dict and inside:
-        return isinstance(value, dict) and all(
-            fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items()
-        )
-    if origin in (int, float):
-        return isinstance(value, (int, origin)) and not isinstance(value, bool)
-    return isinstance(value, origin) if isinstance(origin, type) else True
+    def __call__(cls, *args, **kwargs):
+        return super().__call__(*args, **cls.known_fields(kwargs))
 
 
 @dataclass(kw_only=True)
-class PeftConfig:
-    """The fields that every method has. A method's own dataclass adds its own, and says
-    how to make its adapters.
+class PeftConfig(metaclass=ConfigType):
+    """The fields of every method. A method's own dataclass adds its fields, and creates
+    its adapters.
 
     A subclass that sets `peft_type` is known from then on to
     `PeftConfig.from_pretrained`, and so to every loader.
     """
 
     peft_type: ClassVar[str] = ""
-    # in training, each of its adapters adds its `penalty()` to the loss
+    # True: in training, each adapter's `regularization_loss()` is added to the loss
     regularized: ClassVar[bool] = False
-    # noted in files; nothing here depends on it, except SEQ_CLS's head
+    # one of TASK_HEADS; the new head of a classifier is trained and saved whole
     task_type: str | None = None
     base_model_name_or_path: str | None = None  # noted in files
     revision: str | None = None  # noted in files
@@ -85,36 +51,49 @@ class PeftConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if not fits(getattr(self, field.name), field.type):
-                said = (
-                    field.type.__name__ if isinstance(field.type, type) else field.type
-                )
+            value = getattr(self, field.name)
+            if dataclasses.is_dataclass(value) and field.type is dict:
+                value = dataclasses.asdict(value)  # such as PEFT's LoftQConfig
+                setattr(self, field.name, value)
+            if not matches_type(value, field.type):
+                expected = getattr(field.type, "__name__", field.type)
+                if typing.get_origin(field.type) is not None:
+                    expected = field.type
                 raise ConfigError(
-                    f"{field.name} = {getattr(self, field.name)!r}: expected is {said}"
+                    f"{field.name} = {io.brief(value)}: expected {expected}"
                 )
+        if self.task_type not in (None, *TASK_HEADS):
+            raise ConfigError(
+                f"unknown task_type {io.brief(self.task_type)}"
+                f"{io.did_you_mean(self.task_type, TASK_HEADS)}; expected one of"
+                f" {', '.join(TASK_HEADS)}"
+            )
 
     def check_positive(self, *fields, **values):
         """ConfigError unless these fields, or values given by name, are positive
         integers."""
-        for name, value in {
-            **{field: getattr(self, field) for field in fields},
-            **values,
-        }.items():
+        values = {field: getattr(self, field) for field in fields} | values
+        for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise ConfigError(f"{name} = {value!r}: a positive integer is expected")
+                raise ConfigError(
+                    f"{name} = {io.brief(value)}: expected a positive integer"
+                )
 
     def check_probability(self, *fields):
         for field in fields:
-            if not 0 <= getattr(self, field) < 1:
-                raise ConfigError(
-                    f"{field} = {getattr(self, field)!r}: a probability in [0, 1) is"
-                    " expected"
-                )
+            value = getattr(self, field)
+            if not 0 <= value < 1:
+                raise ConfigError(f"{field} = {value!r}: expected a number in [0, 1)")
 
-    # What a method file fills in.
+    # ---- what a method fills in ----
+
+    def resolve(self, model):
+        """A copy for `model`, with the fields that were left open filled in."""
+        return copy.deepcopy(self)
 
     def select(self, model):
-        """The paths of the modules that get an adapter. "" is the whole model."""
+        """The paths of the modules that get an adapter, for a resolved configuration.
+        "" is the whole model."""
         return [""]
 
     def create(self, base, path):
@@ -126,76 +105,97 @@ class PeftConfig:
         None."""
 
     def on_load(self):
-        """This comes from a file: raise ConfigError where the adapter cannot be made
-        again as it was."""
+        """Called on a configuration from a file. Raises ConfigError where the adapter
+        cannot be created again as it was."""
 
     def drop_missing_targets(self, model):
-        """Forget targets that this model does not have: in a file meant for several
-        architectures they do no harm."""
+        """Called on a configuration from a file: forget names that this model does not
+        have, as PEFT does."""
 
-    # Files.
+    # ---- files ----
 
     def to_dict(self):
-        """Hugging Face's JSON, without the fields that say nothing."""
+        """Hugging Face's JSON, without the fields that are None."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields = {
-            name: sorted(value) if isinstance(value, set) else value
-            for name, value in fields.items()
-        }
-        return {"peft_type": self.peft_type} | {
-            name: value for name, value in fields.items() if value is not None
-        }
+        data = {"peft_type": self.peft_type}
+        for name, value in fields.items():
+            if value is not None:
+                data[name] = sorted(value) if isinstance(value, set) else value
+        return data
 
     @classmethod
     def from_dict(cls, data):
-        """The configuration that Hugging Face's JSON describes. ConfigError where it
-        asks for what we do not have."""
+        """The configuration that Hugging Face's JSON describes. Raises ConfigError where
+        it asks for what is not built here."""
         data = dict(data)
         peft_type = data.pop("peft_type", None)
         if not isinstance(peft_type, str) or peft_type not in METHODS:
-            near = difflib.get_close_matches(str(peft_type), METHODS, n=1)
+            problem = f"unknown peft_type {io.brief(peft_type)}"
+            if peft_type is None:
+                problem = "no peft_type"
             raise ConfigError(
-                (
-                    "no peft_type is given"
-                    if peft_type is None
-                    else f"unknown peft_type {peft_type!r}"
-                )
-                + (f" (nearest: {near[0]})" if near else "")
-                + f"; known: {', '.join(METHODS)}"
+                f"{problem}{io.did_you_mean(peft_type, METHODS)}; expected one of"
+                f" {', '.join(METHODS)}"
             )
         method = METHODS[peft_type]
-        known = {f.name for f in dataclasses.fields(method)}
-        asked = {
-            name: value
-            for name, value in data.items()
-            if name not in known | IGNORED_FIELDS and value
-        }
-        if asked:
-            asked = ", ".join(f"{name}={value!r}" for name, value in asked.items())
-            raise ConfigError(
-                f"{method.__name__} has no {asked}: without it the adapter would"
-                " compute something else"
-            )
-        return method(**{name: value for name, value in data.items() if name in known})
-
-    def save_pretrained(self, folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CONFIG).write_text(
-            json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        )
+        names = {field.name for field in dataclasses.fields(method)}
+        data = {k: v for k, v in data.items() if k in names or k not in NOTES}
+        return method(**method.from_file_fields(data))
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """From a folder's adapter_config.json. AdapterFileError where that is none,
-        ConfigError where it asks for what we do not have."""
-        file = Path(folder) / CONFIG
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise AdapterFileError(f"{file} is not JSON: {error}") from None
+    def from_file_fields(cls, data):
+        """The fields of a file, as this class takes them. Fields that this package has
+        never heard of are dropped where they are empty."""
+        names = {field.name for field in dataclasses.fields(cls)} | UNSUPPORTED.keys()
+        asked = {k: v for k, v in data.items() if k not in names and v}
+        if asked:
+            asked = ", ".join(f"{name}={io.brief(v)}" for name, v in asked.items())
+            raise ConfigError(
+                f"{cls.__name__} has no {asked}: without it the adapter would compute"
+                " something else"
+            )
+        return {name: value for name, value in data.items() if name in names}
+
+    @classmethod
+    def known_fields(cls, given):
+        """`given` without PEFT's fields that ask for nothing. Raises ConfigError for
+        those that ask for what is not built, TypeError for names that PEFT has not."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {}
+        for name, value in given.items():
+            if name in names:
+                known[name] = value
+            elif name == "peft_type" and value in (None, cls.peft_type):
+                continue
+            elif name in UNSUPPORTED:
+                nothing, remedy = UNSUPPORTED[name]
+                if not asks_for_nothing(value, nothing):
+                    raise ConfigError(
+                        f"{cls.__name__} has no {name}={io.brief(value)}: {remedy}"
+                    )
+            else:
+                raise TypeError(
+                    f"{cls.__name__} has no field {name!r}"
+                    f"{io.did_you_mean(name, names)}; its fields are"
+                    f" {', '.join(sorted(names))}"
+                )
+        return known
+
+    def save_pretrained(self, folder):
+        folder = io.make_folder(folder, AdapterFileError)
+        io.write_json(folder / CONFIG, self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_pretrained(cls, folder, subfolder=None, **hub):
+        """From the adapter_config.json of a folder, or of an adapter on the Hugging Face
+        hub (hub: revision, token, cache_dir ...). Raises AdapterFileError where it is
+        not one, ConfigError where it asks for what is not built here."""
+        file = resolve_folder(folder, [CONFIG], subfolder, **hub) / CONFIG
+        data = io.read_json(file, object, AdapterFileError)
         if not isinstance(data, dict):
             raise AdapterFileError(
-                f"{file} holds a {type(data).__name__}, not an object with a peft_type"
+                f"{file} holds a {type(data).__name__}; expected an object with a"
+                " peft_type"
             )
         try:
             return cls.from_dict(data)
@@ -203,15 +203,87 @@ class PeftConfig:
             raise ConfigError(f"{file}: {error}") from None
 
 
+def matches_type(value, kind):
+    """True where `value` is what an annotation such as `list[str] | None` allows: any
+    collection for a list, a finite int for a float."""
+    origin = typing.get_origin(kind) or kind
+    inside = typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(matches_type(value, one) for one in inside)
+    if origin is list:
+        is_list = isinstance(value, (list, tuple, set))
+        return is_list and all(matches_type(one, inside[0]) for one in value)
+    if origin is dict and inside:
+        return isinstance(value, dict) and all(
+            matches_type(k, inside[0]) and matches_type(v, inside[1])
+            for k, v in value.items()
+        )
+    if origin in (int, float):
+        number = isinstance(value, (int, origin)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return isinstance(value, origin) if isinstance(origin, type) else True
+
+
+def asks_for_nothing(value, nothing):
+    """True for a default value, an empty one, or a record of such values."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return not any(value.values())
+    return not value or value == nothing
+
+
+def as_config(config):
+    """A configuration of this package, from one of Hugging Face PEFT's or its dict."""
+    if isinstance(config, PeftConfig):
+        return config
+    if isinstance(config, dict):
+        return PeftConfig.from_dict(config)
+    if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
+        return PeftConfig.from_dict(config.to_dict())
+    raise ConfigError(
+        f"expected a configuration such as LoraConfig(), found {io.brief(config)}"
+    )
+
+
+def resolve_folder(folder, files, subfolder=None, **hub):
+    """The folder itself, or a local copy of `files` of the adapter of that name on the
+    Hugging Face hub."""
+    path = Path(folder) / (subfolder or "")
+    if (path / CONFIG).exists():
+        return path
+    if path.is_dir():
+        inside = ", ".join(sorted(p.parent.name for p in path.glob(f"*/{CONFIG}")))
+        raise AdapterFileError(
+            f"{path} has no {CONFIG}"
+            + (f"; folders in it that do: {inside}" if inside else "")
+        )
+    if str(folder).count("/") != 1 or Path(folder).is_absolute():
+        raise AdapterFileError(f"there is no folder {path}")
+    from huggingface_hub import snapshot_download
+
+    within = f"{subfolder}/" if subfolder else ""
+    try:
+        copied = snapshot_download(
+            str(folder), allow_patterns=[within + file for file in files], **hub
+        )
+    except Exception as error:
+        raise AdapterFileError(
+            f"there is no folder {path}, and the hub gave none of that name: {error}"
+        ) from None
+    return Path(copied) / (subfolder or "")
+
+
 @dataclass(kw_only=True)
 class LayerConfig(PeftConfig):
-    """For methods that stand at layers inside the model.
+    """For methods whose adapters stand at layers inside the model.
 
     target_modules: names of modules ("q_proj"; the last parts of their paths), or one
     regular expression for whole paths, or "all-linear" (all but the output head). Every
-    name must be found. exclude_modules: likewise, to leave out. modules_to_save:
-    modules that are trained and saved whole. layers_to_transform, layers_pattern: only
-    within the layers of these numbers, in the list of that name.
+    name must be found. None: Hugging Face PEFT's default for this kind of model.
+    exclude_modules: likewise, to leave out. modules_to_save: modules that are trained
+    and saved whole. layers_to_transform, layers_pattern: only within the layers of
+    these numbers, in the list of that name.
     """
 
     target_modules: list[str] | str | None = None
@@ -219,106 +291,170 @@ class LayerConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    # the first of which all are there
-    default_targets: ClassVar[list] = [["q_proj", "v_proj"], ["c_attn"]]
+    # {config.model_type: target_modules}
+    default_targets: ClassVar[dict] = LORA_TARGETS
 
     def __post_init__(self):
         super().__post_init__()
-        if (
-            isinstance(self.target_modules, str)
-            and self.layers_to_transform is not None
-        ):
+        for field in ("layers_to_transform", "layers_pattern"):
+            given = getattr(self, field)
+            if isinstance(self.target_modules, str) and given not in (None, []):
+                raise ConfigError(
+                    f"{field} needs a list of target_modules; a regular expression can"
+                    " name layers itself"
+                )
+        if self.layers_pattern and self.layers_to_transform in (None, []):
             raise ConfigError(
-                "layers_to_transform needs a list of target_modules; an expression can"
-                " say it itself"
+                f"layers_pattern = {io.brief(self.layers_pattern)} has no effect"
+                " without layers_to_transform, the numbers of the layers"
             )
 
+    def resolve(self, model):
+        config = copy.deepcopy(self)
+        modules = targets.modules_by_path(model)
+        heads = TASK_HEADS.get(self.task_type, ())
+        heads = {n for n in heads if targets.is_found(n, modules, targets.ends_with)}
+        if heads:
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
+        if config.target_modules is None:
+            config.target_modules = config.usual_targets(model, modules)
+        if config.target_modules == "all-linear":
+            config.target_modules = all_linear(model, modules)
+        return config
+
+    def usual_targets(self, model, modules):
+        """target_modules where none are given: PEFT's own for this kind of model."""
+        kind = known_kind(self.default_targets, model, modules)
+        if kind is None:
+            linear = {
+                path.rpartition(".")[2]
+                for path, module in modules.items()
+                if weights.is_linear(module)
+            }
+            raise TargetError(
+                f"say target_modules: there is no default for {model_type(model)}. Its"
+                f" linear layers are named: {', '.join(sorted(linear))}"
+            )
+        names = self.default_targets[kind]
+        if isinstance(names, str):
+            return names
+        return [name for name in names if targets.is_found(name, modules)]
+
     def select(self, model):
-        # their heads are new: train them too
-        if self.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-            heads = {path for path, *_ in targets.walk(model)} & {"classifier", "score"}
-            self.modules_to_save = (
-                sorted({*(self.modules_to_save or ()), *heads}) or None
-            )
-        modules = {
-            path: targets.unwrap_slot(module)
-            for path, _, _, module in targets.walk(model)
-        }
-        if self.target_modules is None:
-            self.target_modules = self._usual(modules)
-        if self.target_modules == "all-linear":
-            head = (
-                model.get_output_embeddings()
-                if hasattr(model, "get_output_embeddings")
-                else None
-            )
-            found = [
-                path
-                for path, m in modules.items()
-                if weights.is_linear(m) and m is not targets.unwrap_slot(head)
-            ]
-            if not found:
-                raise TargetError(
-                    f"all-linear: this {type(model).__name__} has no linear layers"
-                )
-            self.target_modules = targets.shortest_names(modules, found)
+        modules = targets.modules_by_path(model)
         found = targets.resolve_targets(modules, self.target_modules)
-        out = (
-            targets.resolve_targets(modules, self.exclude_modules, "exclude_modules")
-            if self.exclude_modules
-            else []
-        )
+        for field in ("rank_pattern", "alpha_pattern"):
+            self.check_patterns(field, found)
+        excluded = []
+        if self.exclude_modules:
+            excluded = targets.resolve_targets(
+                modules, self.exclude_modules, "exclude_modules"
+            )
         saved = targets.resolve_targets(
             modules, self.modules_to_save or (), "modules_to_save", targets.ends_with
         )
+        inside = tuple(f"{path}." for path in saved)
         found = [
             path
             for path in found
-            if path not in out
-            and not any(f"{path}.".startswith(f"{s}.") for s in saved)
+            if path not in excluded and not f"{path}.".startswith(inside)
         ]
-        if self.layers_to_transform is not None:
-            found = [
-                path
-                for path in found
-                if targets.in_layers(
-                    path, self.layers_to_transform, self.layers_pattern
-                )
-            ]
+        if self.layers_to_transform not in (None, []):
+            found = self.in_chosen_layers(found)
         if not found:
             raise TargetError(
-                f"nothing is left of target_modules={self.target_modules!r} after"
-                " exclude_modules, modules_to_save and layers_to_transform"
+                f"nothing is left of target_modules={io.brief(self.target_modules)}"
+                " after exclude_modules, modules_to_save and layers_to_transform"
             )
         return found
 
-    def _usual(self, modules):
-        for names in self.default_targets:
-            if all(
-                any(targets.matches_suffix(name, path) for path in modules)
-                for name in names
-            ):
-                return list(names)
-        linear = sorted(
-            {
-                path.rpartition(".")[2]
-                for path in modules
-                if weights.is_linear(modules[path])
-            }
-        )
-        raise TargetError(
-            "say target_modules: this model has none of the usual names. Its linear"
-            " layers are named: " + ", ".join(linear)
-        )
+    def in_chosen_layers(self, found):
+        names = self.layers_pattern or ()
+        for name in [names] if isinstance(names, str) else names:
+            targets.fullmatch_all(rf"(?:^|.*?\.){name}\.\d+\..*", found)  # or it hangs
+        number = {path: targets.layer_index(path, names) for path in found}
+        wanted = self.layers_to_transform
+        wanted = [wanted] if isinstance(wanted, int) else wanted
+        there = sorted({index for index in number.values() if index is not None})
+        missing = [index for index in wanted if index not in there]
+        if missing and not set(missing) >= set(wanted):
+            raise TargetError(
+                f"layers_to_transform: no target is in layer"
+                f" {', '.join(map(str, missing))}; there are targets in"
+                f" {', '.join(map(str, there))}"
+            )
+        return [path for path in found if number[path] in wanted]
+
+    def check_patterns(self, field, found):
+        """TargetError where a key of rank_pattern or alpha_pattern matches no target."""
+        unused = self.unused_patterns(field, found)
+        if unused:
+            raise TargetError(targets.missing_message(found, unused, field))
+
+    def unused_patterns(self, field, found):
+        pattern = getattr(self, field, None) or {}
+        # AdaLoRA notes lists there, not numbers
+        keys = [k for k, v in pattern.items() if isinstance(v, (int, float))]
+        return [
+            key
+            for key in keys
+            if not targets.fullmatch_all(targets.suffix_regex(key), found)
+        ]
 
     def drop_missing_targets(self, model):
-        paths = [path for path, *_ in targets.walk(model)]
-        for field in ("target_modules", "feedforward_modules", "modules_to_save"):
+        paths = list(targets.modules_by_path(model))
+        for field, matches in (
+            ("target_modules", targets.matches_suffix),
+            ("exclude_modules", targets.matches_suffix),
+            ("feedforward_modules", targets.ends_with),
+            ("modules_to_save", targets.ends_with),
+        ):
             names = getattr(self, field, None)
-            if isinstance(names, list):
-                there = [
-                    name
-                    for name in names
-                    if any(targets.ends_with(name, path) for path in paths)
-                ]
-                setattr(self, field, there or names)
+            if isinstance(names, (list, tuple, set)):
+                there = [n for n in names if targets.is_found(n, paths, matches)]
+                optional = field in ("exclude_modules", "modules_to_save")
+                setattr(self, field, there or (None if optional else names))
+        excluded = self.exclude_modules
+        if isinstance(excluded, str) and not targets.fullmatch_all(excluded, paths):
+            self.exclude_modules = None
+        if self.target_modules not in (None, "all-linear"):
+            found = targets.find_targets(paths, self.target_modules)
+            for field in ("rank_pattern", "alpha_pattern"):
+                for key in self.unused_patterns(field, found):
+                    del getattr(self, field)[key]
+
+
+def model_type(model):
+    """A model's config.model_type, or its class's name."""
+    config = getattr(model, "config", None)
+    return getattr(config, "model_type", None) or type(model).__name__
+
+
+def known_kind(table, model, modules):
+    """The key of `table` for a model: its model_type, or "llama", whose names our own
+    GPT has whatever its model_type. None where `table` knows neither."""
+    kind = model_type(model)
+    for key in (kind, "llama") if kind in table else ():
+        names = table[key]
+        if isinstance(names, str):
+            return key
+        if any(targets.is_found(name, modules) for name in names):
+            return key
+    return None
+
+
+def all_linear(model, modules):
+    """Names for all linear layers but the output head."""
+    head = None
+    if hasattr(model, "get_output_embeddings"):
+        head = targets.unwrap_slot(model.get_output_embeddings())
+    found = [
+        path
+        for path, module in modules.items()
+        if weights.is_linear(module) and module is not head
+    ]
+    if not found:
+        raise TargetError(
+            f"all-linear: this {type(model).__name__} has no linear layers"
+        )
+    return targets.shortest_names(modules, found)

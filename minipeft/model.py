@@ -1,12 +1,10 @@
-"""Floor 5: the book of adapters. A PeftModel puts slots into a model, and knows which
-adapters there are and who plays.
+"""PeftModel: adds, activates, merges and saves named adapters.
 
-All that touches several layers at once is here, and is done for all of them or for
-none.
+What touches several layers at once is done for all of them or for none.
 """
 
-import copy
-import difflib
+import inspect
+import tempfile
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +14,9 @@ import torch
 from torch import nn
 
 from . import merging, saving, targets, weighted
-from .config import ConfigError
-from .errors import TargetError
+from .config import as_config
+from .errors import ConfigError, TargetError
+from .io import brief, did_you_mean
 from .methods import lora_init
 from .methods.modules_to_save import ModuleCopy
 from .slot import ActiveAdapters, AdapterNameError, Base, ModelSlot, RowAdapters, Slot
@@ -47,7 +46,7 @@ class PeftModel(nn.Module):
         peft_config,
         adapter_name="default",
         autocast_adapter_dtype=True,
-        fill=None,
+        tensors=None,
     ):
         super().__init__()
         if any(isinstance(module, (Slot, PeftModel)) for module in model.modules()):
@@ -59,9 +58,12 @@ class PeftModel(nn.Module):
         # what an adapter shares over its slots is owned here, and lent to them
         self.shared = nn.ModuleDict()
         self.peft_config = {}
-        self._add(adapter_name, peft_config, autocast_adapter_dtype, fill)
+        with self._adding(adapter_name, peft_config, autocast_adapter_dtype) as new:
+            if tensors is not None:
+                saving.load_tensors(new, tensors)
         undo_bnb_cpu_repacking(model).requires_grad_(False)
-        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        frozen = self.peft_config[adapter_name].inference_mode
+        self.set_adapter(adapter_name, inference_mode=frozen)
         self.training = model.training
         if targets.uses_grad_checkpointing(model):
             self.enable_input_require_grads()
@@ -118,7 +120,7 @@ class PeftModel(nn.Module):
             )
         return RowAdapters(names)
 
-    # The book.
+    # ---- names ----
 
     def get_base_model(self):
         return self.base_model.base_layer
@@ -141,8 +143,7 @@ class PeftModel(nn.Module):
         return list(active.merged) if active.enabled else []
 
     def _sites(self):
-        """{path: (the module or slot there, the function that puts something else
-        there)}"""
+        """{path: (the module or slot there, a function that replaces it)}"""
         return {"": (self.base_model, None)} | {
             path: (module, partial(setattr, parent, name))
             for path, parent, name, module in targets.walk(self.base_model)
@@ -150,8 +151,8 @@ class PeftModel(nn.Module):
 
     def _slots(self):
         return [
-            (path, module, put)
-            for path, (module, put) in self._sites().items()
+            (path, module, replace)
+            for path, (module, replace) in self._sites().items()
             if isinstance(module, Slot)
         ]
 
@@ -169,110 +170,127 @@ class PeftModel(nn.Module):
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             if name not in self.peft_config:
-                near = difflib.get_close_matches(str(name), self.peft_config, n=1)
+                known = ", ".join(map(repr, self.peft_config)) or "none"
                 raise AdapterNameError(
-                    f"there is no adapter {name!r}"
-                    + (f" (nearest: {near[0]!r})" if near else "")
-                    + f"; there are: {', '.join(map(repr, self.peft_config)) or 'none'}"
+                    f"there is no adapter {brief(name)}"
+                    f"{did_you_mean(name, self.peft_config)}; there are: {known}"
                 )
         return names
 
-    def _add(self, name, config, autocast_adapter_dtype=True, fill=None):
-        """Make adapter `name`, let `fill` give {path: adapter} its values, and put it
-        in, frozen and inactive. The model is touched only when all of that has
-        succeeded."""
-        if (
-            not isinstance(name, str)
-            or not name
-            or "." in name
-            or name == "__base__"
-            or hasattr(nn.ModuleDict, name)
-        ):
+    def _check_new_name(self, name):
+        """Adapters' names become names of modules and of folders."""
+        if not isinstance(name, str) or not name or hasattr(nn.ModuleDict, name):
+            impossible = True
+        else:
+            impossible = name == "__base__" or not {".", "/", "\\", "\0"}.isdisjoint(
+                name
+            )
+        if impossible:
             raise AdapterNameError(
-                f"{name!r} cannot name an adapter: expected is a string without dots,"
-                " which is neither '__base__' nor the name of a method of torch's"
-                " ModuleDict"
+                f"{brief(name)} cannot name an adapter: expected a string without dots"
+                " and slashes, which is neither '__base__' nor the name of a method of"
+                " torch's ModuleDict"
             )
         if name in self.peft_config:
             raise AdapterNameError(
                 f"there is an adapter {name!r} already; delete it first, or take"
                 " another name"
             )
-        model, config, places = (
-            self.get_base_model(),
-            copy.deepcopy(config),
-            self._sites(),
-        )
-        config.base_model_name_or_path = (
-            config.base_model_name_or_path
-            or getattr(model, "name_or_path", None)
-            or None
-        )
+
+    @contextmanager
+    def _adding(self, name, config, autocast_adapter_dtype=True):
+        """Create adapter `name` and yield {path: adapter}; what they share has the path
+        None. When the block ends it is put in, frozen and inactive; when it fails the
+        model is as before."""
+        self._check_new_name(name)
+        config = as_config(config).resolve(self.get_base_model())
+        if not config.base_model_name_or_path:
+            base_name = getattr(self.get_base_model(), "name_or_path", None)
+            config.base_model_name_or_path = base_name or None
         if self.peft_config and lora_init.changes_base(config):
             raise ConfigError(
                 f"{config.init_lora_weights!r} changes the base, on which"
                 f" {', '.join(self.peft_config)} stand: make it on a model without"
                 " adapters, or load it converted to a plain LoRA"
             )
-        chosen = config.select(model)
-        copied = targets.resolve_targets(
-            places,
-            getattr(config, "modules_to_save", None) or (),
-            "modules_to_save",
-            targets.ends_with,
-        )
-        slots = {path: places[path][0] for path in [*chosen, *copied]}
-        slots = {
-            path: (
-                module
-                if isinstance(module, Slot)
-                else Slot(module, self.base_model.active)
-            )
-            for path, module in slots.items()
-        }
-        bases = {path: Base(slots[path], name, lossy=True) for path in chosen}
-        before = [
-            (base.module, dict(base.module._parameters)) for base in bases.values()
-        ]
+        sites = self._sites()
+        slots, copied = self._slots_for(config, sites)
+        bases = {p: Base(slots[p], name, lossy=True) for p in slots if p not in copied}
+        before = [(b.module, dict(b.module._parameters)) for b in bases.values()]
         try:
-            shared = config.create_shared(bases)
-            like = device_and_dtype(bases[chosen[0]].module, autocast_adapter_dtype)
-            parts = {} if shared is None else {None: shared.to(*like)}
-            for path, base in targets.progress(list(bases.items()), "making adapters"):
-                try:
-                    parts[path] = config.create(base, path).to(
-                        *device_and_dtype(base.module, autocast_adapter_dtype)
-                    )
-                except TargetError as error:
-                    raise TargetError(f"{path}: {error}") from None
+            adapters = self._create(config, bases, autocast_adapter_dtype)
             for path in copied:
-                if any(
-                    isinstance(module, Slot)
-                    for module in slots[path].base_layer.modules()
-                ):
-                    raise TargetError(f"modules_to_save: {path} holds adapters")
-                parts[path] = ModuleCopy(slots[path].base_layer)
-            if fill is not None:
-                fill(parts)
+                adapters[path] = ModuleCopy(slots[path].base_layer)
+            yield adapters
         except BaseException:  # an initialisation may have changed weights
             for module, parameters in before:
                 module._parameters.update(parameters)
             raise
-        for path, slot in slots.items():
-            slot.training = slot.base_layer.training
-            slot.adapters[name] = parts[path].train(slot.training)
-            if shared is not None:
-                slot.shared[name] = self.shared[name] = shared
-            if slot is not places[path][0]:
-                places[path][1](slot)
-        for part in parts.values():
-            part.requires_grad_(False)
+        for adapter in adapters.values():
+            adapter.requires_grad_(False)
+        self._put_in(name, adapters, slots, sites)
         self.peft_config[name] = config
 
-    def add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype=True):
+    def _put_in(self, name, adapters, slots, sites):
+        shared = adapters.get(None)
+        if shared is not None:
+            self.shared[name] = shared
+        for path, slot in slots.items():
+            slot.training = slot.base_layer.training
+            slot.adapters[name] = adapters[path].train(slot.training)
+            if shared is not None:
+                slot.shared[name] = shared
+            module, replace = sites[path]
+            if slot is not module:
+                replace(slot)
+
+    def _slots_for(self, config, sites):
+        """({path: the slot there, or a new one}, the paths of modules_to_save)"""
+        selected = config.select(self.get_base_model())
+        copied = targets.resolve_targets(
+            sites,
+            getattr(config, "modules_to_save", None) or (),
+            "modules_to_save",
+            targets.ends_with,
+        )
+        slots = {}
+        for path in [*selected, *copied]:
+            module, _ = sites[path]
+            if not isinstance(module, Slot):
+                module = Slot(module, self.base_model.active)
+            slots[path] = module
+        for path in copied:
+            inside = slots[path].base_layer.modules()
+            if any(isinstance(module, Slot) for module in inside):
+                raise TargetError(f"modules_to_save: {path} holds adapters")
+        return slots, copied
+
+    def _create(self, config, bases, autocast_adapter_dtype):
+        """{path: a new adapter}; what they share has the path None."""
+        adapters = {}
+        shared = config.create_shared(bases)
+        if shared is not None:
+            first = next(iter(bases.values())).module
+            adapters[None] = shared.to(*device_and_dtype(first, autocast_adapter_dtype))
+        for path, base in targets.progress(list(bases.items()), "making adapters"):
+            like = device_and_dtype(base.module, autocast_adapter_dtype)
+            try:
+                adapters[path] = config.create(base, path).to(*like)
+            except TargetError as error:
+                raise TargetError(f"{path}: {error}") from None
+        return adapters
+
+    def add_adapter(
+        self,
+        adapter_name,
+        peft_config,
+        autocast_adapter_dtype=True,
+        low_cpu_mem_usage=False,
+    ):
         """One more adapter, inactive until `set_adapter`. Any method can stand beside
-        any other."""
-        self._add(adapter_name, peft_config, autocast_adapter_dtype)
+        any other. low_cpu_mem_usage has no effect."""
+        with self._adding(adapter_name, peft_config, autocast_adapter_dtype):
+            pass
         if not self.active_adapters:
             self.set_adapter(adapter_name)
 
@@ -300,12 +318,12 @@ class PeftModel(nn.Module):
         self._check_names(adapter_name)
         active = self.base_model.active
         with merging.unmerged(self):
-            for _, slot, put in self._slots():
+            for _, slot, replace in self._slots():
                 if adapter_name in slot.adapters:
                     del slot.adapters[adapter_name]
                     slot.shared.pop(adapter_name, None)
-                    if put and not slot.adapters:
-                        put(slot.base_layer)
+                    if replace and not slot.adapters:
+                        replace(slot.base_layer)
             if adapter_name in self.shared:
                 del self.shared[adapter_name]
             del self.peft_config[adapter_name]
@@ -332,7 +350,7 @@ class PeftModel(nn.Module):
             finally:
                 active.enabled = before
 
-    # Merging.
+    # ---- merging ----
 
     def merge_adapter(self, adapter_names=None, safe_merge=False, lossy=False):
         """Write adapters (the active ones) into the weights, all or nothing. A layer
@@ -382,10 +400,10 @@ class PeftModel(nn.Module):
         return self._remove_slots()
 
     def _remove_slots(self):
-        for _, slot, put in self._slots():
+        for _, slot, replace in self._slots():
             slot.adapters.clear()
-            if put:
-                put(slot.base_layer)
+            if replace:
+                replace(slot.base_layer)
         self.shared.clear()
         self.peft_config.clear()
         self.base_model.active.names = []
@@ -395,42 +413,72 @@ class PeftModel(nn.Module):
             del hooks[key]
         return self.get_base_model()
 
-    # Files and combinations.
+    # ---- files and combinations ----
 
     def save_pretrained(
         self,
         save_directory,
+        safe_serialization=True,
         selected_adapters=None,
+        save_embedding_layers="auto",
+        is_main_process=True,
         path_initial_model_for_weight_conversion=None,
+        state_dict=None,
     ):
-        """Hugging Face PEFT's files: the adapter "default" in the folder itself, others
-        in folders of their names.
+        """Hugging Face PEFT's files and a model card: the adapter "default" in the
+        folder itself, others in folders of their names.
 
+        save_embedding_layers: whether the base's embeddings are saved too; "auto": where
+        the vocabulary was resized. is_main_process: False writes nothing. state_dict:
+        the whole model's, to be saved in place of the model's own values.
         path_initial_model_for_weight_conversion: where a PiSSA or OLoRA was saved
         before training. It is then saved as a plain LoRA of twice the rank, for the
         base as it was before the initialisation changed it.
+        Raises AdapterFileError, and then writes nothing of that adapter.
         """
-        for name in (
-            self.peft_config
-            if selected_adapters is None
-            else self._check_names(selected_adapters)
-        ):
-            config = copy.copy(self.peft_config[name])
-            config.inference_mode = True
-            folder = Path(save_directory) / ("" if name == "default" else name)
-            tensors = saving.tensors(self._adapters_by_path(name))
-            if path_initial_model_for_weight_conversion is not None:
-                start = saving.load(path_initial_model_for_weight_conversion)[1]
-                config, tensors = lora_init.as_lora(config, tensors, start)
-            elif lora_init.changes_base(config):
+        if not safe_serialization:
+            raise ConfigError(
+                "safe_serialization=False would write a pickle: adapters are saved as"
+                " safetensors only"
+            )
+        initial = path_initial_model_for_weight_conversion
+        names = self.peft_config if selected_adapters is None else selected_adapters
+        for name in self._check_names(names):
+            if initial is None and lora_init.changes_base(self.peft_config[name]):
                 warnings.warn(
-                    f"{name!r} began as {config.init_lora_weights!r}, which changed the"
-                    " base: what is saved fits only a base that was changed likewise."
-                    " For a plain LoRA, which fits the base from before, give"
-                    " path_initial_model_for_weight_conversion",
+                    f"{name!r} began as {self.peft_config[name].init_lora_weights!r},"
+                    " which changed the base: what is saved fits only a base that was"
+                    " changed likewise. For a plain LoRA, which fits the base from"
+                    " before, give path_initial_model_for_weight_conversion",
                     stacklevel=2,
                 )
-            saving.save(folder, config, tensors)
+            config, tensors = saving.file_content(
+                self, name, initial, state_dict, save_embedding_layers
+            )
+            if is_main_process:
+                folder = Path(save_directory) / ("" if name == "default" else name)
+                saving.save(folder, config, tensors)
+
+    def push_to_hub(
+        self, repo_id, commit_message=None, private=None, token=None, **more
+    ):
+        """Upload the adapters, as `save_pretrained` writes them, to a repository of the
+        Hugging Face hub. more: arguments of HfApi.upload_folder (revision, create_pr),
+        or of save_pretrained (selected_adapters). Returns the hub's CommitInfo."""
+        from huggingface_hub import HfApi
+
+        saved = inspect.signature(self.save_pretrained).parameters
+        with tempfile.TemporaryDirectory() as folder:
+            options = {name: more.pop(name) for name in saved.keys() & more.keys()}
+            self.save_pretrained(folder, **options)
+            api = HfApi(token=token)
+            repo = api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(
+                repo_id=repo.repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload adapter",
+                **more,
+            )
 
     @classmethod
     def from_pretrained(
@@ -439,26 +487,43 @@ class PeftModel(nn.Module):
         model_id,
         adapter_name="default",
         is_trainable=False,
+        config=None,
         autocast_adapter_dtype=True,
+        **more,
     ):
-        """`model` with the adapter in folder `model_id`, frozen and in eval mode unless
-        is_trainable.
+        """`model` with the adapter in folder `model_id`, or of that name on the Hugging
+        Face hub, frozen and in eval mode unless is_trainable.
 
+        config: used in place of the folder's. more: revision, subfolder, token,
+        cache_dir ...; torch_device, device_map and low_cpu_mem_usage have no effect, for
+        adapters are created beside the layers that they adapt.
         Raises AdapterFileError, ConfigError or TargetError, and then leaves the model
         as it was.
         """
-        config, fill = saving.adapter(model_id, model, is_trainable)
-        return cls(model, config, adapter_name, autocast_adapter_dtype, fill).train(
-            is_trainable and model.training
+        hub = saving.hub_arguments(more)
+        config, tensors = saving.prepare_load(
+            model_id, model, is_trainable, config, **hub
         )
+        loaded = cls(model, config, adapter_name, autocast_adapter_dtype, tensors)
+        return loaded.train(is_trainable and model.training)
 
     def load_adapter(
-        self, model_id, adapter_name, is_trainable=False, autocast_adapter_dtype=True
+        self,
+        model_id,
+        adapter_name,
+        is_trainable=False,
+        torch_device=None,
+        autocast_adapter_dtype=True,
+        **more,
     ):
-        """One more adapter, from a folder; inactive until `set_adapter`, if another is
-        active."""
-        config, fill = saving.adapter(model_id, self.get_base_model(), is_trainable)
-        self._add(adapter_name, config, autocast_adapter_dtype, fill)
+        """One more adapter, from a folder or the hub; inactive until `set_adapter`, if
+        another is active. Arguments: see from_pretrained."""
+        hub = saving.hub_arguments(more | {"torch_device": torch_device})
+        config, tensors = saving.prepare_load(
+            model_id, self.get_base_model(), is_trainable, **hub
+        )
+        with self._adding(adapter_name, config, autocast_adapter_dtype) as new:
+            saving.load_tensors(new, tensors)
         if not self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=not is_trainable)
         if not is_trainable:
@@ -477,30 +542,27 @@ class PeftModel(nn.Module):
         density=None,
         majority_sign_method="total",
     ):
-        """A new LoRA from others, inactive until `set_adapter`. The ways are told in
-        minipeft/weighted.py."""
-        parts = [self._adapters_by_path(name) for name in self._check_names(adapters)]
+        """A new LoRA from LoRAs, or IA3 from IA3s, inactive until `set_adapter`. See
+        minipeft/weighted.py for the combination types."""
+        by_path = [self._adapters_by_path(name) for name in self._check_names(adapters)]
         paths = [
-            path for path, _, _ in self._slots() if any(path in part for part in parts)
+            path for path, _, _ in self._slots() if any(path in a for a in by_path)
         ]
-        configs, svd = (
-            [self.peft_config[name] for name in adapters],
-            (svd_clamp, svd_full_matrices, svd_driver),
-        )
-        config, fill = weighted.plan(
-            configs,
-            parts,
+        plan = weighted.plan_combination(
+            [self.peft_config[name] for name in self._check_names(adapters)],
+            by_path,
             weights,
             paths,
-            combination_type,
-            svd_rank,
-            svd,
-            density,
-            majority_sign_method,
+            combination_type=combination_type,
+            svd_rank=svd_rank,
+            svd=(svd_clamp, svd_full_matrices, svd_driver),
+            density=density,
+            majority=majority_sign_method,
         )
-        self._add(adapter_name, config, fill=fill)
+        with self._adding(adapter_name, plan.config) as new:
+            saving.load_tensors(new, plan.tensors())
 
-    # Counting, and what a trainer asks of a model.
+    # ---- counting, and what a trainer asks of a model ----
 
     def get_nb_trainable_parameters(self):
         """(trainable, all). A packed 4-bit weight counts as the weights that it holds."""
@@ -536,44 +598,40 @@ class PeftModel(nn.Module):
         except (AttributeError, NotImplementedError):
             return None
 
-    # whatever else is asked of a model (config, device), the model answers
-    def __getattr__(self, name):
+    def resize_token_embeddings(self, *args, **kwargs):
+        """The base's own. Raises TargetError where an embedding carries an adapter,
+        whose shape would no longer fit."""
+        self._check_embeddings_are_bare("resize_token_embeddings")
+        return self.get_base_model().resize_token_embeddings(*args, **kwargs)
+
+    def tie_weights(self, *args, **kwargs):
+        """The base's own. Raises TargetError where an embedding carries an adapter."""
+        self._check_embeddings_are_bare("tie_weights")
+        return self.get_base_model().tie_weights(*args, **kwargs)
+
+    def _check_embeddings_are_bare(self, what):
+        for path in saving.embedding_paths(self.get_base_model()):
+            if saving.is_slotted(self, path):
+                raise TargetError(
+                    f"{what}: {path} carries an adapter. Do it on the base, before"
+                    " adapters are added"
+                )
+
+    def __getattr__(self, name):  # config, device ...: the base's
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_model":
                 raise
+        try:
             return getattr(self.base_model, name)
+        except AttributeError:
+            hint = "" if name.startswith("_") else did_you_mean(name, dir(self))
+            raise AttributeError(
+                f"neither {type(self).__name__} nor its base has an attribute"
+                f" {name!r}{hint}"
+            ) from None
 
 
 def _require_grad(module, args, output):
     output.requires_grad_(True)
-
-
-def prepare_model_for_kbit_training(
-    model, use_gradient_checkpointing=True, gradient_checkpointing_kwargs=None
-):
-    """Ready a quantised model for training adapters, in place; returns it. Line by
-    line:
-
-    all is frozen; what is not quantised (norms, embeddings, the head) is held in 32
-    bits from now on; activations are computed again in the backward pass rather than
-    kept, for which a reentrant checkpoint needs an input with a gradient.
-    """
-    undo_bnb_cpu_repacking(model).requires_grad_(False)
-    quantised = any(
-        type(parameter).__name__ == "Params4bit" for parameter in model.parameters()
-    )
-    for parameter in model.parameters():
-        if (
-            parameter.dtype in (torch.float16, torch.bfloat16)
-            and type(parameter).__name__ != "Params4bit"
-        ):
-            parameter.data = parameter.data.float()
-    if quantised and use_gradient_checkpointing:
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
-            model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
-        )
-    return model

@@ -183,7 +183,10 @@ UNSUPPORTED = {
     "use_qalora": (False, "QA-LoRA is not built"),
     "qalora_group_size": (16, "QA-LoRA is not built"),
     "monteclora_config": (None, "MonteCLoRA is not built"),
-    "layer_replication": (None, "layers are not repeated: build the deeper model first"),
+    "layer_replication": (
+        None,
+        "layers are not repeated: build the deeper model first",
+    ),
     "runtime_config": (None, "weights are not moved between devices while it runs"),
     "target_parameters": (
         None,

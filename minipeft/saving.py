@@ -1,177 +1,307 @@
-"""Floor 3: Hugging Face PEFT's files, both ways: adapter_config.json and
+"""Hugging Face PEFT's files, both ways: adapter_config.json and
 adapter_model.safetensors, never a pickle.
 
 A tensor's key is "base_model.model." + the module's path + the tensor's name in its
-adapter, without the adapter's own name: that is chosen anew on loading.
+adapter. The adapter's own name is not in it: it is chosen again on loading.
 """
 
+import copy
+import inspect
 import json
-import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from . import targets
-from .config import CONFIG, AdapterFileError, PeftConfig
+from . import io, targets
+from .config import CONFIG, PeftConfig, as_config, resolve_folder
+from .errors import AdapterFileError, ConfigError
+from .methods import lora_init
+from .model_card import CARD, model_card
+from .slot import Adapter
 
 TENSORS = "adapter_model.safetensors"
 
 
-def key(path, name):
+# ---- tensors of adapters --------------------------------------------------------------
+
+
+def tensor_key(path, name):
     """`path` is None for what all slots share. Adapters around the whole model, at path
     "", have bare keys."""
-    return (
-        f"base_model.{name}"
-        if path is None
-        else f"base_model.model.{path}.{name}"
-        if path
-        else name
-    )
+    if path is None:
+        return f"base_model.{name}"
+    return f"base_model.model.{path}.{name}" if path else name
 
 
-def tensors(parts):
+def tensors_to_file(part):
+    """{name: tensor} of an adapter, or of a module that adapters share."""
+    return part.to_file() if isinstance(part, Adapter) else part.state_dict()
+
+
+def adapter_state_dict(adapters):
     """{key: tensor} of {path: adapter}."""
     return {
-        key(path, name): tensor
-        for path, part in parts.items()
-        for name, tensor in getattr(part, "to_file", part.state_dict)().items()
+        tensor_key(path, name): tensor
+        for path, part in adapters.items()
+        for name, tensor in tensors_to_file(part).items()
     }
 
 
-def fill(parts, found):
+def load_tensors(adapters, found):
     """Give {path: adapter} the values of {key: tensor}: all of them, or
     AdapterFileError and none."""
-    check(tensors(parts), found)
-    for path, part in parts.items():
-        names = getattr(part, "to_file", part.state_dict)()
-        getattr(part, "from_file", part.load_state_dict)(
-            {name: found[key(path, name)] for name in names}
-        )
+    check_tensors(adapter_state_dict(adapters), found)
+    for path, part in adapters.items():
+        load = part.from_file if isinstance(part, Adapter) else part.load_state_dict
+        names = tensors_to_file(part)
+        load({name: found[tensor_key(path, name)] for name in names})
 
 
-def adapter(folder, model, is_trainable):
-    """The config in a folder, ready for `model`, and the function that fills {path:
-    adapter} with what is there."""
-    config, found = load(folder)
-    config.on_load()
-    config.inference_mode = not is_trainable
-    config.drop_missing_targets(model)
-    modules = {
-        key(path, ""): targets.unwrap_slot(module)
-        for path, _, _, module in targets.walk(model)
-    }
-    # PEFT saves adapted embeddings with their base
-    for name in [name for name in found if ".base_layer." in name]:
-        before, _, tensor = name.partition("base_layer.")
-        own = getattr(modules.get(before), tensor, None)
-        if own is None or not torch.equal(own, found.pop(name).to(own)):
-            raise AdapterFileError(
-                f"{name}: this adapter belongs to a model with another base weight"
-                " there"
-            )
-    return config, lambda parts: fill(parts, found)
-
-
-def save(folder, config, tensors):
-    """Write both files beside their places, then move them in: a reader never sees half
-    of one."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    if folder.is_file():
-        raise AdapterFileError(f"{folder} is a file; a folder is expected")
-    folder.mkdir(parents=True, exist_ok=True)
-    # Contiguous copies on the CPU: safetensors takes no tensor that shares its memory
-    # with another.
-    save_file(
-        {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()},
-        folder / f".{TENSORS}",
-        metadata={"format": "pt"},
-    )
-    (folder / f".{CONFIG}").write_text(
-        json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    )
-    os.replace(folder / f".{TENSORS}", folder / TENSORS)
-    os.replace(folder / f".{CONFIG}", folder / CONFIG)
-
-
-def load(folder):
-    """(config, {key: tensor}). AdapterFileError or ConfigError says what is wrong with
-    the files."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = find(folder)
-    config = PeftConfig.from_pretrained(folder)
-    if not (folder / TENSORS).exists():
-        old = (
-            " There is an adapter_model.bin, a pickle, which is not opened: convert it"
-            " to safetensors with Hugging Face PEFT's save_pretrained."
-            if (folder / "adapter_model.bin").exists()
-            else ""
-        )
-        raise AdapterFileError(f"{folder} has no {TENSORS}.{old}")
-    try:
-        return config, load_file(folder / TENSORS)
-    except SafetensorError as error:
-        raise AdapterFileError(
-            f"{folder / TENSORS} is damaged or cut short ({error}): copy it again"
-        ) from None
-
-
-def find(folder):
-    """The folder itself, or a local copy of the adapter of that name on the Hugging
-    Face hub."""
-    path = Path(folder)
-    if (path / CONFIG).exists():
-        return path
-    if path.is_dir():
-        inside = ", ".join(sorted(p.parent.name for p in path.glob(f"*/{CONFIG}")))
-        raise AdapterFileError(
-            f"{path} has no {CONFIG}"
-            + (f"; folders in it that do: {inside}" if inside else "")
-        )
-    if str(folder).count("/") != 1 or path.is_absolute():
-        raise AdapterFileError(f"there is no folder {path}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG, TENSORS]))
-    except Exception as error:
-        raise AdapterFileError(
-            f"there is no folder {path}, and the hub gave none of that name: {error}"
-        ) from None
-
-
-def check(expected, found):
-    """AdapterFileError that lists every tensor that is missing, unexpected or of
-    another shape."""
+def check_tensors(expected, found):
+    """Raise AdapterFileError with every tensor that is missing, unexpected, of another
+    shape, or without a finite number for each weight."""
     wrong = [
-        f"  missing     {k}  {tuple(expected[k].shape)}"
-        for k in expected
-        if k not in found
+        f"  missing     {key}  {tuple(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key not in found
     ]
-    wrong += [
-        f"  unexpected  {k}  {tuple(found[k].shape)}"
-        for k in found
-        if k not in expected
-    ]
-    wrong += [
-        f"  shape       {k}  {tuple(found[k].shape)}, the model has"
-        f" {tuple(expected[k].shape)}"
-        for k in expected
-        if k in found and expected[k].shape != found[k].shape
-    ]
+    for key, tensor in found.items():
+        shape = tuple(tensor.shape)
+        if key not in expected:
+            wrong.append(f"  unexpected  {key}  {shape}")
+        elif shape != tuple(expected[key].shape):
+            here = tuple(expected[key].shape)
+            wrong.append(f"  shape       {key}  {shape}, the model has {here}")
+        elif not tensor.is_floating_point():
+            wrong.append(f"  type        {key}  {tensor.dtype}, expected floats")
+        elif not tensor.isfinite().all():
+            wrong.append(f"  not finite  {key}  {shape}")
     if wrong:
-        prefix = (
-            ""
-            if not found or expected.keys() & found.keys()
-            else (
+        prefix = ""
+        if found and not expected.keys() & found.keys():
+            prefix = (
                 f" No key fits: this one's begin like {next(iter(found))!r}, expected"
-                f" is {next(iter(expected))!r}."
+                f" {next(iter(expected))!r}."
             )
-        )
         raise AdapterFileError(
             f"the adapter does not fit this model; nothing was loaded.{prefix}\n"
             + "\n".join(wrong)
         )
+
+
+# ---- writing --------------------------------------------------------------------------
+
+
+def save(folder, config, tensors):
+    """Write both files, and a model card where there is none of somebody's own. Files
+    are written beside their places and then renamed: a reader never sees half of one.
+    Raises AdapterFileError where that fails."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder = io.make_folder(folder, AdapterFileError)
+    # Contiguous copies on the CPU: safetensors takes no two tensors that share memory.
+    tensors = {
+        key: tensor.detach().cpu().clone().contiguous()
+        for key, tensor in tensors.items()
+    }
+    card = model_card(config, tensors, folder)
+    try:
+        with ExitStack() as parts:
+            part = {
+                name: parts.enter_context(io.replacing(folder / name))
+                for name in (CONFIG, TENSORS, *([CARD] if card else []))
+            }
+            save_file(tensors, part[TENSORS], {"format": "pt"})
+            text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+            part[CONFIG].write_text(text, encoding="utf-8")
+            if card:
+                part[CARD].write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"cannot write into {folder}: {error}") from None
+
+
+def file_content(model, name, initial=None, state_dict=None, embeddings="auto"):
+    """(configuration, {key: tensor}): what is saved of adapter `name` of a PeftModel.
+
+    initial: the folder of the adapter before training; see PeftModel.save_pretrained.
+    state_dict: the model's, with values to be saved in place of the model's own.
+    """
+    config = copy.copy(model.peft_config[name])
+    config.inference_mode = True
+    adapters = model._adapters_by_path(name)
+    if state_dict is not None:
+        adapters = filled_copies(model, adapters, state_dict)
+    tensors = {k: whole(t) for k, t in adapter_state_dict(adapters).items()}
+    if initial is not None:
+        config, tensors = lora_init.as_lora(config, tensors, load(initial)[1])
+    for path in embeddings_to_save(model, config, embeddings):
+        module = targets.modules_by_path(model.base_model)[path]
+        slotted = "base_layer." if is_slotted(model, path) else ""
+        for tensor_name, tensor in module.state_dict().items():
+            key = tensor_key(path, slotted + tensor_name)
+            tensors.setdefault(key, whole(tensor))
+    return config, tensors
+
+
+def whole(tensor):
+    """A tensor, gathered from all processes where FSDP has sharded it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def filled_copies(model, adapters, state_dict):
+    """Copies of {path: adapter} with the values of the whole model's state_dict."""
+    prefix = {id(module): f"{name}." for name, module in model.named_modules()}
+    copies = {}
+    for path, part in adapters.items():
+        start = prefix[id(part)]
+        own = {
+            key.removeprefix(start): tensor
+            for key, tensor in state_dict.items()
+            if key.startswith(start)
+        }
+        missing = part.state_dict().keys() - own.keys()
+        if missing:
+            raise AdapterFileError(
+                f"state_dict has no {start}{sorted(missing)[0]}: expected the state_dict"
+                " of the whole PeftModel"
+            )
+        copies[path] = copy.deepcopy(part)
+        copies[path].load_state_dict({key: whole(own[key]) for key in own})
+    return copies
+
+
+# ---- embeddings -----------------------------------------------------------------------
+
+
+def embedding_paths(model):
+    """The paths of a base model's input and output embeddings."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = targets.unwrap_slot(getattr(model, name)())
+        except (AttributeError, NotImplementedError):
+            continue
+        modules = targets.modules_by_path(model).items()
+        found += [path for path, other in modules if other is module]
+    return found
+
+
+def is_slotted(model, path):
+    return any(path == other for other, _, _ in model._slots())
+
+
+def embeddings_to_save(model, config, choice="auto"):
+    """The paths of embeddings that are saved whole beside the adapter. "auto": both,
+    where the vocabulary is not as large as that of base_model_name_or_path, a folder."""
+    if choice not in (True, False, "auto"):
+        raise ConfigError(
+            f"save_embedding_layers = {io.brief(choice)}: expected True, False or 'auto'"
+        )
+    base = model.get_base_model()
+    if choice == "auto":
+        file = Path(config.base_model_name_or_path or "") / "config.json"
+        size = getattr(getattr(base, "config", None), "vocab_size", None)
+        choice = size is not None and file.is_file()
+        if choice:
+            before = io.read_json(file, dict, AdapterFileError).get("vocab_size", size)
+            choice = before != size
+    return embedding_paths(base) if choice else []
+
+
+# ---- reading --------------------------------------------------------------------------
+
+
+def load(folder, config=None, subfolder=None, **hub):
+    """(configuration, {key: tensor}) of an adapter's folder. Raises AdapterFileError or
+    ConfigError, which say what is wrong with the files."""
+    folder = resolve_folder(folder, [CONFIG, TENSORS], subfolder, **hub)
+    if config is None:
+        config = PeftConfig.from_pretrained(folder)
+    if not (folder / TENSORS).exists():
+        pickle = ""
+        if (folder / "adapter_model.bin").exists():
+            pickle = (
+                " There is an adapter_model.bin, a pickle, which is not opened: convert"
+                " it to safetensors with Hugging Face PEFT's save_pretrained."
+            )
+        raise AdapterFileError(f"{folder} has no {TENSORS}.{pickle}")
+    return config, io.read_safetensors(folder / TENSORS, AdapterFileError)[0]
+
+
+def prepare_load(folder, model, is_trainable=False, config=None, **hub):
+    """(configuration, {key: tensor}) of an adapter's folder, made to fit the base
+    `model`. config: used in place of the folder's."""
+    config = None if config is None else copy.deepcopy(as_config(config))
+    config, tensors = load(folder, config, **hub)
+    config.on_load()
+    config.inference_mode = not is_trainable
+    config.drop_missing_targets(model)
+    drop_base_weights(tensors, model)
+    add_saved_embeddings(config, tensors, model)
+    return config, tensors
+
+
+def drop_base_weights(tensors, model):
+    """PEFT saves adapted embeddings with their base, which this model has already."""
+    modules = {tensor_key(p, ""): m for p, m in targets.modules_by_path(model).items()}
+    for key in [key for key in tensors if ".base_layer." in key]:
+        before, _, name = key.partition("base_layer.")
+        here = getattr(modules.get(before), name, None)
+        saved = tensors.pop(key)
+        if here is None or here.shape != saved.shape or not same(here, saved):
+            raise AdapterFileError(
+                f"{key}: this adapter belongs to a model with another base weight there"
+            )
+
+
+def add_saved_embeddings(config, tensors, model):
+    """PEFT saves whole embeddings where the vocabulary was resized. Where they are not
+    the model's own, they become modules_to_save."""
+    modules = targets.modules_by_path(model)
+    saved = tuple(getattr(config, "modules_to_save", None) or ())
+    for path in embedding_paths(model):
+        key = tensor_key(path, "weight")
+        if key not in tensors or path.endswith(saved):
+            continue
+        here, there = modules[path].weight, tensors[key]
+        if here.shape != there.shape:
+            raise AdapterFileError(
+                f"{key} has {len(there)} rows, the model's vocabulary {len(here)}: call"
+                f" model.resize_token_embeddings({len(there)}) before loading"
+            )
+        if same(here, there):
+            del tensors[key]
+        else:
+            config.modules_to_save = sorted({*saved, path})
+            saved = tuple(config.modules_to_save)
+
+
+def same(here, saved):
+    return torch.equal(here.detach().cpu(), saved.to("cpu", here.dtype))
+
+
+def hub_arguments(given):
+    """The arguments of PEFT's loaders that lead to files: revision, subfolder, token ...
+    Those that only say where tensors are put in between have no effect here: adapters
+    are created beside the layers that they adapt. Raises TypeError for others."""
+    from huggingface_hub import snapshot_download
+
+    known = {*inspect.signature(snapshot_download).parameters, "subfolder"}
+    placing = {"torch_device", "low_cpu_mem_usage", "device_map", "max_memory"}
+    missing = {
+        "ephemeral_gpu_offload": "weights are not moved between devices as it runs",
+        "key_mapping": "rename the keys in the file",
+        "ignore_mismatched_sizes": "every tensor has to fit",
+        "offload_folder": "weights are not offloaded",
+        "offload_dir": "weights are not offloaded",
+        "offload_index": "weights are not offloaded",
+    }
+    for name, value in given.items():
+        if name in missing and value:
+            raise ConfigError(f"{name}={io.brief(value)} is not built: {missing[name]}")
+        if name not in known | placing | missing.keys():
+            hint = io.did_you_mean(name, known | placing)
+            raise TypeError(f"unexpected argument {name!r}{hint}")
+    return {k: v for k, v in given.items() if k in known and v is not None}

@@ -1,9 +1,15 @@
-"""Walking through a model, and finding the modules that target names mean."""
+"""Walking a model, and finding the modules that target names mean."""
 
 import difflib
+import json
 import re
+import subprocess
+import sys
 
 from .errors import TargetError
+from .io import brief
+
+REGEX_SECONDS = 5  # the longest that matching one expression with all paths may take
 
 
 def unwrap_slot(module):
@@ -13,8 +19,8 @@ def unwrap_slot(module):
 
 def walk(model):
     """Every module below `model` once, parents first, as (path, parent, name, module).
-    Slots are seen through: paths are those of the bare model, and a module that is in a
-    slot comes as the slot."""
+    Slots are seen through: paths are those of the bare model, and a module in a slot is
+    given as the slot."""
     seen = set()
 
     def below(parent, prefix):
@@ -27,13 +33,15 @@ def walk(model):
     yield from below(unwrap_slot(model), "")
 
 
+def modules_by_path(model):
+    """{path: module} of the bare model, parents first, without slots and adapters."""
+    return {path: unwrap_slot(module) for path, _, _, module in walk(model)}
+
+
 def bare_modules(model):
     """The model and every module below it once, parents first, without slots and
     adapters."""
-    return [
-        unwrap_slot(model),
-        *(unwrap_slot(module) for _, _, _, module in walk(model)),
-    ]
+    return [unwrap_slot(model), *modules_by_path(model).values()]
 
 
 def progress(items, what):
@@ -43,109 +51,152 @@ def progress(items, what):
     return tqdm(items, desc=what, delay=3, leave=False)
 
 
+# ---- names ----------------------------------------------------------------------------
+
+
 def matches_suffix(name, path):
-    """Does `name` mean `path`? It is the whole path or its end: "q_proj" means
+    """True where `name` is the whole path or its last parts: "q_proj" matches
     "layers.0.self_attn.q_proj"."""
     return path == name or path.endswith("." + name)
 
 
 def ends_with(name, path):
-    """What modules_to_save means by a name, as in PEFT: "norm" means "input_layernorm"
-    too."""
+    """How modules_to_save matches, as in PEFT: "norm" matches "input_layernorm" too."""
     return path.endswith(name)
 
 
-def compile_regex(text):
-    """A compiled regular expression; TargetError where it is none."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise TargetError(f"{text!r} is no regular expression: {error}") from None
+def is_found(name, paths, matches=matches_suffix):
+    return any(matches(name, path) for path in paths)
 
 
-def match_pattern(patterns, path, default):
-    """The value of the first pattern (a regular expression for the end of a path) that
-    fits, as in rank_pattern."""
-    return next(
-        (
-            value
-            for key, value in (patterns or {}).items()
-            if compile_regex(rf"(.*\.)?({key})$").match(path)
-        ),
-        default,
-    )
-
-
-def in_layers(path, indices, pattern):
-    """Is `path` within one of the numbered layers `indices`? `pattern` names the list
-    of layers; None: any list."""
-    lists = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
-    found = next(
-        filter(
-            None,
-            (
-                compile_regex(rf"(?:^|.*?\.){name}\.(\d+)\.").match(path)
-                for name in lists
-            ),
-        ),
-        None,
-    )
-    return found is not None and int(found[1]) in (
-        [indices] if isinstance(indices, int) else indices
-    )
-
-
-def resolve_targets(paths, targets, what="target_modules", fits=matches_suffix):
-    """The paths that `targets` mean: a list of names, each of which must be found, or
-    one regular expression.
-
-    Raises TargetError that lists the nearest names there are.
-    """
+def find_targets(paths, targets, matches=matches_suffix):
+    """The paths that a list of names, or one regular expression, matches."""
     if isinstance(targets, str):
-        found = [path for path in paths if compile_regex(targets).fullmatch(path)]
+        return fullmatch_all(targets, paths)
+    return [path for path in paths if any(matches(name, path) for name in targets)]
+
+
+def resolve_targets(paths, targets, what="target_modules", matches=matches_suffix):
+    """The paths that `targets` match: a list of names, each of which must be found, or
+    one regular expression for whole paths.
+
+    Raises TargetError with the nearest names there are.
+    """
+    found = find_targets(paths, targets, matches)
+    if isinstance(targets, str):
         missing = [] if found else [targets]
     else:
-        found = [path for path in paths if any(fits(name, path) for name in targets)]
-        missing = [
-            name for name in targets if not any(fits(name, path) for path in found)
-        ]
+        missing = [name for name in targets if not is_found(name, found, matches)]
     if missing:
-        short = {path.rpartition(".")[2] for path in paths}
-        short = sorted(name for name in short if name and not name.isdigit()) or list(
-            paths
-        )
-        near = {
-            name: difflib.get_close_matches(name, [*short, *paths], n=3, cutoff=0.4)
-            for name in missing
-        }
-        hints = [
-            f"{name!r}" + (f" (nearest: {', '.join(near[name])})" if near[name] else "")
-            for name in missing
-        ]
-        raise TargetError(
-            f"{what} finds no module for {'; '.join(hints)}. There are:"
-            f" {', '.join(short)}"
-        )
+        raise TargetError(missing_message(paths, missing, what))
     return found
 
 
-def shortest_names(paths, found):
-    """Names for `found` that mean just these of all `paths`: the last parts, if they
-    suffice; else whole paths."""
-    ends = sorted({path.rpartition(".")[2] for path in found})
+def missing_message(paths, missing, what):
+    """ "target_modules finds no module for 'q_prj' (nearest: q_proj). There are: ..." """
+    last = {path.rpartition(".")[2] for path in paths}
+    names = sorted(name for name in last if name and not name.isdigit()) or list(paths)
+    hints = []
+    for name in missing:
+        near = difflib.get_close_matches(name[:200], [*names, *paths], n=3, cutoff=0.4)
+        hints.append(brief(name) + f" (nearest: {', '.join(near)})" * bool(near))
     return (
-        ends
-        if [path for path in paths if any(matches_suffix(name, path) for name in ends)]
-        == list(found)
-        else list(found)
+        f"{what} finds no module for {'; '.join(hints)}. There are: {', '.join(names)}"
     )
+
+
+def shortest_names(paths, found):
+    """Names that match `found` and nothing else of `paths`: their last parts where
+    these suffice, else whole paths."""
+    last = sorted({path.rpartition(".")[2] for path in found})
+    matched = [path for path in paths if any(matches_suffix(n, path) for n in last)]
+    return last if matched == list(found) else list(found)
+
+
+# ---- regular expressions --------------------------------------------------------------
+
+
+def compile_regex(text):
+    """A compiled regular expression. Raises TargetError where it is not one."""
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise TargetError(
+            f"{brief(text)} is not a regular expression: {error}"
+        ) from None
+
+
+def fullmatch_all(text, paths):
+    """The paths that the regular expression `text` matches whole.
+
+    Two repeats in one expression can take exponential time ("(a+)+b"), and Python
+    cannot interrupt its own matching. Such expressions run in a process of their own.
+    Raises TargetError where `text` is not an expression, or needs over REGEX_SECONDS.
+    """
+    pattern = compile_regex(text)
+    paths = list(paths)
+    if not has_two_repeats(text) or not sys.executable:
+        return [path for path in paths if pattern.fullmatch(path)]
+    code = (
+        "import json, re, sys; text, paths = json.load(sys.stdin);"
+        "print(json.dumps([p for p in paths if re.fullmatch(text, p)]))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code],
+            input=json.dumps([text, paths]),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=REGEX_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise TargetError(
+            f"matching {brief(text)} takes more than {REGEX_SECONDS} seconds: repeats"
+            ' within repeats, as in "(a+)+b", try every way to split a path. Give a'
+            " list of names"
+        ) from None
+    return json.loads(done.stdout)
+
+
+def has_two_repeats(text):
+    return len(re.findall(r"[*+{]", text)) > 1
+
+
+def suffix_regex(key):
+    """What a key of rank_pattern means: an expression for a path's last parts."""
+    return rf"(.*\.)?({key})"
+
+
+def match_pattern(patterns, path, default):
+    """The value of the first pattern that matches `path`, as in rank_pattern: {regular
+    expression for a path's last parts: value}."""
+    for key, value in (patterns or {}).items():
+        if compile_regex(suffix_regex(key)).fullmatch(path):
+            return value
+    return default
+
+
+def layer_index(path, pattern=None):
+    """The number of the layer that `path` is within, or None. `pattern` names the list
+    of layers (a name, or a list of names to try); None: the outermost list."""
+    names = [pattern] if isinstance(pattern, str) else pattern or [r"[^.]*"]
+    for name in names:
+        found = compile_regex(rf"(?:^|.*?\.){name}\.(\d+)\.").match(path)
+        if found:
+            return int(found[1])
+    return None
+
+
+def in_layers(path, indices, pattern=None):
+    """True where `path` is within one of the numbered layers `indices`."""
+    indices = [indices] if isinstance(indices, int) else indices
+    return layer_index(path, pattern) in indices
 
 
 def uses_grad_checkpointing(model):
-    """Does it compute activations again in the backward pass?"""
+    """Is gradient checkpointing on?"""
     name = "is_activation_checkpointing"  # transformers 5 renamed it
-    return bool(
-        getattr(
-            model, name if hasattr(model, name) else "is_gradient_checkpointing", False
-        )
-    )
+    if not hasattr(model, name):
+        name = "is_gradient_checkpointing"
+    return bool(getattr(model, name, False))

@@ -1,32 +1,35 @@
-"""Floor 4: new LoRAs made of old ones, in the ways of Hugging Face PEFT's
-add_weighted_adapter.
+"""Weighted combinations of adapters, as Hugging Face PEFT's add_weighted_adapter.
 
-What one would like is the weighted sum of the changes, sum_i w_i s_i B_i A_i. Its rank
-is the sum of the ranks:
-    cat      keeps it all, exactly: A's stacked above each other, B's side by side
-    svd      the nearest matrix of the rank wanted to that sum
+The wish is the weighted sum of the changes, sum_i w_i s_i B_i A_i. Its rank is the sum
+of the ranks:
+    cat      keeps all of it, exactly: the A's stacked above each other, the B's side by
+             side
+    svd      the matrix of the wanted rank that is nearest to the sum
     linear   adds up A's and B's separately. B_1 A_2 + B_2 A_1 come in too: cheap, and
-      another thing altogether
-And before summing, tensors may be thinned out, keeping the share `density` of their
-entries:
+             not the sum
+Before summing, tensors may be thinned out to the share `density` of their entries:
     magnitude_prune   the largest entries stay
-    ties     these too; then the adapters vote on each entry's sign, and the mean is
-      over those who agree
-             (Yadav et al. 2023, arXiv 2306.01708)
-    dare     entries stay by chance, and are scaled up by 1 / density (Yu et al. 2023,
-      2311.03099); then linear or ties
+    ties     likewise; then the adapters vote on each entry's sign, and the mean is over
+             those that agree (Yadav et al. 2023, arXiv 2306.01708)
+    dare     entries stay at random, and are scaled up by 1 / density (Yu et al. 2023,
+             arXiv 2311.03099); then linear or ties
 "..._svd" does so with the changes themselves, the others with A's and B's separately.
+
+IA3's vectors are added up: sum_i w_i l_i.
 """
 
 import dataclasses
-import difflib
 import math
 import warnings
 
 import torch
 
+from . import io
 from .config import ConfigError
+from .methods.ia3 import IA3Config
 from .methods.lora import LoraConfig
+from .methods.modules_to_save import ModuleCopy
+from .saving import tensor_key
 
 SEPARATE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATION_TYPES = (
@@ -40,6 +43,9 @@ COMBINATION_TYPES = (
 )
 
 
+# ---- tensors --------------------------------------------------------------------------
+
+
 def keep_largest(tensor, density):
     mask = torch.zeros(tensor.numel())
     mask[tensor.abs().flatten().topk(int(density * tensor.numel())).indices] = 1
@@ -50,17 +56,16 @@ def keep_random(tensor, density):
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
 
-def sum_of(tensors, weights, way, density=None, majority="total"):
+def weighted_sum(tensors, weights, combination_type, density=None, majority="total"):
     """The weighted sum of tensors of one shape. `majority` counts votes by size
     ("total") or by head ("frequency")."""
     if density is not None and density < 1:
-        thin = keep_random if "dare" in way else keep_largest
-        tensors = [thin(tensor, density) for tensor in tensors]
+        thin_out = keep_random if "dare" in combination_type else keep_largest
+        tensors = [thin_out(tensor, density) for tensor in tensors]
     tensors = torch.stack(tensors)  # (n, ...)
-    weighted = tensors * torch.tensor(weights).to(tensors).view(
-        -1, *[1] * (tensors.dim() - 1)
-    )
-    if "ties" not in way:
+    weights = torch.tensor(weights).to(tensors)
+    weighted = tensors * weights.view(-1, *[1] * (tensors.dim() - 1))
+    if "ties" not in combination_type:
         return weighted.sum(0)
     votes = tensors if majority == "total" else tensors.sign()
     agree = tensors.sign() == torch.where(votes.sum(0) >= 0, 1, -1)
@@ -71,129 +76,228 @@ def sum_of(tensors, weights, way, density=None, majority="total"):
 def low_rank(delta, rank, clamp=None, full_matrices=True, driver=None):
     """(A, B) with B A the matrix of that rank which is nearest to delta (d_out, d_in)."""
     U, S, Vh = torch.linalg.svd(delta, full_matrices=full_matrices, driver=driver)
-    A, B = Vh[:rank], U[:, :rank] * S[:rank]
+    A = Vh[:rank]
+    B = U[:, :rank] * S[:rank]
     if clamp is not None:
         high = torch.quantile(torch.cat([B.flatten(), A.flatten()]), clamp)
-        A, B = A.clamp(-high, high), B.clamp(-high, high)
+        A = A.clamp(-high, high)
+        B = B.clamp(-high, high)
     return A, B
 
 
-def weighted(factors, weights, way, rank, svd=(), density=None, majority="total"):
+def combine_factors(old, weights, kind, rank, svd=(), density=None, majority="total"):
     """One layer: the (A, B) of the new adapter, whose scaling is 1, from [(A, B,
-    scaling)]."""
-    if way == "cat":
-        scaled = [A * (w * s) for (A, _, s), w in zip(factors, weights)]
-        return torch.cat(scaled), torch.cat([B for _, B, _ in factors], 1)
-    if way.endswith("svd"):
-        deltas, how = (
-            [B @ A * s for A, B, s in factors],
-            way.removesuffix("svd").strip("_") or "linear",
+    scaling)] of the old ones."""
+    signed = [w * s for (_, _, s), w in zip(old, weights)]
+    if kind == "cat":
+        A = torch.cat([A * w for (A, _, _), w in zip(old, signed)])
+        return A, torch.cat([B for _, B, _ in old], 1)
+    if kind.endswith("svd"):
+        deltas = [B @ A * s for A, B, s in old]
+        kind = kind.removesuffix("svd").strip("_") or "linear"
+        return low_rank(
+            weighted_sum(deltas, weights, kind, density, majority), rank, *svd
         )
-        return low_rank(sum_of(deltas, weights, how, density, majority), rank, *svd)
-    roots = [math.sqrt(abs(w * s)) for (_, _, s), w in zip(factors, weights)]
-    signed = [
-        math.copysign(root, w * s)
-        for root, (_, _, s), w in zip(roots, factors, weights)
-    ]
-    return (
-        sum_of([A for A, _, _ in factors], signed, way, density, majority),
-        sum_of([B for _, B, _ in factors], roots, way, density, majority),
-    )
+    roots = [math.sqrt(abs(w)) for w in signed]
+    signed_roots = [math.copysign(root, w) for root, w in zip(roots, signed)]
+    A = weighted_sum([A for A, _, _ in old], signed_roots, kind, density, majority)
+    return A, weighted_sum([B for _, B, _ in old], roots, kind, density, majority)
 
 
-def plan(configs, parts, weights, paths, way, svd_rank, svd, density, majority):
-    """The new adapter's config, and the function that fills its {path: adapter}. parts:
-    the same of the old ones."""
-    if way not in COMBINATION_TYPES:
-        near = difflib.get_close_matches(str(way), COMBINATION_TYPES, n=1)
-        raise ConfigError(
-            f"unknown combination_type {way!r}"
-            + (f" (nearest: {near[0]})" if near else "")
-            + f"; valid: {', '.join(COMBINATION_TYPES)}"
-        )
+# ---- adapters -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(kw_only=True)
+class Combination:
+    """A weighted sum of adapters: the new one's configuration, and what makes its
+    tensors."""
+
+    adapters: list  # {path: adapter} of each old adapter
+    weights: list  # one for each
+    paths: list  # of the layers, in the order of the model
+    config: object = None
+    combination_type: str = "linear"
+    rank: int = 0
+    options: dict = dataclasses.field(default_factory=dict)  # of combine_factors
+    copies: dict = dataclasses.field(default_factory=dict)  # modules_to_save
+
+    def at(self, path):
+        """[(old adapter, its weight)] of those that stand there"""
+        pairs = zip(self.adapters, self.weights)
+        return [(by_path[path], w) for by_path, w in pairs if path in by_path]
+
+    @torch.no_grad()
+    def tensors(self):
+        """{key: tensor} of the new adapter"""
+        combine = ia3_tensors if isinstance(self.config, IA3Config) else lora_tensors
+        found = {}
+        for path in self.paths:
+            for name, tensor in combine(self, path).items():
+                found[tensor_key(path, name)] = tensor
+        for path, copy in self.copies.items():
+            for name, tensor in copy.to_file().items():
+                found[tensor_key(path, name)] = tensor
+        return found
+
+
+def ia3_tensors(combination, path):
+    here = combination.at(path)
+    vectors = [adapter.ia3_l for adapter, _ in here]
+    return {"ia3_l": weighted_sum(vectors, [w for _, w in here], "linear")}
+
+
+def lora_tensors(combination, path):
+    here = combination.at(path)
+    old = [(*adapter.factors, adapter.scaling) for adapter, _ in here]
+    weights = [w for _, w in here]
+    kind = combination.combination_type
+    rank = combination.rank
+    A, B = combine_factors(old, weights, kind, rank, **combination.options)
+    # where fewer than `rank` come together, the rest is zero
+    A = torch.nn.functional.pad(A, (0, 0, 0, rank - len(A)))
+    B = torch.nn.functional.pad(B, (0, rank - B.shape[1]))
+    names = here[0][0].state_dict()  # A's name, B's name
+    return dict(zip(names, (A, B)))
+
+
+def plan_combination(configs, adapters, weights, paths, **options):
+    """The Combination of adapters. Raises ConfigError where they cannot be combined so.
+
+    configs, adapters ({path: adapter}) and weights: of each. paths: in the order of the
+    model. options: those of PeftModel.add_weighted_adapter.
+    """
     if len(configs) != len(weights) or not configs:
         raise ConfigError(
-            f"{len(configs)} adapters and {len(weights)} weights: one weight for each"
-            " is expected"
+            f"{len(configs)} adapters and {len(weights)} weights: expected one weight"
+            " for each"
         )
-    if any(
-        type(config) is not LoraConfig or config.use_dora or config.lora_bias
-        for config in configs
-    ):
-        raise ConfigError(
-            "only plain LoRAs can be combined, without use_dora and lora_bias"
-        )
-    if any(
-        not hasattr(adapter, "factors") for part in parts for adapter in part.values()
-    ):
-        raise ConfigError("adapters with modules_to_save cannot be combined")
-    thins = any(word in way for word in ("ties", "dare", "magnitude"))
-    if thins and not (density is not None and density >= 0):
-        raise ConfigError(
-            f"{way} needs a density from 0 to 1, the share of entries that stay; given"
-            f" was {density!r}"
-        )
-    if density is not None and not thins:
-        warnings.warn(
-            f"combination_type {way!r} keeps every entry: density = {density} is not"
-            " used",
-            stacklevel=3,
-        )
-    if len(configs) == 1:
-        way, thins = "linear", False
-    ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
-    if way in SEPARATE and len(set(ranks)) > 1:
-        raise ConfigError(
-            f"{way} needs adapters of one rank; these have {ranks}. cat and svd"
-            " take any"
-        )
-    rank = (
-        sum(ranks)
-        if way == "cat"
-        else svd_rank or max(ranks)
-        if way.endswith("svd")
-        else ranks[0]
+    for weight in weights:
+        io.check_number("weight", weight, error=ConfigError)
+    copies = module_copies(adapters)
+    paths = [path for path in paths if path not in copies]
+    plan = Combination(adapters=adapters, weights=weights, paths=paths, copies=copies)
+    if all(type(config) is IA3Config for config in configs):
+        plan_ia3(plan, configs)
+    else:
+        plan_loras(plan, configs, **options)
+    plan.config.modules_to_save = sorted(copies) or None
+    return plan
+
+
+def module_copies(adapters):
+    """{path: the copy of a whole module (modules_to_save) there}. Copies cannot be
+    summed: raises ConfigError where two adapters have one at the same place. (PEFT
+    starts the combination from the base's module again.)"""
+    copies = {}
+    for by_path in adapters:
+        for path, adapter in by_path.items():
+            if isinstance(adapter, ModuleCopy):
+                if path in copies:
+                    raise ConfigError(
+                        f"two of the adapters have a copy of {path} (modules_to_save):"
+                        " such copies cannot be summed"
+                    )
+                copies[path] = adapter
+    return copies
+
+
+def plan_ia3(plan, configs):
+    scales_input = []
+    for path in plan.paths:
+        shapes = {adapter.ia3_l.shape for adapter, _ in plan.at(path)}
+        if len(shapes) > 1:
+            raise ConfigError(
+                f"{path}: one of the adapters scales its input, another its output"
+                " (feedforward_modules)"
+            )
+        if shapes.pop()[0] == 1:  # (1, d_in)
+            scales_input.append(path)
+    plan.config = dataclasses.replace(
+        configs[0], feedforward_modules=scales_input, **only_at(plan.paths)
     )
-    init = configs[0].init_lora_weights
-    config = dataclasses.replace(
-        configs[0],
-        r=rank,
-        lora_alpha=rank,
-        use_rslora=False,
-        rank_pattern={},
-        alpha_pattern={},
-        target_modules=paths,
+
+
+def only_at(paths):
+    """Fields that choose just these layers."""
+    return dict(
+        target_modules=list(paths),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        # leave the base alone
-        init_lora_weights=init if isinstance(init, bool) else True,
+        modules_to_save=None,
     )
 
-    @torch.no_grad()
-    def fill(new):
-        for path, adapter in new.items():
-            here = [(part[path], w) for part, w in zip(parts, weights) if path in part]
-            factors = [
-                (*(factor.detach() for factor in old.factors), old.scaling)
-                for old, _ in here
-            ]
-            A, B = weighted(
-                factors,
-                [w for _, w in here],
-                way,
-                rank,
-                svd,
-                density if thins else None,
-                majority,
-            )
-            for own, factor, taken in zip(
-                adapter.factors,
-                (A, B),
-                (slice(len(A)), (slice(None), slice(B.shape[1]))),
-            ):
-                # where fewer than `rank` came together, the rest stays zero
-                own.zero_()
-                own[taken] = factor
 
-    return config, fill
+def plan_loras(plan, configs, combination_type, svd_rank, **options):
+    if svd_rank is not None:
+        io.check_number("svd_rank", svd_rank, whole=True, least=1, error=ConfigError)
+    majorities = ("total", "frequency")
+    io.check_choice(
+        "majority_sign_method", options["majority"], majorities, ConfigError
+    )
+    ranks = check_loras(configs, combination_type, options["density"])
+    kind = "linear" if len(configs) == 1 else combination_type
+    if not thins_out(kind):
+        options["density"] = None
+    for path in plan.paths:
+        here = [len(adapter.factors[0]) for adapter, _ in plan.at(path)]
+        check_ranks(path, here, kind)
+    plan.combination_type = kind
+    plan.rank = sum(ranks) if kind == "cat" else max(ranks)
+    if kind.endswith("svd"):
+        plan.rank = svd_rank or plan.rank
+    plan.options = options
+    init = configs[0].init_lora_weights
+    plan.config = dataclasses.replace(
+        configs[0],
+        r=plan.rank,
+        lora_alpha=plan.rank,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        init_lora_weights=init if isinstance(init, bool) else True,  # base untouched
+        **only_at(plan.paths),
+    )
+
+
+def thins_out(combination_type):
+    return any(word in combination_type for word in ("ties", "dare", "magnitude"))
+
+
+def check_loras(configs, combination_type, density):
+    """The ranks of the adapters. Raises ConfigError where they cannot be combined so."""
+    io.check_choice(
+        "combination_type", combination_type, COMBINATION_TYPES, ConfigError
+    )
+    for config in configs:
+        if type(config) is not LoraConfig or config.use_dora or config.lora_bias:
+            raise ConfigError(
+                f"{type(config).__name__}: only plain LoRAs (without use_dora and"
+                " lora_bias) can be combined, or only IA3s"
+            )
+    if thins_out(combination_type):
+        io.check_number(
+            f"{combination_type} needs a density, the share of entries that stay:"
+            " density",
+            density,
+            least=0,
+            error=ConfigError,
+        )
+    elif density is not None:
+        warnings.warn(
+            f"combination_type {combination_type!r} keeps every entry: density ="
+            f" {density} is not used",
+            stacklevel=6,
+        )
+    ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
+    check_ranks("", ranks, combination_type if len(configs) > 1 else "cat")
+    return ranks
+
+
+def check_ranks(path, ranks, combination_type):
+    if combination_type in SEPARATE and len(set(ranks)) > 1:
+        where = f" at {path}" if path else ""
+        raise ConfigError(
+            f"{combination_type} needs adapters of one rank; these have {ranks}{where}."
+            " cat and svd take any"
+        )

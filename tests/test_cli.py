@@ -232,7 +232,7 @@ def test_prompt_from_stdin(base, capsys, monkeypatch):
             ("--set", "target_modules=5"),
             "target_modules = 5: expected is list[str] | str | None",
         ),
-        (("--set", "target_modules=(("), "'((' is no regular expression"),
+        (("--set", "target_modules=(("), "'((' is not a regular expression"),
         (("--set", "rank_pattern=[8]"), "rank_pattern = [8]: expected is dict"),
         (("--set", "peft_type=IA3"), "lora has no field 'peft_type'"),
         (("--method", "fusion"), "fusion needs --set adapters=VALUE"),

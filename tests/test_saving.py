@@ -21,8 +21,10 @@ def test_the_layout_of_a_folder(tmp_path):
     assert sorted(
         str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()
     ) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "b/README.md",
         "b/adapter_config.json",
         "b/adapter_model.safetensors",
     ]

@@ -187,7 +187,7 @@ def test_a_combination_waits_and_is_saved_like_any_other(tmp_path):
         (dict(adapters=["a", "d"]), "'d'"),
         (dict(weights=[1.0]), "one weight for each"),
         (dict(adapter_name="a"), "already"),
-        (dict(combination_type="tie"), "nearest: ties"),
+        (dict(combination_type="tie"), "did you mean 'ties'"),
         (dict(combination_type="ties"), "density"),
         (dict(combination_type="ties", density=-0.1), "density"),
         (dict(adapters=[], weights=[]), "one weight for each"),

@@ -18,4 +18,21 @@ from .prompt import PromptTuningConfig
 from .subspace import SubspaceConfig
 from .vera import VeraConfig
 
-__all__ = sorted(name for name in dir() if name.endswith("Config"))
+__all__ = [
+    "AdaLoraConfig",
+    "BitFitConfig",
+    "BottleneckConfig",
+    "DenseLoraConfig",
+    "DoraConfig",
+    "FusionConfig",
+    "IA3Config",
+    "LNTuningConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
+    "SubspaceConfig",
+    "VeraConfig",
+]

@@ -26,6 +26,7 @@ from torch import nn
 
 from .. import weights
 from ..config import ConfigError
+from ..peft_tables import ADALORA_TARGETS
 from ..slot import LinearDelta
 from .lora import LoraConfig
 
@@ -36,6 +37,7 @@ class AdaLoraConfig(LoraConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
     regularized: ClassVar[bool] = True
+    default_targets: ClassVar[dict] = ADALORA_TARGETS
     init_r: int = 12  # every layer's rank at first (r itself is not used)
     target_r: int = 8  # what it shall be at last, on average
     tinit: int = 0  # steps before the budget begins to fall

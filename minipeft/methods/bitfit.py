@@ -33,23 +33,15 @@ class BitFitConfig(LayerConfig):
     peft_type: ClassVar[str] = "BITFIT"
     add_bias: bool = False
 
-    def select(self, model):
-        if self.target_modules is None:
-            modules = {
-                path: targets.unwrap_slot(module)
-                for path, _, _, module in targets.walk(model)
-            }
-            found = [path for path, module in modules.items() if has_bias(module)]
-            if not found and not self.add_bias:
-                raise TargetError(
-                    "this model has no biases to train: Llama-like models have none."
-                    " With add_bias=True every linear layer gets one, which starts at"
-                    " zero"
-                )
-            self.target_modules = (
-                targets.shortest_names(modules, found) if found else "all-linear"
+    def usual_targets(self, model, modules):
+        found = [path for path, module in modules.items() if has_bias(module)]
+        if not found and not self.add_bias:
+            raise TargetError(
+                "this model has no biases to train: Llama-like models have none."
+                " With add_bias=True every linear layer gets one, which starts at"
+                " zero"
             )
-        return super().select(model)
+        return targets.shortest_names(modules, found) if found else "all-linear"
 
     def create(self, base, path):
         if not has_bias(base.module) and not self.add_bias:

@@ -96,19 +96,17 @@ class BottleneckConfig(LayerConfig):
                 f"scaling = {self.scaling!r}: a number or 'learned' is expected"
             )
 
-    def select(self, model):
-        modules = {
-            path: targets.unwrap_slot(module)
-            for path, _, _, module in targets.walk(model)
-        }
-        if self.target_modules is None:
-            self.target_modules = parts(modules, PLACEMENTS[self.placement][0])
+    def usual_targets(self, model, modules):
+        return parts(modules, PLACEMENTS[self.placement][0])
+
+    def resolve(self, model):
+        config = super().resolve(model)
         if self.train_layernorm:
-            norms = [path for path in modules if weights.is_norm(modules[path])]
-            self.modules_to_save = sorted(
-                {*(self.modules_to_save or ()), *targets.shortest_names(modules, norms)}
-            )
-        return super().select(model)
+            modules = targets.modules_by_path(model)
+            norms = [path for path, m in modules.items() if weights.is_norm(m)]
+            names = targets.shortest_names(modules, norms)
+            config.modules_to_save = sorted({*(self.modules_to_save or ()), *names})
+        return config
 
     def create(self, base, path):
         _, factor, act, scaling = PLACEMENTS[self.placement]

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from .. import targets, weights
-from ..config import LayerConfig
+from ..config import LayerConfig, known_kind
 from ..errors import TargetError
+from ..peft_tables import IA3_FEEDFORWARD, IA3_TARGETS
 from ..slot import Adapter
 
 
@@ -34,27 +35,28 @@ class IA3Config(LayerConfig):
     init_ia3_weights: bool = True  # False: random, for tests
     # for PEFT; here the layer's class says how its weight is stored
     fan_in_fan_out: bool = False
-    default_targets: ClassVar[list] = [
-        ["k_proj", "v_proj", "down_proj"],
-        ["c_attn", "mlp.c_proj"],
-    ]
+    default_targets: ClassVar[dict] = IA3_TARGETS
 
-    def select(self, model):
-        found = super().select(model)
-        if self.feedforward_modules is None:
-            # down_proj, mlp.c_proj
-            usual = {names[-1] for names in self.default_targets}
-            paths = [path for path, *_ in targets.walk(model)]
-            if not any(
-                targets.ends_with(name, path) for name in usual for path in paths
-            ):
+    def resolve(self, model):
+        config = super().resolve(model)
+        if config.feedforward_modules is None:
+            modules = targets.modules_by_path(model)
+            kind = known_kind(IA3_TARGETS, model, modules)
+            if kind is None:
                 raise TargetError(
                     "say feedforward_modules: those of target_modules whose input is"
                     " scaled; [] for none"
                 )
-            self.feedforward_modules = sorted(
-                n for n in usual if any(targets.ends_with(n, path) for path in found)
-            )
+            found = targets.find_targets(modules, config.target_modules)
+            config.feedforward_modules = [
+                name
+                for name in IA3_FEEDFORWARD[kind]
+                if targets.is_found(name, found, targets.ends_with)
+            ]
+        return config
+
+    def select(self, model):
+        found = super().select(model)
         if self.feedforward_modules:
             targets.resolve_targets(
                 found,

@@ -15,28 +15,25 @@ from typing import ClassVar
 from torch import nn
 
 from .. import targets, weights
-from ..config import LayerConfig
+from ..config import LayerConfig, known_kind
 from ..errors import TargetError
+from ..peft_tables import LN_TUNING_TARGETS
 from ..slot import Adapter
 
 
 @dataclass(kw_only=True)
 class LNTuningConfig(LayerConfig):
-    """Hugging Face PEFT's fields. target_modules=None: every norm of the model, found
-    by its one-dimensional weight."""
+    """Hugging Face PEFT's fields. target_modules=None: PEFT's default for this kind of
+    model; where it has none, every norm, found by its one-dimensional weight."""
 
     peft_type: ClassVar[str] = "LN_TUNING"
+    default_targets: ClassVar[dict] = LN_TUNING_TARGETS
 
-    def select(self, model):
-        if self.target_modules is None:
-            modules = {
-                path: targets.unwrap_slot(module)
-                for path, _, _, module in targets.walk(model)
-            }
-            self.target_modules = targets.shortest_names(
-                modules, [path for path in modules if weights.is_norm(modules[path])]
-            )
-        return super().select(model)
+    def usual_targets(self, model, modules):
+        if known_kind(self.default_targets, model, modules):
+            return super().usual_targets(model, modules)
+        norms = [path for path, module in modules.items() if weights.is_norm(module)]
+        return targets.shortest_names(modules, norms)
 
     def create(self, base, path):
         if not weights.is_norm(base.module):

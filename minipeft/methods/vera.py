@@ -21,6 +21,7 @@ from torch import nn
 
 from .. import weights
 from ..config import ConfigError, LayerConfig
+from ..peft_tables import VERA_TARGETS
 from ..slot import LinearDelta
 
 
@@ -29,6 +30,7 @@ class VeraConfig(LayerConfig):
     """Hugging Face PEFT's fields and defaults."""
 
     peft_type: ClassVar[str] = "VERA"
+    default_targets: ClassVar[dict] = VERA_TARGETS
     r: int = 256
     projection_prng_key: int = 0  # the seed of A and B
     # False: small files, but random numbers may differ between versions
