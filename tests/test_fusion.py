@@ -268,7 +268,7 @@ def test_wrong_experts():
         ([], "two or more"),
         (["a"], "two or more"),
         (["a", "a"], "two or more"),
-        ("ab", r"adapters = 'ab': expected is list"),
+        ("ab", r"adapters = 'ab': expected list"),
     ):
         with pytest.raises(ConfigError, match=says):
             FusionConfig(adapters=wrong)
