@@ -229,8 +229,7 @@ def test_generation():
 def test_what_cannot_be():
     for wrong in (0, -3, 2.5, True, "8"):
         with pytest.raises(
-            ConfigError,
-            match="d = .*: expected (a positive integer|int)",
+            ConfigError, match="d = .*: expected (a positive integer|int)"
         ):
             SubspaceConfig(d=wrong)
     with pytest.raises(
