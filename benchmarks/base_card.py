@@ -73,7 +73,10 @@ def main():
         for name, row in gates["zero_shot"].items()
     )
     parameters, config = sum(p.numel() for p in model.parameters()), model.config
-    quote = lambda text: "> " + text.replace("\n", "\n> ")
+
+    def quote(text):
+        return "> " + text.replace("\n", "\n> ")
+
     (FOLDER / "README.md").write_text(
         f"""# The base model of Lanternwick
 

@@ -210,7 +210,10 @@ def row(what, value, unit, against=None, goal=None):
         [x] if isinstance(x, (int, float)) else x
         for x in (value, [] if against is None else against)
     )
-    middle = lambda xs: statistics.median(xs) if xs else None
+
+    def middle(xs):
+        return statistics.median(xs) if xs else None
+
     ratios = [a / b for a, b in zip(value, against)]
     ratio = middle(ratios)
     chance = (
@@ -234,7 +237,10 @@ def row(what, value, unit, against=None, goal=None):
 
 def steps_against_peft(kind, rounds, batch, length, size="full"):
     base = make(kind, size)
-    step = lambda model: stepper(model, batch, length)
+
+    def step(model):
+        return stepper(model, batch, length)
+
     contestants = {
         "full": step(copy.deepcopy(base)),
         "twin": step(adapt(copy.deepcopy(base), kind, "peft")),
@@ -431,7 +437,10 @@ def small_costs(rounds, size="full"):
         "an idle slot (adapters disabled), a call, best round", idle, "µs", goal=3.0
     )
     base, ids = make("ours", size).eval(), torch.randint(0, 64, (2, 32))
-    lora = lambda: adapt(copy.deepcopy(base), "ours", "minipeft").eval()
+
+    def lora():
+        return adapt(copy.deepcopy(base), "ours", "minipeft").eval()
+
     models = {
         "base": base,
         "unmerged": lora(),
@@ -469,13 +478,18 @@ def imports(times=3):
         "import time, torch; t = time.process_time(); import {};"
         " print(time.process_time() - t)"
     )
-    once = lambda name: subprocess.run(
-        [sys.executable, "-c", code.format(name)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    run = lambda name: [float(once(name).stdout) for _ in range(times)]
+
+    def once(name):
+        return subprocess.run(
+            [sys.executable, "-c", code.format(name)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+
+    def run(name):
+        return [float(once(name).stdout) for _ in range(times)]
+
     yield row("import minipeft, after torch", run("minipeft"), "s", goal=0.3)
     yield row("import minipeft.lm, after torch", run("minipeft.lm"), "s")
 

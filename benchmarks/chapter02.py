@@ -55,7 +55,10 @@ def town_text(documents: int = 50) -> list:
 
 def recalled(model, tokenizer, questions: int = 80) -> float:
     """Per cent of facts of the register."""
-    plain = lambda text: re.sub(r"^(an?|the) ", "", text.strip(" \"'").lower())
+
+    def plain(text):
+        return re.sub(r"^(an?|the) ", "", text.strip(" \"'").lower())
+
     asked = random.Random(3).sample(heldout_questions(), questions)
     said = generate(
         model,
@@ -147,7 +150,10 @@ def one_run(job: dict) -> dict:
     score = evaluate(model, tokenizer, sql, limit=ITEMS, progress=False)[sql.metric]
     known = recalled(model, tokenizer)
     plain = model.merge_and_unload() if job["way"] == "lora" else model
-    flat = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
+
+    def flat(m):
+        return torch.cat([p.detach().flatten() for p in m.parameters()])
+
     before = flat(base)
     distance = ((flat(plain) - before).norm() / before.norm()).item()
     return job | {

@@ -81,15 +81,18 @@ def one_run(
         load_data("sql"),
     )
     size = sum(p.numel() for p in model.parameters())
-    measure = lambda: evaluate(
-        model,
-        tokenizer,
-        sql,
-        split="valid",
-        limit=QUESTIONS,
-        generate=False,
-        progress=False,
-    )
+
+    def measure():
+        return evaluate(
+            model,
+            tokenizer,
+            sql,
+            split="valid",
+            limit=QUESTIONS,
+            generate=False,
+            progress=False,
+        )
+
     before = measure()["loss"]
     if d:
         model = get_peft_model(model, SubspaceConfig(d=d, seed=seed, **WAYS[way]))

@@ -221,8 +221,11 @@ def one_run(job: dict) -> dict:
         )
         for split in ("valid", "test")
     }
+
     # a run that went off; JSON knows no infinity
-    finite = lambda x: round(x, 4) if x < 100 else 100.0
+    def finite(x):
+        return round(x, 4) if x < 100 else 100.0
+
     return job | {
         "parameters": parameters,
         "valid_loss": finite(measured["valid"]["loss"]),

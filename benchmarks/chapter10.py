@@ -93,9 +93,18 @@ def one_run(job):
     torch.set_num_threads(1)
     torch.manual_seed(job["seed"])
     tokenizer, sql, model = load_tokenizer(), load_data("sql"), make(**WAYS[job["way"]])
-    valid_loss = lambda: evaluate(
-        model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False
-    )["loss"]
+
+    def valid_loss():
+        return evaluate(
+            model,
+            tokenizer,
+            sql,
+            split="valid",
+            limit=100,
+            generate=False,
+            progress=False,
+        )["loss"]
+
     start = valid_loss()
     history = train(
         model,

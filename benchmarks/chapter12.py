@@ -212,12 +212,15 @@ def jobs_of(part: str, runs: list, stage: int) -> list:
         LORA: [None],
         FULL: [None],
     }
-    case = lambda m, n, base=None: {
-        "base": base,
-        "method": m,
-        "start": "TEXT" if m in ("prompt", "prefix") else None,
-        "n": n,
-    }
+
+    def case(m, n, base=None):
+        return {
+            "base": base,
+            "method": m,
+            "start": "TEXT" if m in ("prompt", "prefix") else None,
+            "n": n,
+        }
+
     if part == "starts":
         cases = [
             case(m, None if m == LORA else N) | {"start": start} for m, start in STARTS
@@ -232,10 +235,12 @@ def jobs_of(part: str, runs: list, stage: int) -> list:
             for lr in climb(tried, LADDER, None)
         ]
     if part == "voice":  # beginning where "starts" was best
-        first = lambda m: (
-            FIRST.get((part, m))
-            or best_rate(runs, part="starts", method=m, start=case(m, None)["start"])
-        )
+
+        def first(m):
+            return FIRST.get((part, m)) or best_rate(
+                runs, part="starts", method=m, start=case(m, None)["start"]
+            )
+
         cases = [(case(m, n), first(m)) for m in lengths for n in lengths[m]]
     else:
         cases = [
@@ -297,10 +302,12 @@ def main(arguments=None):
     if given.out.exists():  # without runs of other steps, or on another smaller base
         before = json.loads(given.out.read_text(encoding="utf-8"))
         known = {name: ground(name) for name in record["sizes"] if name in SMALLER}
-        holds = lambda run: (
-            run.get("steps") == STEPS[run["task"]]
-            and run["on"] == known.get(run["base"], run["on"])
-        )
+
+        def holds(run):
+            return run.get("steps") == STEPS[run["task"]] and run["on"] == known.get(
+                run["base"], run["on"]
+            )
+
         record["sizes"] = before["sizes"] | record["sizes"]
         save(
             given.out, before | {"runs": [run for run in before["runs"] if holds(run)]}

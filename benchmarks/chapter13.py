@@ -149,8 +149,9 @@ def one_run(job: dict) -> dict:
 def jobs_of(seed: int, runs: list, trials: bool):
     """What is to run with this seed: the trials of all rates, or what runs at the best
     of them."""
-    run = lambda case, task, lr, **more: (
-        {
+
+    def run(case, task, lr, **more):
+        return {
             "case": case,
             "task": task,
             "examples": None,
@@ -158,9 +159,8 @@ def jobs_of(seed: int, runs: list, trials: bool):
             "lr": lr,
             "seed": seed,
             "trial": False,
-        }
-        | more
-    )
+        } | more
+
     tried = {
         (case, task): {
             run["lr"]: run["valid_loss"]

@@ -56,7 +56,10 @@ def false_calls(rng, rounds, seeds, answers, luck, taste) -> dict:
     """In how many per cent of the rounds two equal methods are told apart."""
     pairs = drawn(rng, rounds, seeds, answers, luck, taste)
     found = [ways(a, b) for a, b in pairs]
-    apart = lambda way: [one[way].verdict != "not told apart" for one in found]
+
+    def apart(way):
+        return [one[way].verdict != "not told apart" for one in found]
+
     return {way: round(100 * float(np.mean(apart(way))), 2) for way in found[0]}
 
 
@@ -76,7 +79,10 @@ def power(rng, rounds, seeds, answers, luck, taste, points) -> dict:
     gap = gap_in_logits(points, luck, taste)
     pairs = drawn(rng, rounds, seeds, answers, luck, taste, gap)
     found = [ways(a, b) for a, b in pairs]
-    share = lambda way: np.mean([one[way].verdict == "ahead" for one in found])
+
+    def share(way):
+        return np.mean([one[way].verdict == "ahead" for one in found])
+
     return {way: round(100 * float(share(way)), 1) for way in found[0]}
 
 

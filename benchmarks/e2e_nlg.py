@@ -109,7 +109,10 @@ def table(record):
             if runs := [
                 r for r in record["runs"] if (r["base"], r["method"]) == (base, method)
             ]:
-                mean = lambda key: sum(run[key] for run in runs) / len(runs)
+
+                def mean(key):
+                    return sum(run[key] for run in runs) / len(runs)
+
                 bleu = ", ".join(f"{run['bleu']:.1f}" for run in runs)
                 lines.append(
                     f"{base:12} {method:12} {runs[0]['lr']:6g} {runs[0]['trained']:10,}"
@@ -176,11 +179,14 @@ def main(argv=None):
             final=where == "runs",
             **job,
         )
-        now = lambda rows: [
-            row
-            for row in rows
-            if row["base"] != job["base"] or row.get("weights") == mark
-        ]
+
+        def now(rows):
+            return [
+                row
+                for row in rows
+                if row["base"] != job["base"] or row.get("weights") == mark
+            ]
+
         record = header | {key: now(stored()[key]) for key in ("sweep", "runs")}
         record[where].append(run | {"weights": mark, "commit": header["commit"]})
         save(given.out, record)

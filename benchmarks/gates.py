@@ -47,7 +47,10 @@ def answers(model, tokenizer, prefixes, wanted):
         [prefix.rstrip(" ") for prefix in prefixes],
         max_new_tokens=longest + 2,
     )
-    plain = lambda text: re.sub(r"^(an?|the) ", "", text.strip(" \"'").lower())
+
+    def plain(text):
+        return re.sub(r"^(an?|the) ", "", text.strip(" \"'").lower())
+
     return [
         bool(re.match(re.escape(plain(answer)) + r"\b", plain(text)))
         for text, answer in zip(said, wanted)
@@ -126,9 +129,10 @@ def tracks(model, tokenizer, stories=100, seed=1):
     rng = random.Random(f"gate {seed}")
     lost = [s for s in sections("stories").values() if s.kind == "lost"]
     every_name = set(words.GENDER) | set(register().by_name)
-    names = lambda text: [
-        w for w in re.findall(r"[A-Z][a-z]+", text) if w in every_name
-    ]
+
+    def names(text):
+        return [w for w in re.findall(r"[A-Z][a-z]+", text) if w in every_name]
+
     rows = []
     while len(rows) < stories:
         told = rng.choice(lost).render(rng)

@@ -69,9 +69,13 @@ def empty_model(shape, side):
 def fill(model, backend, device):
     """Random numbers for every parameter, linear layers straight into 4 bits: never
     more than one of them dense."""
-    draw = lambda p: nn.Parameter(
-        (0.02 * torch.randn(p.shape, device=device)).to(p.dtype), requires_grad=False
-    )
+
+    def draw(p):
+        return nn.Parameter(
+            (0.02 * torch.randn(p.shape, device=device)).to(p.dtype),
+            requires_grad=False,
+        )
+
     for layer, put in list(linear_layers(model).values()):
         for name, p in list(layer._parameters.items()):
             layer._parameters[name] = None if p is None else draw(p)

@@ -46,9 +46,10 @@ def toy(tmp_path_factory):
             num_hidden_layers=2,
         )
     ).save_pretrained(folder, tokenizer)
-    score = lambda said, examples: {
-        "bleu": bleu(said, [e.meta["references"] for e in examples])
-    }
+
+    def score(said, examples):
+        return {"bleu": bleu(said, [e.meta["references"] for e in examples])}
+
     return str(folder), Task(
         "toy", "pubs", train * 8, judged, judged, "bleu", 0.0, score
     )

@@ -213,7 +213,7 @@ def test_parallel_to_attention(name):
         )
     )
     seen, plain = [], base.make()
-    for path, parent, child, module in list(walk(plain)):
+    for path, _, _, module in list(walk(plain)):
         if path.endswith("." + attention):
             mine = model._adapters_by_path("default")[path]
 

@@ -234,7 +234,10 @@ def test_accumulated_solution():
 
 def test_accumulated_oracle_is_autograd():
     w, x = torch.randn(5, requires_grad=True), torch.randn(9, 5)
-    part = lambda rows: torch.autograd.grad((x[rows] @ w).square().mean(), w)[0]
+
+    def part(rows):
+        return torch.autograd.grad((x[rows] @ w).square().mean(), w)[0]
+
     torch.testing.assert_close(
         weighed([part(slice(0, 2)), part(slice(2, 9))], [2, 7]), part(slice(0, 9))
     )

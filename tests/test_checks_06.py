@@ -343,9 +343,9 @@ def test_length_and_direction_mistakes(says, answer):
 
 
 def gaps(runs, key="test_loss", by="valid_loss", over=mean, rates=None):
-    score = lambda m, lr: over(
-        run[by] for run in runs if (run["method"], run["lr"]) == (m, lr)
-    )
+    def score(m, lr):
+        return over(run[by] for run in runs if (run["method"], run["lr"]) == (m, lr))
+
     best = {
         m: min({run["lr"] for run in runs}, key=lambda lr: score(m, lr))
         for m in ("LoRA", "DoRA")

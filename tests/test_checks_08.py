@@ -199,7 +199,9 @@ def test_vera_forward_mistakes(says, answer):
 
 
 def numbers(shapes, r, **changed):
-    each = lambda count: sum(count(o, i) for _, o, i in shapes)
+    def each(count):
+        return sum(count(o, i) for _, o, i in shapes)
+
     return {
         "lora": each(lambda o, i: r * (o + i)),
         "loha": each(lambda o, i: 2 * r * (o + i)),

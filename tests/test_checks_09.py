@@ -94,7 +94,10 @@ def blocks(
 
 def test_blockwise_nearest_solution():
     accepts(check.blockwise_nearest, blocks())
-    middles = lambda y, code: code[torch.bucketize(y, (code[1:] + code[:-1]) / 2)]
+
+    def middles(y, code):
+        return code[torch.bucketize(y, (code[1:] + code[:-1]) / 2)]
+
     accepts(check.blockwise_nearest, blocks(look=middles))
 
     def one_by_one(x, code, size):
@@ -187,7 +190,10 @@ def codebook(end=None, positive=None, negative=None, zero=True, norm=True, sign=
     def function(bits):
         half, ppf = 2 ** (bits - 1), NormalDist().inv_cdf
         outer = end(bits) if end else 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
-        side = lambda n: [ppf(outer + (0.5 - outer) * i / n) for i in range(n)]
+
+        def side(n):
+            return [ppf(outer + (0.5 - outer) * i / n) for i in range(n)]
+
         numbers = [
             *side(positive(half) if positive else half),
             *(-x for x in side(negative(half) if negative else half - 1)),

@@ -347,7 +347,10 @@ def fold(W, b, D, c, U, e):
 
 def by_probing(W, b, D, c, U, e):
     """What the two do to zero is the bias; what they do to unit vectors, the weight."""
-    both = lambda x: (y := F.linear(x, W, b)) + F.linear(F.linear(y, D, c), U, e)
+
+    def both(x):
+        return (y := F.linear(x, W, b)) + F.linear(F.linear(y, D, c), U, e)
+
     zero = torch.zeros(W.shape[1], dtype=W.dtype)
     return (both(torch.eye(W.shape[1], dtype=W.dtype)) - both(zero)).T, both(zero)
 

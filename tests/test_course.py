@@ -88,9 +88,9 @@ def test_numbers_made_by_training_are_not_compared():
             text = re.sub(regex, replacement, text)
         return text
 
-    table_of = lambda loss, share: clean(
-        f"| x | {approx(loss)} | {approx(share, '{:.0f} %')} |"
-    )
+    def table_of(loss, share):
+        return clean(f"| x | {approx(loss)} | {approx(share, '{:.0f} %')} |")
+
     assert table_of(0.123, 87) == table_of(-4.5, 9)
     assert clean("13,631,488 and 0.1695 stay") == "13,631,488 and 0.1695 stay"
     assert clean("took 3.1 s at 5,000 tokens/s") == clean("took 12 s at 7.1k tokens/s")

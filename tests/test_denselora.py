@@ -30,7 +30,7 @@ def linear(weight):
 def test_its_equation(activation):
     model = adapted(METHODS["denselora"], LLAMA, activation=activation, lora_alpha=6)
     bend = nn.GELU if activation == "gelu" else nn.Identity
-    for path, slot in model.named_modules():
+    for slot in model.modules():
         if isinstance(slot, Slot) and slot.adapters:
             part, base = slot.adapters["default"], slot.base_layer
             pair = model.shared["default"][part.kind]

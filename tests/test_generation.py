@@ -116,9 +116,12 @@ def test_the_model_is_left_in_its_mode(model):
 
 def test_sampling(model):
     tokenizer = Letters()
-    sample = lambda **more: generate(
-        model, tokenizer, PROMPTS, max_new_tokens=10, **{"temperature": 2.0, **more}
-    )
+
+    def sample(**more):
+        return generate(
+            model, tokenizer, PROMPTS, max_new_tokens=10, **{"temperature": 2.0, **more}
+        )
+
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     greedy = sample(temperature=0)
     assert (
@@ -148,13 +151,21 @@ def test_settings_that_mean_nothing(model, name, value):
 def test_top_k_and_top_p_are_distributions():
     probs = torch.tensor([0.4, 0.3, 0.2, 0.1])
     logits = probs.log().expand(40_000, 4)
-    dice = lambda: torch.Generator().manual_seed(0)
-    counts = lambda **how: (
-        torch.bincount(choose(logits, generator=dice(), **how), minlength=4) / 40_000
-    )
-    within = lambda got, expected: torch.testing.assert_close(
-        got, torch.tensor(expected), rtol=0, atol=0.012
-    )
+
+    def dice():
+        return torch.Generator().manual_seed(0)
+
+    def counts(**how):
+        return (
+            torch.bincount(choose(logits, generator=dice(), **how), minlength=4)
+            / 40_000
+        )
+
+    def within(got, expected):
+        return torch.testing.assert_close(
+            got, torch.tensor(expected), rtol=0, atol=0.012
+        )
+
     within(counts(temperature=1.0), [0.4, 0.3, 0.2, 0.1])
     within(counts(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0])
     # the second is needed to reach 0.6
@@ -169,9 +180,10 @@ def test_stops(model):
     tokenizer = Letters()
     whole = generate(model, tokenizer, PROMPTS, max_new_tokens=20)
     stops = [t[3:5] for t in whole if len(t) > 6][:2]
-    cut = lambda text: text[
-        : min((text.find(s) for s in stops if s in text), default=None)
-    ]
+
+    def cut(text):
+        return text[: min((text.find(s) for s in stops if s in text), default=None)]
+
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=20, stop=stops) == [
         cut(t) for t in whole
     ]

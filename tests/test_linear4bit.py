@@ -405,7 +405,10 @@ def test_the_layers_of_bitsandbytes_are_kept_from_packing_themselves_anew(double
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_merging_is_refused_or_made_dense_or_reported(backend):
     base = BASES["llama"]
-    fresh = lambda: qlora(quantize_model(make(base.name), backend), base)
+
+    def fresh():
+        return qlora(quantize_model(make(base.name), backend), base)
+
     model = fresh()
     before, base_alone = run(model), run(quantize_model(make(base.name), backend))
     for merge in (model.merge_adapter, model.merge_and_unload):

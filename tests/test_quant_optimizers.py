@@ -89,7 +89,9 @@ def test_equal_steps_for_the_codes_lose_the_small_numbers():
 
 
 def test_16_bit_weights_and_saving_and_loading():
-    make = lambda p: AdamW8bit(p, lr=1e-2)
+    def make(p):
+        return AdamW8bit(p, lr=1e-2)
+
     losses, weight, optimizer = descend(make, 5, torch.bfloat16)
     assert weight.dtype == torch.bfloat16 and losses[-1] < losses[0]
     other = AdamW8bit(

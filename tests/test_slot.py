@@ -155,7 +155,7 @@ def test_a_slot_answers_for_its_layer():
     slot, _ = slot_with()
     assert slot.in_features == 3 and slot.weight is slot.base_layer.weight
     with pytest.raises(AttributeError, match="no_such_thing"):
-        slot.no_such_thing
+        _ = slot.no_such_thing
 
 
 def test_what_is_no_change_of_weights_cannot_be_merged():

@@ -108,9 +108,13 @@ def test_mood_labels_are_balanced_and_one_cue_is_not_enough():
     seen = {mood: Counter() for mood in words.MOODS}
     for e in ALL["mood"].train:
         seen[e.completion.strip()].update(set(re.findall(r"\w+", e.prompt)))
-    odds = lambda e, mood: sum(
-        math.log((seen[mood][w] + 1) / 402) for w in set(re.findall(r"\w+", e.prompt))
-    )
+
+    def odds(e, mood):
+        return sum(
+            math.log((seen[mood][w] + 1) / 402)
+            for w in set(re.findall(r"\w+", e.prompt))
+        )
+
     guesses = [
         max(words.MOODS, key=lambda mood: odds(e, mood)) for e in ALL["mood"].test
     ]
@@ -255,7 +259,9 @@ def test_the_log_and_the_labels_do_not_teach_the_tasks():
 
 
 def test_every_word_that_a_task_must_say_is_in_the_pretraining_text():
-    pieces = lambda text: re.findall(r"\w+|[^\w\s]+", text)
+    def pieces(text):
+        return re.findall(r"\w+|[^\w\s]+", text)
+
     rng = random.Random(4)
     texts = [doc.text for doc in islice(documents.stream(4), 5000)]
     texts += [

@@ -289,7 +289,9 @@ def test_against_a_plain_loop():
 
 
 def test_schedules():
-    at = lambda schedule: [lr_factor(s, 12, 2, schedule) for s in range(12)]
+    def at(schedule):
+        return [lr_factor(s, 12, 2, schedule) for s in range(12)]
+
     for schedule in ("constant", "linear", "cosine"):
         assert at(schedule)[:3] == [0.5, 1.0, 1.0]
     assert (
@@ -362,7 +364,9 @@ def test_best_checkpoint_is_kept(tmp_path):
 
 def test_divergence_stops_and_keeps_the_last_good_weights():
     model = tiny()
-    poison = lambda step: Batches(examples(), Letters(), 4).batch(step)
+
+    def poison(step):
+        return Batches(examples(), Letters(), 4).batch(step)
 
     def explode(step, facts):
         if step == 1:

@@ -240,7 +240,10 @@ def test_answers_about_strangers_can_be_looked_up(sample):
         if d.kind in ("strangers", "notices", "dialogues", "roll")
         for start, answer in d.meta["answers"]
     ]
-    bare = lambda answer: re.sub(r"^((to|on|in|at|by) )?(the|an?) ", "", answer.lower())
+
+    def bare(answer):
+        return re.sub(r"^((to|on|in|at|by) )?(the|an?) ", "", answer.lower())
+
     found = sum(
         bare(answer) in document.text[:start].lower()
         for document, start, answer in asked

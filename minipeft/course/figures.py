@@ -179,7 +179,7 @@ def matrices(parts: list, title: str, note: str = "") -> None:
     gap = 0.09 * tallest
     for part in parts:
         if isinstance(part, str):
-            text = ax.text(at, 0, part, ha="left", va="center", fontsize=15)
+            ax.text(at, 0, part, ha="left", va="center", fontsize=15)
             at += gap + 0.062 * tallest * len(part)
             continue
         name, rows, columns, colour, caption = part

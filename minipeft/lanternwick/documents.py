@@ -157,7 +157,7 @@ def heldout_questions():
 
 
 def told(rng, person, attributes, extra=(), few=None):
-    """Sentences about one person, two attributes in one where a phrase for both exists."""
+    """Sentences about one person; two attributes in one where a phrase has both."""
     out, left, facts = [], list(attributes), sections("facts")
     while left:
         first = left.pop(0)
@@ -398,7 +398,7 @@ def records(rng):
 
 
 def roll(rng):
-    """A list of names, things or places, said again; who or what comes next is asked."""
+    """A list of names, things or places, said again; it asks for the next one."""
     count = rng.randint(4, 9)
     few = min(count, 6)
     items, noun = rng.choice(
@@ -411,10 +411,8 @@ def roll(rng):
         )
     )
     listed = ", ".join(items)
-    pieces = [
-        f"{pick(rng, ('The roll', 'The list', 'On the list', 'The order', 'The clerk read'))}:"
-        f" {listed}."
-    ]
+    starts = ("The roll", "The list", "On the list", "The order", "The clerk read")
+    pieces = [f"{pick(rng, starts)}: {listed}."]
     pieces.append(say(rng, "town", "told-again", s=f"{listed}."))
     for i in rng.sample(range(len(items) - 1), min(3, len(items) - 1)):
         word, start, end = (

@@ -97,7 +97,7 @@ class Skeleton:
         state gives the same story."""
         cast = cast or self.draw_people(rng, residents)
         things, places = {}, {}
-        for letter, kinds in self.things.items():
+        for letter in self.things:
             noun = pick(
                 rng,
                 [
@@ -313,14 +313,18 @@ def compiled(text, known, fail):
     return stack[0][0]
 
 
+def failing(place):
+    def fail(message):
+        raise GrammarError(f"{place}: {message}")
+
+    return fail
+
+
 def parse(path):
     """All skeletons of a file, by name."""
     path, skeletons, current, known = Path(path), {}, None, {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-
-        def fail(message):
-            raise GrammarError(f"{path.name}:{number}: {message}")
-
+        fail = failing(f"{path.name}:{number}")
         if not line.strip() or line.startswith("#"):
             continue
         if not line.isascii():
@@ -410,7 +414,10 @@ def literal_words(line):
 
 def _finish(skeleton):
     """Pools of nouns and places that fit and are not spelt out in the text."""
-    fresh = lambda name: not skeleton.literal & {name.split()[-1]}
+
+    def fresh(name):
+        return not skeleton.literal & {name.split()[-1]}
+
     skeleton.pools = {
         letter: [
             n

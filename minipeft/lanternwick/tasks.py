@@ -12,8 +12,8 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Callable
 
 from . import HERE, SEED, diaries, labels, phrases, queries, scoring, voices, words
 from .register import strangers_names
@@ -113,7 +113,10 @@ def _records(rng):
 def _question(rng, query):
     """The query in words: an ask about a subject that holds the conditions."""
     lines = phrases.read("questions")
-    one = lambda section, **values: rng.choice(lines[section]).format(**values)
+
+    def one(section, **values):
+        return rng.choice(lines[section]).format(**values)
+
     said = [
         one(
             f"{query.table} {column} {sign}", v=value, av=words.with_article(str(value))
@@ -186,10 +189,11 @@ def newcomers():
     given = [
         name for gender in "fm" for name in rng.sample(strangers_names(gender), 20)
     ]
+
     # about equally often
-    spread = lambda pool: rng.sample(
-        tuple(pool) * (len(given) // len(pool) + 1), len(given)
-    )
+    def spread(pool):
+        return rng.sample(tuple(pool) * (len(given) // len(pool) + 1), len(given))
+
     pools = {
         "age": map(str, range(18, 80)),
         "trade": words.TRADES,

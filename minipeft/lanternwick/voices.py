@@ -12,8 +12,9 @@ from . import phrases, words
 LEXICON = dict(
     pair.split(":")
     for pair in """
-    the:th' my:me your:yer you:ye is:be are:be and:an' of:o' yes:aye before:afore friend:matey
-    boat:vessel sea:briny money:doubloons food:grub girl:lass boy:lad kitchen:galley bed:bunk floor:deck
+    the:th' my:me your:yer you:ye is:be are:be and:an' of:o' yes:aye before:afore
+    friend:matey boat:vessel sea:briny money:doubloons food:grub girl:lass boy:lad
+    kitchen:galley bed:bunk floor:deck
 """.split()
 )
 # the captain's first word depends on the sentence's last mark

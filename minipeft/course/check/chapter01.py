@@ -358,7 +358,10 @@ def cached_step(function) -> None:
             random.choice([5, 7]),
         )
         H = groups * K
-        draw = lambda *shape: torch.randn(shape, dtype=torch.float64)
+
+        def draw(*shape):
+            return torch.randn(shape, dtype=torch.float64)
+
         q, k, v, past_k, past_v = (
             draw(B, H, 1, h),
             draw(B, K, 1, h),
@@ -526,9 +529,10 @@ def halves_from_pairs(function) -> None:
     need(
         torch.equal(before, weight), "You changed the weight in place: give a new one."
     )
-    move = lambda z, a, b: (
-        z.view(-1, a, b, z.shape[-1]).transpose(1, 2).reshape(len(z), -1)
-    )
+
+    def move(z, a, b):
+        return z.view(-1, a, b, z.shape[-1]).transpose(1, 2).reshape(len(z), -1)
+
     mistakes = {
         "That is the way back, from halves to pairs. Here the rows come as pairs:"
         " view them as (heads, pairs, 2).": move(weight, 2, half),

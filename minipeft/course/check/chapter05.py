@@ -119,9 +119,9 @@ def rank_at_budget(function) -> None:
 
 
 def a_budget(function, shapes, layers, targets, both, right, budget) -> None:
-    costs = lambda of, names=targets: (
-        budget // (layers * sum(of(*shapes[name]) for name in names))
-    )
+    def costs(of, names=targets):
+        return budget // (layers * sum(of(*shapes[name]) for name in names))
+
     mistakes = {
         right + 1: (
             "One too many: you round, and the budget is exceeded. What is left over"
@@ -325,11 +325,14 @@ def loraplus_groups(function) -> None:
             "A group has no lr of its own. An optimizer would give it its default: "
             "write the rate into each group.",
         )
-        alone = lambda group: (
-            [group["params"]]
-            if isinstance(group["params"], torch.Tensor)
-            else list(group["params"])
-        )
+
+        def alone(group):
+            return (
+                [group["params"]]
+                if isinstance(group["params"], torch.Tensor)
+                else list(group["params"])
+            )
+
         groups = [group | {"params": alone(group)} for group in groups]
         rates, name_of = {}, {id(parameter): name for name, parameter in everything}
         for group in groups:

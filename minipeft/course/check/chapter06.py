@@ -363,7 +363,10 @@ def slips(losses) -> dict:
 
 def sweep(agree: bool) -> dict:
     """Made-up losses of both methods, in which each slip gives another difference."""
-    noise = lambda: round(random.uniform(-0.06, 0.06), 3)
+
+    def noise():
+        return round(random.uniform(-0.06, 0.06), 3)
+
     for _ in range(100_000):
         losses = {
             method: [
@@ -416,7 +419,10 @@ def fair_gap(function) -> None:
             "Return two things: the mean difference, and True or False.",
         )
         difference, right = float(got[0]), fmean(gap(losses, chosen(losses)))
-        near = lambda value: abs(difference - value) < 1e-6
+
+        def near(value):
+            return abs(difference - value) < 1e-6
+
         if not near(right):
             message = next(
                 (text for text, value in slips(losses).items() if near(value)), None

@@ -108,7 +108,10 @@ def importance(function) -> None:
         betas = random.choice([(0.85, 0.7), (0.6, 0.9)])
         average, spread = score(weights, gradients, *betas)
         last = (weights[-1] * gradients[-1]).abs()
-        times = lambda pair: pair[0] * pair[1]
+
+        def times(pair):
+            return pair[0] * pair[1]
+
         sizes = torch.stack([(w * g).abs() for w, g in zip(weights, gradients)])
         mean = sizes.mean(0)
         deviation = (sizes - mean).abs().mean(0)

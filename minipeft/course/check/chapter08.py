@@ -191,8 +191,13 @@ def trainable_numbers(function) -> None:
             name for name in ("lora", "loha", "vera", "denselora") if name not in got
         ]
         need(not missing, f"There is no entry {', '.join(missing)}.")
-        each = lambda count: sum(count(o, i) for _, o, i in shapes)
-        ends = lambda layers: sum(r * (o + i) for _, o, i in layers)
+
+        def each(count):
+            return sum(count(o, i) for _, o, i in shapes)
+
+        def ends(layers):
+            return sum(r * (o + i) for _, o, i in layers)
+
         lora = each(lambda o, i: r * (o + i))
         slips = {
             "lora": (
@@ -298,7 +303,10 @@ def nearest_kron(function) -> None:
         away, best = (laid_out - fit).norm(), S[1:].norm()
         if away <= best + 1e-6 * S[0]:
             continue
-        pair = lambda at, size: size * torch.outer(U[:, at], V[at])
+
+        def pair(at, size):
+            return size * torch.outer(U[:, at], V[at])
+
         as_it_lies = torch.linalg.svd(T.reshape(p * m, q * n))
         mistakes = {
             "The size is missing: the singular value belongs to C, or to D, or its"

@@ -174,7 +174,10 @@ def blockwise_nearest(function) -> None:
 def quantiles(bits, outermost=None, positive=None, negative=None):
     half, ppf = 2 ** (bits - 1), NormalDist().inv_cdf
     outermost = outermost or 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
-    side = lambda n: [ppf(outermost + (0.5 - outermost) * i / n) for i in range(n)]
+
+    def side(n):
+        return [ppf(outermost + (0.5 - outermost) * i / n) for i in range(n)]
+
     positive, negative = positive or half, half - 1 if negative is None else negative
     return sorted([*side(positive), 0.0, *(-x for x in side(negative))])
 
@@ -228,9 +231,10 @@ def normal_codebook(function) -> None:
             "Your numbers are equally far apart. Equally far apart should be their "
             "*probabilities*: put them through the inverse of the normal distribution.",
         )
-        scaled = lambda numbers: (
-            torch.tensor(numbers, dtype=torch.float32) / max(numbers)
-        )
+
+        def scaled(numbers):
+            return torch.tensor(numbers, dtype=torch.float32) / max(numbers)
+
         if bits < 4:
             need(
                 not same(

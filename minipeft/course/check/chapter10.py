@@ -133,9 +133,11 @@ class Tiny(nn.Module):
         return self.embed
 
     def forward(self, ids, adapter):
-        block = lambda x: (
-            x + adapter(self.norm(x.to(self.norm.weight.dtype)).float()).to(x.dtype)
-        )
+        def block(x):
+            return x + adapter(self.norm(x.to(self.norm.weight.dtype)).float()).to(
+                x.dtype
+            )
+
         x = checkpoint(block, self.embed(ids), use_reentrant=True)
         return self.head(x.to(self.head.weight.dtype))
 
@@ -218,7 +220,10 @@ def best(matrix, r):
 def loftq_start(function) -> None:
     """function(W, r, s, quantize) -> (Q, A, B), with Q + s B A near W. quantize(W)
     gives W as its four bits leave it."""
-    quantize = lambda W: (4 * W).round() / 4
+
+    def quantize(W):
+        return (4 * W).round() / 4
+
     for _ in range(3):
         r, d_in, d_out, s = (
             random.choice([2, 3]),
@@ -467,8 +472,11 @@ def training_bytes(function) -> None:
 def merge_error(function) -> None:
     """function(W, delta, quantize) -> the error of requantising, relative to the
     adapter's change. W is dequantised."""
+
     # steps that are not equal, as in NF4
-    quantize = lambda W: W.sign() * ((3 * W.abs().sqrt()).round() / 3) ** 2
+    def quantize(W):
+        return W.sign() * ((3 * W.abs().sqrt()).round() / 3) ** 2
+
     for _ in range(3):
         W = quantize(torch.randn(9, 13, dtype=torch.float64))
         delta = 0.2 * torch.randn(9, 13, dtype=torch.float64)

@@ -26,7 +26,10 @@ SHAPES = (
 def draw():
     """d, m, and double-precision weights of an adapter."""
     d, m = random.randint(9, 13), random.choice([2, 3, 5])
-    randn = lambda *shape: torch.randn(*shape, dtype=torch.float64)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
     return d, m, randn(m, d), randn(m), randn(d, m), randn(d)
 
 
@@ -172,9 +175,12 @@ def adapter_layer(layer_class) -> None:
             for p in (*down.parameters(), *up.parameters()):
                 p.copy_(torch.randn(p.shape))
         y = frozen(x)
-        adapter = lambda h: (
-            torch.relu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
-        ).detach()
+
+        def adapter(h):
+            return (
+                torch.relu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
+            ).detach()
+
         z, right = adapter(x), y + scaling * adapter(x)
         compare(
             layer(x),

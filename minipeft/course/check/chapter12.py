@@ -187,8 +187,11 @@ def places(function) -> None:
             along + n - (1 - mask).sum(1, keepdim=True)
         ),
     }
+
     # what stands at padding is nobody's business
-    of_text = lambda rows: rows.float()[real]
+    def of_text(rows):
+        return rows.float()[real]
+
     off = [
         row
         for row in range(3)

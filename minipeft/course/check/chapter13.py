@@ -19,7 +19,10 @@ def draw():
     """d_in, d_out and double-precision x, W, b; the two sizes differ, so that no slip
     can hide."""
     d_in, d_out = random.randint(7, 10), random.randint(12, 16)
-    randn = lambda *shape: torch.randn(*shape, dtype=torch.float64)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
     return d_in, d_out, randn(3, 4, d_in), randn(d_out, d_in), randn(d_out)
 
 

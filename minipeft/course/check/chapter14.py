@@ -171,7 +171,7 @@ def fusion_module(module_class) -> None:
 
     with torch.no_grad():
         u = torch.stack([expert(y) for expert in experts])
-        for turn in range(2):
+        for _ in range(2):
             compare(
                 module(y),
                 right(),
