@@ -5,7 +5,7 @@ import matplotlib
 import nbformat
 import pytest
 
-from minipeft.course import approx, claim, figures, notebook, show, table
+from minipeft.course import approx, figures, notebook, show, table
 from minipeft.course.show import source
 
 matplotlib.use("Agg")
@@ -47,18 +47,6 @@ def test_shown_source_of_the_package_still_runs():
 
     for thing in (LinearDelta, Slot, Lora):
         compile(source(thing), "shown", "exec")
-
-
-def test_claims():
-    assert (
-        "**WRONG.** Because."
-        in claim("2 + 2 = 5", "a book", "4", 2 + 2 == 5, "Because.").data
-    )
-    assert "**RIGHT.**" in claim("2 + 2 = 4", "a book", "4", True).data
-    with pytest.raises(ValueError, match="must say on what"):
-        claim("it is fast", "a blog", "so so", "DEPENDS")
-    with pytest.raises(ValueError, match="expected True, False or one of"):
-        claim("it is fast", "a blog", "so so", "PERHAPS", "why")
 
 
 def test_tables():
