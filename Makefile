@@ -51,6 +51,7 @@ pretrain: $(READY)
 
 chapters: $(READY)
 	$(BIN)/python -m minipeft.course.notebook chapters/*.ipynb
+	$(BIN)/python -c "from minipeft.course.claims import write_page; write_page()"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py

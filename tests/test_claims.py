@@ -93,6 +93,6 @@ class TestCards:
 
 
 def test_the_page_of_claims_is_up_to_date():
-    """`make claims` writes it."""
+    """`make chapters` writes it."""
     written = (CHAPTERS / "claims.md").read_text(encoding="utf-8")
     assert written == page(CHAPTERS)

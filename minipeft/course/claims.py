@@ -109,7 +109,7 @@ def page(folder):
     lines = [
         "# Every claim, with its verdict",
         "",
-        "Made by `make claims` from the executed chapters. The quotations are the"
+        "Made by `make chapters` from the executed chapters. The quotations are the"
         " sources' own words (`minipeft/course/claims.json`); each is judged once, at"
         " the place in the last column.",
         "",
@@ -130,6 +130,6 @@ def page(folder):
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    chapters = Path(__file__).parents[2] / "chapters"
-    (chapters / "claims.md").write_text(page(chapters), encoding="utf-8")
+def write_page(folder="chapters"):
+    """Write claims.md beside the chapters (`make chapters`)."""
+    (Path(folder) / "claims.md").write_text(page(folder), encoding="utf-8")
