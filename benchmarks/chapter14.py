@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import RESULTS, climb, facts, finite, found, sweep, weights
+from common import RESULTS, climb, facts, finite, found, right_answers, sweep, weights
 
 from minipeft import (
     BottleneckConfig,
@@ -120,7 +120,8 @@ def learner(case: str, seed: int):
 
 def one_run(job: dict) -> dict:
     """job: {"case", "examples", "lr", "seed", "trial"}; a trial is not scored, what is
-    free is not trained."""
+    free is not trained. "items": more answers a skill than usual, and which of them are
+    right."""
     torch.set_num_threads(1)
     tokenizer, model = load_tokenizer(), learner(job["case"], job["seed"])
     done = {
@@ -156,10 +157,21 @@ def one_run(job: dict) -> dict:
         return job | done | {"valid_loss": finite(sum(losses) / len(losses))}
     tests = {
         skill: evaluate(
-            model, tokenizer, task, split="test", limit=ITEMS, progress=False
+            model,
+            tokenizer,
+            task,
+            split="test",
+            limit=job.get("items", ITEMS),
+            predictions="items" in job,
+            progress=False,
         )
         for skill, task in tasks.items()
     }
+    if "items" in job:
+        done["right"] = {
+            skill: right_answers(test["predictions"], tasks[skill])
+            for skill, test in tests.items()
+        }
     return (
         job
         | done

@@ -89,6 +89,15 @@ def finite(loss: float) -> float:
     return round(min(loss, 100.0), 4) if loss == loss else 100.0
 
 
+def right_answers(predictions: list, task) -> str:
+    """Which answers to the first test examples are right, as a string of 0 and 1."""
+    scores = [
+        task.score([said], [example])[task.metric]
+        for said, example in zip(predictions, task.test)
+    ]
+    return "".join("1" if score > 99 else "0" for score in scores)
+
+
 def climb(tried: dict, ladder, first) -> list:
     """The rates to try next, tried being {rate: loss}: `first` and its neighbours, then
     on until the best has a worse one on either side."""

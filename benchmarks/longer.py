@@ -20,11 +20,13 @@ import functools
 import json
 import time
 
+import chapter05
+import chapter14
 import torch
 from chapter02 import recalled, town_text
 from chapter06 import moved
 from chapter13 import the_task
-from common import RESULTS, climb, facts, finite, found, save, weights
+from common import RESULTS, climb, facts, finite, found, right_answers, save, weights
 
 from minipeft import (
     AdaLoraConfig,
@@ -121,6 +123,7 @@ CASES = {  # a function from the job to the configuration; None is full fine-tun
     "LoRA r 8, q and v": lora(8, ["q_proj", "v_proj"]),
     "LoRA r 11, attention": lora(11, ATTENTION),
     "LoRA r 6, MLP": lora(6, MLP),
+    "LoRA r 22, q and v": lora(22, ["q_proj", "v_proj"]),
     "DoRA r 1": lora(1, config=DoraConfig),
     "DoRA r 2": lora(2, config=DoraConfig),
     "DoRA r 4": lora(4, config=DoraConfig),
@@ -153,10 +156,10 @@ CASES = {  # a function from the job to the configuration; None is full fine-tun
 COMPARED = ("full", "LoRA r 8", "DoRA r 8")
 
 
-def entry(chapters, case, steps, first, task="sql", examples=None, seeds=SEEDS):
+def entry(chapters, case, steps, first, task="sql", examples=None, seeds=SEEDS, **more):
     """One line of the plan; `first` is the rate to begin with, or a list of the only
-    rates to try."""
-    what = {"case": case, "task": task, "examples": examples, "steps": steps}
+    rates to try. more: fields of the job besides the case."""
+    what = {"case": case, "task": task, "examples": examples, "steps": steps} | more
     return {"chapters": chapters.split(), "what": what, "first": first, "seeds": seeds}
 
 
@@ -211,6 +214,51 @@ PLAN = [
         entry("06", f"{kind} r {r}", 100, 2e-2 if r == 1 else 1e-2)
         for r in (1, 2, 4)
         for kind in ("LoRA", "DoRA")
+    ),
+    # 05: the best cells of the map with more seeds, and the column beside its edge
+    *(
+        entry(
+            "05",
+            f"LoRA+, A {a:g}, B {b:g}",
+            100,
+            [a],
+            seeds=(0, 1, 2, 3, 4) if a > 0.002 else (0,),
+            fields={"rate_B": None if a == b else b},
+        )
+        for a, b in [
+            (5e-3, 1e-2),
+            (1e-2, 1e-2),
+            (5e-3, 2e-2),
+            (1e-2, 5e-3),
+            (2e-3, 1e-2),
+            (2e-3, 2e-2),
+            (2e-3, 5e-2),
+        ]
+    ),
+    # 05: which place, on a task that is not learnt at once
+    *(
+        entry("05 11 13", case, 60, 1e-2, "stowaway")
+        for case in (
+            "LoRA r 4",
+            "LoRA r 6, MLP",
+            "LoRA r 11, attention",
+            "LoRA r 22, q and v",
+        )
+    ),
+    # 05: few examples, below the edge of the rates that were tried
+    *(
+        entry("05", f"{case}, {n} examples", 100, first, examples=n, fields=fields)
+        for n in (32, 256)
+        for case, first, fields in (
+            ("full", 5e-4, chapter05.FULL),
+            ("LoRA r 8", 1e-3 if n == 32 else 1e-2, {}),
+        )
+    ),
+    # 14: five seeds, and all the answers there are
+    *(
+        entry("14", case, 80, [rate], "mix", size, seeds=(0, 1, 2, 3, 4))
+        for size in (24, 192)
+        for case, rate in (("fusion", 3e-3), ("one LoRA", 3e-3), ("one adapter", 3e-2))
     ),
     # 12: reparametrised or not, both from noise
     entry("12", "prefix, 6 tokens", 100, 2e-1, "voice"),
@@ -294,20 +342,44 @@ def answers(model, tokenizer, task) -> dict:
     test = evaluate(
         model, tokenizer, task, limit=TEST, predictions=True, progress=False
     )
-    rights = [
-        task.score([said], [example])[task.metric] > 99
-        for said, example in zip(test["predictions"], task.test)
-    ]
     return {
         "test_loss": finite(test["loss"]),
         "score": round(test[task.metric], 2),
-        "right": "".join(str(int(right)) for right in rights),
+        "right": right_answers(test["predictions"], task),
     }
+
+
+def mixed_run(job: dict) -> dict:
+    """A run of chapter 14: all answers to the three skills, one after the other."""
+    asked = {"case": job["case"], "examples": job["examples"], "lr": job["lr"]}
+    run = chapter14.one_run(
+        asked | {"seed": job["seed"], "trial": False, "items": TEST}
+    )
+    scores, losses = run["scores"].values(), run["losses"].values()
+    return {
+        "parameters": run["parameters"],
+        "valid_loss": None,
+        "test_loss": sum(losses) / len(losses),
+        "score": round(sum(scores) / len(scores), 2),
+        "scores": run["scores"],
+        "right": "".join(run["right"].values()),
+    }
+
+
+def small_batch_run(job: dict) -> dict:
+    """A run of chapter 05, which takes eight examples a step."""
+    asked = chapter05.PLAIN | job["fields"]
+    asked |= {"n": job["examples"], "lr": job["lr"], "seed": job["seed"]}
+    run = chapter05.one_run(asked)
+    return {key: run[key] for key in ("parameters", "valid_loss", "test_loss", "score")}
 
 
 def one_run(job: dict) -> dict:
     """job: {"case", "task", "examples", "steps", "lr", "seed"}"""
     started = time.time()
+    if job["task"] == "mix" or "fields" in job:
+        done = mixed_run(job) if job["task"] == "mix" else small_batch_run(job)
+        return job | done | {"seconds": round(time.time() - started)}
     tokenizer, model = load_tokenizer(), load_pretrained()
     task, batches = data_of(job["task"], job["examples"], job["seed"])
     torch.manual_seed(job["seed"])
@@ -373,7 +445,7 @@ def next_jobs(line: dict) -> list:
     """The runs that an entry of the plan still lacks."""
     what, first, seeds = line["what"], line["first"], line["seeds"]
     tried = {
-        run["lr"]: run["valid_loss"]
+        run["lr"]: run["valid_loss"] or 0  # None where only one rate is tried
         for run in found(pool(), **what)
         if run["seed"] == seeds[0]
     }
