@@ -163,7 +163,8 @@ def entry(chapters, case, steps, first, task="sql", examples=None, seeds=SEEDS, 
     return {"chapters": chapters.split(), "what": what, "first": first, "seeds": seeds}
 
 
-PLAN = [
+MORE_SEEDS = (0, 1, 2, 3, 4)  # seeds where a run is short
+PLAN = [  # the most telling first
     # 13: a rule that the base has never seen; kind and place against count
     *(
         entry("13", case, 60, first, "stowaway")
@@ -180,39 +181,29 @@ PLAN = [
     ),
     # 07: the final rank, from the start or searched
     entry("04 07", "LoRA r 3", 300, 1e-2),
-    entry("07", "AdaLoRA 6 to 3", 300, 5e-2),
-    # 02, 04, 06: the same runs, told once
-    entry("02 04 06 08", "LoRA r 8", 300, 5e-3),
-    entry("02 04 06", "full", 300, 5e-4),
-    entry("06", "DoRA r 8", 300, 5e-3),
-    # 11: the place held fixed, and the kind
-    entry("11 04", "LoRA r 6, MLP", 300, 1e-2),
-    entry("11", "parallel", 300, 1e-2),
-    entry("11", "Pfeiffer", 300, 2e-2),
-    entry("11 04", "LoRA r 11, attention", 300, 1e-2),
-    entry("11", "after attention", 300, 2e-2),
-    entry("11", "Houlsby", 300, 2e-2),
-    entry("04 06 08", "LoRA r 1", 300, 2e-2),
-    entry("06", "DoRA r 1", 300, 2e-2),
-    # 13 again: longer
+    entry("07", "AdaLoRA 6 to 3", 300, [5e-2]),
+    # 05, 11: which place, on a task that is not learnt at once
     *(
-        entry("13", case, 180, first, "stowaway")
-        for case, first in {
-            "(IA)³": [2e-1],
-            "LayerNorm tuning": [1e-1],
-            "BitFit": [5e-2],
-            "LoRA r 1": [2e-2],
-            "full": [1e-3],
-        }.items()
+        entry("05 11 13", case, 60, 1e-2, "stowaway")
+        for case in ("LoRA r 6, MLP", "LoRA r 11, attention", "LoRA r 4")
     ),
-    # 07: is the searched pattern better than another one?
-    entry("07", "LoRA, AdaLoRA's ranks", 300, [1e-2]),
-    entry("07", "LoRA, AdaLoRA's ranks reversed", 300, [1e-2]),
-    entry("04", "LoRA r 32", 300, 2e-3),
+    # 02, 04, 06: the same runs, told once
+    entry("02 04 06 08", "LoRA r 8", 300, [5e-3]),
+    entry("02 04 06", "full", 300, [5e-4]),
+    # 14: all the answers there are, and five seeds where few examples decide
+    *(
+        entry("14", case, 80, [3e-3], "mix", 24, seeds=MORE_SEEDS)
+        for case in ("fusion", "one LoRA")
+    ),
+    # 11: the place held fixed, and the kind
+    entry("11 04", "LoRA r 6, MLP", 300, [1e-2]),
+    entry("11", "parallel", 300, [1e-2]),
+    entry("11 04", "LoRA r 11, attention", 300, [1e-2]),
+    entry("06", "DoRA r 8", 300, [5e-3]),
     # 06: low ranks, DoRA's own rate
     *(
-        entry("06", f"{kind} r {r}", 100, 2e-2 if r == 1 else 1e-2)
-        for r in (1, 2, 4)
+        entry("06", f"{kind} r {r}", 100, [1e-2, 2e-2])
+        for r in (1, 2)
         for kind in ("LoRA", "DoRA")
     ),
     # 05: the best cells of the map with more seeds, and the column beside its edge
@@ -222,7 +213,7 @@ PLAN = [
             f"LoRA+, A {a:g}, B {b:g}",
             100,
             [a],
-            seeds=(0, 1, 2, 3, 4) if a > 0.002 else (0,),
+            seeds=MORE_SEEDS if a > 0.002 else (0,),
             fields={"rate_B": None if a == b else b},
         )
         for a, b in [
@@ -235,16 +226,29 @@ PLAN = [
             (2e-3, 5e-2),
         ]
     ),
-    # 05: which place, on a task that is not learnt at once
+    # 12: reparametrised or not, both from noise
+    entry("12", "prefix, 6 tokens", 100, 2e-1, "voice"),
+    entry("12", "prefix, 6 tokens, reparametrised", 100, 5e-3, "voice"),
+    # 07: is the searched pattern better than another one?
+    entry("07", "LoRA, AdaLoRA's ranks", 300, [2e-2]),
+    entry("07", "LoRA, AdaLoRA's ranks reversed", 300, [2e-2]),
+    # 12: few examples of a task that is not already known
     *(
-        entry("05 11 13", case, 60, 1e-2, "stowaway")
-        for case in (
-            "LoRA r 4",
-            "LoRA r 6, MLP",
-            "LoRA r 11, attention",
-            "LoRA r 22, q and v",
-        )
+        entry("12", case, 100, first, "sql", 64)
+        for case, first in {
+            "prompt, 10 tokens": [1e-1, 5e-1],
+            "prefix, 6 tokens": [1e-1, 3e-1],
+            "LoRA r 1": [1e-2, 2e-2],
+            "full": [5e-4, 1e-3],
+        }.items()
     ),
+    # rates beside the ones above
+    entry("07", "AdaLoRA 6 to 3", 300, 5e-2),
+    entry("02 04 06 08", "LoRA r 8", 300, 5e-3),
+    entry("02 04 06", "full", 300, 5e-4),
+    entry("11 04", "LoRA r 6, MLP", 300, 1e-2),
+    entry("11", "parallel", 300, 1e-2),
+    entry("11", "Pfeiffer", 300, [1e-2, 2e-2]),
     # 05: few examples, below the edge of the rates that were tried
     *(
         entry("05", f"{case}, {n} examples", 100, first, examples=n, fields=fields)
@@ -254,33 +258,45 @@ PLAN = [
             ("LoRA r 8", 1e-3 if n == 32 else 1e-2, {}),
         )
     ),
-    # 14: five seeds, and all the answers there are
+    # 13 again: longer
     *(
-        entry("14", case, 80, [rate], "mix", size, seeds=(0, 1, 2, 3, 4))
-        for size in (24, 192)
-        for case, rate in (("fusion", 3e-3), ("one LoRA", 3e-3), ("one adapter", 3e-2))
-    ),
-    # 12: reparametrised or not, both from noise
-    entry("12", "prefix, 6 tokens", 100, 2e-1, "voice"),
-    entry("12", "prefix, 6 tokens, reparametrised", 100, 5e-3, "voice"),
-    # 12: few examples of a task that is not already known
-    *(
-        entry("12", case, 100, first, "sql", 64)
+        entry("13", case, 180, first, "stowaway")
         for case, first in {
-            "prompt, 10 tokens": 1e-1,
-            "prefix, 6 tokens": 2e-1,
-            "LoRA r 1": 2e-2,
-            "full": 1e-3,
+            "(IA)³": [2e-1],
+            "LayerNorm tuning": [1e-1],
+            "BitFit": [5e-2],
+            "LoRA r 1": [2e-2],
+            "full": [1e-3],
         }.items()
     ),
-    entry("08", "VeRA r 256", 300, 5e-2),
-    entry("08", "LoKr r 64", 300, 2e-2),
-    entry("08", "LoHa r 2", 300, 2e-2),
-    entry("08 04", "LoRA r 4", 300, 1e-2),
-    entry("08", "DenseLoRA r 16", 300, 1e-2),
+    entry("04 06 08", "LoRA r 1", 300, [2e-2]),
+    entry("08", "VeRA r 256", 300, [1e-1]),
+    entry("08", "LoKr r 64", 300, [5e-2]),
+    entry("04", "LoRA r 32", 300, [2e-3]),
+    entry("08 04", "LoRA r 4", 300, [1e-2]),
+    entry("06", "DoRA r 8", 300, 5e-3),
+    entry("11 04", "LoRA r 11, attention", 300, 1e-2),
     # where training goes on improving
-    entry("07", "LoRA r 3", 1000, [5e-3]),
-    entry("07", "AdaLoRA 6 to 3", 1000, [2e-2]),
+    entry("07", "LoRA r 3", 1000, [1e-2]),
+    entry("07", "AdaLoRA 6 to 3", 1000, [5e-2]),
+    entry("02 04", "full", 1000, [5e-4]),
+    entry("02 04", "LoRA r 8", 1000, [5e-3]),
+    # the rest
+    *(
+        entry("14", case, 80, [rate], "mix", size)
+        for size, case, rate in (
+            (192, "fusion", 3e-3),
+            (192, "one LoRA", 3e-3),
+            (24, "one adapter", 3e-2),
+            (192, "one adapter", 3e-2),
+        )
+    ),
+    entry("06", "DoRA r 1", 300, [1e-2, 2e-2]),
+    entry("05 11 13", "LoRA r 22, q and v", 60, 1e-2, "stowaway"),
+    entry("11", "after attention", 300, [2e-2]),
+    entry("11", "Houlsby", 300, [2e-2]),
+    entry("08", "LoHa r 2", 300, [5e-2]),
+    entry("08", "DenseLoRA r 16", 300, [2e-2]),
 ]
 
 

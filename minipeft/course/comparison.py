@@ -69,6 +69,8 @@ def decimals(margin: float, difference: float) -> int:
     digits = max(0, -math.floor(math.log10(size)))
     while digits < 6 and round(abs(difference), digits) == round(margin, digits):
         digits += 1
+    if margin < 1 and 0 < abs(difference) and round(difference, digits) == 0:
+        digits += 1
     return digits
 
 
