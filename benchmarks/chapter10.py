@@ -23,7 +23,7 @@ from common import RESULTS, climb, facts, finite, found, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
-from minipeft.methods.loftq import rounded
+from minipeft.methods.lora_init import fake_quantize
 from minipeft.quant import quantize_model
 from minipeft.weights import write_weight
 
@@ -56,7 +56,7 @@ def make(bits=32, loftq=False, dora=False):
     elif not loftq and bits < 4:
         for module in list(base.model.layers.modules()):
             if isinstance(module, torch.nn.Linear):
-                write_weight(module, rounded(module.weight.detach(), bits))
+                write_weight(module, fake_quantize(module.weight.detach(), bits))
     model = get_peft_model(
         base,
         LoraConfig(

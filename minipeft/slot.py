@@ -1,15 +1,14 @@
-"""Floor 1: the one idea of this package.
+"""The one idea of this package.
 
 **An adapter is a function of the layer below it and the input: y = adapter(base, x).**
 
-A method that adds calls base(x) and adds to it. One that rescales multiplies. One that
-stands around the whole model calls it with other arguments. Then stacking adapters is
-composing functions, disabling one is not calling it, a batch whose rows want different
-adapters is split by rows, and merging an adapter is letting it write itself into the
-weights.
+A method that adds calls base(x) and adds to it. One that rescales multiplies. One around
+the whole model calls it with other arguments. Then stacking adapters is composing
+functions, disabling one is not calling it, a batch whose rows want different adapters
+is split by rows, and merging an adapter is letting it write itself into the weights.
 
 So there is one kind of wrapper, the Slot, and it stands where a layer stood. The slot
-knows names, order, rows and merging. The adapter knows its own algebra and owns nothing
+knows names, order, rows and merging. The adapter knows its own equation and owns nothing
 but its own parameters.
 """
 
@@ -30,19 +29,17 @@ class AdapterNameError(ValueError):
 
 
 class Base:
-    """All that an adapter may know of the world: the layer below it."""
+    """An adapter's view of the layer it wraps."""
 
-    def __init__(self, slot, name, below=None, lossy=False):
-        self.slot, self.name, self.below, self.lossy = (
-            slot,
-            name,
-            below or slot.base_layer,
-            lossy,
-        )
+    def __init__(self, slot, name, inner=None, lossy=False):
+        self.slot = slot
+        self.name = name
+        self.inner = inner or slot.base_layer  # the layer, or the adapter before
+        self.lossy = lossy  # may writing the weight round it to 4 bits again?
 
     def __call__(self, *args, **kwargs):
-        """Run what lies below: the layer, and the adapters that come before this one."""
-        return self.below(*args, **kwargs)
+        """Run the layer, with the adapters that come before this one."""
+        return self.inner(*args, **kwargs)
 
     @property
     def module(self):
@@ -50,27 +47,28 @@ class Base:
         return self.slot.base_layer
 
     @property
-    def plain(self):
-        """Is nothing below but a linear layer of torch's own, unhooked? Then its weight
-        may be used in its place."""
-        return type(self.below) is nn.Linear and not (
-            self.below._forward_hooks or self.below._forward_pre_hooks
+    def is_plain_linear(self):
+        """True for a bare nn.Linear without hooks: its weight may be used in its
+        place."""
+        return type(self.inner) is nn.Linear and not (
+            self.inner._forward_hooks or self.inner._forward_pre_hooks
         )
 
     @property
-    def frozen(self):
+    def unmerged(self):
         """The frozen layer as it was before adapters of this slot were merged."""
         for module, parameters, buffers in self.slot.unmerged_params:
             if module is self.module:
                 before = copy.copy(module)
-                before._parameters, before._buffers = parameters, buffers
+                before._parameters = parameters
+                before._buffers = buffers
                 return before
         return self.module
 
     @property
     def weight(self):
-        """The frozen weight, dense, (d_out, d_in), however the layer stores it.
-        Assigning stores it that way again."""
+        """The frozen weight as a dense (d_out, d_in), however the layer stores it.
+        Assigning stores it in the layer's own way."""
         return weights.read_weight(self.module)
 
     @weight.setter
@@ -90,12 +88,12 @@ class Base:
 
     @property
     def shared(self):
-        """The part that this adapter shares between all its slots, as its config's
-        `create_shared` made it."""
+        """What this adapter shares over all its slots, from its config's
+        `create_shared`."""
         return self.slot.shared[self.name]
 
     def peer(self, name):
-        """Another adapter of this slot."""
+        """Another adapter of this slot. Raises AdapterNameError."""
         if name not in self.slot.adapters:
             raise AdapterNameError(
                 f"no adapter {name!r} on this layer; there are:"
@@ -105,21 +103,30 @@ class Base:
 
 
 class Adapter(nn.Module):
-    """A method. `forward` is its equation; the names in its state_dict are those that
-    its tensors have in files."""
+    """A method: `forward` is its equation. Its state_dict names its tensors as files
+    do."""
 
     mergeable = False  # can `fold` write it into the weights?
     # True: forward never calls base, so adapters inside the layer have no effect
     replaces_base = False
+    dropout = 0.0  # on `adapter_input`, in training
 
     def forward(self, base, *args, **kwargs):
         raise NotImplementedError
 
+    def adapter_input(self, x):
+        """x as the adapter reads it: in the adapter's precision (under autocast torch
+        sees to that), and with dropout in training."""
+        dtype = next((p.dtype for p in self.parameters()), x.dtype)
+        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(dtype)
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
     def fold(self, base):
-        """Write yourself into base.weight."""
+        """Write this adapter into base.weight and base.bias. Raises
+        NotMergeableError."""
         raise NotMergeableError(
-            f"{type(self).__name__} is no change of a weight: it cannot be merged"
-            " into one"
+            f"{type(self).__name__} does not modify a weight, so it cannot be merged"
         )
 
     def to_file(self):
@@ -127,16 +134,20 @@ class Adapter(nn.Module):
         return self.state_dict()
 
     def from_file(self, tensors):
-        """Take over tensors of the names and shapes that `to_file` gives."""
+        """Load tensors with the names and shapes that `to_file` gives."""
         self.load_state_dict(tensors)
 
 
 class LinearDelta(Adapter):
-    """A method that changes a linear layer's weight: W' = W + delta. Most need only say
-    what their delta is."""
+    """A method that changes a linear layer's weight: W' = W + delta. Most need only
+    define delta; the layer sees x, the update sees `adapter_input(x)`."""
 
     mergeable = True
-    dropout = 0.0  # the share of x that the update does not see in training
+    kernel = None  # a fused form of `forward`, from kernels.py
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.kernel = vars(cls).get("kernel")  # not inherited: it is for one equation
 
     def delta(self, base):
         """(d_out, d_in)"""
@@ -148,47 +159,11 @@ class LinearDelta(Adapter):
         return F.linear(x, self.delta(base))
 
     def forward(self, base, x):
+        fused = None if self.kernel is None else self.kernel(base, x)
+        if fused is not None:
+            return fused
         y = base(x)
-        return (y + self.update(base, self.seen(x, next(self.parameters()).dtype))).to(
-            y.dtype
-        )
-
-    def joins(self, base, x):
-        """Could W + delta be put in the place of W, with the same result? Then one
-        product with x does for both."""
-        same = x.dtype == base.module.weight.dtype == next(self.parameters()).dtype
-        thinned, cast = (
-            self.dropout and self.training,
-            torch.is_autocast_enabled(x.device.type),
-        )
-        return base.plain and same and not thinned and not cast
-
-    def seen(self, x, dtype):
-        """x as the update sees it: in the adapter's precision (autocast does that
-        itself), and thinned in training."""
-        if (
-            x.dtype != dtype
-            and x.is_floating_point()
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
-            x = x.to(dtype)
-        return F.dropout(x, self.dropout) if self.dropout and self.training else x
-
-    def plus(self, y, h, B, bias=None):
-        """y + s (h B^T + bias) in one call: no delta is formed, nor a second tensor of
-        y's size (..., d_out)."""
-        rows = y.numel() // len(B)  # not -1: AdaLoRA may leave nothing, r = 0
-        out = torch.addmm(
-            y.to(h.dtype).reshape(rows, len(B)),
-            h.reshape(rows, B.shape[1]),
-            B.T,
-            alpha=self.scaling,
-        )
-        return (
-            (out if bias is None else out + self.scaling * bias)
-            .view(y.shape)
-            .to(y.dtype)
-        )
+        return (y + self.update(base, self.adapter_input(x))).to(y.dtype)
 
     def fold(self, base):
         base.weight = base.weight + self.delta(base)

@@ -113,5 +113,5 @@ def test_norms_in_training_are_those_of_peft(name):
 
 
 def test_no_norm():
-    with pytest.raises(TargetError, match="q_proj: Linear is no norm"):
+    with pytest.raises(TargetError, match="q_proj: Linear is not a norm"):
         get_peft_model(BASES["llama"].make(), LNTuningConfig(target_modules=["q_proj"]))

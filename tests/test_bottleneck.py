@@ -153,7 +153,7 @@ def test_a_learned_scaling_starts_at_one_and_learns():
     for model in (learned, fixed):
         torch.manual_seed(0)
         for part in model._adapters_by_path("default").values():
-            part.reset("bert")
+            part.reset_parameters("bert")
     close(run(learned), run(fixed), 0)
     learned(**inputs(), labels=inputs()["input_ids"]).loss.backward()
     for part in learned._adapters_by_path("default").values():
@@ -175,7 +175,7 @@ def test_a_learned_scaling_starts_at_one_and_learns():
 def test_inits_as_the_library_adapters_has_them(init, down, up):
     torch.manual_seed(0)
     adapter = Bottleneck(300, 200, 300, False, "relu", 1.0)
-    adapter.reset(init)
+    adapter.reset_parameters(init)
     assert abs(adapter.adapter_down.weight.std().item() - down) < 0.02 * down
     assert abs(adapter.adapter_up.weight.std().item() - up) <= 0.02 * up
     assert (

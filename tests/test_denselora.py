@@ -14,7 +14,7 @@ from minipeft import (
     TargetError,
     get_peft_model,
 )
-from minipeft.methods.denselora import DenseLora, Pair
+from minipeft.methods.denselora import DenseLora, SharedFactors
 from minipeft.slot import Slot
 
 LLAMA = BASES["llama"]
@@ -64,7 +64,8 @@ def test_layers_of_one_kind_share_and_others_do_not():
         "c_proj_64x16",
     ]
     assert [
-        sum(isinstance(m, kind) for m in model.modules()) for kind in (Pair, DenseLora)
+        sum(isinstance(m, kind) for m in model.modules())
+        for kind in (SharedFactors, DenseLora)
     ] == [3, 6]
     expected = 2 * (16 + 48) + 2 * (16 + 16) + 2 * (64 + 16) + 6 * 2 * 2
     assert model.get_nb_trainable_parameters()[0] == expected

@@ -30,7 +30,7 @@ def layer(bias=True, dropout=0.0, dtype=torch.float32, r=3, scale=0.3):
     """(a DoRA that does something, its base)"""
     slot = Slot(nn.Linear(6, 8, bias=bias).to(dtype), ActiveAdapters())
     base, adapter = Base(slot, "default"), Dora(6, 8, r=r, scaling=0.7, dropout=dropout)
-    adapter.reset(base, LoraConfig(init_lora_weights=False))
+    adapter.reset_parameters(base, LoraConfig(init_lora_weights=False))
     with torch.no_grad():
         adapter.lora_magnitude_vector *= 1 + scale * torch.randn(8)
     return adapter, base
@@ -168,9 +168,12 @@ def test_on_top_of_another_adapter_merged_or_not(below):
     shake(model, "dora")
     model.set_adapter(["below", "dora"])
     apart = run(model)
-    model.merge_adapter(["below"])  # the norm is still that of W + s B A
-    close(run(model), apart, 3e-6)
-    model.merge_adapter(["dora"])
+    model.set_adapter("below")
+    alone = run(model)
+    model.set_adapter(["below", "dora"])
+    model.merge_adapter(["below"])
+    close(run(model), alone, 3e-6)
+    model.merge_adapter(["dora"])  # its norm is still that of W + s B A
     close(run(model), apart, 3e-6)
     model.unmerge_adapter()
     assert torch.equal(run(model), apart)

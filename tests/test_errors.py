@@ -164,7 +164,7 @@ def test_rows_of_merged_adapters():
 
 
 def test_an_initialisation_that_fails_midway_leaves_the_weights(plain, monkeypatch):
-    from minipeft.methods import lora
+    from minipeft.methods import lora_init
 
     done = []
 
@@ -174,7 +174,7 @@ def test_an_initialisation_that_fails_midway_leaves_the_weights(plain, monkeypat
         if len(done) == 3:
             raise RuntimeError("no convergence")
 
-    monkeypatch.setitem(lora.INITS, "broken", broken)
+    monkeypatch.setitem(lora_init.INITS, "broken", broken)
     with pytest.raises(RuntimeError, match="no convergence"):
         get_peft_model(plain, LoraConfig(init_lora_weights="broken"))
 

@@ -13,6 +13,7 @@ FLOORS = [
     ["io"],
     ["weights"],
     ["targets"],
+    ["kernels"],
     ["slot"],
     ["config", "quant", "model_card"],
     ["methods", "optim"],

@@ -8,7 +8,7 @@ from torch import nn
 
 import minipeft
 from minipeft import LoraConfig, PeftModel, get_peft_model
-from minipeft.methods.loftq import alternate, rounded
+from minipeft.methods.lora_init import fake_quantize, loftq_factors
 from minipeft.quant import Linear4bit, dequantize_nf4, quantize_model, quantize_nf4
 from minipeft.weights import read_weight
 
@@ -27,13 +27,13 @@ def weight(d_out=96, d_in=128):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_error_falls(bits):
     W = weight()
-    plain = (W - rounded(W, bits)).norm()
+    plain = (W - fake_quantize(W, bits)).norm()
     errors = [
         (W - Q - L @ R).norm()
-        for Q, L, R in (alternate(W, 16, bits, n) for n in (1, 2, 5))
+        for Q, L, R in (loftq_factors(W, 16, bits, n) for n in (1, 2, 5))
     ]
     assert errors[0] < plain and max(errors[1:]) < errors[0] * (1.1 if bits == 2 else 1)
-    S = torch.linalg.svdvals(W - rounded(W, bits))
+    S = torch.linalg.svdvals(W - fake_quantize(W, bits))
     close(errors[0], S[16:].norm())  # Eckart and Young: no 16 directions leave less
 
 

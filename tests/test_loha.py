@@ -11,7 +11,8 @@ from torch import nn
 
 import minipeft
 from minipeft import ConfigError, LoHaConfig, TargetError, get_peft_model
-from minipeft.methods.loha import Hadamard, LoHa
+from minipeft.kernels import Hadamard
+from minipeft.methods.loha import LoHa
 from minipeft.slot import ActiveAdapters, Base, Slot
 
 HF, LLAMA = BASES["hf_llama"], BASES["llama"]
@@ -20,7 +21,7 @@ HF, LLAMA = BASES["hf_llama"], BASES["llama"]
 def layer(d_in=6, d_out=8, bias=True, r=2, **fields):
     base = Base(Slot(nn.Linear(d_in, d_out, bias=bias), ActiveAdapters()), "default")
     adapter = LoHa(d_in, d_out, r, 0.7, LoHaConfig(**fields))
-    adapter.reset(LoHaConfig(init_weights=False))
+    adapter.reset_parameters(LoHaConfig(init_weights=False))
     return adapter, base
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 import minipeft
 from minipeft import ConfigError, LoKrConfig, TargetError, get_peft_model
-from minipeft.methods.lokr import Kronecker, LoKr, factorization
+from minipeft.kernels import Kronecker
+from minipeft.methods.lokr import LoKr, factorization
 from minipeft.slot import ActiveAdapters, Base, Slot
 
 HF, LLAMA = BASES["hf_llama"], BASES["llama"]
@@ -37,7 +38,7 @@ def test_reshaping_is_the_kronecker_product(d_in, d_out, r, both, factor):
         LoKr(d_in, d_out, r, 0.7, config),
         Base(Slot(nn.Linear(d_in, d_out), ActiveAdapters()), "default"),
     )
-    adapter.reset(config)
+    adapter.reset_parameters(config)
     x, (C, D) = torch.randn(2, 3, d_in), adapter.factors
     assert adapter.delta(base).shape == (d_out, d_in)
     close(adapter.delta(base).detach(), 0.7 * torch.kron(C, D).detach())
@@ -168,7 +169,7 @@ def test_few_numbers_of_full_rank():
         (4, 16 * 16 + 4 * (16 + 16), 16 * 4),
     ):
         adapter = LoKr(256, 256, r, 1.0, LoKrConfig(init_weights=False))
-        adapter.reset(LoKrConfig(init_weights=False))
+        adapter.reset_parameters(LoKrConfig(init_weights=False))
         assert sum(p.numel() for p in adapter.parameters()) == count
         assert torch.linalg.matrix_rank(adapter.delta(None).double(), rtol=1e-6) == rank
 

@@ -296,7 +296,7 @@ def test_gradients_at_the_start():
     """B is zero, so A gets no gradient at first; with A zero too nothing would ever
     move."""
     layer = Lora(8, 6, r=2, scaling=1.0)
-    layer.reset(None, LoraConfig())
+    layer.reset_parameters(None, LoraConfig())
     x = torch.randn(5, 8)
     layer(nn.Linear(8, 6), x).square().sum().backward()
     assert (

@@ -15,7 +15,7 @@ from torch import nn
 
 from minipeft import ConfigError, PeftModel, SubspaceConfig, TargetError, get_peft_model
 from minipeft.methods.projections import PROJECTIONS, Dense, hadamard
-from minipeft.methods.subspace import places
+from minipeft.methods.subspace import param_locations
 
 kinds = pytest.mark.parametrize("kind", PROJECTIONS)
 
@@ -116,7 +116,9 @@ def test_the_model_is_the_base_moved_by_p_theta(name, kind):
         get_peft_model(base.make(), SubspaceConfig(d=30, projection=kind, seed=5))
     )
     plain, adapter = base.make(), model.base_model.adapters["default"]
-    parameters = [where[0][0]._parameters[where[0][1]] for where in places(plain)]
+    parameters = [
+        where[0][0]._parameters[where[0][1]] for where in param_locations(plain)
+    ]
     # tied ones once
     assert {id(p) for p in parameters} == {id(p) for p in plain.parameters()}
     D = sum(p.numel() for p in parameters)
@@ -141,7 +143,7 @@ def test_the_model_is_the_base_moved_by_p_theta(name, kind):
 
 def test_structure_aware_has_a_factor_for_each_tensor():
     base = BASES["llama"]
-    m = len(places(base.make()))
+    m = len(param_locations(base.make()))
     config = SubspaceConfig(d=m + 7, structure_aware=True)
     model, twin = (
         get_peft_model(base.make(), config),
@@ -155,9 +157,11 @@ def test_structure_aware_has_a_factor_for_each_tensor():
         aware.theta.copy_(plain.theta)
         close(run(model), run(twin))
         aware.lambdas.copy_(torch.arange(m))
-    old = [module._parameters[name] for (module, name), *_ in places(base.make())]
+    old = [
+        module._parameters[name] for (module, name), *_ in param_locations(base.make())
+    ]
     for i, ((_, moved), (_, by_one), p) in enumerate(
-        zip(aware.moved(base.make()), plain.moved(base.make()), old)
+        zip(aware.shifted_params(base.make()), plain.shifted_params(base.make()), old)
     ):
         close(moved - p, i * (by_one - p), 1e-5)
 

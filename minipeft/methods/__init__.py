@@ -1,17 +1,15 @@
-"""Floor 3: the methods, one file each. Importing a file makes its method known."""
+"""The methods, one file each."""
 
-from . import loftq  # noqa: F401
 from .adalora import AdaLoraConfig
 from .bitfit import BitFitConfig
 from .bottleneck import BottleneckConfig
 from .denselora import DenseLoraConfig
-from .dora import DoraConfig
 from .fusion import FusionConfig
 from .ia3 import IA3Config
 from .layernorm import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
-from .lora import LoraConfig
+from .lora import DoraConfig, LoraConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig

@@ -1,20 +1,24 @@
-"""AdaLoRA: give each matrix the rank that it needs. The change is written like an SVD;
-what matters least is pruned.
+"""AdaLoRA: give each matrix the rank that it needs. The change is written like an SVD,
+and what matters least is pruned.
 
-    W' = W + s B diag(E) A,    A (r, d_in),  E (r, 1),  B (d_out, r)
+    W' = W + s B diag(E) A
+
+    A (r, d_in)    E (r, 1)    B (d_out, r)
 
 Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
-arXiv 2303.10512. Rows of A and columns of B are kept near orthonormal by a penalty, so
-that the entries of E behave like singular values and one of them can go without the
-others noticing. A triplet is E_i with its row and column. How much it matters is the
-mean over its entries of sensitivity |w dL/dw| times its uncertainty, both smoothed over
-steps. The budget falls from init_r to target_r, cubically:
+arXiv 2303.10512.
+
+A regularization keeps rows of A and columns of B near orthonormal, so the entries of E
+behave like singular values, and one of them can go without the others changing. A
+triplet is E_i with its row and its column. It matters as much as the mean over its
+entries of sensitivity |w dL/dw| times its uncertainty, both smoothed over steps. The
+budget of triplets falls from init_r to target_r for each layer, cubically:
 
     b(t) = b_T + (b_0 - b_T) (1 - (t - t_init) / (T - t_final - t_init))^3
 
-A pruned triplet keeps its row and column, so until the budget is final it can come
-back. As in Hugging Face PEFT s is lora_alpha / init_r throughout, and the penalty is
-the mean over all A's and B's of ||A A^T - I|| or ||B^T B - I||.
+A pruned triplet keeps its row and column, so it can come back until the budget is
+final. As in Hugging Face PEFT, s is lora_alpha / init_r throughout, and the
+regularization is the mean over all A's and B's of ||A A^T - I|| or ||B^T B - I||.
 """
 
 from dataclasses import dataclass
@@ -24,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import weights
+from .. import kernels, weights
 from ..config import ConfigError
 from ..peft_tables import ADALORA_TARGETS
 from ..slot import LinearDelta
@@ -99,44 +103,52 @@ class AdaLoraConfig(LoraConfig):
 
     def create(self, base, path):
         rows = (self.rank_pattern or {}).get(f"{path}.lora_E", [True] * self.init_r)
-        return AdaLora(*weights.linear_features(base.module), rows, self)
+        adapter = AdaLora(*weights.linear_features(base.module), rows, self)
+        if self.init_lora_weights:
+            adapter.reset_parameters()
+        return adapter
 
 
 class AdaLora(LinearDelta):
     """x (..., d_in) -> (..., d_out)"""
 
+    kernel = kernels.add_low_rank
+
     def __init__(self, d_in, d_out, rows, config):
         super().__init__()
-        r = sum(rows)  # rows: which of the init_r triplets there are
-        self.lora_A, self.lora_B = (
-            nn.Parameter(torch.randn(r, d_in)),
-            nn.Parameter(torch.randn(d_out, r)),
-        )
+        r = sum(rows)  # rows: which of the init_r triplets this layer has
+        self.lora_A = nn.Parameter(torch.randn(r, d_in))
+        self.lora_B = nn.Parameter(torch.randn(d_out, r))
         self.lora_E = nn.Parameter(torch.randn(r, 1))
-        if config.init_lora_weights:
-            nn.init.zeros_(self.lora_E)
-            nn.init.normal_(self.lora_A, std=0.02)
-            nn.init.normal_(self.lora_B, std=0.02)
-        self.scaling = (
-            config.lora_alpha if config.lora_alpha > 0 else config.init_r
-        ) / (config.init_r + 1e-5)
-        self.dropout, self.weight = config.lora_dropout, config.weight
-        # and which of these are not pruned: what a file holds
-        self.rows, self.kept = rows, [True] * r
+        alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
+        self.scaling = alpha / (config.init_r + 1e-5)
+        self.dropout = config.lora_dropout
+        self.weight = config.weight
+        self.rows = rows
+        self.kept = [True] * r  # which of these are not pruned: what a file holds
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.lora_E)
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+
+    @property
+    def factors(self):
+        """diag(E) A (r, d_in), B (d_out, r)"""
+        return self.lora_A * self.lora_E, self.lora_B
 
     def delta(self, base):
-        return self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
+        return self.scaling * self.lora_B @ (self.lora_E * self.lora_A)
 
-    def forward(self, base, x):
-        # (..., r)
-        h = F.linear(self.seen(x, self.lora_A.dtype), self.lora_A * self.lora_E)
-        return self.plus(base(x), h, self.lora_B)
+    def update(self, base, x):
+        return self.scaling * F.linear(
+            F.linear(x, self.lora_E * self.lora_A), self.lora_B
+        )
 
     def regularization_loss(self):
-        return self.weight * sum(
-            torch.linalg.norm(gram - torch.eye(len(gram)).to(gram))
-            for gram in (self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B)
-        )
+        grams = self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B
+        identity = torch.eye(len(self.lora_E)).to(self.lora_E)
+        return self.weight * sum(torch.linalg.norm(gram - identity) for gram in grams)
 
     def to_file(self):
         kept = torch.tensor(self.kept, dtype=torch.bool)

@@ -1,11 +1,13 @@
 """BitFit: train the biases, and nothing else.
 
-    y = W x + b + delta,    delta (d_out,) starts at zero
+    y = W x + b + delta        delta (d_out,) starts at zero
 
 Ben Zaken, Ravfogel, Goldberg 2021, "BitFit: Simple Parameter-efficient Fine-tuning for
-Transformer-based Masked Language-models", arXiv 2106.10199. The adapter holds the
-change of a bias rather than the bias: a change can be taken off, stacked on another and
-merged. A bias moves every token's output by the same vector, whatever the token.
+Transformer-based Masked Language-models", arXiv 2106.10199.
+
+The adapter holds the change of a bias rather than the bias: a change can be removed,
+stacked on another and merged. A bias moves every token's output by the same vector,
+whichever the token.
 """
 
 from dataclasses import dataclass
@@ -22,12 +24,12 @@ from ..slot import Adapter
 
 @dataclass(kw_only=True)
 class BitFitConfig(LayerConfig):
-    """target_modules=None: every module that has a bias, norms too. Hugging Face PEFT
-    has no such method of its own.
+    """Not in Hugging Face PEFT. target_modules=None: every module with a bias, norms
+    too.
 
-    add_bias: modules without a bias may be named too; theirs starts at zero. All linear
-    layers, if none are named. Such a bias cannot be merged: the plain model has no
-    place for it.
+    add_bias: modules without a bias may be named too, and get one that starts at zero;
+    all linear layers, if none are named. Such a bias cannot be merged, for the plain
+    model has no bias to add it to.
     """
 
     peft_type: ClassVar[str] = "BITFIT"
@@ -49,14 +51,9 @@ class BitFitConfig(LayerConfig):
                 f"this {type(base.module).__name__} has no bias; add_bias=True gives"
                 " it one"
             )
-        return BitFit(
-            (
-                base.module.bias.numel()
-                if has_bias(base.module)
-                else weights.features(base.module)[1]
-            ),
-            has_bias(base.module),
-        )
+        if has_bias(base.module):
+            return BitFit(base.module.bias.numel())
+        return BitFit(weights.linear_features(base.module)[1], mergeable=False)
 
 
 def has_bias(module):
@@ -67,13 +64,13 @@ def has_bias(module):
 
 
 class BitFit(Adapter):
-    """x (..., d_in) -> (..., d_out), or of whatever module that ends by adding a bias,
-    as LayerNorm does."""
+    """x (..., d_in) -> (..., d_out), for any module that ends by adding a bias, such as
+    a LayerNorm."""
 
     def __init__(self, d_out, mergeable=True):
         super().__init__()
         self.bias_delta = nn.Parameter(torch.zeros(d_out))
-        self.mergeable = mergeable  # into a bias that is there
+        self.mergeable = mergeable  # into a bias that exists
 
     def forward(self, base, x):
         y = base(x)

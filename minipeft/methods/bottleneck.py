@@ -1,16 +1,19 @@
 """Bottleneck adapters: small networks of their own, put in beside the frozen ones.
 
-    sequential   y = f(x) + s A(f(x))      "houlsby": after attention and feed-forward;
-      "pfeiffer": after the latter
-    parallel     y = f(x) + s A(x)         beside feed-forward, s = 4
-    A(h) = W_up act(W_down h + b_down) + b_up,    W_down (m, d),  W_up (d, m)
+    sequential    y = f(x) + s A(f(x))
+                  "houlsby": after attention and feed-forward; "pfeiffer": after the
+                  latter only
+    parallel      y = f(x) + s A(x)        beside feed-forward, s = 4
+
+    A(h) = W_up act(W_down h + b_down) + b_up    W_down (r, d)    W_up (d, r)
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv 1902.00751;
-Pfeiffer et al. 2020, 2005.00247; parallel: He et al. 2021, "Towards a Unified View of
-Parameter-Efficient Transfer Learning", 2110.04366. f is a part of a transformer's
-block, before its output is added to the residual stream. Because of the non-linearity
-no A is a change of a weight: none can be merged. Defaults are those of the library
-`adapters`.
+Pfeiffer et al. 2020, arXiv 2005.00247; parallel: He et al. 2021, "Towards a Unified
+View of Parameter-Efficient Transfer Learning", arXiv 2110.04366.
+
+f is a part of a transformer's block, before its output is added to the residual stream.
+Because of the non-linearity A does not modify a weight, so it cannot be merged. Defaults
+are those of the library `adapters`; Hugging Face PEFT does not have it.
 """
 
 import inspect
@@ -47,13 +50,13 @@ INITS = ("identity", "bert", "mam")
 
 @dataclass(kw_only=True)
 class BottleneckConfig(LayerConfig):
-    """r or reduction_factor (then r = d / reduction_factor); what is None is the
-    placement's own, see PLACEMENTS.
+    """r, or reduction_factor (then r = d / reduction_factor). Fields that are None have
+    the placement's own value, see PLACEMENTS.
 
-    init: "identity" W_down normal with sd 0.02, W_up zero; "bert" both so, nearly the
-    identity; "mam" as LoRA. target_modules=None: the right parts of every block, found
-    by structure. Named ones may be any module that maps (..., d) to (..., d) or to a
-    tuple that begins so.
+    init: "identity" W_down normal with sd 0.02, W_up zero; "bert" both normal, nearly
+    the identity; "mam" as LoRA. target_modules=None: the right parts of every block,
+    found by structure. Named ones may be any module that maps (..., d) to (..., d), or
+    to a tuple that begins with it.
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"
@@ -97,7 +100,7 @@ class BottleneckConfig(LayerConfig):
             )
 
     def usual_targets(self, model, modules):
-        return parts(modules, PLACEMENTS[self.placement][0])
+        return find_sublayers(modules, PLACEMENTS[self.placement][0])
 
     def resolve(self, model):
         config = super().resolve(model)
@@ -110,7 +113,7 @@ class BottleneckConfig(LayerConfig):
 
     def create(self, base, path):
         _, factor, act, scaling = PLACEMENTS[self.placement]
-        d_in, d_out = width(base.module)
+        d_in, d_out = in_out_features(base.module)
         d = d_in if self.placement == "parallel" else d_out
         r = self.r or max(1, int(d // (self.reduction_factor or factor)))
         adapter = Bottleneck(
@@ -121,31 +124,26 @@ class BottleneckConfig(LayerConfig):
             self.non_linearity or act,
             scaling if self.scaling is None else self.scaling,
         )
-        adapter.reset(self.init)
+        adapter.reset_parameters(self.init)
         return adapter
 
 
-def width(module):
+def in_out_features(module):
     """(d_in, d_out) of a linear layer, or of a module that begins and ends with one."""
-    within = [
-        module,
-        *(targets.unwrap_slot(below) for _, _, _, below in targets.walk(module)),
-    ]
-    linear = [weights.features(m) for m in within if weights.is_linear(m)]
+    modules = targets.bare_modules(module)
+    linear = [weights.features(m) for m in modules if weights.is_linear(m)]
     if not linear:
         raise TargetError(
-            f"{type(module).__name__} has no linear layers: how wide it is cannot be"
-            " told"
+            f"{type(module).__name__} has no linear layers, so its width is unknown"
         )
     return linear[0][0], linear[-1][1]
 
 
-def parts(modules, wanted):
-    """The names, for target_modules, of each block's attention and feed-forward, told
-    by structure: children of a block with several linear layers. Feed-forward is told
-    of nothing but x; attention also of masks, positions and caches. An adapter after
-    attention stands at its last linear layer, which ends it and is called with one
-    tensor."""
+def find_sublayers(modules, wanted):
+    """The names, for target_modules, of each block's attention and feed-forward, found
+    by structure: children of a block with several linear layers. Feed-forward takes x
+    alone; attention also takes masks, positions and caches. An adapter after attention
+    is put at its last linear layer, which takes one tensor."""
     names, found = {}, []
     for path, module in modules.items():
         block, _, name = path.rpartition(".")
@@ -169,16 +167,17 @@ def parts(modules, wanted):
 
 
 class Bottleneck(Adapter):
-    """x (..., d) -> (..., d), beside or after what lies below."""
+    """x (..., d) -> (..., d), beside its base or after it."""
 
     def __init__(self, d_in, r, d_out, parallel, non_linearity, scaling):
         super().__init__()
         self.adapter_down = nn.Linear(d_in, r)  # weight (r, d_in)
         self.adapter_up = nn.Linear(r, d_out)  # weight (d_out, r)
-        self.parallel, self.act = parallel, ACTIVATIONS[non_linearity]
+        self.parallel = parallel
+        self.act = ACTIVATIONS[non_linearity]
         self.scaling = nn.Parameter(torch.ones(1)) if scaling == "learned" else scaling
 
-    def reset(self, init):
+    def reset_parameters(self, init):
         if init == "mam":  # nn.Linear's own: uniform within 1 / sqrt(d_in)
             nn.init.kaiming_uniform_(self.adapter_down.weight, a=5**0.5)
         else:
@@ -187,11 +186,9 @@ class Bottleneck(Adapter):
         nn.init.zeros_(self.adapter_down.bias)
         nn.init.zeros_(self.adapter_up.bias)
 
-    def correction(self, h):
-        """s A(h), in the adapter's precision"""
-        weight = self.adapter_down.weight
-        h = h if torch.is_autocast_enabled(h.device.type) else h.to(weight.dtype)
-        return self.scaling * self.adapter_up(self.act(self.adapter_down(h)))
+    def correction(self, h):  # s A(h)
+        h = self.act(self.adapter_down(self.adapter_input(h)))  # (..., r)
+        return self.scaling * self.adapter_up(h)
 
     def forward(self, base, *args, **kwargs):
         output = base(*args, **kwargs)

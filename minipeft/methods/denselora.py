@@ -1,16 +1,19 @@
-"""DenseLoRA: layers of one kind share an encoder and a decoder; a layer's own part is
+"""DenseLoRA: layers of one kind share an encoder and a decoder. A layer's own part is
 one small dense matrix.
 
-    y = W x + s f(D M f(E x)),    E (r, d_in) and D (d_out, r) shared, M (r, r), s =
-      alpha / r, f = GELU
+    y = W x + s f(D M f(E x))
+
+    E (r, d_in) and D (d_out, r) shared    M (r, r)    s = alpha / r    f = GELU
 
 Mu et al. 2025, "DenseLoRA: Dense Low-Rank Adaptation of Large Language Models", arXiv
-2505.23808. Layers are of one kind if they have the same last name and the same shape:
-all q_proj, all down_proj. D starts at zero; GELU has slope 1/2 there, so D gets a
-gradient at once, and the others as soon as D has moved. It is written from the paper:
-its published code, as it was released, adds nothing to the base. With f it is no change
-of a weight, and cannot be merged. Without (activation="linear") it is W' = W + s D M E,
-a LoRA whose outer factors are shared.
+2505.23808. Written from the paper: its published code, as released, adds nothing to the
+base.
+
+Layers are of one kind if they have the same last name and the same shape: all q_proj,
+all down_proj. D starts at zero; GELU has slope 1/2 there, so D gets a gradient at once,
+and the others as soon as D has moved. With f it does not modify a weight, and cannot be
+merged. Without (activation="linear") it is W' = W + s D M E, a LoRA whose outer factors
+are shared.
 """
 
 from dataclasses import dataclass
@@ -33,8 +36,8 @@ class DenseLoraConfig(LayerConfig):
     peft_type: ClassVar[str] = "DENSELORA"
     r: int = 16
     lora_alpha: float = 16
-    lora_dropout: float = 0.0  # on what the encoder reads, in training
-    activation: str = "gelu"  # "linear": none, and so mergeable
+    lora_dropout: float = 0.0  # on the encoder's input, in training
+    activation: str = "gelu"  # "linear": none, so it can be merged
     init_lora_weights: bool = True  # False: D is random too
 
     def __post_init__(self):
@@ -49,32 +52,33 @@ class DenseLoraConfig(LayerConfig):
     def create_shared(self, bases):
         return nn.ModuleDict(
             {
-                kind: Pair(d_in, d_out, self)
+                kind: SharedFactors(d_in, d_out, self)
                 for path, base in bases.items()
-                for kind, d_in, d_out in [kind_of(base, path)]
+                for kind, d_in, d_out in [share_key(base, path)]
             }
         )
 
     def create(self, base, path):
-        return DenseLora(kind_of(base, path)[0], self)
+        adapter = DenseLora(share_key(base, path)[0], self)
+        nn.init.kaiming_uniform_(adapter.lora_M, a=sqrt(5))
+        return adapter
 
 
-def kind_of(base, path):
-    """(its name, d_in, d_out): who shares"""
+def share_key(base, path):
+    """(the name of a layer's kind, d_in, d_out)"""
     d_in, d_out = weights.linear_features(base.module)
     return f"{path.rpartition('.')[2]}_{d_in}x{d_out}", d_in, d_out
 
 
-class Pair(nn.Module):
-    """What all layers of one kind share."""
+class SharedFactors(nn.Module):
+    """E and D of all layers of one kind."""
 
     def __init__(self, d_in, d_out, config):
         super().__init__()
         self.encoder = nn.Parameter(torch.empty(config.r, d_in))
         self.decoder = nn.Parameter(torch.empty(d_out, config.r))
         for factor in (self.encoder, self.decoder):
-            # uniform within 1 / sqrt(columns)
-            nn.init.kaiming_uniform_(factor, a=sqrt(5))
+            nn.init.kaiming_uniform_(factor, a=sqrt(5))  # within 1 / sqrt(columns)
         if config.init_lora_weights:
             nn.init.zeros_(self.decoder)
 
@@ -85,20 +89,17 @@ class DenseLora(LinearDelta):
     def __init__(self, kind, config):
         super().__init__()
         self.lora_M = nn.Parameter(torch.empty(config.r, config.r))
-        nn.init.kaiming_uniform_(self.lora_M, a=sqrt(5))
-        self.kind, self.scaling, self.dropout = (
-            kind,
-            config.lora_alpha / config.r,
-            config.lora_dropout,
-        )
+        self.kind = kind
+        self.scaling = config.lora_alpha / config.r
+        self.dropout = config.lora_dropout
         self.mergeable = config.activation == "linear"
-        self.bend = nn.Identity() if self.mergeable else F.gelu
+        self.activation = nn.Identity() if self.mergeable else F.gelu
 
     def delta(self, base):
-        pair = base.shared[self.kind]
-        return self.scaling * pair.decoder @ self.lora_M @ pair.encoder
+        shared = base.shared[self.kind]
+        return self.scaling * shared.decoder @ self.lora_M @ shared.encoder
 
     def update(self, base, x):
-        pair = base.shared[self.kind]
-        h = F.linear(self.bend(F.linear(x, pair.encoder)), self.lora_M)  # (..., r)
-        return self.scaling * self.bend(F.linear(h, pair.decoder))
+        shared, f = base.shared[self.kind], self.activation
+        h = F.linear(f(F.linear(x, shared.encoder)), self.lora_M)  # (..., r)
+        return self.scaling * f(F.linear(h, shared.decoder))

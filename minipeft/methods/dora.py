@@ -1,99 +1,73 @@
-"""DoRA: a weight has a magnitude and a direction. Train the magnitudes as they are, and
-the directions by a LoRA.
+"""DoRA: a weight has a magnitude and a direction. Train the magnitudes directly, and the
+directions by a LoRA.
 
-    W' = g (W + s B A),    g = m / ||W + s B A||,    one m and one norm for each row,
-      that is for each output
+    W' = g (W + s B A)    g = m / ||W + s B A||
+
+    A (r, d_in)    B (d_out, r)    m, g (d_out,): one number for each row, that is for
+    each output
 
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353
-(equation 5). m starts as ||W||, so that training starts from the model as it was. The
-paper writes its weights (d_in, d_out) and speaks of columns: a column there is a row
-here. To the backward pass the norm is a constant (section 4.3), or it would have to
-hold matrices of W's size. It is computed without forming B A, from what is small: with
-C = W A^T (d_out, r) and G = A A^T (r, r),
+(equation 5). The paper writes its weights as (d_in, d_out) and speaks of columns: a
+column there is a row here.
 
-    ||W + s B A||^2 = ||W||^2 + 2 s <B, C> + s^2 <B, B G>    row by row
+m starts as ||W||, so training starts from the model as it was. For the backward pass
+the norm is a constant (section 4.3), or it would have to keep matrices of W's size. It
+is computed without forming B A, from the small C = W A^T (d_out, r) and G = A A^T
+(r, r), row by row:
+
+    ||W + s B A||^2 = ||W||^2 + 2 s <B, C> + s^2 <B, B G>
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import weights
-from .lora import VARIANTS, Lora, LoraConfig
+from ..slot import LinearDelta
+from . import lora_init
 
 
-@dataclass(kw_only=True)
-class DoraConfig(LoraConfig):
-    """LoraConfig(use_dora=True), and saved as that."""
-
-    use_dora: bool = True
-
-
-class Dora(Lora):
+class Dora(LinearDelta):
     """x (..., d_in) -> (..., d_out)"""
 
-    def __init__(self, d_in, d_out, r, scaling, dropout=0.0, bias=False):
-        super().__init__(d_in, d_out, r, scaling, dropout)
+    def __init__(self, d_in, d_out, r, scaling, dropout=0.0):
+        super().__init__()
+        self.lora_A = nn.Linear(d_in, r, bias=False)  # weight (r, d_in)
+        self.lora_B = nn.Linear(r, d_out, bias=False)  # weight (d_out, r)
         self.lora_magnitude_vector = nn.Parameter(torch.ones(d_out))  # m
+        self.scaling = scaling
+        self.dropout = dropout
 
-    def reset(self, base, config):
-        super().reset(base, config)
+    def reset_parameters(self, base, config):
+        lora_init.initialize(self, base, config)
         self.lora_magnitude_vector = nn.Parameter(self.norm(base))
 
     @torch.no_grad()
-    def norm(self, base):
-        """||W + s B A|| of each row (d_out,)"""
-        W = weights.read_weight(base.frozen)
-        # in 16 bits it would be rough
+    def norm(self, base):  # ||W + s B A|| of each row (d_out,)
+        s = self.scaling
+        W = weights.read_weight(base.unmerged).to(self.lora_A.weight.dtype)
+        A, B = self.lora_A.weight.to(W.device), self.lora_B.weight.to(W.device)
+        # 16 bits would be too rough
         with torch.autocast("cpu" if W.is_meta else W.device.type, enabled=False):
-            W, A, B = (
-                tensor.to(W.device, self.lora_A.weight.dtype)
-                for tensor in (W, *self.factors)
-            )
-            inner = (B.T * (2 * (A @ W.T) + self.scaling * (A @ A.T) @ B.T)).sum(0)
-            return (
-                (torch.linalg.vector_norm(W, dim=1).square() + self.scaling * inner)
-                .clamp(min=1e-30)
-                .sqrt()
-            )
+            added = (B.T * (2 * (A @ W.T) + s * (A @ A.T) @ B.T)).sum(0)
+            square = torch.linalg.vector_norm(W, dim=1).square() + s * added
+            return square.clamp(min=1e-30).sqrt()
 
     def forward(self, base, x):
-        (A, B), frozen, seen = (
-            self.factors,
-            base.frozen,
-            self.seen(x, self.lora_A.weight.dtype),
-        )
-        b, g, h = (
-            frozen.bias,
-            self.lora_magnitude_vector / self.norm(base),
-            F.linear(seen, A).reshape(-1, len(A)),
-        )
-        # W x is nobody else's: add to it in place
-        if self.joins(base, x) and frozen is base.module:
-            y = F.linear(seen.reshape(-1, A.shape[1]), base.weight)
-            z = y.addmm_(h, B.T, alpha=self.scaling)  # (W + s B A) x, (N, d_out)
-        # the directions see a thinned x, so W x is needed once more
-        elif self.dropout and self.training:
-            y, W = base(x), weights.read_weight(frozen).to(A.dtype)
-            more = (g - 1) * F.linear(seen, W) + g * self.scaling * F.linear(h, B).view(
-                y.shape
-            )
-            return (y + more).to(y.dtype)
-        else:
-            y = base(x)
-            z = y.to(h.dtype).reshape(-1, len(B))
-            z = torch.addmm(z if b is None else z - b, h, B.T, alpha=self.scaling)
-        # the magnitude is W's, not the bias's
-        out = g * z if b is None else torch.addcmul(b.to(z.dtype), g, z)
-        return out.view(*x.shape[:-1], len(B)).to(y.dtype)
+        g = self.lora_magnitude_vector / self.norm(base)
+        y, b = base(x), base.unmerged.bias
+        h = self.adapter_input(x)
+        Wx = y if b is None else y - b  # the magnitude is W's, not the bias's
+        if self.dropout and self.training:
+            Wx = F.linear(h, weights.read_weight(base.unmerged).to(h.dtype))
+        BAx = self.scaling * self.lora_B(self.lora_A(h))
+        return (y + (g - 1) * Wx + g * BAx).to(y.dtype)
+
+    def delta(self, base):  # of the direction
+        return self.scaling * self.lora_B.weight @ self.lora_A.weight
 
     def fold(self, base):
-        g, b = self.lora_magnitude_vector / self.norm(base), base.frozen.bias
+        g, b = self.lora_magnitude_vector / self.norm(base), base.unmerged.bias
         if b is not base.bias:  # an adapter before this one has changed it
             base.bias = b + g * (base.bias - b)
         base.weight = g[:, None] * (base.weight + self.delta(base))
-
-
-VARIANTS["use_dora"] = Dora

@@ -1,14 +1,17 @@
-"""AdapterFusion: attention over adapters that were trained before and stay frozen. At
-each place, for each token:
+"""AdapterFusion: attention over adapters that are trained already and stay frozen. At
+each layer, for each token:
 
-    p = softmax_i((W_q y + b_q) . (W_k u_i + b_k)),    out = y + sum_i p_i W_v u_i
+    p_i = softmax_i((W_q y + b_q) . (W_k u_i + b_k))        out = y + sum_i p_i W_v u_i
 
-y is the layer's output without adapters (the query), u_i what expert i adds to it (key
-and value). W_v starts as the identity, so that fusion starts near the experts' mean,
-and a penalty 0.01 ||W_v - 1||^2 on the loss keeps it near. Pfeiffer et al. 2020,
-"AdapterFusion: Non-Destructive Task Composition for Transfer Learning", arXiv
-2005.00247. 3 d^2 + 2 d trained numbers at each place: more than the experts, and not
-few.
+    y (d,) the layer's output without adapters: the query
+    u_i (d,) what expert i adds to it: key and value
+
+Pfeiffer et al. 2020, "AdapterFusion: Non-Destructive Task Composition for Transfer
+Learning", arXiv 2005.00247. Not in Hugging Face PEFT.
+
+W_v starts as the identity, so fusion starts near the experts' mean, and a regularization
+0.01 ||W_v - 1||^2 of the loss keeps it near. It trains 3 d^2 + 2 d numbers a layer: more
+than the experts, and not few.
 """
 
 from contextlib import contextmanager
@@ -22,7 +25,7 @@ from .. import targets
 from ..config import ConfigError, PeftConfig
 from ..errors import TargetError
 from ..slot import Adapter, AdapterNameError
-from .bottleneck import width
+from .bottleneck import in_out_features
 from .modules_to_save import ModuleCopy
 
 
@@ -91,14 +94,15 @@ class FusionConfig(PeftConfig):
         return [path for path in slots if path in places[first]]
 
     def create(self, base, path):
-        return Fusion(
-            width(base.module)[1], self.adapters, self.value, self.regularization
-        )
+        d = in_out_features(base.module)[1]
+        adapter = Fusion(d, self.adapters, self.value, self.regularization)
+        adapter.reset_parameters()
+        return adapter
 
 
 class Fusion(Adapter):
     """(B, T, d) -> (B, T, d). The experts are peers on the same slot, not children:
-    neither trained nor saved again."""
+    they are neither trained nor saved with it."""
 
     def __init__(self, d, experts, value=True, regularization=0.01):
         super().__init__()
@@ -106,53 +110,52 @@ class Fusion(Adapter):
         self.value = nn.Linear(d, d, bias=False) if value else None
         self.softmax = nn.Softmax(-1)  # a module, so that a hook can read the attention
         self.experts, self.regularization = experts, regularization
+
+    def reset_parameters(self):
         for linear in (self.query, self.key):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        if value:
+        if self.value is not None:
             nn.init.constant_(self.value.weight, 1e-6)
             self.value.weight.data.fill_diagonal_(1.0)
 
     def forward(self, base, *args, **kwargs):
         output = base(*args, **kwargs)
         y, *rest = output if isinstance(output, tuple) else [output]
-        z = [
-            base.peer(name)(lambda *a, **k: y, *args, **kwargs) for name in self.experts
-        ]
-        # (B, T, N, d)
-        u = torch.stack([z_i - y for z_i in z], -2).to(self.query.weight.dtype)
-        # (B, T, N, 1), not scaled
-        scores = self.key(u) @ self.query(y.to(u.dtype)).unsqueeze(-1)
+        experts = [base.peer(name) for name in self.experts]
+        z = [expert(lambda *a, **k: y, *args, **kwargs) for expert in experts]
+        u = self.adapter_input(torch.stack([z_i - y for z_i in z], -2))  # (B, T, N, d)
+        query = self.query(self.adapter_input(y)).unsqueeze(-1)  # (B, T, d, 1)
+        scores = self.key(u) @ query  # (B, T, N, 1), not scaled
         p = self.softmax(scores.squeeze(-1))  # (B, T, N)
         u = u if self.value is None else self.value(u)
         y = (y + (p.unsqueeze(-2) @ u).squeeze(-2)).to(y.dtype)
         return (y, *rest) if isinstance(output, tuple) else y
 
     def regularization_loss(self):
-        """What is added to the loss: regularization ||W_v - 1||^2."""
+        """regularization ||W_v - 1||^2"""
         if self.value is None:
             return 0.0
         weight = self.value.weight
-        return (
-            self.regularization
-            * (weight - torch.eye(len(weight)).to(weight)).square().sum()
-        )
+        identity = torch.eye(len(weight)).to(weight)
+        return self.regularization * (weight - identity).square().sum()
 
 
 @contextmanager
 def attention(model, name):
-    """Within it, what fusion `name` of a PeftModel looks at is noted: {path: [p (B, T,
-    N), one for each call]}."""
-    seen, hooks = {}, []
-    for path, part in model._adapters_by_path(name).items():
-        seen[path] = []
-        hooks.append(
-            part.softmax.register_forward_hook(
-                lambda m, args, p, path=path: seen[path].append(p.detach())
-            )
-        )
+    """Within it, records the attention of fusion `name` of a PeftModel: {path: [p (B, T,
+    N) of each call]}."""
+    recorded = {path: [] for path in model._adapters_by_path(name)}
+
+    def record(path):
+        return lambda module, args, p: recorded[path].append(p.detach())
+
+    hooks = [
+        fusion.softmax.register_forward_hook(record(path))
+        for path, fusion in model._adapters_by_path(name).items()
+    ]
     try:
-        yield seen
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()

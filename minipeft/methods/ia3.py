@@ -1,13 +1,16 @@
 """IA3: rescale what is there. One number for each channel of the keys, the values and
 the feed-forward's middle.
 
-    k = l_k * (W_k x),    v = l_v * (W_v x),    FFN(x) = W_2 (l_ff * act(W_1 x)),    all
-      l start at one
+    k = l_k * (W_k x)    v = l_v * (W_v x)    FFN(x) = W_2 (l_ff * act(W_1 x))
+
+    all l start at one
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
 In-Context Learning", arXiv 2205.05638. The name: Infused Adapter by Inhibiting and
-Amplifying Inner Activations. A channel can be made louder or silenced, but none is
-mixed with another: what the layer can say stays what it could say before.
+Amplifying Inner Activations.
+
+A channel can be amplified or silenced, but none is mixed with another: the layer can
+express only what it could express before.
 """
 
 import re
@@ -26,9 +29,12 @@ from ..slot import Adapter
 
 @dataclass(kw_only=True)
 class IA3Config(LayerConfig):
-    """Hugging Face PEFT's fields and defaults. feedforward_modules: those of the
-    targets whose input is scaled, as the paper does in W_2; of all others the output
-    is. A list of names, or one regular expression for whole paths."""
+    """Hugging Face PEFT's fields and defaults.
+
+    feedforward_modules: those targets whose input is scaled, as the paper does in W_2;
+    the others have their output scaled. A list of names, or one regular expression for
+    whole paths.
+    """
 
     peft_type: ClassVar[str] = "IA3"
     feedforward_modules: list[str] | str | None = None
@@ -80,9 +86,9 @@ class IA3Config(LayerConfig):
 
 
 class IA3(Adapter):
-    """x (..., d_in) -> (..., d_out). Multiplied with a weight (d_out, d_in), l of shape
-    (d_out, 1) scales rows, and so the output; of shape (1, d_in) it scales columns, and
-    so the input."""
+    """x (..., d_in) -> (..., d_out). l (d_out, 1) scales the rows of a weight
+    (d_out, d_in), that is the output; l (1, d_in) scales its columns, that is the
+    input."""
 
     mergeable = True
 

@@ -1,7 +1,8 @@
 """LayerNorm tuning: train the norms' gains and biases, and nothing else.
 
-    LN(x) = g * (x - mean) / sd + b,    RMSNorm(x) = g * x / rms,    g and b are
-      trained, from where they were
+    LN(x) = g * (x - mean) / sd + b    RMSNorm(x) = g * x / rms
+
+    g and b are trained, from where they were
 
 Zhao et al. 2023, "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM
 Finetuning", arXiv 2312.11420. BitFit's sibling: the other vectors of a transformer. Of
@@ -37,15 +38,16 @@ class LNTuningConfig(LayerConfig):
 
     def create(self, base, path):
         if not weights.is_norm(base.module):
-            raise TargetError(f"{type(base.module).__name__} is no norm")
+            raise TargetError(f"{type(base.module).__name__} is not a norm")
         return LNTuning(base.module)
 
 
 class LNTuning(Adapter):
-    """A trained copy of a norm in its place, computed in the copy's precision. x (...,
-    d) -> (..., d). It does not ask its base: of two that are active the last counts."""
+    """x (..., d) -> (..., d): a trained copy of a norm, computed in the copy's
+    precision. It never calls its base: of two that are active only the last counts."""
 
     mergeable = True
+    replaces_base = True
 
     def __init__(self, norm):
         super().__init__()

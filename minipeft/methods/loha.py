@@ -1,14 +1,16 @@
-"""LoHa: the entry-by-entry product of two low-rank matrices. Ranks multiply: r twice
-gives a rank up to r^2.
+"""LoHa: the entry-by-entry product of two low-rank matrices. Ranks multiply: twice r
+numbers a side give a rank of up to r^2.
 
-    W' = W + s (B1 A1) * (B2 A2),    A (r, d_in),  B (d_out, r),  s = alpha / r
+    W' = W + s (B1 A1) * (B2 A2)
+
+    A1, A2 (r, d_in)    B1, B2 (d_out, r)    s = alpha / r
 
 Hyeon-Woo, Ye-Bin and Oh 2021, "FedPara: Low-Rank Hadamard Product for
 Communication-Efficient Federated Learning", arXiv 2108.06098 (proposition 1); as an
-adapter: Yeh et al. 2023, "Navigating Text-To-Image Customization", 2309.14859. It has
-twice the parameters of a LoRA of the same r. There is no way to apply it without
-forming the change; where nothing stands between, W joins it, and one product with x
-does for both.
+adapter: Yeh et al. 2023, "Navigating Text-To-Image Customization", arXiv 2309.14859.
+
+It has twice the parameters of a LoRA of the same r. There is no way to apply it without
+forming the change.
 """
 
 from dataclasses import dataclass, field
@@ -16,26 +18,25 @@ from math import sqrt
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .. import targets, weights
+from .. import kernels, targets, weights
 from ..config import LayerConfig
 from ..slot import LinearDelta
 
 
 @dataclass(kw_only=True)
 class LycorisConfig(LayerConfig):
-    """The fields that LoHa and LoKr have in common, with Hugging Face PEFT's names and
+    """The fields that LoHa and LoKr share, with Hugging Face PEFT's names and
     defaults."""
 
     r: int = 8
     alpha: float = 8
-    rank_dropout: float = 0.0  # the share of outputs that get no update, in training
-    module_dropout: float = 0.0  # how often a layer gets no update at all, in training
-    # for PEFT: it concerns convolutions, which are not adapted here
+    rank_dropout: float = 0.0  # in training: the share of outputs without an update
+    module_dropout: float = 0.0  # in training: how often a layer has no update at all
+    # for PEFT: it is for convolutions, which are not adapted here
     use_effective_conv2d: bool = False
-    init_weights: bool = True  # False: all random, so that the start is another model
+    init_weights: bool = True  # False: all random, so training starts elsewhere
     # {expression for the end of a path: r for such layers}
     rank_pattern: dict = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise
@@ -51,100 +52,63 @@ class LycorisConfig(LayerConfig):
         adapter = self.adapter(
             *weights.linear_features(base.module), r, alpha / r, self
         )
-        adapter.reset(self)
+        adapter.reset_parameters(self)
         return adapter
 
 
 class Lycoris(LinearDelta):
-    """What LoHa and LoKr do alike: dropout, of outputs and of whole layers."""
+    """The dropouts that LoHa and LoKr share: of single outputs, and of whole layers."""
 
     def __init__(self, config):
         super().__init__()
-        self.rank_dropout, self.module_dropout = (
-            config.rank_dropout,
-            config.module_dropout,
-        )
+        self.rank_dropout = config.rank_dropout
+        self.module_dropout = config.module_dropout
         self.rescaled = getattr(config, "rank_dropout_scale", True)
 
     def forward(self, base, x):
-        if (
-            self.training
-            and self.module_dropout
-            and torch.rand(1) <= self.module_dropout
-        ):
-            return base(x)
-        return super().forward(base, x)
+        if not (self.training and (self.rank_dropout or self.module_dropout)):
+            return super().forward(base, x)
+        y = base(x)
+        if self.module_dropout and torch.rand(1) <= self.module_dropout:
+            return y
+        update = self.drop_outputs(self.update(base, self.adapter_input(x)))
+        return (y + update).to(y.dtype)
 
-    def thinned(self, update):
-        """Without some outputs, (..., d_out)"""
-        if not (self.training and self.rank_dropout):
+    def drop_outputs(self, update):  # (..., d_out)
+        if not self.rank_dropout:
             return update
-        stays = (torch.rand(update.shape[-1]) > self.rank_dropout).to(update)
-        return update * (
-            stays / stays.mean().clamp(min=1e-6) if self.rescaled else stays
-        )
-
-
-class Hadamard(torch.autograd.Function):
-    """W + s (B1 A1) * (B2 A2). For the backward pass it keeps the factors and forms
-    their products once more."""
-
-    @staticmethod
-    def forward(ctx, W, B1, A1, B2, A2, scaling):
-        ctx.save_for_backward(B1, A1, B2, A2)
-        ctx.scaling = scaling
-        delta = (B1 @ A1).mul_(B2 @ A2).mul_(scaling)  # (d_out, d_in)
-        return delta if W is None else delta.add_(W)
-
-    @staticmethod
-    def backward(ctx, grad):
-        B1, A1, B2, A2 = ctx.saved_tensors
-        grad = grad * ctx.scaling
-        one, two = grad * (B2 @ A2), grad * (B1 @ A1)
-        return None, one @ A1.T, B1.T @ one, two @ A2.T, B2.T @ two, None
+        mask = (torch.rand(update.shape[-1]) > self.rank_dropout).to(update)
+        scale = mask.mean().clamp(min=1e-6) if self.rescaled else 1
+        return update * (mask / scale)
 
 
 class LoHa(Lycoris):
     """x (..., d_in) -> (..., d_out)"""
 
+    kernel = kernels.loha
+
     def __init__(self, d_in, d_out, r, scaling, config):
         super().__init__(config)
-        self.hada_w1_a, self.hada_w1_b = (
-            nn.Parameter(torch.empty(d_out, r)),
-            nn.Parameter(torch.empty(r, d_in)),
-        )
-        self.hada_w2_a, self.hada_w2_b = (
-            nn.Parameter(torch.empty(d_out, r)),
-            nn.Parameter(torch.empty(r, d_in)),
-        )
+        self.hada_w1_a = nn.Parameter(torch.empty(d_out, r))  # B1
+        self.hada_w1_b = nn.Parameter(torch.empty(r, d_in))  # A1
+        self.hada_w2_a = nn.Parameter(torch.empty(d_out, r))  # B2
+        self.hada_w2_b = nn.Parameter(torch.empty(r, d_in))  # A2
         self.scaling = scaling
 
-    def reset(self, config):
+    def reset_parameters(self, config):
         for factor in self.parameters():
-            # uniform within 1 / sqrt(columns)
-            nn.init.kaiming_uniform_(factor, a=sqrt(5))
+            nn.init.kaiming_uniform_(factor, a=sqrt(5))  # within 1 / sqrt(columns)
         if config.init_weights:
-            nn.init.zeros_(self.hada_w2_b)  # one of the four is zero, so the product is
+            nn.init.zeros_(self.hada_w2_b)  # one factor is zero, so the product is
 
-    def delta(self, base, W=None):
-        return Hadamard.apply(
-            W,
-            self.hada_w1_a,
-            self.hada_w1_b,
-            self.hada_w2_a,
-            self.hada_w2_b,
-            self.scaling,
-        )
+    @property
+    def factors(self):
+        """B1, A1, B2, A2"""
+        return self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
 
-    def update(self, base, x):
-        return self.thinned(F.linear(x, self.delta(base)))
-
-    def forward(self, base, x):
-        if self.joins(base, x) and not (
-            self.training and (self.rank_dropout or self.module_dropout)
-        ):
-            return F.linear(x, self.delta(base, base.weight), base.bias)
-        return super().forward(base, x)
+    def delta(self, base):
+        B1, A1, B2, A2 = self.factors
+        return self.scaling * (B1 @ A1) * (B2 @ A2)
 
 
 @dataclass(kw_only=True)

@@ -1,33 +1,81 @@
-"""PiSSA and OLoRA: LoRA that starts from the weight itself.
+"""Where a LoRA starts.
 
-    W = W_res + s B A,    W_res frozen,  A and B trained
+The plain start: A random, B zero, W unchanged. Other starts come from the weight
+itself, and change the base that is frozen from then on:
 
-PiSSA (Meng, Wang, Zhang 2024, arXiv 2404.02948): B A is the part of W of rank r that is
-nearest to W, from its singular value decomposition U S V^T: B = U_r sqrt(S_r / s), A =
-sqrt(S_r / s) V_r^T. "pissa_niter_4" finds it by a randomised decomposition with 4
-iterations, which is much faster (Halko, Martinsson, Tropp 2009, 0909.4061). OLoRA
-(Buyukakyuz 2024, 2406.01775): B = Q_r and A = R_r, from the decomposition W = Q R.
+    W = W_0 + s B A        W_0 frozen, A and B trained
 
-The model is as before, but its base is not: what is frozen now is W_res. Without the
-adapter (disabled, unloaded) the model is W_res, and the adapter's file fits only W_res.
-Loading makes W_res anew, from the W that it is given. A plain LoRA of rank 2r says the
-same of W itself: s (B A - B_0 A_0) = s [B, -B_0] [A; A_0], with A_0, B_0 the start.
+PiSSA (Meng, Wang, Zhang 2024, arXiv 2404.02948): B A is the matrix of rank r nearest to
+W, from its singular value decomposition U S V^T: B = U_r sqrt(S_r / s), A = sqrt(S_r /
+s) V_r^T. "pissa_niter_4" finds it by a randomised decomposition with 4 iterations,
+which is much faster (Halko, Martinsson, Tropp 2009, arXiv 0909.4061).
+
+OLoRA (Buyukakyuz 2024, arXiv 2406.01775): B = Q_r and A = R_r, from the decomposition
+W = Q R.
+
+LoftQ (Li et al. 2023, arXiv 2310.08659, algorithm 1): s B A is what quantisation loses.
+
+    min ||W - Q - s B A||    by turns    Q = quantise(W - s B A)
+                                         s B A = the part of W - Q of rank r
+
+Each factor gets the square roots of the singular values, over s: the start is the same
+for every alpha / r. The base becomes Q, dense: quantize_model(model,
+double_quant=False) afterwards stores the same numbers in 4 bits. With one iteration Q
+is quantise(W), so the adapter fits any base that was quantised in the same way.
+loftq_config is PEFT's: {"loftq_bits": 4, "loftq_iter": 1}, with 2, 3, 4 or 8 bits, in
+blocks of 64.
+
+With PiSSA and OLoRA the model is as before, but its base is not: it is W_0. Without the
+adapter (disabled, unloaded) the model is W_0, and the adapter's file fits only W_0.
+Loading computes W_0 from the W that it is given. A plain LoRA of rank 2r says the same
+about W itself: s (B A - B_0 A_0) = s [B, -B_0] [A; A_0], with A_0, B_0 the start.
 """
 
 import dataclasses
+import difflib
 import math
+import re
+import warnings
 
 import torch
+from torch import nn
 
 from .. import weights
 from ..config import ConfigError
 from ..errors import TargetError
-from .lora import INITS
+from ..quant import (
+    dequantize_4bit,
+    dequantize_blockwise,
+    normal_float,
+    quantize_blockwise,
+    quantize_nf4,
+)
 
 
-def dense(adapter, base):
-    """W (d_out, d_in) in 32 bits. Raises TargetError where W_res could not be stored,
-    or has no r directions."""
+def initialize(adapter, base, config):
+    """Give lora_A and lora_B their start, as config.init_lora_weights says."""
+    start = config.init_lora_weights
+    if start is False:  # nn.Linear's own: both random
+        return
+    if adapter.lora_B.bias is not None:
+        nn.init.zeros_(adapter.lora_B.bias)
+    (kaiming if start is True else find(start))(adapter, base, config)
+
+
+def kaiming(adapter, base, config):
+    # uniform within 1 / sqrt(d_in)
+    nn.init.kaiming_uniform_(adapter.lora_A.weight, a=math.sqrt(5))
+    nn.init.zeros_(adapter.lora_B.weight)
+
+
+def gaussian(adapter, base, config):
+    nn.init.normal_(adapter.lora_A.weight, std=1 / adapter.lora_A.out_features)
+    nn.init.zeros_(adapter.lora_B.weight)
+
+
+def dense_weight(adapter, base):
+    """W (d_out, d_in) in 32 bits. Raises TargetError where W_0 could not be stored, or
+    where W has less than r directions."""
     if weights.storage(base.module) not in (
         weights.DenseStorage,
         weights.TransposedStorage,
@@ -54,7 +102,7 @@ def take_out(adapter, base, W, A, B):
 
 
 def pissa(adapter, base, config):
-    W, r = dense(adapter, base), adapter.lora_A.out_features
+    W, r = dense_weight(adapter, base), adapter.lora_A.out_features
     _, _, iterations = config.init_lora_weights.partition("_niter_")
     if iterations:
         # (d_out, r), (r), (d_in, r)
@@ -67,12 +115,85 @@ def pissa(adapter, base, config):
 
 
 def olora(adapter, base, config):
-    W, r = dense(adapter, base), adapter.lora_A.out_features
+    W, r = dense_weight(adapter, base), adapter.lora_A.out_features
     Q, R = torch.linalg.qr(W)  # (d_out, n), (n, d_in)
     take_out(adapter, base, W, R[:r], Q[:, :r])
 
 
-INITS.update({"pissa": pissa, "pissa_niter_[number]": pissa, "olora": olora})
+def fake_quantize(W, bits):
+    """W as quantisation leaves it: NF4 itself, or the same quantiles for another number
+    of bits."""
+    if bits == 4:
+        return dequantize_4bit(quantize_nf4(W, double_quant=False))
+    code = normal_float(bits)
+    return dequantize_blockwise(*quantize_blockwise(W, code, 64), code, 64)
+
+
+@torch.no_grad()
+def loftq_factors(W, r, bits=4, iterations=1):
+    """W (d_out, d_in) -> Q (d_out, d_in), L (d_out, r), R (r, d_in), with Q + L R near
+    W."""
+    LR = 0
+    for _ in range(iterations):
+        Q = fake_quantize(W - LR, bits)
+        U, S, Vt = torch.linalg.svd(W - Q, full_matrices=False)
+        L, R = U[:, :r] * S[:r].sqrt(), S[:r, None].sqrt() * Vt[:r]
+        LR = L @ R
+    return Q, L, R
+
+
+def loftq(adapter, base, config):
+    given = dict(getattr(config.loftq_config, "__dict__", config.loftq_config) or {})
+    bits, iterations = given.pop("loftq_bits", 4), given.pop("loftq_iter", 1)
+    if (
+        given
+        or bits not in (2, 3, 4, 8)
+        or not isinstance(iterations, int)
+        or iterations < 1
+    ):
+        raise ConfigError(
+            f"loftq_config={config.loftq_config!r}: expected loftq_bits 2, 3, 4 or 8,"
+            " and loftq_iter of 1 or more"
+        )
+    if not weights.is_dense(base.module):
+        torch.nn.init.zeros_(adapter.lora_B.weight)
+        if not config.inference_mode:
+            warnings.warn(
+                "LoftQ starts from what rounding loses, and here the base is in 4 bits"
+                " already: a plain start. Make the adapter first, then quantize_model."
+                " (If its file is being loaded, all is well)",
+                stacklevel=2,
+            )
+        return
+    Q, L, R = loftq_factors(
+        dense_weight(adapter, base), adapter.lora_A.out_features, bits, iterations
+    )
+    adapter.lora_A.weight.data.copy_(R / adapter.scaling**0.5)
+    adapter.lora_B.weight.data.copy_(L / adapter.scaling**0.5)
+    base.weight = Q
+
+
+# init_lora_weights="name", or "name_4" for "name_[number]"
+INITS = {
+    "gaussian": gaussian,
+    "pissa": pissa,
+    "pissa_niter_[number]": pissa,
+    "olora": olora,
+    "loftq": loftq,
+}
+
+
+def find(name):
+    """The function of INITS that init_lora_weights=name means. Raises ConfigError."""
+    known = re.sub(r"_\d+$", "_[number]", name)
+    if known not in INITS:
+        near = difflib.get_close_matches(name, INITS, n=1)
+        raise ConfigError(
+            f"unknown init_lora_weights {name!r}"
+            + (f" (nearest: {near[0]!r})" if near else "")
+            + f"; valid: True, False, {', '.join(map(repr, INITS))}"
+        )
+    return INITS[known]
 
 
 def changes_base(config):

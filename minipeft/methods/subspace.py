@@ -1,17 +1,22 @@
 """Intrinsic dimension: all D parameters of a model move, but only within a random
 subspace of d dimensions.
 
-    theta = theta_0 + P theta_d,                    P (D, d) random and frozen, theta_d
-      (d) trained from zero
-    theta_i = theta_0i + lambda_i (P theta_(d-m))_i     structure-aware (SAID): one
-      factor for each of the m tensors
+    theta = theta_0 + P theta_d
+
+    P (D, d) random and frozen    theta_d (d,) trained from zero
+
+    theta_i = theta_0i + lambda_i (P theta_(d-m))_i
+
+    structure-aware (SAID): one factor lambda_i for each of the m tensors
 
 Li, Farkhoor, Liu, Yosinski 2018, "Measuring the Intrinsic Dimension of Objective
 Landscapes", arXiv 1804.08838; Aghajanyan, Zettlemoyer, Gupta 2020, "Intrinsic
-Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", 2012.13255. It
-is a measuring instrument: how many numbers does this task need? P's columns have length
-1 and are (nearly) orthogonal, so the model moves as far as theta_d does. P comes from a
-seed, and files hold d numbers.
+Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", arXiv
+2012.13255. Not in Hugging Face PEFT.
+
+It is a measuring instrument: how many numbers does this task need? P's columns have
+length 1 and are (nearly) orthogonal, so the model moves as far as theta_d does. P comes
+from a seed, and files hold d numbers.
 """
 
 import difflib
@@ -29,14 +34,11 @@ from ..slot import Adapter
 from .projections import PROJECTIONS, fingerprint
 
 
-def places(model):
-    """For each parameter of the bare model, once: all (module, name) where it stands.
-    Tied ones stand in several."""
+def param_locations(model):
+    """For each parameter of the bare model, once: [(module, name)] of all places where
+    it stands. A tied one stands in several."""
     found = {}
-    for module in [
-        model,
-        *(targets.unwrap_slot(module) for _, _, _, module in targets.walk(model)),
-    ]:
+    for module in targets.bare_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), []).append((module, name))
@@ -66,16 +68,15 @@ class SubspaceConfig(PeftConfig):
             )
 
     def create(self, base, path):
-        shapes = [where[0][0]._parameters[where[0][1]] for where in places(base.module)]
-        if any(not p.is_floating_point() for p in shapes):
+        where = param_locations(base.module)
+        parameters = [module._parameters[name] for (module, name), *_ in where]
+        if any(not p.is_floating_point() for p in parameters):
             raise TargetError(
                 "packed 4-bit weights cannot be moved by small steps: take the base in"
                 " 16 or 32 bits"
             )
-        sizes, m = (
-            [p.numel() for p in shapes],
-            (len(shapes) if self.structure_aware else 0),
-        )
+        sizes = [p.numel() for p in parameters]
+        m = len(parameters) if self.structure_aware else 0
         if self.d > sum(sizes):
             raise ConfigError(
                 f"d = {self.d:,}, but the model has only {sum(sizes):,} parameters"
@@ -85,10 +86,9 @@ class SubspaceConfig(PeftConfig):
                 f"d = {self.d}: structure_aware spends {m} numbers on {m} tensors, so d"
                 " must be larger"
             )
-        P = PROJECTIONS[self.projection](
-            sum(sizes), self.d - m, torch.Generator().manual_seed(self.seed)
-        )
-        check = fingerprint(P, [p.shape for p in shapes])
+        generator = torch.Generator().manual_seed(self.seed)
+        P = PROJECTIONS[self.projection](sum(sizes), self.d - m, generator)
+        check = fingerprint(P, [p.shape for p in parameters])
         if self.check not in (None, check):
             raise ConfigError(
                 f"seed {self.seed} gives another projection here than where this"
@@ -100,7 +100,8 @@ class SubspaceConfig(PeftConfig):
 
 
 class Subspace(Adapter):
-    """Around the whole model: for each call, its parameters are those moved by P theta."""
+    """Around the whole model: each call runs it with theta_0 + P theta_d in place of
+    its parameters."""
 
     mergeable = True
 
@@ -110,49 +111,51 @@ class Subspace(Adapter):
         self.theta = nn.Parameter(torch.zeros(d - m))
         self.lambdas = nn.Parameter(torch.ones(m)) if m else None
 
-    def moved(self, model):
-        """[(where a parameter stands, its value)]"""
-        steps, where = self.P(self.theta).split(self.sizes), places(model)
+    def shifted_params(self, model):
+        """[([(module, name)] of one parameter, its new value)]"""
+        steps = self.P(self.theta).split(self.sizes)
         if self.lambdas is not None:
             steps = [factor * step for factor, step in zip(self.lambdas, steps)]
-        old = [module._parameters[name] for (module, name), *_ in where]
-        return [
-            (at, (p + step.view_as(p)).to(p.dtype))
-            for at, p, step in zip(where, old, steps)
-        ]
+        shifted = []
+        for where, step in zip(param_locations(model), steps):
+            module, name = where[0]
+            old = module._parameters[name]
+            shifted.append((where, (old + step.view_as(old)).to(old.dtype)))
+        return shifted
 
     @contextmanager
-    def inside(self, model):
-        """Within it the model's parameters are the moved ones."""
-        if (
-            self.training
-            and torch.is_grad_enabled()
-            and targets.uses_grad_checkpointing(model)
-        ):
+    def swapped_in(self, model):
+        """Within it the model's parameters are the shifted ones."""
+        training = self.training and torch.is_grad_enabled()
+        if training and targets.uses_grad_checkpointing(model):
             raise ValueError(
-                "gradient checkpointing runs layers again when the moved weights are"
+                "gradient checkpointing runs layers again when the shifted weights are"
                 " gone: switch it off"
             )
-        new = self.moved(model)
-        old = [module._parameters[name] for ((module, name), *_), _ in new]
+        shifted = self.shifted_params(model)
+        old = [module._parameters[name] for ((module, name), *_), _ in shifted]
         try:
-            for at, value in new:
-                for module, name in at:
-                    module._parameters[name] = value
+            put(shifted)
             yield
         finally:
-            for (at, _), value in zip(new, old):
-                for module, name in at:
-                    module._parameters[name] = value
+            put((where, value) for (where, _), value in zip(shifted, old))
 
     def forward(self, base, *args, **kwargs):
-        with self.inside(base.module):
+        with self.swapped_in(base.module):
             return base(*args, **kwargs)
 
     generate = forward  # there base is the model's own generate
 
     def fold(self, base):
-        for at, value in self.moved(base.module):
-            parameter = nn.Parameter(value.detach(), requires_grad=False)
-            for module, name in at:
-                module._parameters[name] = parameter
+        shifted = self.shifted_params(base.module)
+        put(
+            (where, nn.Parameter(value.detach(), requires_grad=False))
+            for where, value in shifted
+        )
+
+
+def put(values):
+    """Set parameters: [([(module, name)], value)]."""
+    for where, value in values:
+        for module, name in where:
+            module._parameters[name] = value

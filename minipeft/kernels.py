@@ -1,0 +1,139 @@
+"""Fused forms: what a method's class says as an equation, in less time or memory.
+
+A method names its fused form as its class attribute `kernel`, and LinearDelta.forward,
+the one place that chooses, calls it first. A kernel returns the layer's output, or None
+where it would not pay: then the plain equation runs. A subclass does not inherit it,
+for its equation may be another. tests/test_kernels.py holds every kernel equal to the
+plain form, in outputs and gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def can_fuse(adapter, base, x):
+    """True where W + delta may stand in for W, with the same result: the layer is a bare
+    nn.Linear of one precision, and x is not dropped out for the adapter alone."""
+    dtypes = {x.dtype, base.module.weight.dtype, next(adapter.parameters()).dtype}
+    dropped = adapter.dropout and adapter.training
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return base.is_plain_linear and len(dtypes) == 1 and not dropped and not autocast
+
+
+# LoRA, AdaLoRA
+
+
+def add_low_rank(adapter, base, x):
+    """y + s B (A x), with the sum inside the second product: no second tensor of y's
+    size (..., d_out)."""
+    if getattr(adapter.lora_B, "bias", None) is not None:
+        return None
+    A, B = adapter.factors
+    y = base(x)
+    h = F.linear(adapter.adapter_input(x), A)  # (..., r)
+    rows = y.numel() // len(B)  # not -1: AdaLoRA may prune all, r = 0
+    out = torch.addmm(
+        y.to(h.dtype).reshape(rows, len(B)),
+        h.reshape(rows, B.shape[1]),
+        B.T,
+        alpha=adapter.scaling,
+    )
+    return out.view(y.shape).to(y.dtype)
+
+
+# LoHa
+
+
+def loha(adapter, base, x):
+    """(W + delta) x in one product where that is possible, and nothing of delta's size
+    kept for the backward pass."""
+    if can_fuse(adapter, base, x):
+        weight = Hadamard.apply(base.weight, *adapter.factors, adapter.scaling)
+        return F.linear(x, weight, base.bias)
+    y = base(x)
+    delta = Hadamard.apply(None, *adapter.factors, adapter.scaling)
+    return (y + F.linear(adapter.adapter_input(x), delta)).to(y.dtype)
+
+
+class Hadamard(torch.autograd.Function):
+    """W + s (B1 A1) * (B2 A2). The backward pass computes both products again from the
+    factors, which is all that is kept."""
+
+    @staticmethod
+    def forward(ctx, W, B1, A1, B2, A2, scaling):
+        ctx.save_for_backward(B1, A1, B2, A2)
+        ctx.scaling = scaling
+        delta = (B1 @ A1).mul_(B2 @ A2).mul_(scaling)  # (d_out, d_in)
+        return delta if W is None else delta.add_(W)
+
+    @staticmethod
+    def backward(ctx, grad):
+        B1, A1, B2, A2 = ctx.saved_tensors
+        grad = grad * ctx.scaling
+        one, two = grad * (B2 @ A2), grad * (B1 @ A1)
+        return None, one @ A1.T, B1.T @ one, two @ A2.T, B2.T @ two, None
+
+
+# LoKr
+
+
+def lokr(adapter, base, x):
+    """y + s C X D^T, and X D^T not kept for the backward pass."""
+    y = base(x)
+    C, D = adapter.factors
+    X = adapter.adapter_input(x).reshape(-1, C.shape[1], D.shape[1])  # (N, m, n)
+    update = Kronecker.apply(X, adapter.scaling * C, D)  # (N, p, q)
+    return (y + update.reshape(y.shape)).to(y.dtype)
+
+
+class Kronecker(torch.autograd.Function):
+    """C X D^T for each of N matrices X (m, n). The backward pass computes X D^T again."""
+
+    @staticmethod
+    def forward(ctx, X, C, D):
+        ctx.save_for_backward(X, C, D)
+        return C @ (X @ D.T)  # (N, p, q)
+
+    @staticmethod
+    def backward(ctx, grad):
+        X, C, D = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)  # autocast's
+        dXD = C.T @ grad  # (N, m, q), the gradient of X D^T
+        dX = dXD @ D
+        dD = dXD.flatten(0, 1).T @ X.flatten(0, 1)
+        del dXD  # before another tensor of its size is made
+        return dX, torch.einsum("Npq,Nmq->pm", grad, X @ D.T), dD
+
+
+# VeRA
+
+
+def vera(adapter, base, x):
+    """(W + b * B d A) x in one product, where that takes fewer multiplications."""
+    A, B = adapter.projections(base)
+    (r, d_in), d_out, N = A.shape, len(B), x.numel() // A.shape[1]
+    flops_fused = (N + 2 * r) * d_in * d_out
+    flops_separate = 2 * N * r * (d_in + d_out)
+    if flops_fused >= flops_separate or not can_fuse(adapter, base, x):
+        return None
+    vectors = adapter.vera_lambda_b, adapter.vera_lambda_d
+    return FusedVera.apply(x, base.weight, base.bias, *vectors, A, B)
+
+
+class FusedVera(torch.autograd.Function):
+    """x (W + b * B d A)^T + bias. The gradients of b and d are read off one matrix
+    M (d_out, r), the gradient of b B d A without them, made in the cheaper order;
+    autograd would make the gradient of all of W first."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, b, d, A, B):
+        weight = torch.addmm(W, b[:, None] * B * d, A)  # (d_out, d_in)
+        ctx.save_for_backward(x, weight, b, d, A, B)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, b, d, A, B = ctx.saved_tensors
+        rows = grad.reshape(-1, len(B))  # (N, d_out)
+        M = B * torch.linalg.multi_dot((rows.T, x.reshape(len(rows), -1), A.T))
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        return dx, None, None, M @ d, b @ M, None, None
