@@ -164,7 +164,7 @@ def test_what_it_does_not_adapt():
 )
 def test_on_top_of_another_adapter_merged_or_not(below):
     model = shake(get_peft_model(LLAMA.make(), below, "below"), "below")
-    model.add_adapter("dora", DoraConfig(r=4))
+    model.add_adapter("dora", DoraConfig(r=4, target_modules=["q_proj"]))
     shake(model, "dora")
     model.set_adapter(["below", "dora"])
     apart = run(model)
