@@ -3,6 +3,8 @@ learning rate, over three seeds.
 
     python benchmarks/chapter04.py --jobs 2        # writes
       benchmarks/results/chapter04.json
+    python benchmarks/chapter04.py --subspaces     # adds what section 7 of the LoRA
+      paper measures: which directions do two ranks, two seeds share; what is amplified
 
 The learning rate is chosen by the loss on validation questions with seed 0; where the
 best is at an edge of those that were tried, the next one is tried too. Only the chosen
@@ -11,12 +13,13 @@ in it already, made on the same base, are not run again.
 """
 
 import argparse
+import json
 import os
 from functools import cache
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, found, sweep
+from common import RESULTS, facts, found, save, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
@@ -132,6 +135,75 @@ def best(runs: list, **wanted) -> dict:
     return chosen[0] | {"score": sum(run["score"] for run in chosen) / len(chosen)}
 
 
+def overlap(A, B, i: int, j: int) -> float:
+    """How much of the span of A's first i right-singular vectors lies in that of B's
+    first j (Hu et al. 2021, equation 4): 0 to 1. By chance: max(i, j) / width."""
+    first, second = (torch.linalg.svd(factor).Vh for factor in (A, B))
+    return ((first[:i] @ second[:j].T).square().sum() / min(i, j)).item()
+
+
+def amplification(delta, W, r: int) -> list:
+    """The size of an update; of W within the update's own directions; of W within W's
+    own r directions (table 7 of the paper); and of W within r random directions."""
+
+    def within(U, Vh):
+        return (U[:, :r].T @ W @ Vh[:r].T).norm().item()
+
+    U, _, Vh = torch.linalg.svd(delta)
+    own, _, own_h = torch.linalg.svd(W)
+    some = torch.linalg.qr(torch.randn(W.shape[0], r, dtype=W.dtype)).Q
+    others = torch.linalg.qr(torch.randn(W.shape[1], r, dtype=W.dtype)).Q
+    parts = [delta.norm().item(), within(U, Vh), within(own, own_h)]
+    return [round(part, 4) for part in [*parts, within(some, others.T)]]
+
+
+def subspaces() -> dict:
+    """Four runs, rank 8 and 64 with two seeds each, and what they have in common: for
+    each of the q and v projections."""
+    torch.set_num_threads(1)
+    tokenizer, sql, models = load_tokenizer(), load_data("sql"), {}
+    for r, lr in ((8, 1e-2), (64, 2e-3)):
+        for seed in SEEDS[:2]:
+            torch.manual_seed(seed)
+            config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
+            models[r, seed] = get_peft_model(load_pretrained(), config)
+            settings = {"steps": STEPS, "lr": lr, "warmup": WARMUP, "seed": seed}
+            train(models[r, seed], sql, tokenizer=tokenizer, progress=False, **settings)
+    layers = {
+        at: {path: part.double() for path, part in lora_parts(model).items()}
+        for at, model in models.items()
+    }
+    base, found = load_pretrained(), {}
+    for path in layers[8, 0]:
+        A = {at: parts[path].lora_A.weight.detach() for at, parts in layers.items()}
+        W = base.get_submodule(path).weight.detach().double()
+        pairs = {"r 8, r 64": ((8, 0), (64, 0)), "two seeds": ((64, 0), (64, 1))}
+        pairs["two seeds, r 8"] = ((8, 0), (8, 1))
+        found[path] = {
+            name: {
+                f"{i}, {j}": round(overlap(A[one], A[two], i, j), 3)
+                for i in (1, 2, 4, 8)
+                for j in (1, 2, 4, 8)
+            }
+            for name, (one, two) in pairs.items()
+        }
+        found[path]["amplification"] = {
+            f"r {r}": amplification(layers[r, 0][path].delta(None).detach(), W, r)
+            for r in (8, 64)
+        }
+    return facts() | {"steps": STEPS, "rates": {"8": 1e-2, "64": 2e-3}, "found": found}
+
+
+def lora_parts(model) -> dict:
+    """{path in the base: adapter} of the q and v projections."""
+    layers = model.get_base_model().named_modules()
+    return {
+        path: layer.adapters["default"]
+        for path, layer in layers
+        if path.endswith(("q_proj", "v_proj")) and hasattr(layer, "adapters")
+    }
+
+
 def draw(record: dict, path: Path) -> None:
     """The rank sweep as a picture for the README."""
     import matplotlib
@@ -180,7 +252,12 @@ def main():
         help="all-linear at this rank sets the budget",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter04.json")
+    parser.add_argument("--subspaces", action="store_true")
     given = parser.parse_args()
+    if given.subspaces:
+        record = json.loads(given.out.read_text(encoding="utf-8"))
+        save(given.out, record | {"subspaces": subspaces()})
+        return
     budget = equal_ranks(given.budget_rank)
     record = facts() | {
         "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),

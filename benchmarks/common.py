@@ -20,6 +20,7 @@ from minipeft.lm import load_pretrained
 from minipeft.lm.hub import resolve
 
 RESULTS = Path(__file__).parent / "results"
+BESIDE = ("long_runs", "subspaces")  # parts of a record that are written apart
 
 
 def processor():
@@ -121,12 +122,11 @@ def vocabulary() -> str:
 
 def sweep(jobs_of, one_run, turns, record: dict, out: Path, workers: int) -> list:
     """Run jobs_of(turn, runs so far) for every turn (a seed, say), keep the results in
-    `out` as they come in, return all of them. What longer.py wrote there stays."""
+    `out` as they come in, return all of them. What else was written there stays."""
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     started = time.time()
     record = record | {"weights": weights()}
-    if "long_runs" in before:
-        record["long_runs"] = before["long_runs"]
+    record |= {key: before[key] for key in BESIDE if key in before}
     runs = before["runs"] if before.get("weights") == record["weights"] else []
     spent = before.get("minutes", 0) if runs else 0
     with ProcessPoolExecutor(workers) as pool:
