@@ -119,7 +119,7 @@ def test_positions_go_on_behind_the_prefix():
     base, ids = BASES["gpt2"].make(), inputs()["input_ids"]
     model = shake(get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=3)))
     shifted = torch.arange(3, 9)[None]
-    past = model.base_model.adapters["default"].pairs(3, torch.float32)
+    past = model.base_model.adapters["default"].key_values(3, torch.float32)
     with torch.no_grad():
         expected, wrong = (
             base(ids, position_ids=p, past_key_values=past).logits
@@ -158,7 +158,7 @@ def test_every_layer_has_its_own_keys_and_values():
 
     # 2 tokens, 3 layers, 4 heads of 5
     flat = torch.arange(2 * 2 * 3 * 4 * 5.0).view(2, -1)
-    pairs = Prefix(flat, num_layers=3, heads=4).pairs(6, torch.float32)
+    pairs = Prefix(flat, num_layers=3, heads=4).key_values(6, torch.float32)
     assert len(pairs) == 3 and pairs[0][0].shape == (6, 4, 2, 5)
     for layer, pair in enumerate(pairs):
         for which, kv in enumerate(pair):

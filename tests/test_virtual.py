@@ -295,16 +295,16 @@ def test_several_at_once(base, names):
         if name in ("prompt", "other"):
             x = torch.cat((part[name].prompt_embeddings.expand(3, -1, -1), x), 1)
     pairs = [
-        part[name].pairs(3, torch.float32)
+        part[name].key_values(3, torch.float32)
         for name in names
         if name.startswith("prefix")
     ]
     past = None
     if pairs:
-        from minipeft.methods.prefix import extended
+        from minipeft.methods.prefix import extend_cache
 
         pairs = [[torch.cat(kv, 2) for kv in zip(*layer)] for layer in zip(*pairs)]
-        past = extended(None, pairs, model.get_base_model())
+        past = extend_cache(None, pairs, model.get_base_model())
     with torch.no_grad():
         expected = model(inputs_embeds=x, past_key_values=past).logits[:, -6:]
     model.set_adapter(names)

@@ -2,7 +2,7 @@
 
 Rows of unequal length are padded on the left, so that every row's next token is in the
 last column. It runs on anything that speaks Hugging Face's language: our GPT, an
-adapted model, a transformers model. Only .logits and .past_key_values of the output are
+adapted model, a transformers model. Only .logits and the cache of the output are
 used.
 """
 
@@ -72,11 +72,10 @@ def steps(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling):
     check(max_new_tokens, **sampling)
     device = next(model.parameters()).device
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    extra = (
-        {"logits_to_keep": 1}
-        if "logits_to_keep" in inspect.signature(plain.forward).parameters
-        else {}
-    )
+    parameters = inspect.signature(plain.forward).parameters
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    # transformers' name since 5.24
+    cache_name = "cache" if "cache" in parameters else "past_key_values"
     width = max(map(len, rows))
     # (B, T)
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
@@ -95,11 +94,12 @@ def steps(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling):
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=past,
                 use_cache=True,
+                **{cache_name: past},
                 **extra,
             )
-            past, token = out.past_key_values, choose(out.logits[:, -1], **sampling)
+            past = getattr(out, cache_name)
+            token = choose(out.logits[:, -1], **sampling)
             new = list(zip(alive, token.tolist()))
             keep = [b for b, (i, t) in enumerate(new) if not is_over(i, t)]
             yield new

@@ -1,10 +1,10 @@
-"""P-tuning: a prompt whose vectors are made by a small network, so that they are
-learned together and not each alone.
+"""P-tuning: a small network computes the prompt, so that its vectors are learned
+together.
 
     model([f(Z); E(x)]),    Z (n, d) and the network f trained
 
 Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385. The network is for training
-only: what is saved is f(Z), a prompt like any other. (P-tuning v2 is another thing: see
+only: files hold f(Z), an ordinary prompt. (P-tuning v2 is a different method: see
 prefix.py.)
 """
 
@@ -25,10 +25,10 @@ class PromptEncoderConfig(VirtualTokensConfig):
     """Hugging Face PEFT's fields and defaults."""
 
     peft_type: ClassVar[str] = "P_TUNING"
-    # or LSTM, as in the paper, read from both ends
+    # or "LSTM", bidirectional, as in the paper
     encoder_reparameterization_type: str = "MLP"
     encoder_hidden_size: int | None = None  # None: the model's width
-    # of the LSTM; the MLP has its three matrices whatever this says
+    # of the LSTM; the MLP always has three matrices
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0  # between the LSTM's layers
 
@@ -47,33 +47,26 @@ class PromptEncoderConfig(VirtualTokensConfig):
             self.encoder_num_layers != 2 or self.encoder_dropout
         ):
             warnings.warn(
-                "encoder_num_layers and encoder_dropout are the LSTM's: the MLP ignores"
+                "encoder_num_layers and encoder_dropout belong to the LSTM: the MLP ignores"
                 " them",
                 stacklevel=3,
             )
 
     def create(self, base, path):
-        d, h = self.token_dim, self.encoder_hidden_size or self.token_dim
-        self.encoder_hidden_size = h
-        start = torch.randn(self.num_virtual_tokens, d)
-        if self.encoder_reparameterization_type == "MLP":
-            return Prompt(
-                start,
-                nn.Sequential(
-                    nn.Linear(d, h),
-                    nn.ReLU(),
-                    nn.Linear(h, h),
-                    nn.ReLU(),
-                    nn.Linear(h, d),
-                ),
-            )
-        return Prompt(
-            start, Recurrent(d, h, self.encoder_num_layers, self.encoder_dropout)
+        d = self.token_dim
+        h = self.encoder_hidden_size = self.encoder_hidden_size or d
+        Z = torch.randn(self.num_virtual_tokens, d)
+        if self.encoder_reparameterization_type == "LSTM":
+            layers, dropout = self.encoder_num_layers, self.encoder_dropout
+            return Prompt(Z, LSTMEncoder(d, h, layers, dropout))
+        mlp = nn.Sequential(
+            nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d)
         )
+        return Prompt(Z, mlp)
 
 
-class Recurrent(nn.Module):
-    """(n, d) -> (n, d): each virtual token hears of those before and behind it."""
+class LSTMEncoder(nn.Module):
+    """MLP(BiLSTM(Z)), (n, d) -> (n, d): each virtual token depends on all others."""
 
     def __init__(self, d, h, num_layers, dropout):
         super().__init__()
@@ -82,5 +75,6 @@ class Recurrent(nn.Module):
             nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d)
         )
 
-    def forward(self, x):
-        return self.mlp(self.lstm(x)[0])
+    def forward(self, Z):
+        hidden, _ = self.lstm(Z)  # (n, 2 h)
+        return self.mlp(hidden)

@@ -1,21 +1,21 @@
-"""Prefix tuning: in every layer, n learned keys and values stand before those of the
-text.
+"""Prefix tuning: n learned keys and values before those of the text, in every layer.
 
     Attn(q, [K_p; K], [V_p; V]),    K_p and V_p (n, d_kv) of each layer trained
 
 Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", arXiv
-2101.00190. It is as if n tokens had been read whose traces in the cache could be chosen
-freely: 2 L n d_kv numbers. With prefix_projection a small network makes them, as in the
-paper; it is for training only. Without it this is the deep prompt of P-tuning v2 (Liu
-et al. 2021, 2110.07602). The prefix takes up places, but knows of none: the text's
-positions begin at n.
+2101.00190. It is as if the model had read n tokens whose keys and values we choose
+freely: 2 L n d_kv numbers. With prefix_projection a small network computes them, as in
+the paper, in training only. Without it this is the deep prompt of P-tuning v2 (Liu et
+al. 2021, 2110.07602). The prefix occupies n cache entries but has no positions: the
+text's positions start at n.
 
 He et al. 2021 (2110.04366, section 3): the output is (1 - g) Attn(q, K, V) + g Attn(q,
-K_p, V_p), with a gate g that is the share of the softmax that falls on the prefix. So
-no prefix begins as a no-op: also zero keys and values (init_weights="zero") take their
-share. And as they are alike, they stay alike: n of them learn as one.
+K_p, V_p), where the gate g is the prefix's share of the softmax. So no prefix starts as
+a no-op: zero keys and values (init_weights="zero") take their share too. And n equal
+virtual tokens get equal gradients, and stay equal: they learn as one.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
@@ -25,7 +25,14 @@ from torch import nn
 
 from .. import targets
 from ..config import ConfigError
-from .virtual import VirtualTokens, VirtualTokensConfig, length, token_ids
+from ..errors import TargetError
+from .virtual import (
+    VirtualTokens,
+    VirtualTokensConfig,
+    cache_length,
+    cache_name,
+    token_ids,
+)
 
 
 @dataclass(kw_only=True)
@@ -49,131 +56,168 @@ class PrefixTuningConfig(VirtualTokensConfig):
         if self.encoder_hidden_size is not None:
             self.check_positive("encoder_hidden_size")
 
+    def select(self, model):
+        check_plain_cache(model)
+        return super().select(model)
+
     def shape(self, config):
-        heads = (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
-        width = (
-            getattr(config, "head_dim", None)
-            or config.hidden_size // config.num_attention_heads
-        )
+        heads, width = key_value_shape(config)
         return super().shape(config) | {
             "token_dim": heads * width,
             "num_attention_heads": heads,
         }
 
     def create(self, base, path):
-        n, d, zero = (
-            self.num_virtual_tokens,
-            self.token_dim,
-            self.init_weights == "zero",
-        )
-        wide, shape = (
-            2 * self.num_layers * d,
-            (self.num_layers, self.num_attention_heads),
-        )
+        n, d = self.num_virtual_tokens, self.token_dim
+        layers, heads = self.num_layers, self.num_attention_heads
+        width = 2 * layers * d
         h = self.encoder_hidden_size = self.encoder_hidden_size or d
+        zero = self.init_weights == "zero"
         if not self.prefix_projection:
-            return Prefix(
-                torch.zeros(n, wide) if zero else torch.randn(n, wide), *shape
-            )
-        start = torch.randn(n, d)
-        encoder = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, wide))
+            flat = torch.zeros(n, width) if zero else torch.randn(n, width)
+            return Prefix(flat, layers, heads)
+        Z = torch.randn(n, d)
+        encoder = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, width))
         if zero:
             nn.init.zeros_(encoder[-1].weight)
             nn.init.zeros_(encoder[-1].bias)
-        return Prefix(start, *shape, encoder)
+        return Prefix(Z, layers, heads, encoder)
 
 
 class Prefix(VirtualTokens):
-    """prompt_embeddings (n, 2 L d_kv): for each token the key of layer 0, its value,
-    the key of layer 1, ..."""
+    """Attn(q, [K_p; K], [V_p; V]): the prefix goes into the cache before the text.
 
-    def __init__(self, start, num_layers, heads, encoder=None):
-        super().__init__(start, encoder)
+    prompt_embeddings (n, 2 L d_kv): for each token the key of layer 0, its value, the
+    key of layer 1, ..."""
+
+    def __init__(self, prompt_embeddings, num_layers, heads, encoder=None):
+        super().__init__(prompt_embeddings, encoder)
         self.num_layers, self.heads = num_layers, heads
 
-    def pairs(self, rows, dtype):
-        """[(keys, values)] of each layer, (B, K, n, h) both"""
+    def key_values(self, rows, dtype):
+        """[(K_p, V_p)] of each layer, both (B, K, n, h)."""
         flat = self.embeddings().to(dtype)  # (n, 2 L K h)
-        each = flat.view(len(flat), 2 * self.num_layers, self.heads, -1).permute(
-            1, 2, 0, 3
-        )
-        each = each[:, None].expand(-1, rows, -1, -1, -1)  # (2 L, B, K, n, h)
+        each = flat.view(len(flat), 2 * self.num_layers, self.heads, -1)
+        each = each.permute(1, 2, 0, 3)[:, None]  # (2 L, 1, K, n, h)
+        each = each.expand(-1, rows, -1, -1, -1)  # (2 L, B, K, n, h)
         return list(zip(each[0::2], each[1::2]))
 
-    def begin(self, base, input_ids, position_ids, past, embeds, labels, **kwargs):
-        rows = len(input_ids if embeds is None else embeds)
-        past = extended(
-            past,
-            self.pairs(rows, base.module.get_input_embeddings().weight.dtype),
-            base.module,
-        )
-        return base(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            past_key_values=past,
-            inputs_embeds=embeds,
-            labels=labels,
-            **kwargs,
-        )
+    def prepend(self, base, inputs):
+        model, name = base.module, cache_name(base.module)
+        text = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        dtype = model.get_input_embeddings().weight.dtype
+        prefix = self.key_values(len(text), dtype)
+        cache = extend_cache(inputs.get(name), prefix, model)
+        output = base(**inputs | {name: cache})
+        if name in inputs or wants_cache(model, inputs):
+            return output
+        return without_cache(output, cache)
 
 
-class Pairs(tuple):
-    """A cache of ours, (keys, values) a layer, that can be marked."""
+class KVCache(tuple):
+    """Our GPT's cache, (keys, values) a layer, which may note its prefix_length."""
 
 
-def extended(past, pairs, model):
-    """The cache, or a new one, with the prefix in it; marked, since there is no text in
-    it yet."""
-    transformers = sys.modules.get("transformers")
-    if transformers and isinstance(model, transformers.PreTrainedModel):
+def extend_cache(cache, prefix, model):
+    """The cache, or a new one, with the prefix at its end. It notes that it holds no
+    text yet."""
+    if is_transformers_model(model):
         if model.training and targets.uses_grad_checkpointing(model):
             raise ValueError(
-                "no prefix with gradient checkpointing: transformers then takes away"
-                " the cache, and with it the prefix. Call"
+                "a prefix does not work with gradient checkpointing: transformers then"
+                " drops the cache, and the prefix with it. Call"
                 " gradient_checkpointing_disable(), or use PromptTuningConfig"
             )
-        past = transformers.DynamicCache(config=model.config) if past is None else past
-        for layer, (keys, values) in enumerate(pairs):
-            past.update(keys, values, layer)
+        if cache is None:
+            cache = sys.modules["transformers"].DynamicCache(config=model.config)
+        for layer, (keys, values) in enumerate(prefix):
+            cache.update(keys, values, layer)
+    elif cache is None:
+        cache = KVCache(prefix)
     else:
-        pairs = (
-            pairs
-            if past is None
-            else [
-                [torch.cat(kv, 2) for kv in zip(old, new)]
-                for old, new in zip(past, pairs)
-            ]
+        pairs = zip(cache, prefix)
+        cache = KVCache([torch.cat(kv, 2) for kv in zip(*pair)] for pair in pairs)
+    cache.prefix_length = cache_length(cache)
+    return cache
+
+
+def wants_cache(model, inputs):
+    """True when the caller asks for a cache in the output."""
+    use_cache = inputs.get("use_cache")
+    return getattr(model.config, "use_cache", False) if use_cache is None else use_cache
+
+
+def without_cache(output, cache):
+    """A transformers output, less the cache that only carried the prefix."""
+    if isinstance(output, tuple):
+        return tuple(value for value in output if value is not cache)
+    if isinstance(output, dict):
+        kept = {name: value for name, value in output.items() if value is not cache}
+        return type(output)(**kept)
+    return output
+
+
+def is_transformers_model(model):
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def key_value_shape(config):
+    """(heads, width of a head) of the keys in the cache."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(config, "num_key_value_heads", None):
+        heads = config.num_key_value_heads
+    elif getattr(config, "multi_query", False):
+        # Falcon's new decoder repeats its keys for all heads before it stores them
+        heads = heads if getattr(config, "new_decoder_architecture", False) else 1
+    return heads, width
+
+
+def check_plain_cache(model):
+    """Raise TargetError unless each layer of `model` caches keys and values of one
+    shape."""
+    config, problem = getattr(model, "config", None), None
+    if cache_name(model) not in inspect.signature(model.forward).parameters:
+        problem = "its forward takes no cache"
+    elif set(getattr(config, "layer_types", None) or ()) - ATTENTION:
+        problem = "not all of its layers are attention"
+    elif getattr(config, "kv_lora_rank", None):
+        problem = "it caches compressed keys and values"
+    elif getattr(config, "num_kv_shared_layers", None):
+        problem = "some of its layers share keys and values"
+    if problem:
+        raise TargetError(
+            f"a prefix cannot stand before {type(model).__name__}: {problem}. Use"
+            " PromptTuningConfig"
         )
-        past = Pairs(pairs)
-    past.virtual = length(past)
-    return past
+
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @torch.no_grad()
 def initialize_kv_prefix_from_text(model, tokenizer, *, text, adapter_name=None):
-    """Start the prefix of a PeftModel with what `text` leaves in the cache: as if the
+    """Start the prefix of a PeftModel with the keys and values of `text`, as if the
     model had read it.
 
     tokenizer: anything with encode(text), or its name. A text shorter than the prefix
-    is repeated. ConfigError if it is longer, or if the prefix has a projection, whose
-    output cannot be set.
+    is repeated. Raises ConfigError if it is longer, or if the prefix has a projection,
+    whose output cannot be set.
     """
-    adapter = model.base_model.adapters[
-        model.active_adapter if adapter_name is None else adapter_name
-    ]
+    name = model.active_adapter if adapter_name is None else adapter_name
+    adapter, base = model.base_model.adapters[name], model.get_base_model()
     if not isinstance(adapter, Prefix) or adapter.encoder is not None:
         raise ConfigError(
-            "only a prefix without projection starts from a text so; a prompt has"
+            "only a prefix without projection starts from a text here; a prompt has"
             " prompt_tuning_init"
         )
-    ids = token_ids(text, tokenizer, len(adapter.prompt_embeddings)).to(
-        adapter.prompt_embeddings.device
-    )
+    prefix = adapter.prompt_embeddings
+    ids = token_ids(text, tokenizer, len(prefix)).to(prefix.device)
     training = model.training
     with model.eval().disable_adapter():
-        past = model(input_ids=ids[None], use_cache=True).past_key_values
+        output = model(input_ids=ids[None], use_cache=True)
     model.train(training)
-    flat = torch.stack([kv[0] for layer in past for kv in layer[:2]])  # (2 L, K, n, h)
-    adapter.prompt_embeddings.copy_(flat.permute(2, 0, 1, 3).flatten(1))
+    cache = getattr(output, cache_name(base))
+    flat = torch.stack([kv[0] for layer in cache for kv in layer[:2]])  # (2 L, K, n, h)
+    prefix.copy_(flat.permute(2, 0, 1, 3).flatten(1))

@@ -1,12 +1,12 @@
-"""Prompt tuning: a prompt whose words are learned vectors, that need not be any word's.
+"""Prompt tuning: learned embeddings, prepended to the input.
 
     model([P; E(x)]),    P (n, d) trained,  E the frozen embedding
 
 Lester, Al-Rfou and Constant 2021, "The Power of Scale for Parameter-Efficient Prompt
 Tuning", arXiv 2104.08691. It is the smallest of all methods, n d numbers, and it can
-only steer what the model knows. It wants learning rates far above those of other
-methods, and a start among real tokens: their entries are some hundredths, those of
-RANDOM are about 1.
+only steer what the model knows. It needs far higher learning rates than other methods,
+and works best from the embeddings of real tokens: their entries are some hundredths,
+those of RANDOM are about 1.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from ..config import ConfigError
-from .virtual import VirtualTokens, VirtualTokensConfig, length, token_ids
+from .virtual import (
+    VirtualTokens,
+    VirtualTokensConfig,
+    cache_length,
+    cache_name,
+    token_ids,
+)
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
@@ -48,21 +54,23 @@ class PromptTuningConfig(VirtualTokensConfig):
             )
 
     def create(self, base, path):
-        n, embed = self.num_virtual_tokens, base.module.get_input_embeddings()
-        start, ids = torch.randn(n, self.token_dim), None
-        if self.prompt_tuning_init == "TEXT" and not getattr(self, "given", False):
-            ids = token_ids(
-                self.prompt_tuning_init_text, self.tokenizer_name_or_path, n
-            )
-        elif self.prompt_tuning_init == "SAMPLE_VOCAB":
+        n = self.num_virtual_tokens
+        embed = base.module.get_input_embeddings()
+        P = torch.randn(n, self.token_dim)
+        ids = None
+        if self.prompt_tuning_init == "SAMPLE_VOCAB":
             ids = torch.randint(0, embed.num_embeddings, (n,))
+        elif self.prompt_tuning_init == "TEXT" and not self.from_checkpoint:
+            text, tokenizer = self.prompt_tuning_init_text, self.tokenizer_name_or_path
+            ids = token_ids(text, tokenizer, n)
         if ids is not None:
             with torch.no_grad():
-                start = embed(ids.to(embed.weight.device)).float().clone()
-        return Prompt(start)
+                P = embed(ids.to(embed.weight.device)).float().clone()
+        return Prompt(P)
 
     def to_dict(self):
-        fields, tokenizer = super().to_dict(), self.tokenizer_name_or_path
+        fields = super().to_dict()
+        tokenizer = self.tokenizer_name_or_path
         if tokenizer is not None and not isinstance(tokenizer, str):
             fields["tokenizer_name_or_path"] = getattr(
                 tokenizer, "name_or_path", type(tokenizer).__name__
@@ -71,25 +79,23 @@ class PromptTuningConfig(VirtualTokensConfig):
 
 
 class Prompt(VirtualTokens):
-    """Virtual tokens in the input: n + T embeddings go in, and as many logits come out,
-    as in PEFT."""
+    """model([P; E(x)]): n + T embeddings go in, and n + T logits come out, as in
+    PEFT."""
 
-    def begin(self, base, input_ids, position_ids, past, embeds, labels, **kwargs):
-        # (B, T, d)
-        x = base.module.get_input_embeddings()(input_ids) if embeds is None else embeds
-        prompt = self.embeddings().to(x.dtype)
-        x = torch.cat((prompt.expand(len(x), -1, -1), x), dim=1)  # (B, n + T, d)
-        if position_ids is not None:
-            own = length(past) + torch.arange(len(prompt), device=x.device).expand(
-                len(position_ids), -1
-            )
-            position_ids = torch.cat((own, position_ids), dim=1)  # (B, n + T)
-        if labels is not None:  # the last virtual token predicts the first real one
-            labels = F.pad(labels, (len(prompt), 0), value=-100)
-        return base(
-            inputs_embeds=x,
-            position_ids=position_ids,
-            past_key_values=past,
-            labels=labels,
-            **kwargs,
-        )
+    def prepend(self, base, inputs):
+        embed = base.module.get_input_embeddings()
+        cache = inputs.get(cache_name(base.module))
+        x = inputs.pop("inputs_embeds", None)
+        ids = inputs.pop("input_ids", None)
+        x = embed(ids) if x is None else x  # (B, T, d)
+        P = self.embeddings().to(x.dtype).expand(len(x), -1, -1)  # (B, n, d)
+        inputs["inputs_embeds"] = torch.cat((P, x), dim=1)  # (B, n + T, d)
+        n = P.shape[1]
+        if "position_ids" in inputs:
+            start = cache_length(cache)  # of prefixes that stand before this prompt
+            first = torch.arange(start, start + n, device=x.device)
+            first = first.expand(len(inputs["position_ids"]), -1)
+            inputs["position_ids"] = torch.cat((first, inputs["position_ids"]), dim=1)
+        if "labels" in inputs:  # the last virtual token predicts the first real one
+            inputs["labels"] = F.pad(inputs["labels"], (n, 0), value=-100)
+        return base(**inputs)

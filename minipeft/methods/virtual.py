@@ -1,17 +1,19 @@
-"""Virtual tokens: what prompts, P-tuning and prefixes share.
+"""Virtual tokens: what prompt tuning, P-tuning and prefix tuning share.
 
 n learned vectors stand before every text. The frozen model reads them as if they were
-tokens, and they steer it. They stand around the whole model: nothing inside it is
-touched, so nothing can be merged.
+tokens, and they steer it. They stand around the whole model: nothing inside it
+changes, so there is nothing to merge.
 
-All the care is in the book-keeping, and it is all here. The text moves n places to the
-right. Padding, on either side, must stay hidden while the virtual tokens stay seen. And
-in generation only the first step puts them in front: from the second on they are in the
-cache, and only mask and positions must go on counting them.
+The care is in the bookkeeping, and all of it is here. The text moves n positions to
+the right. Padding, on either side, stays hidden while the virtual tokens stay visible.
+In generation only the first step prepends them: from the second step on they are in
+the cache, and only mask and positions still count them.
 """
 
 import functools
+import inspect
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +26,24 @@ from ..slot import Adapter, Base
 
 @dataclass(kw_only=True)
 class VirtualTokensConfig(PeftConfig):
-    """Hugging Face PEFT's fields. Those that tell the model's shape are taken from the
-    model, and noted in files."""
+    """Hugging Face PEFT's fields. Those that give the model's shape are read from the
+    model, and saved in files.
 
-    # PEFT ignores prompts in files that do not say so
+    Raises ConfigError for values outside a field's range, and TargetError for a model
+    that is not a decoder-only language model.
+    """
+
+    # PEFT ignores prompts in files without it
     task_type: str | None = "CAUSAL_LM"
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
     num_attention_heads: int | None = None
     num_layers: int | None = None
-    # 2 in encoder-decoder models, which we do not have
+    # 2 in encoder-decoder models, which minipeft does not support
     num_transformer_submodules: int | None = None
     modules_to_save: list[str] | None = None
+    # True: the values come from a file, and there is no initial text to look up
+    from_checkpoint: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,15 +63,8 @@ class VirtualTokensConfig(PeftConfig):
         }
 
     def select(self, model):
-        config = getattr(model, "config", None)
-        if not hasattr(model, "get_input_embeddings") or not hasattr(
-            config, "hidden_size"
-        ):
-            raise TargetError(
-                "virtual tokens need a language model, with get_input_embeddings() and "
-                f"config.hidden_size; {type(model).__name__} is none"
-            )
-        for field, value in self.shape(config).items():
+        check_language_model(model)
+        for field, value in self.shape(model.config).items():
             if getattr(self, field) not in (None, value):
                 raise ConfigError(
                     f"{field} = {getattr(self, field)}, but this model's is {value}:"
@@ -73,116 +74,167 @@ class VirtualTokensConfig(PeftConfig):
         return [""]
 
     def on_load(self):
-        # the values will come from there: no initial text to be looked up
-        self.given = True
+        self.from_checkpoint = True
 
 
 class VirtualTokens(Adapter):
-    """Around a model: virtual tokens, then the text. `prompt_embeddings` (n, width) is
-    what files hold. An encoder computes them in training, and has done its work when
-    they are saved."""
+    """n virtual tokens before the text, around the whole model. Files hold
+    `prompt_embeddings`, (n, width). In training an encoder may compute them; saving
+    stores its output and drops it."""
 
-    def __init__(self, start, encoder=None):
+    def __init__(self, prompt_embeddings, encoder=None):
         super().__init__()
-        # (n, width), or what the encoder reads
-        self.prompt_embeddings = nn.Parameter(start)
+        # (n, width), or the encoder's input
+        self.prompt_embeddings = nn.Parameter(prompt_embeddings)
         self.encoder = encoder
 
     def embeddings(self):
-        """(n, width)"""
-        return (
-            self.prompt_embeddings
-            if self.encoder is None
-            else self.encoder(self.prompt_embeddings)
-        )
+        """The virtual tokens, (n, width)."""
+        if self.encoder is None:
+            return self.prompt_embeddings
+        return self.encoder(self.prompt_embeddings)
 
     def to_file(self):
         return {"prompt_embeddings": self.embeddings()}
 
     def from_file(self, tensors):
-        given, old = tensors["prompt_embeddings"], self.prompt_embeddings
-        self.prompt_embeddings, self.encoder = (
-            nn.Parameter(given.to(old.device, old.dtype)),
-            None,
-        )
+        like = self.prompt_embeddings
+        saved = tensors["prompt_embeddings"].to(like.device, like.dtype)
+        self.prompt_embeddings = nn.Parameter(saved)
+        self.encoder = None
 
-    def begin(self, base, input_ids, position_ids, past, embeds, labels, **kwargs):
-        """Run `base` on virtual tokens and text. Mask and positions count the virtual
-        tokens already."""
+    def prepend(self, base, inputs):
+        """The output of `base` for virtual tokens and text. Mask and positions in
+        `inputs` count the virtual tokens already."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        base,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs,
-    ):
+    def forward(self, base, *args, **kwargs):
+        inputs = named_inputs(base.module, args, kwargs)
         n = len(self.prompt_embeddings)
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(
-                    "virtual tokens need an attention_mask of (rows, tokens);"
-                    f" {attention_mask.dim()} dimensions were given"
-                )
-            attention_mask = F.pad(attention_mask, (n, 0), value=1)  # (B, n + T)
-        if position_ids is not None:
-            position_ids = position_ids + n
-        if length(past_key_values) == getattr(past_key_values, "virtual", 0):
-            return self.begin(
-                base,
-                input_ids,
-                position_ids,
-                past_key_values,
-                inputs_embeds,
-                labels,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
-        return base(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            labels=labels,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        if "attention_mask" in inputs:  # (B, T) -> (B, n + T)
+            inputs["attention_mask"] = F.pad(inputs["attention_mask"], (n, 0), value=1)
+        if "position_ids" in inputs:  # (B, T)
+            inputs["position_ids"] = inputs["position_ids"] + n
+        if holds_text(inputs.get(cache_name(base.module))):
+            return base(**inputs)
+        return self.prepend(base, inputs)
 
     def generate(self, base, *args, **kwargs):
-        """The model's own generate: each time that it runs the model, it runs us around
-        it."""
-        model, own, before = (
-            base.module,
-            base.module.forward,
-            vars(base.module).get("forward"),
-        )
-        around = functools.partial(self, Base(base.slot, base.name, own))
-        model.forward = functools.wraps(own)(around)  # with the signature that it had
+        """The model's own generate, with this adapter around the model's forward."""
+        model = base.module
+        check_generation(model, by_name(model.generate, args, kwargs))
+        forward = model.forward
+        patched = vars(model).get("forward")
+        around = functools.partial(self, Base(base.slot, base.name, forward))
+        # wraps keeps the signature, which generate reads
+        model.forward = functools.wraps(forward)(around)
         try:
             return base(*args, **kwargs)
         finally:
             del model.forward
-            if before is not None:
-                model.forward = before
+            if patched is not None:
+                model.forward = patched
 
 
-def length(past):
-    """How many places a cache holds: ours, a (keys, values) pair a layer, or Hugging
-    Face's."""
-    if past is None:
-        return 0
-    return (
-        past[0][0].shape[2] if isinstance(past, tuple) else int(past.get_seq_length())
+def check_language_model(model):
+    """Raise TargetError unless `model` is a decoder-only language model."""
+    parameters = inspect.signature(model.forward).parameters
+    config = getattr(model, "config", None)
+    missing = [f"forward({name}=…)" for name in NEEDED if name not in parameters]
+    missing += [f"config.{name}" for name in SIZES if not hasattr(config, name)]
+    if not hasattr(model, "get_input_embeddings"):
+        missing.append("get_input_embeddings()")
+    if getattr(config, "is_encoder_decoder", False):
+        missing.append("a decoder alone (it has an encoder)")
+    if missing:
+        raise TargetError(
+            "virtual tokens need a decoder-only language model;"
+            f" {type(model).__name__} lacks {', '.join(missing)}"
+        )
+
+
+NEEDED = ("input_ids", "attention_mask", "inputs_embeds")
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+
+
+def check_generation(model, options):
+    """Raise ValueError for kinds of generation whose caches virtual tokens would
+    shift."""
+    config = options.get("generation_config") or getattr(
+        model, "generation_config", None
     )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if options.get(name, getattr(config, name, None)) is not None:
+            raise ValueError(
+                f"{name}: assisted generation cuts the cache at the length of the text,"
+                " which the virtual tokens exceed; leave it out"
+            )
+    if any(cache_length(options.get(name)) for name in ("cache", "past_key_values")):
+        raise ValueError(
+            "generate with virtual tokens starts from the text: leave out the cache of"
+            " earlier tokens, and give the whole text as input_ids"
+        )
+
+
+def by_name(function, args, kwargs):
+    """The arguments of a call of `function`, by name."""
+    return dict(zip(inspect.signature(function).parameters, args)) | kwargs
+
+
+def named_inputs(model, args, kwargs):
+    """The arguments of model.forward by name, without those that are None.
+
+    Raises ValueError for arguments that virtual tokens would not fit into.
+    """
+    inputs = by_name(model.forward, args, kwargs)
+    if "past_key_values" in inputs and cache_name(model) not in inputs:
+        inputs[cache_name(model)] = inputs.pop("past_key_values")
+    # until transformers 5.2: where the text's tokens go in the cache
+    inputs.pop("cache_position", None)
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    if getattr(inputs.get(cache_name(model)), "is_compileable", False):
+        raise ValueError(
+            "virtual tokens do not fit into a static cache, whose length is fixed for"
+            " the text alone: leave out cache_implementation='static'"
+        )
+    mask = inputs.get("attention_mask")
+    if mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2):
+        found = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask is {found}: virtual tokens need an attention_mask of"
+            " (rows, tokens)"
+        )
+    if "token_type_ids" in inputs:
+        raise ValueError("virtual tokens have no token_type_ids: leave them out")
+    return inputs
+
+
+# Caches: ours, a (keys, values) pair a layer, and Hugging Face's.
+
+
+def cache_name(model):
+    """The argument of model.forward that takes the cache, also the output's field:
+    "cache" since transformers 5.24, "past_key_values" before and in our GPT."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def cache_length(cache):
+    """The number of tokens in a cache, virtual ones included."""
+    if cache is None:
+        return 0
+    if isinstance(cache, tuple):
+        return cache[0][0].shape[2]
+    return int(cache.get_seq_length())
+
+
+def holds_text(cache):
+    """True when a cache holds more than a prefix, which notes its length there."""
+    return cache_length(cache) > getattr(cache, "prefix_length", 0)
 
 
 def token_ids(text, tokenizer, n):
-    """n token ids: the text, again and again until there are n."""
+    """(n,) token ids: the text, repeated up to n tokens."""
     if isinstance(tokenizer, str):
         from transformers import AutoTokenizer
 
