@@ -296,7 +296,8 @@ class ModelSlot(Slot):
         length = min(output.logits.shape[1] for output in outputs)
         logits = torch.cat([output.logits[:, -length:] for output in outputs])
         combined.logits = logits[order]
-        combined.past_key_values = None
+        for name in CACHES & vars(combined).keys():
+            setattr(combined, name, None)
         if labels is not None:
             combined.loss = F.cross_entropy(
                 combined.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
@@ -305,7 +306,8 @@ class ModelSlot(Slot):
 
     def check_mixed_batch(self, kwargs):
         """Raise ValueError where rows cannot be run in groups."""
-        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        cached = any(kwargs.get(name) is not None for name in CACHES)
+        if kwargs.get("use_cache") or cached:
             raise ValueError(MIXED_CACHES)
         if self.training and targets.uses_grad_checkpointing(self.base_layer):
             raise ValueError(
@@ -329,6 +331,8 @@ class ModelSlot(Slot):
         return call(*args, **kwargs)
 
 
+# the cache's name in forward: until and since transformers 5.24
+CACHES = {"past_key_values", "cache"}
 MIXED_CACHES = (
     "adapters around the model have caches of different lengths: generate for one at a"
     " time"

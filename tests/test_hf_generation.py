@@ -5,7 +5,7 @@ on each row's whole text. transformers' own generate drives it, so that sampling
 and several sequences are compared with the same code.
 """
 
-import contextlib
+import copy
 import functools
 
 import pytest
@@ -19,6 +19,7 @@ from minipeft import (
     TargetError,
     get_peft_model,
 )
+from minipeft.methods.virtual import cache_length, cache_name
 
 VOCABULARY, WIDTH, HEADS, LAYERS, NEW = 40, 16, 4, 2, 4
 # a text that begins with padding, and one that does not
@@ -28,6 +29,7 @@ GROUPED = dict(num_key_value_heads=2, head_dim=6)
 ARCHITECTURES = {
     "Llama": GROUPED,
     "Mistral": GROUPED,
+    "Mistral, small window": GROUPED | dict(sliding_window=6),
     "Qwen2": dict(num_key_value_heads=2),
     "Qwen3": GROUPED,
     "OPT": dict(ffn_dim=24, word_embed_proj_dim=WIDTH),
@@ -36,6 +38,7 @@ ARCHITECTURES = {
     "Gemma": GROUPED,
     "Gemma2": GROUPED,
     "Gemma3": GROUPED,
+    "Gemma3, small window": GROUPED | dict(sliding_window=6),
     "Phi": dict(num_key_value_heads=2),
     "GPT2": {},
     "Bloom": {},
@@ -86,8 +89,6 @@ def base_model(name):
 
 
 def adapted(name, kind, n=3):
-    import copy
-
     torch.manual_seed(1)
     base = copy.deepcopy(base_model(name))
     model = get_peft_model(base, KINDS[kind](num_virtual_tokens=n)).eval()
@@ -109,6 +110,8 @@ def step_by_step(model, name, ids=IDS, mask=MASK, **options):
         return read[text]
 
     def forward(input_ids=None, attention_mask=None, **others):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         texts = [
             tuple(row[real.bool()].tolist())
             for row, real in zip(input_ids, attention_mask)
@@ -156,9 +159,156 @@ class TestGenerate:
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_equals_step_by_step_forward(self, name, kind):
         model = adapted(name, kind)
-        check_all_ways(model, name)
+        mask = torch.ones_like(MASK) if "window" in name else MASK
+        check_all_ways(model, name, mask=mask)
         # the adapter does something, and generate leaves no trace
-        first = generate(model).logits[0]
+        first = generate(model, mask=mask).logits[0]
         with model.disable_adapter():
-            assert (generate(model).logits[0] - first).abs().max() > 1e-3
+            assert (generate(model, mask=mask).logits[0] - first).abs().max() > 1e-3
         assert "forward" not in vars(model.get_base_model())
+
+    @pytest.mark.parametrize("kind", ["p-tuning"])
+    @pytest.mark.parametrize("name", ["Llama", "GPT2"])
+    def test_p_tuning(self, name, kind):
+        check_all_ways(adapted(name, kind), name)
+
+    @pytest.mark.parametrize("order", [["prompt", "prefix"], ["prefix", "prompt"]])
+    @pytest.mark.parametrize("name", ["Llama", "Bloom", "GPTJ"])
+    def test_a_prompt_and_a_prefix_together(self, name, order):
+        model = adapted(name, "prompt")
+        model.add_adapter("prefix", PrefixTuningConfig(num_virtual_tokens=2))
+        model.set_adapter(["default" if kind == "prompt" else kind for kind in order])
+        check_all_ways(
+            model,
+            name,
+            caches={"with a cache": {}, "without a cache": dict(use_cache=False)},
+        )
+
+    @pytest.mark.parametrize("kind", ["prompt", "prefix"])
+    @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2", "GPT2", "Bloom"])
+    def test_a_static_cache_is_refused(self, name, kind):
+        model = adapted(name, kind)
+        with pytest.raises(ValueError, match="static cache.*leave out"):
+            generate(model, cache_implementation="static")
+
+    @pytest.mark.parametrize("name", ["Llama", "GPT2", "OPT"])
+    def test_a_mixed_batch_with_a_cache_is_refused(self, name):
+        model = adapted(name, "prompt")
+        cache = transformers.DynamicCache()
+        for option in (
+            dict(cache=cache),
+            dict(past_key_values=cache),
+            dict(use_cache=True),
+        ):
+            with pytest.raises(ValueError, match="one at a time"):
+                model(input_ids=IDS, adapter_names=["default", "__base__"], **option)
+
+    @pytest.mark.parametrize("kind", ["prompt", "prefix"])
+    @pytest.mark.parametrize("name", ["Llama", "Phi"])
+    def test_assisted_generation_is_refused(self, name, kind):
+        model = adapted(name, kind)
+        for options in (
+            dict(prompt_lookup_num_tokens=2),
+            dict(assistant_model=base_model(name)),
+            dict(
+                generation_config=transformers.GenerationConfig(
+                    prompt_lookup_num_tokens=2
+                )
+            ),
+        ):
+            with pytest.raises(ValueError, match="assisted generation.*leave it out"):
+                model.generate(IDS, **options)
+
+    @pytest.mark.parametrize("kind", ["prompt", "prefix"])
+    def test_an_earlier_cache_is_refused(self, kind):
+        """generate would take its virtual tokens for the beginning of the text."""
+        model = adapted("Llama", kind)
+        cache = transformers.DynamicCache()
+        name = cache_name(model.get_base_model())
+        with torch.no_grad():
+            model(input_ids=IDS[1:], **{name: cache}, use_cache=True)
+        with pytest.raises(ValueError, match="give the whole text"):
+            model.generate(IDS[1:], **{name: cache})
+
+    @pytest.mark.parametrize("kind", ["prompt", "prefix"])
+    @pytest.mark.parametrize("name", ["Mistral, small window", "Gemma3, small window"])
+    def test_left_padding_beyond_a_sliding_window_is_refused(self, name, kind):
+        with pytest.raises(ValueError, match="sliding window of 6.*pad on the right"):
+            generate(adapted(name, kind))
+
+
+class TestForward:
+    @pytest.mark.parametrize("name", ["Llama", "GPT2", "Falcon, one key"])
+    @torch.no_grad()
+    def test_the_cache_comes_back_where_it_is_asked_for(self, name):
+        """A prefix needs a cache, which its caller need not hear of."""
+        model = adapted(name, "prefix")
+        field = cache_name(model.get_base_model())
+        for return_dict in (True, False):
+            silent = model(IDS, use_cache=False, return_dict=return_dict)
+            assert len(silent) == 1 and silent[0].shape == (*IDS.shape, VOCABULARY)
+        assert cache_length(model(IDS, use_cache=True)[field]) == 3 + IDS.shape[1]
+        given = transformers.DynamicCache()
+        output = model(IDS, **{field: given}, use_cache=True)
+        assert output[field] is given
+
+    @pytest.mark.parametrize("kind", ["prompt", "prefix"])
+    @pytest.mark.parametrize("name", ["Llama", "GPT2", "Bloom"])
+    @torch.no_grad()
+    def test_either_name_of_the_cache_works(self, name, kind):
+        """past_key_values until transformers 5.23, cache since."""
+        model, ids = adapted(name, kind), IDS[1:]
+        whole = model(input_ids=ids, use_cache=False).logits[:, -2:]
+        for field in {"past_key_values", cache_name(model.get_base_model())}:
+            cache = transformers.DynamicCache()
+            model(input_ids=ids[:, :3], **{field: cache}, use_cache=True)
+            rest = model(input_ids=ids[:, 3:], **{field: cache}, use_cache=True).logits
+            torch.testing.assert_close(rest, whole, atol=2e-5, rtol=2e-5)
+
+    @pytest.mark.parametrize("kind", ["prompt", "prefix"])
+    @torch.no_grad()
+    def test_arguments_by_position_are_those_of_the_model(self, kind):
+        """The second of LlamaForCausalLM is the mask, of GPT2LMHeadModel the cache."""
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+        for name, positional in (("Llama", (IDS, mask)), ("GPT2", (IDS, None, mask))):
+            model = adapted(name, kind)
+            by_name = model(input_ids=IDS, attention_mask=mask).logits
+            assert torch.equal(model(*positional).logits, by_name)
+
+    def test_token_type_ids_are_refused(self):
+        with pytest.raises(ValueError, match="token_type_ids"):
+            adapted("GPT2", "prompt")(input_ids=IDS, token_type_ids=IDS)
+
+
+class TestOtherModels:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        "name, lacks",
+        [
+            ("ViTForImageClassification", "input_ids"),
+            ("T5ForConditionalGeneration", "it has an encoder"),
+            ("Wav2Vec2ForCTC", "input_ids"),
+        ],
+    )
+    def test_what_is_not_a_decoder_is_refused(self, name, lacks, kind):
+        with pytest.raises(TargetError, match=f"decoder-only.*{name} lacks.*{lacks}"):
+            get_peft_model(on_meta(name), KINDS[kind](num_virtual_tokens=2))
+
+    @pytest.mark.parametrize(
+        "name, reason",
+        [
+            ("BertForMaskedLM", "takes no cache"),
+            ("DeepseekV3ForCausalLM", "compressed"),
+            ("Qwen3NextForCausalLM", "not all of its layers are attention"),
+        ],
+    )
+    def test_a_prefix_needs_plain_keys_and_values(self, name, reason):
+        with pytest.raises(TargetError, match=f"{name}: .*{reason}.*PromptTuning"):
+            get_peft_model(on_meta(name), PrefixTuningConfig(num_virtual_tokens=2))
+
+
+def on_meta(name):
+    """A model of default size without memory."""
+    model = getattr(transformers, name)
+    with torch.device("meta"):
+        return model(model.config_class())

@@ -139,7 +139,7 @@ def test_checkpointing_where_the_prefix_would_be_lost_is_refused():
         model.gradient_checkpointing_enable()
         with pytest.raises(
             ValueError,
-            match="no prefix with gradient checkpointing.*PromptTuningConfig",
+            match="prefix does not work with gradient checkpointing.*PromptTuningConfig",
         ):
             model(**inputs())
         model.eval()

@@ -56,9 +56,9 @@ class PrefixTuningConfig(VirtualTokensConfig):
         if self.encoder_hidden_size is not None:
             self.check_positive("encoder_hidden_size")
 
-    def select(self, model):
+    def check_model(self, model):
+        super().check_model(model)
         check_plain_cache(model)
-        return super().select(model)
 
     def shape(self, config):
         heads, width = key_value_shape(config)
@@ -177,7 +177,7 @@ def key_value_shape(config):
 def check_plain_cache(model):
     """Raise TargetError unless each layer of `model` caches keys and values of one
     shape."""
-    config, problem = getattr(model, "config", None), None
+    config, problem = model.config, None
     if cache_name(model) not in inspect.signature(model.forward).parameters:
         problem = "its forward takes no cache"
     elif set(getattr(config, "layer_types", None) or ()) - ATTENTION:

@@ -62,8 +62,12 @@ class VirtualTokensConfig(PeftConfig):
             "num_transformer_submodules": 1,
         }
 
-    def select(self, model):
+    def check_model(self, model):
+        """Raise TargetError where the virtual tokens cannot stand before `model`."""
         check_language_model(model)
+
+    def select(self, model):
+        self.check_model(model)
         for field, value in self.shape(model.config).items():
             if getattr(self, field) not in (None, value):
                 raise ConfigError(
@@ -112,6 +116,7 @@ class VirtualTokens(Adapter):
         inputs = named_inputs(base.module, args, kwargs)
         n = len(self.prompt_embeddings)
         if "attention_mask" in inputs:  # (B, T) -> (B, n + T)
+            check_window(base.module.config, inputs["attention_mask"], n)
             inputs["attention_mask"] = F.pad(inputs["attention_mask"], (n, 0), value=1)
         if "position_ids" in inputs:  # (B, T)
             inputs["position_ids"] = inputs["position_ids"] + n
@@ -207,6 +212,17 @@ def named_inputs(model, args, kwargs):
     if "token_type_ids" in inputs:
         raise ValueError("virtual tokens have no token_type_ids: leave them out")
     return inputs
+
+
+def check_window(config, mask, n):
+    """Raise ValueError where a sliding window would count a row's left padding."""
+    window = getattr(config, "sliding_window", None)
+    if window and n + mask.shape[1] > window and not mask[:, 0].all():
+        raise ValueError(
+            f"{n} virtual tokens and {mask.shape[1]} others, padded on the left, exceed"
+            f" the sliding window of {window}, which the padding between them shifts:"
+            " pad on the right, or run rows of unequal length one at a time"
+        )
 
 
 # Caches: ours, a (keys, values) pair a layer, and Hugging Face's.
