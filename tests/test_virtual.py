@@ -360,7 +360,9 @@ def test_rows_with_different_prompts_or_none(base):
             with pytest.raises(ValueError, match="one at a time"):
                 call(ids, max_new_tokens=2, adapter_names=[name, "lora", "__base__"])
     model.train().gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="cannot be trained with gradient checkpointing"):
+    with pytest.raises(
+        ValueError, match="cannot be trained with gradient checkpointing"
+    ):
         model(**inputs(), adapter_names=names)
     model.eval()
     lora = ["lora", "__base__", "lora"]  # rows that need nothing in front are as ever
