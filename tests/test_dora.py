@@ -172,9 +172,9 @@ def test_on_top_of_another_adapter_merged_or_not(below):
     alone = run(model)
     model.set_adapter(["below", "dora"])
     model.merge_adapter(["below"])
-    close(run(model), alone, 3e-6)
+    close(run(model), alone)
     model.merge_adapter(["dora"])  # its norm is still that of W + s B A
-    close(run(model), apart, 3e-6)
+    close(run(model), apart)
     model.unmerge_adapter()
     assert torch.equal(run(model), apart)
 
@@ -199,7 +199,7 @@ def test_two_doras_as_in_peft():
         )
         models.append(model)
     close(run(models[0]), run(models[1]))
-    close(run(models[0].merge_and_unload()), run(models[1].merge_and_unload()), 2e-6)
+    close(run(models[0].merge_and_unload()), run(models[1].merge_and_unload()))
 
 
 def test_weights_loaded_afterwards_are_the_ones_measured(tmp_path):

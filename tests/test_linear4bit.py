@@ -414,7 +414,7 @@ def test_merging_is_refused_or_made_dense_or_reported(backend):
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(NotMergeableError, match="dequantize=True"):
             merge()
-    close(run(model), before, 1e-6)
+    close(run(model), before)
     plain = model.merge_and_unload(dequantize=True)
     assert not [m for m in plain.modules() if type(m).__name__ == "Linear4bit"]
     close(run(plain), before, 1e-5)
@@ -426,9 +426,9 @@ def test_merging_is_refused_or_made_dense_or_reported(backend):
         model.merge_adapter(lossy=True)
     differ(run(model), before, 1e-3)
     with model.disable_adapter():
-        close(run(model), base_alone, 1e-6)
+        close(run(model), base_alone)
     model.unmerge_adapter()
-    close(run(model), before, 1e-6)
+    close(run(model), before)
     # what was unmerged no longer counts
     with pytest.warns(UserWarning, match="rounding 6 merged weights"):
         rounded = model.merge_and_unload(lossy=True)

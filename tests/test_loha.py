@@ -82,7 +82,7 @@ def test_dropouts_draw_what_peft_draws(method, fields, tmp_path):
     for each in (model, peft.PeftModel.from_pretrained(HF.make(), str(tmp_path))):
         torch.manual_seed(5)
         outputs.append(run(each.train()))
-    close(*outputs, 2e-6)
+    close(*outputs)
     differ(outputs[0], run(model.eval()))
     assert torch.equal(run(model), run(model))
 
@@ -99,7 +99,7 @@ def test_rank_dropout_keeps_the_mean():
     for some in y:  # whole outputs are missing, the others are made up for
         stay = (some != 0).any(0)
         counts.add(int(stay.sum()))
-        close(some, whole * stay * (len(stay) / stay.sum().clamp(min=1)), 2e-6)
+        close(some, whole * stay * (len(stay) / stay.sum().clamp(min=1)))
     assert counts == set(range(len(stay) + 1))  # from none to all of them
 
 

@@ -137,7 +137,7 @@ def test_every_field_as_in_peft(fields, tmp_path):
     model = adapted(METHODS["lokr"], HF, **fields)
     model.save_pretrained(tmp_path)
     oracle = peft.PeftModel.from_pretrained(HF.make(), str(tmp_path))
-    close(run(oracle), run(model), 2e-6)
+    close(run(oracle), run(model))
     assert (
         sum(p.numel() for n, p in oracle.named_parameters() if "lokr" in n)
         == model.get_nb_trainable_parameters()[0]

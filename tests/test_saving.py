@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from bases import BASES, METHODS, adapted, run
+from bases import BASES, METHODS, adapted, close, run
 from safetensors import safe_open
 
 import minipeft
@@ -94,7 +94,7 @@ def test_a_target_of_another_architecture_does_no_harm_in_a_file(tmp_path):
     model.save_pretrained(str(tmp_path))
     ours = PeftModel.from_pretrained(BASE.make(), tmp_path)
     assert ours.peft_config["default"].target_modules == ["q_proj"]
-    assert torch.allclose(run(ours), run(model), atol=1e-6)
+    close(run(ours), run(model))
 
 
 def test_an_interrupted_save_leaves_the_old_files(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_hadamard_is_the_matrix_of_parities(n):
     parity = sum(((i[:, None] & i[None]) >> k) & 1 for k in range(13)) % 2
     x = torch.randn(3, n, generator=torch.Generator().manual_seed(0))
     close(hadamard(x) / math.sqrt(n), x @ (1.0 - 2 * parity) / math.sqrt(n), 5e-6)
-    close(hadamard(hadamard(x)) / n, x, 2e-6)
+    close(hadamard(hadamard(x)) / n, x)
 
 
 @kinds
@@ -126,7 +126,7 @@ def test_the_model_is_the_base_moved_by_p_theta(name, kind):
     with torch.no_grad():
         for p, s in zip(parameters, step.split([p.numel() for p in parameters])):
             p += s.view_as(p)
-    close(run(model), run(plain), 2e-6)
+    close(run(model), run(plain))
     plain.requires_grad_(True)
     loss_of(plain).backward()
     loss_of(model).backward()
@@ -138,7 +138,7 @@ def test_the_model_is_the_base_moved_by_p_theta(name, kind):
         ]
     )
     # the chain rule: P^T g
-    close(adapter.theta.grad, matrix(adapter.P, 30).T @ gradient, 2e-6)
+    close(adapter.theta.grad, matrix(adapter.P, 30).T @ gradient)
 
 
 def test_structure_aware_has_a_factor_for_each_tensor():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tolerance import tolerance
 from torch import nn
 
 from minipeft.lm.checkpoint import load_checkpoint, save_checkpoint, trained_tensors
@@ -34,6 +35,11 @@ def examples(n=24):
         )
         for i in range(n)
     ]
+
+
+def rounding(value) -> float:
+    """What rounding does to a value of this size that comes out of tiny()."""
+    return tolerance(torch.float32, value, terms=64, steps=2 * 9)
 
 
 def tiny(seed=0):
@@ -103,9 +109,9 @@ def test_only_what_requires_a_gradient_moves():
         p.requires_grad_("bias" in name)
     train(model, examples(), steps=3, **common)
     for (name, p), q in zip(model.named_parameters(), before.parameters()):
-        assert torch.equal(p, q) == (
-            "bias" not in name or "k_proj" in name and torch.allclose(p, q, atol=1e-6)
-        ), name
+        if "k_proj.bias" in name:
+            continue  # the loss does not depend on it: its gradient is rounding
+        assert torch.equal(p, q) == ("bias" not in name), name
 
 
 def test_same_seed_same_weights_and_the_callers_random_numbers_are_left_alone():
@@ -248,9 +254,9 @@ def test_accumulation_is_the_gradient_of_one_large_batch():
         **options,
     )
     b = train(models[1], SimpleNamespace(batch=lambda step: whole), **options)
-    assert a.losses[0] == pytest.approx(b.losses[0], abs=1e-6)
+    assert a.losses[0] == pytest.approx(b.losses[0], abs=rounding(b.losses[0]))
     for p, q in zip(models[0].parameters(), models[1].parameters()):
-        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+        torch.testing.assert_close(p, q, atol=rounding(1), rtol=0)
 
 
 def test_against_a_plain_loop():
@@ -357,9 +363,8 @@ def test_best_checkpoint_is_kept(tmp_path):
     }
     from minipeft.lm.evaluation import completion_loss
 
-    assert completion_loss(best, Letters(), examples(6))["loss"] == pytest.approx(
-        loss, abs=1e-6
-    )
+    found = completion_loss(best, Letters(), examples(6))["loss"]
+    assert found == pytest.approx(loss, abs=rounding(loss))
 
 
 def test_divergence_stops_and_keeps_the_last_good_weights():
