@@ -2,6 +2,17 @@
 
 import importlib
 
+from .compat import (
+    AutoPeftModelForCausalLM,
+    LoftQConfig,
+    PeftType,
+    PromptTuningInit,
+    TaskType,
+    get_peft_config,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from .config import LayerConfig, PeftConfig
 from .errors import AdapterFileError, ConfigError, NotMergeableError, TargetError
 from .methods import (
@@ -26,6 +37,7 @@ from .methods.prefix import initialize_kv_prefix_from_text
 from .model import PeftModel, get_peft_model
 from .quant.kbit import prepare_model_for_kbit_training
 from .slot import Adapter, AdapterNameError, Base, LinearDelta, Slot
+from .status import get_layer_status, get_model_status
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +45,7 @@ __all__ = [
     "Adapter",
     "AdapterFileError",
     "AdapterNameError",
+    "AutoPeftModelForCausalLM",
     "Base",
     "BitFitConfig",
     "BottleneckConfig",
@@ -46,20 +59,30 @@ __all__ = [
     "LinearDelta",
     "LoHaConfig",
     "LoKrConfig",
+    "LoftQConfig",
     "LoraConfig",
     "NotMergeableError",
     "PeftConfig",
     "PeftModel",
+    "PeftType",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptTuningConfig",
+    "PromptTuningInit",
     "Slot",
     "SubspaceConfig",
     "TargetError",
+    "TaskType",
     "VeraConfig",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
     "initialize_kv_prefix_from_text",
+    "inject_adapter_in_model",
     "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
 ]
 
 

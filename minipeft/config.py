@@ -3,6 +3,7 @@ Face's JSON."""
 
 import copy
 import dataclasses
+import enum
 import math
 import types
 import typing
@@ -52,9 +53,11 @@ class PeftConfig(metaclass=ConfigType):
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if dataclasses.is_dataclass(value) and field.type is dict:
-                value = dataclasses.asdict(value)  # such as PEFT's LoftQConfig
-                setattr(self, field.name, value)
+            if isinstance(value, enum.Enum):  # such as TaskType.CAUSAL_LM
+                value = value.value
+            if dataclasses.is_dataclass(value):  # such as LoftQConfig
+                value = dataclasses.asdict(value)
+            setattr(self, field.name, value)
             if not matches_type(value, field.type):
                 expected = getattr(field.type, "__name__", field.type)
                 if typing.get_origin(field.type) is not None:
@@ -128,16 +131,7 @@ class PeftConfig(metaclass=ConfigType):
         """The configuration that Hugging Face's JSON describes. Raises ConfigError where
         it asks for what is not built here."""
         data = dict(data)
-        peft_type = data.pop("peft_type", None)
-        if not isinstance(peft_type, str) or peft_type not in METHODS:
-            problem = f"unknown peft_type {io.brief(peft_type)}"
-            if peft_type is None:
-                problem = "no peft_type"
-            raise ConfigError(
-                f"{problem}{io.did_you_mean(peft_type, METHODS)}; expected one of"
-                f" {', '.join(METHODS)}"
-            )
-        method = METHODS[peft_type]
+        method = method_of(data.pop("peft_type", None))
         names = {field.name for field in dataclasses.fields(method)}
         data = {k: v for k, v in data.items() if k in names or k not in NOTES}
         return method(**method.from_file_fields(data))
@@ -165,6 +159,8 @@ class PeftConfig(metaclass=ConfigType):
         for name, value in given.items():
             if name in names:
                 known[name] = value
+            elif name == "peft_version":
+                continue
             elif name == "peft_type" and value in (None, cls.peft_type):
                 continue
             elif name in UNSUPPORTED:
@@ -233,14 +229,29 @@ def asks_for_nothing(value, nothing):
     return not value or value == nothing
 
 
+def method_of(peft_type):
+    """The dataclass of a peft_type. Raises ConfigError where there is none."""
+    if isinstance(peft_type, str) and peft_type in METHODS:
+        return METHODS[peft_type]
+    problem = f"unknown peft_type {io.brief(peft_type)}"
+    if peft_type is None:
+        problem = "no peft_type"
+    raise ConfigError(
+        f"{problem}{io.did_you_mean(peft_type, METHODS)}; expected one of"
+        f" {', '.join(METHODS)}"
+    )
+
+
 def as_config(config):
     """A configuration of this package, from one of Hugging Face PEFT's or its dict."""
     if isinstance(config, PeftConfig):
         return config
+    is_object = not isinstance(config, type)
+    if is_object and hasattr(config, "peft_type") and hasattr(config, "to_dict"):
+        config = config.to_dict()
     if isinstance(config, dict):
-        return PeftConfig.from_dict(config)
-    if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
-        return PeftConfig.from_dict(config.to_dict())
+        fields = dict(config)
+        return method_of(fields.pop("peft_type", None))(**fields)
     raise ConfigError(
         f"expected a configuration such as LoraConfig(), found {io.brief(config)}"
     )

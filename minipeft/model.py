@@ -3,6 +3,7 @@
 What touches several layers at once is done for all of them or for none.
 """
 
+import dataclasses
 import inspect
 import tempfile
 import warnings
@@ -13,26 +14,37 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import merging, saving, targets, weighted
+from . import merging, saving, status, targets, weighted
 from .config import as_config
 from .errors import ConfigError, TargetError
 from .io import brief, did_you_mean
 from .methods import lora_init
+from .methods.adalora import AdaLoraConfig, RankAllocator
 from .methods.modules_to_save import ModuleCopy
 from .slot import ActiveAdapters, AdapterNameError, Base, ModelSlot, RowAdapters, Slot
 from .weights import device_and_dtype, logical_numel, undo_bnb_cpu_repacking
 
 
 def get_peft_model(
-    model, peft_config, adapter_name="default", autocast_adapter_dtype=True
+    model,
+    peft_config,
+    adapter_name="default",
+    mixed=False,
+    autocast_adapter_dtype=True,
+    revision=None,
+    low_cpu_mem_usage=False,
 ):
     """`model`, frozen, with a new adapter. Layers get their slots in place; `unload`
     takes them out again.
 
+    peft_config: of this package, of Hugging Face PEFT, or a dict with peft_type.
     Adapters of a 16-bit model are kept in 32 bits, unless autocast_adapter_dtype is
-    False. Raises ConfigError, TargetError or AdapterNameError, and then leaves the
-    model as it was.
+    False. revision: of the base, noted in files. mixed and low_cpu_mem_usage have no
+    effect: methods can always be mixed. Raises ConfigError, TargetError or
+    AdapterNameError, and then leaves the model as it was.
     """
+    if revision is not None:
+        peft_config = dataclasses.replace(as_config(peft_config), revision=revision)
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
 
 
@@ -58,6 +70,7 @@ class PeftModel(nn.Module):
         # what an adapter shares over its slots is owned here, and lent to them
         self.shared = nn.ModuleDict()
         self.peft_config = {}
+        self._allocators = {}  # {name of an AdaLoRA: its RankAllocator}
         with self._adding(adapter_name, peft_config, autocast_adapter_dtype) as new:
             if tensors is not None:
                 saving.load_tensors(new, tensors)
@@ -136,6 +149,11 @@ class PeftModel(nn.Module):
             if len(self.active_adapters) == 1
             else self.active_adapters
         )
+
+    @property
+    def active_peft_config(self):
+        """The configuration of the active adapter, the first of several."""
+        return self.peft_config[self.active_adapters[0]]
 
     @property
     def merged_adapters(self):
@@ -230,6 +248,8 @@ class PeftModel(nn.Module):
             adapter.requires_grad_(False)
         self._put_in(name, adapters, slots, sites)
         self.peft_config[name] = config
+        if isinstance(config, AdaLoraConfig):  # PEFT's scripts call it there
+            self.base_model.update_and_allocate = self.update_and_allocate
 
     def _put_in(self, name, adapters, slots, sites):
         shared = adapters.get(None)
@@ -284,8 +304,8 @@ class PeftModel(nn.Module):
         self,
         adapter_name,
         peft_config,
-        autocast_adapter_dtype=True,
         low_cpu_mem_usage=False,
+        autocast_adapter_dtype=True,
     ):
         """One more adapter, inactive until `set_adapter`. Any method can stand beside
         any other. low_cpu_mem_usage has no effect."""
@@ -327,6 +347,7 @@ class PeftModel(nn.Module):
             if adapter_name in self.shared:
                 del self.shared[adapter_name]
             del self.peft_config[adapter_name]
+            self._allocators.pop(adapter_name, None)
             active.merged = [name for name in active.merged if name != adapter_name]
         rest = self.base_model.active.names = [
             name for name in self.active_adapters if name != adapter_name
@@ -577,6 +598,24 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {everything:,d} || "
             f"trainable%: {100 * trainable / everything:.4f}"
         )
+
+    def get_layer_status(self):
+        """[LayerStatus] of each layer with adapters."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self):
+        """ModelStatus: counts, and what is active, merged and trained."""
+        return status.get_model_status(self)
+
+    def update_and_allocate(self, global_step):
+        """AdaLoRA's budget after `global_step` steps, of each active AdaLoRA. Call it
+        after optimizer.step() and before zero_grad(), for it reads the gradients."""
+        for name in self.active_adapters:
+            if isinstance(self.peft_config[name], AdaLoraConfig):
+                if name not in self._allocators:
+                    self._allocators[name] = RankAllocator(self, name)
+                self._allocators[name].steps = global_step - 1
+                self._allocators[name].step()
 
     def gradient_checkpointing_enable(self, *args, **kwargs):
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)

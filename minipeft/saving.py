@@ -6,7 +6,6 @@ adapter. The adapter's own name is not in it: it is chosen again on loading.
 """
 
 import copy
-import inspect
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -282,26 +281,30 @@ def same(here, saved):
     return torch.equal(here.detach().cpu(), saved.to("cpu", here.dtype))
 
 
-def hub_arguments(given):
-    """The arguments of PEFT's loaders that lead to files: revision, subfolder, token ...
-    Those that only say where tensors are put in between have no effect here: adapters
-    are created beside the layers that they adapt. Raises TypeError for others."""
-    from huggingface_hub import snapshot_download
+# arguments of PEFT's loaders that lead to files; that say where tensors are put while
+# loading; that ask for what is not built
+HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+PLACING = ("torch_device", "low_cpu_mem_usage", "device_map", "max_memory")
+NOT_BUILT = {
+    "ephemeral_gpu_offload": "weights are not moved between devices",
+    "key_mapping": "rename the keys in the file",
+    "ignore_mismatched_sizes": "every tensor has to fit",
+    "offload_folder": "weights are not offloaded",
+    "offload_dir": "weights are not offloaded",
+    "offload_index": "weights are not offloaded",
+}
 
-    known = {*inspect.signature(snapshot_download).parameters, "subfolder"}
-    placing = {"torch_device", "low_cpu_mem_usage", "device_map", "max_memory"}
-    missing = {
-        "ephemeral_gpu_offload": "weights are not moved between devices as it runs",
-        "key_mapping": "rename the keys in the file",
-        "ignore_mismatched_sizes": "every tensor has to fit",
-        "offload_folder": "weights are not offloaded",
-        "offload_dir": "weights are not offloaded",
-        "offload_index": "weights are not offloaded",
-    }
+
+def hub_arguments(given):
+    """Those of PEFT's loaders' arguments that lead to files. Those of PLACING have no
+    effect: adapters are created beside the layers that they adapt. Raises ConfigError
+    for what is not built, TypeError for unknown names."""
     for name, value in given.items():
-        if name in missing and value:
-            raise ConfigError(f"{name}={io.brief(value)} is not built: {missing[name]}")
-        if name not in known | placing | missing.keys():
-            hint = io.did_you_mean(name, known | placing)
+        if name in NOT_BUILT and value:
+            raise ConfigError(
+                f"{name}={io.brief(value)} is not built: {NOT_BUILT[name]}"
+            )
+        if name not in (*HUB, *PLACING, *NOT_BUILT):
+            hint = io.did_you_mean(name, (*HUB, *PLACING))
             raise TypeError(f"unexpected argument {name!r}{hint}")
-    return {k: v for k, v in given.items() if k in known and v is not None}
+    return {name: given[name] for name in HUB if given.get(name) is not None}

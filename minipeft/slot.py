@@ -247,13 +247,29 @@ class Slot(nn.Module):
         self.unmerged_params = []
         self.quant_error = []
 
-    def __getattr__(self, name):  # weight, in_features ...: the layer's
+    def get_base_layer(self):
+        return self.base_layer
+
+    def __getattr__(self, name):
+        """weight, in_features ...: the layer's. lora_A, scaling ...: {adapter's name:
+        its own}, as in Hugging Face PEFT."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == self.layer_name:
+            if name in (self.layer_name, "adapters"):
                 raise
+        try:
             return getattr(self.base_layer, name)
+        except AttributeError:
+            found = {
+                adapter_name: getattr(adapter, name)
+                for adapter_name, adapter in self.adapters.items()
+                if name in {*adapter._parameters, *adapter._modules}
+                or (name == "scaling" and hasattr(adapter, name))
+            }
+            if not found:
+                raise
+            return found
 
 
 class ModelSlot(Slot):

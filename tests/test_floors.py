@@ -15,11 +15,13 @@ FLOORS = [
     ["targets"],
     ["kernels"],
     ["slot"],
+    ["status"],
     ["config", "quant", "model_card"],
     ["methods", "optim"],
     ["saving"],
     ["weighted", "merging"],
     ["model"],
+    ["compat"],
 ]
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}
 # all that `import minipeft` may need

@@ -14,6 +14,8 @@ change.
 """
 
 import math
+import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -111,9 +113,23 @@ class LoraConfig(LayerConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise
     # for PEFT; here the layer's class says how its weight is stored
     fan_in_fan_out: bool = False
+    # PEFT: tied embeddings share their adapters. Here: refused where they are tied
+    ensure_weight_tying: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            warnings.warn(
+                f"loftq_config = {self.loftq_config} is ignored: it belongs to"
+                " init_lora_weights='loftq'",
+                stacklevel=5,
+            )
+            self.loftq_config = {}
+        if self.lora_alpha == 0:
+            warnings.warn(
+                "lora_alpha = 0: the adapter is multiplied by zero and does not train",
+                stacklevel=5,
+            )
         self.check_positive("r", **self.rank_pattern)
         self.check_probability("lora_dropout")
         if self.bias != "none":
@@ -125,6 +141,28 @@ class LoraConfig(LayerConfig):
             lora_init.find(self.init_lora_weights)
         if self.use_dora and self.lora_bias:
             raise ConfigError("use_dora has no lora_bias: DoRA's B has no bias")
+
+    @classmethod
+    def from_file_fields(cls, data):
+        init = data.get("init_lora_weights")
+        if init in ("eva", "orthogonal", "mica"):  # the base stays as it is
+            data = data | {"init_lora_weights": True}
+        elif init in ("corda", "lora_ga"):
+            raise ConfigError(
+                f"init_lora_weights = {init!r} changed the base, and is not built here:"
+                " save the adapter as a plain LoRA with PEFT's"
+                " path_initial_model_for_weight_conversion; or, for the changed base"
+                ' itself, write "init_lora_weights": true into the file'
+            )
+        if init != "loftq":
+            data = {k: v for k, v in data.items() if k != "loftq_config"}
+        return super().from_file_fields(data)
+
+    def select(self, model):
+        found = super().select(model)
+        if self.ensure_weight_tying:
+            check_untied(model, found, self.modules_to_save or ())
+        return found
 
     def on_load(self):
         if "niter" in str(self.init_lora_weights):
@@ -153,6 +191,20 @@ class LoraConfig(LayerConfig):
             if getattr(self, name):
                 raise TargetError(f"{name} is for linear layers, not for embeddings")
         return LoraEmbedding
+
+def check_untied(model, found, modules_to_save):
+    """ConfigError where a module that is adapted or copied shares its weight."""
+    modules = targets.modules_by_path(model)
+    owners = Counter(
+        id(p) for m in modules.values() for p in m._parameters.values() if p is not None
+    )
+    found = {*found, *targets.find_targets(modules, modules_to_save, targets.ends_with)}
+    for path in found:
+        if any(owners[id(p)] > 1 for p in modules[path].parameters(recurse=False)):
+            raise ConfigError(
+                f"ensure_weight_tying: {path} shares its weight with another module,"
+                " and adapters or copies of the two are not tied here"
+            )
 
 
 @dataclass(kw_only=True)

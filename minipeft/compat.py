@@ -1,0 +1,94 @@
+"""Further names of Hugging Face PEFT, for scripts that were written for it. Each does
+what PEFT's does; tests/test_peft_compat.py compares them."""
+
+import enum
+from dataclasses import dataclass
+
+from . import saving
+from .config import METHODS, PeftConfig, as_config
+from .errors import ConfigError, TargetError
+from .model import PeftModel
+from .peft_tables import TASK_HEADS
+
+TaskType = enum.Enum("TaskType", {name: name for name in TASK_HEADS}, type=str)
+PeftType = enum.Enum("PeftType", {name: name for name in METHODS}, type=str)
+PromptTuningInit = enum.Enum(
+    "PromptTuningInit",
+    {name: name for name in ("TEXT", "SAMPLE_VOCAB", "RANDOM")},
+    type=str,
+)
+
+
+@dataclass
+class LoftQConfig:
+    """The settings of init_lora_weights="loftq", as an object in place of a dict."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+
+def get_peft_config(config_dict):
+    """The configuration of a dict with peft_type. Raises ConfigError, or TypeError for
+    fields that its method has not."""
+    return as_config(dict(config_dict))
+
+
+def get_peft_model_state_dict(model, state_dict=None, adapter_name="default"):
+    """{key: tensor} of an adapter, with the keys that its file has."""
+    adapters = model._adapters_by_path(*model._check_names(adapter_name))
+    if state_dict is not None:
+        adapters = saving.filled_copies(model, adapters, state_dict)
+    return saving.adapter_state_dict(adapters)
+
+
+def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default"):
+    """Give an adapter the values of {key: tensor}: all of them, or AdapterFileError and
+    none. (PEFT reports missing and unexpected keys instead.)"""
+    adapters = model._adapters_by_path(*model._check_names(adapter_name))
+    saving.load_tensors(adapters, peft_model_state_dict)
+
+
+def inject_adapter_in_model(peft_config, model, adapter_name="default"):
+    """Put an adapter into `model`, in place, and return the model itself. Raises
+    ConfigError for methods that stand around the model or share parts over layers."""
+    adapted = PeftModel(model, peft_config, adapter_name)
+    if adapted.shared or adapted.base_model.adapters:
+        adapted.unload()
+        raise ConfigError(
+            f"a {type(as_config(peft_config)).__name__} does not live in layers alone:"
+            " use get_peft_model"
+        )
+    return model
+
+
+class AutoPeftModelForCausalLM:
+    """Loads an adapter together with its base, by transformers."""
+
+    @classmethod
+    def from_pretrained(
+        cls, model_id, adapter_name="default", is_trainable=False, config=None, **more
+    ):
+        """The PeftModel of the adapter in folder `model_id`, or of that name on the hub,
+        on the base that its configuration names. more: arguments of transformers'
+        AutoModelForCausalLM.from_pretrained, such as dtype, and of
+        PeftModel.from_pretrained, such as subfolder or revision of the adapter."""
+        from transformers import AutoModelForCausalLM
+
+        hub_names = {"revision", "subfolder", "token", "cache_dir", "local_files_only"}
+        hub = {name: more.pop(name) for name in hub_names & more.keys()}
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, **hub)
+        config = as_config(config)
+        if not config.base_model_name_or_path:
+            raise TargetError(
+                f"{model_id} does not say which base it is for: load that, and call"
+                " PeftModel.from_pretrained(base, ...)"
+            )
+        if "token" in hub:
+            more["token"] = hub["token"]
+        base = AutoModelForCausalLM.from_pretrained(
+            config.base_model_name_or_path, revision=config.revision, **more
+        )
+        return PeftModel.from_pretrained(
+            base, model_id, adapter_name, is_trainable, config, **hub
+        )

@@ -1,0 +1,706 @@
+"""Scripts written for Hugging Face PEFT: imports, arguments, objects. PEFT is the oracle."""
+
+import copy
+import inspect
+import json
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+import transformers
+from bases import BASES, METHODS, adapted, close, differ, inputs, run
+from safetensors.torch import load_file
+
+import minipeft
+from minipeft import (
+    AdapterFileError,
+    ConfigError,
+    LoraConfig,
+    PeftModel,
+    TargetError,
+    get_peft_model,
+)
+
+BASE, LORA = BASES["hf_llama"], METHODS["lora"]
+FIELDS = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "AutoPeftModelForCausalLM",
+            "LoftQConfig",
+            "PeftType",
+            "PromptTuningInit",
+            "TaskType",
+            "get_layer_status",
+            "get_model_status",
+            "get_peft_config",
+            "get_peft_model",
+            "get_peft_model_state_dict",
+            "inject_adapter_in_model",
+            "prepare_model_for_kbit_training",
+            "set_peft_model_state_dict",
+        ],
+    )
+    def test_imports(self, name):
+        assert hasattr(peft, name) and name in minipeft.__all__
+
+    @pytest.mark.parametrize("name", ["TaskType", "PeftType", "PromptTuningInit"])
+    def test_enumerations(self, name):
+        ours, theirs = getattr(minipeft, name), getattr(peft, name)
+        both = ours.__members__.keys() & theirs.__members__.keys()
+        assert len(both) >= 3 and all(ours[key] == theirs[key] for key in both)
+        assert json.dumps(ours[min(both)]) == json.dumps(theirs[min(both)])
+
+    def test_members_of_enumerations_are_values(self):
+        config = LoraConfig(task_type=minipeft.TaskType.CAUSAL_LM)
+        assert config.task_type == "CAUSAL_LM" and type(config.task_type) is str
+        for package in (minipeft, peft):
+            prompt = minipeft.PromptTuningConfig(
+                num_virtual_tokens=2,
+                prompt_tuning_init=package.PromptTuningInit.SAMPLE_VOCAB,
+            )
+            assert prompt.prompt_tuning_init == "SAMPLE_VOCAB"
+
+    @pytest.mark.parametrize(
+        "function", ["get_peft_model", "PeftModel.add_adapter"], ids=str
+    )
+    def test_arguments_stand_in_the_same_order(self, function):
+        ours, theirs = (
+            list(inspect.signature(eval(f"{package}.{function}")).parameters)
+            for package in ("minipeft", "peft")
+        )
+        assert ours == [name for name in theirs if name in ours]
+
+    @pytest.mark.parametrize("method", ["save_pretrained", "from_pretrained"])
+    def test_arguments_of_files(self, method):
+        ours, theirs = (
+            list(inspect.signature(getattr(package.PeftModel, method)).parameters)
+            for package in (minipeft, peft)
+        )
+        named = [name for name in theirs if name in ours]
+        assert [name for name in ours if name in named] == named
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize("method", ["lora", "ia3", "vera", "loha", "prompt"])
+    def test_one_of_peft_is_taken(self, method):
+        method = METHODS[method]
+        theirs = method.theirs(BASE)
+        ours = get_peft_model(BASE.make(), theirs)
+        assert type(ours.peft_config["default"]).__name__ == method.config
+        assert (
+            ours.get_nb_trainable_parameters()
+            == (
+                peft.get_peft_model(BASE.make(), method.theirs(BASE))
+            ).get_nb_trainable_parameters()
+        )
+
+    def test_a_dict_is_taken(self):
+        data = {"peft_type": "LORA", **FIELDS}
+        assert minipeft.get_peft_config(data) == LoraConfig(**FIELDS)
+        model = get_peft_model(BASE.make(), data)
+        assert model.peft_config["default"].r == 4
+        model.add_adapter("b", peft.LoraConfig(**FIELDS))
+        assert model.peft_config["b"].r == 4
+
+    @pytest.mark.parametrize("wrong", ["lora", None, LoraConfig, ["LORA"]])
+    def test_what_is_no_configuration(self, wrong):
+        with pytest.raises(ConfigError, match="expected a configuration such as"):
+            get_peft_model(BASE.make(), wrong)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            peft.LoraConfig(target_parameters=["q_proj.weight"]),
+            peft.LoraConfig(init_lora_weights="eva"),
+            {"peft_type": "LORA", "layer_replication": [[0, 1]]},
+            {"peft_type": "OFT"},
+        ],
+        ids=str,
+    )
+    def test_requests_for_what_is_not_built(self, config):
+        with pytest.raises(ConfigError):
+            get_peft_model(BASE.make(), config)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            LoraConfig(),
+            LoraConfig(target_modules="all-linear"),
+            LoraConfig(task_type="SEQ_CLS"),
+            minipeft.IA3Config(),
+            minipeft.LNTuningConfig(),
+            minipeft.PromptTuningConfig(num_virtual_tokens=2),
+            minipeft.BottleneckConfig(train_layernorm=True),
+            minipeft.SubspaceConfig(d=20),
+        ],
+        ids=lambda config: type(config).__name__,
+    )
+    def test_the_users_own_object_stays_as_it_is(self, config):
+        before = copy.deepcopy(config)
+        model = get_peft_model(BASE.make(), config)
+        assert config == before
+        resolved = model.peft_config["default"]
+        assert resolved is not config
+        if hasattr(config, "target_modules"):
+            assert isinstance(resolved.target_modules, list)
+
+    def test_loftq_config_as_an_object(self):
+        for package in (minipeft, peft):
+            config = LoraConfig(
+                init_lora_weights="loftq",
+                loftq_config=package.LoftQConfig(loftq_bits=8),
+            )
+            assert config.loftq_config == {"loftq_bits": 8, "loftq_iter": 1}
+
+    @pytest.mark.parametrize("init", [True, "gaussian", "pissa"])
+    def test_loftq_config_without_loftq_is_said(self, init):
+        config = dict(init_lora_weights=init, loftq_config={"loftq_bits": 4})
+        for package in (peft, minipeft):
+            with pytest.warns(UserWarning, match="loftq_config.*ignored"):
+                assert package.LoraConfig(**config).loftq_config == {}
+
+    @pytest.mark.parametrize("pattern", ["layers", ["layers", "h"], r"layers|h"])
+    def test_layers_pattern_without_layers_to_transform(self, pattern):
+        for package in (peft, minipeft):
+            with pytest.raises(ValueError, match="layers_to_transform"):
+                package.LoraConfig(layers_pattern=pattern)
+
+    @pytest.mark.parametrize("empty", [[], None])
+    def test_empty_layers_to_transform_means_all(self, empty):
+        ours = get_peft_model(
+            BASE.make(), LoraConfig(**FIELDS, layers_to_transform=empty)
+        )
+        theirs = peft.get_peft_model(
+            BASE.make(), peft.LoraConfig(**FIELDS, layers_to_transform=empty)
+        )
+        assert (
+            ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+        )
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            dict(rank_pattern={"q_prj": 2}),
+            dict(alpha_pattern={"down_proj": 2}),
+            dict(rank_pattern={"q_proj": 2, r"layers\.7\..*": 2}),
+        ],
+    )
+    def test_patterns_that_match_no_target(self, fields):
+        with pytest.raises(TargetError, match="pattern finds no module for"):
+            get_peft_model(BASE.make(), LoraConfig(**FIELDS, **fields))
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("field", ["lora_alpha", "lora_dropout"])
+    def test_numbers_are_finite(self, field, value):
+        with pytest.raises(ConfigError, match=f"{field} = "):
+            LoraConfig(**{field: value})
+
+    def test_alpha_zero_is_said(self):
+        with pytest.warns(UserWarning, match="does not train"):
+            LoraConfig(lora_alpha=0)
+
+
+class TestTasks:
+    @pytest.mark.parametrize(
+        "task, name, head",
+        [
+            ("QUESTION_ANS", "LlamaForQuestionAnswering", "qa_outputs"),
+            ("QUESTION_ANS", "Qwen2ForQuestionAnswering", "qa_outputs"),
+            ("SEQ_CLS", "LlamaForSequenceClassification", "score"),
+            ("TOKEN_CLS", "LlamaForTokenClassification", "score"),
+        ],
+    )
+    def test_new_heads_are_trained_and_saved(self, task, name, head, tmp_path):
+        def base():
+            torch.manual_seed(0)
+            sizes = dict(
+                vocab_size=40,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                pad_token_id=0,
+            )
+            kind = getattr(transformers, name)
+            return kind(kind.config_class(**sizes)).eval()
+
+        states = []
+        for package in (minipeft, peft):
+            model = package.get_peft_model(
+                base(), package.LoraConfig(**FIELDS, task_type=task)
+            )
+            trained = [n for n, p in model.named_parameters() if p.requires_grad]
+            assert any(head in name for name in trained)
+            model.save_pretrained(str(tmp_path / package.__name__))
+            states.append(
+                load_file(tmp_path / package.__name__ / "adapter_model.safetensors")
+            )
+        assert states[0].keys() == states[1].keys()
+        loaded = peft.PeftModel.from_pretrained(base(), str(tmp_path / "minipeft"))
+        again = PeftModel.from_pretrained(base(), tmp_path / "peft")
+        for model in (loaded, again):
+            assert any(head in key for key in model.state_dict() if "default" in key)
+
+
+class TestObjects:
+    def test_layers(self):
+        model = adapted(LORA, BASE)
+        theirs = peft.get_peft_model(BASE.make(), LORA.theirs(BASE))
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        wanted = theirs.base_model.model.model.layers[0].self_attn.q_proj
+        for name in ("lora_A", "lora_B"):
+            shape = getattr(wanted, name)["default"].weight.shape
+            assert getattr(layer, name)["default"].weight.shape == shape
+        assert layer.scaling["default"] == wanted.scaling["default"]
+        assert torch.equal(
+            layer.get_base_layer().weight, wanted.get_base_layer().weight
+        )
+        assert model.active_peft_config is model.peft_config["default"]
+        with pytest.raises(AttributeError):
+            layer.lora_C  # noqa: B018
+
+    @pytest.mark.parametrize(
+        "method, name",
+        [("ia3", "ia3_l"), ("loha", "hada_w1_a"), ("vera", "vera_lambda_d")],
+    )
+    def test_layers_of_other_methods(self, method, name):
+        ours = get_peft_model(BASE.make(), METHODS[method].ours(BASE))
+        theirs = peft.get_peft_model(BASE.make(), METHODS[method].theirs(BASE))
+        path = "model.layers.1.mlp.down_proj"
+        ours, theirs = (m.get_base_model().get_submodule(path) for m in (ours, theirs))
+        assert getattr(ours, name)["default"].shape == (
+            getattr(theirs, name)["default"].shape
+        )
+
+    def test_status(self):
+        def two(package, config):
+            model = package.get_peft_model(BASE.make(), config(**FIELDS))
+            model.add_adapter("b", config(r=2, target_modules=["q_proj"]))
+            return model
+
+        ours = two(minipeft, LoraConfig)
+        theirs = two(peft, peft.LoraConfig)
+        for change in ("start", "merge", "switch"):
+            for model in (ours, theirs):
+                if change == "merge":
+                    model.merge_adapter()
+                if change == "switch":
+                    model.unmerge_adapter()
+                    model.set_adapter("b")
+            mine, wanted = ours.get_model_status(), theirs.get_model_status()
+            for field in (
+                "base_model_type",
+                "peft_types",
+                "trainable_params",
+                "total_params",
+                "num_adapter_layers",
+                "enabled",
+                "active_adapters",
+                "available_adapters",
+                "merged_adapters",
+                "requires_grad",
+                "devices",
+                "quantization_backend",
+            ):
+                assert getattr(mine, field) == getattr(wanted, field), (change, field)
+            layers = zip(
+                ours.get_layer_status(), theirs.get_layer_status(), strict=True
+            )
+            for mine, wanted in layers:
+                assert mine.name == wanted.name
+                assert mine.available_adapters == wanted.available_adapters
+                assert mine.merged_adapters == wanted.merged_adapters
+                assert mine.requires_grad == wanted.requires_grad
+
+    def test_the_budget_of_adalora(self):
+        model = get_peft_model(BASE.make(), METHODS["adalora"].ours(BASE)).train()
+        other = copy.deepcopy(model)
+        assert other.base_model.update_and_allocate.__self__ is other
+        from minipeft.methods.adalora import RankAllocator
+
+        allocator = RankAllocator(other)
+        for step in range(1, 11):
+            for each in (model, other):
+                each.zero_grad()
+                each(**inputs(), labels=inputs()["input_ids"]).loss.backward()
+            model.base_model.update_and_allocate(step)
+            allocator.step()
+        ours, wanted = (m.peft_config["default"].rank_pattern for m in (model, other))
+        assert ours == wanted and sum(map(sum, ours.values())) == 3 * len(ours)
+
+    def test_state_dicts(self):
+        ours = adapted(LORA, BASE)
+        theirs = peft.get_peft_model(BASE.make(), LORA.theirs(BASE))
+        state = minipeft.get_peft_model_state_dict(ours)
+        assert state.keys() == peft.get_peft_model_state_dict(theirs).keys()
+        peft.set_peft_model_state_dict(theirs, state)
+        close(run(ours), run(theirs))
+        fresh = get_peft_model(BASE.make(), LORA.ours(BASE))
+        minipeft.set_peft_model_state_dict(fresh, state)
+        assert torch.equal(run(fresh), run(ours))
+        whole = ours.state_dict()
+        again = minipeft.get_peft_model_state_dict(fresh, state_dict=whole)
+        assert all(torch.equal(again[key], state[key]) for key in state)
+
+    def test_injection(self):
+        model = BASE.make()
+        before = run(model)
+        config = LoraConfig(**FIELDS, init_lora_weights=False)
+        assert minipeft.inject_adapter_in_model(config, model, "b") is model
+        differ(run(model), before)
+        assert minipeft.get_layer_status(model)[0].available_adapters == ["b"]
+        for method in ("vera", "prompt", "subspace"):
+            base = BASE.make()
+            with pytest.raises(ConfigError, match="use get_peft_model"):
+                minipeft.inject_adapter_in_model(METHODS[method].ours(BASE), base)
+            assert torch.equal(run(base), before)
+
+
+class TestWhatFallsThrough:
+    def test_nothing_saves_or_resizes_behind_the_adapters(self):
+        """Every public method of a Hugging Face model whose name says that it saves,
+        uploads, resizes or ties is PeftModel's own, or known to be harmless."""
+        words = ("save", "push", "upload", "resize", "tie", "adapter", "pretrained")
+        harmless = {  # of no effect on weights, or about other things
+            "barrier_after_gathered_checkpoint_save",
+            "gather_sharded_state_dict_for_save",
+            "resize_position_embeddings",  # not implemented by decoders
+            "can_generate",
+            "hotswap_adapter",
+            "get_adapter_state_dict",
+            "enable_adapters",  # transformers' own adapters: there are none, it says so
+            "disable_adapters",
+            "tie_embeddings_and_encoder_decoder",
+            "get_expanded_tied_weights_keys",
+            "recompute_tied_weights",
+            "mark_tied_weights_as_initialized",
+            "all_tied_weights_keys",
+            "active_adapters",
+            "active_adapter",
+            "properties",
+            "save_original_format",
+        }
+        for name in dir(BASE.make()):
+            if name.startswith("_") or not any(word in name for word in words):
+                continue
+            own = name in vars(PeftModel) or name in harmless
+            assert own, f"{name} falls through to the base"
+
+    @pytest.mark.parametrize("wrong", ["get_layer_statuss", "merge_and_unlod", "sav"])
+    def test_an_unknown_attribute_names_the_peft_model(self, wrong):
+        with pytest.raises(AttributeError, match=f"neither PeftModel.*{wrong}"):
+            getattr(adapted(LORA, BASE), wrong)
+        with pytest.raises(AttributeError, match="did you mean 'get_layer_status'"):
+            adapted(LORA, BASE).get_layer_statuss  # noqa: B018
+
+    def test_resizing(self):
+        models = [
+            adapted(LORA, BASE),
+            peft.get_peft_model(BASE.make(), LORA.theirs(BASE)),
+        ]
+        for model in models:
+            model.resize_token_embeddings(44)
+            assert run(model).shape[-1] == 44
+        for targets in (["embed_tokens"], ["q_proj", "lm_head"]):
+            model = get_peft_model(BASE.make(), LoraConfig(target_modules=targets))
+            before = run(model)
+            for method in (model.resize_token_embeddings, model.tie_weights):
+                with pytest.raises(TargetError, match="carries an adapter"):
+                    method()
+            assert torch.equal(run(model), before)
+        model = get_peft_model(
+            BASE.make(), LoraConfig(**FIELDS, modules_to_save=["lm_head"])
+        )
+        with pytest.raises(TargetError, match="lm_head carries an adapter"):
+            model.resize_token_embeddings(44)
+
+
+class Hub:
+    """A stand-in for the Hugging Face hub: a folder for each repository."""
+
+    def __init__(self, root):
+        self.root = root
+        self.calls = []
+
+    def __call__(self, token=None):
+        self.token = token
+        return self
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        self.calls.append((repo_id, private, exist_ok))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, **more):
+        import shutil
+
+        self.calls.append((commit_message, more))
+        shutil.copytree(folder_path, self.root / repo_id)
+        return "commit"
+
+
+class TestHub:
+    def test_uploading(self, tmp_path, monkeypatch):
+        hub = Hub(tmp_path)
+        monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+        model = adapted(LORA, BASE)
+        model.add_adapter("b", LORA.ours(BASE))
+        done = model.push_to_hub("me/adapter", private=True, token="t", revision="v1")
+        assert done == "commit" and hub.token == "t"
+        assert hub.calls == [
+            ("me/adapter", True, True),
+            ("Upload adapter", {"revision": "v1"}),
+        ]
+        files = {p.name for p in (tmp_path / "me/adapter").iterdir()}
+        assert files == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "b",
+        }
+        again = PeftModel.from_pretrained(BASE.make(), tmp_path / "me/adapter")
+        assert torch.equal(run(again), run(model))
+        model.push_to_hub("me/other", selected_adapters=["b"])
+        assert {p.name for p in (tmp_path / "me/other").iterdir()} == {"b"}
+
+    def test_loading_with_a_subfolder_and_a_revision(self, tmp_path, monkeypatch):
+        model = adapted(LORA, BASE, "b")
+        model.save_pretrained(tmp_path)
+        asked = []
+
+        def download(name, **kwargs):
+            asked.append((name, kwargs))
+            return str(tmp_path)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        options = dict(subfolder="b", revision="v1", token="t")
+        again = PeftModel.from_pretrained(BASE.make(), "me/adapter", **options)
+        assert torch.equal(run(again), run(model))
+        again.load_adapter("me/adapter", "c", **options)
+        wanted = ["b/adapter_config.json", "b/adapter_model.safetensors"]
+        call = ("me/adapter", dict(allow_patterns=wanted, revision="v1", token="t"))
+        assert asked == [call, call]
+        config = minipeft.PeftConfig.from_pretrained(tmp_path, subfolder="b")
+        assert config.r == 4
+
+
+class TestLoading:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        adapted(LORA, BASE).save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_arguments_without_effect(self, folder):
+        wanted = run(PeftModel.from_pretrained(BASE.make(), folder))
+        for options in (
+            dict(torch_device="cpu"),
+            dict(low_cpu_mem_usage=True),
+            dict(device_map="auto", token=None, revision=None),
+            dict(ephemeral_gpu_offload=False, key_mapping=None),
+        ):
+            model = PeftModel.from_pretrained(BASE.make(), folder, **options)
+            assert torch.equal(run(model), wanted)
+            theirs = peft.PeftModel.from_pretrained(BASE.make(), str(folder), **options)
+            close(run(theirs), wanted)
+
+    def test_arguments_that_are_refused(self, folder):
+        for options in (
+            dict(ephemeral_gpu_offload=True),
+            dict(key_mapping={"a": "b"}),
+            dict(ignore_mismatched_sizes=True),
+        ):
+            with pytest.raises(ConfigError, match="not built"):
+                PeftModel.from_pretrained(BASE.make(), folder, **options)
+        with pytest.raises(TypeError, match="'revison' .did you mean 'revision'"):
+            PeftModel.from_pretrained(BASE.make(), folder, revison="v1")
+
+    def test_a_configuration_in_place_of_the_files(self, folder):
+        config = LORA.ours(BASE, lora_alpha=16)
+        before = copy.deepcopy(config)
+        ours = PeftModel.from_pretrained(BASE.make(), folder, config=config)
+        theirs = peft.PeftModel.from_pretrained(
+            BASE.make(), str(folder), config=LORA.theirs(BASE, lora_alpha=16)
+        )
+        close(run(ours), run(theirs))
+        differ(run(ours), run(PeftModel.from_pretrained(BASE.make(), folder)))
+        assert config == before
+
+    def test_base_and_adapter_together(self, tmp_path):
+        base = BASE.make()
+        base.save_pretrained(tmp_path / "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = get_peft_model(
+            base, LoraConfig(**FIELDS, init_lora_weights=False, task_type="CAUSAL_LM")
+        )
+        model.save_pretrained(tmp_path / "adapter")
+        for package in (minipeft, peft):
+            again = package.AutoPeftModelForCausalLM.from_pretrained(
+                str(tmp_path / "adapter")
+            )
+            close(run(again), run(model))
+        adapted(LORA, BASE).save_pretrained(tmp_path / "nameless")
+        with pytest.raises(TargetError, match="which base"):
+            minipeft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "nameless")
+
+
+class TestFilesOfPeft:
+    """What PEFT loads is loaded here, or refused with what to do."""
+
+    def saved(self, folder, change=None, **fields):
+        model = peft.get_peft_model(
+            BASE.make(), peft.LoraConfig(**FIELDS | fields, init_lora_weights=False)
+        )
+        model.save_pretrained(str(folder))
+        if change:
+            file = folder / "adapter_config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        return run(model)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            dict(target_modules=["q_proj", "v_proj", "proj"]),
+            dict(target_modules=["v_proj", "q_proj", "attn.q_proj", "_proj", "xyz"]),
+            dict(exclude_modules=["nothing"]),
+            dict(exclude_modules=r"no\..*thing"),
+            dict(exclude_modules=["lm_head", "nothing", "proj"]),
+            dict(modules_to_save=["classifier"]),
+            dict(rank_pattern={"nothing": 3}, alpha_pattern={"none": 2}),
+            dict(ensure_weight_tying=True),
+            dict(init_lora_weights="eva"),
+            dict(init_lora_weights="orthogonal"),
+            dict(loftq_config={"loftq_bits": 4}, eva_config={"rho": 2.0}),
+            dict(a_field_of_next_year=None, runtime_config={"x": False}),
+        ],
+        ids=str,
+    )
+    def test_is_loaded(self, tmp_path, change):
+        wanted = self.saved(tmp_path, change)
+        close(run(PeftModel.from_pretrained(BASE.make(), tmp_path)), wanted)
+
+    @pytest.mark.parametrize("init", ["corda", "lora_ga"])
+    def test_changed_bases_are_said(self, tmp_path, init):
+        self.saved(tmp_path, dict(init_lora_weights=init))
+        with pytest.raises(ConfigError, match="path_initial_model_for_weight"):
+            PeftModel.from_pretrained(BASE.make(), tmp_path)
+
+    def test_ties_are_not_ignored(self, tmp_path):
+        tied = BASES["hf_qwen2"]
+        for fields in (
+            dict(target_modules=["embed_tokens"]),
+            dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+            dict(target_modules=["q_proj", "lm_head"]),
+        ):
+            with pytest.raises(ConfigError, match="ensure_weight_tying"):
+                get_peft_model(
+                    tied.make(), LoraConfig(**fields, ensure_weight_tying=True)
+                )
+        get_peft_model(
+            tied.make(), LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True)
+        )
+
+    def test_whole_embeddings_after_resizing(self, tmp_path):
+        def base(size):
+            torch.manual_seed(5)
+            model = BASE.make()
+            model.resize_token_embeddings(size)
+            return model
+
+        model = peft.get_peft_model(
+            base(44), peft.LoraConfig(**FIELDS, init_lora_weights=False)
+        )
+        with torch.no_grad():  # trained after resizing
+            model.get_input_embeddings().weight[40:] += 1.0
+            model.get_output_embeddings().weight[41:] -= 1.0
+        model.save_pretrained(str(tmp_path), save_embedding_layers=True)
+        ours = PeftModel.from_pretrained(base(44), tmp_path)
+        ids = torch.tensor([[3, 41, 43]])
+        close(ours(input_ids=ids).logits, model(input_ids=ids).logits)
+        ours.save_pretrained(tmp_path / "again")
+        theirs = peft.PeftModel.from_pretrained(base(44), str(tmp_path / "again"))
+        close(theirs(input_ids=ids).logits, model(input_ids=ids).logits)
+        for size in (40, 45):
+            with pytest.raises(AdapterFileError, match=r"resize_token_embeddings\(44"):
+                PeftModel.from_pretrained(base(size), tmp_path)
+
+
+class TestSaving:
+    def test_a_resized_vocabulary_is_saved(self, tmp_path):
+        BASE.make().save_pretrained(tmp_path / "base")
+        keys = {}
+        for package in (minipeft, peft):
+            base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+            model = package.get_peft_model(base, package.LoraConfig(**FIELDS))
+            for name, size in (("same", None), ("resized", 44)):
+                if size:
+                    model.resize_token_embeddings(size)
+                folder = tmp_path / package.__name__ / name
+                model.save_pretrained(str(folder))
+                state = load_file(folder / "adapter_model.safetensors")
+                keys[package.__name__, name] = set(state)
+        for name in ("same", "resized"):
+            assert keys["minipeft", name] == keys["peft", name]
+        assert keys["peft", "resized"] > keys["peft", "same"]
+
+    @pytest.mark.parametrize("choice", [True, False, "auto"])
+    def test_embeddings_on_request(self, tmp_path, choice):
+        states = []
+        for package in (minipeft, peft):
+            model = package.get_peft_model(BASE.make(), package.LoraConfig(**FIELDS))
+            folder = tmp_path / package.__name__
+            model.save_pretrained(str(folder), save_embedding_layers=choice)
+            states.append(load_file(folder / "adapter_model.safetensors"))
+        assert states[0].keys() == states[1].keys()
+        with pytest.raises(ConfigError, match="save_embedding_layers"):
+            adapted(LORA, BASE).save_pretrained(tmp_path, save_embedding_layers="all")
+
+    def test_who_writes_and_what(self, tmp_path):
+        model = adapted(LORA, BASE)
+        model.save_pretrained(tmp_path / "none", is_main_process=False)
+        assert not (tmp_path / "none").exists()
+        with pytest.raises(ConfigError, match="pickle"):
+            model.save_pretrained(tmp_path / "none", safe_serialization=False)
+        assert not (tmp_path / "none").exists()
+
+    @pytest.mark.parametrize(
+        "method", ["lora", "vera", "adalora", "prompt", "p_tuning"]
+    )
+    def test_a_state_dict_in_place_of_the_models_own(self, tmp_path, method):
+        method = METHODS[method]
+        first, second = (adapted(method, BASE) for _ in range(2))
+        with torch.no_grad():
+            for parameter in second.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.5)
+        first.save_pretrained(tmp_path / "a", state_dict=second.state_dict())
+        second.save_pretrained(tmp_path / "b")
+        a, b = (
+            load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"
+        )
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        with pytest.raises(AdapterFileError, match="state_dict has no"):
+            first.save_pretrained(tmp_path / "c", state_dict={"x": torch.ones(1)})
+        assert not (tmp_path / "c").exists()
+
+    def test_the_card_says_base_method_parameters_and_how_to_load(self, tmp_path):
+        model = adapted(LORA, BASE)
+        model.save_pretrained(tmp_path)
+        card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+        assert card.data.library_name == "peft" and "lora" in card.data.tags
+        count = model.get_nb_trainable_parameters()[0]
+        for text in ("Lora", f"{count:,}", "PeftModel.from_pretrained", "`8`"):
+            assert text in card.text
+        model.save_pretrained(tmp_path)  # its own card is written again
+        (tmp_path / "README.md").write_text("My own words.")
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text() == "My own words."
+        BASE.make().save_pretrained(tmp_path / "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        get_peft_model(base, LoraConfig(**FIELDS)).save_pretrained(tmp_path / "b")
+        card = huggingface_hub.ModelCard.load(tmp_path / "b" / "README.md")
+        assert card.data.base_model == str(tmp_path / "base")
