@@ -25,6 +25,15 @@ from .slot import ActiveAdapters, AdapterNameError, Base, ModelSlot, RowAdapters
 from .weights import device_and_dtype, logical_numel, undo_bnb_cpu_repacking
 
 
+# what the base has and a PeftModel must not: it would work on slots and adapters
+REFUSED = {
+    "save_distributed_checkpoint": "save the base with its slots: call save_pretrained,"
+    " which saves the adapters, or merge_and_unload first",
+    "init_weights": "overwrite the adapters: call it on the base, before adapters are"
+    " added",
+}
+
+
 def get_peft_model(
     model,
     peft_config,
@@ -662,6 +671,8 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
+        if name in REFUSED:
+            raise AttributeError(f"{name} would {REFUSED[name]}")
         try:
             return getattr(self.base_model, name)
         except AttributeError:

@@ -192,6 +192,7 @@ class LoraConfig(LayerConfig):
                 raise TargetError(f"{name} is for linear layers, not for embeddings")
         return LoraEmbedding
 
+
 def check_untied(model, found, modules_to_save):
     """ConfigError where a module that is adapted or copied shares its weight."""
     modules = targets.modules_by_path(model)
