@@ -24,7 +24,6 @@ from .methods.modules_to_save import ModuleCopy
 from .slot import ActiveAdapters, AdapterNameError, Base, ModelSlot, RowAdapters, Slot
 from .weights import device_and_dtype, logical_numel, undo_bnb_cpu_repacking
 
-
 # what the base has and a PeftModel must not: it would work on slots and adapters
 REFUSED = {
     "save_distributed_checkpoint": "save the base with its slots: call save_pretrained,"
@@ -458,9 +457,9 @@ class PeftModel(nn.Module):
         """Hugging Face PEFT's files and a model card: the adapter "default" in the
         folder itself, others in folders of their names.
 
-        save_embedding_layers: whether the base's embeddings are saved too; "auto": where
-        the vocabulary was resized. is_main_process: False writes nothing. state_dict:
-        the whole model's, to be saved in place of the model's own values.
+        save_embedding_layers: whether the base's embeddings are saved too; "auto": only
+        where the vocabulary was resized. is_main_process: False writes nothing.
+        state_dict: the whole model's, to be saved in place of the model's own values.
         path_initial_model_for_weight_conversion: where a PiSSA or OLoRA was saved
         before training. It is then saved as a plain LoRA of twice the rank, for the
         base as it was before the initialisation changed it.
@@ -525,7 +524,7 @@ class PeftModel(nn.Module):
         Face hub, frozen and in eval mode unless is_trainable.
 
         config: used in place of the folder's. more: revision, subfolder, token,
-        cache_dir ...; torch_device, device_map and low_cpu_mem_usage have no effect, for
+        cache_dir ...; torch_device, device_map and low_cpu_mem_usage have no effect:
         adapters are created beside the layers that they adapt.
         Raises AdapterFileError, ConfigError or TargetError, and then leaves the model
         as it was.
@@ -595,7 +594,7 @@ class PeftModel(nn.Module):
     # ---- counting, and what a trainer asks of a model ----
 
     def get_nb_trainable_parameters(self):
-        """(trainable, all). A packed 4-bit weight counts as the weights that it holds."""
+        """(trainable, all). A packed 4-bit weight counts as the weights it holds."""
         parameters = list(self.parameters())
         return sum(logical_numel(p) for p in parameters if p.requires_grad), sum(
             map(logical_numel, parameters)

@@ -1,4 +1,4 @@
-"""Scripts written for Hugging Face PEFT: imports, arguments, objects. PEFT is the oracle."""
+"""Scripts that were written for Hugging Face PEFT: imports, arguments, objects, files."""
 
 import copy
 import inspect
