@@ -222,6 +222,21 @@ def at_best(runs: list, group: str, case: str) -> dict:
     return {run["seed"]: run for run in runs if run["lr"] == rate}
 
 
+def rate_of(runs: list, group: str, case: str) -> str:
+    """The rate, and whether a worse one was tried on either side."""
+    chosen = at_best(runs, group, case)
+    first = min(chosen)
+    lr = chosen[first]["lr"]
+    tried = sorted(
+        run["lr"]
+        for run in runs
+        if (run["group"], run["case"], run["seed"]) == (group, case, first)
+    )
+    if len(tried) == 1:
+        return f"lr {lr:g}, the only one tried"
+    return f"lr {lr:g}" + (", at the edge" if lr in (tried[0], tried[-1]) else "")
+
+
 def score_of(run: dict):
     """Every answer if they are known, else the percentage."""
     if "right" in run:
@@ -249,7 +264,10 @@ def row(runs: list, group: str, one: str, two: str, answers: int):
     scores = [{s: v for s, v in side.items() if v is not None} for side in scores]
     if set(scores[0]) & set(scores[1]):
         verdict = compare(*scores, answers=answers)
-        shown = " / ".join(shown_scores(side) for side in (first, second))
+        shown = " / ".join(
+            f"{shown_scores(side)} ({rate_of(runs, group, case)})"
+            for side, case in ((first, one), (second, two))
+        )
         parts.append(f"  score {shown}: {verdict}")
     losses = [{s: loss_of(run) for s, run in side.items()} for side in (first, second)]
     if None not in [*losses[0].values(), *losses[1].values()]:
@@ -264,9 +282,7 @@ def shown_scores(side: dict) -> str:
     values = [
         run.get("score") if "score" in run else score_of(run) for run in side.values()
     ]
-    rate = next(iter(side.values()))["lr"]
-    known = ", ".join(f"{value:.0f}" for value in values if value is not None)
-    return f"{known} (lr {rate:g})"
+    return ", ".join(f"{value:.0f}" for value in values if value is not None)
 
 
 def main():

@@ -18,6 +18,13 @@ import common  # noqa: E402
 import demo  # noqa: E402
 import e2e_nlg  # noqa: E402
 import longer  # noqa: E402
+import verdicts  # noqa: E402
+
+LONG = [
+    path
+    for path in sorted(common.RESULTS.glob("chapter*.json"))
+    if '"long_runs"' in path.read_text(encoding="utf-8")
+]
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +176,28 @@ def test_reversed_ranks_stay_with_their_kind():
     ranks = {"0.q": 1, "1.q": 5, "2.q": 3, "0.up": 0, "1.up": 2}
     turned = {"0.q": 5, "1.q": 1, "2.q": 3, "0.up": 2, "1.up": 0}
     assert longer.backwards(ranks) == turned
+
+
+@pytest.mark.parametrize("path", LONG, ids=lambda path: path.stem)
+def test_longer_runs_say_how_they_were_made_and_keep_their_answers(path):
+    record = json.loads(path.read_text(encoding="utf-8"))["long_runs"]
+    assert {"command", "date", "machine", "commit", "seeds", "weights"} <= set(record)
+    for run in record["runs"]:
+        made = {"case", "task", "steps", "lr", "seed", "parameters", "test_loss"}
+        assert made <= set(run)
+        if "right" in run:
+            skills = 3 if run["task"] == "mix" else 1
+            assert len(run["right"]) == skills * record["test"]
+            share = 100 * run["right"].count("1") / len(run["right"])
+            assert share == pytest.approx(run["score"], abs=0.01)
+
+
+def test_verdicts_of_every_chapter_that_has_runs(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["verdicts.py", "07", "13"])
+    verdicts.main()
+    said = capsys.readouterr().out
+    assert "long sql 300: AdaLoRA 6 to 3 against LoRA r 3" in said
+    assert "the only one tried" in said and "not told apart" in said
 
 
 def test_bench_measures_and_judges(tmp_path):
