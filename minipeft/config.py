@@ -99,6 +99,10 @@ class PeftConfig(metaclass=ConfigType):
         "" is the whole model."""
         return [""]
 
+    def needed_adapters(self):
+        """The names of other adapters without which this one cannot run."""
+        return []
+
     def create(self, base, path):
         """A new Adapter for the layer at `path`."""
         raise NotImplementedError

@@ -78,6 +78,39 @@ def merge_and_unload(model, names, safe_merge=False, lossy=False, dequantize=Fal
     return base
 
 
+def guard_backward(model, output):
+    """Training a merged model ends in a clear error: its loss depends on no parameter
+    that is trained. Returns the output. (Logits are guarded in training mode only.)"""
+    merged = model.merged_adapters
+    if not merged or not torch.is_grad_enabled():
+        return output
+    anchor = torch.zeros((), requires_grad=True)
+    if torch.is_tensor(output):
+        guarded = model.training and not output.requires_grad
+        return NoBackward.apply(output, anchor, merged) if guarded else output
+    for name in ("loss", "logits") if model.training else ("loss",):
+        value = getattr(output, name, None)
+        if value is not None and not value.requires_grad:
+            setattr(output, name, NoBackward.apply(value, anchor, merged))
+    return output
+
+
+class NoBackward(torch.autograd.Function):
+    """y = x, without a backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, anchor, merged):
+        ctx.merged = merged
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotMergeableError(
+            f"{ctx.merged} are merged, so nothing can be trained: call"
+            " unmerge_adapter() first"
+        )
+
+
 def write(model, names, lossy=None):
     """Put all old weights back, then write the adapters `names`. Only those in `lossy`
     (None: all) may be rounded to 4 bits."""

@@ -89,9 +89,14 @@ class PeftModel(nn.Module):
         if targets.uses_grad_checkpointing(model):
             self.enable_input_require_grads()
 
+    def _apply(self, fn, recurse=True):  # .to(), .half() ...
+        with merging.unmerged(self):  # so that they reach the unmerged weights too
+            return super()._apply(fn, recurse)
+
     def forward(self, *args, adapter_names=None, **kwargs):
         """adapter_names: one name for each row of the batch, "__base__" for none.
-        Without it, the active adapters."""
+        Without it, the active adapters. Calls from several threads run one after the
+        other."""
         size = next(
             (
                 value.shape[0]
@@ -102,8 +107,10 @@ class PeftModel(nn.Module):
         )
         # Rows stay set until the next call: gradient checkpointing runs the layers
         # again in the backward pass.
-        self.base_model.active.rows = self._rows(adapter_names, size)
-        output = self.base_model(*args, **kwargs)
+        with self.base_model.active.turn:
+            self.base_model.active.rows = self._rows(adapter_names, size)
+            output = self.base_model(*args, **kwargs)
+        output = merging.guard_backward(self, output)
         if (
             self.training
             and self.base_model.active.enabled
@@ -119,11 +126,13 @@ class PeftModel(nn.Module):
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
-        self.base_model.active.rows = self._rows(adapter_names)
-        try:
-            return self.base_model.generate(*args, **kwargs)
-        finally:
-            self.base_model.active.rows = None
+        active = self.base_model.active
+        with active.turn:
+            active.rows = self._rows(adapter_names)
+            try:
+                return self.base_model.generate(*args, **kwargs)
+            finally:
+                active.rows = None
 
     def _rows(self, names, size=None):
         if names is None:
@@ -239,23 +248,26 @@ class PeftModel(nn.Module):
                 f" {', '.join(self.peft_config)} stand: make it on a model without"
                 " adapters, or load it converted to a plain LoRA"
             )
-        sites = self._sites()
-        slots, copied = self._slots_for(config, sites)
-        bases = {p: Base(slots[p], name, lossy=True) for p in slots if p not in copied}
-        before = [(b.module, dict(b.module._parameters)) for b in bases.values()]
-        try:
-            adapters = self._create(config, bases, autocast_adapter_dtype)
-            for path in copied:
-                adapters[path] = ModuleCopy(slots[path].base_layer)
-            yield adapters
-        except BaseException:  # an initialisation may have changed weights
-            for module, parameters in before:
-                module._parameters.update(parameters)
-            raise
-        for adapter in adapters.values():
-            adapter.requires_grad_(False)
-        self._put_in(name, adapters, slots, sites)
-        self.peft_config[name] = config
+        with merging.unmerged(self):  # a start may read the base's weights
+            sites = self._sites()
+            slots, copied = self._slots_for(config, sites)
+            bases = {
+                p: Base(slots[p], name, lossy=True) for p in slots if p not in copied
+            }
+            before = [(b.module, dict(b.module._parameters)) for b in bases.values()]
+            try:
+                adapters = self._create(config, bases, autocast_adapter_dtype)
+                for path in copied:
+                    adapters[path] = ModuleCopy(slots[path].base_layer)
+                yield adapters
+            except BaseException:  # an initialisation may have changed weights
+                for module, parameters in before:
+                    module._parameters.update(parameters)
+                raise
+            for adapter in adapters.values():
+                adapter.requires_grad_(False)
+            self._put_in(name, adapters, slots, sites)
+            self.peft_config[name] = config
         if isinstance(config, AdaLoraConfig):  # PEFT's scripts call it there
             self.base_model.update_and_allocate = self.update_and_allocate
 
@@ -326,6 +338,13 @@ class PeftModel(nn.Module):
         """Activate one adapter, or a list: each is given those before it as its base.
         Only they are trained."""
         names = self._check_names(adapter_name)
+        if self.merged_adapters:  # as in PEFT, which says the same
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model"
+                " first.",
+                stacklevel=2,
+            )
+            merging.unmerge(self)
         for path, slot, _ in self._slots():
             copies = [
                 name
@@ -337,6 +356,9 @@ class PeftModel(nn.Module):
                     f"{copies} each have their own copy of {path} (modules_to_save):"
                     " one at a time"
                 )
+        self._activate(names, inference_mode)
+
+    def _activate(self, names, inference_mode=False):
         self.base_model.active.names = names
         for name in self.peft_config:
             for part in self._adapters_by_path(name).values():
@@ -344,6 +366,7 @@ class PeftModel(nn.Module):
 
     def delete_adapter(self, adapter_name):
         self._check_names(adapter_name)
+        self._check_not_needed(adapter_name)
         active = self.base_model.active
         with merging.unmerged(self):
             for _, slot, replace in self._slots():
@@ -357,15 +380,22 @@ class PeftModel(nn.Module):
             del self.peft_config[adapter_name]
             self._allocators.pop(adapter_name, None)
             active.merged = [name for name in active.merged if name != adapter_name]
-        rest = self.base_model.active.names = [
-            name for name in self.active_adapters if name != adapter_name
-        ]
-        if not rest and self.peft_config:
-            self.set_adapter(next(iter(self.peft_config)))
-            warnings.warn(
-                f"{adapter_name!r} was active; {self.active_adapter!r} is active now",
-                stacklevel=2,
-            )
+            rest = [name for name in self.active_adapters if name != adapter_name]
+            active.names = rest
+            if not rest and self.peft_config:
+                self._activate([next(iter(self.peft_config))])
+                warnings.warn(
+                    f"{adapter_name!r} was active; {self.active_adapter!r} is active"
+                    " now",
+                    stacklevel=2,
+                )
+
+    def _check_not_needed(self, adapter_name):
+        for name, config in self.peft_config.items():
+            if adapter_name in config.needed_adapters():
+                raise AdapterNameError(
+                    f"{name!r} needs {adapter_name!r}: delete {name!r} first"
+                )
 
     @contextmanager
     def disable_adapter(self):

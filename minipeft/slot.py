@@ -13,6 +13,7 @@ but its own parameters.
 """
 
 import copy
+import threading
 from contextlib import contextmanager
 from functools import partial
 
@@ -356,13 +357,24 @@ MIXED_CACHES = (
 
 
 class ActiveAdapters:
-    """Which adapters are active; one object per model, read by every slot."""
+    """Which adapters are active; one object per model, read by every slot.
+
+    A call may change it for its own rows, so a model serves one thread at a time: calls
+    from other threads wait for their `turn`.
+    """
 
     def __init__(self):
         self.names = []  # the active adapters, the innermost first
         self.merged = []  # those written into the weights, in the order of merging
         self.enabled = True  # False within disable_adapter()
         self.rows = None  # RowAdapters, where each row has an adapter of its own
+        self.turn = threading.RLock()
+
+    def __getstate__(self):  # a copy has a lock of its own
+        return {key: value for key, value in vars(self).items() if key != "turn"}
+
+    def __setstate__(self, state):
+        vars(self).update(state, turn=threading.RLock())
 
     @contextmanager
     def only(self, name):

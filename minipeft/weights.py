@@ -12,10 +12,18 @@ from .errors import NotMergeableError, TargetError
 
 
 class DenseStorage:  # stored as (d_out, d_in): nn.Linear
+    @staticmethod
     def read(layer):
         return layer.weight
 
+    @staticmethod
     def write(layer, weight):
+        if "weight" not in layer._parameters:
+            raise NotMergeableError(
+                f"the weight of this {type(layer).__name__} is computed from other"
+                " parameters (weight_norm or another parametrization), so nothing can"
+                " be written into it. Remove the parametrization first"
+            )
         # a new Parameter, never written in place: ties to other layers end here
         old = layer.weight
         layer.weight = nn.Parameter(
@@ -24,20 +32,24 @@ class DenseStorage:  # stored as (d_out, d_in): nn.Linear
 
 
 class TransposedStorage:  # stored as (d_in, d_out): Hugging Face's Conv1D, nn.Embedding
+    @staticmethod
     def read(layer):
         return layer.weight.T
 
+    @staticmethod
     def write(layer, weight):
         DenseStorage.write(layer, weight.T)
 
 
 class Bitsandbytes4bitStorage:  # packed: two weights to a byte
+    @staticmethod
     def read(layer):
         from bitsandbytes.functional import dequantize_4bit
 
         Bitsandbytes4bitStorage.settle(layer)
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
+    @staticmethod
     def write(layer, weight):  # rounds the weight to 4 bits again
         old = layer.weight
         layer.weight = type(old)(
@@ -49,10 +61,10 @@ class Bitsandbytes4bitStorage:  # packed: two weights to a byte
             compress_statistics=old.compress_statistics,
         ).to(old.device)
 
+    @staticmethod
     def settle(layer):
-        """On CPUs with AVX512-BF16 its first call in eval mode packs the weight anew,
-        for a product in 16 bits that gives no gradients. Undo that, and let it not
-        happen again."""
+        """bitsandbytes repacks on CPUs with AVX512-BF16, at the first call in eval mode,
+        and loses backward; undo it and disable it."""
         state, layer.support_avx512bf16_for_cpu = layer.weight.quant_state, False
         if getattr(state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import (
@@ -82,8 +94,16 @@ STORAGE = {
 def storage(layer):
     """How `layer` stores its weight, by the most specific of its classes that is known;
     None where there is none."""
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(layer).__mro__)
-    return next((STORAGE[name] for name in names if name in STORAGE), None)
+    return STORAGE.get(class_name(known_class(layer)))
+
+
+def known_class(layer):
+    """The most specific of a layer's classes that STORAGE knows, or None."""
+    return next((c for c in type(layer).__mro__ if class_name(c) in STORAGE), None)
+
+
+def class_name(cls):
+    return f"{cls.__module__}.{cls.__qualname__}" if cls is not None else None
 
 
 def is_linear(layer):
@@ -104,19 +124,58 @@ def is_norm(module):
 def features(layer):
     """(d_in, d_out)"""
     if storage(layer) is None:
-        raise TargetError(f"{type(layer).__name__} is no linear layer")
+        raise TargetError(f"{type(layer).__name__} is not a linear layer")
     if hasattr(layer, "in_features"):  # packed weights do not show their shape
         return layer.in_features, layer.out_features
     return tuple(layer.weight.shape)  # transposed
 
 
 def linear_features(layer):
-    """(d_in, d_out), for methods that have no way to look up token ids."""
+    """(d_in, d_out) of a layer that computes x W^T + bias. Raises TargetError for
+    embeddings, and for classes whose forward does something else."""
     if isinstance(layer, nn.Embedding):
         raise TargetError(
             "this method is for linear layers, not for embeddings (LoRA adapts both)"
         )
+    check_forward(layer)
     return features(layer)
+
+
+def output_scale(layer):
+    """What an embedding multiplies its vectors by, such as Gemma 3's embed_scale."""
+    own_forward = type(layer).forward is not nn.Embedding.forward
+    return getattr(layer, "embed_scale", 1.0) if own_forward else 1.0
+
+
+def has_numbers(layer):
+    return layer.weight.is_floating_point() and not layer.weight.is_meta
+
+
+@torch.no_grad()
+def check_forward(layer):
+    """Raise TargetError where a subclass of a known layer, with a forward of its own,
+    does not compute what that layer would: then a change of its weight is not the
+    change of its output that an adapter computes. Tried out on a small input."""
+    known = known_class(layer)
+    if known is None or type(layer).forward is known.forward or not has_numbers(layer):
+        return
+    if isinstance(layer, nn.Embedding):
+        x = torch.arange(min(4, layer.num_embeddings), device=layer.weight.device)
+    else:
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(4, features(layer)[0], generator=random).to(layer.weight)
+    try:
+        y = layer(x)
+        expected = known.forward(layer, x) * output_scale(layer)
+        error = (y - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+        same = error <= 16 * torch.finfo(expected.dtype).eps
+    except Exception:  # it takes other arguments, or returns something else
+        same = False
+    if not same:
+        raise TargetError(
+            f"{type(layer).__name__} is a {known.__name__} with a forward of its own,"
+            " which an adapter of its weight would not follow"
+        )
 
 
 def read_weight(layer):

@@ -43,7 +43,7 @@ def test_a_model_without_biases_says_so():
         get_peft_model(base.make(), BitFitConfig())
     with pytest.raises(TargetError, match="q_proj: this Linear has no bias; add_bias"):
         get_peft_model(base.make(), BitFitConfig(target_modules=["q_proj"]))
-    with pytest.raises(TargetError, match="LlamaRMSNorm is no linear layer"):
+    with pytest.raises(TargetError, match="LlamaRMSNorm is not a linear layer"):
         get_peft_model(
             base.make(), BitFitConfig(target_modules=["norm"], add_bias=True)
         )

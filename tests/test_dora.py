@@ -146,7 +146,7 @@ def test_what_it_does_not_adapt():
         TargetError, match="embed_tokens: use_dora is for linear layers"
     ):
         get_peft_model(LLAMA.make(), DoraConfig(target_modules=["embed_tokens"]))
-    with pytest.raises(TargetError, match="Conv1d is no linear layer"):
+    with pytest.raises(TargetError, match="Conv1d is not a linear layer"):
         get_peft_model(
             nn.Sequential(nn.Conv1d(3, 4, 2)), DoraConfig(target_modules=["0"])
         )

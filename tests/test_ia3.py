@@ -145,7 +145,7 @@ def test_merging_folds_weight_and_bias(shape, bias):
         ),
         (
             dict(target_modules=["mlp"], feedforward_modules=[]),
-            "MLP is no linear layer",
+            "MLP is not a linear layer",
         ),
     ],
 )

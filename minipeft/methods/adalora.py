@@ -33,6 +33,7 @@ from ..config import ConfigError
 from ..peft_tables import ADALORA_TARGETS
 from ..slot import LinearDelta
 from .lora import LoraConfig
+from .scaling import check_rank
 
 
 @dataclass(kw_only=True)
@@ -102,6 +103,7 @@ class AdaLoraConfig(LoraConfig):
         self.weight = self.orth_reg_weight / (2 * len(bases))
 
     def create(self, base, path):
+        check_rank(self.init_r, base.module, useful=False)
         rows = (self.rank_pattern or {}).get(f"{path}.lora_E", [True] * self.init_r)
         adapter = AdaLora(*weights.linear_features(base.module), rows, self)
         if self.init_lora_weights:

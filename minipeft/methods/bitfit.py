@@ -51,6 +51,7 @@ class BitFitConfig(LayerConfig):
                 f"this {type(base.module).__name__} has no bias; add_bias=True gives"
                 " it one"
             )
+        weights.check_forward(base.module)
         if has_bias(base.module):
             return BitFit(base.module.bias.numel())
         return BitFit(weights.linear_features(base.module)[1], mergeable=False)

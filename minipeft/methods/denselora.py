@@ -27,6 +27,7 @@ from torch import nn
 from .. import weights
 from ..config import ConfigError, LayerConfig
 from ..slot import LinearDelta
+from .scaling import check_alpha, check_rank
 
 
 @dataclass(kw_only=True)
@@ -44,12 +45,15 @@ class DenseLoraConfig(LayerConfig):
         super().__post_init__()
         self.check_positive("r")
         self.check_probability("lora_dropout")
+        check_alpha(lora_alpha=self.lora_alpha)
         if self.activation not in ("gelu", "linear"):
             raise ConfigError(
                 f"unknown activation {self.activation!r}; valid: 'gelu', 'linear'"
             )
 
     def create_shared(self, bases):
+        for base in bases.values():
+            check_rank(self.r, base.module)
         return nn.ModuleDict(
             {
                 kind: SharedFactors(d_in, d_out, self)

@@ -57,6 +57,9 @@ class FusionConfig(PeftConfig):
             )
         self.adapters = list(self.adapters)
 
+    def needed_adapters(self):
+        return self.adapters
+
     def select(self, model):
         slots = {
             path: module

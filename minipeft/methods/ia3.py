@@ -75,7 +75,7 @@ class IA3Config(LayerConfig):
     def create(self, base, path):
         if isinstance(base.module, nn.Embedding):
             raise TargetError("IA3 rescales linear layers, not embeddings")
-        d_in, d_out = weights.features(base.module)
+        d_in, d_out = weights.linear_features(base.module)
         names = self.feedforward_modules
         feedforward = (
             re.fullmatch(names, path)

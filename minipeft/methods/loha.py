@@ -23,6 +23,7 @@ from torch import nn
 from .. import kernels, targets, weights
 from ..config import LayerConfig
 from ..slot import LinearDelta
+from .scaling import check_alpha, check_rank
 
 
 @dataclass(kw_only=True)
@@ -45,10 +46,12 @@ class LycorisConfig(LayerConfig):
         super().__post_init__()
         self.check_positive("r", **self.rank_pattern)
         self.check_probability("rank_dropout", "module_dropout")
+        check_alpha(alpha=self.alpha, **self.alpha_pattern)
 
     def create(self, base, path):
         r = targets.match_pattern(self.rank_pattern, path, self.r)
         alpha = targets.match_pattern(self.alpha_pattern, path, self.alpha)
+        check_rank(r, base.module)
         adapter = self.adapter(
             *weights.linear_features(base.module), r, alpha / r, self
         )

@@ -28,6 +28,7 @@ from ..config import ConfigError, LayerConfig
 from ..errors import TargetError
 from ..slot import LinearDelta
 from . import lora_init
+from .scaling import check_alpha, check_rank
 from .dora import Dora
 
 
@@ -89,7 +90,8 @@ class LoraEmbedding(LinearDelta):
 
     def update(self, base, x):
         Ax = F.embedding(x, self.lora_embedding_A.T, base.module.padding_idx)
-        return self.scaling * F.linear(Ax, self.lora_embedding_B)
+        scale = weights.output_scale(base.module) * self.scaling
+        return scale * F.linear(Ax, self.lora_embedding_B)
 
 
 @dataclass(kw_only=True)
@@ -132,6 +134,7 @@ class LoraConfig(LayerConfig):
             )
         self.check_positive("r", **self.rank_pattern)
         self.check_probability("lora_dropout")
+        check_alpha(lora_alpha=self.lora_alpha, **self.alpha_pattern)
         if self.bias != "none":
             raise ConfigError(
                 f"bias={self.bias!r} is not supported; BitFitConfig trains biases,"
@@ -174,7 +177,9 @@ class LoraConfig(LayerConfig):
             )
 
     def create(self, base, path):
+        weights.check_forward(base.module)
         r = targets.match_pattern(self.rank_pattern, path, self.r)
+        check_rank(r, base.module, useful=False)
         alpha = targets.match_pattern(self.alpha_pattern, path, self.lora_alpha)
         scaling = alpha / (math.sqrt(r) if self.use_rslora else r)
         options = {"bias": True} if self.lora_bias else {}

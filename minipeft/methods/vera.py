@@ -25,6 +25,7 @@ from .. import kernels, weights
 from ..config import ConfigError, LayerConfig
 from ..peft_tables import VERA_TARGETS
 from ..slot import LinearDelta
+from .scaling import check_rank
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,8 @@ class VeraConfig(LayerConfig):
             )
 
     def create_shared(self, bases):
+        for base in bases.values():
+            check_rank(self.r, base.module)
         sizes = [weights.linear_features(base.module) for base in bases.values()]
         return Projection(*map(max, zip(*sizes)), self)
 

@@ -1,0 +1,580 @@
+"""Merging across the whole model: nested slots in any order, refusals and deletions in
+between, and what PEFT does with one merged and another active adapter."""
+
+import copy
+import itertools
+import threading
+import warnings
+from collections import OrderedDict
+
+import pytest
+import torch
+from bases import BASES, close, differ, inputs, run, shake
+from torch import nn
+
+import minipeft
+from minipeft import (
+    AdapterNameError,
+    BitFitConfig,
+    BottleneckConfig,
+    ConfigError,
+    DoraConfig,
+    FusionConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    NotMergeableError,
+    SubspaceConfig,
+    TargetError,
+    get_peft_model,
+    targets,
+)
+
+LLAMA = BASES["llama"]
+# Pairs of adapters whose slots nest, or are the same: (of "a", of "b")
+NESTED = {
+    "subspace around lora": (
+        SubspaceConfig(d=50),
+        LoraConfig(target_modules=["q_proj"]),
+    ),
+    "subspace around dora": (
+        SubspaceConfig(d=50),
+        DoraConfig(target_modules=["v_proj"]),
+    ),
+    "subspace around norms": (SubspaceConfig(d=50), LNTuningConfig()),
+    "copied mlp around lora": (
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["layers.0.mlp"]),
+        LoraConfig(target_modules=["down_proj", "q_proj"]),
+    ),
+    "copied attention around ia3": (
+        LoraConfig(target_modules=["up_proj"], modules_to_save=["layers.1.self_attn"]),
+        IA3Config(target_modules=["v_proj", "up_proj"], feedforward_modules=[]),
+    ),
+    "biases of blocks and layers": (
+        BitFitConfig(target_modules=["down_proj"]),
+        DoraConfig(target_modules=["down_proj"]),
+    ),
+    "two on one layer": (
+        DoraConfig(target_modules=["down_proj"]),
+        LoraConfig(target_modules=["down_proj"]),
+    ),
+}
+
+
+def pair(name, base=LLAMA):
+    a, b = NESTED[name]
+    model = get_peft_model(base.make(), copy.deepcopy(a), "a")
+    model.add_adapter("b", copy.deepcopy(b))
+    return shake(shake(model, "a", seed=4, step=0.1), "b", seed=5, step=0.1)
+
+
+def parameters(model):
+    """{(number of the module, name): parameter} of the bare model inside."""
+    bare = model.get_base_model() if isinstance(model, minipeft.PeftModel) else model
+    return {
+        (i, name): p
+        for i, module in enumerate(targets.bare_modules(bare))
+        for name, p in module._parameters.items()
+        if p is not None
+    }
+
+
+def assert_base_is_back(model, start, base=LLAMA):
+    plain = model.unload()
+    now = parameters(plain)
+    assert now.keys() == start.keys()
+    assert all(now[key] is start[key] for key in start)  # the very parameters
+    expected = base.make().state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NESTED)
+class TestNestedSlots:
+    @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+    def test_one_by_one_and_unmerged(self, name, order):
+        model = pair(name)
+        start = parameters(model)
+        model.set_adapter(list(order))
+        apart = run(model)
+        for adapter in order:
+            model.merge_adapter([adapter])
+        close(run(model), apart, 1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(run(model), apart)
+        assert_base_is_back(model, start)
+
+    @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+    def test_unloaded_while_merged(self, name, order):
+        model = pair(name)
+        start = parameters(model)
+        for adapter in order:
+            model.merge_adapter([adapter])
+        assert_base_is_back(model, start)
+
+    @pytest.mark.parametrize("first, second", itertools.permutations("ab"))
+    def test_deleted_while_both_are_merged(self, name, first, second):
+        model = pair(name)
+        start = parameters(model)
+        model.merge_adapter(["b"])
+        model.merge_adapter(["a"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.delete_adapter(first)
+        assert model.merged_adapters == [second]
+        model.unmerge_adapter()
+        model.merge_adapter([second])
+        with_second = run(model)
+        model.unmerge_adapter()
+        model.set_adapter(second)
+        close(with_second, run(model), 1e-5)
+        model.delete_adapter(second)
+        assert_base_is_back(model, start)
+
+    @pytest.mark.parametrize("first, broken", itertools.permutations("ab"))
+    def test_a_refused_merge_in_between(self, name, first, broken):
+        model = pair(name)
+        start = parameters(model)
+        model.set_adapter(first)
+        model.merge_adapter()
+        merged = run(model)
+        parameter = next(
+            p for n, p in model.named_parameters() if f".adapters.{broken}." in n
+        )
+        with torch.no_grad():
+            value = parameter.flatten()[0].clone()
+            parameter.view(-1)[0] = torch.nan
+        with pytest.raises(NotMergeableError, match="not finite"):
+            model.merge_adapter([broken], safe_merge=True)
+        assert model.merged_adapters == [first] and torch.equal(run(model), merged)
+        with torch.no_grad():
+            parameter.view(-1)[0] = value
+        model.merge_adapter([broken])
+        model.unmerge_adapter()
+        assert_base_is_back(model, start)
+
+    def test_within_disable_adapter_it_is_the_base(self, name):
+        model = pair(name)
+        expected = run(LLAMA.make())
+        for merged in ([], ["b"], ["b", "a"]):
+            if merged:
+                model.merge_adapter(merged[-1:])
+            before = run(model)
+            with model.disable_adapter():
+                assert torch.equal(run(model), expected)
+            assert torch.equal(run(model), before) and model.merged_adapters == merged
+
+
+class TestDisabled:
+    def test_merging_is_refused(self):
+        model = pair("two on one layer")
+        start = parameters(model)
+        model.merge_adapter(["b"])
+        merged = run(model)
+        with model.disable_adapter():
+            for merge in (model.merge_adapter, model.merge_and_unload):
+                with pytest.raises(NotMergeableError, match="disable_adapter"):
+                    merge(adapter_names=["a"])
+            assert torch.equal(run(model), run(LLAMA.make()))
+        assert model.merged_adapters == ["b"] and torch.equal(run(model), merged)
+        assert_base_is_back(model, start)
+
+    def test_deleting_and_unmerging_within_it(self):
+        model = pair("subspace around lora")
+        start = parameters(model)
+        model.merge_adapter(["b"])
+        model.merge_adapter(["a"])
+        with model.disable_adapter():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.delete_adapter("a")
+            assert torch.equal(run(model), run(LLAMA.make()))
+        assert model.merged_adapters == ["b"]
+        with model.disable_adapter():
+            model.unmerge_adapter()
+        assert model.merged_adapters == []
+        assert_base_is_back(model, start)
+
+    def test_one_within_another(self):
+        model = pair("two on one layer")
+        model.merge_adapter(["b"])
+        merged, expected = run(model), run(LLAMA.make())
+        with model.disable_adapter():
+            with model.disable_adapter():
+                assert torch.equal(run(model), expected)
+            assert torch.equal(run(model), expected)
+        assert torch.equal(run(model), merged)
+
+
+class TestMergedAndActive:
+    @pytest.mark.parametrize("method", ["lora", "ia3"])
+    def test_as_in_peft(self, method, tmp_path):
+        """Merging "b" while "a" is active gives base + b on the layers of "b"."""
+        import peft
+
+        fields = dict(target_modules=["q_proj", "v_proj"])
+        if method == "ia3":
+            fields |= dict(feedforward_modules=[])
+        config = {"lora": "LoraConfig", "ia3": "IA3Config"}[method]
+        make = BASES["hf_llama"].make
+        ours = get_peft_model(make(), getattr(minipeft, config)(**fields), "a")
+        fields["target_modules"] = ["q_proj"]
+        ours.add_adapter("b", getattr(minipeft, config)(**fields))
+        shake(shake(ours, "a", seed=4), "b", seed=5)
+        ours.save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "a", "a")
+        theirs.load_adapter(tmp_path / "b", "b")
+        for model in (ours, theirs):
+            model.set_adapter("a")
+        close(run(ours), run(theirs), 1e-5)
+        apart = run(ours)
+        ours.merge_adapter(["b"])
+        theirs.base_model.merge_adapter(["b"])
+        close(run(ours), run(theirs), 1e-5)
+        differ(run(ours), apart)
+        for model in (ours, theirs):
+            with pytest.warns(UserWarning, match="cannot be set when the model is mer"):
+                model.set_adapter("b")
+        close(run(ours), run(theirs), 1e-5)
+        assert ours.merged_adapters == []
+
+    def test_an_adapter_added_to_a_merged_model_starts_from_the_base(self):
+        model = get_peft_model(LLAMA.make(), LNTuningConfig(), "a")
+        shake(model, "a").merge_adapter()
+        model.add_adapter("b", LNTuningConfig())
+        assert model.merged_adapters == ["a"]
+        model.unmerge_adapter()
+        model.set_adapter("b")
+        assert torch.equal(run(model), run(LLAMA.make()))
+
+    @pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.bfloat16()])
+    def test_a_merged_model_that_is_moved(self, move):
+        model, plain = pair("subspace around lora"), move(LLAMA.make())
+        model.merge_adapter(["b"])
+        move(model)
+        model.merge_adapter(["a"])
+        model.unmerge_adapter()
+        expected = plain.state_dict()
+        for key, value in model.unload().state_dict().items():
+            assert value.dtype == expected[key].dtype
+            assert torch.equal(value, expected[key])
+
+    def test_a_deep_copy_of_a_merged_model(self):
+        model = pair("subspace around lora")
+        model.merge_adapter(["b"])
+        model.merge_adapter(["a"])
+        other = copy.deepcopy(model)
+        merged = run(model)
+        model.unmerge_adapter()
+        assert torch.equal(run(other), merged)
+        start = run(LLAMA.make())
+        assert torch.equal(run(other.unload()), start) and not torch.equal(
+            merged, start
+        )
+
+
+class TestTrainingAMergedModel:
+    @pytest.mark.parametrize("base", ["llama", "hf_llama", "mlp"])
+    def test_it_says_what_to_do(self, base):
+        base = BASES[base]
+        config = LoraConfig(target_modules=list(base.targets))
+        model = get_peft_model(base.make(), config).train()
+        model.merge_adapter()
+        ids = inputs()["input_ids"]
+        outputs = model(ids) if base.name == "mlp" else model(ids, labels=ids)
+        values = [outputs] if base.name == "mlp" else [outputs.loss, outputs.logits]
+        for value in values:
+            with pytest.raises(NotMergeableError, match=r"unmerge_adapter\(\)"):
+                value.float().mean().backward()
+        model.unmerge_adapter()
+        loss = model(ids).mean() if base.name == "mlp" else model(ids, labels=ids).loss
+        loss.backward()
+
+    def test_the_outputs_are_the_same_numbers(self):
+        model = pair("two on one layer").train()
+        model.merge_adapter(["b"])
+        ids = inputs()["input_ids"]
+        with torch.no_grad():
+            expected = model(ids).logits
+        assert torch.equal(model(ids).logits.detach(), expected)
+        assert not model.eval()(ids).logits.requires_grad
+
+
+class TestUnload:
+    @pytest.mark.parametrize(
+        "name",
+        ["BertModel", "GPT2Model", "GPT2ForSequenceClassification", "T5EncoderModel"],
+    )
+    def test_tied_embeddings_without_a_head(self, name):
+        import transformers
+
+        sizes = dict(vocab_size=40, pad_token_id=0, tie_word_embeddings=True)
+        if name.startswith("GPT2"):
+            config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, **sizes)
+            target = ["c_attn"]
+        elif name == "BertModel":
+            config = transformers.BertConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                **sizes,
+            )
+            target = ["query", "word_embeddings"]
+        else:
+            config = transformers.T5Config(
+                d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, **sizes
+            )
+            target = ["q", "v"]
+        torch.manual_seed(0)
+        base = getattr(transformers, name)(config).eval()
+        model = shake(get_peft_model(base, LoraConfig(target_modules=target)))
+        ids = inputs()["input_ids"]
+        with torch.no_grad():
+            expected = model(input_ids=ids)[0]
+            plain = model.merge_and_unload()
+            close(plain(input_ids=ids)[0], expected, 1e-5)
+        assert not any(isinstance(m, minipeft.Slot) for m in plain.modules())
+
+    def test_a_refused_merge_keeps_what_was_merged(self):
+        base = minipeft.quant.quantize_model(LLAMA.make())
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]), "a")
+        model.add_adapter("b", LoraConfig(target_modules=["v_proj"]))
+        shake(shake(model, "a"), "b")
+        with pytest.warns(UserWarning, match="rounding"):
+            model.merge_adapter(["a"], lossy=True)
+        merged = run(model)
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if ".b." in n)[0] = torch.inf
+        with pytest.raises(NotMergeableError, match="not finite"):
+            model.merge_and_unload(
+                adapter_names=["b"], safe_merge=True, dequantize=True
+            )
+        assert model.merged_adapters == ["a"] and torch.equal(run(model), merged)
+
+
+class TestComputedWeights:
+    """Layers whose weight is no parameter can be adapted, but not merged."""
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            torch.nn.utils.parametrizations.weight_norm,
+            torch.nn.utils.parametrizations.spectral_norm,
+            torch.nn.utils.weight_norm,
+            torch.nn.utils.spectral_norm,
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    def test_merging_says_so(self, wrap):
+        torch.manual_seed(0)
+        layers = OrderedDict(one=wrap(nn.Linear(8, 8)), two=nn.Linear(8, 8))
+        base = nn.Sequential(layers).eval()
+        x = torch.randn(3, 8)
+        start = base(x).detach()
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["one", "two"]))
+        shake(model)
+        apart = model(x).detach()
+        differ(apart, start)
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(NotMergeableError, match="parametrization"):
+                merge()
+            assert torch.equal(model(x), apart) and model.merged_adapters == []
+        assert torch.equal(model.unload()(x), start)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ByHand(nn.Linear):  # as transformers' FalconLinear
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class TwoInputs(nn.Linear):
+    def forward(self, x, scale):
+        return super().forward(x) * scale
+
+
+class Doubling(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+class Shifted(nn.Embedding):  # as OPT's positions
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+class TestForwardsOfTheirOwn:
+    """Subclasses of nn.Linear and nn.Embedding: right, or refused."""
+
+    @pytest.mark.parametrize(
+        "layer",
+        [Doubled(8, 8), TwoInputs(8, 8), Doubling(9, 8), Shifted(9, 8)],
+        ids=lambda layer: type(layer).__name__,
+    )
+    @pytest.mark.parametrize(
+        "method", ["Lora", "Dora", "LoHa", "Vera", "IA3", "BitFit"]
+    )
+    def test_refused_in_words(self, layer, method):
+        base = nn.Sequential(layer)
+        fields = {"IA3": dict(feedforward_modules=[]), "Vera": dict(r=4)}
+        config = getattr(minipeft, f"{method}Config")
+        config = config(target_modules=["0"], **fields.get(method, {}))
+        with pytest.raises(TargetError, match="forward of its own|embeddings|no bias"):
+            get_peft_model(base, config)
+        assert base[0] is layer
+
+    def test_one_that_computes_the_same_is_adapted(self):
+        torch.manual_seed(0)
+        x = torch.randn(3, 8)
+        model = get_peft_model(
+            nn.Sequential(ByHand(8, 6)), LoraConfig(r=2, target_modules=["0"])
+        )
+        apart = shake(model)(x).detach()
+        close(model.merge_and_unload()(x), apart, 1e-5)
+
+    @pytest.mark.parametrize("kind", ["gemma3", "bart"])
+    def test_scaled_embeddings_are_those_of_peft(self, kind, tmp_path):
+        import peft
+        import transformers
+
+        torch.manual_seed(0)
+        if kind == "gemma3":
+            config = transformers.Gemma3TextConfig(
+                vocab_size=40,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                pad_token_id=0,
+                tie_word_embeddings=False,
+            )
+            base = transformers.Gemma3ForCausalLM(config)
+            name = "embed_tokens"
+        else:
+            config = transformers.BartConfig(
+                vocab_size=40,
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=24,
+                decoder_ffn_dim=24,
+                scale_embedding=True,
+                pad_token_id=0,
+                tie_word_embeddings=False,
+            )
+            base = transformers.BartModel(config)
+            name = "encoder.embed_tokens"
+        base = base.eval()
+        ids = inputs()["input_ids"]
+        ours = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=[name]))
+        shake(ours).save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        with torch.no_grad():
+            apart = ours(input_ids=ids)[0]
+            differ(apart, base(input_ids=ids)[0])
+            close(apart, theirs(input_ids=ids)[0], 1e-5)
+            ours.merge_adapter()
+            close(ours(input_ids=ids)[0], apart, 1e-5)
+            close(ours.merge_and_unload()(input_ids=ids)[0], apart, 1e-5)
+
+
+class TestNeededAdapters:
+    def fused(self):
+        model = get_peft_model(LLAMA.make(), BottleneckConfig(r=2), "a")
+        model.add_adapter("b", BottleneckConfig(r=2))
+        model.add_adapter("c", BottleneckConfig(r=2))
+        model.add_adapter("fusion", FusionConfig(adapters=["a", "b"]))
+        model.set_adapter("fusion")
+        return model
+
+    @pytest.mark.parametrize("name", ["a", "b"])
+    def test_an_expert_cannot_be_deleted(self, name):
+        model = self.fused()
+        before = run(model)
+        with pytest.raises(AdapterNameError, match=f"'fusion' needs '{name}'"):
+            model.delete_adapter(name)
+        assert torch.equal(run(model), before)
+
+    def test_others_can_and_after_the_fusion_the_experts_too(self):
+        model = self.fused()
+        model.delete_adapter("c")
+        with pytest.warns(UserWarning, match="is active now"):
+            model.delete_adapter("fusion")
+        model.delete_adapter("b")
+        assert list(model.peft_config) == ["a"]
+
+
+class TestThreads:
+    def test_each_thread_gets_its_own_rows(self):
+        model = pair("two on one layer")
+        ids = inputs()["input_ids"]
+        wanted = [["a", "b", "__base__"], ["b", "a", "a"], None, ["__base__"] * 3]
+        with torch.no_grad():
+            expected = [model(ids, adapter_names=names).logits for names in wanted]
+        wrong = []
+
+        def serve(i):
+            for _ in range(15):
+                with torch.no_grad():
+                    y = model(ids, adapter_names=wanted[i]).logits
+                if not torch.equal(y, expected[i]):
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+    def test_a_mixed_batch_does_not_walk_the_model(self, monkeypatch):
+        model = pair("two on one layer")
+        walks = []
+        walk = targets.walk
+        monkeypatch.setattr(targets, "walk", lambda m: walks.append(m) or walk(m))
+        run(model, adapter_names=["a", "b", "__base__"])
+        assert walks == []
+
+
+class TestScalings:
+    @pytest.mark.parametrize("alpha", [0, 0.0, float("inf"), float("nan")])
+    @pytest.mark.parametrize(
+        "config, field",
+        [
+            ("LoraConfig", "lora_alpha"),
+            ("LoHaConfig", "alpha"),
+            ("LoKrConfig", "alpha"),
+            ("DenseLoraConfig", "lora_alpha"),
+        ],
+    )
+    def test_what_switches_an_adapter_off_is_refused(self, config, field, alpha):
+        with pytest.raises(ConfigError, match=field):
+            getattr(minipeft, config)(**{field: alpha})
+
+    @pytest.mark.parametrize("config", ["LoraConfig", "LoHaConfig"])
+    def test_in_a_pattern_too(self, config):
+        with pytest.raises(ConfigError, match="q_proj"):
+            getattr(minipeft, config)(alpha_pattern={"q_proj": 0})
+
+    @pytest.mark.parametrize("fields", [dict(r=17), dict(rank_pattern={"q_proj": 20})])
+    def test_a_rank_above_the_smaller_side_warns(self, fields):
+        config = LoraConfig(target_modules=["q_proj"], **fields)
+        with pytest.warns(UserWarning, match="above 16, the smaller side"):
+            get_peft_model(LLAMA.make(), config)
+
+    @pytest.mark.parametrize(
+        "config",
+        ["LoraConfig", "LoHaConfig", "LoKrConfig", "VeraConfig", "DenseLoraConfig"],
+    )
+    def test_a_rank_that_fits_no_memory_is_refused(self, config):
+        config = getattr(minipeft, config)(r=10**12, target_modules=["q_proj"])
+        with pytest.raises(ConfigError, match="r = 1,000,000,000,000 would take"):
+            get_peft_model(LLAMA.make(), config)
