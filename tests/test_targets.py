@@ -126,7 +126,7 @@ def test_layers_whose_weight_is_not_dense_are_refused():
         weights.read_weight(layer)
     # reads out_proj.weight and never calls out_proj
     attention = nn.MultiheadAttention(8, 2)
-    with pytest.raises(TargetError, match="out_proj.*no linear layer"):
+    with pytest.raises(TargetError, match="out_proj.*not a linear layer"):
         get_peft_model(
             nn.Sequential(attention), LoraConfig(target_modules=["out_proj"])
         )
