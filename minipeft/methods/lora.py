@@ -28,8 +28,8 @@ from ..config import ConfigError, LayerConfig
 from ..errors import TargetError
 from ..slot import LinearDelta
 from . import lora_init
-from .scaling import check_alpha, check_rank
 from .dora import Dora
+from .scaling import check_alpha, check_rank
 
 
 class Lora(LinearDelta):
