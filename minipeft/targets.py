@@ -129,13 +129,13 @@ def compile_regex(text):
 def fullmatch_all(text, paths):
     """The paths that the regular expression `text` matches whole.
 
-    Two repeats in one expression can take exponential time ("(a+)+b"), and Python
-    cannot interrupt its own matching. Such expressions run in a process of their own.
+    Repeats can take exponential time ("(a+)+b"), and Python cannot interrupt its own
+    matching: expressions that may hang run in a process of their own.
     Raises TargetError where `text` is not an expression, or needs over REGEX_SECONDS.
     """
     pattern = compile_regex(text)
     paths = list(paths)
-    if not has_two_repeats(text) or not sys.executable:
+    if not may_hang(text) or not sys.executable:
         return [path for path in paths if pattern.fullmatch(path)]
     code = (
         "import json, re, sys; text, paths = json.load(sys.stdin);"
@@ -159,8 +159,9 @@ def fullmatch_all(text, paths):
     return json.loads(done.stdout)
 
 
-def has_two_repeats(text):
-    return len(re.findall(r"[*+{]", text)) > 1
+def may_hang(text):
+    """True for an expression with a repeated group, or with more than one repeat."""
+    return bool(re.search(r"\)[*+{]", text)) or len(re.findall(r"[*+{]", text)) > 1
 
 
 def suffix_regex(key):

@@ -122,7 +122,23 @@ def test_configurations(fields, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.b", "", "pop", "keys", "forward", "__base__", 3, None]
+    "name",
+    [
+        "a.b",
+        "",
+        "pop",
+        "keys",
+        "forward",
+        "__base__",
+        3,
+        None,
+        "/abs/x",
+        "../x",
+        "a/b",
+        "a\\b",
+        "..",
+        "a\0b",
+    ],
 )
 def test_impossible_names(plain, name):
     with pytest.raises(AdapterNameError, match="cannot name an adapter"):
@@ -377,3 +393,117 @@ def test_folders(plain, folder, tmp_path):
     model = adapted(LORA, BASE)
     with pytest.raises(AdapterFileError, match="is a file"):
         model.save_pretrained(folder / "adapter_config.json")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.fill_(float("nan")), "not finite"),
+        (lambda t: t.index_fill_(0, torch.tensor([0]), float("inf")), "not finite"),
+        (lambda t: t.mul_(0).sub_(float("inf")), "not finite"),
+        (lambda t: t.to(torch.int64), "torch.int64, expected floats"),
+        (lambda t: t.to(torch.uint8), "torch.uint8, expected floats"),
+        (lambda t: t > 0, "torch.bool, expected floats"),
+    ],
+)
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_tensors_that_are_no_finite_floats(plain, folder, change, message, name):
+    def one(tensors):
+        key = next(key for key in tensors if name in key)
+        return tensors | {key: change(tensors[key].clone())}
+
+    rewrite(folder, one)
+    found = refused(plain, folder)
+    assert message in found and name in found and found.count("model.layers") == 1
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("field", ["lora_alpha", "lora_dropout"])
+def test_numbers_in_files_are_finite(plain, folder, field, value):
+    file = folder / "adapter_config.json"
+    text = file.read_text()
+    import re
+
+    file.write_text(re.sub(rf'"{field}": [\d.]+', f'"{field}": {value}', text))
+    assert f"{field} = " in refused(plain, folder, ConfigError)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"peft_type": ' * 50_000,
+        '{"peft_type": "LORA", "target_modules": ' + "[" * 30_000 + "]" * 30_000 + "}",
+    ],
+    ids=["lists", "objects", "inside"],
+)
+def test_deeply_nested_json(plain, folder, content):
+    (folder / "adapter_config.json").write_text(content)
+    assert "adapter_config.json" in refused(plain, folder)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"peft_type": "x" * 10**6},
+        {"peft_type": "LORA", "r": "8" * 10**6},
+        {"peft_type": "LORA", "unheard_of": ["x" * 10**6]},
+        {"peft_type": "LORA", "task_type": "x" * 10**6},
+    ],
+)
+def test_huge_values_are_abbreviated(plain, folder, data):
+    import json
+
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+    assert len(refused(plain, folder, ConfigError)) < 1000
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b"{}junk", b"\x80" * 1000])
+def test_damaged_files(plain, folder, file, content):
+    (folder / file).write_bytes(content)
+    assert file in refused(plain, folder)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_in_the_place_of_a_file(plain, folder, file):
+    (folder / file).unlink()
+    (folder / file).mkdir()
+    assert f"{file} is a folder" in refused(plain, folder)
+    with pytest.raises(AdapterFileError, match="cannot write into"):
+        adapted(LORA, BASE).save_pretrained(folder)
+    assert not list(folder.glob(".*"))  # nothing half-written
+
+
+@pytest.mark.parametrize("where", ["write", "replace"])
+def test_a_full_disk(folder, monkeypatch, where):
+    import os
+
+    import safetensors.torch
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*args, **kwargs):
+        if where == "write":
+            raise safetensors.SafetensorError("I/O error: No space left on device")
+        raise OSError(28, "No space left on device")
+
+    if where == "write":
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+    else:
+        monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(AdapterFileError, match="cannot write into.*No space left"):
+        adapted(LORA, BASE, r=2).save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_no_permission(folder, monkeypatch):
+    from pathlib import Path
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", denied)
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(AdapterFileError, match="cannot write.*Permission denied"):
+        adapted(LORA, BASE).save_pretrained(folder / "new")

@@ -1,6 +1,8 @@
 """Layers of all classes look alike; models are walked through their slots; names find
 what PEFT's find."""
 
+import re
+
 import pytest
 import torch
 from bases import BASES, close
@@ -185,3 +187,55 @@ def test_an_assigned_bias_keeps_its_type():
         Base(
             Slot(nn.Linear(3, 2, bias=False), ActiveAdapters()), "a"
         ).bias = torch.ones(2)
+
+
+class TestRegularExpressions:
+    PATHS = [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            r".*\.(q_proj|v_proj)",
+            r"(.*\.)?layers\.(\d+)\..*q_proj",
+            r"(?:[^.]+\.)*q_proj",
+            r".*layers\.[0-3]{1}\.self_attn\.(q|v)_.+",
+        ],
+    )
+    def test_repeats_are_matched_as_by_re(self, text):
+        wanted = [path for path in self.PATHS if re.fullmatch(text, path)]
+        assert targets.fullmatch_all(text, self.PATHS) == wanted == self.PATHS
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            r"([a-z0-9_.]+)+!",
+            r"(.*.){25}!",
+            r"(\w+\.?)*=",
+            r".*.*.*.*.*.*.*.*.*.*.*x!",
+            r"(\w\w?|\.)+!",
+        ],
+    )
+    def test_endless_matching_is_refused(self, text, monkeypatch):
+        monkeypatch.setattr(targets, "REGEX_SECONDS", 0.5)
+        path = "model.layers.0.self_attn.q_proj" * 3
+        with pytest.raises(TargetError, match="takes more than 0.5 seconds"):
+            targets.fullmatch_all(text, [path])
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            dict(target_modules=r"([a-z0-9_.]+)+!"),
+            dict(target_modules=["q_proj"], exclude_modules=r"(([a-z0-9_.])+)+!"),
+            dict(target_modules=["q_proj"], rank_pattern={r"([a-z0-9_.]+)+!": 2}),
+        ],
+    )
+    def test_wherever_they_are_given(self, fields, monkeypatch):
+        monkeypatch.setattr(targets, "REGEX_SECONDS", 0.5)
+        with pytest.raises(TargetError, match="takes more than"):
+            get_peft_model(BASES["llama"].make(), LoraConfig(**fields))
+
+    def test_a_long_value_is_abbreviated(self):
+        for wrong in ("q" * 10**6, ["q" * 10**6], "(" * 10**5):
+            with pytest.raises(TargetError) as caught:
+                get_peft_model(BASES["llama"].make(), LoraConfig(target_modules=wrong))
+            assert len(str(caught.value)) < 1000

@@ -203,3 +203,149 @@ def test_wrong_requests(arguments, message):
             }
         )
     assert list(model.peft_config) == ["a", "b"]
+
+
+def ia3s(package, *fields, weights=(1.5, -0.5)):
+    """A model with the IA3 adapters a, b ..., whose vectors are the same for both
+    packages, and their weighted sum."""
+    base = BASES["hf_llama"]
+    torch.manual_seed(0)
+    config = minipeft.IA3Config if package is minipeft else peft.IA3Config
+    model = None
+    for name, options in zip("abc", fields):
+        adapter = config(init_ia3_weights=False, **options)
+        if model is None:
+            model = package.get_peft_model(base.make(), adapter, adapter_name=name)
+        else:
+            model.add_adapter(name, adapter)
+    names = list("abc")[: len(fields)]
+    book = model if package is minipeft else model.base_model
+    book.add_weighted_adapter(names, list(weights)[: len(names)], "sum")
+    model.set_adapter("sum")
+    return model.eval()
+
+
+KEYS = dict(target_modules=["k_proj"], feedforward_modules=[])
+MIDDLE = dict(target_modules=["down_proj"], feedforward_modules=["down_proj"])
+BOTH = dict(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+
+
+class TestIA3:
+    @pytest.mark.parametrize(
+        "fields", [(BOTH, BOTH), (KEYS, MIDDLE), (MIDDLE, BOTH), (BOTH,)], ids=str
+    )
+    def test_vectors_are_those_of_peft(self, fields, tmp_path):
+        ours, theirs = (ia3s(package, *fields) for package in (minipeft, peft))
+        close(run(ours), run(theirs))
+        differ(run(ours), run(BASES["hf_llama"].make()))
+        ours.save_pretrained(tmp_path, selected_adapters=["sum"])
+        for package in (minipeft, peft):
+            again = package.PeftModel.from_pretrained(
+                BASES["hf_llama"].make(), str(tmp_path / "sum")
+            )
+            close(run(again), run(ours))
+
+    def test_input_and_output_do_not_mix(self):
+        output = dict(target_modules=["down_proj"], feedforward_modules=[])
+        with pytest.raises(minipeft.ConfigError, match="scales its input, another"):
+            ia3s(minipeft, MIDDLE, output)
+
+    def test_ia3_and_lora_do_not_mix(self):
+        model = several(BASES["llama"], ranks=(2,))
+        model.add_adapter("b", minipeft.IA3Config())
+        with pytest.raises(minipeft.ConfigError, match="only plain LoRAs.*only IA3s"):
+            model.add_weighted_adapter(["a", "b"], [1, 1], "c")
+        assert list(model.peft_config) == ["a", "b"]
+
+
+class TestModulesToSave:
+    """Copies of whole modules beside the adapters."""
+
+    @pytest.mark.parametrize("way", ["cat", "svd", "linear"])
+    def test_one_copy_is_kept(self, way, tmp_path):
+        base = BASES["hf_llama"]
+        states = []
+        for package, config in ((minipeft, LoraConfig), (peft, peft.LoraConfig)):
+            model = several(base, package, config, modules_to_save=None)
+            names = ["a", "b"]
+            model.add_adapter("head", config(r=4, modules_to_save=["lm_head"]))
+            book = model if package is minipeft else model.base_model
+            book.add_weighted_adapter(["head", *names], [1.0, 0.5, 0.5], "all", way)
+            model.set_adapter("all")
+            states.append(run(model))
+        close(*states)  # nothing is trained yet: PEFT's copy is the base's
+
+    def test_a_trained_copy_is_kept(self, tmp_path):
+        """PEFT would start it from the base's again."""
+        model = several(BASES["llama"])
+        model.add_adapter("head", LoraConfig(r=4, modules_to_save=["lm_head"]))
+        copy = model._adapters_by_path("head")["lm_head"]
+        torch.nn.init.normal_(copy.module.weight)
+        model.add_weighted_adapter(["a", "head"], [1.0, 1.0], "both", "cat")
+        kept = model._adapters_by_path("both")["lm_head"]
+        assert torch.equal(kept.module.weight, copy.module.weight)
+        assert kept.module.weight is not copy.module.weight
+
+    def test_two_copies_are_refused_as_in_peft(self):
+        for package, config in ((minipeft, LoraConfig), (peft, peft.LoraConfig)):
+            model = several(
+                BASES["hf_llama"], package, config, modules_to_save=["lm_head"]
+            )
+            book = model if package is minipeft else model.base_model
+            with pytest.raises(ValueError, match="modules_to_save"):
+                book.add_weighted_adapter(["a", "b"], [1, 1], "c", "cat")
+            assert "c" not in model.peft_config
+
+
+class TestRanksOfLayers:
+    @pytest.mark.parametrize("way", weighted.SEPARATE)
+    @pytest.mark.parametrize(
+        "pattern",
+        [{"q_proj": 2}, {"layers.1.self_attn.v_proj": 3}, {r"layers\.0\..*_proj": 1}],
+    )
+    def test_unequal_ranks_in_one_layer_are_refused(self, way, pattern):
+        model = several(BASES["llama"], ranks=(4,))
+        model.add_adapter(
+            "b",
+            LoraConfig(r=4, rank_pattern=pattern, target_modules=["q_proj", "v_proj"]),
+        )
+        density = None if way == "linear" else 0.5
+        before = list(model.state_dict())
+        with pytest.raises(minipeft.ConfigError, match=r"one rank.*at model\.layers"):
+            model.add_weighted_adapter(["a", "b"], [1, 1], "c", way, density=density)
+        assert list(model.state_dict()) == before
+        for any_rank in ("cat", "svd"):
+            model.add_weighted_adapter(["a", "b"], [1, 1], any_rank, any_rank)
+
+    def test_equal_ranks_in_each_layer_are_combined(self):
+        pattern = dict(rank_pattern={"q_proj": 2})
+        models = [
+            several(BASES["hf_llama"], package, config, **pattern)
+            for package, config in ((minipeft, LoraConfig), (peft, peft.LoraConfig))
+        ]
+        models[0].add_weighted_adapter(["a", "b"], [0.7, 0.4], "c", "linear")
+        models[1].base_model.add_weighted_adapter(["a", "b"], [0.7, 0.4], "c", "linear")
+        for model in models:
+            model.set_adapter("c")
+        close(*map(run, models))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(weights=[float("nan"), 1]), "weight = nan"),
+        (dict(weights=["1", 1]), "weight = '1'"),
+        (dict(svd_rank=0), "svd_rank = 0"),
+        (dict(svd_rank=2.5), "svd_rank = 2.5"),
+        (
+            dict(combination_type="ties", density=0.5, majority_sign_method="most"),
+            "majority_sign_method",
+        ),
+    ],
+)
+def test_wrong_numbers(arguments, message):
+    model = several(BASES["llama"])
+    given = dict(adapters=["a", "b"], weights=[1.0, 1.0], adapter_name="new")
+    with pytest.raises(minipeft.ConfigError, match=message):
+        model.add_weighted_adapter(**given | arguments)
+    assert list(model.peft_config) == ["a", "b"]
