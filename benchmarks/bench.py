@@ -27,6 +27,7 @@ from common import RESULTS, facts, save
 from tqdm import tqdm
 
 from minipeft import LoraConfig, NotMergeableError, get_peft_model
+from minipeft.course.measuring import peak_bytes
 from minipeft.lm import (
     GPT,
     GPTConfig,
@@ -36,7 +37,6 @@ from minipeft.lm import (
     train,
 )
 from minipeft.lm.data import Batches
-from minipeft.lm.memory import peak_bytes
 
 DROPOUT = 0.05
 TARGETS = {

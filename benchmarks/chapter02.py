@@ -32,7 +32,7 @@ from minipeft.lm import (
 )
 from minipeft.lm.data import Batches, Example
 from minipeft.lm.evaluation import completion_loss
-from minipeft.lm.pretrain import Text
+from minipeft.lm.pretrain import TextBatches
 
 STEPS, WARMUP, SEEDS = 80, 8, (0, 1, 2)
 RATES = {
@@ -102,7 +102,9 @@ def one_run(job: dict) -> dict:
         )
     data = Batches(sql.train, tokenizer, 16, seed=job["seed"])
     if job["way"] == "rehearsal":
-        data = Mixed(data, Text(tokenizer, 10**9, f"rehearsal {job['seed']}", rows=4))
+        data = Mixed(
+            data, TextBatches(tokenizer, 10**9, f"rehearsal {job['seed']}", rows=4)
+        )
         # the mixture that the base's pretraining ended with
         data.text.phase = lambda step: "late"
     start = [p.detach().clone() for p in model.parameters()]

@@ -36,7 +36,7 @@ from minipeft import (
 )
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
-from minipeft.lm.hub import resolve
+from minipeft.lm.pretrained import resolve
 
 STEPS, WARMUP, N, SEEDS = {"voice": 100, "sql": 150}, 10, 10, (0, 1, 2)
 # of all that stands in front of the text, and of LoRA

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from minipeft.lm import load_pretrained
-from minipeft.lm.hub import resolve
+from minipeft.lm.pretrained import resolve
 
 RESULTS = Path(__file__).parent / "results"
 BESIDE = ("long_runs", "subspaces")  # parts of a record that are written apart

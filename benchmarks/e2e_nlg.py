@@ -23,7 +23,7 @@ from common import RESULTS, facts, found, save, weights
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, evaluate, load_data, load_pretrained, load_tokenizer, train
-from minipeft.lm.data import Batches, room
+from minipeft.lm.data import Batches, max_tokens
 
 METHODS = {
     "full": (1e-3, 3e-3, 1e-2),
@@ -194,7 +194,7 @@ def main(argv=None):
 
     for base in given.base:
         tokenizer = load_tokenizer(base)
-        longest, mark = room(load_pretrained(base)), weights(base)
+        longest, mark = max_tokens(load_pretrained(base)), weights(base)
         batches = cache(
             lambda seed: Batches(
                 task.train, tokenizer, BATCH, seed=seed, max_length=longest, bucket=True

@@ -28,7 +28,7 @@ from torch import nn
 
 import minipeft
 from minipeft.lm import GPT, SHAPES, GPTConfig, memory_ledger
-from minipeft.quant.linear4bit import BACKENDS, linear_layers
+from minipeft.quant.linear4bit import BACKENDS, quantizable_layers
 
 SIDES = {
     "minipeft": "torch",
@@ -76,7 +76,7 @@ def fill(model, backend, device):
             requires_grad=False,
         )
 
-    for layer, put in list(linear_layers(model).values()):
+    for layer, put in list(quantizable_layers(model).values()):
         for name, p in list(layer._parameters.items()):
             layer._parameters[name] = None if p is None else draw(p)
         put(BACKENDS[backend](layer, compute_dtype=torch.bfloat16))

@@ -419,7 +419,7 @@ def finetune(args):
 
     from . import get_peft_model
     from .lm import evaluate, load_data, train
-    from .lm.hub import resolve
+    from .lm.pretrained import resolve
 
     full, out = args.method == "full", free_folder(args.out, resolve(args.base))
     if full and (
@@ -563,7 +563,7 @@ def evaluate(args):
 
 
 def merge(args):
-    from .lm.hub import resolve
+    from .lm.pretrained import resolve
 
     free_folder(args.out, args.adapter)
     model, tokenizer, name = open_model(args)

@@ -148,7 +148,7 @@ def free_space(folder):
 def disk():
     import torch
 
-    from .lm.hub import cache_folder
+    from .lm.pretrained import cache_folder
 
     build = "CUDA" if torch.version.cuda else "CPU"
     other = "CPU" if build == "CUDA" else "CUDA"

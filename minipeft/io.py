@@ -72,11 +72,13 @@ def check_number(
         good and (above is None or value > above) and (below is None or value < below)
     )
     if not good:
-        bounds = (("at least", least), ("above", above), ("at most", most))
-        bounds = [*bounds, ("below", below)]
+        bounds = [("at least", least), ("above", above), ("at most", most)]
+        bounds += [("below", below)]
         text = " and ".join(
             f"{word} {bound}" for word, bound in bounds if bound is not None
         )
+        if least is not None and most is not None:
+            text = f"from {least} to {most}"
         kind = "a whole number" if whole else "a number"
         expected = f"{kind} {text}".rstrip()
         raise error(f"{name} = {brief(value)}: expected {expected}{also}")
@@ -94,7 +96,7 @@ KINDS = (
 
 
 def check_file(path, error=FileError):
-    """Raise `error` unless `path` is a regular file: a pipe or a device may never end."""
+    """Raise `error` unless `path` is a regular file: a pipe or device may never end."""
     try:
         mode = os.stat(path).st_mode
     except OSError as problem:
@@ -147,8 +149,8 @@ def read_json(path, kind=dict, error=FileError):
 
 @contextlib.contextmanager
 def open_safetensors(path, error=FileError):
-    """safetensors' safe_open: .keys(), .get_tensor(name), .get_slice(name), .metadata().
-    Whatever is wrong with the file, also within the block, is `error`."""
+    """safetensors' safe_open: .keys(), .get_tensor(name), .get_slice(name),
+    .metadata(). Whatever is wrong with the file, also within the block, is `error`."""
     from safetensors import SafetensorError, safe_open
 
     check_file(path, error)
@@ -192,7 +194,7 @@ def replacing(path):
 
 
 def remove_parts(path):
-    """Remove what killed writers of `path` left. Only for who holds the folder's lock."""
+    """Remove what killed writers of `path` left. Hold the folder's lock."""
     path = Path(path)
     for part in path.parent.glob(f".{path.name}.*{PART}"):
         part.unlink(missing_ok=True)

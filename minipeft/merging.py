@@ -61,7 +61,7 @@ def merge_and_unload(model, names, safe_merge=False, lossy=False, dequantize=Fal
     check_enabled(model)
     base = model.get_base_model()
     before = model.base_model.active.merged
-    layers = linear4bit.sites(base) if dequantize else []
+    layers = linear4bit.linear_layers(base) if dequantize else []
     try:
         if layers:
             unmerge(model)

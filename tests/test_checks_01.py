@@ -10,7 +10,7 @@ from judging import accepts, rejects
 
 from minipeft.course import check
 from minipeft.lm import GPT, GPTConfig
-from minipeft.lm.generation import choose
+from minipeft.lm.generation import sample
 from minipeft.lm.gpt import Rotary, attend, rotate
 
 
@@ -461,7 +461,7 @@ def test_nucleus_solution():
 
 def test_nucleus_oracle_is_the_package():
     probs = (1.5 * torch.randn(12)).softmax(0)
-    drawn = choose(
+    drawn = sample(
         probs.log().expand(4000, -1),
         temperature=1.0,
         top_p=0.7,

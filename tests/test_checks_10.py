@@ -16,7 +16,7 @@ def blank(*_):
 
 
 def product(forward=None, backward=None):
-    class Product(torch.autograd.Function):
+    class MatMul4bit(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, dequantize):
             ctx.dequantize = dequantize
@@ -26,7 +26,7 @@ def product(forward=None, backward=None):
         def backward(ctx, dy):
             return backward(ctx, dy) if backward else (dy @ ctx.dequantize(), None)
 
-    return Product
+    return MatMul4bit
 
 
 def keep(ctx, x, dequantize):

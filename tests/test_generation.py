@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minipeft.lm import GPT, GPTConfig, generate, load_pretrained, load_tokenizer
-from minipeft.lm.generation import choose, generate_ids
+from minipeft.lm.generation import generate_ids, sample
 
 SIZES = dict(
     vocab_size=40,
@@ -117,17 +117,17 @@ def test_the_model_is_left_in_its_mode(model):
 def test_sampling(model):
     tokenizer = Letters()
 
-    def sample(**more):
+    def draw(**more):
         return generate(
             model, tokenizer, PROMPTS, max_new_tokens=10, **{"temperature": 2.0, **more}
         )
 
-    assert sample(seed=1) == sample(seed=1) != sample(seed=2)
-    greedy = sample(temperature=0)
+    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+    greedy = draw(temperature=0)
     assert (
-        sample(top_k=1) == greedy
-        and sample(top_p=1e-9) == greedy
-        and sample(temperature=1e-6) == greedy
+        draw(top_k=1) == greedy
+        and draw(top_p=1e-9) == greedy
+        and draw(temperature=1e-6) == greedy
     )
 
 
@@ -144,7 +144,7 @@ def test_sampling(model):
     ],
 )
 def test_settings_that_mean_nothing(model, name, value):
-    with pytest.raises(ValueError, match=f"{name} = {value}: expected is"):
+    with pytest.raises(ValueError, match=f"{name} = {value}: expected"):
         generate(model, Letters(), PROMPTS, **{"temperature": 1.0, name: value})
 
 
@@ -157,7 +157,7 @@ def test_top_k_and_top_p_are_distributions():
 
     def counts(**how):
         return (
-            torch.bincount(choose(logits, generator=dice(), **how), minlength=4)
+            torch.bincount(sample(logits, generator=dice(), **how), minlength=4)
             / 40_000
         )
 
@@ -172,7 +172,7 @@ def test_top_k_and_top_p_are_distributions():
     within(counts(temperature=1.0, top_p=0.6), [4 / 7, 3 / 7, 0, 0])
     halves = torch.tensor([0.5, 0.25, 0.25]).log().expand(99, 3)
     # it is reached, so no other is needed
-    assert (choose(halves, 1.0, top_p=0.5, generator=dice()) == 0).all()
+    assert (sample(halves, 1.0, top_p=0.5, generator=dice()) == 0).all()
     within(counts(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30])
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipeft.lm import GPT, GPTConfig, load_pretrained, load_tokenizer
-from minipeft.lm.hub import ModelFileError, read_config, resolve
+from minipeft.lm.hf_format import ModelFileError
+from minipeft.lm.pretrained import read_config, resolve
 
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 from test_gpt import KINDS, SIZES, close, oracle  # noqa: E402
@@ -225,7 +226,7 @@ def test_truncated_weights(tiny):
         (
             dict(model_type="lama"),
             (
-                r"unknown model_type 'lama' \(did you mean 'llama'\?\); valid: llama,"
+                r"unknown model_type 'lama' \(did you mean 'llama'\?\); expected one of llama,"
                 r" mistral"
             ),
         ),

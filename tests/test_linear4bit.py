@@ -48,7 +48,7 @@ KINDS = ("llama", "gpt2", "hf_llama", "hf_gpt2", "mlp")
 def pair(d_in=96, d_out=80, bias=True, **options):
     """(a 4-bit layer, the dense layer with the weight it stands for)"""
     torch.manual_seed(1)
-    layer = Linear4bit.of(nn.Linear(d_in, d_out, bias=bias), **options)
+    layer = Linear4bit.from_linear(nn.Linear(d_in, d_out, bias=bias), **options)
     twin = nn.Linear(d_in, d_out, bias=bias)
     twin.weight = nn.Parameter(read_weight(layer), requires_grad=False)
     if bias:
@@ -124,7 +124,7 @@ def test_scales_survive_a_change_of_dtype(double_quant):
 def test_state_dicts_are_those_of_bitsandbytes(double_quant):
     torch.manual_seed(0)
     dense = nn.Linear(128, 96)
-    ours = Linear4bit.of(dense, double_quant=double_quant)
+    ours = Linear4bit.from_linear(dense, double_quant=double_quant)
     theirs = bitsandbytes.nn.Linear4bit(
         128, 96, quant_type="nf4", compress_statistics=double_quant
     )
@@ -511,7 +511,9 @@ def test_gradients_over_bitsandbytes_are_ours_but_for_its_rounding(monkeypatch):
 
     for backend in BACKENDS:
         if backend == "torch":
-            monkeypatch.setattr(linear4bit.Product, "backward", staticmethod(rounding))
+            monkeypatch.setattr(
+                linear4bit.MatMul4bit, "backward", staticmethod(rounding)
+            )
         model = qlora(
             prepare_model_for_kbit_training(
                 quantize_model(make(base.name).bfloat16(), backend), False

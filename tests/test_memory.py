@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from minipeft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from minipeft.course.measuring import measured_ledger, peak_bytes
 from minipeft.lm import on_paper
 from minipeft.lm.gpt import GPT, GPTConfig
-from minipeft.lm.memory import Ledger, memory_ledger, peak_bytes
+from minipeft.lm.memory import Ledger, memory_ledger
 from minipeft.quant import quantize_model
 
 
@@ -67,11 +68,8 @@ WAYS = {
 def test_predicted_is_measured_to_the_byte(kind, way):
     if (kind, way) == ("gpt2", "gate"):
         return  # GPT-2 has none
-    ledger = memory_ledger(
-        WAYS[way](model(kind, tied=way != "head" and kind != "qwen3")),
-        3,
-        10,
-        measure=True,
+    ledger = measured_ledger(
+        WAYS[way](model(kind, tied=way != "head" and kind != "qwen3")), 3, 10
     )
     assert ledger.predicted == ledger.measured
 
@@ -87,7 +85,7 @@ def test_measuring_changes_nothing():
         [p.grad for p in m.parameters()],
     )
     torch.manual_seed(3)
-    memory_ledger(m, 2, 8, measure=True)
+    measured_ledger(m, 2, 8)
     drawn = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(1))
@@ -145,7 +143,7 @@ def test_checkpointing_keeps_one_input_a_layer_and_one_layer():
         - memory_ledger(model(layers=1), 3, 10).predicted["activations"]
     )
     m.gradient_checkpointing_enable()
-    ledger = memory_ledger(m, 3, 10, measure=True)
+    ledger = measured_ledger(m, 3, 10)
     assert ledger.predicted["activations"] == before - 11 * one + 12 * 3 * 10 * 24 * 4
 
 
@@ -161,7 +159,7 @@ def test_other_models_and_optimizers_are_measured_only():
             num_key_value_heads=2,
         )
     )
-    ledger = memory_ledger(theirs, 2, 8, optimizer=torch.optim.Adagrad, measure=True)
+    ledger = measured_ledger(theirs, 2, 8, optimizer=torch.optim.Adagrad)
     assert ledger.predicted["activations"] is ledger.predicted["optimizer"] is None
     assert (
         ledger.measured["activations"] > 0
@@ -211,13 +209,12 @@ def test_weights_by_format(backend):
         if isinstance(layer, torch.nn.Linear)
     ]
     n = sum(layer.weight.numel() for layer in inside)
-    ledger = memory_ledger(
+    ledger = measured_ledger(
         get_peft_model(
             quantize_model(m, backend), LoraConfig(r=4, target_modules=["q_proj"])
         ),
         2,
         8,
-        measure=True,
     )
     # its layers each keep their codebooks
     tables = len(inside) * 4 * (16 + 256) if backend == "bitsandbytes" else 0
@@ -250,7 +247,7 @@ def test_weights_by_format(backend):
 def test_optimizers_by_kind(optimizer):
     # tensors above and below 4,096 numbers
     m = model(hidden_size=80, intermediate_size=100)
-    ledger = memory_ledger(m, 2, 8, optimizer=optimizer, measure=True)
+    ledger = measured_ledger(m, 2, 8, optimizer=optimizer)
     assert ledger.predicted["optimizer"] == ledger.measured["optimizer"]
     assert (optimizer == "sgd") == (ledger.predicted["optimizer"] == 0)
 
@@ -266,7 +263,7 @@ def test_activations_with_checkpointing(way, quantised, reentrant):
     m.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if way == "full":
         m.enable_input_require_grads()
-    ledger = memory_ledger(m, 4, 24, measure=True)
+    ledger = measured_ledger(m, 4, 24)
     near(ledger.predicted["activations"], ledger.measured["activations"])
 
 
@@ -277,7 +274,7 @@ def test_16_bits_to_the_byte(kind, dtype, way):
     m = WAYS[way](
         model(kind, tied=way != "head" and kind != "qwen3", hidden_size=64).to(dtype)
     ).train()
-    ledger = memory_ledger(m, 6, 16, measure=True)
+    ledger = measured_ledger(m, 6, 16)
     assert ledger.predicted == ledger.measured
 
 
@@ -290,7 +287,7 @@ def test_4_bits_with_checkpointing_to_the_byte(dtype, way):
         )
     ).train()
     m.gradient_checkpointing_enable()
-    ledger = memory_ledger(m, 6, 16, measure=True)
+    ledger = measured_ledger(m, 6, 16)
     assert ledger.predicted["activations"] == ledger.measured["activations"]
 
 

@@ -7,7 +7,7 @@ import torch
 from minipeft.lm import GPT, GPTConfig, load_tokenizer
 from minipeft.lm.pretrain import (
     SHAPE,
-    Text,
+    TextBatches,
     copy_batch,
     copy_warmup,
     induction_head,
@@ -158,7 +158,7 @@ def test_every_first_name_is_one_token():
 @pytest.mark.parametrize("step", [0, 9])
 def test_text_is_a_pure_function_of_seed_and_step(step):
     one, two = (
-        Text(load_tokenizer(), steps=10, seed=5, rows=2, length=64).batch(step)
+        TextBatches(load_tokenizer(), steps=10, seed=5, rows=2, length=64).batch(step)
         for _ in range(2)
     )
     assert (one["input_ids"] == two["input_ids"]).all() and (
@@ -166,7 +166,7 @@ def test_text_is_a_pure_function_of_seed_and_step(step):
     ).all()
     assert not (
         one["input_ids"]
-        == Text(load_tokenizer(), steps=10, seed=6, rows=2, length=64).batch(step)[
-            "input_ids"
-        ]
+        == TextBatches(load_tokenizer(), steps=10, seed=6, rows=2, length=64).batch(
+            step
+        )["input_ids"]
     ).all()

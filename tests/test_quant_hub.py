@@ -13,7 +13,7 @@ from bases import close
 from torch import nn
 
 from minipeft.lm import GPT, GPTConfig, load_pretrained, save_pretrained
-from minipeft.lm.hub import ModelFileError
+from minipeft.lm.hf_format import ModelFileError
 from minipeft.quant import quantize_model
 from minipeft.weights import logical_numel, read_weight
 

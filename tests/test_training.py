@@ -42,11 +42,11 @@ def rounding(value) -> float:
     return tolerance(torch.float32, value, terms=64, steps=2 * 9)
 
 
-def tiny(seed=0):
+def tiny(seed=0, vocab_size=64):
     torch.manual_seed(seed)
     return GPT(
         GPTConfig(
-            vocab_size=64,
+            vocab_size=vocab_size,
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=2,
@@ -218,7 +218,7 @@ def test_other_settings_are_not_mixed(tmp_path):
     train(tiny(), examples(), steps=2, folder=tmp_path, **common)
     with pytest.raises(ValueError, match="steps 2 .now 3."):
         train(tiny(), examples(), steps=3, folder=tmp_path, **common)
-    with pytest.raises(ValueError, match="first_batch"):
+    with pytest.raises(ValueError, match="data .checksum"):
         train(tiny(), examples()[::-1], steps=2, folder=tmp_path, **common)
     assert (
         train(
@@ -425,11 +425,11 @@ def test_optimizer_state_that_is_not_float_survives(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(schedule="cosin"), "expected cosine"),
+        (dict(schedule="cosin"), "did you mean .cosine"),
         (dict(steps=0), "at least 1"),
         (dict(lr=None), "needs lr"),
         (dict(tokenizer=None), "tokenizer="),
-        (dict(optimizer="adamv"), "expected adamw"),
+        (dict(optimizer="adamv"), "expected one of adamw"),
         (dict(evaluate_every=2), "valid="),
     ],
 )
@@ -464,3 +464,243 @@ def test_history_defaults():
     assert History().tokens_per_second == 0 and repr(History()).startswith(
         "History(0 steps"
     )
+
+
+class Trap(torch.autograd.Function):
+    """The identity, whose gradient is `bad` at its n-th backward pass."""
+
+    calls, at, bad = 0, 3, float("nan")
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        Trap.calls += 1
+        return dy * (Trap.bad if Trap.calls == Trap.at else 1.0)
+
+
+def trapped(bad, at=3):
+    Trap.calls, Trap.at, Trap.bad = 0, at, bad
+    model = tiny()
+    model.model.layers[0].register_forward_hook(lambda m, args, y: Trap.apply(y))
+    return model
+
+
+class TestDivergence:
+    """What is not finite never enters the weights that are kept."""
+
+    @pytest.mark.parametrize("clip", [None, 1.0])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_a_gradient_beside_a_finite_loss(self, tmp_path, bad, clip):
+        options = dict(common, clip=clip, steps=5, save_every=1, folder=tmp_path)
+        model = trapped(bad)
+        history = train(model, examples(), **options)
+        assert history.stopped == "diverged" and history.steps == 2
+        assert all(p.isfinite().all() for p in model.parameters())
+        kept = tiny()
+        load_checkpoint(tmp_path / "latest.safetensors", kept)
+        assert all(map(torch.equal, model.parameters(), kept.parameters()))
+        # mended, it goes on
+        assert train(trapped(1.0), examples(), **options).steps == 5
+
+    def test_weights_that_a_step_made_infinite_are_not_saved(self, tmp_path):
+        class Blast(torch.optim.SGD):
+            def step(self):
+                super().step()
+                if len(self.losses) == 2:
+                    self.param_groups[0]["params"][0].data.fill_(float("inf"))
+                self.losses.append(1)
+
+        model = tiny()
+        optimizer = Blast(model.parameters(), lr=1e-3)
+        optimizer.losses = []
+        options = dict(common, optimizer=optimizer, steps=5, save_every=1)
+        history = train(model, examples(), folder=tmp_path, **options)
+        assert history.stopped == "diverged"
+        kept = tiny()
+        load_checkpoint(tmp_path / "latest.safetensors", kept)
+        assert all(p.isfinite().all() for p in kept.parameters())
+
+    def test_the_first_step(self, tmp_path):
+        options = dict(common, steps=5, save_every=1, folder=tmp_path)
+        assert train(trapped(float("nan"), at=1), examples(), **options).steps == 0
+        assert not (tmp_path / "latest.safetensors").exists()
+
+
+def adapted(base=None, **changes):
+    from minipeft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    fields = dict(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    return get_peft_model(base or tiny(), LoraConfig(**fields | changes))
+
+
+class TestSettings:
+    """Everything that decides the result is a setting; another value is refused."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        train(adapted(), examples(), steps=4, folder=tmp_path, **common)
+        return tmp_path
+
+    def resumed(self, folder, model=None, data=None, **changes):
+        options = dict(common, steps=4, folder=folder) | changes
+        return train(model or adapted(), data or examples(), **options)
+
+    def test_the_same_goes_on(self, folder):
+        assert self.resumed(folder).steps == 4
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(lora_alpha=99), "adapter default, lora_alpha 16 .now 99."),
+            (dict(lora_dropout=0.5), "lora_dropout 0.0 .now 0.5."),
+            (dict(use_rslora=True), "use_rslora False .now True."),
+            (dict(init_lora_weights="gaussian"), "init_lora_weights True"),
+            (dict(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+            (dict(target_modules=["q_proj"]), "target_modules"),
+        ],
+    )
+    def test_another_adapter(self, folder, change, message):
+        with pytest.raises(ValueError, match=f"other settings: .*{message}"):
+            self.resumed(folder, adapted(**change))
+
+    def test_another_base(self, folder):
+        for change in (lambda p: p.mul_(2), lambda p: p[0, 0].add_(1e-3)):
+            base = tiny()
+            with torch.no_grad():
+                change(base.model.layers[1].mlp.up_proj.weight)
+            with pytest.raises(ValueError, match="model .checksum."):
+                self.resumed(folder, adapted(base))
+        with pytest.raises(ValueError, match="model .checksum."):
+            self.resumed(folder, adapted(tiny().bfloat16()))
+
+    def test_other_data(self, folder):
+        rows = examples()
+        for other in (
+            rows[:-1],
+            [*rows[:-1], rows[0]],
+            [
+                *rows[:5],
+                SimpleNamespace(prompt=rows[5].prompt, completion=" x", meta={}),
+                *rows[6:],
+            ],
+        ):
+            with pytest.raises(ValueError, match="data .checksum."):
+                self.resumed(folder, data=other)
+
+    def test_data_that_are_only_batches(self, tmp_path):
+        class Rows:
+            def __init__(self, odd):
+                self.odd = odd
+
+            def batch(self, step):
+                ids = torch.full((2, 6), 5)
+                ids[0, 0] = self.odd if step == 3 else 5  # only in the last batch
+                return {"input_ids": ids, "labels": ids}
+
+        self.resumed(tmp_path, data=Rows(7))
+        with pytest.raises(ValueError, match="data .checksum."):
+            self.resumed(tmp_path, data=Rows(8))
+
+    def test_another_tokenizer(self, tmp_path):
+        from minipeft.lm.tokenizer import train_tokenizer
+
+        one = train_tokenizer(["a b c d"] * 5, 400)
+        two = train_tokenizer(["b a d c x"] * 5, 400)
+        rows = [SimpleNamespace(prompt="a", completion=" b", meta={})] * 8
+        model = adapted(tiny(vocab_size=500))
+        self.resumed(tmp_path, model, rows, tokenizer=one)
+        with pytest.raises(ValueError, match="tokenizer .checksum."):
+            self.resumed(tmp_path, model, rows, tokenizer=two)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(betas=(0.9, 0.95)), "betas"),
+            (dict(lr=2e-3), "initial_lr"),
+            (dict(weight_decay=0.1), "weight_decay"),
+            (dict(seed=7), "seed 0 .now 7."),
+            (dict(optimizer="adamw8bit"), "optimizer AdamW .now AdamW8bit."),
+        ],
+    )
+    def test_other_settings_of_the_run(self, folder, change, message):
+        with pytest.raises(ValueError, match=f"other settings: .*{message}"):
+            self.resumed(folder, **change)
+
+    def test_resume_false_starts_again(self, folder):
+        model = adapted(lora_alpha=99)
+        assert self.resumed(folder, model, resume=False).steps == 4
+        assert self.resumed(folder, adapted(lora_alpha=99)).steps == 4
+
+
+class TestFolder:
+    def test_a_second_writer_is_refused(self, tmp_path):
+        from minipeft.errors import FileError
+
+        def log(step, facts):
+            with pytest.raises(FileError, match="is in use"):
+                train(tiny(), examples(), steps=2, folder=tmp_path, **common)
+
+        train(tiny(), examples(), steps=2, folder=tmp_path, log=log, **common)
+
+    @pytest.mark.parametrize(
+        "damage", ["empty", "cut", "junk", "no metadata", "folder"]
+    )
+    def test_a_damaged_checkpoint(self, tmp_path, damage):
+        from safetensors.torch import load_file, save_file
+
+        from minipeft.errors import FileError
+
+        options = dict(common, steps=2, folder=tmp_path)
+        train(tiny(), examples(), **options)
+        latest = tmp_path / "latest.safetensors"
+        content = latest.read_bytes()
+        if damage == "no metadata":
+            save_file(load_file(latest), latest)
+        elif damage == "folder":
+            latest.unlink()
+            latest.mkdir()
+        else:
+            damaged = {"empty": b"", "cut": content[:-9], "junk": b"junk" * 99}[damage]
+            latest.write_bytes(damaged)
+        model = tiny()
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(FileError, match="latest.safetensors"):
+            train(model, examples(), **options)
+        assert all(map(torch.equal, model.parameters(), before))
+
+    def test_where_nothing_can_be_written(self):
+        from minipeft.errors import FileError
+
+        steps = []
+        with pytest.raises(FileError, match="cannot write into /proc"):
+            train(
+                tiny(),
+                examples(),
+                steps=2,
+                folder="/proc/minipeft",
+                log=lambda *step: steps.append(step),
+                **common,
+            )
+        assert not steps
+
+
+class TestFoundBeforeTraining:
+    def test_a_test_example_that_is_too_long(self):
+        from minipeft.lanternwick.tasks import Example, Task
+        from minipeft.lm.data import DataError
+
+        rows = examples()
+        long = Example("p" * 99, " c", {"file": "my.jsonl", "line": 7})
+        for valid, test in (([long], rows), (rows, [*rows, long])):
+            task = Task("t", "t", rows, valid, test, "exact", 0.0, None)
+            with pytest.raises(DataError, match="my.jsonl, line 7: .*Shorten") as error:
+                train(tiny(), task, steps=2, **common)
+            assert "truncate" not in str(error.value)
+
+    def test_ids_beyond_the_vocabulary(self):
+        with pytest.raises(ValueError, match="vocabulary has 20 tokens"):
+            train(tiny(vocab_size=20), examples(), steps=2, **common)

@@ -1,14 +1,13 @@
 """The language model: its network, tokenizer, files, text generation, training and
 evaluation."""
 
-# All at once, and not when first asked for: `generate`, `train` and `evaluate` are
-# functions and files of one name, and whichever is bound last wins.
 from .data import load_data
 from .evaluation import evaluate
 from .generation import generate
 from .gpt import GPT, GPTConfig
-from .hub import load_pretrained, save_pretrained
+from .hf_format import save_pretrained
 from .memory import memory_ledger
+from .pretrained import load_pretrained
 from .shapes import SHAPES, on_paper
 from .tokenizer import Tokenizer, load_tokenizer
 from .training import train

@@ -1,43 +1,41 @@
-"""Checkpoints of a training run: ONE safetensors file, written beside and renamed, so
-that there is always a whole one.
+"""Checkpoints of a training run: one safetensors file, written beside its place and
+renamed, so there is always a whole one.
 
 Its tensors are the trained weights ("model.*"), the optimizer's state ("optimizer.*")
-and the random state ("rng.*"). What is no tensor stands as JSON in its header. No
-pickle: opening a checkpoint never runs code.
+and the random state ("rng.*"). Everything else is JSON in its header. No pickle:
+opening a checkpoint never runs code.
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+
+from ..errors import FileError
+from ..io import open_safetensors, parse_json, read_safetensors, write_safetensors
+from ..quant.optimizers import load_uncast
 
 
 def trained_tensors(model):
-    """Name -> tensor: all that requires a gradient, and the buffers that stand beside
-    it (running statistics)."""
+    """Name -> tensor: all that requires a gradient, and the buffers beside it (running
+    statistics)."""
     found = {}
-    for prefix, module in model.named_modules():
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
         own = {
-            f"{prefix}.{name}" if prefix else name: p
+            prefix + name: p
             for name, p in module._parameters.items()
             if p is not None and p.requires_grad
         }
-        if own:
-            skip = module._non_persistent_buffers_set
-            own |= {
-                f"{prefix}.{name}" if prefix else name: b
-                for name, b in module._buffers.items()
-                if b is not None and name not in skip
-            }
         found |= own
+        for name, buffer in module._buffers.items() if own else ():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[prefix + name] = buffer
     return found
 
 
-def unshared(tensors):
-    """safetensors refuses shared memory: keep the first name of each tensor (a tied
+def drop_shared(tensors):
+    """safetensors refuses shared memory: the first name of each tensor alone (a tied
     head is its embedding)."""
     seen = {}
     return {
@@ -47,100 +45,102 @@ def unshared(tensors):
     }
 
 
-def save_checkpoint(path, model, optimizer=None, **facts):
+def save_checkpoint(path, model, optimizer=None, **metadata):
     """Write the trained weights to `path`; with an optimizer also its state and the
-    random state. `facts`: any JSON."""
-    tensors = {
-        f"model.{name}": t for name, t in unshared(trained_tensors(model)).items()
-    }
+    random state. metadata: any JSON."""
+    weights = drop_shared(trained_tensors(model))
+    tensors = {f"model.{name}": t for name, t in weights.items()}
     if optimizer is not None:
+        # torch's own: bitsandbytes' nests its state
+        state = torch.optim.Optimizer.state_dict(optimizer)
         scalars = {}
-        for i, p in enumerate(
-            p for group in optimizer.param_groups for p in group["params"]
-        ):
-            for name, value in optimizer.state.get(p, {}).items():
-                kept, key = (
-                    (tensors, "optimizer.") if torch.is_tensor(value) else (scalars, "")
-                )
-                kept[f"{key}{i}.{name}"] = (
-                    value.detach().contiguous() if torch.is_tensor(value) else value
-                )
-        facts["optimizer"] = {
-            "scalars": scalars,
-            "groups": [
-                {k: v for k, v in group.items() if k != "params"}
-                for group in optimizer.param_groups
-            ],
-        }
+        for i, values in state["state"].items():
+            for name, value in values.items():
+                if torch.is_tensor(value):
+                    tensors[f"optimizer.{i}.{name}"] = value.detach().contiguous()
+                else:
+                    scalars[f"{i}.{name}"] = value
+        groups = state["param_groups"]
+        metadata["optimizer"] = {"scalars": scalars, "groups": groups}
         tensors["rng.cpu"] = torch.get_rng_state()
         if (kind := next(model.parameters()).device.type) in ("cuda", "mps"):
             tensors["rng.device"] = getattr(torch, kind).get_rng_state()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    save_file(tensors, beside, {"minipeft": json.dumps(facts)})
-    os.replace(beside, path)
+    write_safetensors(path, tensors, {"minipeft": json.dumps(metadata)})
 
 
-def read_facts(path):
-    """What is saved beside the tensors: settings and history."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["minipeft"])
+def read_metadata(path):
+    """What stands beside the tensors: settings and history. FileError where `path` is
+    not a whole checkpoint."""
+    with open_safetensors(path) as file:
+        return parse_metadata(path, file.metadata() or {})
+
+
+def parse_metadata(path, header):
+    if "minipeft" not in header:
+        raise FileError(f"{path} is not a checkpoint of minipeft")
+    return parse_json(header["minipeft"], f"the header of {path}")
 
 
 def load_checkpoint(path, model, optimizer=None):
     """Put what `path` holds into `model` (with an optimizer: also into that, and the
-    random state); returns the facts."""
-    facts, saved = read_facts(path), load_file(path)
-    mine = unshared(trained_tensors(model))
-    theirs = {
+    random state); returns the metadata."""
+    saved, header = read_safetensors(path)
+    metadata = parse_metadata(path, header)
+    found = {
         name.removeprefix("model."): t
         for name, t in saved.items()
         if name.startswith("model.")
     }
-    wrong = [
-        f"{name}: {list(theirs[name].shape) if name in theirs else 'absent'} in the"
-        f" file, {list(mine[name].shape) if name in mine else 'not trained'} in the"
-        " model"
-        for name in sorted(mine.keys() | theirs.keys())
-        if name not in mine
-        or name not in theirs
-        or mine[name].shape != theirs[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} belongs to another model or adapter:\n  " + "\n  ".join(wrong)
-        )
+    check_fits(path, found, drop_shared(trained_tensors(model)))
     for name, tensor in trained_tensors(model).items():
-        if name in theirs:
-            tensor.detach().copy_(theirs[name])
+        if name in found:
+            tensor.detach().copy_(found[name])
     if optimizer is not None:
-        params = [
-            (p, group) for group in optimizer.param_groups for p in group["params"]
-        ]
-        optimizer.state.clear()
-        for name, value in [
-            (n.removeprefix("optimizer."), t)
-            for n, t in saved.items()
-            if n.startswith("optimizer.")
-        ] + list(facts["optimizer"]["scalars"].items()):
-            i, key = name.split(".", 1)
-            p, group = params[int(i)]
-            if torch.is_tensor(value) and (
-                key != "step" or group.get("fused") or group.get("capturable")
-            ):
-                # not load_state_dict: it would cast 8-bit states to the weight's dtype
-                value = value.to(p.device)
-            optimizer.state[p][key] = value
-        for group, kept in zip(
-            optimizer.param_groups, facts["optimizer"]["groups"], strict=True
-        ):
-            group.update(
-                {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
-            )
+        load_uncast(optimizer, optimizer_state(saved, metadata["optimizer"]))
         torch.set_rng_state(saved["rng.cpu"])
         if "rng.device" in saved:
-            getattr(torch, next(model.parameters()).device.type).set_rng_state(
-                saved["rng.device"]
-            )
-    return facts
+            device = next(model.parameters()).device.type
+            getattr(torch, device).set_rng_state(saved["rng.device"])
+    return metadata
+
+
+def check_fits(path, found, expected):
+    """ValueError that lists every tensor of the file that the model does not train, and
+    the reverse."""
+
+    def shape(tensors, name, absent):
+        return list(tensors[name].shape) if name in tensors else absent
+
+    wrong = []
+    for name in sorted(found.keys() | expected.keys()):
+        there = shape(found, name, "absent")
+        here = shape(expected, name, "not trained")
+        if there != here:
+            wrong.append(f"{name}: {there} in the file, {here} in the model")
+    if wrong:
+        listed = "\n  ".join(wrong)
+        raise ValueError(f"{path} belongs to another model or adapter:\n  {listed}")
+
+
+def optimizer_state(saved, metadata):
+    """The state_dict of an optimizer: tensors from the file, the rest from its
+    header."""
+    values = {
+        name.removeprefix("optimizer."): t
+        for name, t in saved.items()
+        if name.startswith("optimizer.")
+    }
+    state = {}
+    for key, value in {**values, **metadata["scalars"]}.items():
+        i, name = key.split(".", 1)
+        state.setdefault(int(i), {})[name] = value
+    groups = [
+        {
+            k: tuple(v) if isinstance(v, list) and k != "params" else v
+            for k, v in g.items()
+        }
+        for g in metadata["groups"]
+    ]
+    return {"state": state, "param_groups": groups}

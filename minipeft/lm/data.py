@@ -12,6 +12,8 @@ All are a Task: Examples in train, valid and test, and a score. The cache is
 
 import csv
 import random
+import zlib
+from array import array
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from ..io import did_you_mean
+from ..io import check_number, did_you_mean
 from ..lanternwick.scoring import bleu, percent, plain
 from ..lanternwick.tasks import TASKS, Example, Task, load_task
 from .fetch import DataError, fetch
@@ -34,11 +36,11 @@ def load_data(name, tokenizer=None):
     tokenizer: its chat template puts instructions and messages into words."""
     if name in TASKS:
         return load_task(name)
-    if name in REAL:
-        return REAL[name]()
+    if name in PUBLIC_DATASETS:
+        return PUBLIC_DATASETS[name]()
     if Path(name).suffix in SUFFIXES:
         return load_file(Path(name), tokenizer)
-    names = [*TASKS, *REAL]
+    names = [*TASKS, *PUBLIC_DATASETS]
     raise DataError(
         f"no data set {str(name)!r}{did_you_mean(name, names)}: expected one of"
         f" {', '.join(names)}, or a .txt, .jsonl or .csv file"
@@ -54,7 +56,7 @@ def split(groups):
     return [[example for group in part for example in group] for part in parts]
 
 
-# ---- real data sets ------------------------------------------------------------------------------------------------
+# ---- real data sets ------------------------------------------------------------------
 
 
 def e2e_nlg():
@@ -96,9 +98,10 @@ def e2e_nlg():
         ]
         for file in ("devset.csv", "testset_w_refs.csv")
     )
-    score = lambda predictions, examples: {
-        "bleu": bleu(predictions, [e.meta["references"] for e in examples])
-    }
+
+    def score(predictions, examples):
+        return {"bleu": bleu(predictions, [e.meta["references"] for e in examples])}
+
     return Task(
         "e2e_nlg",
         "restaurants, from data to text (real; sacrebleu with all references)",
@@ -123,9 +126,10 @@ def sentence_polarity():
             .splitlines()
         )
     ]
-    score = lambda predictions, examples: {
-        "accuracy": exact(predictions, examples)["exact"]
-    }
+
+    def score(predictions, examples):
+        return {"accuracy": exact(predictions, examples)["exact"]}
+
     return Task(
         "sentence_polarity",
         "film reviews: is the writer glad or sad? (real)",
@@ -154,7 +158,7 @@ def tinyshakespeare():
     )
 
 
-REAL = {
+PUBLIC_DATASETS = {
     "e2e_nlg": e2e_nlg,
     "sentence_polarity": sentence_polarity,
     "tinyshakespeare": tinyshakespeare,
@@ -172,7 +176,7 @@ def exact(predictions, examples):
     }
 
 
-# ---- your own file -------------------------------------------------------------------------------------------------
+# ---- your own file -------------------------------------------------------------------
 
 
 def load_file(path, tokenizer=None):
@@ -194,10 +198,10 @@ def load_file(path, tokenizer=None):
     )
 
 
-# ---- from examples to batches --------------------------------------------------------------------------------------
+# ---- from examples to batches --------------------------------------------------------
 
 
-def room(model):
+def max_tokens(model):
     """How many tokens a row may have: the model's positions, or None where it sets no
     limit."""
     return getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -209,31 +213,64 @@ def encode(tokenizer, example, max_length=None, truncate=False):
 
     More than max_length tokens are a DataError that names the example; with
     truncate=True its prompt loses its start."""
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompt = tokenizer.encode(example.prompt) if example.prompt else []
     completion = completion_ids(tokenizer, example.prompt, example.completion)
-    completion = completion + [tokenizer.eos_token_id]
-    if max_length and (over := len(start + prompt + completion) - max_length) > 0:
+    completion = [*completion, tokenizer.eos_token_id]
+    length = len(start + prompt + completion)
+    over = length - (max_length or length)
+    if over > 0:
         if not truncate or over > len(prompt):
-            meta = example.meta or {}
-            text = (example.prompt or example.completion)[:60]
-            where = (
-                f"{meta['file']}, line {meta['line']}"
-                if "line" in meta
-                else f"the example {text!r}"
-            )
-            raise DataError(
-                f"{where}: {over + max_length} tokens, but a row holds {max_length}."
-                " Shorten or remove it"
-                + (
-                    ""
-                    if truncate
-                    else ", or pass truncate=True to cut its prompt from the left"
-                )
-            )
+            advice = "" if truncate else ", or pass truncate=True to cut its prompt"
+            raise too_long(example, length, max_length, advice)
         prompt = prompt[over:]
     ids = start + prompt + completion
     return ids, [-100] * len(start + prompt) + completion
+
+
+def too_long(example, length, max_length, advice=""):
+    """The DataError for an example that does not fit a row."""
+    meta = example.meta or {}
+    where = f"the example {(example.prompt or example.completion)[:60]!r}"
+    if "line" in meta:
+        where = f"{meta['file']}, line {meta['line']}"
+    return DataError(
+        f"{where}: {length} tokens, but a row holds {max_length}. Shorten or remove"
+        f" it{advice}"
+    )
+
+
+def check_lengths(tokenizer, examples, max_length):
+    """DataError for the first example with a prompt that has more than max_length
+    tokens. (A text without one is cut into rows.)"""
+    tokenizer = cached_tokenizer(tokenizer)
+    for example in examples:
+        if max_length and example.prompt:
+            length = len(encode(tokenizer, example)[0])
+            if length > max_length:
+                raise too_long(example, length, max_length)
+
+
+def check_ids(model, ids, what="the tokenizer"):
+    """ValueError if the largest of `ids` is beyond the model's embedding."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embedding, "num_embeddings", None)
+    largest = max(ids, default=0)
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"{what} gives the id {largest}, but the model's vocabulary has"
+            f" {size} tokens: expected the model's own tokenizer"
+        )
+
+
+def cached_tokenizer(tokenizer):
+    """What `encode` needs of a tokenizer, with a memory: prompts come again, with other
+    completions."""
+    return SimpleNamespace(
+        encode=lru_cache(None)(tokenizer.encode),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def completion_ids(tokenizer, prompt, completion):
@@ -270,60 +307,72 @@ class Batches:
     ):
         if not examples:
             raise DataError("no examples to make batches of")
-        if batch_size < 1:
-            raise DataError(f"batch_size = {batch_size}: at least one row is expected")
-        self.batch_size, self.seed, self.bucket = batch_size, seed, bucket
-        self.pad = (
-            tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id
-        )
-        self.rows, self.truncated, self._epoch = [], 0, (None, None)
-        remembers = SimpleNamespace(
-            encode=lru_cache(None)(tokenizer.encode),
-            bos_token_id=tokenizer.bos_token_id,
-            # prompts come again, with other completions
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        check_number("batch_size", batch_size, whole=True, least=1, error=DataError)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.bucket = bucket
+        self.pad = tokenizer.pad_token_id
+        if self.pad is None:
+            self.pad = tokenizer.eos_token_id
+        self.rows = []
+        self.truncated = 0
+        self._epoch = (None, None)
+        cached = cached_tokenizer(tokenizer)
         for example in tqdm(examples, desc="encoding", leave=False, delay=3):
-            ids, labels = encode(remembers, example, None)
-            if not max_length or len(ids) <= max_length:
-                self.rows.append((ids, labels))
-            elif not example.prompt:
-                for at in range(0, len(ids) - 1, max_length - 1):
-                    self.rows.append(
-                        (ids[at : at + max_length], labels[at : at + max_length])
-                    )
-            else:
-                self.rows.append(encode(remembers, example, max_length, truncate))
-                self.truncated += 1
+            self._add(cached, example, max_length, truncate)
         if self.truncated:
             print(
                 f"{self.truncated} of {len(examples)} prompts lost their beginning to"
                 f" fit into {max_length} tokens"
             )
 
+    def _add(self, tokenizer, example, max_length, truncate):
+        ids, labels = encode(tokenizer, example)
+        if not max_length or len(ids) <= max_length:
+            self.rows.append((ids, labels))
+        elif not example.prompt:
+            for at in range(0, len(ids) - 1, max_length - 1):
+                end = at + max_length
+                self.rows.append((ids[at:end], labels[at:end]))
+        else:
+            self.rows.append(encode(tokenizer, example, max_length, truncate))
+            self.truncated += 1
+
     def __len__(self):
         """Batches an epoch."""
         return max(1, len(self.rows) // self.batch_size)
 
+    def largest_id(self):
+        return max(max(ids) for ids, _ in self.rows)
+
+    def checksum(self):
+        """CRC-32 of all rows: equal numbers, equal batches for equal seeds."""
+        crc = 0
+        for ids, labels in self.rows:
+            numbers = array("q", [len(ids), *ids, *labels])
+            crc = zlib.crc32(numbers.tobytes(), crc)
+        return crc
+
     def _order(self, epoch):
         if self._epoch[0] != epoch:
-            chance = random.Random(f"{self.seed}/{epoch}")
-            order = chance.sample(range(len(self.rows)), len(self.rows))
-            size, many = self.batch_size, 32 * self.batch_size
-            if self.bucket:  # sort within each 32 batches, then shuffle the batches
-                parts = [order[at : at + many] for at in range(0, len(order), many)]
-                order = [
-                    i
-                    for part in parts
-                    for i in sorted(part, key=lambda i: len(self.rows[i][0]))
-                ]
-            batches = [order[at : at + size] for at in range(0, len(self) * size, size)]
-            if self.bucket:
-                chance.shuffle(batches)
-            self._epoch = (epoch, batches)
+            self._epoch = (epoch, self._shuffle(random.Random(f"{self.seed}/{epoch}")))
         return self._epoch[1]
+
+    def _shuffle(self, rng):
+        size = self.batch_size
+        many = 32 * size
+        order = rng.sample(range(len(self.rows)), len(self.rows))
+        if self.bucket:  # sort within each 32 batches, then shuffle the batches
+            parts = [order[at : at + many] for at in range(0, len(order), many)]
+
+            def length(i):
+                return len(self.rows[i][0])
+
+            order = [i for part in parts for i in sorted(part, key=length)]
+        batches = [order[at : at + size] for at in range(0, len(self) * size, size)]
+        if self.bucket:
+            rng.shuffle(batches)
+        return batches
 
     def batch(self, step):
         """Step (from 0) -> {"input_ids", "labels", "attention_mask"}, each (B, T)
@@ -339,11 +388,15 @@ class Batches:
 
     def pad_rows(self, rows):
         longest = max(len(ids) for ids, _ in rows)
-        fill = lambda values, with_: values + [with_] * (longest - len(values))
+
+        def pad(row, value):
+            return row + [value] * (longest - len(row))
+
+        ids = [pad(ids, self.pad) for ids, _ in rows]
+        labels = [pad(labels, -100) for _, labels in rows]
+        mask = [pad([1] * len(ids), 0) for ids, _ in rows]
         return {
-            "input_ids": torch.tensor([fill(ids, self.pad) for ids, _ in rows]),
-            "labels": torch.tensor([fill(labels, -100) for _, labels in rows]),
-            "attention_mask": torch.tensor(
-                [fill([1] * len(ids), 0) for ids, _ in rows]
-            ),
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "attention_mask": torch.tensor(mask),
         }

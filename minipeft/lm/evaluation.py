@@ -6,11 +6,13 @@ import math
 import torch
 from tqdm import tqdm
 
-from .data import Batches, DataError, room
+from ..io import check_number
+from .data import Batches, DataError, check_ids, max_tokens
+from .generation import generate as write_texts
 from .gpt import GPT
 
 
-def bare(model):
+def unwrap_peft(model):
     """The model itself, without a PeftModel around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -18,7 +20,7 @@ def bare(model):
 def fast_loss(model):
     """Our GPT can apply its head only where a label is, which saves a small model much
     of its time. Others get {}."""
-    return {"labels_only": True} if isinstance(bare(model), GPT) else {}
+    return {"labels_only": True} if isinstance(unwrap_peft(model), GPT) else {}
 
 
 @torch.no_grad()
@@ -28,14 +30,15 @@ def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=
 
     `data`: a list of Examples, a list of ready batches (dicts of tensors), or an object
     with .batch(i) and a length."""
+    batches = data
     if hasattr(data, "batch"):
         batches = map(data.batch, range(len(data)))
-    elif isinstance(data[0], dict):
-        batches = data
-    else:
-        rows = Batches(data, tokenizer, batch_size, max_length=room(model))
+    elif not isinstance(data[0], dict):
+        rows = Batches(data, tokenizer, batch_size, max_length=max_tokens(model))
+        check_ids(model, [rows.largest_id()])
         batches = rows.in_order()
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
+    was_training = model.training
     total = count = 0
     model.eval()
     try:
@@ -43,11 +46,11 @@ def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=
             batches, desc="loss", disable=not progress, leave=False, delay=3
         ):
             n = (batch["labels"][:, 1:] != -100).sum().item()
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = model(
-                    **{k: v.to(device) for k, v in batch.items()}, **fast_loss(model)
-                ).loss
-            total, count = total + loss.item() * n, count + n
+                loss = model(**batch, **fast_loss(model)).loss
+            total += loss.item() * n
+            count += n
     finally:
         model.train(was_training)
     loss = total / count
@@ -69,13 +72,16 @@ def evaluate(
     """Evaluate on a Task's `split` or on a list of Examples; returns a dict, the model
     is left in the mode it was in.
 
-    "loss", "perplexity"   of the completions, per token the task's metrics     of the
-    completions that the model writes greedily (0 to 100), unless generate=False
-    "examples"             how many were used: `limit` takes the first ones; None takes
-    all "predictions"          with predictions=True: what the model wrote, in the
-    examples' order max_new_tokens: None leaves room for the longest true completion and
-    a little more.
+    "loss", "perplexity"   of the completions, per token
+    the task's metrics     of the completions that the model writes greedily (0 to 100),
+                           unless generate=False
+    "examples"             how many were used: `limit` takes the first ones; None all
+    "predictions"          with predictions=True: what the model wrote, in the examples'
+                           order
+    max_new_tokens: None leaves room for the longest true completion and a little more.
     """
+    if limit is not None:
+        check_number("limit", limit, whole=True, least=1, error=DataError)
     score = getattr(data, "score", None)
     if hasattr(data, "train"):  # a Task
         if split not in ("train", "valid", "test"):
@@ -84,21 +90,16 @@ def evaluate(
     examples = list(data)[:limit]
     if not examples:
         raise DataError(f"no examples to evaluate in split {split!r}")
-    result = completion_loss(model, tokenizer, examples, batch_size, progress=progress)
-    result = {
-        "examples": len(examples),
-        "loss": result["loss"],
-        "perplexity": result["perplexity"],
-    }
+    result = {"examples": len(examples)}
+    loss = completion_loss(model, tokenizer, examples, batch_size, progress=progress)
+    result |= {name: loss[name] for name in ("loss", "perplexity")}
     if not generate or not (score or predictions):
         return result
-    from .generation import generate as write
-
     if max_new_tokens is None:
-        max_new_tokens = 8 + max(
-            len(tokenizer.encode(example.completion)) for example in examples
-        )
-    texts, many = [], 4 * batch_size
+        lengths = [len(tokenizer.encode(example.completion)) for example in examples]
+        max_new_tokens = 8 + max(lengths)
+    texts = []
+    many = 4 * batch_size
     for at in tqdm(
         range(0, len(examples), many),
         desc="writing",
@@ -107,7 +108,9 @@ def evaluate(
         delay=3,
     ):
         prompts = [example.prompt for example in examples[at : at + many]]
-        texts += write(model, tokenizer, prompts, max_new_tokens, batch_size=batch_size)
+        texts += write_texts(
+            model, tokenizer, prompts, max_new_tokens, batch_size=batch_size
+        )
     if score:
         result |= score(texts, examples)
     return result | ({"predictions": texts} if predictions else {})

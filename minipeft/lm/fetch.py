@@ -6,7 +6,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .hub import cache_folder
+from .pretrained import cache_folder
 
 RAW = "https://raw.githubusercontent.com"
 E2E = f"{RAW}/tuetschek/e2e-dataset/master"

@@ -7,48 +7,43 @@ used.
 """
 
 import inspect
-import math
+import os
+import warnings
 
 import torch
 
+from ..io import brief, check_number
+from .data import check_ids, max_tokens
+from .user_data import trim
 
-def check(max_new_tokens, temperature=0.0, top_k=None, top_p=None, generator=None):
+
+def check_sampling(temperature=0.0, top_k=None, top_p=None, generator=None):
     """ValueError for settings that mean nothing."""
-    for name, value, good, expected in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
-        (
-            "temperature",
-            temperature,
-            0 <= temperature < math.inf,
-            "0, for the likeliest, or a positive number",
-        ),
-        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
-        (
-            "top_p",
-            top_p,
-            top_p is None or 0 < top_p <= 1,
-            "above 0 and at most 1, or None",
-        ),
-    ):
-        if not good:
-            raise ValueError(f"{name} = {value!r}: expected is {expected}")
+    check_number("temperature", temperature, least=0)
+    if top_k is not None:
+        check_number("top_k", top_k, whole=True, least=1, also=", or None")
+    if top_p is not None:
+        check_number("top_p", top_p, above=0, most=1, also=", or None")
 
 
-def choose(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
-    """Pick the next token of each row. logits (B, V) -> (B,) int64.
+def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
+    """The next token of each row. logits (B, V) -> (B,) int64.
 
     temperature 0: the likeliest. top_k: only the k likeliest may come. top_p: only the
     likeliest that together have probability p (nucleus sampling, Holtzman et al. 2020,
     arXiv 1904.09751); the first of them always may."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # the largest is 0, so that a small temperature gives no infinity less infinity
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None:
         probs, order = logits.softmax(-1).sort(descending=True)
         late = probs.cumsum(-1) - probs >= top_p  # those before it have p already
+        late[:, 0] = False
         logits = logits.masked_fill(late.scatter(-1, order, late), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -62,32 +57,50 @@ def pick_rows(past, rows):
     return tuple((k[rows], v[rows]) for k, v in past)
 
 
+def left_pad(rows, device):
+    """Lists of token ids -> (ids, mask), each (B, T) int64."""
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def check_prompts(model, rows):
+    """ValueError for a prompt that the model cannot read."""
+    check_ids(model, [max(row) for row in rows], "the prompt")
+    longest = max(map(len, rows))
+    limit = max_tokens(model)
+    if limit and longest > limit:
+        raise ValueError(
+            f"a prompt has {longest} tokens, but the model's context holds {limit}:"
+            " shorten it"
+        )
+
+
 @torch.no_grad()
-def steps(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling):
+def decode(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling):
     """Continue `rows` (lists of token ids); yields [(index of the row, its next token),
     ...] once a step.
 
     `is_over(index, token)` is asked about each: the rows that are over leave the batch,
-    and it ends with the last."""
-    check(max_new_tokens, **sampling)
-    device = next(model.parameters()).device
+    and it ends with the last. A row also ends where the model's context is full."""
+    check_number("max_new_tokens", max_new_tokens, whole=True, least=0)
+    check_sampling(**sampling)
+    check_prompts(model, rows)
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     parameters = inspect.signature(plain.forward).parameters
     extra = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     # transformers' name since 5.24
     cache_name = "cache" if "cache" in parameters else "past_key_values"
-    width = max(map(len, rows))
-    # (B, T)
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    # (B, T)
-    mask = torch.tensor(
-        [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device
-    )
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
-    alive, past, training = list(range(len(rows))), None, model.training
+    limit = max_tokens(model) or float("inf")
+    ids, mask = left_pad(rows, next(model.parameters()).device)
+    position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+    alive = list(range(len(rows)))
+    past = None
+    was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
+        for step in range(1, max_new_tokens + 1):
             if adapter_names is not None:
                 extra["adapter_names"] = [adapter_names[i] for i in alive]
             out = model(
@@ -99,43 +112,127 @@ def steps(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling):
                 **extra,
             )
             past = getattr(out, cache_name)
-            token = choose(out.logits[:, -1], **sampling)
+            token = sample(out.logits[:, -1], **sampling)
             new = list(zip(alive, token.tolist()))
             keep = [b for b, (i, t) in enumerate(new) if not is_over(i, t)]
             yield new
+            full = [b for b in keep if len(rows[alive[b]]) + step > limit]
+            if full and step < max_new_tokens:
+                warnings.warn(
+                    f"a text ends where the model's context of {limit} tokens is full",
+                    stacklevel=2,
+                )
+                keep = [b for b in keep if b not in full]
             if not keep:
                 return
-            ids, position = token[:, None], position[:, -1:] + 1
+            ids = token[:, None]
+            position = position[:, -1:] + 1
             if len(keep) < len(alive):  # the rows that are over need no more work
-                at = torch.tensor(keep, device=device)
-                ids, position, mask, past = (
-                    ids[at],
-                    position[at],
-                    mask[at],
-                    pick_rows(past, at),
-                )
+                at = torch.tensor(keep, device=ids.device)
+                ids, position, mask = ids[at], position[at], mask[at]
+                past = pick_rows(past, at)
                 alive = [alive[b] for b in keep]
             mask = torch.cat((mask, mask.new_ones(len(keep), 1)), dim=1)
     finally:
-        model.train(training)
+        model.train(was_training)
 
 
-def _generator(model, seed):
-    return (
-        None
-        if seed is None
-        else torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    )
+def seeded_generator(model, seed):
+    if seed is None:
+        return None
+    return torch.Generator(next(model.parameters()).device).manual_seed(seed)
 
 
-def _ends(model, tokenizer=None):
+def eos_ids(model, tokenizer=None):
     """The token ids that end a text: the tokenizer's and the configuration's, which may
     list several."""
-    ends = getattr(getattr(model, "config", None), "eos_token_id", None)
-    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-    return {
-        e for e in [*ends, getattr(tokenizer, "eos_token_id", None)] if e is not None
-    }
+    ids = getattr(getattr(model, "config", None), "eos_token_id", None)
+    ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    ids.append(getattr(tokenizer, "eos_token_id", None))
+    return {i for i in ids if i is not None}
+
+
+# ---- text ----------------------------------------------------------------------------
+
+
+def check_stop(stop):
+    """(stop strings, stop ids) of what a caller gives: one, several or None."""
+    stop = [stop] if isinstance(stop, (str, int)) else list(stop or [])
+    for each in stop:
+        if isinstance(each, str) and each == "":
+            raise ValueError('stop = "": an empty string would end every text at once')
+        if not isinstance(each, (str, int)) or isinstance(each, bool):
+            raise ValueError(f"stop = {brief(each)}: expected strings or token ids")
+    texts = [each for each in stop if isinstance(each, str)]
+    return texts, {each for each in stop if not isinstance(each, str)}
+
+
+def prompt_ids(tokenizer, prompt):
+    """(ids of [bos] prompt, ids of the prompt), as training reads a prompt."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise ValueError(f"the prompt is not text: {problem}") from None
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = list(tokenizer.encode(trim(prompt)))
+    # a transformers tokenizer puts it there itself
+    ids = ids[len(bos) :] if bos and ids[: len(bos)] == bos else ids
+    if not bos + ids:
+        raise ValueError("an empty prompt needs a tokenizer with a bos token")
+    return bos + ids, ids
+
+
+class Writer:
+    """The text of one row: its new tokens, read after its prompt (alone they would lose
+    a leading space), up to the first stop string."""
+
+    def __init__(self, tokenizer, prompt, ends, stops):
+        self.tokenizer = tokenizer
+        self.row, self.prompt = prompt_ids(tokenizer, prompt)
+        self.before = tokenizer.decode(self.prompt)
+        self.ends = ends
+        self.stops = stops
+        self.new_ids = []
+        self.shown = 0
+
+    def is_over(self, token):
+        """Take the next token; True if the text ends with it."""
+        if token in self.ends:
+            return True
+        self.new_ids.append(token)
+        return bool(self.stops) and self.read(self.settled())[1]
+
+    def settled(self):
+        """How many of the new tokens read the same whatever follows."""
+        is_partial = getattr(self.tokenizer, "is_partial", lambda token: False)
+        count = len(self.new_ids)
+        while count and is_partial(self.new_ids[count - 1]):
+            count -= 1
+        return count
+
+    def read(self, count=None):
+        """(the text of the first `count` new tokens, does it end at a stop string)"""
+        whole = self.tokenizer.decode(self.prompt + self.new_ids[:count])
+        # the prompt's own last character may read differently now
+        text = whole[len(os.path.commonprefix([self.before, whole])) :]
+        ends = [text.find(stop) for stop in self.stops if stop in text]
+        return (text[: min(ends)], True) if ends else (text, False)
+
+    def piece(self, at_end=False):
+        """What can be shown now, and was not shown before."""
+        text, is_over = self.read(None if at_end else self.settled())
+        if not at_end and not is_over:
+            text = text.rstrip("\ufffd")  # the first bytes of a character
+            text = text[: len(text) - self.begins_stop(text)]
+        piece = text[self.shown :]
+        self.shown = max(self.shown, len(text))
+        return piece
+
+    def begins_stop(self, text):
+        """The length of the longest end of `text` that a stop string begins with."""
+        lengths = [n for stop in self.stops for n in range(1, len(stop))]
+        starts = {n for stop in self.stops for n in lengths if text.endswith(stop[:n])}
+        return max(starts, default=0)
 
 
 def generate(
@@ -153,79 +250,56 @@ def generate(
     adapter_names=None,
 ):
     """Continue a prompt (str -> str) or many (list -> list). Returns what comes after
-    each prompt, end token left out.
+    each prompt, end token left out. Spaces at a prompt's end are dropped, as in
+    training: the text begins with its own.
 
     stop: strings or token ids at which a text ends, themselves left out. seed: makes
-    sampling repeatable. stream: True gives an iterator over pieces of text, a function
-    is called with each piece; for one prompt only. adapter_names: one a prompt, for a
-    model that holds several adapters."""
+    sampling repeatable. stream: True gives an iterator over pieces of the same text, a
+    function is called with each piece; for one prompt only. adapter_names: one a
+    prompt, for a model that holds several adapters. Raises ValueError for a prompt
+    longer than the model's context."""
     single = isinstance(prompts, str)
     prompts = [prompts] if single else list(prompts)
     if stream and not single:
         raise ValueError("stream needs one prompt, a str")
-    stop = [stop] if isinstance(stop, (str, int)) else list(stop or [])
-    ends = _ends(model, tokenizer) | {s for s in stop if not isinstance(s, str)}
-    stop = [s for s in stop if isinstance(s, str)]
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    rows = [list(tokenizer.encode(prompt)) for prompt in prompts]
-    # a transformers tokenizer puts it there itself
-    rows = [row if row[:1] == bos else bos + row for row in rows]
-    if not all(rows):
-        raise ValueError("an empty prompt needs a tokenizer with a bos token")
-    said, texts = [[] for _ in rows], [""] * len(rows)
-    before = [tokenizer.decode(row[len(bos) :]) for row in rows]
+    stops, ends = check_stop(stop)
+    ends = ends | eos_ids(model, tokenizer)
+    writers = [Writer(tokenizer, prompt, ends, stops) for prompt in prompts]
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling["generator"] = seeded_generator(model, seed)
 
-    def read(i):  # the new tokens alone would lose their leading space
-        texts[i] = tokenizer.decode(rows[i][len(bos) :] + said[i])[len(before[i]) :]
-        at = min((texts[i].find(s) for s in stop if s in texts[i]), default=None)
-        texts[i] = texts[i][:at]
-        return at is not None
+    def write(writers, names):
+        rows = [writer.row for writer in writers]
 
-    def is_over(i, token):
-        if token in ends:
-            return True
-        said[i].append(token)
-        return bool(stop) and read(i)
+        def is_over(b, token):
+            return writers[b].is_over(token)
 
-    sampling = dict(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=_generator(model, seed),
-    )
+        yield from decode(model, rows, max_new_tokens, is_over, names, **sampling)
 
-    # half a character, or what may become a stop string: not shown yet
-    def unsure(text):
-        return text.endswith("\ufffd") or any(
-            text.endswith(s[:n]) for s in stop for n in range(1, len(s))
-        )
-
-    def pieces():
+    def steps():
         # like lengths together: less padding
-        shown, order = 0, sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = sorted(range(len(writers)), key=lambda i: len(writers[i].row))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             names = adapter_names and [adapter_names[i] for i in batch]
-            for _ in steps(
-                model,
-                [rows[i] for i in batch],
-                max_new_tokens,
-                lambda b, token: is_over(batch[b], token),
-                names,
-                **sampling,
-            ):
-                if stream and not (read(0) or unsure(texts[0])):
-                    yield texts[0][shown:]
-                    shown = len(texts[0])
-        for i in range(len(rows)):
-            read(i)
-        if stream and texts[0][shown:]:
-            yield texts[0][shown:]
+            yield from write([writers[i] for i in batch], names)
+
+    def pieces():
+        for _ in steps():
+            if piece := writers[0].piece():
+                yield piece
+        if piece := writers[0].piece(at_end=True):
+            yield piece
 
     if stream is True:
         return pieces()
-    for piece in pieces():
-        stream(piece)
+    if stream:
+        for piece in pieces():
+            stream(piece)
+    else:
+        for _ in steps():
+            pass
+    texts = [writer.read()[0] for writer in writers]
     return texts[0] if single else texts
 
 
@@ -249,24 +323,26 @@ def generate_ids(
     end."""
     keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = [row[real.bool()].tolist() for row, real in zip(input_ids, keep)]
-    eos = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-    ends = _ends(model) if eos is None else set(eos)
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+    ends = eos_ids(model) if ends is None else set(ends)
     if pad_token_id is None:
         pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
-    pad = pad_token_id if pad_token_id is not None else min(ends, default=0)
-    columns, temperature = [], temperature if do_sample else 0.0
-    for new in steps(
+    if pad_token_id is None:
+        pad_token_id = min(ends, default=0)
+    columns = []
+    for new in decode(
         model,
         rows,
         max_new_tokens,
         lambda i, token: token in ends,
         adapter_names,
-        temperature=temperature,
+        temperature=temperature if do_sample else 0.0,
         top_k=top_k or None,
         top_p=top_p,
-        generator=_generator(model, seed),
+        generator=seeded_generator(model, seed),
     ):
-        columns.append(torch.full_like(input_ids[:, :1], pad))
+        column = torch.full_like(input_ids[:, :1], pad_token_id)
         for i, token in new:
-            columns[-1][i] = token
+            column[i] = token
+        columns.append(column)
     return torch.cat([input_ids, *columns], dim=1)

@@ -13,7 +13,6 @@ Llama: Touvron et al. 2023 (arXiv 2302.13971); rotary positions: Su et al. 2021
 (2002.05202); GPT-2: Radford et al. 2019. No dropout anywhere.
 """
 
-import difflib
 import math
 from dataclasses import dataclass, fields
 from functools import partial
@@ -22,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from ..io import check_choice, check_number
+from . import hf_format
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 ACTIVATIONS = {
@@ -41,6 +43,14 @@ ROPE_TYPES = {  # the fields of rope_scaling that each kind needs
         "original_max_position_embeddings",
     ),
 }
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 
 
 @dataclass
@@ -74,42 +84,73 @@ class GPTConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        nearest("model_type", self.model_type, MODEL_TYPES)
+        check_choice("model_type", self.model_type, MODEL_TYPES)
         self.hidden_act = self.hidden_act or ("gelu_new" if self.is_gpt2 else "silu")
-        nearest("hidden_act", self.hidden_act, ACTIVATIONS)
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+        check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
+        self._check_numbers()
+        self._fill_heads()
+        self._check_rope_scaling()
+        if self.is_gpt2:
+            self.attention_bias = True
+            self.mlp_bias = True
+        self._check_biases()
+
+    def _check_numbers(self):
+        for name in SIZES:
+            check_number(name, getattr(self, name), whole=True, least=1)
+        for name in ("num_key_value_heads", "head_dim", "sliding_window"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), whole=True, least=1)
+        check_number("norm_eps", self.norm_eps, least=0)
+        check_number("rope_theta", self.rope_theta, above=0)
+        check_number("initializer_range", self.initializer_range, least=0)
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            check_choice(name, getattr(self, name), (True, False))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            for token in ids if isinstance(ids, list) else [ids]:
+                if token is not None:
+                    check_number(name, token, whole=True)
+
+    def _fill_heads(self):
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} cannot be shared among"
-                f" {self.num_attention_heads} heads"
+                f"hidden_size {self.hidden_size} cannot be shared among {heads} heads"
             )
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        if heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
+                f"num_attention_heads {heads} is not a multiple of"
                 f" num_key_value_heads {self.num_key_value_heads}"
             )
-        kind = (self.rope_scaling or {}).get("rope_type", "default")
-        nearest("rope_type", kind, ROPE_TYPES)
-        if missing := [
-            field
-            for field in ROPE_TYPES[kind]
-            if field not in (self.rope_scaling or {})
-        ]:
+        if self.head_dim % 2 and not self.is_gpt2:
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd; rotary positions need an even one"
+            )
+
+    def _check_rope_scaling(self):
+        scaling = self.rope_scaling or {}
+        if not isinstance(scaling, dict):
+            raise ValueError(f"rope_scaling = {scaling!r}: expected a dict or None")
+        kind = scaling.get("rope_type", "default")
+        check_choice("rope_type", kind, ROPE_TYPES)
+        missing = [field for field in ROPE_TYPES[kind] if field not in scaling]
+        if missing:
             raise ValueError(
                 f"rope_scaling of type {kind!r} lacks {', '.join(missing)}"
             )
-        if self.is_gpt2:
-            self.attention_bias = self.mlp_bias = True
-        elif (
-            self.mlp_bias
-            and self.model_type != "llama"
-            or self.attention_bias
-            and self.model_type == "mistral"
-        ):
+        for field in ROPE_TYPES[kind]:
+            check_number(f"rope_scaling[{field!r}]", scaling[field], above=0)
+
+    def _check_biases(self):
+        kind = self.model_type
+        mlp_bias = self.mlp_bias and kind not in ("llama", "gpt2")
+        attention_bias = self.attention_bias and kind == "mistral"
+        if mlp_bias or attention_bias:
             raise ValueError(
-                f"{self.model_type} has no such biases: transformers could not open it;"
-                " take llama"
+                f"{kind} has no such biases: transformers could not open it; take llama"
             )
 
     @property
@@ -128,43 +169,32 @@ class Output:
     past_key_values: tuple | None = None
 
 
-def nearest(what, value, valid):
-    """Raise a ValueError that names the nearest valid choice, unless `value` is one."""
-    if value not in valid:
-        close = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown {what} {value!r}{hint}; valid: {', '.join(valid)}")
-
-
 class Rotary:
     """Turns positions into rotary angles. Plain tensors, always float32: no weights,
     nothing to save."""
 
     def __init__(self, config):
-        h, scaling = config.head_dim, config.rope_scaling or {}
-        # (h/2,)
-        frequency = 1 / config.rope_theta ** (
-            torch.arange(0, h, 2, dtype=torch.float32, device="cpu") / h
-        )
+        h = config.head_dim
+        scaling = config.rope_scaling or {}
+        even = torch.arange(0, h, 2, dtype=torch.float32, device="cpu")
+        frequency = 1 / config.rope_theta ** (even / h)  # (h/2,)
         kind = scaling.get("rope_type", "default")
         if kind == "linear":  # positions closer together
             frequency = frequency / scaling["factor"]
-        # slow waves slowed further, fast ones kept, a ramp between
-        elif kind == "llama3":
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            # over the old context
-            turns = (
-                scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-            )
+        elif kind == "llama3":  # slow waves slowed further, fast ones kept
+            low = scaling["low_freq_factor"]
+            high = scaling["high_freq_factor"]
+            old_context = scaling["original_max_position_embeddings"]
+            turns = old_context * frequency / (2 * math.pi)  # within the old context
             keep = ((turns - low) / (high - low)).clamp(0, 1)
             frequency = frequency * (keep + (1 - keep) / scaling["factor"])
         self.frequency = frequency
 
     def __call__(self, position_ids):  # (B or 1, T) -> two of (B or 1, 1, T, h)
-        angle = position_ids[:, None, :, None].float() * self.frequency.to(
-            position_ids.device
-        )
-        cos, sin = angle.cos(), angle.sin()
+        frequency = self.frequency.to(position_ids.device)
+        angle = position_ids[:, None, :, None].float() * frequency
+        cos = angle.cos()
+        sin = angle.sin()
         # the minus sign of the rotation lives in sin
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -177,7 +207,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask=None):
     """softmax(q kT / sqrt(h)) v, causal if there is no mask. q (B, H, T, h), k and v
     (B, K, S, h) -> (B, H, T, h)."""
-    T, heads = q.shape[2], q.shape[1] // k.shape[1]
+    T = q.shape[2]
+    heads = q.shape[1] // k.shape[1]
     # a plain bool even where torch.compile has a symbol for T
     causal = True if mask is None and T > 1 else False
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
@@ -186,59 +217,57 @@ def attend(q, k, v, mask=None):
         )
     # Written out: on a CPU, the backward pass of torch's bfloat16 kernel takes 40 % of
     # a small model's whole step.
-    k, v = k.repeat_interleave(heads, 1), v.repeat_interleave(heads, 1)
+    k = k.repeat_interleave(heads, 1)
+    v = v.repeat_interleave(heads, 1)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
     if causal:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores + torch.zeros_like(mask, dtype=q.dtype).masked_fill(
-            ~mask, -math.inf
-        )
+        open_ = torch.zeros_like(mask, dtype=q.dtype)
+        scores = scores + open_.masked_fill(~mask, -math.inf)
     return torch.softmax(scores, -1) @ v
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        d, h = config.hidden_size, config.head_dim
-        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        d = config.hidden_size
+        h = config.head_dim
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads
+        is_qwen2 = config.model_type == "qwen2"
+        qkv_bias = config.attention_bias or is_qwen2
         self.head_dim = h
-        self.q_proj = nn.Linear(d, config.num_attention_heads * h, bias=qkv_bias)
-        self.k_proj = nn.Linear(d, config.num_key_value_heads * h, bias=qkv_bias)
-        self.v_proj = nn.Linear(d, config.num_key_value_heads * h, bias=qkv_bias)
-        self.o_proj = nn.Linear(
-            config.num_attention_heads * h,
-            d,
-            bias=config.attention_bias and config.model_type != "qwen2",
-        )
-        # each head's query and key normalised before they are rotated
-        if config.model_type == "qwen3":
-            self.q_norm, self.k_norm = (
-                nn.RMSNorm(h, config.norm_eps),
-                nn.RMSNorm(h, config.norm_eps),
-            )
+        self.q_proj = nn.Linear(d, heads * h, bias=qkv_bias)
+        self.k_proj = nn.Linear(d, kv_heads * h, bias=qkv_bias)
+        self.v_proj = nn.Linear(d, kv_heads * h, bias=qkv_bias)
+        o_bias = config.attention_bias and not is_qwen2
+        self.o_proj = nn.Linear(heads * h, d, bias=o_bias)
+        if config.model_type == "qwen3":  # each head normalised before its rotation
+            self.q_norm = nn.RMSNorm(h, config.norm_eps)
+            self.k_norm = nn.RMSNorm(h, config.norm_eps)
 
     def forward(
-        self, x, cos=None, sin=None, mask=None, past_k=None, past_v=None, present=None
+        self, x, cos=None, sin=None, mask=None, past_k=None, past_v=None, new_kv=None
     ):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, h)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, h)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
         if hasattr(self, "q_norm"):
-            q, k = (
-                norm(z.to(x.dtype)).to(v.dtype)
-                for norm, z in ((self.q_norm, q), (self.k_norm, k))
-            )
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            q = self.q_norm(q.to(x.dtype)).to(v.dtype)
+            k = self.k_norm(k.to(x.dtype)).to(v.dtype)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, heads, T, h)
         if cos is not None:
-            cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            cos = cos.to(q.dtype)
+            sin = sin.to(q.dtype)
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
         if past_k is not None:
-            # (B, K, S, h)
-            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-        if present is not None:
-            present.append((k, v))
+            k = torch.cat((past_k, k), dim=2)  # (B, K, S, h)
+            v = torch.cat((past_v, v), dim=2)
+        if new_kv is not None:
+            new_kv.append((k, v))
         y = attend(q, k, v, mask)  # (B, H, T, h)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -246,12 +275,15 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        d, wide, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        if not config.is_gpt2:
-            self.gate_proj = nn.Linear(d, wide, bias=bias)
-        self.up_proj = nn.Linear(d, wide, bias=bias)
-        self.down_proj = nn.Linear(wide, d, bias=bias)
-        self.gated, self.act = not config.is_gpt2, ACTIVATIONS[config.hidden_act]
+        d = config.hidden_size
+        d_ff = config.intermediate_size
+        bias = config.mlp_bias
+        self.gated = not config.is_gpt2
+        if self.gated:
+            self.gate_proj = nn.Linear(d, d_ff, bias=bias)
+        self.up_proj = nn.Linear(d, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d, bias=bias)
+        self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
         if self.gated:  # SwiGLU
@@ -279,18 +311,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        d = config.hidden_size
+        norm = nn.LayerNorm if config.is_gpt2 else nn.RMSNorm
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, d)
         if config.is_gpt2:
-            self.embed_positions = nn.Embedding(
-                config.max_position_embeddings, config.hidden_size
-            )
-        self.layers = nn.ModuleList(
-            Block(config) for _ in range(config.num_hidden_layers)
-        )
-        self.norm = (nn.LayerNorm if config.is_gpt2 else nn.RMSNorm)(
-            config.hidden_size, config.norm_eps
-        )
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, d)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(Block(config) for _ in layers)
+        self.norm = norm(d, config.norm_eps)
         self.rotary = None if config.is_gpt2 else Rotary(config)
         # keyword arguments of torch's checkpoint, when it is on
         self.checkpointing = None
@@ -302,9 +331,9 @@ class Decoder(nn.Module):
         position_ids=None,
         past_key_values=None,
         inputs_embeds=None,
-        present=None,
+        new_kv=None,
     ):
-        """As GPT.forward. `present`: a list to which every layer appends its (keys,
+        """As GPT.forward. new_kv: a list to which every layer appends its (keys,
         values), each (B, K, S, h)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -315,33 +344,33 @@ class Decoder(nn.Module):
         mask = self.attention_mask(attention_mask, B, T, P, x.device)
         if position_ids is None:
             position_ids = torch.arange(P, P + T, device=x.device)[None]  # (1, T)
+        cos = sin = None
         if self.rotary is None:
-            cos = sin = None
-            most, longest = (
-                self.config.max_position_embeddings,
-                (P + T if x.is_meta else int(position_ids.max()) + 1),
-            )
-            if longest > most:
-                raise ValueError(
-                    f"{longest} tokens are more than max_position_embeddings {most}"
-                )
+            self._check_length(P + T if x.is_meta else int(position_ids.max()) + 1)
             x = x + self.embed_positions(position_ids)
         else:
             cos, sin = self.rotary(position_ids)
         for i, layer in enumerate(self.layers):
             past_k, past_v = past_key_values[i] if P else (None, None)
+            inputs = (x, cos, sin, mask, past_k, past_v)
             if self.checkpointing is not None and self.training:
-                x = checkpoint(
-                    layer, x, cos, sin, mask, past_k, past_v, **self.checkpointing
-                )
+                x = checkpoint(layer, *inputs, **self.checkpointing)
             else:
-                x = layer(x, cos, sin, mask, past_k, past_v, present)
+                x = layer(*inputs, new_kv)
         return self.norm(x)
 
+    def _check_length(self, length):
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{length} tokens are more than max_position_embeddings"
+                f" {self.config.max_position_embeddings}"
+            )
+
     def attention_mask(self, attention_mask, B, T, P, device):
-        """Booleans (B or 1, 1, T, S), True where a query may look; None where plain
-        causal attention is meant."""
-        S, window = P + T, self.config.sliding_window
+        """Booleans (B or 1, 1, T, S), True where a query may look; None for plain
+        causal attention."""
+        S = P + T
+        window = self.config.sliding_window
         if window is not None and S > window:
             raise ValueError(
                 f"{S} tokens are more than this model's sliding window of {window}: not"
@@ -357,10 +386,8 @@ class Decoder(nn.Module):
         padded = attention_mask is not None and not bool(attention_mask.all())
         if not padded and (P == 0 or T == 1):
             return None
-        query, key = (
-            torch.arange(P, S, device=device)[:, None],
-            torch.arange(S, device=device)[None],
-        )
+        query = torch.arange(P, S, device=device)[:, None]
+        key = torch.arange(S, device=device)[None]
         mask = (key <= query)[None, None]  # (1, 1, T, S)
         if padded:  # padding still looks at itself: an empty softmax would be NaN
             mask = mask & attention_mask[:, None, None].bool() | (key == query)
@@ -413,49 +440,43 @@ class GPT(nn.Module):
         positions: the head is a large share of a small model's work. Raises ValueError
         for shapes that do not fit.
         """
-        present = (
-            []
-            if use_cache and not (self.is_gradient_checkpointing and self.training)
-            else None
-        )
-        # (B, T, d)
+        checkpointing = self.is_gradient_checkpointing and self.training
+        new_kv = [] if use_cache and not checkpointing else None
         x = self.model(
             input_ids,
             attention_mask,
             position_ids,
             past_key_values,
             inputs_embeds,
-            present,
-        )
+            new_kv,
+        )  # (B, T, d)
         if labels is not None:
             # position t predicts token t + 1
             labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             if labels_only:
-                x, labels = x[labels != -100], labels[labels != -100]  # (N, d), (N,)
+                counts = labels != -100
+                x = x[counts]  # (N, d)
+                labels = labels[counts]  # (N,)
         if logits_to_keep and x.dim() == 3:
-            x, labels = (
-                x[:, -logits_to_keep:],
-                (None if labels is None else labels[:, -logits_to_keep:]),
-            )
-        logits, loss = self.lm_head(x), None
+            x = x[:, -logits_to_keep:]
+            labels = None if labels is None else labels[:, -logits_to_keep:]
+        logits = self.lm_head(x)
+        loss = None
         if labels is not None:
-            loss = F.cross_entropy(
-                logits.float().flatten(0, -2), labels.flatten(), ignore_index=-100
-            )
-        return Output(logits, loss, tuple(present) if present is not None else None)
+            scores = logits.float().flatten(0, -2)
+            loss = F.cross_entropy(scores, labels.flatten(), ignore_index=-100)
+        return Output(logits, loss, None if new_kv is None else tuple(new_kv))
 
     def generate(self, input_ids, attention_mask=None, **options):
         """Continue input_ids (B, T) -> (B, T + new), rows that end early filled up; see
-        generate.generate_ids."""
+        generation.generate_ids."""
         from .generation import generate_ids
 
         return generate_ids(self, input_ids, attention_mask, **options)
 
     def save_pretrained(self, folder, tokenizer=None):
         """Write a folder in Hugging Face's layout; transformers opens it."""
-        from .hub import save_pretrained
-
-        save_pretrained(self, folder, tokenizer)
+        hf_format.save_pretrained(self, folder, tokenizer)
 
     def get_input_embeddings(self):
         return self.model.embed_tokens

@@ -1,5 +1,5 @@
-"""The memory ledger: what a training step holds, predicted by arithmetic and measured
-beside it.
+"""The memory ledger: what a training step holds, predicted by arithmetic. (The course
+measures it: minipeft.course.measuring.)
 
     weights        every parameter, trained or frozen; in 4 bits with its scales
     gradients      one number for each trained parameter
@@ -11,25 +11,21 @@ beside it.
       is computed
 
 Activations follow from one rule: a product y = x W keeps x if W is trained, and W (a
-weight, already counted) if x is to get a gradient. So a frozen layer need not keep its
+weight, already counted) if x needs a gradient. So a frozen layer need not keep its
 input, but everything between the first adapter and the loss still keeps what its own
 derivative needs: the queries, the keys, the gate. That is why an adapter saves
 gradients and optimizer state almost entirely, and activations only by a part. The
 counts were read off what torch's autograd saves on a CPU, and are tested against it.
 """
 
-import weakref
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from ..quant.linear4bit import is_4bit, quantized_tensors
 from ..quant.optimizers import BLOCK, SMALL
-from .evaluation import bare, fast_loss
+from .evaluation import unwrap_peft
 from .gpt import GPT
-from .training import make_optimizer
 
 # numbers of the parameter's own type for each trained number
 STATES = {"adamw": 2, "adam": 2, "sgd": 0, "paged_adamw": 2}
@@ -47,7 +43,7 @@ class Ledger:
     """Bytes: `predicted` and `measured` by name. Printing it gives the table."""
 
     predicted: dict  # name -> bytes, None where there is no formula
-    measured: dict  # empty without measure=True
+    measured: dict  # empty unless measured
     batch_size: int
     seq_len: int
     # the weights' bytes by format: "bfloat16", "nf4", ...
@@ -57,69 +53,54 @@ class Ledger:
         return sum(n or 0 for n in getattr(self, of).values())
 
     def __repr__(self):
-        show = lambda n: "-" if n is None else human(n)
         rows = [
             (name, n, self.measured.get(name)) for name, n in self.predicted.items()
         ]
         if len(self.formats) > 1:
-            rows[1:1] = [
-                (f"  of it {name}", n, None) for name, n in self.formats.items()
-            ]
-        rows.append(
-            ("total", self.total(), self.total("measured") if self.measured else None)
-        )
-        head = f"{f'{self.batch_size} x {self.seq_len} tokens':24}{'predicted':>12}{'measured':>12}"
-        return "\n".join(
-            [head, *(f"{name:24}{show(a):>12}{show(b):>12}" for name, a, b in rows)]
-        )
+            parts = [(f"  of it {name}", n, None) for name, n in self.formats.items()]
+            rows[1:1] = parts
+        measured = self.total("measured") if self.measured else None
+        rows.append(("total", self.total(), measured))
+
+        def show(n):
+            return "-" if n is None else human(n)
+
+        size = f"{self.batch_size} x {self.seq_len} tokens"
+        lines = [f"{size:24}{'predicted':>12}{'measured':>12}"]
+        lines += [f"{name:24}{show(a):>12}{show(b):>12}" for name, a, b in rows]
+        return "\n".join(lines)
 
 
 def weight_bytes(model):
     """{format: bytes} of all weights and buffers, each once. A 4-bit weight's scales
     count as its format."""
-    found, seen = {}, set()
+    found = {}
+    seen = set()
 
     def count(name, tensors):
         for t in tensors:
             # by identity: on the meta device nothing has an address
-            if t is not None and id(t) not in seen:
+            if id(t) not in seen:
                 seen.add(id(t))
                 found[name] = found.get(name, 0) + t.nbytes
 
     for module in model.modules():
-        four = type(module).__name__ == "Linear4bit"
-        if four:
+        if is_4bit(module):
             count(*quantized_tensors(module))
         for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             count(str(t.dtype).removeprefix("torch."), [t])
     return found
 
 
-def quantized_tensors(layer):
-    """("nf4", the tensors that a 4-bit layer's weight consists of), of our kind or of
-    bitsandbytes'."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.quant_type, [
-            layer.weight,
-            layer.absmax,
-            layer.absmax2,
-            layer.offset,
-        ]
-    nested = (
-        [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-    )
-    return state.quant_type, [layer.weight, state.absmax, state.code, *nested]
-
-
 def optimizer_bytes(optimizer, params):
     """Bytes of the states; None where there is no formula."""
-    # a byte for each mean, a scale for each block; small ones: 32 bits
     if optimizer in ("adamw8bit", "paged_adamw8bit"):
-        return sum(
-            2 * n + 2 * 4 * -(-n // BLOCK) if n >= SMALL else 8 * n
-            for n in (p.numel() for p in params)
-        )
+        # a byte for each mean, a scale for each block; small ones: 32 bits
+        def in_8(n):
+            return 2 * n + 2 * 4 * -(-n // BLOCK)
+
+        sizes = [p.numel() for p in params]
+        return sum(in_8(n) if n >= SMALL else 8 * n for n in sizes)
     if not isinstance(optimizer, str) or optimizer not in STATES:
         return None
     states = STATES[optimizer]
@@ -127,60 +108,112 @@ def optimizer_bytes(optimizer, params):
     return sum(p.nbytes for p in params) * states + 4 * len(params) * (states > 0)
 
 
-def trained(module):
+def is_trained(module):
     return any(p.requires_grad for p in module.parameters())
 
 
-class Layers:
-    """Counts the numbers that each token keeps, layer by layer. `flow`: do gradients go
-    back to what came before? `size`: bytes of one. An adapter in 32 bits over a model
-    in 16 keeps a copy of its input in 32. So does, `widened`, an RMSNorm on a CPU,
-    which has no kernel of its own for 16 bits."""
+class ActivationCounter:
+    """Counts the numbers that each token keeps, layer by layer.
 
-    def __init__(self, flow, size=4, widened=False):
-        self.flow, self.size, self.widened, self.numbers = flow, size, widened, 0
+    needs_grad: do gradients go back to what came before? size: bytes of one number.
+    An adapter in 32 bits over a model in 16 keeps a copy of its input in 32. So does,
+    `widened`, an RMSNorm on a CPU, which has no kernel of its own for 16 bits."""
+
+    def __init__(self, needs_grad, size=4, widened=False):
+        self.needs_grad = needs_grad
+        self.size = size
+        self.widened = widened
+        self.numel = 0
 
     def norm(self, module, d, heads=1):
-        weight = module.weight.requires_grad
+        trained = is_trained(module)
         if isinstance(module, torch.nn.LayerNorm):
-            # its input, mean, 1 / deviation
-            self.numbers += d + 2 if self.flow or trained(module) else 0
+            if self.needs_grad or trained:
+                self.numel += d + 2  # its input, mean, 1 / deviation
         else:
-            wide = 4 / self.size if self.widened else 1
-            # its input; 1 / rms, in 32 bits
-            self.numbers += d * wide + heads * 4 / self.size if self.flow else 0
-            self.numbers += d * wide if weight else 0  # normalised input
-        self.flow = self.flow or trained(module)
+            width = d * (4 / self.size if self.widened else 1)
+            if self.needs_grad:  # its input; 1 / rms, in 32 bits
+                self.numel += width + heads * 4 / self.size
+            if module.weight.requires_grad:
+                self.numel += width  # normalised input
+        self.needs_grad = self.needs_grad or trained
 
-    def linear(self, *sites, kept=False):
+    def linear(self, *layers, kept=False):
         """Linear layers that read the same input: it is kept once. Returns which of
         them pass gradients on."""
         shared = 0
-        for site in sites:
-            layer, adapters = getattr(site, "base_layer", site), []
-            if layer is not site and site.active.enabled:
-                adapters = [
-                    site.adapters[name]
-                    for name in site.active.names
-                    if name in site.adapters
-                ]
+        for slot in layers:
+            layer = getattr(slot, "base_layer", slot)
             if layer.weight.requires_grad:
                 shared = layer.in_features
-            for adapter in adapters:
-                # 1, or 2 for 32 bits over 16
-                wider = next(adapter.parameters()).element_size() / self.size
-                drops = bool(getattr(adapter, "dropout", 0)) and adapter.training
-                if hasattr(adapter, "lora_A") and trained(adapter.lora_B):
-                    # A x, which B reads
-                    self.numbers += adapter.lora_A.out_features * wider
-                    # its own thinned input, the mask
-                    self.numbers += drops * layer.in_features * (1 + self.flow) * wider
-                if trained(adapter) and not drops and wider > 1:
-                    self.numbers += layer.in_features * wider
-                elif trained(adapter) and not drops:
+            for adapter in active_adapters(slot):
+                if self.adapter(adapter, layer.in_features):
                     shared = layer.in_features
-        self.numbers += 0 if kept else shared
-        return [self.flow or trained(site) for site in sites]
+        self.numel += 0 if kept else shared
+        return [self.needs_grad or is_trained(slot) for slot in layers]
+
+    def adapter(self, adapter, d_in):
+        """Count what an adapter keeps for itself. Returns True if it keeps the shared
+        input as well."""
+        # 1, or 2 for 32 bits over 16
+        wider = next(adapter.parameters()).element_size() / self.size
+        drops = bool(getattr(adapter, "dropout", 0)) and adapter.training
+        if hasattr(adapter, "lora_A") and is_trained(adapter.lora_B):
+            # A x, which B reads
+            self.numel += adapter.lora_A.out_features * wider
+            # its own thinned input, the mask
+            self.numel += drops * d_in * (1 + self.needs_grad) * wider
+        if not is_trained(adapter) or drops:
+            return False
+        if wider > 1:
+            self.numel += d_in * wider
+        return wider <= 1
+
+    def attention(self, block, config, seq_len, written_out):
+        """One attention layer. Returns True if its queries or keys get gradients."""
+        h = config.head_dim
+        heads = config.num_attention_heads
+        kv_heads = config.num_key_value_heads
+        self.norm(block.input_layernorm, config.hidden_size)
+        layer = block.self_attn
+        q, k, v = self.linear(layer.q_proj, layer.k_proj, layer.v_proj)
+        if hasattr(layer, "q_norm"):
+            self.needs_grad = q
+            self.norm(layer.q_norm, heads * h, heads)
+            self.needs_grad = k
+            self.norm(layer.k_norm, kv_heads * h, kv_heads)
+            q = k = self.needs_grad
+        self.needs_grad = q or k or v
+        # keys, queries, values, for every head, each for another's gradient;
+        # probabilities
+        if self.needs_grad and written_out:
+            self.numel += heads * h * (q + k + (q or k)) + heads * seq_len
+        elif self.needs_grad:  # queries and output; keys and values; a sum in 32 bits
+            self.numel += heads * h * 2 + kv_heads * h * 2 + heads * 4 / self.size
+        kept = self.needs_grad and not written_out
+        (self.needs_grad,) = self.linear(layer.o_proj, kept=kept)
+        return (q or k) and not config.is_gpt2
+
+    def mlp(self, block, config):
+        self.norm(block.post_attention_layernorm, config.hidden_size)
+        d_ff = config.intermediate_size
+        mlp = block.mlp
+        if mlp.gated:
+            gate, up = self.linear(mlp.gate_proj, mlp.up_proj)
+            # the gate before its activation; each factor's other factor
+            self.numel += d_ff * (gate + gate + up)
+            self.needs_grad = gate or up
+        else:
+            (self.needs_grad,) = self.linear(mlp.up_proj)
+            self.numel += d_ff * self.needs_grad
+        (self.needs_grad,) = self.linear(mlp.down_proj)
+
+
+def active_adapters(slot):
+    """The adapters that are in use on a layer; none where it is not a slot."""
+    if not getattr(slot, "is_slot", False) or not slot.active.enabled:
+        return []
+    return [slot.adapters[n] for n in slot.active.names if n in slot.adapters]
 
 
 def activation_bytes(model, batch_size, seq_len, labels=None):
@@ -190,263 +223,83 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
     `labels`: tokens of the batch with a label (default: all but the first of each row).
     Exact for the GPT and LoRA in float32 on a CPU; another adapter counts as the input
     that it reads."""
-    gpt = bare(model)
+    gpt = unwrap_peft(model)
     if not isinstance(gpt, GPT):
         return None
-    config, tokens, size = gpt.config, batch_size * seq_len, gpt.dtype.itemsize
+    config = gpt.config
+    size = gpt.dtype.itemsize
+    tokens = batch_size * seq_len
     labels = batch_size * (seq_len - 1) if labels is None else labels
-    d, h, heads, groups = (
-        config.hidden_size,
-        config.head_dim,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
+    d = config.hidden_size
     positions = config.is_gpt2 and gpt.model.embed_positions.weight.requires_grad
     on_cpu = gpt.device.type == "cpu"
-    at = Layers(
-        trained(gpt.model.embed_tokens) or positions,
+    written_out = gpt.dtype == torch.bfloat16 and on_cpu  # see gpt.attend
+    counter = ActivationCounter(
+        is_trained(gpt.model.embed_tokens) or positions,
         size,
         widened=size < 4 and on_cpu and not config.is_gpt2,
     )
-    rotated, per_layer = 0, []  # layers whose queries or keys get gradients
-    written_out = gpt.dtype == torch.bfloat16 and on_cpu  # see gpt.attend
+    rotated = 0  # layers whose queries or keys get gradients
+    per_layer = []
     for block in gpt.model.layers:
-        before, attention, mlp = at.numbers, block.self_attn, block.mlp
-        residual = at.flow
-        at.norm(block.input_layernorm, d)
-        q, k, v = at.linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        if hasattr(attention, "q_norm"):
-            for name, count in (("q_norm", heads), ("k_norm", groups)):
-                at.flow = q if name == "q_norm" else k
-                at.norm(getattr(attention, name), count * h, count)
-            q = k = at.flow
-        rotated += (q or k) and not config.is_gpt2
-        at.flow = q or k or v
-        # keys, queries, values, for every head, each for another's gradient;
-        # probabilities
-        if at.flow and written_out:
-            at.numbers += heads * h * (q + k + (q or k)) + heads * seq_len
-        elif at.flow:  # queries and output; keys and values; one sum a head, in 32 bits
-            at.numbers += heads * h * 2 + groups * h * 2 + heads * 4 / size
-        (at.flow,) = at.linear(attention.o_proj, kept=at.flow and not written_out)
-        at.flow = residual = residual or at.flow
-        at.norm(block.post_attention_layernorm, d)
-        wide = config.intermediate_size
-        if mlp.gated:
-            gate, up = at.linear(mlp.gate_proj, mlp.up_proj)
-            # the gate before its activation; each factor's other factor
-            at.numbers += wide * (gate + gate + up)
-            at.flow = gate or up
-        else:
-            (at.flow,) = at.linear(mlp.up_proj)
-            at.numbers += wide * at.flow
-        (at.flow,) = at.linear(mlp.down_proj)
-        at.flow = at.flow or residual
-        per_layer.append(at.numbers - before)
-    body = at.numbers
-    at.norm(gpt.model.norm, d)
+        before = counter.numel
+        residual = counter.needs_grad
+        rotated += counter.attention(block, config, seq_len, written_out)
+        residual = residual or counter.needs_grad
+        counter.needs_grad = residual
+        counter.mlp(block, config)
+        counter.needs_grad = counter.needs_grad or residual
+        per_layer.append(counter.numel - before)
+    body = counter.numel
+    counter.norm(gpt.model.norm, d)
     cut = gpt.is_gradient_checkpointing
     # each layer keeps its input alone; one layer at a time is computed again,
     if cut and body:
         # and ends with its output, in place of that input,
-        at.numbers += len(per_layer) * d + max(per_layer) - body
+        counter.numel += len(per_layer) * d + max(per_layer) - body
         # or beside it, if what it kept was the widened input
-        at.numbers += d if at.widened else 0
-    total = int(at.numbers * tokens * size)
-    # the angles: once for all layers, in 32 bits; of which each layer makes 16 for
-    # itself
+        counter.numel += d if counter.widened else 0
+    total = int(counter.numel * tokens * size)
     if rotated:
-        in_32, in_16 = cut or size == 4, (1 if cut else rotated) * (size < 4)
-        total += 2 * seq_len * h * (4 * in_32 + size * in_16)
+        total += rotary_bytes(
+            config.head_dim, seq_len, size, 1 if cut else rotated, cut
+        )
     total += positions * seq_len * 8  # the positions' numbers: once
-    total += at.flow * tokens  # where the labels are
-    if at.flow or trained(gpt.lm_head):
+    total += counter.needs_grad * tokens  # where the labels are
+    if counter.needs_grad or is_trained(gpt.lm_head):
         head_input = d * size if gpt.lm_head.weight.requires_grad else 0
         # input, log-probabilities, labels; how many
         total += labels * (head_input + config.vocab_size * 4 + 8) + 4
     return total
 
 
-class Alive(TorchDispatchMode):
-    """Within it: `bytes` of the tensors that were made here and still are, and the
-    `most` that there ever were."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.most, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        # what comes in was there before, or is known
-        for t in tree_leaves((args, kwargs)):
-            if torch.is_tensor(t):
-                self.add(t.untyped_storage(), 0)
-        for t in tree_leaves(result):
-            if torch.is_tensor(t):
-                self.add(t.untyped_storage(), t.untyped_storage().nbytes())
-        return result
-
-    def add(self, storage, size):
-        key = storage._cdata
-        if key not in self.known:
-            self.known.add(key)
-            self.bytes += size
-            self.most = max(self.most, self.bytes)
-            weakref.finalize(storage, self.remove, key, size)
-
-    def remove(self, key, size):
-        self.known.discard(key)
-        self.bytes -= size
+def rotary_bytes(head_dim, seq_len, size, layers, checkpointing):
+    """The rotary angles: once for all layers, in 32 bits; from which each layer makes
+    its own in 16."""
+    in_32 = checkpointing or size == 4
+    in_16 = layers * (size < 4)
+    return 2 * seq_len * head_dim * (4 * in_32 + size * in_16)
 
 
-def checkpointed_bytes(gpt, loss_of):
-    """What is kept with checkpointing: after the forward pass, and most by one layer
-    when it is computed again."""
-    alive, before, layers = Alive(), [], []
-    hooks = [
-        hook
-        for block in gpt.model.layers
-        for hook in (
-            block.register_forward_pre_hook(lambda *_: before.append(alive.bytes)),
-            block.register_forward_hook(
-                lambda *_: layers.append(alive.bytes - before.pop())
-            ),
-        )
-    ]
-    try:
-        with set_checkpoint_early_stop(False), alive:
-            loss = loss_of()
-            kept = alive.bytes - loss.nbytes
-            layers.clear()
-            loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return kept + max(layers, default=0)
-
-
-@torch.enable_grad()
-def measured_step(model, batch_size, seq_len, optimizer):
-    """One real step at rate 0, which changes nothing: bytes of (gradients, optimizer
-    state, saved activations)."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    device, saved, kept = params[0].device, {}, None
-    own = {
-        t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]
-    }
-    ids = torch.randint(
-        model.get_input_embeddings().weight.shape[0],
-        (batch_size, seq_len),
-        device=device,
-    )
-    own.add(ids.untyped_storage().data_ptr())
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            # kept alive, so that no address is used twice
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    before = [p.grad for p in params]
-    for p in params:
-        p.grad = None
-    loss_of = lambda: model(input_ids=ids, labels=ids, **fast_loss(model)).loss
-    if (
-        isinstance(bare(model), GPT)
-        and bare(model).is_gradient_checkpointing
-        and bare(model).training
-    ):
-        kept = checkpointed_bytes(bare(model), loss_of)
-    else:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = loss_of()
-        loss.backward()
-        kept = sum(storage.nbytes() for storage in saved.values())
-    stepper = make_optimizer(
-        model, optimizer, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0
-    )
-    stepper.step()
-    size = lambda tensors: sum(
-        t.numel() * t.element_size() for t in tensors if torch.is_tensor(t)
-    )
-    states = size(t for state in stepper.state.values() for t in state.values())
-    result = size(p.grad for p in params), states, kept
-    for p, grad in zip(params, before):
-        p.grad = grad
-    return result
-
-
-def memory_ledger(model, batch_size=16, seq_len=64, optimizer="adamw", measure=False):
+def memory_ledger(model, batch_size=16, seq_len=64, optimizer="adamw"):
     """The Ledger of one training step of `model` as it is now: what requires a gradient
     counts as trained.
 
-    optimizer   "adamw", "adamw8bit", "paged_adamw", "adam", "sgd", or a factory (then
-    its state is only measured) measure     also run one step with random tokens, at
-    rate 0; weights and gradients are left as they were.
-                The prediction alone needs no memory: it works on torch's meta device,
-                  for 8 billion parameters too"""
-    ours = [p for p in model.parameters() if p.requires_grad]
+    optimizer: "adamw", "adamw8bit", "paged_adamw", "adam", "sgd", or a factory, of
+    whose state nothing is predicted. It needs no memory itself, and works on torch's
+    meta device, for 8 billion parameters too."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     formats = weight_bytes(model)
     predicted = {
         "weights": sum(formats.values()),
-        "gradients": sum(p.nbytes for p in ours),
-        "optimizer": optimizer_bytes(optimizer, ours),
-        "activations": activation_bytes(model, batch_size, seq_len) if ours else 0,
+        "gradients": sum(p.nbytes for p in trained),
+        "optimizer": optimizer_bytes(optimizer, trained),
+        "activations": activation_bytes(model, batch_size, seq_len) if trained else 0,
     }
-    four = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
-    if four:
+    packed = [module for module in model.modules() if is_4bit(module)]
+    if packed:
         predicted["a dense weight"] = max(
             m.in_features * m.out_features * (m.compute_dtype or model.dtype).itemsize
-            for m in four
+            for m in packed
         )
-    measured = {}
-    if measure:
-        devices = [p.device for p in ours[:1] if p.device.type == "cuda"]
-        with torch.random.fork_rng(devices):
-            gradients, state, activations = measured_step(
-                model, batch_size, seq_len, optimizer
-            )
-        tensors = [*model.parameters(), *model.buffers()]
-        # bitsandbytes keeps scales apart
-        tensors += [t for m in four for t in quantized_tensors(m)[1] if t is not None]
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in tensors
-        }
-        measured = {
-            "weights": sum(storages.values()),
-            "gradients": gradients,
-            "optimizer": state,
-            "activations": activations,
-        }
-    return Ledger(predicted, measured, batch_size, seq_len, formats)
-
-
-@torch.enable_grad()
-def peak_bytes(model, batch_size=16, seq_len=64, optimizer="adamw"):
-    """Bytes at the fullest moment of a training step, measured: what the ledger lists,
-    and what comes and goes beside it.
-
-    Two steps at rate 0 with random tokens; in the second the optimizer has its states.
-    Nothing is changed."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    before = [p.grad for p in params]
-    stepper, alive = (
-        make_optimizer(model, optimizer, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0),
-        Alive(),
-    )
-    with torch.random.fork_rng([]):
-        ids = torch.randint(
-            model.get_input_embeddings().weight.shape[0],
-            (batch_size, seq_len),
-            device=params[0].device,
-        )
-        with alive:
-            for _ in range(2):
-                stepper.zero_grad()
-                model(input_ids=ids, labels=ids, **fast_loss(model)).loss.backward()
-                stepper.step()
-    for p, grad in zip(params, before):
-        p.grad = grad
-    return sum(weight_bytes(model).values()) + alive.most
+    return Ledger(predicted, {}, batch_size, seq_len, formats)

@@ -170,10 +170,13 @@ def recall_batch(pool, names, generator, rows=16, length=64):
     Token ids (rows, length); labels: the value's place in the pool where it is asked
     for, -100 elsewhere. The word before the value is the same for all, so copying what
     followed it gives one of the values; only the name tells which."""
-    number = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))
-    draw = lambda count: pool[
-        torch.randint(len(pool), (count,), generator=generator)
-    ].tolist()
+
+    def number(low, high):
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    def draw(count):
+        return pool[torch.randint(len(pool), (count,), generator=generator)].tolist()
+
     ids, labels = (
         torch.empty(rows, length, dtype=torch.long),
         torch.empty(rows, length, dtype=torch.long),
@@ -182,7 +185,7 @@ def recall_batch(pool, names, generator, rows=16, length=64):
         count = number(2, 5)
         who = names[torch.randperm(len(names), generator=generator)[:count]].tolist()
         values = torch.randperm(len(pool), generator=generator)[:count].tolist()
-        before, told, after, ask, last = (
+        before, statement, after, ask, last = (
             draw(number(0, 3)),
             draw(number(0, 5)),
             draw(number(0, 3)),
@@ -193,7 +196,7 @@ def recall_batch(pool, names, generator, rows=16, length=64):
         text = [
             token
             for name, value in zip(who, values)
-            for token in [*before, name, *told, *last, int(pool[value]), *after]
+            for token in [*before, name, *statement, *last, int(pool[value]), *after]
         ]
         label = [-100] * len(text)
         while len(text) < length:
@@ -257,7 +260,7 @@ def copy_warmup(model, names, seed=0, lr=3e-3, until=(0.95, 0.85), most=1200):
     return accuracies
 
 
-class Text:
+class TextBatches:
     """Rows of fresh text for `train`: `batch(step)` is a pure function of (seed, step),
     so that a run can be resumed."""
 
@@ -293,7 +296,9 @@ class Text:
         source = stream(f"{self.seed}/{step}", phase)
         waiting = []
         for document in itertools.islice(source, int(self.rows * self.length / 60)):
-            encoding = self.tokenizer.raw.encode(document.text)
+            encoding = self.tokenizer.raw.encode(
+                document.text, add_special_tokens=False
+            )
             labels = encoding.ids
             # only the answers, and in stories what was named before
             if phase == "listening":
@@ -391,7 +396,7 @@ def pretrain(
     model.compile()  # 1.6 times as fast on a CPU
     history = train(
         model,
-        Text(tokenizer, steps, seed, rows),
+        TextBatches(tokenizer, steps, seed, rows),
         tokenizer=tokenizer,
         steps=steps,
         lr=lr,

@@ -10,15 +10,36 @@ SentencePiece's own: a single space at the very start of a text is dropped.
 """
 
 import json
-from pathlib import Path
+import re
+from functools import cached_property
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as RawTokenizer
 
-from .hub import resolve
+from ..errors import FileError
+from ..io import (
+    brief,
+    check_file,
+    make_folder,
+    read_json,
+    read_text,
+    write_json,
+    write_text,
+)
+from .pretrained import resolve
 
 SPECIALS = ["<pad>", "<s>", "</s>"]
 GLUE, SPACE = "∘", "▁"
+ENDOFTEXT = "<|endoftext|>"
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def _spaces_to_marks():
@@ -72,7 +93,18 @@ def train_tokenizer(texts, vocab_size):
     vocab = spec["model"]["vocab"]
     for token in bytes_:
         vocab[token] = len(vocab)
-    return Tokenizer(RawTokenizer.from_str(json.dumps(spec)))
+    raw = RawTokenizer.from_str(json.dumps(spec))
+    raw.post_processor = bos_first(raw)
+    return Tokenizer(raw)
+
+
+def bos_first(raw):
+    """Puts <s> before a text, for transformers; `Tokenizer.encode` adds nothing."""
+    return processors.TemplateProcessing(
+        single="<s> $A",
+        pair="<s> $A $B",
+        special_tokens=[("<s>", raw.token_to_id("<s>"))],
+    )
 
 
 class Tokenizer:
@@ -82,15 +114,13 @@ class Tokenizer:
     def __init__(self, raw, bos=None, eos=None, pad=None, chat_template=None):
         self.raw = raw
         self.chat_template = chat_template  # Jinja, or None (see chat.py)
-        find = lambda *names: next(
-            (i for n in names if n and (i := raw.token_to_id(n)) is not None), None
+        self.bos_token_id = first_id(raw, bos, "<s>", "<|begin_of_text|>", ENDOFTEXT)
+        self.eos_token_id = first_id(
+            raw, eos, "</s>", "<|end_of_text|>", ENDOFTEXT, "<|im_end|>"
         )
-        self.bos_token_id = find(bos, "<s>", "<|begin_of_text|>", "<|endoftext|>")
-        self.eos_token_id = find(
-            eos, "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>"
-        )
-        pad_id = find(pad, "<pad>", "<|finetune_right_pad_id|>")
-        self.pad_token_id = pad_id if pad_id is not None else self.eos_token_id
+        self.pad_token_id = first_id(raw, pad, "<pad>", "<|finetune_right_pad_id|>")
+        if self.pad_token_id is None:
+            self.pad_token_id = self.eos_token_id
         self.vocab_size = raw.get_vocab_size(with_added_tokens=True)
 
     def __len__(self):
@@ -114,12 +144,27 @@ class Tokenizer:
         """The text's tokens as strings, for looking at."""
         return self.raw.encode(text, add_special_tokens=False).tokens
 
+    @cached_property
+    def special_ids(self):
+        """Ids of the tokens that decode leaves out."""
+        added = self.raw.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special}
+
+    def is_partial(self, token):
+        """True if what follows may change how this id reads: a byte of a character, a
+        mark that joins two words, a special token."""
+        name = self.raw.id_to_token(token) or ""
+        open_end = BYTE.fullmatch(name) or name.endswith(GLUE)
+        return bool(open_end) or token in self.special_ids
+
     def save_pretrained(self, folder):
         """Writes tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer
         opens them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = lambda i: None if i is None else self.raw.id_to_token(i)
+        folder = make_folder(folder)
+
+        def name(i):
+            return None if i is None else self.raw.id_to_token(i)
+
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": name(self.bos_token_id),
@@ -129,43 +174,58 @@ class Tokenizer:
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        for file, text in [
-            ("tokenizer.json", self.raw.to_str(pretty=True)),
-            ("tokenizer_config.json", json.dumps(config, indent=1)),
-        ]:
-            beside = folder / (file + ".part")
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(folder / file)
+        write_text(folder / "tokenizer.json", self.raw.to_str(pretty=True))
+        write_json(folder / "tokenizer_config.json", config, indent=1)
+
+
+def first_id(raw, *names):
+    """The id of the first of these tokens that the vocabulary has, or None."""
+    ids = (raw.token_to_id(name) for name in names if name)
+    return next((i for i in ids if i is not None), None)
 
 
 def load_tokenizer(name=None):
     """The tokenizer of a base: "lanternwick" (default: MINIPEFT_BASE), a Hugging Face
     folder or a hub name.
 
-    Raises FileNotFoundError when the folder holds no tokenizer.json."""
+    Raises FileNotFoundError when the folder holds no tokenizer.json, FileError when it
+    is damaged."""
     folder = resolve(name)
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(
             f"no tokenizer.json in {folder}: a folder in Hugging Face layout with a"
             " fast tokenizer is needed"
         )
+    check_file(file)
+    try:
+        raw = RawTokenizer.from_file(str(file))
+    except Exception as problem:  # tokenizers raises nothing more specific
+        raise FileError(f"{file} is not a tokenizer, or damaged: {problem}") from None
     config_file = folder / "tokenizer_config.json"
-    config = (
-        json.loads(config_file.read_text(encoding="utf-8"))
-        if config_file.is_file()
-        else {}
-    )
+    config = read_json(config_file) if config_file.exists() else {}
+    special = [
+        special_token(config, name, config_file)
+        for name in ("bos_token", "eos_token", "pad_token")
+    ]
+    return Tokenizer(raw, *special, read_chat_template(folder, config))
+
+
+def special_token(config, name, file):
+    """A special token's text: a string, or an object with "content"."""
+    token = config.get(name)
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is not None and not isinstance(token, str):
+        raise FileError(f"{file}: {name} = {brief(token)}: expected a string")
+    return token
+
+
+def read_chat_template(folder, config):
+    """The Jinja text of chat_template.jinja or tokenizer_config.json, or None."""
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, with names
         template = {t.get("name"): t.get("template") for t in template}.get("default")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    word = lambda key: t["content"] if isinstance(t := config.get(key), dict) else t
-    return Tokenizer(
-        RawTokenizer.from_file(str(file)),
-        word("bos_token"),
-        word("eos_token"),
-        word("pad_token"),
-        template,
-    )
+    return template

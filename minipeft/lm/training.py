@@ -1,10 +1,13 @@
 """Train whatever requires a gradient: a whole model, or the few numbers of an adapter.
 
 One loop for pretraining, full fine-tuning and every adapter. It can be stopped at any
-time (Ctrl-C, a power cut) and goes on to bit-identical weights, because nothing hides:
-a batch is a pure function of the step, and a checkpoint holds all else.
+time (Ctrl-C, a power cut) and goes on to bit-identical weights: batches depend only on
+(seed, step), and the checkpoint holds the rest. Everything that decides the result is
+in the checkpoint's settings; a run with other settings is refused.
 """
 
+import contextlib
+import json
 import math
 import signal
 import threading
@@ -18,9 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..io import check_choice, check_number, locked, remove_parts
 from ..quant import AdamW8bit, PagedAdamW
-from .checkpoint import load_checkpoint, read_facts, save_checkpoint
-from .data import Batches, room
+from .checkpoint import load_checkpoint, read_metadata, save_checkpoint, trained_tensors
+from .data import Batches, check_ids, check_lengths, max_tokens
 from .evaluation import completion_loss, fast_loss
 
 OPTIMIZERS = {
@@ -31,6 +35,13 @@ OPTIMIZERS = {
     "paged_adamw": PagedAdamW,
     "paged_adamw8bit": partial(PagedAdamW, optim_bits=8),
 }
+SCHEDULES = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+}
+# fields of an adapter's configuration that do not change its training
+NOTES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
 @dataclass
@@ -45,8 +56,8 @@ class History:
     best: list | None = None
     tokens: int = 0
     seconds: float = 0.0
-    # None: ran to the end; "interrupted": Ctrl-C; "diverged": the loss became nan or
-    # infinite
+    # None: ran to the end; "interrupted": Ctrl-C; "diverged": the loss, a gradient or a
+    # weight became nan or infinite
     stopped: str | None = None
 
     @property
@@ -63,10 +74,8 @@ class History:
         return sum(self.losses[-20:]) / max(1, len(self.losses[-20:]))
 
     def __repr__(self):
-        text = (
-            f"{self.steps} steps, {self.seconds:.0f} s, {self.tokens_per_second:,.0f}"
-            " tokens/s"
-        )
+        speed = f"{self.tokens_per_second:,.0f} tokens/s"
+        text = f"{self.steps} steps, {self.seconds:.0f} s, {speed}"
         if self.losses:
             text += f", loss {self.losses[0]:.3f} -> {self.recent:.3f}"
         if self.best:
@@ -80,11 +89,7 @@ def lr_factor(step, steps, warmup, schedule):
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)  # 0 .. 1
-    return {
-        "constant": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-    }[schedule]
+    return SCHEDULES[schedule](done)
 
 
 def make_optimizer(model, optimizer, lr, betas, weight_decay):
@@ -98,45 +103,39 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
             " on the shipped base"
         )
     params = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in params if p.ndim >= 2]
+    vectors = [p for p in params if p.ndim < 2]  # biases and norms are never decayed
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        # biases and norms are never decayed
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if callable(optimizer):
         return optimizer(groups, lr=lr)
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(
-            f"optimizer {optimizer!r}: expected {', '.join(OPTIMIZERS)}, a factory, or"
-            " a torch optimizer"
-        )
+    check_choice("optimizer", optimizer, OPTIMIZERS)
     extra = {} if optimizer == "sgd" else {"betas": betas}
-    if (
-        params[0].device.type in ("cpu", "cuda")
-        and not optimizer.endswith("adamw8bit")
-        and "paged" not in optimizer
-    ):
+    on = params[0].device.type
+    if optimizer in ("adamw", "adam", "sgd") and on in ("cpu", "cuda"):
         # one kernel for all tensors: an adapter has many tiny ones
         extra["fused"] = True
     return OPTIMIZERS[optimizer](groups, lr=lr, **extra)
 
 
-def gradients(model, batches, bf16=False):
+def accumulate_grads(model, batches, bf16=False):
     """Add the gradients of the mean loss over all labels of `batches`; returns that
     loss.
 
     Each batch weighs by its labels. A mean of the batches' means would favour the
     tokens of short completions."""
-    device, extra, loss = next(model.parameters()).device, fast_loss(model), 0.0
+    device = next(model.parameters()).device
+    extra = fast_loss(model)
     labels = [(batch["labels"][:, 1:] != -100).sum().item() for batch in batches]
+    loss = 0.0
     for batch, count in zip(batches, labels):
         if count:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                mean = model(
-                    **{name: tensor.to(device) for name, tensor in batch.items()},
-                    **extra,
-                ).loss
+                mean = model(**batch, **extra).loss
             part = mean * (count / sum(labels))
             part.backward()
             loss += part.item()
@@ -144,25 +143,108 @@ def gradients(model, batches, bf16=False):
 
 
 @contextmanager
-def stop_politely():
+def finish_step_on_interrupt():
     """First Ctrl-C: finish the step, so that no weights are half-updated. Second: stop
-    at once."""
-    asked = threading.Event()
+    at once. Yields an Event, set by the first."""
+    stop = threading.Event()
     # only the main thread hears signals
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop
         return
 
     def on_interrupt(*_):
-        if asked.is_set():
+        if stop.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        stop.set()
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        yield asked
+        yield stop
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# ---- what decides the result ---------------------------------------------------------
+
+
+def frozen_checksum(model):
+    """CRC-32 of every tensor that is not trained (the base's weights), and of all
+    names, shapes and dtypes."""
+    trained = trained_tensors(model)
+    crc = 0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        text = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+        crc = zlib.crc32(text.encode(), crc)
+        if name not in trained and not tensor.is_meta:
+            crc = crc_of(tensor, crc)
+    return crc
+
+
+def crc_of(tensor, crc=0):
+    """CRC-32 of a tensor's bytes, going on from `crc`."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    for part in flat.split(1 << 26):  # a GPU's tensor needs no whole copy
+        crc = zlib.crc32(part.cpu().numpy().tobytes(), crc)
+    return crc
+
+
+def data_checksum(data, steps):
+    """CRC-32 of the rows; of the first, middle and last batches where only batches are
+    to be had."""
+    if hasattr(data, "checksum"):
+        return data.checksum()
+    crc = 0
+    for step in (0, steps // 2, steps - 1):
+        for name, tensor in sorted(data.batch(step).items()):
+            crc = crc_of(tensor, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def tokenizer_checksum(tokenizer):
+    raw = getattr(tokenizer, "raw", getattr(tokenizer, "backend_tokenizer", None))
+    return zlib.crc32(raw.to_str().encode()) if hasattr(raw, "to_str") else None
+
+
+def adapter_settings(model):
+    """{"adapter default, r": 8, ...}: the fields of the adapters' configurations."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return {}
+    active = model.active_adapters
+    settings = {"active adapters": list(active() if callable(active) else active)}
+    for adapter, config in configs.items():
+        for name, value in config.to_dict().items():
+            if name not in NOTES:
+                settings[f"adapter {adapter}, {name}"] = value
+    return settings
+
+
+def as_json(settings):
+    """The settings as they come back from a file: sets as sorted lists, and so on."""
+
+    def plain(value):
+        return sorted(value) if isinstance(value, set) else str(value)
+
+    return json.loads(json.dumps(settings, default=plain))
+
+
+def check_settings(path, settings):
+    """ValueError that names what differs between a checkpoint's settings and these."""
+    saved = read_metadata(path).get("settings", {})
+    names = [*settings, *(name for name in saved if name not in settings)]
+    other = [
+        f"{name} {saved.get(name)} (now {settings.get(name)})"
+        for name in names
+        if saved.get(name) != settings.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"{path} was made with other settings: {', '.join(other)}. Repeat them to"
+            " go on, or pass resume=False, or another folder"
+        )
+
+
+# ---- the loop ------------------------------------------------------------------------
 
 
 def train(
@@ -193,27 +275,26 @@ def train(
     """Train the parameters of `model` that require a gradient; returns a History.
 
     data        a Task, a list of Examples (both need tokenizer=), or any object with
-    .batch(step) -> model's arguments lr          the peak rate (a ready optimizer
-    brings its own, one a group) warmup      steps of rising rate, or a fraction of all
-    steps if below 1 optimizer   "adamw", "adamw8bit" (states in 8 bits), "paged_adamw"
-    (states in pages, on a GPU), "adam", "sgd", or yours accumulate  batches of
-    `batch_size` rows a step; the gradient is that of one large batch valid
-    examples for evaluate_every (a Task brings its own). The best weights stay in
-    folder/best.safetensors:
+                .batch(step) -> model's arguments
+    lr          the peak rate (a ready optimizer brings its own, one a group)
+    warmup      steps of rising rate, or a fraction of all steps if below 1
+    optimizer   "adamw", "adamw8bit" (states in 8 bits), "paged_adamw" (states in pages,
+                on a GPU), "adam", "sgd", or yours
+    accumulate  batches of `batch_size` rows a step; the gradient is that of one large
+                batch
+    valid       examples for evaluate_every (a Task brings its own). The best weights
+                stay in folder/best.safetensors:
                 checkpoint.load_checkpoint(file, model) puts them back
     folder      for checkpoints: latest.safetensors every `save_every` steps (default:
-    as evaluate_every, else ten times),
-                at the end and on Ctrl-C. The same call again goes on there;
-                  resume=False starts anew
+                as evaluate_every, else ten times), at the end and on Ctrl-C. The same
+                call again goes on there; resume=False starts again. One run at a time
+                writes there
     log         called as log(step, {"loss", "lr", "grad_norm"}) after each step, the
-    gradients still in place
+                gradients still in place
     """
-    if schedule not in ("cosine", "constant", "linear"):
-        raise ValueError(f"schedule {schedule!r}: expected cosine, constant or linear")
-    if steps < 1 or accumulate < 1:
-        raise ValueError(
-            f"steps and accumulate must be at least 1, not {steps} and {accumulate}"
-        )
+    check_choice("schedule", schedule, SCHEDULES)
+    check_number("steps", steps, whole=True, least=1)
+    check_number("accumulate", accumulate, whole=True, least=1)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "nothing to train: no parameter of the model requires a gradient"
@@ -221,30 +302,14 @@ def train(
     valid = getattr(data, "valid", None) if valid is None else valid
     if evaluate_every and not valid:
         raise ValueError("evaluate_every needs valid=, a list of examples")
-    if not hasattr(data, "batch"):
-        if tokenizer is None:
-            raise ValueError("train needs tokenizer= to make batches of examples")
-        data = Batches(
-            getattr(data, "train", data),
-            tokenizer,
-            batch_size,
-            seed=seed,
-            max_length=room(model),
-        )
+    batches = make_batches(model, data, tokenizer, batch_size, seed, valid)
     warmup = round(warmup * steps) if warmup < 1 else int(warmup)
-    save_every = save_every or evaluate_every or max(1, steps // 10)
-    latest, best = (
-        folder and Path(folder) / f"{name}.safetensors" for name in ("latest", "best")
-    )
     optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = [
-        group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups
-    ]
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
     settings = {
         "steps": steps,
         "batch_size": batch_size,
-        "rates": rates,
         "warmup": warmup,
         "schedule": schedule,
         "weight_decay": weight_decay,
@@ -252,94 +317,184 @@ def train(
         "accumulate": accumulate,
         "bf16": bf16,
         "seed": seed,
-        "optimizer": type(optimizer).__name__,
-        "first_batch": zlib.crc32(data.batch(0)["input_ids"].cpu().numpy().tobytes()),
     }
-    history, was_training, device = (
-        History(),
-        model.training,
-        next(model.parameters()).device,
-    )
-    devices = [device] if device.type == "cuda" else []
-    # the caller's random numbers stay as they were
-    with torch.random.fork_rng(devices), stop_politely() as asked:
+    run = Run(model, batches, optimizer, settings, tokenizer, valid, evaluate_every)
+    run.save_every = save_every or evaluate_every or max(1, steps // 10)
+    run.log = log
+    device = next(model.parameters()).device
+    with contextlib.ExitStack() as stack:
+        # the caller's random numbers stay as they were
+        devices = [device] if device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices))
+        stop = stack.enter_context(finish_step_on_interrupt())
         torch.manual_seed(seed)
-        if latest and latest.exists() and resume:
-            saved = read_facts(latest)["settings"]
-            if other := [
-                f"{name} {saved.get(name)} (now {value})"
-                for name, value in settings.items()
-                if saved.get(name) != value
-            ]:
-                raise ValueError(
-                    f"{latest} was made with other settings: {', '.join(other)}. "
-                    "Repeat them to go on, or pass resume=False, or another folder"
-                )
-            history = History(**load_checkpoint(latest, model, optimizer)["history"])
-            history.stopped = None
+        if folder:
+            stack.enter_context(locked(folder))
+            run.open(Path(folder), resume)
+        return run.loop(stop, progress)
+
+
+def make_batches(model, data, tokenizer, batch_size, seed, valid):
+    """`data` as an object with .batch(step). Whatever cannot be trained on or evaluated
+    later is a ValueError now."""
+    if hasattr(data, "batch"):
+        return data
+    if tokenizer is None:
+        raise ValueError("train needs tokenizer= to make batches of examples")
+    most = max_tokens(model)
+    examples = getattr(data, "train", data)
+    batches = Batches(examples, tokenizer, batch_size, seed=seed, max_length=most)
+    check_ids(model, [batches.largest_id()])
+    for others in (valid, getattr(data, "test", None)):
+        check_lengths(tokenizer, others or [], most)
+    return batches
+
+
+class Run:
+    """One call of `train`: a step, and what is kept of it."""
+
+    def __init__(
+        self, model, data, optimizer, settings, tokenizer, valid, evaluate_every
+    ):
+        self.model = model
+        self.data = data
+        self.optimizer = optimizer
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.valid = valid
+        self.evaluate_every = evaluate_every
+        self.history = History()
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.rates = [group["initial_lr"] for group in optimizer.param_groups]
+        self.folder = None
+        self.latest = None
+
+    def open(self, folder, resume):
+        """Take the folder for checkpoints, and go on from the one there, if any."""
+        self.folder = folder
+        self.latest = folder / "latest.safetensors"
+        for name in ("latest", "best"):
+            remove_parts(folder / f"{name}.safetensors")
+        self.settings = as_json(self.settings | self.facts())
+        if resume and self.latest.exists():
+            check_settings(self.latest, self.settings)
+            saved = load_checkpoint(self.latest, self.model, self.optimizer)
+            self.history = History(**saved["history"])
+            self.history.stopped = None
+
+    def facts(self):
+        """What else decides the result."""
+        batches = self.settings["steps"] * self.settings["accumulate"]
+        groups = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
+        facts = {
+            "optimizer": type(self.optimizer).__name__,
+            "optimizer's groups": groups,
+            "model (checksum)": frozen_checksum(self.model),
+            "data (checksum)": data_checksum(self.data, batches),
+            "tokenizer (checksum)": tokenizer_checksum(self.tokenizer),
+            **adapter_settings(self.model),
+        }
+        if self.evaluate_every:
+            texts = repr([(e.prompt, e.completion) for e in self.valid])
+            facts["evaluate_every"] = self.evaluate_every
+            facts["valid (checksum)"] = zlib.crc32(texts.encode())
+        return facts
+
+    def loop(self, stop, progress):
+        steps = self.settings["steps"]
+        was_training = self.model.training
+        first = self.history.steps
         bar = tqdm(
             total=steps,
-            initial=history.steps,
+            initial=first,
             disable=not progress,
             unit="step",
             mininterval=0.5,
         )
         try:
-            model.train()
-            for step in range(history.steps, steps):
-                started, done = time.perf_counter(), step + 1
-                for group, peak in zip(optimizer.param_groups, rates):
-                    group["lr"] = peak * lr_factor(step, steps, warmup, schedule)
-                batches = [data.batch(step * accumulate + i) for i in range(accumulate)]
-                optimizer.zero_grad(set_to_none=True)
-                loss = gradients(model, batches, bf16)
-                if not math.isfinite(loss):
-                    # before the step: the weights are still the last good ones
-                    history.stopped = "diverged"
+            self.model.train()
+            for step in range(first, steps):
+                if not self.step(step):
+                    self.history.stopped = "diverged"
                     break
-                norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf).item()
-                optimizer.step()
-                history.losses.append(loss)
-                history.lr.append(optimizer.param_groups[0]["lr"])
-                history.grad_norm.append(norm)
-                history.tokens += sum(
-                    int(batch.get("attention_mask", batch["input_ids"] >= 0).sum())
-                    for batch in batches
-                )
-                history.seconds += time.perf_counter() - started
-                bar.set_postfix_str(
-                    f"loss {history.recent:.3f}, {history.tokens_per_second:,.0f}"
-                    " tokens/s",
-                    refresh=False,
-                )
+                speed = f"{self.history.tokens_per_second:,.0f} tokens/s"
+                bar.set_postfix_str(f"loss {self.history.recent:.3f}, {speed}", False)
                 bar.update()
-                if log:
-                    log(step, {"loss": loss, "lr": history.lr[-1], "grad_norm": norm})
-                if evaluate_every and (done % evaluate_every == 0 or done == steps):
-                    now = completion_loss(
-                        model, tokenizer, valid, batch_size=4 * batch_size, bf16=bf16
-                    )["loss"]
-                    history.eval_loss.append([done, now])
-                    if history.best is None or now < history.best[1]:
-                        history.best = [done, now]
-                        if best:
-                            save_checkpoint(best, model, step=done, loss=now)
-                if asked.is_set() and done < steps:
-                    history.stopped = "interrupted"
-                if latest and (
-                    done % save_every == 0 or done == steps or history.stopped
-                ):
-                    save_checkpoint(
-                        latest,
-                        model,
-                        optimizer,
-                        settings=settings,
-                        history=asdict(history),
-                    )
-                if history.stopped:
+                self.keep(step + 1, stop)
+                if self.history.stopped:
                     break
         finally:
             bar.close()
-            model.train(was_training)
-            optimizer.zero_grad(set_to_none=True)
-    return history
+            self.model.train(was_training)
+            self.optimizer.zero_grad(set_to_none=True)
+        return self.history
+
+    def step(self, step):
+        """One step; False, and no weight changed, if the loss or a gradient is nan or
+        infinite."""
+        started = time.perf_counter()
+        steps, accumulate = self.settings["steps"], self.settings["accumulate"]
+        factor = lr_factor(
+            step, steps, self.settings["warmup"], self.settings["schedule"]
+        )
+        for group, peak in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = peak * factor
+        batches = [self.data.batch(step * accumulate + i) for i in range(accumulate)]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = accumulate_grads(self.model, batches, self.settings["bf16"])
+        clip = self.settings["clip"] or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.params, clip).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return False
+        self.optimizer.step()
+        history = self.history
+        history.losses.append(loss)
+        history.lr.append(self.optimizer.param_groups[0]["lr"])
+        history.grad_norm.append(norm)
+        history.tokens += sum(count_tokens(batch) for batch in batches)
+        history.seconds += time.perf_counter() - started
+        if self.log:
+            self.log(step, {"loss": loss, "lr": history.lr[-1], "grad_norm": norm})
+        return True
+
+    def keep(self, done, stop):
+        """Evaluate and save, where it is time to."""
+        steps = self.settings["steps"]
+        history = self.history
+        is_last = done == steps
+        if self.evaluate_every and (done % self.evaluate_every == 0 or is_last):
+            self.evaluate(done)
+        if stop.is_set() and not is_last:
+            history.stopped = "interrupted"
+        if done % self.save_every == 0 or is_last or history.stopped:
+            if not all(
+                t.isfinite().all() for t in trained_tensors(self.model).values()
+            ):
+                history.stopped = "diverged"  # the file keeps the last good weights
+            elif self.latest:
+                metadata = {"settings": self.settings, "history": asdict(history)}
+                save_checkpoint(self.latest, self.model, self.optimizer, **metadata)
+
+    def evaluate(self, done):
+        loss = completion_loss(
+            self.model,
+            self.tokenizer,
+            self.valid,
+            batch_size=4 * self.settings["batch_size"],
+            bf16=self.settings["bf16"],
+        )["loss"]
+        self.history.eval_loss.append([done, loss])
+        best = self.history.best
+        if math.isfinite(loss) and (best is None or loss < best[1]):
+            self.history.best = [done, loss]
+            if self.folder:
+                best_file = self.folder / "best.safetensors"
+                save_checkpoint(best_file, self.model, step=done, loss=loss)
+
+
+def count_tokens(batch):
+    """Tokens of a batch, padding left out."""
+    return int(batch.get("attention_mask", batch["input_ids"] >= 0).sum())

@@ -7,17 +7,19 @@ product is computed: once in the forward pass, once more in the backward pass. T
 weight itself gets no gradient; x does, for the adapters below.
 """
 
-import json
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import weights
+from ..errors import FileError
+from ..io import check_choice, did_you_mean
 from ..targets import matches_suffix, unwrap_slot, walk
-from .blockwise import dynamic_map
-from .nf4 import CODES, QTensor, dequantize_4bit, quantize_4bit
+from .bitsandbytes import bitsandbytes_layer, from_bitsandbytes, to_bitsandbytes
+from .nf4 import QTensor, dequantize_4bit, quantize_4bit
 
 
 class Params4bit(nn.Parameter):
@@ -25,7 +27,7 @@ class Params4bit(nn.Parameter):
     counts as two weights."""
 
 
-class Product(torch.autograd.Function):
+class MatMul4bit(torch.autograd.Function):
     """x (..., d_in), QTensor (d_out, d_in), bias (d_out,) or None -> (..., d_out), in
     x's dtype."""
 
@@ -36,17 +38,19 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        dx = dy @ dequantize_4bit(ctx.q, dy.dtype) if ctx.needs_input_grad[0] else None
-        return dx, None, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        dx = dy @ dequantize_4bit(ctx.q, dy.dtype) if needs_x else None
+        dbias = dy.sum_to_size(dy.shape[-1:]) if needs_bias else None
+        return dx, None, dbias
 
 
 class Linear4bit(nn.Linear):
     """nn.Linear's shape, a bias in full precision, a weight in 4 bits.
-    `Linear4bit.of(linear)` makes one.
+    `Linear4bit.from_linear(linear)` makes one.
 
-    compute_dtype: what the product is computed in; None: whatever x is. The result has
-    x's dtype. Its state_dict has bitsandbytes' names, and loads there; a dense weight
-    that is loaded into it is quantised.
+    compute_dtype: what the product is computed in; None: x's dtype. The result has x's
+    dtype. Its state_dict has bitsandbytes' names, and loads there; a dense weight that
+    is loaded into it is quantised.
     """
 
     def __init__(
@@ -62,42 +66,39 @@ class Linear4bit(nn.Linear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, bias, device or "cpu", dtype)
-        self.compute_dtype, self.quant_type, self.block_size = (
-            compute_dtype,
-            quant_type,
-            block_size,
-        )
+        self.compute_dtype = compute_dtype
+        self.quant_type = quant_type
+        self.block_size = block_size
         self.double_quant = double_quant
         for name in ("absmax", "absmax2", "offset"):
             # _save_to_state_dict saves them
             self.register_buffer(name, None, persistent=False)
-        self.store(self.weight)
+        self.set_weight(self.weight)
 
     @classmethod
-    def of(cls, layer, **options):
-        """A 4-bit copy of whatever linear layer. Its bias is the same Parameter."""
+    def from_linear(cls, layer, **options):
+        """A 4-bit copy of any linear layer. Its bias is the same Parameter."""
         d_in, d_out = weights.features(layer)
         new = cls(d_in, d_out, bias=False, device="meta", **options)
-        new.store(weights.read_weight(layer))
+        new.set_weight(weights.read_weight(layer))
         new.bias = getattr(layer, "bias", None)
         return new.train(layer.training)
 
-    def store(self, weight):
+    def set_weight(self, weight):
         """Quantise a dense weight (d_out, d_in), or take over a QTensor."""
-        options = self.block_size, self.double_quant, self.quant_type
-        q = weight if isinstance(weight, QTensor) else quantize_4bit(weight, *options)
+        q = weight
+        if not isinstance(weight, QTensor):
+            q = quantize_4bit(
+                weight, self.block_size, self.double_quant, self.quant_type
+            )
         self.weight = Params4bit(q.packed, requires_grad=False)
-        self.absmax, self.absmax2, self.offset, self.dtype = (
-            q.absmax,
-            q.absmax2,
-            q.offset,
-            q.dtype,
-        )
-        self.block_size, self.double_quant, self.quant_type = (
-            q.block_size,
-            q.absmax2 is not None,
-            q.quant_type,
-        )
+        self.absmax = q.absmax
+        self.absmax2 = q.absmax2
+        self.offset = q.offset
+        self.dtype = q.dtype
+        self.block_size = q.block_size
+        self.double_quant = q.absmax2 is not None
+        self.quant_type = q.quant_type
 
     @property
     def quantized(self):
@@ -116,16 +117,11 @@ class Linear4bit(nn.Linear):
     def forward(self, x):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
-        dtype = (
-            torch.get_autocast_dtype(device)
-            if autocast
-            else self.compute_dtype or x.dtype
-        )
-        y = Product.apply(
-            x.to(dtype),
-            self.quantized,
-            None if self.bias is None else self.bias.to(dtype),
-        )
+        dtype = self.compute_dtype or x.dtype
+        if autocast:
+            dtype = torch.get_autocast_dtype(device)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = MatMul4bit.apply(x.to(dtype), self.quantized, bias)
         return y if autocast else y.to(x.dtype)
 
     # .bfloat16() is meant for weights: the scales stay what they are
@@ -148,104 +144,70 @@ class Linear4bit(nn.Linear):
         for name, tensor in to_bitsandbytes(self.quantized).items():
             destination[f"{prefix}weight.{name}"] = tensor
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        parts = {
-            key.removeprefix(f"{prefix}weight."): state_dict.pop(key)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ):
+        name = f"{prefix}weight"
+        beside = {
+            key.removeprefix(f"{name}."): state_dict.pop(key)
             for key in list(state_dict)
-            if key.startswith(f"{prefix}weight.")
+            if key.startswith(f"{name}.")
         }
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is not None:
-            device = (
-                self.weight.device
-                if self.weight.device.type != "meta"
-                else weight.device
+        weight = state_dict.get(name)
+        shape = (self.out_features, self.in_features)
+        if weight is not None and weight.is_floating_point() and weight.shape != shape:
+            errors.append(
+                f"size mismatch for {name}: {tuple(weight.shape)} in the state"
+                f" dict, expected {shape}"
             )
-            if weight.is_floating_point() and weight.shape == (
-                self.out_features,
-                self.in_features,
-            ):
-                self.store(weight.to(device))
-            elif parts:
-                self.store(from_bitsandbytes(weight, parts).to(device))
-            if weight.is_floating_point() or parts:
-                state_dict[f"{prefix}weight"] = self.weight.data
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def to_bitsandbytes(q):
-    """{name: tensor}: what stands beside the packed weight in bitsandbytes' files. Its
-    facts are JSON, as bytes."""
-    facts = {
-        "quant_type": q.quant_type,
-        "blocksize": q.block_size,
-        "dtype": str(q.dtype).removeprefix("torch."),
-        "shape": list(q.shape),
-    }
-    device = q.absmax.device
-    tensors = {
-        "absmax": q.absmax,
-        "quant_map": CODES[q.quant_type].to(device, copy=True),
-    }
-    if q.absmax2 is not None:
-        offset = 0.0 if q.offset.is_meta else q.offset.item()
-        facts |= {
-            "nested_blocksize": 256,
-            "nested_dtype": "float32",
-            "nested_offset": offset,
-        }
-        tensors |= {
-            "nested_absmax": q.absmax2,
-            "nested_quant_map": dynamic_map().to(device),
-        }
-    text = torch.tensor(
-        list(json.dumps(facts).encode()), dtype=torch.uint8, device=device
-    )
-    return tensors | {f"quant_state.bitsandbytes__{q.quant_type}": text}
-
-
-def from_bitsandbytes(packed, parts):
-    """The QTensor that a packed weight and the tensors beside it in a file make.
-    ValueError where one is missing."""
-    state = next(
-        (
-            t
-            for name, t in parts.items()
-            if name.startswith("quant_state.bitsandbytes__")
-        ),
-        None,
-    )
-    if state is None or "absmax" not in parts:
-        raise ValueError(
-            "a 4-bit weight without its quant_state and absmax: the file is not whole"
+            state_dict[name] = self.weight.data
+        elif weight is not None:
+            self._load_weight(name, weight, beside)
+            state_dict[name] = self.weight.data
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
-    facts = json.loads(bytes(state.tolist()))
-    if facts.get("nested_blocksize", 256) != 256:
-        raise ValueError(f"nested_blocksize {facts['nested_blocksize']}: expected 256")
-    nested = "nested_absmax" in parts
-    return QTensor(
-        packed.reshape(-1, 1),
-        parts["absmax"],
-        torch.Size(facts["shape"]),
-        getattr(torch, facts["dtype"]),
-        facts["quant_type"],
-        facts["blocksize"],
-        parts["nested_absmax"] if nested else None,
-        torch.tensor(facts["nested_offset"], device=packed.device) if nested else None,
-    )
+
+    def _load_weight(self, name, weight, beside):
+        if not weight.is_floating_point():
+            shape = (self.out_features, self.in_features)
+            try:
+                weight = from_bitsandbytes(weight, beside, shape)
+            except FileError as problem:
+                raise FileError(f"{name}: {problem}") from None
+        meta = self.weight.device.type == "meta"
+        self.set_weight(weight if meta else weight.to(self.weight.device))
 
 
-class Packed:
-    """How layers.py reads and writes the weight of a Linear4bit."""
+def is_4bit(module):
+    """True for a linear layer whose weight is in 4 bits, ours or bitsandbytes'."""
+    return weights.is_linear(module) and not weights.is_dense(module)
+
+
+def quantized_tensors(layer):
+    """(the format, such as "nf4"; the tensors that a 4-bit layer's weight consists of),
+    of our layers and of bitsandbytes'."""
+    if isinstance(layer, Linear4bit):
+        tensors = [layer.weight, layer.absmax, layer.absmax2, layer.offset]
+        return layer.quant_type, [t for t in tensors if t is not None]
+    state = layer.weight.quant_state
+    tensors = [layer.weight, state.absmax, state.code]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code, state.offset]
+    return state.quant_type, tensors
+
+
+class Linear4bitStorage:
+    """How weights.py reads and writes the weight of a Linear4bit."""
 
     def read(layer):
         return dequantize_4bit(layer.quantized)
 
     def write(layer, weight):  # new tensors, so that the old ones can be put back
-        layer.store(weight.to(layer.weight.device, layer.dtype))
+        layer.set_weight(weight.to(layer.weight.device, layer.dtype))
 
 
-weights.STORAGE["minipeft.quant.linear4bit.Linear4bit"] = Packed
+weights.STORAGE["minipeft.quant.linear4bit.Linear4bit"] = Linear4bitStorage
 
 
 # Models
@@ -270,32 +232,31 @@ class BitsAndBytesConfig:
         that has them."""
         if isinstance(given, str):
             return cls(bnb_4bit_quant_type=given, bnb_4bit_use_double_quant=True)
+        known = cls.__dataclass_fields__
         if not isinstance(given, dict):
             given = {
-                name: getattr(given, name)
-                for name in cls.__dataclass_fields__
-                if hasattr(given, name)
+                name: getattr(given, name) for name in known if hasattr(given, name)
             }
-        wrong = given.keys() - cls.__dataclass_fields__.keys() - IGNORED_BNB_FIELDS
-        if wrong or given.get("load_in_8bit") or not given.get("load_in_4bit", True):
+        wrong = sorted(given.keys() - known.keys() - IGNORED_BNB_FIELDS)
+        if wrong:
+            hint = did_you_mean(wrong[0], known)
             raise ValueError(
-                "quantization: only 4 bits are supported, with the fields "
-                + ", ".join(cls.__dataclass_fields__)
+                f"quantization: unknown field {wrong[0]!r}{hint}; expected"
+                f" {', '.join(known)}"
             )
-        return cls(
-            **{
-                name: value
-                for name, value in given.items()
-                if name in cls.__dataclass_fields__
-            }
-        )
+        if given.get("load_in_8bit") or not given.get("load_in_4bit", True):
+            raise ValueError(
+                "quantization: only 4 bits are supported (load_in_4bit=True and the"
+                " fields of bnb_4bit_quant_type and so on)"
+            )
+        return cls(**{name: given[name] for name in known if name in given})
 
     def options(self):
         """The arguments of quantize_model."""
         dtype = self.bnb_4bit_compute_dtype
         return dict(
             backend=self.backend,
-            skip=tuple(self.llm_int8_skip_modules or ("lm_head",)),
+            skip=self.llm_int8_skip_modules or ("lm_head",),
             quant_type=self.bnb_4bit_quant_type,
             double_quant=self.bnb_4bit_use_double_quant,
             compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
@@ -318,8 +279,8 @@ class BitsAndBytesConfig:
         } | ours
 
 
-# What else transformers writes into a quantization_config: it does not change 4-bit
-# layers.
+# transformers writes these into a quantization_config too; they do not change 4-bit
+# layers
 IGNORED_BNB_FIELDS = {
     "quant_method",
     "load_in_8bit",
@@ -332,72 +293,42 @@ IGNORED_BNB_FIELDS = {
 }
 
 
-def bitsandbytes_layer(
-    layer, quant_type="nf4", block_size=64, double_quant=True, compute_dtype=None
-):
-    """A bitsandbytes Linear4bit with this layer's weight, quantised here and now."""
-    import bitsandbytes
-
-    if block_size != 64:
-        raise ValueError(
-            "bitsandbytes' layers have blocks of 64; other sizes need backend='torch'"
-        )
-    weight, (d_in, d_out) = weights.read_weight(layer), weights.features(layer)
-    if weight.device.type == "cpu" and d_in % 64 and d_in % 16 == 0:
-        raise ValueError(
-            f"on a CPU, bitsandbytes (0.50) computes wrong weights for {d_in} inputs: a"
-            " multiple of 16, but not of its blocks of 64. Take backend='torch'"
-        )
-    # the same bytes in less time and memory
-    q = quantize_4bit(weight, block_size, double_quant, quant_type)
-    new = bitsandbytes.nn.Linear4bit(
-        d_in,
-        d_out,
-        bias=False,
-        compute_dtype=compute_dtype,
-        quant_type=quant_type,
-        compress_statistics=double_quant,
-        device="meta",
-    )
-    new.weight = bitsandbytes.nn.Params4bit.from_prequantized(
-        q.packed, to_bitsandbytes(q), device=weight.device, module=new
-    )
-    # see weights.undo_bnb_cpu_repacking
-    new.bias, new.support_avx512bf16_for_cpu = getattr(layer, "bias", None), False
-    return new.train(layer.training)
+BACKENDS = {"torch": Linear4bit.from_linear, "bitsandbytes": bitsandbytes_layer}
 
 
-BACKENDS = {"torch": Linear4bit.of, "bitsandbytes": bitsandbytes_layer}
-
-
-def sites(model):
+def linear_layers(model):
     """[(path, layer, the function that puts another in its place)] of all linear
     layers, slots seen through."""
     found = []
     for path, parent, name, module in walk(model):
         layer = unwrap_slot(module)
         if weights.is_linear(layer):
-            holder, attribute = (
-                (parent, name) if layer is module else (module, "base_layer")
-            )
-            found.append(
-                (
-                    path,
-                    layer,
-                    lambda new, holder=holder, attribute=attribute: setattr(
-                        holder, attribute, new
-                    ),
-                )
-            )
+            place = (parent, name) if layer is module else (module, "base_layer")
+            found.append((path, layer, partial(setattr, *place)))
     return found
 
 
-def linear_layers(model, skip=("lm_head",)):
-    """{path: (layer, put)} of the linear layers that quantize_model changes."""
+def quantizable_layers(model, skip=("lm_head",), strict=True):
+    """{path: (layer, put)} of the linear layers that quantize_model changes. skip: as
+    there. strict: a name in it that no linear layer has is a ValueError."""
+    layers = linear_layers(model)
+    skip = (skip,) if isinstance(skip, str) else skip
+    absent = [
+        name
+        for name in skip
+        if not any(matches_suffix(name, path) for path, *_ in layers)
+        and name != "lm_head"  # the default, also for a model without a head
+    ]
+    if absent and strict:
+        names = {path.split(".")[-1] for path, *_ in layers}
+        raise ValueError(
+            f"skip: no linear layer is called {absent[0]!r}"
+            f"{did_you_mean(absent[0], names)}"
+        )
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     return {
         path: (layer, put)
-        for path, layer, put in sites(model)
+        for path, layer, put in layers
         if weights.is_dense(layer)
         and id(layer.weight) not in tied
         and not any(matches_suffix(name, path) for name in skip)
@@ -409,12 +340,12 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
     model.
 
     skip      names of layers to leave (the ends of their paths). Weights that are also
-    an embedding's are left anyway options   quant_type="nf4" | "fp4" | "int4",
-    block_size=64, double_quant=True, compute_dtype=None
+              an embedding's are left anyway
+    options   quant_type="nf4" | "fp4" | "int4", block_size=64, double_quant=True,
+              compute_dtype=None
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
-    found = linear_layers(model, skip)
+    check_choice("backend", backend, BACKENDS)
+    found = quantizable_layers(model, skip)
     while found:  # layer by layer, keeping none
         _, (layer, put) = found.popitem()
         put(BACKENDS[backend](layer, **options))
@@ -423,14 +354,14 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
 
 def dequantize_model(model, dtype=None):
     """Every 4-bit layer becomes an nn.Linear again, in place; returns the model. The
-    rounding, of course, remains."""
-    for _, layer, put in sites(model):
+    rounding remains."""
+    for _, layer, put in linear_layers(model):
         if not weights.is_dense(layer):
-            put(dense(layer, dtype))
+            put(to_linear(layer, dtype))
     return model
 
 
-def dense(layer, dtype=None):
+def to_linear(layer, dtype=None):
     """An nn.Linear with the weight that a 4-bit layer stands for."""
     weight = weights.read_weight(layer)
     new = nn.Linear(*weights.features(layer), bias=False, device="meta")

@@ -19,6 +19,7 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 
+from ..io import check_choice, check_number
 from .blockwise import GRID, dequantize_blockwise, dynamic_map, quantize_blockwise
 
 
@@ -32,9 +33,12 @@ def normal_float(bits=4):
     # the mean of half a bin with 2^bits, and one less
     outermost = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
     quantile = NormalDist().inv_cdf
-    side = lambda count: [
-        quantile(outermost + (0.5 - outermost) * i / count) for i in range(count)
-    ]
+
+    def side(count):
+        return [
+            quantile(outermost + (0.5 - outermost) * i / count) for i in range(count)
+        ]
+
     numbers = sorted([*side(half), 0.0, *(-q for q in side(half - 1))])
     return torch.tensor([number / numbers[-1] for number in numbers])
 
@@ -119,9 +123,25 @@ class QTensor:
         return replace(self, **moved)
 
 
+def quantize_blocks(rows, code, short=False):
+    """rows (blocks, block_size) float32, code (16,) sorted -> (q of rows' shape uint8,
+    absmax (blocks,)). short: the last block was padded; bitsandbytes divides there, and
+    multiplies elsewhere, which may round differently."""
+    absmax = rows.abs().amax(1)
+    y = rows * (1 / absmax.clamp(min=1e-38))[:, None]  # from -1 to 1
+    if short:
+        absmax[-1].clamp_(min=1e-38)
+        y[-1] = rows[-1] / absmax[-1]
+    bounds = (code[1:] + code[:-1]) / 2  # halfway between neighbours
+    return sum((y > bound).byte() for bound in bounds.tolist()), absmax
+
+
+# Drivers: in chunks, two codes a byte
+
+
 def _chunk(tensor):
-    """How many numbers at a time: on a CPU what fits into its cache, on a GPU what is
-    no great part of its memory."""
+    """How many numbers at a time: what fits the CPU's cache, or a small part of a GPU's
+    memory."""
     return 1 << 17 if tensor.device.type == "cpu" else 1 << 24
 
 
@@ -132,10 +152,23 @@ def _dynamic_map(device):
 
 @cache
 def _pairs(quant_type, device):
-    """(256,): the two numbers of every byte. As the parts of a complex number they are
-    looked up in one go."""
+    """(256,): the two numbers of every byte, as one complex number: one look-up for
+    both."""
     code, byte = CODES[quant_type], torch.arange(256, device="cpu")
     return torch.complex(code[byte >> 4], code[byte & 15]).to(device)
+
+
+def to_rows(flat, block_size):
+    """(n,) -> (blocks, block_size), the last block padded with zeros."""
+    short = -len(flat) % block_size
+    return (F.pad(flat, (0, short)) if short else flat).view(-1, block_size)
+
+
+def _check_quantizable(w, block_size, quant_type):
+    check_choice("quant_type", quant_type, CODES)
+    check_number("block_size", block_size, whole=True, least=32, most=4096)
+    if not w.is_floating_point():
+        raise ValueError(f"expected floating-point weights, found {w.dtype}")
 
 
 def quantize_4bit(w, block_size=64, double_quant=True, quant_type="nf4"):
@@ -143,77 +176,57 @@ def quantize_4bit(w, block_size=64, double_quant=True, quant_type="nf4"):
     tensor; the last may be shorter.
 
     Raises ValueError for NaN or infinity, and for a block size outside 32 to 4096."""
-    if quant_type not in CODES:
-        raise ValueError(
-            f"quant_type {quant_type!r}: expected one of {', '.join(CODES)}"
-        )
-    if not isinstance(block_size, int) or not 32 <= block_size <= 4096:
-        raise ValueError(
-            f"block_size {block_size!r}: expected a whole number from 32 to 4096"
-        )
-    if not w.is_floating_point():
-        raise ValueError(f"floating-point weights are expected, not {w.dtype}")
+    _check_quantizable(w, block_size, quant_type)
     flat = w.detach().reshape(-1)
-    n, code = flat.numel(), CODES[quant_type]
+    n = flat.numel()
+    code, order = CODES[quant_type].sort()  # fp4's codes are not sorted
+    zero = int((code < 0).sum())  # the code of 0, which fills up the last byte
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // block_size), device=w.device)
-    order = code.argsort()
-    bounds = ((code[order][1:] + code[order][:-1]) / 2).tolist()
     # whole blocks, and whole bytes
     step = 2 * max(1, _chunk(w) // 2 // block_size) * block_size
     for start in range(0, 0 if w.is_meta else n, step):
         x = flat[start : start + step].float()
-        short = -len(x) % block_size  # what the last block lacks
-        rows = F.pad(x, (0, short)).view(-1, block_size)
-        scale = rows.abs().amax(1)
-        y = rows * (1 / scale.clamp(min=1e-38))[:, None]
-        # bitsandbytes divides in the last block, and multiplies in all others
-        if short:
-            scale[-1].clamp_(min=1e-38)
-            y[-1] = rows[-1] / scale[-1]
-        y = F.pad(y.view(-1)[: len(x)], (0, len(x) % 2))
-        q = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
-        for bound in bounds:  # how many bounds lie below; a tie goes to the lower code
-            q += y > bound
-        if quant_type == "fp4":  # whose codes are not sorted
+        rows = to_rows(x, block_size)
+        q, scale = quantize_blocks(rows, code, short=rows.numel() > len(x))
+        q = F.pad(q.view(-1)[: len(x)], (0, len(x) % 2), value=zero)
+        if quant_type == "fp4":
             q = order.to(q)[q.int()]
         packed[start // 2 : (start + step) // 2] = (q[::2] << 4) | q[1::2]
         absmax[start // block_size : (start + step) // block_size] = scale
     if not w.is_meta and not absmax.isfinite().all():
         raise ValueError("NaN or infinity among the weights: they cannot be quantised")
     q = QTensor(packed[:, None], absmax, w.shape, w.dtype, quant_type, block_size)
-    if not double_quant:
-        return q
-    offset = absmax.mean() if n else absmax.sum()
-    codes, absmax2 = quantize_blockwise(
-        absmax - offset, _dynamic_map(w.device), grid=GRID
-    )
+    return quantize_scales(q) if double_quant else q
+
+
+def quantize_scales(q):
+    """Double quantisation: the scales, less their mean, in 8 bits."""
+    offset = q.absmax.mean() if q.absmax.numel() else q.absmax.sum()
+    code = _dynamic_map(q.absmax.device)
+    codes, absmax2 = quantize_blockwise(q.absmax - offset, code, grid=GRID)
     return replace(q, absmax=codes, absmax2=absmax2, offset=offset)
 
 
 def dequantize_4bit(q, dtype=None):
     """QTensor -> the dense tensor it stands for, in q.dtype unless another is given."""
-    n, size, pairs = (
-        math.prod(q.shape),
-        q.block_size,
-        _pairs(q.quant_type, q.packed.device),
-    )
-    out = torch.empty(2 * len(q.packed), dtype=dtype or q.dtype, device=q.packed.device)
-    if not q.packed.is_meta:
-        packed, scales = q.packed.view(-1), q.scales()
-        step = max(1, _chunk(packed) // 2 // size) * size  # bytes
-        for start in range(0, len(packed), step):
-            values = torch.view_as_real(
-                pairs.index_select(0, packed[start : start + step].int())
-            ).view(-1)
-            into, full = out[2 * start : 2 * (start + step)], len(values) // size
-            here = scales[2 * start // size :]
-            into[: full * size] = (
-                values[: full * size].view(-1, size) * here[:full, None]
-            ).view(-1)
-            if full * size < len(values) and full < len(here):
-                into[full * size :] = values[full * size :] * here[full]
-    return out[:n].view(q.shape)
+    n = math.prod(q.shape)
+    size = q.block_size
+    out = torch.empty(n, dtype=dtype or q.dtype, device=q.packed.device)
+    if q.packed.is_meta:
+        return out.view(q.shape)
+    packed = q.packed.view(-1)
+    scales = q.scales()
+    pairs = _pairs(q.quant_type, packed.device)
+    step = max(1, _chunk(packed) // 2 // size) * size  # bytes: a whole number of blocks
+    for start in range(0, len(packed), step):
+        byte = packed[start : start + step].int()
+        values = torch.view_as_real(pairs.index_select(0, byte)).view(-1)
+        values = values[: n - 2 * start]
+        rows = to_rows(values, size)
+        rows = rows * scales[2 * start // size :][: len(rows), None]
+        out[2 * start : 2 * (start + step)] = rows.view(-1)[: len(values)]
+    return out.view(q.shape)
 
 
 quantize_nf4 = partial(quantize_4bit, quant_type="nf4")

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+from .bitsandbytes import import_bitsandbytes
 from .blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 
 BLOCK, SMALL = 256, 4096
@@ -50,26 +51,35 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(
             params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         )
-        self.min_8bit_size, self.grid = min_8bit_size, grid
+        self.min_8bit_size = min_8bit_size
+        self.grid = grid
         self.codes = {
-            "mean": dynamic_map() if signed is None else signed,
-            "square": dynamic_map(signed=False) if unsigned is None else unsigned,
+            "exp_avg": dynamic_map() if signed is None else signed,
+            "exp_avg_sq": dynamic_map(signed=False) if unsigned is None else unsigned,
         }
 
-    def read(self, state, name):
+    def load(self, state, name):
+        """A running mean in 32 bits."""
         if f"{name}_absmax" not in state:
             return state[name]
-        return dequantize_blockwise(
-            state[name], state[f"{name}_absmax"], self.codes[name], BLOCK
-        )
+        absmax = state[f"{name}_absmax"]
+        return dequantize_blockwise(state[name], absmax, self.codes[name], BLOCK)
 
-    def write(self, state, name, value):
+    def store(self, state, name, value):
+        """Put a running mean back into its 8 bits."""
         if f"{name}_absmax" in state:
-            state[name], state[f"{name}_absmax"] = quantize_blockwise(
-                value, self.codes[name], BLOCK, self.grid
-            )
-        else:
-            state[name] = value
+            code = self.codes[name]
+            value, absmax = quantize_blockwise(value, code, BLOCK, self.grid)
+            state[f"{name}_absmax"] = absmax
+        state[name] = value
+
+    def init_state(self, p):
+        state = self.state[p]
+        state["step"] = 0
+        for name in self.codes:
+            if p.numel() >= self.min_8bit_size:
+                state[f"{name}_absmax"] = None
+            self.store(state, name, torch.zeros_like(p, dtype=torch.float32))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -78,50 +88,45 @@ class AdamW8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = 0
-                    for name in self.codes:
-                        if p.numel() >= self.min_8bit_size:
-                            state[f"{name}_absmax"] = None
-                        self.write(
-                            state, name, torch.zeros_like(p, dtype=torch.float32)
-                        )
-                state["step"] += 1
-                grad = p.grad.float()
-                mean = self.read(state, "mean").mul_(beta1).add_(grad, alpha=1 - beta1)
-                square = (
-                    self.read(state, "square")
-                    .mul_(beta2)
-                    .addcmul_(grad, grad, value=1 - beta2)
-                )
-                divisor = (square.sqrt() / (1 - beta2 ** state["step"]) ** 0.5).add_(
-                    group["eps"]
-                )
-                weight = p.float() * (1 - lr * group["weight_decay"])
-                p.copy_(
-                    weight.addcdiv_(
-                        mean, divisor, value=-lr / (1 - beta1 ** state["step"])
-                    )
-                )
-                self.write(state, "mean", mean)
-                self.write(state, "square", square)
+                if p.grad is not None:
+                    self.update(p, **group)
         return loss
 
+    def update(self, p, lr, betas, eps, weight_decay, **_):
+        """One step of AdamW for one parameter."""
+        if not self.state[p]:
+            self.init_state(p)
+        state = self.state[p]
+        state["step"] += 1
+        beta1, beta2 = betas
+        grad = p.grad.float()
+        exp_avg = self.load(state, "exp_avg").mul_(beta1)
+        exp_avg.add_(grad, alpha=1 - beta1)
+        exp_avg_sq = self.load(state, "exp_avg_sq").mul_(beta2)
+        exp_avg_sq.addcmul_(grad, grad, value=1 - beta2)
+        divisor = exp_avg_sq.sqrt() / (1 - beta2 ** state["step"]) ** 0.5
+        divisor.add_(eps)
+        step_size = lr / (1 - beta1 ** state["step"])
+        weight = p.float() * (1 - lr * weight_decay)
+        p.copy_(weight.addcdiv_(exp_avg, divisor, value=-step_size))
+        self.store(state, "exp_avg", exp_avg)
+        self.store(state, "exp_avg_sq", exp_avg_sq)
+
     def load_state_dict(self, state_dict):
-        # casts all states to the weights' dtype: put them back as they were
-        super().load_state_dict(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, saved in state_dict["state"].items():
-            p = params[index]
-            self.state[p] = {
-                k: v.to(p.device, copy=True) if torch.is_tensor(v) else v
-                for k, v in saved.items()
-            }
+        load_uncast(self, state_dict)
+
+
+def load_uncast(optimizer, state_dict):
+    """torch's load_state_dict, without its cast of every state to the dtype of the
+    weight, which ruins states in 8 bits."""
+    torch.optim.Optimizer.load_state_dict(optimizer, state_dict)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, saved in state_dict["state"].items():
+        state = optimizer.state[params[index]]
+        for name, value in saved.items():
+            if torch.is_tensor(value):
+                state[name] = value.to(state[name].device, copy=True)
 
 
 def PagedAdamW(
@@ -133,8 +138,7 @@ def PagedAdamW(
     groups = list(params)
     first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
     if first.is_cuda:
-        from bitsandbytes.optim import PagedAdamW as Paged
-
+        Paged = import_bitsandbytes().optim.PagedAdamW
         return Paged(groups, lr, betas, eps, weight_decay, optim_bits=optim_bits)
     warnings.warn(
         "paging moves optimizer states between a GPU's memory and the CPU's: on a CPU"

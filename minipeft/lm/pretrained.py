@@ -1,0 +1,253 @@
+"""Models by name: where they lie, and their weights read into a GPT.
+
+A file's header gives every tensor's name and shape, so all is checked before a single
+weight is read. Then the model, built without memory on torch's "meta" device, is filled
+tensor by tensor: there is never much more than one copy of the weights.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..io import did_you_mean
+from ..lanternwick import DATA
+from ..quant.bitsandbytes import from_bitsandbytes
+from ..quant.linear4bit import (
+    BACKENDS,
+    BitsAndBytesConfig,
+    Linear4bit,
+    quantizable_layers,
+)
+from .gpt import GPT, GPTConfig
+from .hf_format import (
+    CONFIG,
+    INDEX,
+    ModelFileError,
+    config_fields,
+    file_layout,
+    open_weights,
+    pack,
+    read_config_file,
+    read_quantization,
+    unpack,
+    weight_files,
+)
+
+NEEDED = [CONFIG, "tokenizer*.json", "model*.safetensors", INDEX]
+FLOATS = ("F64", "F32", "F16", "BF16")
+# tables that old files hold
+IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+# ---- where a model lies --------------------------------------------------------------
+
+
+def cache_folder():
+    """The folder for downloads: MINIPEFT_CACHE, by default ~/.cache/minipeft."""
+    return Path(os.environ.get("MINIPEFT_CACHE") or Path.home() / ".cache" / "minipeft")
+
+
+def base_name(name=None):
+    return str(name or os.environ.get("MINIPEFT_BASE") or "lanternwick")
+
+
+def resolve(name=None):
+    """The folder of a model: "lanternwick" (the shipped base), a folder, a name in the
+    cache folder, or one on the hub.
+
+    None is the environment's MINIPEFT_BASE, or else "lanternwick". Raises
+    FileNotFoundError with what to do."""
+    name = base_name(name)
+    if name == "lanternwick":
+        if not (DATA / "base" / CONFIG).is_file():
+            raise FileNotFoundError(
+                "the base model is not here; `make pretrain` makes it"
+            )
+        return DATA / "base"
+    for folder in (Path(name).expanduser(), cache_folder() / name):
+        if folder.is_dir():
+            return folder
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"no folder {name}")
+    return download(name)
+
+
+def download(name):
+    """The folder of a model on Hugging Face's hub, fetched unless its cache has it."""
+    # here: slow to import and seldom needed
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=NEEDED))
+    except Exception as error:
+        cache = cache_folder()
+        here = ["lanternwick", *(p.parent.name for p in cache.glob(f"*/{CONFIG}"))]
+        reason = (str(error).splitlines() or [""])[0]
+        raise FileNotFoundError(
+            f"no model {name!r}{did_you_mean(name, here)}: it is not a folder, not in"
+            f" {cache}, and Hugging Face's hub did not give it"
+            f" ({type(error).__name__}: {reason}). Without a network, copy its folder"
+            f" to {cache / name} or give its path."
+        ) from error
+
+
+# ---- reading it ----------------------------------------------------------------------
+
+
+def read_config(folder):
+    """config.json -> GPTConfig. Raises ModelFileError for any model that GPT would
+    compute wrongly."""
+    return read_configs(folder)[0]
+
+
+def read_configs(folder):
+    """(GPTConfig, the BitsAndBytesConfig of weights stored in 4 bits, or None)"""
+    theirs = read_config_file(folder)
+    try:
+        config = GPTConfig(**config_fields(theirs, GPTConfig.__dataclass_fields__))
+        return config, read_quantization(theirs)
+    except (ValueError, TypeError) as error:
+        raise ModelFileError(f"{Path(folder) / CONFIG}: {error}") from None
+
+
+def locate(folder, model, layout, packed=()):
+    """{key: (file, its name there)}, after every name, shape and dtype is checked: one
+    error lists all that is wrong.
+
+    packed: the keys of weights stored in 4 bits. What stands beside them in the file is
+    in the result too."""
+    config = model.config
+    parameters = dict(model.named_parameters())
+    shapes = {}
+    for key, names in layout.items():
+        whole = pack(key, [parameters[name] for name in names], config)
+        shapes[key] = tuple(whole.shape)
+    for key in packed:
+        shapes[key] = ((math.prod(shapes[key]) + 1) // 2, 1)
+    where = {}
+    faults = {"missing": [], "unexpected": [], "of the wrong shape": []}
+    faults["of the wrong type"] = []
+    for file in weight_files(folder):
+        with open_weights(file) as weights:
+            for stored in weights.keys():
+                key = stored.removeprefix("transformer.") if config.is_gpt2 else stored
+                tensor = weights.get_slice(stored)
+                shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+                where[key] = file, stored
+                if key not in shapes:
+                    if not is_harmless(key, packed, config):
+                        faults["unexpected"].append(f"{stored} {shape}")
+                elif shape != shapes[key]:
+                    expected = f"{stored} {shape}, expected {shapes[key]}"
+                    faults["of the wrong shape"].append(expected)
+                elif dtype not in FLOATS and key not in packed:
+                    expected = f"{stored} {dtype}, expected one of {', '.join(FLOATS)}"
+                    faults["of the wrong type"].append(expected)
+    faults["missing"] = [f"{key} {shapes[key]}" for key in shapes if key not in where]
+    if any(faults.values()):
+        listed = [
+            f"{len(tensors)} tensors {what}: {'; '.join(tensors)}."
+            for what, tensors in faults.items()
+            if tensors
+        ]
+        raise ModelFileError(
+            f"{folder} does not fit its config.json. {' '.join(listed)}"
+        )
+    return where
+
+
+def is_harmless(key, packed, config):
+    """True for a tensor that is not a parameter and may be there all the same."""
+    beside = re.sub(r"\.weight\..*", ".weight", key) in packed
+    tied_head = key == "lm_head.weight" and config.tie_word_embeddings
+    return beside or tied_head or key.endswith(IGNORED)
+
+
+def load_pretrained(name=None, dtype=None, device=None, quantization=None):
+    """A GPT from `name` (see resolve), in evaluation mode. dtype None: as it is stored.
+    device None: the CPU.
+
+    quantization: "nf4", a dict of the fields of BitsAndBytesConfig, or one of
+    transformers: linear layers are put into 4 bits as they are read, which needs hardly
+    more memory than they take then. What was saved in 4 bits stays so. Raises
+    FileNotFoundError for files that are not there, ModelFileError for those that do not
+    fit or are damaged."""
+    folder = resolve(name)
+    config, stored = read_configs(folder)
+    if stored and quantization:
+        raise ValueError(
+            f"{base_name(name)} is stored in 4 bits already: leave quantization out"
+        )
+    with torch.device("meta"):
+        model = GPT(config)
+    layout = file_layout(model)
+    options = {}
+    chosen = {}  # {path: the function that puts a 4-bit layer there}
+    if stored or quantization:
+        options = (stored or BitsAndBytesConfig.make(quantization)).options()
+        layers = quantizable_layers(model, options.pop("skip"), strict=not stored)
+        chosen = {path: put for path, (_, put) in layers.items()}
+    packed = {f"{path}.weight" for path in chosen} if stored else set()
+    where = locate(folder, model, layout, packed)
+    make = BACKENDS[options.pop("backend")] if options else None
+    device = device or "cpu"
+    for key, names in tqdm(layout.items(), desc=f"loading {base_name(name)}", delay=3):
+        if key in packed:
+            layer, path = layer_of(model, key)
+            chosen[path](read_packed(where, key, layer, options, device))
+            continue
+        for ours, part in zip(names, unpack(key, read(where, key), len(names), config)):
+            layer, path = layer_of(model, ours)
+            attribute = ours.rpartition(".")[2]
+            quantized = attribute == "weight" and path in chosen
+            # read where it lies in the file if it is quantised next, else copied
+            part = part.to(device, dtype, copy=not quantized).contiguous()
+            setattr(layer, attribute, nn.Parameter(part))
+            if quantized:
+                chosen[path](make(layer, **options))
+    model.tie_weights()
+    model.name_or_path = base_name(name)
+    return model.eval()
+
+
+def layer_of(model, parameter):
+    """(the module of a parameter, that module's path)"""
+    path = parameter.rpartition(".")[0]
+    return model.get_submodule(path), path
+
+
+def read(where, key):
+    """One tensor. Its file is opened for it alone: what is read from an open file stays
+    in memory."""
+    file, stored_name = where[key]
+    with open_weights(file) as weights:
+        return weights.get_tensor(stored_name)
+
+
+def read_packed(where, key, layer, options, device):
+    """The Linear4bit of a weight that is stored in 4 bits, in the place of `layer`."""
+    packed = read(where, key).to(device, copy=True).contiguous()
+    beside = {
+        name.removeprefix(f"{key}."): read(where, name).to(device)
+        for name in where
+        if name.startswith(f"{key}.")
+    }
+    new = Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        device="meta",
+        compute_dtype=options["compute_dtype"],
+    )
+    try:
+        shape = (layer.out_features, layer.in_features)
+        new.set_weight(from_bitsandbytes(packed, beside, shape))
+    except ValueError as problem:
+        raise ModelFileError(f"{where[key][0]}: {key}: {problem}") from None
+    new.bias = layer.bias
+    return new
