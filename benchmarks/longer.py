@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import json
 import time
+from functools import partial
 
 import chapter05
 import chapter14
@@ -134,6 +135,9 @@ CASES = {  # a function from the job to the configuration; None is full fine-tun
     "Houlsby": bottleneck(18, placement="houlsby"),
     "Pfeiffer": bottleneck(37, placement="pfeiffer"),
     "parallel": bottleneck(37, placement="parallel"),
+    # as the library adapters reads them on models that normalise before each part
+    "Pfeiffer, after the block": bottleneck(37, target_modules=r"model\.layers\.\d+"),
+    "parallel, raw stream": bottleneck(37, placement="parallel"),
     "after attention": bottleneck(37, target_modules=["o_proj"]),
     "LoHa r 2": lambda job: LoHaConfig(r=2, alpha=4, target_modules="all-linear"),
     "LoKr r 64": lambda job: LoKrConfig(r=64, alpha=64, target_modules="all-linear"),
@@ -205,6 +209,16 @@ PLAN = [  # the most telling first
         entry("06", f"{kind} r {r}", 100, [1e-2, 2e-2])
         for r in (1, 2)
         for kind in ("LoRA", "DoRA")
+    ),
+    # 11: two readings of one name
+    *(
+        entry("11", case, 100, rates)
+        for case, rates in {
+            "Pfeiffer": [2e-2],
+            "Pfeiffer, after the block": [1e-2, 2e-2],
+            "parallel": [1e-2],
+            "parallel, raw stream": [5e-3, 1e-2],
+        }.items()
     ),
     # 05: the best cells of the map with more seeds, and the column beside its edge
     *(
@@ -365,6 +379,23 @@ def answers(model, tokenizer, task) -> dict:
     }
 
 
+def read_raw_stream(model) -> None:
+    """Let the parallel adapters read what the norm before feed-forward reads, as the
+    library adapters does: the stream itself."""
+    modules = dict(model.get_base_model().named_modules())
+    for path, slot in modules.items():
+        if not path.endswith(".mlp"):
+            continue
+        adapter, read = slot.adapters["default"], []
+        norm = modules[path.replace(".mlp", ".post_attention_layernorm")]
+        norm.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+        adapter.correction = partial(correction_of, adapter.correction, read)
+
+
+def correction_of(correction, read, _):
+    return correction(read.pop())
+
+
 def mixed_run(job: dict) -> dict:
     """A run of chapter 14: all answers to the three skills, one after the other."""
     asked = {"case": job["case"], "examples": job["examples"], "lr": job["lr"]}
@@ -401,6 +432,8 @@ def one_run(job: dict) -> dict:
     torch.manual_seed(job["seed"])
     if CASES[job["case"]]:
         model = get_peft_model(model, CASES[job["case"]](job))
+    if job["case"] == "parallel, raw stream":
+        read_raw_stream(model)
     allocator = RankAllocator(model) if job["case"].startswith("AdaLoRA") else None
     done = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 

@@ -113,6 +113,9 @@ PAIRS = {
             ("long sql 300", case, "LoRA r 11, attention")
             for case in ("parallel", "Houlsby", "after attention", "Pfeiffer")
         ],
+        ("long sql 100", "Pfeiffer, after the block", "Pfeiffer"),
+        ("long sql 100", "parallel, raw stream", "parallel"),
+        ("long sql 100", "parallel, raw stream", "Pfeiffer, after the block"),
         ("long sql 300", "parallel", "Pfeiffer"),
         ("long sql 300", "parallel", "Houlsby"),
         ("long sql 300", "after attention", "Pfeiffer"),
