@@ -66,8 +66,12 @@ class PeftModel(nn.Module):
         peft_config,
         adapter_name="default",
         autocast_adapter_dtype=True,
+        low_cpu_mem_usage=False,
+        *,
         tensors=None,
     ):
+        """tensors: {key: tensor} of the adapter's file, where it comes from one.
+        low_cpu_mem_usage has no effect."""
         super().__init__()
         if any(isinstance(module, (Slot, PeftModel)) for module in model.modules()):
             raise TargetError(
@@ -563,7 +567,9 @@ class PeftModel(nn.Module):
         config, tensors = saving.prepare_load(
             model_id, model, is_trainable, config, **hub
         )
-        loaded = cls(model, config, adapter_name, autocast_adapter_dtype, tensors)
+        loaded = cls(
+            model, config, adapter_name, autocast_adapter_dtype, tensors=tensors
+        )
         return loaded.train(is_trainable and model.training)
 
     def load_adapter(

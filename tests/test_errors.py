@@ -40,159 +40,140 @@ def plain():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "targets, message",
-    [
-        (["q_prj"], r"'q_prj' \(nearest: q_proj"),
-        (["q_proj", "gate"], r"'gate' \(nearest: gate_proj"),
-        (["q_proj", "q_prj", "xyzzy"], r"'q_prj' \(nearest.*'xyzzy'"),
-        (r".*\.query", r"'\.\*.*query'"),
-        (["proj"], "'proj'"),
-        (["mlp"], "layers.0.mlp: MLP is not a linear layer"),
-        (["norm"], "RMSNorm is not a linear layer"),
-        ([], "nothing is left"),
-        (r"(.*q_proj", "is not a regular expression"),
-    ],
-)
-def test_targets(plain, targets, message):
-    with pytest.raises(TargetError, match=message):
-        get_peft_model(plain, LoraConfig(target_modules=targets))
+class TestNamesOfModules:
+    @pytest.mark.parametrize(
+        "targets, message",
+        [
+            (["q_prj"], r"'q_prj' \(nearest: q_proj"),
+            (["q_proj", "gate"], r"'gate' \(nearest: gate_proj"),
+            (["q_proj", "q_prj", "xyzzy"], r"'q_prj' \(nearest.*'xyzzy'"),
+            (r".*\.query", r"'\.\*.*query'"),
+            (["proj"], "'proj'"),
+            (["mlp"], "layers.0.mlp: MLP is not a linear layer"),
+            (["norm"], "RMSNorm is not a linear layer"),
+            ([], "nothing is left"),
+            (r"(.*q_proj", "is not a regular expression"),
+        ],
+    )
+    def test_targets(self, plain, targets, message):
+        with pytest.raises(TargetError, match=message):
+            get_peft_model(plain, LoraConfig(target_modules=targets))
 
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            (dict(exclude_modules=["qq"]), "exclude_modules finds no"),
+            (dict(exclude_modules=["q_proj"]), "nothing is left"),
+            (dict(modules_to_save=["heads"]), "modules_to_save finds no.*lm_head"),
+            (dict(layers_to_transform=[7]), "nothing is left"),
+        ],
+    )
+    def test_other_names_of_modules(self, plain, fields, message):
+        with pytest.raises(TargetError, match=message):
+            get_peft_model(plain, LoraConfig(target_modules=["q_proj"], **fields))
 
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(exclude_modules=["qq"]), "exclude_modules finds no"),
-        (dict(exclude_modules=["q_proj"]), "nothing is left"),
-        (dict(modules_to_save=["heads"]), "modules_to_save finds no.*lm_head"),
-        (dict(layers_to_transform=[7]), "nothing is left"),
-    ],
-)
-def test_other_names_of_modules(plain, fields, message):
-    with pytest.raises(TargetError, match=message):
-        get_peft_model(plain, LoraConfig(target_modules=["q_proj"], **fields))
+    def test_no_targets_and_no_usual_names(self):
+        with pytest.raises(TargetError, match="say target_modules.*up"):
+            get_peft_model(BASES["mlp"].make(), LoraConfig())
 
-
-def test_no_targets_and_no_usual_names():
-    with pytest.raises(TargetError, match="say target_modules.*up"):
-        get_peft_model(BASES["mlp"].make(), LoraConfig())
-
-
-def test_a_model_without_linear_layers():
-    with pytest.raises(
-        TargetError, match="all-linear: this Sequential has no linear layers"
-    ):
-        get_peft_model(
-            torch.nn.Sequential(torch.nn.ReLU()),
-            LoraConfig(target_modules="all-linear"),
-        )
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(r=0), "r = 0"),
-        (dict(r=-4), "r = -4"),
-        (dict(r=2.0), "r = 2.0"),
-        (dict(r="8"), "r = '8'"),
-        (dict(r=True), "r = True"),
-        (dict(r=None), "r = None"),
-        (dict(rank_pattern={"q_proj": 0}), "q_proj = 0"),
-        (dict(lora_dropout=1.5), "lora_dropout = 1.5"),
-        (dict(lora_dropout="0.1"), "lora_dropout = '0.1': expected float"),
-        (dict(lora_alpha=None), "lora_alpha = None"),
-        (dict(use_dora="yes"), "use_dora = 'yes': expected bool"),
-        (dict(target_modules=5), r"target_modules = 5: expected list\[str\] | str"),
-        (dict(target_modules=[1]), r"= \[1\]"),
-        (dict(modules_to_save="norm"), "modules_to_save = 'norm'"),
-        (dict(rank_pattern=None), "rank_pattern = None"),
-        (dict(alpha_pattern={"q_proj": "8"}), "alpha_pattern = "),
-        (dict(layers_to_transform="0"), "layers_to_transform = '0'"),
-        (dict(init_lora_weights="gausian"), "'gausian'.*'gaussian'"),
-        (dict(bias="all"), "BitFitConfig"),
-        (
-            dict(target_modules="all-linear", layers_to_transform=0),
-            "layers_to_transform",
-        ),
-    ],
-)
-def test_configurations(fields, message):
-    with pytest.raises(ConfigError, match=message):
-        LoraConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "a.b",
-        "",
-        "pop",
-        "keys",
-        "forward",
-        "__base__",
-        3,
-        None,
-        "/abs/x",
-        "../x",
-        "a/b",
-        "a\\b",
-        "..",
-        "a\0b",
-    ],
-)
-def test_impossible_names(plain, name):
-    with pytest.raises(AdapterNameError, match="cannot name an adapter"):
-        get_peft_model(plain, LoraConfig(), adapter_name=name)
-
-
-def test_names_that_are_taken_or_unknown():
-    model = adapted(LORA, BASE, "known")
-    before, tensors = run(model), list(model.state_dict())
-    with pytest.raises(AdapterNameError, match="'known' already"):
-        model.add_adapter("known", LoraConfig())
-    for wrong in (
-        lambda: model.set_adapter("knwn"),
-        lambda: model.set_adapter(["known", "knwn"]),
-        lambda: model.delete_adapter("knwn"),
-        lambda: model.merge_adapter("knwn"),
-        lambda: model.merge_and_unload(adapter_names=["knwn"]),
-    ):
+    def test_a_model_without_linear_layers(self):
         with pytest.raises(
-            AdapterNameError, match="no adapter 'knwn'.*did you mean 'known'"
+            TargetError, match="all-linear: this Sequential has no linear layers"
         ):
-            wrong()
-    assert torch.equal(run(model), before) and list(model.state_dict()) == tensors
-    assert model.active_adapters == ["known"]
+            get_peft_model(
+                torch.nn.Sequential(torch.nn.ReLU()),
+                LoraConfig(target_modules="all-linear"),
+            )
 
 
-def test_adapting_twice():
-    model = adapted(LORA, BASE)
-    for again in (model, model.get_base_model()):
-        with pytest.raises(TargetError, match="add_adapter"):
-            get_peft_model(again, LoraConfig())
+class TestConfigurations:
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            (dict(r=0), "r = 0"),
+            (dict(r=-4), "r = -4"),
+            (dict(r=2.0), "r = 2.0"),
+            (dict(r="8"), "r = '8'"),
+            (dict(r=True), "r = True"),
+            (dict(r=None), "r = None"),
+            (dict(rank_pattern={"q_proj": 0}), "q_proj = 0"),
+            (dict(lora_dropout=1.5), "lora_dropout = 1.5"),
+            (dict(lora_dropout="0.1"), "lora_dropout = '0.1': expected float"),
+            (dict(lora_alpha=None), "lora_alpha = None"),
+            (dict(use_dora="yes"), "use_dora = 'yes': expected bool"),
+            (dict(target_modules=5), r"target_modules = 5: expected list\[str\] | str"),
+            (dict(target_modules=[1]), r"= \[1\]"),
+            (dict(modules_to_save="norm"), "modules_to_save = 'norm'"),
+            (dict(rank_pattern=None), "rank_pattern = None"),
+            (dict(alpha_pattern={"q_proj": "8"}), "alpha_pattern = "),
+            (dict(layers_to_transform="0"), "layers_to_transform = '0'"),
+            (dict(init_lora_weights="gausian"), "'gausian'.*'gaussian'"),
+            (dict(bias="all"), "BitFitConfig"),
+            (
+                dict(target_modules="all-linear", layers_to_transform=0),
+                "layers_to_transform",
+            ),
+        ],
+    )
+    def test_configurations(self, fields, message):
+        with pytest.raises(ConfigError, match=message):
+            LoraConfig(**fields)
 
 
-def test_rows_of_merged_adapters():
-    model = adapted(LORA, BASE)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge_adapter"):
-        run(model, adapter_names=["default"] * 3)
+class TestNamesOfAdapters:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "a.b",
+            "",
+            "pop",
+            "keys",
+            "forward",
+            "__base__",
+            3,
+            None,
+            "/abs/x",
+            "../x",
+            "a/b",
+            "a\\b",
+            "..",
+            "a\0b",
+        ],
+    )
+    def test_impossible_names(self, plain, name):
+        with pytest.raises(AdapterNameError, match="cannot name an adapter"):
+            get_peft_model(plain, LoraConfig(), adapter_name=name)
 
+    def test_names_that_are_taken_or_unknown(self):
+        model = adapted(LORA, BASE, "known")
+        before, tensors = run(model), list(model.state_dict())
+        with pytest.raises(AdapterNameError, match="'known' already"):
+            model.add_adapter("known", LoraConfig())
+        for wrong in (
+            lambda: model.set_adapter("knwn"),
+            lambda: model.set_adapter(["known", "knwn"]),
+            lambda: model.delete_adapter("knwn"),
+            lambda: model.merge_adapter("knwn"),
+            lambda: model.merge_and_unload(adapter_names=["knwn"]),
+        ):
+            with pytest.raises(
+                AdapterNameError, match="no adapter 'knwn'.*did you mean 'known'"
+            ):
+                wrong()
+        assert torch.equal(run(model), before) and list(model.state_dict()) == tensors
+        assert model.active_adapters == ["known"]
 
-def test_an_initialisation_that_fails_midway_leaves_the_weights(plain, monkeypatch):
-    from minipeft.methods import lora_init
+    def test_adapting_twice(self):
+        model = adapted(LORA, BASE)
+        for again in (model, model.get_base_model()):
+            with pytest.raises(TargetError, match="add_adapter"):
+                get_peft_model(again, LoraConfig())
 
-    done = []
-
-    def broken(adapter, base, config):
-        base.weight = base.weight * 2
-        done.append(base)
-        if len(done) == 3:
-            raise RuntimeError("no convergence")
-
-    monkeypatch.setitem(lora_init.INITS, "broken", broken)
-    with pytest.raises(RuntimeError, match="no convergence"):
-        get_peft_model(plain, LoraConfig(init_lora_weights="broken"))
+    def test_rows_of_merged_adapters(self):
+        model = adapted(LORA, BASE)
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="unmerge_adapter"):
+            run(model, adapter_names=["default"] * 3)
 
 
 def break_fourth_fold(monkeypatch):
@@ -208,54 +189,72 @@ def break_fourth_fold(monkeypatch):
     monkeypatch.setattr(minipeft.LinearDelta, "fold", broken)
 
 
-def test_merging_that_fails_midway_leaves_the_weights(monkeypatch):
-    model = adapted(LORA, BASE)
-    model.add_adapter("b", LORA.ours(BASE))
-    model.merge_adapter(["b"])
-    before = run(model)
-    break_fourth_fold(monkeypatch)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        model.merge_adapter(["default"])
-    assert torch.equal(run(model), before) and model.merged_adapters == ["b"]
+class TestInterruptions:
+    def test_an_initialisation_that_fails_midway_leaves_the_weights(
+        self, plain, monkeypatch
+    ):
+        from minipeft.methods import lora_init
 
+        done = []
 
-def test_merging_slots_within_slots_that_fails_midway_leaves_the_weights(monkeypatch):
-    model = shake(
-        get_peft_model(BASE.make(), minipeft.SubspaceConfig(d=50), "whole"), "whole"
-    )
-    # the outer slot is merged first, and undone last
-    model.add_adapter("inner", LORA.ours(BASE))
-    shake(model, "inner").set_adapter(["whole", "inner"])
-    before, state = run(model), {k: t.clone() for k, t in model.state_dict().items()}
-    break_fourth_fold(monkeypatch)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        model.merge_adapter()
-    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
-    assert torch.equal(run(model), before) and model.merged_adapters == []
+        def broken(adapter, base, config):
+            base.weight = base.weight * 2
+            done.append(base)
+            if len(done) == 3:
+                raise RuntimeError("no convergence")
 
+        monkeypatch.setitem(lora_init.INITS, "broken", broken)
+        with pytest.raises(RuntimeError, match="no convergence"):
+            get_peft_model(plain, LoraConfig(init_lora_weights="broken"))
 
-def test_deleting_an_adapter_leaves_another_merged():
-    model = adapted(LORA, BASE, "a")
-    model.add_adapter("b", LORA.ours(BASE))
-    shake(model, "b", seed=6)
-    model.merge_adapter(["a"])
-    weights = [
-        slot.weight.clone()
-        for slot in model.modules()
-        if isinstance(slot, minipeft.Slot) and "a" in slot.adapters
-    ]
-    model.delete_adapter("b")
-    after = [
-        slot.weight
-        for slot in model.modules()
-        if isinstance(slot, minipeft.Slot) and "a" in slot.adapters
-    ]
-    assert model.merged_adapters == ["a"] and all(map(torch.equal, after, weights))
-    model.unmerge_adapter()
-    assert torch.equal(run(model), run(adapted(LORA, BASE, "a")))
+    def test_merging_that_fails_midway_leaves_the_weights(self, monkeypatch):
+        model = adapted(LORA, BASE)
+        model.add_adapter("b", LORA.ours(BASE))
+        model.merge_adapter(["b"])
+        before = run(model)
+        break_fourth_fold(monkeypatch)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.merge_adapter(["default"])
+        assert torch.equal(run(model), before) and model.merged_adapters == ["b"]
 
+    def test_merging_slots_within_slots_that_fails_midway_leaves_the_weights(
+        self, monkeypatch
+    ):
+        model = shake(
+            get_peft_model(BASE.make(), minipeft.SubspaceConfig(d=50), "whole"), "whole"
+        )
+        # the outer slot is merged first, and undone last
+        model.add_adapter("inner", LORA.ours(BASE))
+        shake(model, "inner").set_adapter(["whole", "inner"])
+        before, state = (
+            run(model),
+            {k: t.clone() for k, t in model.state_dict().items()},
+        )
+        break_fourth_fold(monkeypatch)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.merge_adapter()
+        assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+        assert torch.equal(run(model), before) and model.merged_adapters == []
 
-# Files
+    def test_deleting_an_adapter_leaves_another_merged(self):
+        model = adapted(LORA, BASE, "a")
+        model.add_adapter("b", LORA.ours(BASE))
+        shake(model, "b", seed=6)
+        model.merge_adapter(["a"])
+        weights = [
+            slot.weight.clone()
+            for slot in model.modules()
+            if isinstance(slot, minipeft.Slot) and "a" in slot.adapters
+        ]
+        model.delete_adapter("b")
+        after = [
+            slot.weight
+            for slot in model.modules()
+            if isinstance(slot, minipeft.Slot) and "a" in slot.adapters
+        ]
+        assert model.merged_adapters == ["a"] and all(map(torch.equal, after, weights))
+        model.unmerge_adapter()
+        assert torch.equal(run(model), run(adapted(LORA, BASE, "a")))
 
 
 @pytest.fixture
@@ -284,226 +283,225 @@ def refused(plain, folder, kind=AdapterFileError):
     return str(caught.value)
 
 
-def test_a_file_from_another_size(plain, folder):
-    from minipeft.lm.gpt import GPT, GPTConfig
+class TestTensorsInFiles:
+    def test_a_file_from_another_size(self, plain, folder):
+        from minipeft.lm.gpt import GPT, GPTConfig
 
-    wide = GPT(
-        GPTConfig(
-            vocab_size=40,
-            hidden_size=32,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=4,
+        wide = GPT(
+            GPTConfig(
+                vocab_size=40,
+                hidden_size=32,
+                intermediate_size=24,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+            )
         )
-    )
-    get_peft_model(wide, LORA.ours(BASE)).save_pretrained(folder)
-    message = refused(plain, folder)
-    for layer in range(2):
+        get_peft_model(wide, LORA.ours(BASE)).save_pretrained(folder)
+        message = refused(plain, folder)
+        for layer in range(2):
+            assert (
+                f"model.layers.{layer}.self_attn.q_proj.lora_A.weight  (4, 32), the"
+                " model has (4, 16)" in message
+            )
+            assert (
+                f"model.layers.{layer}.mlp.down_proj.lora_B.weight  (32, 4), the"
+                " model has (16, 4)" in message
+            )
+        assert message.count("unexpected") == 6
         assert (
-            f"model.layers.{layer}.self_attn.q_proj.lora_A.weight  (4, 32), the model"
-            " has (4, 16)" in message
+            "unexpected  base_model.model.model.layers.2.mlp.down_proj.lora_A.weight "
+            " (4, 24)" in message
         )
+
+    def test_a_file_from_another_architecture(self, plain, tmp_path):
+        adapted(LORA, BASES["hf_gpt2"]).save_pretrained(tmp_path)
+        assert "c_attn" in refused(plain, tmp_path, TargetError)
+
+    def test_missing_tensors(self, plain, folder):
+        rewrite(
+            folder,
+            lambda tensors: {
+                key: value for key, value in tensors.items() if "lora_B" not in key
+            },
+        )
+        assert refused(plain, folder).count("missing") == 6
+
+    def test_a_wrong_prefix(self, plain, folder):
+        rewrite(
+            folder,
+            lambda tensors: {
+                key.removeprefix("base_model.model."): value
+                for key, value in tensors.items()
+            },
+        )
+        message = refused(plain, folder)
         assert (
-            f"model.layers.{layer}.mlp.down_proj.lora_B.weight  (32, 4), the model has"
-            " (16, 4)" in message
+            "No key fits" in message
+            and "'model.layers.0" in message
+            and "'base_model.model.model.layers.0" in message
         )
-    assert message.count("unexpected") == 6
-    assert (
-        "unexpected  base_model.model.model.layers.2.mlp.down_proj.lora_A.weight "
-        " (4, 24)" in message
+
+    def test_another_base_weight(self, plain, folder):
+        key = "base_model.model.model.embed_tokens.base_layer.weight"
+        rewrite(folder, lambda tensors: tensors | {key: torch.ones(40, 16)})
+        assert "another base weight" in refused(plain, folder)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda t: t.fill_(float("nan")), "not finite"),
+            (lambda t: t.index_fill_(0, torch.tensor([0]), float("inf")), "not finite"),
+            (lambda t: t.mul_(0).sub_(float("inf")), "not finite"),
+            (lambda t: t.to(torch.int64), "torch.int64, expected floats"),
+            (lambda t: t.to(torch.uint8), "torch.uint8, expected floats"),
+            (lambda t: t > 0, "torch.bool, expected floats"),
+        ],
     )
+    @pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+    def test_tensors_that_are_no_finite_floats(
+        self, plain, folder, change, message, name
+    ):
+        def one(tensors):
+            key = next(key for key in tensors if name in key)
+            return tensors | {key: change(tensors[key].clone())}
+
+        rewrite(folder, one)
+        found = refused(plain, folder)
+        assert message in found and name in found and found.count("model.layers") == 1
 
 
-def test_a_file_from_another_architecture(plain, tmp_path):
-    adapted(LORA, BASES["hf_gpt2"]).save_pretrained(tmp_path)
-    assert "c_attn" in refused(plain, tmp_path, TargetError)
+class TestFiles:
+    @pytest.mark.parametrize("size", [0, 4, 100, -1])
+    def test_a_truncated_file(self, plain, folder, size):
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+        assert "cut short or damaged" in refused(plain, folder)
 
-
-def test_missing_tensors(plain, folder):
-    rewrite(
-        folder,
-        lambda tensors: {
-            key: value for key, value in tensors.items() if "lora_B" not in key
-        },
+    @pytest.mark.parametrize(
+        "content, kind, message",
+        [
+            ("{}", ConfigError, "no peft_type"),
+            ('{"peft_type": null}', ConfigError, "no peft_type"),
+            ('{"peft_type": "LORRA"}', ConfigError, "'LORRA'.*did you mean 'LORA'"),
+            ('{"peft_type": "HRA"}', ConfigError, "'HRA'.*expected one of "),
+            ("{", AdapterFileError, "not JSON"),
+            ('{"peft_type": ["LORA"]}', ConfigError, "unknown peft_type"),
+            ("[]", AdapterFileError, "list"),
+            ("", AdapterFileError, "not JSON"),
+            ('{"peft_type": "LORA", "r": 0}', ConfigError, "r = 0"),
+            ('{"peft_type": "LORA", "bias": "all"}', ConfigError, "bias"),
+        ],
     )
-    assert refused(plain, folder).count("missing") == 6
+    def test_configuration_files(self, plain, folder, content, kind, message):
+        import re
 
+        (folder / "adapter_config.json").write_text(content)
+        found = refused(plain, folder, kind)
+        assert re.search(message, found) and "adapter_config.json" in found
 
-def test_37_a_wrong_prefix(plain, folder):
-    rewrite(
-        folder,
-        lambda tensors: {
-            key.removeprefix("base_model.model."): value
-            for key, value in tensors.items()
-        },
+    def test_folders(self, plain, folder, tmp_path):
+        assert "no folder" in refused(plain, tmp_path / "nowhere")
+        (folder / "adapter_model.safetensors").unlink()
+        assert "has no adapter_model.safetensors" in refused(plain, folder)
+        (folder / "adapter_model.bin").write_bytes(b"")
+        assert "pickle" in refused(plain, folder)
+        parent = tmp_path / "parent"
+        adapted(LORA, BASE, "inner").save_pretrained(parent)
+        assert "inner" in refused(plain, parent)
+        model = adapted(LORA, BASE)
+        with pytest.raises(AdapterFileError, match="is a file"):
+            model.save_pretrained(folder / "adapter_config.json")
+
+    @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+    @pytest.mark.parametrize("field", ["lora_alpha", "lora_dropout"])
+    def test_numbers_in_files_are_finite(self, plain, folder, field, value):
+        file = folder / "adapter_config.json"
+        text = file.read_text()
+        import re
+
+        file.write_text(re.sub(rf'"{field}": [\d.]+', f'"{field}": {value}', text))
+        assert f"{field} = " in refused(plain, folder, ConfigError)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "[" * 100_000,
+            '{"peft_type": ' * 50_000,
+            '{"peft_type": "LORA", "target_modules": '
+            + "[" * 30_000
+            + "]" * 30_000
+            + "}",
+        ],
+        ids=["lists", "objects", "inside"],
     )
-    message = refused(plain, folder)
-    assert (
-        "No key fits" in message
-        and "'model.layers.0" in message
-        and "'base_model.model.model.layers.0" in message
+    def test_deeply_nested_json(self, plain, folder, content):
+        (folder / "adapter_config.json").write_text(content)
+        assert "adapter_config.json" in refused(plain, folder)
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {"peft_type": "x" * 10**6},
+            {"peft_type": "LORA", "r": "8" * 10**6},
+            {"peft_type": "LORA", "unheard_of": ["x" * 10**6]},
+            {"peft_type": "LORA", "task_type": "x" * 10**6},
+        ],
     )
+    def test_huge_values_are_abbreviated(self, plain, folder, data):
+        import json
 
+        (folder / "adapter_config.json").write_text(json.dumps(data))
+        assert len(refused(plain, folder, ConfigError)) < 1000
 
-def test_another_base_weight(plain, folder):
-    key = "base_model.model.model.embed_tokens.base_layer.weight"
-    rewrite(folder, lambda tensors: tensors | {key: torch.ones(40, 16)})
-    assert "another base weight" in refused(plain, folder)
+    @pytest.mark.parametrize(
+        "file", ["adapter_config.json", "adapter_model.safetensors"]
+    )
+    @pytest.mark.parametrize(
+        "content", [b"", b"\x00\xff\xfe", b"{}junk", b"\x80" * 1000]
+    )
+    def test_damaged_files(self, plain, folder, file, content):
+        (folder / file).write_bytes(content)
+        assert file in refused(plain, folder)
 
+    @pytest.mark.parametrize(
+        "file", ["adapter_config.json", "adapter_model.safetensors"]
+    )
+    def test_a_folder_in_the_place_of_a_file(self, plain, folder, file):
+        (folder / file).unlink()
+        (folder / file).mkdir()
+        assert f"{file} is a folder" in refused(plain, folder)
+        with pytest.raises(AdapterFileError, match="cannot write into"):
+            adapted(LORA, BASE).save_pretrained(folder)
+        assert not list(folder.glob(".*"))  # nothing half-written
 
-@pytest.mark.parametrize("size", [0, 4, 100, -1])
-def test_a_truncated_file(plain, folder, size):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    assert "cut short or damaged" in refused(plain, folder)
+    @pytest.mark.parametrize("where", ["write", "replace"])
+    def test_a_full_disk(self, folder, monkeypatch, where):
+        import os
 
+        import safetensors.torch
 
-@pytest.mark.parametrize(
-    "content, kind, message",
-    [
-        ("{}", ConfigError, "no peft_type"),
-        ('{"peft_type": null}', ConfigError, "no peft_type"),
-        ('{"peft_type": "LORRA"}', ConfigError, "'LORRA'.*did you mean 'LORA'"),
-        ('{"peft_type": "HRA"}', ConfigError, "'HRA'.*expected one of "),
-        ("{", AdapterFileError, "not JSON"),
-        ('{"peft_type": ["LORA"]}', ConfigError, "unknown peft_type"),
-        ("[]", AdapterFileError, "list"),
-        ("", AdapterFileError, "not JSON"),
-        ('{"peft_type": "LORA", "r": 0}', ConfigError, "r = 0"),
-        ('{"peft_type": "LORA", "bias": "all"}', ConfigError, "bias"),
-    ],
-)
-def test_configuration_files(plain, folder, content, kind, message):
-    import re
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    (folder / "adapter_config.json").write_text(content)
-    found = refused(plain, folder, kind)
-    assert re.search(message, found) and "adapter_config.json" in found
+        def full(*args, **kwargs):
+            if where == "write":
+                raise safetensors.SafetensorError("I/O error: No space left on device")
+            raise OSError(28, "No space left on device")
 
-
-def test_folders(plain, folder, tmp_path):
-    assert "no folder" in refused(plain, tmp_path / "nowhere")
-    (folder / "adapter_model.safetensors").unlink()
-    assert "has no adapter_model.safetensors" in refused(plain, folder)
-    (folder / "adapter_model.bin").write_bytes(b"")
-    assert "pickle" in refused(plain, folder)
-    parent = tmp_path / "parent"
-    adapted(LORA, BASE, "inner").save_pretrained(parent)
-    assert "inner" in refused(plain, parent)
-    model = adapted(LORA, BASE)
-    with pytest.raises(AdapterFileError, match="is a file"):
-        model.save_pretrained(folder / "adapter_config.json")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: t.fill_(float("nan")), "not finite"),
-        (lambda t: t.index_fill_(0, torch.tensor([0]), float("inf")), "not finite"),
-        (lambda t: t.mul_(0).sub_(float("inf")), "not finite"),
-        (lambda t: t.to(torch.int64), "torch.int64, expected floats"),
-        (lambda t: t.to(torch.uint8), "torch.uint8, expected floats"),
-        (lambda t: t > 0, "torch.bool, expected floats"),
-    ],
-)
-@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
-def test_tensors_that_are_no_finite_floats(plain, folder, change, message, name):
-    def one(tensors):
-        key = next(key for key in tensors if name in key)
-        return tensors | {key: change(tensors[key].clone())}
-
-    rewrite(folder, one)
-    found = refused(plain, folder)
-    assert message in found and name in found and found.count("model.layers") == 1
-
-
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
-@pytest.mark.parametrize("field", ["lora_alpha", "lora_dropout"])
-def test_numbers_in_files_are_finite(plain, folder, field, value):
-    file = folder / "adapter_config.json"
-    text = file.read_text()
-    import re
-
-    file.write_text(re.sub(rf'"{field}": [\d.]+', f'"{field}": {value}', text))
-    assert f"{field} = " in refused(plain, folder, ConfigError)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "[" * 100_000,
-        '{"peft_type": ' * 50_000,
-        '{"peft_type": "LORA", "target_modules": ' + "[" * 30_000 + "]" * 30_000 + "}",
-    ],
-    ids=["lists", "objects", "inside"],
-)
-def test_deeply_nested_json(plain, folder, content):
-    (folder / "adapter_config.json").write_text(content)
-    assert "adapter_config.json" in refused(plain, folder)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"peft_type": "x" * 10**6},
-        {"peft_type": "LORA", "r": "8" * 10**6},
-        {"peft_type": "LORA", "unheard_of": ["x" * 10**6]},
-        {"peft_type": "LORA", "task_type": "x" * 10**6},
-    ],
-)
-def test_huge_values_are_abbreviated(plain, folder, data):
-    import json
-
-    (folder / "adapter_config.json").write_text(json.dumps(data))
-    assert len(refused(plain, folder, ConfigError)) < 1000
-
-
-@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"\x00\xff\xfe", b"{}junk", b"\x80" * 1000])
-def test_damaged_files(plain, folder, file, content):
-    (folder / file).write_bytes(content)
-    assert file in refused(plain, folder)
-
-
-@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_folder_in_the_place_of_a_file(plain, folder, file):
-    (folder / file).unlink()
-    (folder / file).mkdir()
-    assert f"{file} is a folder" in refused(plain, folder)
-    with pytest.raises(AdapterFileError, match="cannot write into"):
-        adapted(LORA, BASE).save_pretrained(folder)
-    assert not list(folder.glob(".*"))  # nothing half-written
-
-
-@pytest.mark.parametrize("where", ["write", "replace"])
-def test_a_full_disk(folder, monkeypatch, where):
-    import os
-
-    import safetensors.torch
-
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def full(*args, **kwargs):
         if where == "write":
-            raise safetensors.SafetensorError("I/O error: No space left on device")
-        raise OSError(28, "No space left on device")
+            monkeypatch.setattr(safetensors.torch, "save_file", full)
+        else:
+            monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(AdapterFileError, match="cannot write into.*No space left"):
+            adapted(LORA, BASE, r=2).save_pretrained(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
-    if where == "write":
-        monkeypatch.setattr(safetensors.torch, "save_file", full)
-    else:
-        monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(AdapterFileError, match="cannot write into.*No space left"):
-        adapted(LORA, BASE, r=2).save_pretrained(folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    def test_no_permission(self, folder, monkeypatch):
+        from pathlib import Path
 
+        def denied(*args, **kwargs):
+            raise PermissionError(13, "Permission denied")
 
-def test_no_permission(folder, monkeypatch):
-    from pathlib import Path
-
-    def denied(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "touch", denied)
-    monkeypatch.setattr(Path, "mkdir", denied)
-    with pytest.raises(AdapterFileError, match="cannot write.*Permission denied"):
-        adapted(LORA, BASE).save_pretrained(folder / "new")
+        monkeypatch.setattr(Path, "touch", denied)
+        monkeypatch.setattr(Path, "mkdir", denied)
+        with pytest.raises(AdapterFileError, match="cannot write.*Permission denied"):
+            adapted(LORA, BASE).save_pretrained(folder / "new")

@@ -50,143 +50,149 @@ def four_bit(d_in, d_out):
 DENSE = {"linear": nn.Linear, "conv1d": conv1d, "embedding": nn.Embedding}
 
 
-@pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
-def test_every_layer_is_a_dense_weight(make):
-    layer = make(12, 7)
-    assert weights.features(layer) == (12, 7)
-    weight = weights.read_weight(layer)
-    assert weight.shape == (7, 12)
-    one_hot = torch.eye(12)
-    y = layer(torch.arange(12)) if make is nn.Embedding else layer(one_hot) - layer.bias
-    close(y, one_hot @ weight.T)  # the weight says what the layer computes
-    new = torch.randn(7, 12)
-    old = layer.weight
-    weights.write_weight(layer, new)
-    assert torch.equal(weights.read_weight(layer), new) and layer.weight.is_contiguous()
-    assert (
-        layer.weight is not old
-        and layer.weight.shape == old.shape
-        and not layer.weight.requires_grad
+class TestNames:
+    def test_walking_sees_through_slots(self):
+        base = BASES["llama"].make()
+        plain = [(path, module) for path, _, _, module in targets.walk(base)]
+        assert plain == list(base.named_modules())[1:]
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"]))
+        walked = list(targets.walk(model.base_model))
+        assert [path for path, *_ in walked] == [path for path, _ in plain]
+        for path, parent, name, module in walked:
+            assert getattr(parent, name) is module and isinstance(
+                module, Slot
+            ) == path.endswith("down_proj")
+            assert targets.unwrap_slot(module) is dict(plain)[path]
+
+    @pytest.mark.parametrize(
+        "path, index, pattern, expected",
+        [
+            ("model.layers.1.mlp.up_proj", 1, None, True),
+            ("model.layers.1.mlp.up_proj", [0, 2], None, False),
+            ("model.layers.1.experts.0.up_proj", [1], None, True),
+            ("model.layers.1.experts.0.up_proj", [0], None, False),
+            ("model.layers.1.experts.0.up_proj", [0], "experts", True),
+            ("transformer.h.11.attn.c_attn", [11], ["layers", "h"], True),
+            ("layers.0.up", [0], "layers", True),
+            ("lm_head", [0], None, False),
+        ],
     )
+    def test_layer_numbers(self, path, index, pattern, expected):
+        assert targets.in_layers(path, index, pattern) == expected
+
+    def test_names(self):
+        paths = ["a.q_proj", "a.qq_proj", "q_proj", "b.q_proj.x"]
+        assert targets.resolve_targets(paths, ["q_proj"]) == ["a.q_proj", "q_proj"]
+        assert targets.resolve_targets(paths, ["a.q_proj"]) == ["a.q_proj"]
+        assert targets.resolve_targets(paths, r".*\.qq?_proj") == [
+            "a.q_proj",
+            "a.qq_proj",
+        ]
+        assert targets.match_pattern({"q_proj": 1, r"a\..*": 2}, "a.q_proj", 3) == 1
+        assert targets.match_pattern({r"a\..*": 2}, "a.qq_proj", 3) == 2
+        # whole parts of a path, as in PEFT
+        assert targets.match_pattern({"proj": 1}, "a.q_proj", 3) == 3
 
 
-def test_a_4_bit_layer_is_read_dense_and_written_only_on_request():
-    layer = four_bit(64, 32)
-    assert weights.features(layer) == (64, 32)
-    weight = weights.read_weight(layer)
-    x = torch.randn(5, 64)
-    close(layer(x), x @ weight.T + layer.bias)
-    assert weights.logical_numel(layer.weight) == 64 * 32
-    before = layer.weight
-    with pytest.raises(NotMergeableError, match="4 bits.*lossy=True"):
-        weights.write_weight(layer, weight)
-    assert layer.weight is before
-    weights.write_weight(layer, weight, lossy=True)
-    close(
-        weights.read_weight(layer), weight
-    )  # what is of 4 bits already stays as it is
-
-
-def test_lora_beside_a_4_bit_layer():
-    model = nn.Sequential(four_bit(64, 32), nn.ReLU(), four_bit(32, 64))
-    x = torch.randn(5, 64)
-    before = model(x)
-    first, second = (weights.read_weight(model[i]) for i in (0, 2))
-    peft_model = get_peft_model(
-        model, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
-    )
-    assert peft_model.get_nb_trainable_parameters() == (
-        4 * 2 * 96,
-        4 * 2 * 96 + 2 * 64 * 32 + 96,
-    )
-    y = peft_model(x)
-    parts = peft_model._adapters_by_path("default")
-    h = torch.relu(x @ (first + parts["0"].delta(None)).T + model[0].bias)
-    close(y, h @ (second + parts["2"].delta(None)).T + model[2].bias, 1e-5)
-    y.square().mean().backward()
-    assert all(
-        p.grad.abs().max() > 0 for p in peft_model.parameters() if p.requires_grad
-    )
-    with pytest.raises(NotMergeableError, match="lossy"):
-        peft_model.merge_adapter()
-    assert torch.equal(peft_model(x), y)
-    peft_model.merge_adapter(lossy=True)  # near, not equal
-    assert 1e-4 < (peft_model(x) - y).abs().mean() < (before - y).abs().mean()
-    peft_model.unmerge_adapter()
-    assert torch.equal(peft_model(x), y)
-
-
-def test_layers_whose_weight_is_not_dense_are_refused():
-    class Packed(nn.Linear):  # a subclass that stores something else, unknown here
-        pass
-
-    layer = Packed(4, 4)
-    layer.weight = nn.Parameter(
-        torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False
-    )
-    with pytest.raises(TypeError, match="Packed.*uint8"):
-        weights.read_weight(layer)
-    # reads out_proj.weight and never calls out_proj
-    attention = nn.MultiheadAttention(8, 2)
-    with pytest.raises(TargetError, match="out_proj.*not a linear layer"):
-        get_peft_model(
-            nn.Sequential(attention), LoraConfig(target_modules=["out_proj"])
+class TestWeights:
+    @pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
+    def test_every_layer_is_a_dense_weight(self, make):
+        layer = make(12, 7)
+        assert weights.features(layer) == (12, 7)
+        weight = weights.read_weight(layer)
+        assert weight.shape == (7, 12)
+        one_hot = torch.eye(12)
+        y = (
+            layer(torch.arange(12))
+            if make is nn.Embedding
+            else layer(one_hot) - layer.bias
+        )
+        close(y, one_hot @ weight.T)  # the weight says what the layer computes
+        new = torch.randn(7, 12)
+        old = layer.weight
+        weights.write_weight(layer, new)
+        assert (
+            torch.equal(weights.read_weight(layer), new)
+            and layer.weight.is_contiguous()
+        )
+        assert (
+            layer.weight is not old
+            and layer.weight.shape == old.shape
+            and not layer.weight.requires_grad
         )
 
+    def test_a_4_bit_layer_is_read_dense_and_written_only_on_request(self):
+        layer = four_bit(64, 32)
+        assert weights.features(layer) == (64, 32)
+        weight = weights.read_weight(layer)
+        x = torch.randn(5, 64)
+        close(layer(x), x @ weight.T + layer.bias)
+        assert weights.logical_numel(layer.weight) == 64 * 32
+        before = layer.weight
+        with pytest.raises(NotMergeableError, match="4 bits.*lossy=True"):
+            weights.write_weight(layer, weight)
+        assert layer.weight is before
+        weights.write_weight(layer, weight, lossy=True)
+        close(
+            weights.read_weight(layer), weight
+        )  # what is of 4 bits already stays as it is
 
-def test_walking_sees_through_slots():
-    base = BASES["llama"].make()
-    plain = [(path, module) for path, _, _, module in targets.walk(base)]
-    assert plain == list(base.named_modules())[1:]
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["down_proj"]))
-    walked = list(targets.walk(model.base_model))
-    assert [path for path, *_ in walked] == [path for path, _ in plain]
-    for path, parent, name, module in walked:
-        assert getattr(parent, name) is module and isinstance(
-            module, Slot
-        ) == path.endswith("down_proj")
-        assert targets.unwrap_slot(module) is dict(plain)[path]
+    def test_lora_beside_a_4_bit_layer(self):
+        model = nn.Sequential(four_bit(64, 32), nn.ReLU(), four_bit(32, 64))
+        x = torch.randn(5, 64)
+        before = model(x)
+        first, second = (weights.read_weight(model[i]) for i in (0, 2))
+        peft_model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+        )
+        assert peft_model.get_nb_trainable_parameters() == (
+            4 * 2 * 96,
+            4 * 2 * 96 + 2 * 64 * 32 + 96,
+        )
+        y = peft_model(x)
+        parts = peft_model._adapters_by_path("default")
+        h = torch.relu(x @ (first + parts["0"].delta(None)).T + model[0].bias)
+        close(y, h @ (second + parts["2"].delta(None)).T + model[2].bias, 1e-5)
+        y.square().mean().backward()
+        assert all(
+            p.grad.abs().max() > 0 for p in peft_model.parameters() if p.requires_grad
+        )
+        with pytest.raises(NotMergeableError, match="lossy"):
+            peft_model.merge_adapter()
+        assert torch.equal(peft_model(x), y)
+        peft_model.merge_adapter(lossy=True)  # near, not equal
+        assert 1e-4 < (peft_model(x) - y).abs().mean() < (before - y).abs().mean()
+        peft_model.unmerge_adapter()
+        assert torch.equal(peft_model(x), y)
 
+    def test_layers_whose_weight_is_not_dense_are_refused(self):
+        class Packed(nn.Linear):  # a subclass that stores something else, unknown here
+            pass
 
-@pytest.mark.parametrize(
-    "path, index, pattern, expected",
-    [
-        ("model.layers.1.mlp.up_proj", 1, None, True),
-        ("model.layers.1.mlp.up_proj", [0, 2], None, False),
-        ("model.layers.1.experts.0.up_proj", [1], None, True),
-        ("model.layers.1.experts.0.up_proj", [0], None, False),
-        ("model.layers.1.experts.0.up_proj", [0], "experts", True),
-        ("transformer.h.11.attn.c_attn", [11], ["layers", "h"], True),
-        ("layers.0.up", [0], "layers", True),
-        ("lm_head", [0], None, False),
-    ],
-)
-def test_layer_numbers(path, index, pattern, expected):
-    assert targets.in_layers(path, index, pattern) == expected
+        layer = Packed(4, 4)
+        layer.weight = nn.Parameter(
+            torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False
+        )
+        with pytest.raises(TypeError, match="Packed.*uint8"):
+            weights.read_weight(layer)
+        # reads out_proj.weight and never calls out_proj
+        attention = nn.MultiheadAttention(8, 2)
+        with pytest.raises(TargetError, match="out_proj.*not a linear layer"):
+            get_peft_model(
+                nn.Sequential(attention), LoraConfig(target_modules=["out_proj"])
+            )
 
-
-def test_names():
-    paths = ["a.q_proj", "a.qq_proj", "q_proj", "b.q_proj.x"]
-    assert targets.resolve_targets(paths, ["q_proj"]) == ["a.q_proj", "q_proj"]
-    assert targets.resolve_targets(paths, ["a.q_proj"]) == ["a.q_proj"]
-    assert targets.resolve_targets(paths, r".*\.qq?_proj") == ["a.q_proj", "a.qq_proj"]
-    assert targets.match_pattern({"q_proj": 1, r"a\..*": 2}, "a.q_proj", 3) == 1
-    assert targets.match_pattern({r"a\..*": 2}, "a.qq_proj", 3) == 2
-    # whole parts of a path, as in PEFT
-    assert targets.match_pattern({"proj": 1}, "a.q_proj", 3) == 3
-
-
-def test_an_assigned_bias_keeps_its_type():
-    slot = Slot(nn.Linear(3, 2).bfloat16(), ActiveAdapters())
-    Base(slot, "a").bias = torch.ones(2)
-    assert (
-        slot.base_layer.bias.dtype == torch.bfloat16
-        and slot.bias is slot.base_layer.bias
-    )
-    with pytest.raises(NotMergeableError, match="no bias"):
-        Base(
-            Slot(nn.Linear(3, 2, bias=False), ActiveAdapters()), "a"
-        ).bias = torch.ones(2)
+    def test_an_assigned_bias_keeps_its_type(self):
+        slot = Slot(nn.Linear(3, 2).bfloat16(), ActiveAdapters())
+        Base(slot, "a").bias = torch.ones(2)
+        assert (
+            slot.base_layer.bias.dtype == torch.bfloat16
+            and slot.bias is slot.base_layer.bias
+        )
+        with pytest.raises(NotMergeableError, match="no bias"):
+            Base(
+                Slot(nn.Linear(3, 2, bias=False), ActiveAdapters()), "a"
+            ).bias = torch.ones(2)
 
 
 class TestRegularExpressions:

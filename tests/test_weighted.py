@@ -39,170 +39,132 @@ def deltas(model, name):
     }
 
 
-@pytest.mark.parametrize("way", weighted.COMBINATION_TYPES)
-@pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "mlp"])
-def test_every_way_is_that_of_peft(way, name, tmp_path):
-    if name == "hf_gpt2" and way in ("dare_linear_svd", "dare_ties_svd"):
-        pytest.skip(
-            "for Conv1D PEFT draws which entries stay for the transposed matrix:"
-            " others, by the same law"
-        )
-    states = []
-    for package, config in ((minipeft, LoraConfig), (peft, peft.LoraConfig)):
-        model = several(BASES[name], package, config)
-        more = (
-            {}
-            if way in ("svd", "cat", "linear")
-            else {"density": 0.6, "majority_sign_method": "frequency"}
-        )
-        torch.manual_seed(7)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            book = model if package is minipeft else model.base_model
-            book.add_weighted_adapter(["a", "b"], [0.7, -0.4], "ab", way, **more)
-            model.set_adapter("ab")
-        model.save_pretrained(
-            str(tmp_path / package.__name__), selected_adapters=["ab"]
-        )
-        states.append(
-            (
-                load_file(
-                    tmp_path / package.__name__ / "ab" / "adapter_model.safetensors"
-                ),
-                run(model),
+class TestLoRA:
+    @pytest.mark.parametrize("way", weighted.COMBINATION_TYPES)
+    @pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "mlp"])
+    def test_every_way_is_that_of_peft(self, way, name, tmp_path):
+        if name == "hf_gpt2" and way in ("dare_linear_svd", "dare_ties_svd"):
+            pytest.skip(
+                "for Conv1D PEFT draws which entries stay for the transposed matrix:"
+                " others, by the same law"
             )
+        states = []
+        for package, config in ((minipeft, LoraConfig), (peft, peft.LoraConfig)):
+            model = several(BASES[name], package, config)
+            more = (
+                {}
+                if way in ("svd", "cat", "linear")
+                else {"density": 0.6, "majority_sign_method": "frequency"}
+            )
+            torch.manual_seed(7)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                book = model if package is minipeft else model.base_model
+                book.add_weighted_adapter(["a", "b"], [0.7, -0.4], "ab", way, **more)
+                model.set_adapter("ab")
+            model.save_pretrained(
+                str(tmp_path / package.__name__), selected_adapters=["ab"]
+            )
+            states.append(
+                (
+                    load_file(
+                        tmp_path / package.__name__ / "ab" / "adapter_model.safetensors"
+                    ),
+                    run(model),
+                )
+            )
+        (ours, our_logits), (theirs, their_logits) = states
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            close(ours[key], theirs[key])
+        close(our_logits, their_logits)
+        differ(our_logits, run(BASES[name].make()))
+
+    @pytest.mark.parametrize("name", ["llama", "hf_gpt2", "mlp"])
+    def test_cat_is_the_exact_sum_of_changes(self, name):
+        model = several(BASES[name], ranks=(2, 4, 3))
+        model.add_weighted_adapter(["a", "b", "c"], [0.7, -1.5, 0.3], "sum", "cat")
+        for path, delta in deltas(model, "sum").items():
+            close(
+                delta,
+                0.7 * deltas(model, "a")[path]
+                - 1.5 * deltas(model, "b")[path]
+                + 0.3 * deltas(model, "c")[path],
+            )
+        assert model.peft_config["sum"].r == 9
+
+    @pytest.mark.parametrize("weight", [0.5, 1.0, -2.0])
+    @pytest.mark.parametrize("way", ["linear", "svd"])
+    def test_one_adapter_alone_is_scaled(self, weight, way):
+        model = several(BASES["llama"], use_rslora=True)
+        model.add_weighted_adapter(["a"], [weight], "scaled", way)
+        for path, delta in deltas(model, "scaled").items():
+            close(delta, weight * deltas(model, "a")[path])
+
+    def test_svd_of_enough_rank_is_exact_and_of_less_the_nearest(self):
+        model = several(BASES["llama"])
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "whole", svd_rank=8)
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "nearest", svd_rank=4)
+        for path, delta in deltas(model, "whole").items():
+            wanted = deltas(model, "a")[path] + deltas(model, "b")[path]
+            close(delta, wanted)
+            left = torch.linalg.matrix_norm(deltas(model, "nearest")[path] - wanted)
+            # Eckart and Young
+            close(left, torch.linalg.svdvals(wanted)[4:].square().sum().sqrt(), 1e-5)
+
+    def test_linear_is_not_the_sum_of_changes(self):
+        model = several(BASES["llama"])
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "linear", "linear")
+        for path, delta in deltas(model, "linear").items():
+            differ(delta, deltas(model, "a")[path] + deltas(model, "b")[path], 0.1)
+
+    def test_adapters_that_share_only_some_layers(self):
+        base = BASES["llama"]
+        model = get_peft_model(
+            base.make(),
+            LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+            "a",
         )
-    (ours, our_logits), (theirs, their_logits) = states
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        close(ours[key], theirs[key])
-    close(our_logits, their_logits)
-    differ(our_logits, run(BASES[name].make()))
+        model.add_adapter(
+            "b", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+        )
+        model.add_weighted_adapter(["a", "b"], [1.0, 2.0], "sum", "cat")
+        for path, delta in deltas(model, "sum").items():
+            close(delta, deltas(model, "a").get(path, 0) + 2 * deltas(model, "b")[path])
 
+    @pytest.mark.parametrize(
+        "way", ["linear", "ties", "dare_linear", "magnitude_prune"]
+    )
+    def test_unequal_ranks(self, way):
+        model = several(BASES["llama"], ranks=(2, 4))
+        names, tensors = list(model.peft_config), list(model.state_dict())
+        with pytest.raises(minipeft.ConfigError, match=r"one rank.*\[2, 4\]"):
+            model.add_weighted_adapter(
+                ["a", "b"], [1, 1], "c", way, density=None if way == "linear" else 0.5
+            )
+        assert names == list(model.peft_config) and tensors == list(model.state_dict())
+        model.add_weighted_adapter(["a", "b"], [1, 1], "svd", "svd")
+        model.add_weighted_adapter(["a", "b"], [1, 1], "cat", "cat")
+        assert model.peft_config["svd"].r == 4 and model.peft_config["cat"].r == 6
 
-@pytest.mark.parametrize("name", ["llama", "hf_gpt2", "mlp"])
-def test_31_cat_is_the_exact_sum_of_changes(name):
-    model = several(BASES[name], ranks=(2, 4, 3))
-    model.add_weighted_adapter(["a", "b", "c"], [0.7, -1.5, 0.3], "sum", "cat")
-    for path, delta in deltas(model, "sum").items():
+    def test_a_combination_waits_and_is_saved_like_any_other(self, tmp_path):
+        base = BASES["hf_llama"]
+        model = several(base)
+        before = run(model)
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "ab")
+        assert torch.equal(run(model), before) and model.active_adapters == ["a"]
+        assert not any(
+            p.requires_grad
+            for p in model._adapters_by_path("ab")[
+                "model.layers.0.self_attn.q_proj"
+            ].parameters()
+        )
+        model.set_adapter("ab")
+        model.save_pretrained(tmp_path, selected_adapters=["ab"])
         close(
-            delta,
-            0.7 * deltas(model, "a")[path]
-            - 1.5 * deltas(model, "b")[path]
-            + 0.3 * deltas(model, "c")[path],
+            run(peft.PeftModel.from_pretrained(base.make(), str(tmp_path / "ab"))),
+            run(model),
         )
-    assert model.peft_config["sum"].r == 9
-
-
-@pytest.mark.parametrize("weight", [0.5, 1.0, -2.0])
-@pytest.mark.parametrize("way", ["linear", "svd"])
-def test_31_one_adapter_alone_is_scaled(weight, way):
-    model = several(BASES["llama"], use_rslora=True)
-    model.add_weighted_adapter(["a"], [weight], "scaled", way)
-    for path, delta in deltas(model, "scaled").items():
-        close(delta, weight * deltas(model, "a")[path])
-
-
-def test_svd_of_enough_rank_is_exact_and_of_less_the_nearest():
-    model = several(BASES["llama"])
-    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "whole", svd_rank=8)
-    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "nearest", svd_rank=4)
-    for path, delta in deltas(model, "whole").items():
-        wanted = deltas(model, "a")[path] + deltas(model, "b")[path]
-        close(delta, wanted)
-        left = torch.linalg.matrix_norm(deltas(model, "nearest")[path] - wanted)
-        # Eckart and Young
-        close(left, torch.linalg.svdvals(wanted)[4:].square().sum().sqrt(), 1e-5)
-
-
-def test_linear_is_not_the_sum_of_changes():
-    model = several(BASES["llama"])
-    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "linear", "linear")
-    for path, delta in deltas(model, "linear").items():
-        differ(delta, deltas(model, "a")[path] + deltas(model, "b")[path], 0.1)
-
-
-def test_adapters_that_share_only_some_layers():
-    base = BASES["llama"]
-    model = get_peft_model(
-        base.make(),
-        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
-        "a",
-    )
-    model.add_adapter(
-        "b", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
-    )
-    model.add_weighted_adapter(["a", "b"], [1.0, 2.0], "sum", "cat")
-    for path, delta in deltas(model, "sum").items():
-        close(delta, deltas(model, "a").get(path, 0) + 2 * deltas(model, "b")[path])
-
-
-@pytest.mark.parametrize("way", ["linear", "ties", "dare_linear", "magnitude_prune"])
-def test_33_unequal_ranks(way):
-    model = several(BASES["llama"], ranks=(2, 4))
-    names, tensors = list(model.peft_config), list(model.state_dict())
-    with pytest.raises(minipeft.ConfigError, match=r"one rank.*\[2, 4\]"):
-        model.add_weighted_adapter(
-            ["a", "b"], [1, 1], "c", way, density=None if way == "linear" else 0.5
-        )
-    assert names == list(model.peft_config) and tensors == list(model.state_dict())
-    model.add_weighted_adapter(["a", "b"], [1, 1], "svd", "svd")
-    model.add_weighted_adapter(["a", "b"], [1, 1], "cat", "cat")
-    assert model.peft_config["svd"].r == 4 and model.peft_config["cat"].r == 6
-
-
-@pytest.mark.parametrize("way", ["linear", "svd", "cat"])
-def test_a_density_that_nothing_uses_is_said(way):
-    with pytest.warns(
-        UserWarning, match=f"'{way}' keeps every entry: density = 0.5 is not used"
-    ):
-        several(BASES["llama"]).add_weighted_adapter(
-            ["a", "b"], [1, 1], "c", way, density=0.5
-        )
-
-
-def test_a_combination_waits_and_is_saved_like_any_other(tmp_path):
-    base = BASES["hf_llama"]
-    model = several(base)
-    before = run(model)
-    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "ab")
-    assert torch.equal(run(model), before) and model.active_adapters == ["a"]
-    assert not any(
-        p.requires_grad
-        for p in model._adapters_by_path("ab")[
-            "model.layers.0.self_attn.q_proj"
-        ].parameters()
-    )
-    model.set_adapter("ab")
-    model.save_pretrained(tmp_path, selected_adapters=["ab"])
-    close(
-        run(peft.PeftModel.from_pretrained(base.make(), str(tmp_path / "ab"))),
-        run(model),
-    )
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(adapters=["a", "d"]), "'d'"),
-        (dict(weights=[1.0]), "one weight for each"),
-        (dict(adapter_name="a"), "already"),
-        (dict(combination_type="tie"), "did you mean 'ties'"),
-        (dict(combination_type="ties"), "density"),
-        (dict(combination_type="ties", density=-0.1), "density"),
-        (dict(adapters=[], weights=[]), "one weight for each"),
-    ],
-)
-def test_wrong_requests(arguments, message):
-    model = several(BASES["llama"])
-    with pytest.raises(ValueError, match=message):
-        model.add_weighted_adapter(
-            **{
-                **dict(adapters=["a", "b"], weights=[1.0, 1.0], adapter_name="new"),
-                **arguments,
-            }
-        )
-    assert list(model.peft_config) == ["a", "b"]
 
 
 def ia3s(package, *fields, weights=(1.5, -0.5)):
@@ -330,22 +292,55 @@ class TestRanksOfLayers:
         close(*map(run, models))
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(weights=[float("nan"), 1]), "weight = nan"),
-        (dict(weights=["1", 1]), "weight = '1'"),
-        (dict(svd_rank=0), "svd_rank = 0"),
-        (dict(svd_rank=2.5), "svd_rank = 2.5"),
-        (
-            dict(combination_type="ties", density=0.5, majority_sign_method="most"),
-            "majority_sign_method",
-        ),
-    ],
-)
-def test_wrong_numbers(arguments, message):
-    model = several(BASES["llama"])
-    given = dict(adapters=["a", "b"], weights=[1.0, 1.0], adapter_name="new")
-    with pytest.raises(minipeft.ConfigError, match=message):
-        model.add_weighted_adapter(**given | arguments)
-    assert list(model.peft_config) == ["a", "b"]
+class TestRequests:
+    @pytest.mark.parametrize("way", ["linear", "svd", "cat"])
+    def test_a_density_that_nothing_uses_is_said(self, way):
+        with pytest.warns(
+            UserWarning, match=f"'{way}' keeps every entry: density = 0.5 is not used"
+        ):
+            several(BASES["llama"]).add_weighted_adapter(
+                ["a", "b"], [1, 1], "c", way, density=0.5
+            )
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (dict(adapters=["a", "d"]), "'d'"),
+            (dict(weights=[1.0]), "one weight for each"),
+            (dict(adapter_name="a"), "already"),
+            (dict(combination_type="tie"), "did you mean 'ties'"),
+            (dict(combination_type="ties"), "density"),
+            (dict(combination_type="ties", density=-0.1), "density"),
+            (dict(adapters=[], weights=[]), "one weight for each"),
+        ],
+    )
+    def test_wrong_requests(self, arguments, message):
+        model = several(BASES["llama"])
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(
+                **{
+                    **dict(adapters=["a", "b"], weights=[1.0, 1.0], adapter_name="new"),
+                    **arguments,
+                }
+            )
+        assert list(model.peft_config) == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (dict(weights=[float("nan"), 1]), "weight = nan"),
+            (dict(weights=["1", 1]), "weight = '1'"),
+            (dict(svd_rank=0), "svd_rank = 0"),
+            (dict(svd_rank=2.5), "svd_rank = 2.5"),
+            (
+                dict(combination_type="ties", density=0.5, majority_sign_method="most"),
+                "majority_sign_method",
+            ),
+        ],
+    )
+    def test_wrong_numbers(self, arguments, message):
+        model = several(BASES["llama"])
+        given = dict(adapters=["a", "b"], weights=[1.0, 1.0], adapter_name="new")
+        with pytest.raises(minipeft.ConfigError, match=message):
+            model.add_weighted_adapter(**given | arguments)
+        assert list(model.peft_config) == ["a", "b"]
