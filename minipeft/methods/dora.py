@@ -7,8 +7,8 @@ directions by a LoRA.
     each output
 
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353
-(equation 5). The paper writes its weights as (d_in, d_out) and speaks of columns: a
-column there is a row here.
+(equation 5). The paper speaks of the norm of each column; its code takes one for each
+output, and so does everybody since: a row of W (d_out, d_in).
 
 m starts as ||W||, so training starts from the model as it was. For the backward pass
 the norm is a constant (section 4.3), or it would have to keep matrices of W's size. It
