@@ -21,6 +21,7 @@ from .io import brief, did_you_mean
 from .methods import lora_init
 from .methods.adalora import AdaLoraConfig, RankAllocator
 from .methods.modules_to_save import ModuleCopy
+from .recognized import recognize
 from .slot import ActiveAdapters, AdapterNameError, Base, ModelSlot, RowAdapters, Slot
 from .weights import device_and_dtype, logical_numel, undo_bnb_cpu_repacking
 
@@ -31,6 +32,8 @@ REFUSED = {
     "init_weights": "overwrite the adapters: call it on the base, before adapters are"
     " added",
 }
+# fields of a configuration that say nothing about the adapter's tensors
+NOT_COMPARED = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
 def get_peft_model(
@@ -92,10 +95,11 @@ class PeftModel(nn.Module):
         self.training = model.training
         if targets.uses_grad_checkpointing(model):
             self.enable_input_require_grads()
+        recognize(self, model)
 
     def _apply(self, fn, recurse=True):  # .to(), .half() ...
         with merging.unmerged(self):  # so that they reach the unmerged weights too
-            return super()._apply(fn, recurse)
+            return nn.Module._apply(self, fn, recurse)
 
     def forward(self, *args, adapter_names=None, **kwargs):
         """adapter_names: one name for each row of the batch, "__base__" for none.
@@ -484,7 +488,7 @@ class PeftModel(nn.Module):
         safe_serialization=True,
         selected_adapters=None,
         save_embedding_layers="auto",
-        is_main_process=True,
+        is_main_process=None,
         path_initial_model_for_weight_conversion=None,
         state_dict=None,
     ):
@@ -492,8 +496,10 @@ class PeftModel(nn.Module):
         folder itself, others in folders of their names.
 
         save_embedding_layers: whether the base's embeddings are saved too; "auto": only
-        where the vocabulary was resized. is_main_process: False writes nothing.
-        state_dict: the whole model's, to be saved in place of the model's own values.
+        where the vocabulary was resized. is_main_process: False writes nothing; None:
+        the first of several processes writes. Call it in all of them where FSDP has
+        sharded the model. state_dict: the whole model's, to be saved in place of the
+        model's own values.
         path_initial_model_for_weight_conversion: where a PiSSA or OLoRA was saved
         before training. It is then saved as a plain LoRA of twice the rank, for the
         base as it was before the initialisation changed it.
@@ -504,6 +510,8 @@ class PeftModel(nn.Module):
                 "safe_serialization=False would write a pickle: adapters are saved as"
                 " safetensors only"
             )
+        if is_main_process is None:
+            is_main_process = is_first_process()
         initial = path_initial_model_for_weight_conversion
         names = self.peft_config if selected_adapters is None else selected_adapters
         for name in self._check_names(names):
@@ -582,17 +590,44 @@ class PeftModel(nn.Module):
         **more,
     ):
         """One more adapter, from a folder or the hub; inactive until `set_adapter`, if
-        another is active. Arguments: see from_pretrained."""
+        another is active. Arguments: see from_pretrained.
+
+        An adapter of that name, if there is one with an equal configuration, takes the
+        values of the file: its parameters stay those that an optimizer knows.
+        """
         hub = saving.hub_arguments(more | {"torch_device": torch_device})
         config, tensors = saving.prepare_load(
             model_id, self.get_base_model(), is_trainable, **hub
         )
-        with self._adding(adapter_name, config, autocast_adapter_dtype) as new:
-            saving.load_tensors(new, tensors)
+        if adapter_name in self.peft_config:
+            self._reload(adapter_name, config, tensors)
+        else:
+            with self._adding(adapter_name, config, autocast_adapter_dtype) as new:
+                saving.load_tensors(new, tensors)
         if not self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=not is_trainable)
         if not is_trainable:
             self.eval()
+
+    def _reload(self, name, config, tensors):
+        """Load tensors into an adapter that is there."""
+        if name in self.merged_adapters:
+            raise AdapterNameError(
+                f"{name!r} is merged: call unmerge_adapter() before loading into it"
+            )
+        found = config.resolve(self.get_base_model()).to_dict()
+        here = self.peft_config[name].to_dict()
+        for field in NOT_COMPARED:
+            found.pop(field, None)
+            here.pop(field, None)
+        for field in sorted(found.keys() | here.keys()):
+            if found.get(field) != here.get(field):
+                raise AdapterNameError(
+                    f"there is an adapter {name!r} already, with {field} ="
+                    f" {brief(here.get(field))}, in the file {brief(found.get(field))}:"
+                    " delete it first, or take another name"
+                )
+        saving.load_tensors(self._adapters_by_path(name), tensors)
 
     def add_weighted_adapter(
         self,
@@ -665,6 +700,11 @@ class PeftModel(nn.Module):
         self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
         self.enable_input_require_grads()
 
+    def activation_checkpointing_enable(self, *args, **kwargs):
+        """gradient_checkpointing_enable, as transformers calls it since 5.24."""
+        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)
+        self.enable_input_require_grads()
+
     def enable_input_require_grads(self):
         """Reentrant checkpointing gives no gradients where no input asks for one, as
         behind a frozen embedding."""
@@ -702,7 +742,7 @@ class PeftModel(nn.Module):
 
     def __getattr__(self, name):  # config, device ...: the base's
         try:
-            return super().__getattr__(name)
+            return nn.Module.__getattr__(self, name)
         except AttributeError:
             if name == "base_model":
                 raise
@@ -716,6 +756,14 @@ class PeftModel(nn.Module):
                 f"neither {type(self).__name__} nor its base has an attribute"
                 f" {name!r}{hint}"
             ) from None
+
+
+def is_first_process():
+    """True in the only process, or in the first of torch.distributed's."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0
 
 
 def _require_grad(module, args, output):

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "minipeft"
 # The adapters' floors: a file may import from lower floors only.
 FLOORS = [
-    ["errors", "peft_tables"],
+    ["errors", "peft_tables", "recognized"],
     ["io"],
     ["weights"],
     ["targets"],

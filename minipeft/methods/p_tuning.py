@@ -47,8 +47,8 @@ class PromptEncoderConfig(VirtualTokensConfig):
             self.encoder_num_layers != 2 or self.encoder_dropout
         ):
             warnings.warn(
-                "encoder_num_layers and encoder_dropout belong to the LSTM: the MLP ignores"
-                " them",
+                "encoder_num_layers and encoder_dropout are for the LSTM: the MLP"
+                " ignores them",
                 stacklevel=3,
             )
 

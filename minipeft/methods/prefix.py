@@ -26,6 +26,7 @@ from torch import nn
 from .. import targets
 from ..config import ConfigError
 from ..errors import TargetError
+from ..recognized import is_transformers_model
 from .virtual import (
     VirtualTokens,
     VirtualTokensConfig,
@@ -155,11 +156,6 @@ def without_cache(output, cache):
         kept = {name: value for name, value in output.items() if value is not cache}
         return type(output)(**kept)
     return output
-
-
-def is_transformers_model(model):
-    transformers = sys.modules.get("transformers")
-    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
 def key_value_shape(config):

@@ -66,16 +66,17 @@ class VirtualTokensConfig(PeftConfig):
         """Raise TargetError where the virtual tokens cannot stand before `model`."""
         check_language_model(model)
 
-    def select(self, model):
+    def resolve(self, model):
         self.check_model(model)
+        config = super().resolve(model)
         for field, value in self.shape(model.config).items():
             if getattr(self, field) not in (None, value):
                 raise ConfigError(
                     f"{field} = {getattr(self, field)}, but this model's is {value}:"
                     " leave the field out"
                 )
-            setattr(self, field, value)
-        return [""]
+            setattr(config, field, value)
+        return config
 
     def on_load(self):
         self.from_checkpoint = True
@@ -102,9 +103,13 @@ class VirtualTokens(Adapter):
         return {"prompt_embeddings": self.embeddings()}
 
     def from_file(self, tensors):
-        like = self.prompt_embeddings
-        saved = tensors["prompt_embeddings"].to(like.device, like.dtype)
-        self.prompt_embeddings = nn.Parameter(saved)
+        saved, here = tensors["prompt_embeddings"], self.prompt_embeddings
+        if self.encoder is None:
+            with torch.no_grad():
+                here.copy_(saved)
+            return
+        saved = saved.to(here.device, here.dtype)
+        self.prompt_embeddings = nn.Parameter(saved, here.requires_grad)
         self.encoder = None
 
     def prepend(self, base, inputs):

@@ -1,0 +1,289 @@
+"""transformers.Trainer and accelerate loops with a minipeft model, against the same run
+with Hugging Face PEFT.
+
+Both start from one adapter file, take the same batches, and must log the same losses.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from bases import BASES
+from safetensors.torch import load_file
+
+import minipeft
+from minipeft import AdapterNameError, PeftModel
+
+TEXTS = [
+    dict(
+        input_ids=(ids := torch.randint(3, 40, (6,), generator=torch.manual_seed(i))),
+        attention_mask=torch.ones(6, dtype=torch.long),
+        labels=ids,
+        line_number=i,  # a column that no model knows: Trainer has to drop it
+    )
+    for i in range(12)
+]
+METHODS = {
+    "lora": lambda base: peft.LoraConfig(r=4, target_modules=list(base.targets)),
+    "dora": lambda base: peft.LoraConfig(
+        r=4, target_modules=list(base.targets), use_dora=True
+    ),
+    "ia3": lambda base: peft.IA3Config(
+        target_modules=list(base.targets), feedforward_modules=[base.targets[-1]]
+    ),
+    "prompt": lambda base: peft.PromptTuningConfig(
+        num_virtual_tokens=3, task_type="CAUSAL_LM"
+    ),
+    "prefix": lambda base: peft.PrefixTuningConfig(
+        num_virtual_tokens=3, task_type="CAUSAL_LM"
+    ),
+}
+
+
+def pair(tmp_path, base="hf_llama", method="lora", make=None):
+    """(our model, PEFT's), with the same new adapter."""
+    make = make or BASES[base].make
+    torch.manual_seed(0)
+    config = METHODS[method](BASES[base])
+    theirs = peft.get_peft_model(make(), config).train()
+    theirs.save_pretrained(tmp_path / "start")
+    ours = PeftModel.from_pretrained(make(), tmp_path / "start", is_trainable=True)
+    return ours.train(), theirs
+
+
+def trainer(model, folder, **more):
+    """A Trainer that logs each step, and evaluates and saves each second one."""
+    options = dict(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=0.05,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**options | more),
+        train_dataset=TEXTS[:8],
+        eval_dataset=TEXTS[8:],
+    )
+
+
+def losses(run):
+    """What a Trainer has logged, of training and evaluation."""
+    history = run.state.log_history
+    train = [entry["loss"] for entry in history if "loss" in entry]
+    evaluation = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return torch.tensor(train + evaluation)
+
+
+def weights(model):
+    """The trained parameters, one vector."""
+    trained = [p.detach().float() for p in model.parameters() if p.requires_grad]
+    return torch.cat([p.flatten() for p in trained])
+
+
+def train_both(tmp_path, models, **options):
+    runs = []
+    for name, model in zip(("ours", "theirs"), models):
+        run = trainer(model, tmp_path / name, **options)
+        run.train()
+        runs.append(run)
+    return runs
+
+
+class TestTraining:
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("base", ["hf_llama", "hf_gpt2"])
+    def test_losses_equal_those_of_peft(self, base, method, tmp_path):
+        models = pair(tmp_path, base, method)
+        start = weights(models[0])
+        ours, theirs = map(losses, train_both(tmp_path, models))
+        assert len(ours) == len(theirs) == 6
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+        assert (weights(models[0]) - start).abs().max() > 1e-3
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(gradient_accumulation_steps=2),
+            dict(gradient_checkpointing=True),
+            dict(
+                gradient_checkpointing=True,
+                gradient_checkpointing_kwargs={"use_reentrant": True},
+            ),
+            dict(label_smoothing_factor=0.1),
+        ],
+        ids=["accumulation", "checkpointing", "reentrant", "label smoothing"],
+    )
+    def test_options(self, options, tmp_path):
+        ours, theirs = train_both(tmp_path, pair(tmp_path), **options)
+        torch.testing.assert_close(losses(ours), losses(theirs), atol=1e-6, rtol=1e-6)
+
+    def test_bf16(self, tmp_path):
+        """Both round activations to 8 bits, but may sum in another order: each loss may
+        be off by eps of bfloat16 relative to itself."""
+        ours, theirs = train_both(tmp_path, pair(tmp_path), bf16=True)
+        eps = torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(losses(ours), losses(theirs), atol=0, rtol=eps)
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("method", ["lora", "prompt"])
+    def test_a_checkpoint_holds_the_adapter_alone(self, method, tmp_path):
+        ours, theirs = pair(tmp_path, "hf_gpt2", method)  # tied
+        train_both(tmp_path, (ours, theirs))
+        own, other = (tmp_path / name / "checkpoint-4" for name in ("ours", "theirs"))
+        assert {f.name for f in own.iterdir()} == {f.name for f in other.iterdir()}
+        own, other = (load_file(f / "adapter_model.safetensors") for f in (own, other))
+        assert own.keys() == other.keys()
+        for name in own:
+            torch.testing.assert_close(own[name], other[name], atol=1e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize("method", ["lora", "prefix"])
+    def test_resume(self, method, tmp_path):
+        model, _ = pair(tmp_path, method=method)
+        start = copy.deepcopy(model)
+        whole = trainer(model, tmp_path / "run")
+        whole.train()
+        resumed = trainer(start, tmp_path / "run")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        assert torch.equal(weights(start), weights(model))
+        assert torch.equal(losses(resumed), losses(whole))
+
+    def test_the_best_model_is_loaded_at_the_end(self, tmp_path):
+        """The first checkpoint, as the larger loss counts as better here."""
+        model, _ = pair(tmp_path)
+        run = trainer(
+            model,
+            tmp_path / "run",
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,
+        )
+        run.train()
+        best = Path(run.state.best_model_checkpoint)
+        assert best.name == "checkpoint-2"
+        again = PeftModel.from_pretrained(
+            BASES["hf_llama"].make(), best, is_trainable=True
+        )
+        assert torch.equal(weights(model), weights(again))
+        assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric)
+
+    def test_loading_into_an_adapter(self, tmp_path):
+        """Its parameters stay, so that the optimizer still knows them."""
+        model, theirs = pair(tmp_path)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        before = weights(model)
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter += 1
+        model.load_adapter(tmp_path / "start", "default", is_trainable=True)
+        assert torch.equal(weights(model), before)
+        assert all(
+            own is other
+            for own, other in zip(
+                parameters, [p for p in model.parameters() if p.requires_grad]
+            )
+        )
+        file = tmp_path / "start" / "adapter_config.json"
+        changed = json.loads(file.read_text()) | {"lora_alpha": 99}
+        file.write_text(json.dumps(changed))
+        with pytest.raises(AdapterNameError, match="lora_alpha = 8, in the file 99"):
+            model.load_adapter(tmp_path / "start", "default")
+        model.merge_adapter()
+        with pytest.raises(AdapterNameError, match="is merged: call unmerge_adapter"):
+            model.load_adapter(tmp_path / "start", "default")
+
+
+class TestRecognition:
+    def test_it_counts_as_one_of_peft_s_but_runs_none_of_its_code(self, tmp_path):
+        model, _ = pair(tmp_path)
+        assert isinstance(model, peft.PeftModel) and isinstance(model, PeftModel)
+        assert type(model).__module__ == "minipeft.model"
+        theirs = vars(peft.PeftModel).keys() - vars(PeftModel).keys()
+        for name in theirs - vars(torch.nn.Module).keys() - vars(object).keys():
+            base_has_it = hasattr(model.get_base_model(), name)
+            assert hasattr(model, name) == (base_has_it or name == "peft_config"), name
+            assert name not in set(dir(model)) - {"peft_config"}, name
+        assert not isinstance(
+            minipeft.get_peft_model(BASES["llama"].make(), minipeft.LoraConfig()),
+            peft.PeftModel,
+        )
+
+    def test_copies_and_pickles(self, tmp_path):
+        model, _ = pair(tmp_path)
+        torch.save(model, tmp_path / "model.pt")
+        stored = torch.load(tmp_path / "model.pt", weights_only=False)
+        for other in (copy.deepcopy(model), stored):
+            assert type(other) is type(model)
+            assert torch.equal(weights(other), weights(model))
+
+
+class TestFourBits:
+    def test_a_base_from_transformers_bitsandbytes_config(self, tmp_path):
+        """Weights are equal 4-bit codes; products are rounded alike, summed in another
+        order."""
+        pytest.importorskip("bitsandbytes")
+        BASES["hf_llama"].make().save_pretrained(tmp_path / "base")
+
+        def make():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / "base",
+                quantization_config=transformers.BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_compute_dtype=torch.float32,
+                ),
+                dtype=torch.float32,
+                device_map="cpu",
+            )
+
+        models = pair(tmp_path, make=make)
+        ours, theirs = train_both(tmp_path, models, eval_strategy="no")
+        torch.testing.assert_close(losses(ours), losses(theirs), atol=1e-5, rtol=1e-5)
+
+
+class TestAccelerate:
+    def test_a_loop(self, tmp_path):
+        from accelerate import Accelerator
+
+        found = []
+        for model in pair(tmp_path):
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+            optimizer = torch.optim.SGD(
+                [p for p in model.parameters() if p.requires_grad], lr=0.5
+            )
+            data = torch.utils.data.DataLoader([t["input_ids"] for t in TEXTS], 3)
+            model, optimizer, data = accelerator.prepare(model, optimizer, data)
+            for ids in data:
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(input_ids=ids, labels=ids).loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            folder = tmp_path / f"saved{len(found)}"
+            accelerator.unwrap_model(model).save_pretrained(
+                folder,
+                state_dict=accelerator.get_state_dict(model),
+                is_main_process=accelerator.is_main_process,
+                safe_serialization=True,
+            )
+            found.append(load_file(folder / "adapter_model.safetensors"))
+        own, other = found
+        assert own.keys() == other.keys()
+        for name in own:
+            torch.testing.assert_close(own[name], other[name], atol=1e-6, rtol=1e-5)
+
+    def test_only_the_main_process_writes(self, tmp_path):
+        model, _ = pair(tmp_path)
+        model.save_pretrained(tmp_path / "nothing", is_main_process=False)
+        assert not (tmp_path / "nothing").exists()
