@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
+from tolerance import assert_within
 
 from minipeft import (
     LoraConfig,
@@ -120,22 +121,26 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("kind, method", CASES)
 def test_two_processes_train_as_one(kind, method, folder, tmp_path):
-    """Gradients are means over two halves: other sums, of the same few numbers."""
+    """Gradients are means over two halves: the same numbers, summed in another order.
+    Sums have up to 64 terms, and there are nine a layer in each step."""
     model = make(method)
+    model.save_pretrained(tmp_path / "start")
+    start = load_file(tmp_path / "start" / "adapter_model.safetensors")
     train(model)
     model.save_pretrained(tmp_path)
     alone = load_file(tmp_path / "adapter_model.safetensors")
     saved = load_file(folder / kind / method / "from 0" / "adapter_model.safetensors")
     assert saved.keys() == alone.keys()
     for name in alone:
-        torch.testing.assert_close(saved[name], alone[name], atol=1e-6, rtol=1e-5)
+        assert_within(saved[name], alone[name], terms=64, steps=9 * 2 * STEPS)
+        assert (alone[name] - start[name]).abs().max() > 1e-3, "was not trained"
     again = PeftModel.from_pretrained(
         make_base(method), folder / kind / method / "from 0"
     )
     ids = torch.arange(TOKENS)[None]
     with torch.no_grad():
-        difference = again(input_ids=ids).logits - model.eval()(input_ids=ids).logits
-        assert difference.abs().max() < 1e-4
+        logits = [one.eval()(input_ids=ids).logits for one in (again, model)]
+    assert_within(*logits, terms=64, steps=9 * 2 * STEPS)
 
 
 @pytest.mark.parametrize("kind, method", CASES)

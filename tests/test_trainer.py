@@ -14,6 +14,7 @@ import torch
 import transformers
 from bases import BASES
 from safetensors.torch import load_file
+from tolerance import assert_within
 
 import minipeft
 from minipeft import AdapterNameError, PeftModel
@@ -130,11 +131,9 @@ class TestTraining:
         torch.testing.assert_close(losses(ours), losses(theirs), atol=1e-6, rtol=1e-6)
 
     def test_bf16(self, tmp_path):
-        """Both round activations to 8 bits, but may sum in another order: each loss may
-        be off by eps of bfloat16 relative to itself."""
+        """Two layers of about nine roundings to bfloat16 each."""
         ours, theirs = train_both(tmp_path, pair(tmp_path), bf16=True)
-        eps = torch.finfo(torch.bfloat16).eps
-        torch.testing.assert_close(losses(ours), losses(theirs), atol=0, rtol=eps)
+        assert_within(losses(ours), losses(theirs), steps=18, dtype=torch.bfloat16)
 
 
 class TestCheckpoints:
@@ -147,7 +146,7 @@ class TestCheckpoints:
         own, other = (load_file(f / "adapter_model.safetensors") for f in (own, other))
         assert own.keys() == other.keys()
         for name in own:
-            torch.testing.assert_close(own[name], other[name], atol=1e-6, rtol=1e-5)
+            assert_within(own[name], other[name], terms=16, steps=9 * 2 * 4)
 
     @pytest.mark.parametrize("method", ["lora", "prefix"])
     def test_resume(self, method, tmp_path):
@@ -161,15 +160,9 @@ class TestCheckpoints:
         assert torch.equal(losses(resumed), losses(whole))
 
     def test_the_best_model_is_loaded_at_the_end(self, tmp_path):
-        """The first checkpoint, as the larger loss counts as better here."""
+        """Not the last: at this rate the loss rises after the second step."""
         model, _ = pair(tmp_path)
-        run = trainer(
-            model,
-            tmp_path / "run",
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=True,
-        )
+        run = trainer(model, tmp_path / "run", load_best_model_at_end=True)
         run.train()
         best = Path(run.state.best_model_checkpoint)
         assert best.name == "checkpoint-2"
@@ -231,8 +224,8 @@ class TestRecognition:
 
 class TestFourBits:
     def test_a_base_from_transformers_bitsandbytes_config(self, tmp_path):
-        """Weights are equal 4-bit codes; products are rounded alike, summed in another
-        order."""
+        """Both multiply by the same dequantized weights, in float32, but sum in another
+        order: sums of 16 terms, nine a layer, through four steps."""
         pytest.importorskip("bitsandbytes")
         BASES["hf_llama"].make().save_pretrained(tmp_path / "base")
 
@@ -250,7 +243,7 @@ class TestFourBits:
 
         models = pair(tmp_path, make=make)
         ours, theirs = train_both(tmp_path, models, eval_strategy="no")
-        torch.testing.assert_close(losses(ours), losses(theirs), atol=1e-5, rtol=1e-5)
+        assert_within(losses(ours), losses(theirs), terms=16, steps=9 * 2 * 4)
 
 
 class TestAccelerate:
@@ -281,7 +274,7 @@ class TestAccelerate:
         own, other = found
         assert own.keys() == other.keys()
         for name in own:
-            torch.testing.assert_close(own[name], other[name], atol=1e-6, rtol=1e-5)
+            assert_within(own[name], other[name], terms=16, steps=9 * 2 * 4)
 
     def test_only_the_main_process_writes(self, tmp_path):
         model, _ = pair(tmp_path)
