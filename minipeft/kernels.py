@@ -41,6 +41,30 @@ def add_low_rank(adapter, base, x):
     return out.view(y.shape).to(y.dtype)
 
 
+# DoRA
+
+
+def dora(adapter, base, x):
+    """g (W x + s B A x) + b, with the sum inside the second product, in place where W x
+    is nobody else's. Under dropout W x is needed twice, so the plain equation runs."""
+    if adapter.dropout and adapter.training:
+        return None
+    A, B = adapter.lora_A.weight, adapter.lora_B.weight
+    g = adapter.lora_magnitude_vector / adapter.norm(base)
+    h = F.linear(adapter.adapter_input(x), A).reshape(-1, len(A))  # (N, r)
+    unmerged = base.unmerged
+    b = unmerged.bias
+    if unmerged is base.module and can_fuse(adapter, base, x):
+        y = F.linear(x, base.weight).reshape(-1, len(B))
+        z = y.addmm_(h, B.T, alpha=adapter.scaling)  # (W + s B A) x (N, d_out)
+    else:
+        y = base(x).reshape(-1, len(B))
+        z = y.to(h.dtype) if b is None else y.to(h.dtype) - b
+        z = torch.addmm(z, h, B.T, alpha=adapter.scaling)
+    out = g * z if b is None else torch.addcmul(b.to(z.dtype), g, z)
+    return out.view(*x.shape[:-1], len(B)).to(y.dtype)
+
+
 # LoHa
 
 

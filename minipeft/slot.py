@@ -161,8 +161,9 @@ class LinearDelta(Adapter):
 
     def forward(self, base, x):
         fused = None if self.kernel is None else self.kernel(base, x)
-        if fused is not None:
-            return fused
+        return self.forward_plain(base, x) if fused is None else fused
+
+    def forward_plain(self, base, x):
         y = base(x)
         return (y + self.update(base, self.adapter_input(x))).to(y.dtype)
 

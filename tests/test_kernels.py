@@ -15,12 +15,14 @@ from minipeft import (
     VeraConfig,
     get_peft_model,
 )
+from minipeft.methods.dora import Dora
 from minipeft.methods.lora import Lora
 from minipeft.slot import LinearDelta
 
 D_IN, D_OUT, ROWS = 24, 32, 60
 CONFIGS = {
     "lora": LoraConfig(r=4, lora_alpha=12),
+    "dora": DoraConfig(r=4, lora_alpha=12),
     "adalora": AdaLoraConfig(init_r=5, target_r=3, total_step=10, lora_alpha=7),
     "loha": LoHaConfig(r=3, alpha=6),
     "lokr": LoKrConfig(r=2, alpha=6),
@@ -156,12 +158,16 @@ class TestWhereItIsNotChosen:
         assert Lora.kernel is not None and Doubled.kernel is None
         assert LinearDelta.kernel is None
 
-    def test_dora_is_its_equation(self):
-        model = nn.Sequential(nn.Linear(D_IN, D_OUT))
-        model = get_peft_model(model, DoraConfig(r=2, target_modules=["0"]))
-        assert model.get_base_model()[0].adapters["default"].kernel is None
+    def test_doras_dropout_is_left_to_the_equation(self, plain):
+        config = DoraConfig(r=2, lora_dropout=0.5, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(nn.Linear(D_IN, D_OUT)), config)
+        count = plain(Dora, counted=True)
+        x = torch.randn(5, D_IN)
+        for training in (True, False):
+            model.train(training)(x)
+            assert count.used == (not training)
 
-    @pytest.mark.parametrize("method", ["loha", "vera"])
+    @pytest.mark.parametrize("method", ["loha", "vera", "dora"])
     def test_a_hooked_layer_is_called(self, method):
         """W + delta may not stand in for a layer whose output somebody wants to see."""
         slot, leaves = make(method, torch.float32, True)

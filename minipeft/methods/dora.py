@@ -22,13 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import weights
+from .. import kernels, weights
 from ..slot import LinearDelta
 from . import lora_init
 
 
 class Dora(LinearDelta):
     """x (..., d_in) -> (..., d_out)"""
+
+    kernel = kernels.dora
 
     def __init__(self, d_in, d_out, r, scaling, dropout=0.0):
         super().__init__()
@@ -53,7 +55,7 @@ class Dora(LinearDelta):
             square = torch.linalg.vector_norm(W, dim=1).square() + s * added
             return square.clamp(min=1e-30).sqrt()
 
-    def forward(self, base, x):
+    def forward_plain(self, base, x):
         g = self.lora_magnitude_vector / self.norm(base)
         y, b = base(x), base.unmerged.bias
         h = self.adapter_input(x)
