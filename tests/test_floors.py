@@ -1,6 +1,7 @@
 """Imports only ever point downwards, and the towers stand apart."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -104,3 +105,11 @@ def test_import_minipeft_loads_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_drawing_is_true():
+    """ARCHITECTURE.md draws the floors, the highest first: names in 28 columns, then
+    what they are."""
+    text = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    drawn = re.search(r"```floors\n(.*?)```", text, re.S)[1].splitlines()
+    assert [line[:28].split() for line in reversed(drawn)] == FLOORS
