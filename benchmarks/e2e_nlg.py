@@ -9,8 +9,9 @@ LoRA paper's GPT-2 table.
 Full fine-tuning, LoRA at two ranks on every linear layer, and the same network from
 random weights: equal steps, equal batches, two seeds. The rate is chosen by the loss on
 validation data after one short run a rate; where the best is at an edge, further rates
-are tried until it has a worse one on either side. BLEU (sacrebleu, mixed case) is that of
-greedy texts for the test set's meaning representations, against all their references.
+are tried until it has a worse one on either side. BLEU (sacrebleu, mixed case) is that
+of greedy texts for the test set's meaning representations, against all their
+references.
 """
 
 import argparse

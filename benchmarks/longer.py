@@ -10,8 +10,8 @@ the loss on validation examples; then the other seeds run at the best. A run rec
 validation loss along the way, the loss and the score on 300 test examples, and which of
 them were answered right, so that two cases can be compared answer by answer
 (minipeft.course.compare). A run that several chapters use is made once and written into
-the record of each: benchmarks/results/chapterNN.json, under "long_runs". The records are
-written as the runs come in, and the script goes on where it was stopped.
+the record of each: benchmarks/results/chapterNN.json, under "long_runs". The records
+are written as the runs come in, and the script goes on where it was stopped.
 """
 
 import argparse

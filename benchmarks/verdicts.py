@@ -193,11 +193,13 @@ def short_runs(chapter: str, record: dict) -> list:
 def case_of_chapter05(run: dict, cases: dict):
     from chapter05 import PLAIN
 
-    same = lambda what: all(
-        run[key] == value
-        for key, value in (PLAIN | what).items()
-        if key not in ("lr", "seed")
-    )
+    def same(what):
+        return all(
+            run[key] == value
+            for key, value in (PLAIN | what).items()
+            if key not in ("lr", "seed")
+        )
+
     return next((name for name, what in cases.items() if same(what)), None)
 
 

@@ -68,8 +68,8 @@ class AutoPeftModelForCausalLM:
     def from_pretrained(
         cls, model_id, adapter_name="default", is_trainable=False, config=None, **more
     ):
-        """The PeftModel of the adapter in folder `model_id`, or of that name on the hub,
-        on the base that its configuration names. more: arguments of transformers'
+        """The PeftModel of the adapter in folder `model_id`, or of that name on the
+        hub, on the base that its configuration names. more: arguments of transformers'
         AutoModelForCausalLM.from_pretrained, such as dtype, and of
         PeftModel.from_pretrained, such as subfolder or revision of the adapter."""
         from transformers import AutoModelForCausalLM

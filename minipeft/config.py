@@ -132,8 +132,8 @@ class PeftConfig(metaclass=ConfigType):
 
     @classmethod
     def from_dict(cls, data):
-        """The configuration that Hugging Face's JSON describes. Raises ConfigError where
-        it asks for what is not built here."""
+        """The configuration that Hugging Face's JSON describes. Raises ConfigError
+        where it asks for what is not built here."""
         data = dict(data)
         method = method_of(data.pop("peft_type", None))
         names = {field.name for field in dataclasses.fields(method)}
@@ -187,9 +187,9 @@ class PeftConfig(metaclass=ConfigType):
 
     @classmethod
     def from_pretrained(cls, folder, subfolder=None, **hub):
-        """From the adapter_config.json of a folder, or of an adapter on the Hugging Face
-        hub (hub: revision, token, cache_dir ...). Raises AdapterFileError where it is
-        not one, ConfigError where it asks for what is not built here."""
+        """From the adapter_config.json of a folder, or of an adapter on the Hugging
+        Face hub (hub: revision, token, cache_dir ...). Raises AdapterFileError where it
+        is not one, ConfigError where it asks for what is not built here."""
         file = resolve_folder(folder, [CONFIG], subfolder, **hub) / CONFIG
         data = io.read_json(file, object, AdapterFileError)
         if not isinstance(data, dict):
@@ -401,7 +401,8 @@ class LayerConfig(PeftConfig):
         return [path for path in found if number[path] in wanted]
 
     def check_patterns(self, field, found):
-        """TargetError where a key of rank_pattern or alpha_pattern matches no target."""
+        """TargetError where a key of rank_pattern or alpha_pattern matches no
+        target."""
         unused = self.unused_patterns(field, found)
         if unused:
             raise TargetError(targets.missing_message(found, unused, field))

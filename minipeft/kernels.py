@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 
 def can_fuse(adapter, base, x):
-    """True where W + delta may stand in for W, with the same result: the layer is a bare
-    nn.Linear of one precision, and x is not dropped out for the adapter alone."""
+    """True where W + delta may stand in for W, with the same result: the layer is a
+    bare nn.Linear of one precision, and x is not dropped out for the adapter alone."""
     dtypes = {x.dtype, base.module.weight.dtype, next(adapter.parameters()).dtype}
     dropped = adapter.dropout and adapter.training
     autocast = torch.is_autocast_enabled(x.device.type)
@@ -111,7 +111,8 @@ def lokr(adapter, base, x):
 
 
 class Kronecker(torch.autograd.Function):
-    """C X D^T for each of N matrices X (m, n). The backward pass computes X D^T again."""
+    """C X D^T for each of N matrices X (m, n). The backward pass computes X D^T
+    again."""
 
     @staticmethod
     def forward(ctx, X, C, D):

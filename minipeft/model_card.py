@@ -1,4 +1,5 @@
-"""The model card: a README.md beside a saved adapter, as the Hugging Face hub shows it."""
+"""The model card: a README.md beside a saved adapter, as the Hugging Face hub shows
+it."""
 
 from .errors import AdapterFileError
 from .io import read_text
@@ -38,7 +39,7 @@ tags:
 ## How to load it
 
 ```python
-from minipeft import PeftModel  # or, for methods that it has: from peft import PeftModel
+from minipeft import PeftModel  # or from peft, for methods that it has
 
 model = PeftModel.from_pretrained(base, "this folder")  # base: {base or "the model"}
 ```

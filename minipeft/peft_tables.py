@@ -2,7 +2,7 @@
 built here. tests/test_peft_tables.py compares them with the installed PEFT.
 """
 
-# ---- default targets: {config.model_type: target_modules} -----------------------------
+# ---- default targets: {config.model_type: target_modules} ----------------------------
 
 Q_V = ["q_proj", "v_proj"]
 QUERY_VALUE = ["query", "value"]
@@ -137,7 +137,7 @@ LN_TUNING_TARGETS = {
     "qwen3": ["post_attention_layernorm"],
 }
 
-# ---- tasks ----------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------
 
 # task_type: the names of new heads, which are trained and saved whole
 TASK_HEADS = {
@@ -149,7 +149,7 @@ TASK_HEADS = {
     "FEATURE_EXTRACTION": (),
 }
 
-# ---- fields that are not built here ---------------------------------------------------
+# ---- fields that are not built here --------------------------------------------------
 
 # Notes for loaders and settings for a start: the saved numbers do not depend on them.
 NOTES = {

@@ -22,7 +22,7 @@ from .slot import Adapter
 TENSORS = "adapter_model.safetensors"
 
 
-# ---- tensors of adapters --------------------------------------------------------------
+# ---- tensors of adapters -------------------------------------------------------------
 
 
 def tensor_key(path, name):
@@ -89,7 +89,7 @@ def check_tensors(expected, found):
         )
 
 
-# ---- writing --------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------
 
 
 def save(folder, config, tensors):
@@ -163,15 +163,15 @@ def filled_copies(model, adapters, state_dict):
         missing = part.state_dict().keys() - own.keys()
         if missing:
             raise AdapterFileError(
-                f"state_dict has no {start}{sorted(missing)[0]}: expected the state_dict"
-                " of the whole PeftModel"
+                f"state_dict has no {start}{sorted(missing)[0]}: expected the"
+                " state_dict of the whole PeftModel"
             )
         copies[path] = copy.deepcopy(part)
         copies[path].load_state_dict({key: whole(own[key]) for key in own})
     return copies
 
 
-# ---- embeddings -----------------------------------------------------------------------
+# ---- embeddings ----------------------------------------------------------------------
 
 
 def embedding_paths(model):
@@ -193,10 +193,12 @@ def is_slotted(model, path):
 
 def embeddings_to_save(model, config, choice="auto"):
     """The paths of embeddings that are saved whole beside the adapter. "auto": both,
-    where the vocabulary is not as large as that of base_model_name_or_path, a folder."""
+    where the vocabulary is not as large as that of base_model_name_or_path, a
+    folder."""
     if choice not in (True, False, "auto"):
         raise ConfigError(
-            f"save_embedding_layers = {io.brief(choice)}: expected True, False or 'auto'"
+            f"save_embedding_layers = {io.brief(choice)}: expected True, False or"
+            " 'auto'"
         )
     base = model.get_base_model()
     if choice == "auto":
@@ -209,7 +211,7 @@ def embeddings_to_save(model, config, choice="auto"):
     return embedding_paths(base) if choice else []
 
 
-# ---- reading --------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------
 
 
 def load(folder, config=None, subfolder=None, **hub):

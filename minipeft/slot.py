@@ -2,14 +2,15 @@
 
 **An adapter is a function of the layer below it and the input: y = adapter(base, x).**
 
-A method that adds calls base(x) and adds to it. One that rescales multiplies. One around
-the whole model calls it with other arguments. Then stacking adapters is composing
-functions, disabling one is not calling it, a batch whose rows want different adapters
-is split by rows, and merging an adapter is letting it write itself into the weights.
+A method that adds calls base(x) and adds to it. One that rescales multiplies. One
+around the whole model calls it with other arguments. Then stacking adapters is
+composing functions, disabling one is not calling it, a batch whose rows want different
+adapters is split by rows, and merging an adapter is letting it write itself into the
+weights.
 
 So there is one kind of wrapper, the Slot, and it stands where a layer stood. The slot
-knows names, order, rows and merging. The adapter knows its own equation and owns nothing
-but its own parameters.
+knows names, order, rows and merging. The adapter knows its own equation and owns
+nothing but its own parameters.
 """
 
 import copy

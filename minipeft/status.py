@@ -10,7 +10,8 @@ from .slot import Slot
 
 @dataclass
 class LayerStatus:
-    """One layer with adapters. A value that differs within an adapter is "irregular"."""
+    """One layer with adapters. A value that differs within an adapter is
+    "irregular"."""
 
     name: str
     module_type: str  # the adapters' classes and the layer's

@@ -51,7 +51,7 @@ def progress(items, what):
     return tqdm(items, desc=what, delay=3, leave=False)
 
 
-# ---- names ----------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------
 
 
 def matches_suffix(name, path):
@@ -93,7 +93,7 @@ def resolve_targets(paths, targets, what="target_modules", matches=matches_suffi
 
 
 def missing_message(paths, missing, what):
-    """ "target_modules finds no module for 'q_prj' (nearest: q_proj). There are: ..." """
+    """ "target_modules finds no module for 'q_prj' (nearest: q_proj). There are: …" """
     last = {path.rpartition(".")[2] for path in paths}
     names = sorted(name for name in last if name and not name.isdigit()) or list(paths)
     hints = []
@@ -113,7 +113,7 @@ def shortest_names(paths, found):
     return last if matched == list(found) else list(found)
 
 
-# ---- regular expressions --------------------------------------------------------------
+# ---- regular expressions -------------------------------------------------------------
 
 
 def compile_regex(text):

@@ -43,7 +43,7 @@ COMBINATION_TYPES = (
 )
 
 
-# ---- tensors --------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------
 
 
 def keep_largest(tensor, density):
@@ -74,7 +74,8 @@ def weighted_sum(tensors, weights, combination_type, density=None, majority="tot
 
 
 def low_rank(delta, rank, clamp=None, full_matrices=True, driver=None):
-    """(A, B) with B A the matrix of that rank which is nearest to delta (d_out, d_in)."""
+    """(A, B) with B A the matrix of that rank which is nearest to delta (d_out,
+    d_in)."""
     U, S, Vh = torch.linalg.svd(delta, full_matrices=full_matrices, driver=driver)
     A = Vh[:rank]
     B = U[:, :rank] * S[:rank]
@@ -104,7 +105,7 @@ def combine_factors(old, weights, kind, rank, svd=(), density=None, majority="to
     return A, weighted_sum([B for _, B, _ in old], roots, kind, density, majority)
 
 
-# ---- adapters -------------------------------------------------------------------------
+# ---- adapters ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -265,7 +266,8 @@ def thins_out(combination_type):
 
 
 def check_loras(configs, combination_type, density):
-    """The ranks of the adapters. Raises ConfigError where they cannot be combined so."""
+    """The ranks of the adapters. Raises ConfigError where they cannot be combined
+    so."""
     io.check_choice(
         "combination_type", combination_type, COMBINATION_TYPES, ConfigError
     )

@@ -63,8 +63,8 @@ class Bitsandbytes4bitStorage:  # packed: two weights to a byte
 
     @staticmethod
     def settle(layer):
-        """bitsandbytes repacks on CPUs with AVX512-BF16, at the first call in eval mode,
-        and loses backward; undo it and disable it."""
+        """bitsandbytes repacks on CPUs with AVX512-BF16, at the first call in eval
+        mode, and loses backward; undo it and disable it."""
         state, layer.support_avx512bf16_for_cpu = layer.weight.quant_state, False
         if getattr(state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import (

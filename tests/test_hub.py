@@ -226,8 +226,8 @@ def test_truncated_weights(tiny):
         (
             dict(model_type="lama"),
             (
-                r"unknown model_type 'lama' \(did you mean 'llama'\?\); expected one of llama,"
-                r" mistral"
+                r"unknown model_type 'lama' \(did you mean 'llama'\?\); expected one of"
+                r" llama, mistral"
             ),
         ),
         (dict(model_type=None), "unknown model_type None"),

@@ -95,7 +95,10 @@ def plain(monkeypatch):
     def switch(cls, counted=False):
         kernel = vars(cls)["kernel"]
         count = Count(kernel)
-        fused = lambda adapter, base, x: count(adapter, base, x) if counted else None
+
+        def fused(adapter, base, x):
+            return count(adapter, base, x) if counted else None
+
         monkeypatch.setattr(cls, "kernel", fused)
         return count
 

@@ -1,4 +1,5 @@
-"""Scripts that were written for Hugging Face PEFT: imports, arguments, objects, files."""
+"""Scripts that were written for Hugging Face PEFT: imports, arguments, objects,
+files."""
 
 import copy
 import inspect

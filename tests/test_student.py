@@ -499,7 +499,8 @@ class TestNbgrader:
             "nearly",
             right
             | {
-                "lora_delta": "def lora_delta(A, B, alpha, r):\n    return alpha * B @ A"
+                "lora_delta": "def lora_delta(A, B, alpha, r):\n"
+                "    return alpha * B @ A"
             },
         )
         nbgrader(course, "autograde", "04_lora")

@@ -113,8 +113,8 @@ def compare(a, b, *, answers=None, paired=True, loss=False) -> Comparison:
 
     The margin joins the two parts as sqrt((t · seeds)² + (1.96 · answers)²); this is
     exact where one of them dominates. Error rates and power, by simulation:
-    benchmarks/results/compare_power.md. Where all answers are known, seeds and questions are
-    what readers and cases are to Obuchowski and Rockette (1995).
+    benchmarks/results/compare_power.md. Where all answers are known, seeds and
+    questions are what readers and cases are to Obuchowski and Rockette (1995).
     """
     first, second = entries(a, b, paired)
     if paired and len(first) != len(second):

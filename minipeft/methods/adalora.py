@@ -234,7 +234,10 @@ class RankAllocator:
 
     def importance(self):
         """{path: how much each triplet matters (r,)}"""
-        score = lambda p: self.sensitivity[p] * self.uncertainty[p]
+
+        def score(p):
+            return self.sensitivity[p] * self.uncertainty[p]
+
         return {
             path: (
                 score(a.lora_E)[:, 0]

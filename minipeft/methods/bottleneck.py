@@ -12,8 +12,8 @@ Pfeiffer et al. 2020, arXiv 2005.00247; parallel: He et al. 2021, "Towards a Uni
 View of Parameter-Efficient Transfer Learning", arXiv 2110.04366.
 
 f is a part of a transformer's block, before its output is added to the residual stream.
-Because of the non-linearity A does not modify a weight, so it cannot be merged. Defaults
-are those of the library `adapters`; Hugging Face PEFT does not have it.
+Because of the non-linearity A does not modify a weight, so it cannot be merged.
+Defaults are those of the library `adapters`; Hugging Face PEFT does not have it.
 """
 
 import inspect

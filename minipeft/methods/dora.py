@@ -1,5 +1,5 @@
-"""DoRA: a weight has a magnitude and a direction. Train the magnitudes directly, and the
-directions by a LoRA.
+"""DoRA: a weight has a magnitude and a direction. Train the magnitudes directly, and
+the directions by a LoRA.
 
     W' = g (W + s B A)    g = m / ||W + s B A||
 

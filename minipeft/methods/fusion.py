@@ -9,9 +9,9 @@ each layer, for each token:
 Pfeiffer et al. 2020, "AdapterFusion: Non-Destructive Task Composition for Transfer
 Learning", arXiv 2005.00247. Not in Hugging Face PEFT.
 
-W_v starts as the identity, so fusion starts near the experts' mean, and a regularization
-0.01 ||W_v - 1||^2 of the loss keeps it near. It trains 3 d^2 + 2 d numbers a layer: more
-than the experts, and not few.
+W_v starts as the identity, so fusion starts near the experts' mean, and a
+regularization 0.01 ||W_v - 1||^2 of the loss keeps it near. It trains 3 d^2 + 2 d
+numbers a layer: more than the experts, and not few.
 """
 
 from contextlib import contextmanager
@@ -146,8 +146,8 @@ class Fusion(Adapter):
 
 @contextmanager
 def attention(model, name):
-    """Within it, records the attention of fusion `name` of a PeftModel: {path: [p (B, T,
-    N) of each call]}."""
+    """Within it, records the attention of fusion `name` of a PeftModel: {path: [p (B,
+    T, N) of each call]}."""
     recorded = {path: [] for path in model._adapters_by_path(name)}
 
     def record(path):
