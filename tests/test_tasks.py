@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import time
 from collections import Counter
 from itertools import islice
 
@@ -302,3 +303,51 @@ def test_newcomers_are_strangers():
 def test_unknown_task_is_named_with_the_nearest():
     with pytest.raises(ValueError, match="'voices'.*did you mean 'voice'"):
         load_task("voices")
+
+
+class TestSqlLimits:
+    """A query that a model wrote takes no more than its share of time and memory."""
+
+    LONG = "(SELECT group_concat(a.name) FROM residents a, (SELECT 1 FROM pets LIMIT 5))"
+    CROSS = "residents a, residents b, residents c, residents d, residents e"
+
+    @pytest.mark.parametrize(
+        "sql",
+        [
+            "SELECT printf('%.*c', 2147483000, 'x')",
+            "SELECT length(PRINTF('%2147483000d', 1))",
+            "SELECT format('%.*f', 2000000000, 1.5)",
+            "SELECT hex(zeroblob(1000000000))",
+            f"SELECT a.name FROM {CROSS} ORDER BY a.name || b.name || c.name || d.name",
+            f"SELECT DISTINCT a.name || b.name || c.name || d.name FROM {CROSS}",
+            f"SELECT count(*) FROM {CROSS}",
+            f"SELECT group_concat(a.name) FROM {CROSS}",
+            f"SELECT count(*) FROM {CROSS} WHERE {LONG} LIKE '%a%e%i%o%u%z%q'",
+            f"SELECT replace({LONG}, 'a', {LONG})",
+            f"SELECT {', '.join([LONG] * 40)} FROM residents",
+            "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t)"
+            " SELECT count(*) FROM t",
+        ],
+    )
+    def test_what_never_ends_is_stopped(self, sql):
+        started = time.process_time()
+        assert scoring.answer(sql) is None
+        assert time.process_time() - started < 1.0  # its 0.5 s, and what surrounds it
+
+    def test_a_large_answer_is_refused(self):
+        assert scoring.answer(f"SELECT name, {self.LONG} FROM residents") is None or (
+            sum(len(str(row)) for row in scoring.answer(f"SELECT {self.LONG}")) < 10_100
+        )
+
+    @pytest.mark.parametrize(
+        "sql, expected",
+        [
+            ("SELECT upper('a') || lower('B') || trim(' c ')", [("Abc",)]),
+            ("SELECT coalesce(NULL, round(2.5), 1)", [(3.0,)]),
+            ("SELECT substr('miller', 1, 4), length('miller')", [("mill", 6)]),
+            ("SELECT 1 WHERE 'miller' LIKE 'mill%'", [(1,)]),
+            ("SELECT CAST('9' AS INTEGER) + abs(-1)", [(10,)]),
+        ],
+    )
+    def test_ordinary_functions_work(self, sql, expected):
+        assert scoring.answer(sql) == expected
