@@ -111,3 +111,61 @@ def test_the_gates_can_fail(base):
     untrained = GPT(base[0].config).eval()
     assert gates.copies(untrained, base[1], documents=10)["one"] < 10
     assert gates.tracks(untrained, base[1], stories=10)[0]["gate"] < 20
+
+
+class TestBosInTransformers:
+    """transformers puts <s> first; our encode adds none, and the ids agree."""
+
+    TEXTS = ["Day 12.", "", " baker", 'She said, "Come!"\n\nNo.', "café 🙂"]
+
+    @pytest.fixture(params=["shipped", "saved", "trained"])
+    def folder(self, request, tmp_path, base):
+        if request.param == "shipped":
+            return FOLDER
+        tokenizer = base[1]
+        if request.param == "trained":
+            from minipeft.lm.tokenizer import train_tokenizer
+
+            tokenizer = train_tokenizer(self.TEXTS * 5, 400)
+        tokenizer.save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_the_same_ids(self, folder):
+        transformers = pytest.importorskip("transformers")
+        from minipeft.lm import load_tokenizer
+
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        ours = load_tokenizer(folder)
+        for text in self.TEXTS:
+            ids = ours.encode(text)
+            assert ours.bos_token_id not in ids
+            assert theirs(text)["input_ids"] == [ours.bos_token_id, *ids]
+            assert theirs.encode(text, add_special_tokens=False) == ids
+            text_again = theirs.decode([1, *ids], skip_special_tokens=True)
+            assert text_again == ours.decode(ids)
+
+    def test_generate_takes_either(self, base):
+        transformers = pytest.importorskip("transformers")
+        from minipeft.lm import generate
+
+        model, tokenizer = base
+        theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+        prompt = "In the morning"
+        expected = generate(model, tokenizer, prompt, max_new_tokens=6)
+        assert generate(model, theirs, prompt, max_new_tokens=6) == expected
+        pieces = generate(model, theirs, prompt, max_new_tokens=6, stream=True)
+        assert "".join(pieces) == expected
+        ids = torch.tensor([theirs(prompt)["input_ids"]])
+        new = model.generate(ids, max_new_tokens=6)[0, ids.shape[1] :]
+        assert tokenizer.decode(new).strip() == expected.strip()
+
+    def test_training_takes_either(self, base):
+        transformers = pytest.importorskip("transformers")
+        from minipeft.lm import load_data
+        from minipeft.lm.data import Batches, encode
+
+        theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+        examples = load_data("sql").train[:20]
+        rows = Batches(examples, base[1]).rows
+        assert Batches(examples, theirs).rows == rows
+        assert encode(theirs, examples[0]) == rows[0]

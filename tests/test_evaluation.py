@@ -147,3 +147,11 @@ def test_wrong_split_and_empty():
         evaluate(tiny(), Words(), task(), split="tset")
     with pytest.raises(DataError, match="no examples"):
         evaluate(tiny(), Words(), [])
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1.5, "3", True])
+def test_a_limit_that_means_nothing(limit):
+    with pytest.raises(
+        DataError, match="limit = .*: expected a whole number at least 1"
+    ):
+        evaluate(None, Letters(), [1, 2, 3], limit=limit)

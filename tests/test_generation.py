@@ -249,3 +249,63 @@ def test_stories260k_streams_its_story(real):
     start = golden["greedy_text"].strip()[:40]
     rest = generate(model, tokenizer, [start, "Lily"], max_new_tokens=20)[0]
     assert (start + rest) == golden["greedy_text"].strip()[: len(start + rest)]
+
+
+class TestExtremes:
+    def test_tiny_temperatures_are_greedy(self):
+        logits = torch.tensor([[1.0, 3.0, 2.0], [-5.0, 0.0, -1e-3]])
+        for temperature in (1e-10, 1e-40, 5e-324):
+            assert sample(logits, temperature).tolist() == [1, 1]
+        assert sample(1e30 * logits, 1e-40, top_k=2, top_p=0.5).tolist() == [1, 1]
+
+    def test_ties_stay_ties(self):
+        logits = torch.tensor([[7.0, 7.0, 1.0]]).expand(400, 3)
+        assert set(sample(logits, 1e-40).tolist()) == {0, 1}
+
+    @pytest.mark.parametrize("top_p", [1e-300, 1e-45, 5e-324, 1e-12])
+    def test_a_tiny_top_p_leaves_the_likeliest(self, top_p):
+        logits = torch.randn(20, 50)
+        drawn = sample(logits, 1.0, top_p=top_p)
+        assert torch.equal(drawn, logits.argmax(-1))
+
+    @pytest.mark.parametrize("stop", ["", ["a", ""], [None], [1.5], True])
+    def test_stops_that_mean_nothing(self, model, stop):
+        with pytest.raises(ValueError, match="stop = "):
+            generate(model, Letters(), "abc", stop=stop)
+
+    @pytest.mark.parametrize("number", [1.5, "3", True, float("inf")])
+    def test_numbers(self, model, number):
+        with pytest.raises(ValueError, match="max_new_tokens = .*: expected a whole"):
+            generate(model, Letters(), "abc", max_new_tokens=number)
+        if not isinstance(number, float) or number == float("inf"):
+            with pytest.raises(ValueError, match="temperature = "):
+                generate(model, Letters(), "abc", temperature=number)
+
+    def test_half_a_character(self, model):
+        with pytest.raises(ValueError, match="the prompt is not text"):
+            generate(model, Letters(), "ab\ud83d")
+
+    def test_ids_beyond_the_vocabulary(self, model):
+        with pytest.raises(ValueError, match="gives the id 40, but .* has 40 tokens"):
+            generate_ids(model, torch.tensor([[3, 40]]))
+
+    @pytest.mark.parametrize("style", ["llama", "gpt2"])
+    def test_the_context(self, style):
+        sizes = dict(SIZES, max_position_embeddings=8, eos_token_id=None)
+        model = GPT(GPTConfig(**sizes, model_type=style)).eval()
+        with pytest.raises(ValueError, match="has 9 tokens, but .* context holds 8"):
+            generate(model, Letters(), "abcdefgh")  # and bos
+        rows = torch.tensor([[5, 6, 7, 8]])
+        exact = generate_ids(model, rows, max_new_tokens=5)  # the last is not read
+        with pytest.warns(UserWarning, match="context of 8 tokens is full"):
+            longer = generate_ids(model, rows, max_new_tokens=50)
+        assert torch.equal(longer, exact) and exact.shape == (1, 9)
+        with pytest.warns(UserWarning, match="full"):  # each row has its own end
+            texts = generate(model, Letters(), ["abcdef", "a"], 20)
+        with pytest.warns(UserWarning, match="full"):
+            assert texts == [generate(model, Letters(), p, 20) for p in ("abcdef", "a")]
+
+    def test_spaces_at_a_prompts_end_are_dropped_as_in_training(self, model):
+        whole = generate(model, Letters(), "abc", max_new_tokens=8)
+        assert generate(model, Letters(), "abc  ", max_new_tokens=8) == whole
+        assert generate(model, Letters(), "abc\n  ", max_new_tokens=8) != whole

@@ -333,3 +333,104 @@ def test_stories260k(real):
     assert tokenizer.encode(golden["probe_text"]) == [
         i for i in golden["probe_ids"] if i != model.config.bos_token_id
     ]
+
+
+class TestDamagedFiles:
+    """Each error names the file, what was found and what was expected."""
+
+    @pytest.mark.parametrize(
+        "field, value",
+        [
+            ("hidden_size", -1),
+            ("hidden_size", "4"),
+            ("vocab_size", None),
+            ("num_hidden_layers", True),
+            ("num_attention_heads", 1.5),
+            ("intermediate_size", 0),
+            ("num_key_value_heads", [2]),
+            ("head_dim", -4),
+            ("max_position_embeddings", "many"),
+            ("rms_norm_eps", "small"),
+            ("rope_theta", -1.0),
+            ("rope_parameters", [1]),
+            ("rope_parameters", {"rope_type": "linear", "factor": None}),
+            ("tie_word_embeddings", "yes"),
+            ("attention_bias", 2),
+            ("eos_token_id", ["</s>"]),
+            ("model_type", ["llama"]),
+            ("hidden_act", {}),
+            ("quantization_config", "nf4"),
+        ],
+    )
+    def test_a_field_of_the_configuration(self, tiny, field, value):
+        config = json.loads((tiny / "config.json").read_text())
+        (tiny / "config.json").write_text(json.dumps(config | {field: value}))
+        with pytest.raises(
+            ModelFileError, match=f"config.json: .*({field[-8:]}|rope_scaling)"
+        ):
+            load_pretrained(tiny)
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"[" * 100_000, b"null", b"\xff\xfe\x00", b'{"a": 1'[:-1]]
+    )
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+    def test_json(self, tiny, name, content):
+        (tiny / name).write_bytes(content)
+        if name != "config.json":
+            (tiny / "model.safetensors").unlink()
+        with pytest.raises(ModelFileError, match=name):
+            load_pretrained(tiny)
+
+    @pytest.mark.parametrize(
+        "weight_map",
+        [
+            5,
+            {},
+            None,
+            {"a": 5},
+            {"a": None},
+            {"a": "../outside.safetensors"},
+            {"a": "/etc/passwd"},
+            {"a": "sub/model.safetensors"},
+            {"a": ".."},
+            {"a": ""},
+        ],
+    )
+    def test_an_index_that_leads_elsewhere(self, tiny, weight_map):
+        (tiny / "model.safetensors").rename(tiny.parent / "outside.safetensors")
+        index = tiny / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ModelFileError, match="index.json"):
+            load_pretrained(tiny)
+
+    def test_a_folder_in_the_place_of_the_weights(self, tiny):
+        (tiny / "model.safetensors").unlink()
+        (tiny / "model.safetensors").mkdir()
+        with pytest.raises(ModelFileError, match="is a folder; expected a file"):
+            load_pretrained(tiny)
+
+    def test_integer_weights(self, tiny):
+        tensors = load_file(tiny / "model.safetensors")
+        tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int64)
+        save_file(tensors, tiny / "model.safetensors")
+        with pytest.raises(ModelFileError, match="wrong type: model.norm.weight I64"):
+            load_pretrained(tiny)
+
+    @pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff" * 50, b"cut", b"[]"])
+    def test_a_tokenizer(self, tmp_path, content):
+        from minipeft.errors import FileError
+
+        load_tokenizer("lanternwick").save_pretrained(tmp_path)
+        file = tmp_path / "tokenizer.json"
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2] if content == b"cut" else content)
+        with pytest.raises(FileError, match="tokenizer.json"):
+            load_tokenizer(tmp_path)
+        file.write_bytes(whole)
+        (tmp_path / "tokenizer_config.json").write_text('{"bos_token": 5}')
+        with pytest.raises(FileError, match="bos_token = 5: expected a string"):
+            load_tokenizer(tmp_path)
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(FileError, match="is a folder"):
+            load_tokenizer(tmp_path)

@@ -574,3 +574,92 @@ def test_configurations():
     ):
         with pytest.raises(ValueError, match="bnb_4bit_quant_type"):
             parse(wrong)
+
+
+class TestStateDict:
+    """What does not fit is refused; nothing is half-loaded, nothing ignored."""
+
+    @pytest.mark.parametrize("shape", [(60, 32), (64, 31), (32, 64), (128, 16)])
+    def test_a_dense_weight_of_another_shape(self, shape):
+        layer = Linear4bit.from_linear(nn.Linear(64, 32))
+        before = layer.weight.clone()
+        with pytest.raises(RuntimeError, match="size mismatch for weight"):
+            layer.load_state_dict(nn.Linear(*shape).state_dict())
+        assert torch.equal(layer.weight, before)
+
+    @pytest.mark.parametrize("shape", [(60, 32), (32, 64), (128, 16)])
+    def test_a_packed_weight_of_another_shape(self, shape):
+        layer = Linear4bit.from_linear(nn.Linear(64, 32, bias=False))
+        other = Linear4bit.from_linear(nn.Linear(*shape, bias=False)).state_dict()
+        with pytest.raises(ValueError, match=r"weight: found .*, expected \(32, 64\)"):
+            layer.load_state_dict(other)
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_a_packed_weight_without_its_scales(self, strict):
+        layer = Linear4bit.from_linear(nn.Linear(64, 32))
+        state = {k: v for k, v in layer.state_dict().items() if "weight." not in k}
+        assert set(state) == {"weight", "bias"}
+        with pytest.raises(ValueError, match="without its quant_state and absmax"):
+            layer.load_state_dict(state, strict=strict)
+
+    @pytest.mark.parametrize(
+        "key, change",
+        [
+            ("weight", lambda t: t[:-1]),
+            ("weight.absmax", lambda t: t[:-1]),
+            ("weight.nested_absmax", lambda t: t.repeat(2)),
+            ("weight.quant_state.bitsandbytes__nf4", lambda t: t[:-5]),
+            ("weight.quant_state.bitsandbytes__nf4", lambda t: t * 0 + 91),
+        ],
+    )
+    def test_parts_that_do_not_fit_together(self, key, change):
+        layer = Linear4bit.from_linear(nn.Linear(64, 32))
+        state = layer.state_dict()
+        state[key] = change(state[key])
+        with pytest.raises(ValueError, match="^weight: "):
+            layer.load_state_dict(state)
+
+    def test_a_weight_that_is_missing(self):
+        layer = Linear4bit.from_linear(nn.Linear(64, 32))
+        with pytest.raises(RuntimeError, match='Missing key.* "weight"'):
+            layer.load_state_dict({"bias": torch.zeros(32)})
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (0, 64)])
+def test_any_number_of_dimensions_with_a_trained_bias(shape):
+    dense = nn.Linear(64, 32)
+    layer = Linear4bit.from_linear(dense)
+    twin = nn.Linear(64, 32)
+    twin.weight.data = read_weight(layer)
+    twin.bias.data = dense.bias.data.clone()
+    x, y = (torch.randn(shape).requires_grad_() for _ in range(2))
+    y.data = x.data
+    layer(x).square().sum().backward()
+    twin(y).square().sum().backward()
+    for ours, exact in ((x.grad, y.grad), (layer.bias.grad, twin.bias.grad)):
+        torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize(
+    "skip, near",
+    [(["q_prj"], "q_proj"), ("up_porj", "up_proj"), (("Q_PROJ",), "q_proj")],
+)
+def test_a_skipped_name_that_no_layer_has(skip, near):
+    model = make("llama")
+    with pytest.raises(ValueError, match=f"did you mean '{near}'"):
+        quantize_model(model, skip=skip)
+    assert not any(isinstance(m, Linear4bit) for m in model.modules())
+    assert quantize_model(model, skip="q_proj").model.layers[0].self_attn.q_proj
+
+
+def test_importing_it_greets_nobody():
+    import subprocess
+    import sys
+
+    code = (
+        "import minipeft.quant, torch;"
+        "m = torch.nn.Sequential(torch.nn.Linear(64, 64));"
+        "minipeft.quant.quantize_model(m, backend='bitsandbytes')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

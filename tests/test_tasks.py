@@ -308,7 +308,9 @@ def test_unknown_task_is_named_with_the_nearest():
 class TestSqlLimits:
     """A query that a model wrote takes no more than its share of time and memory."""
 
-    LONG = "(SELECT group_concat(a.name) FROM residents a, (SELECT 1 FROM pets LIMIT 5))"
+    LONG = (
+        "(SELECT group_concat(a.name) FROM residents a, (SELECT 1 FROM pets LIMIT 5))"
+    )
     CROSS = "residents a, residents b, residents c, residents d, residents e"
 
     @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from ..io import check_number, did_you_mean
 from ..lanternwick.scoring import bleu, percent, plain
 from ..lanternwick.tasks import TASKS, Example, Task, load_task
 from .fetch import DataError, fetch
+from .tokenizer import wrap
 from .user_data import SUFFIXES, paragraphs, read_user_file
 
 
@@ -213,6 +214,7 @@ def encode(tokenizer, example, max_length=None, truncate=False):
 
     More than max_length tokens are a DataError that names the example; with
     truncate=True its prompt loses its start."""
+    tokenizer = wrap(tokenizer)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompt = tokenizer.encode(example.prompt) if example.prompt else []
     completion = completion_ids(tokenizer, example.prompt, example.completion)
@@ -266,10 +268,13 @@ def check_ids(model, ids, what="the tokenizer"):
 def cached_tokenizer(tokenizer):
     """What `encode` needs of a tokenizer, with a memory: prompts come again, with other
     completions."""
+    tokenizer = wrap(tokenizer)
+    pad = tokenizer.pad_token_id
     return SimpleNamespace(
         encode=lru_cache(None)(tokenizer.encode),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
     )
 
 
@@ -311,13 +316,11 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.bucket = bucket
-        self.pad = tokenizer.pad_token_id
-        if self.pad is None:
-            self.pad = tokenizer.eos_token_id
+        cached = cached_tokenizer(tokenizer)
+        self.pad = cached.pad_token_id
         self.rows = []
         self.truncated = 0
         self._epoch = (None, None)
-        cached = cached_tokenizer(tokenizer)
         for example in tqdm(examples, desc="encoding", leave=False, delay=3):
             self._add(cached, example, max_length, truncate)
         if self.truncated:

@@ -14,6 +14,7 @@ import torch
 
 from ..io import brief, check_number
 from .data import check_ids, max_tokens
+from .tokenizer import wrap
 from .user_data import trim
 
 
@@ -175,8 +176,6 @@ def prompt_ids(tokenizer, prompt):
         raise ValueError(f"the prompt is not text: {problem}") from None
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = list(tokenizer.encode(trim(prompt)))
-    # a transformers tokenizer puts it there itself
-    ids = ids[len(bos) :] if bos and ids[: len(bos)] == bos else ids
     if not bos + ids:
         raise ValueError("an empty prompt needs a tokenizer with a bos token")
     return bos + ids, ids
@@ -262,6 +261,7 @@ def generate(
     prompts = [prompts] if single else list(prompts)
     if stream and not single:
         raise ValueError("stream needs one prompt, a str")
+    tokenizer = wrap(tokenizer)
     stops, ends = check_stop(stop)
     ends = ends | eos_ids(model, tokenizer)
     writers = [Writer(tokenizer, prompt, ends, stops) for prompt in prompts]

@@ -85,7 +85,8 @@ class GPTConfig:
 
     def __post_init__(self):
         check_choice("model_type", self.model_type, MODEL_TYPES)
-        self.hidden_act = self.hidden_act or ("gelu_new" if self.is_gpt2 else "silu")
+        if self.hidden_act is None:
+            self.hidden_act = "gelu_new" if self.is_gpt2 else "silu"
         check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         self._check_numbers()
         self._fill_heads()

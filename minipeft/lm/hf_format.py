@@ -235,7 +235,8 @@ def weight_files(folder):
             f"{index}: weight_map = {brief(shards)}: expected an object"
         )
     for shard in shards.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        plain = isinstance(shard, str) and Path(shard).name == shard
+        if not plain or shard in ("", ".."):
             raise ModelFileError(
                 f"{index} names {brief(shard)}: expected the name of a file in this"
                 " folder"

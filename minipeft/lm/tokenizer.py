@@ -178,6 +178,16 @@ class Tokenizer:
         write_json(folder / "tokenizer_config.json", config, indent=1)
 
 
+def wrap(tokenizer):
+    """transformers' fast tokenizers as a Tokenizer, whose encode adds no special token;
+    others as they are."""
+    raw = getattr(tokenizer, "backend_tokenizer", None)
+    if raw is None:
+        return tokenizer
+    names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    return Tokenizer(raw, *names, tokenizer.chat_template)
+
+
 def first_id(raw, *names):
     """The id of the first of these tokens that the vocabulary has, or None."""
     ids = (raw.token_to_id(name) for name in names if name)
