@@ -5,11 +5,12 @@ READY := .venv/ready
 # Extra arguments, say: make test ARGS="-x -k lora", make lab ARGS="--no-browser --port 9000"
 ARGS ?=
 
-.PHONY: help lab test test-latest lock demo pretrain results chapters bench clean
+.PHONY: help lab test lint test-latest lock demo pretrain results chapters bench clean
 
 help:
 	@echo "make lab       open the course in JupyterLab (the first time it sets up .venv)"
-	@echo "make test      run the package's tests, then every chapter, comparing all outputs"
+	@echo "make test      check the style, run the package's tests, then every chapter, comparing all outputs"
+	@echo "make lint      check the style alone, with ruff (ruff format . and ruff check --fix . mend most of it)"
 	@echo "make test-latest  the package's tests with the newest versions of everything, in .venv-latest"
 	@echo "make lock      write constraints.txt from pyproject.toml (all newest: ARGS=--upgrade)"
 	@echo "make demo      fine-tune the shipped model with LoRA, in about a minute"
@@ -26,9 +27,13 @@ $(READY): pyproject.toml constraints.txt setup_env.py
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters/README.md $(ARGS)
 
-test: $(READY)
+test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval chapters $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
 
 # The newest of all that pyproject.toml allows; CONTRIBUTING.md says what to do when it turns red.
 test-latest:

@@ -149,6 +149,7 @@ def test_make_help_names_every_target():
         "help",
         "lab",
         "test",
+        "lint",
         "test-latest",
         "lock",
         "demo",
@@ -171,6 +172,13 @@ def test_what_make_runs_exists():
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     for script in re.findall(r"python (\w+/\w+\.py)", makefile):
         assert (ROOT / script).exists(), script
+
+
+def test_style_is_checked_first():
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^test: lint$", makefile, re.M)
+    for command in ("format --check", "check"):
+        assert f"$(BIN)/ruff {command} --quiet .\n" in makefile
 
 
 def test_ci_runs_what_a_learner_runs():
