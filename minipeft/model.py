@@ -372,6 +372,12 @@ class PeftModel(nn.Module):
             for part in self._adapters_by_path(name).values():
                 part.requires_grad_(name in names and not inference_mode)
 
+    def set_requires_grad(self, adapter_names, requires_grad=True):
+        """Train these adapters, or freeze them, whichever are active."""
+        for name in self._check_names(adapter_names):
+            for adapter in self._adapters_by_path(name).values():
+                adapter.requires_grad_(requires_grad)
+
     def delete_adapter(self, adapter_name):
         self._check_names(adapter_name)
         self._check_not_needed(adapter_name)

@@ -121,6 +121,14 @@ def save(folder, config, tensors):
         raise AdapterFileError(f"cannot write into {folder}: {error}") from None
 
 
+def write_card(folder, config, tensors):
+    """Write only the model card, where there is none of somebody's own."""
+    folder = io.make_folder(folder, AdapterFileError)
+    card = model_card(config, tensors, folder)
+    if card:
+        io.write_text(folder / CARD, card)
+
+
 def file_content(model, name, initial=None, state_dict=None, embeddings="auto"):
     """(configuration, {key: tensor}): what is saved of adapter `name` of a PeftModel.
 

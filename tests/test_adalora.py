@@ -252,7 +252,7 @@ def test_the_budget():
         (dict(total_step=9, orth_reg_weight=-1), "orth_reg_weight = -1"),
         (dict(total_step=9, use_dora=True), "no use_dora"),
         (dict(total_step=9, use_rslora=True), "no use_rslora"),
-        (dict(total_step=9, init_lora_weights="gaussian"), "knows True and False"),
+        (dict(total_step=9, init_lora_weights="gaussian"), "only True and False"),
         (dict(total_step=9, lora_dropout=1), "lora_dropout = 1"),
     ],
 )

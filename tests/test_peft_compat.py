@@ -202,6 +202,12 @@ class TestConfigurations:
         with pytest.raises(ConfigError, match=f"{field} = "):
             LoraConfig(**{field: value})
 
+    @pytest.mark.parametrize("r", [4, 16])
+    def test_a_rank_that_adalora_does_not_use_is_said(self, r):
+        for package in (peft, minipeft):
+            with pytest.warns(UserWarning, match="init_r"):
+                package.AdaLoraConfig(r=r, total_step=10)
+
     def test_alpha_zero_is_said(self):
         with pytest.warns(UserWarning, match="does not train"):
             LoraConfig(lora_alpha=0)
@@ -335,6 +341,16 @@ class TestObjects:
             allocator.step()
         ours, wanted = (m.peft_config["default"].rank_pattern for m in (model, other))
         assert ours == wanted and sum(map(sum, ours.values())) == 3 * len(ours)
+
+    def test_freezing_adapters(self):
+        for package, config in ((minipeft, LoraConfig), (peft, peft.LoraConfig)):
+            model = package.get_peft_model(BASE.make(), config(**FIELDS))
+            model.add_adapter("b", config(r=2, target_modules=["q_proj"]))
+            counts = []
+            for names, trained in (("default", False), ("b", True), (["b"], False)):
+                model.set_requires_grad(names, trained)
+                counts.append(model.get_nb_trainable_parameters()[0])
+            assert counts == [0, 2 * 2 * (16 + 16), 0]
 
     def test_state_dicts(self):
         ours = adapted(LORA, BASE)
@@ -708,6 +724,9 @@ class TestSaving:
         count = model.get_nb_trainable_parameters()[0]
         for text in ("Lora", f"{count:,}", "PeftModel.from_pretrained", "`8`"):
             assert text in card.text
+        model.create_or_update_model_card(tmp_path / "card")
+        written = (tmp_path / "card" / "README.md").read_text()
+        assert written == (tmp_path / "README.md").read_text()
         model.save_pretrained(tmp_path)  # its own card is written again
         (tmp_path / "README.md").write_text("My own words.")
         model.save_pretrained(tmp_path)

@@ -21,6 +21,7 @@ final. As in Hugging Face PEFT, s is lora_alpha / init_r throughout, and the
 regularization is the mean over all A's and B's of ||A A^T - I|| or ||B^T B - I||.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,7 +45,7 @@ class AdaLoraConfig(LoraConfig):
     regularized: ClassVar[bool] = True
     default_targets: ClassVar[dict] = ADALORA_TARGETS
     init_r: int = 12  # every layer's rank at first (r itself is not used)
-    target_r: int = 8  # what it shall be at last, on average
+    target_r: int = 8  # the final average rank
     tinit: int = 0  # steps before the budget begins to fall
     tfinal: int = 0  # steps at the end in which it does not change
     deltaT: int = 1  # steps from one pruning to the next
@@ -57,14 +58,20 @@ class AdaLoraConfig(LoraConfig):
     rank_pattern: dict | None = None
 
     def __post_init__(self):
-        pattern, self.rank_pattern = self.rank_pattern, {}  # not ranks, as in LoRA's
+        pattern = self.rank_pattern
+        self.rank_pattern = {}  # lists of booleans, not ranks as in LoRA
         if not isinstance(pattern, dict | None):
             raise ConfigError(
-                f"rank_pattern = {pattern!r}: expected is what the allocator notes, a"
-                " dict"
+                f"rank_pattern = {pattern!r}: expected the allocator's notes, a dict"
             )
         super().__post_init__()
         self.rank_pattern = pattern
+        if self.r != 8:
+            warnings.warn(
+                f"AdaLoRA does not use r = {self.r}: init_r is the first rank,"
+                " target_r the final one",
+                stacklevel=4,
+            )
         self.check_positive("init_r", "target_r", "total_step", "deltaT")
         if self.target_r > self.init_r:
             raise ConfigError(
@@ -81,21 +88,21 @@ class AdaLoraConfig(LoraConfig):
             )
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
             raise ConfigError(
-                f"beta1 = {self.beta1}, beta2 = {self.beta2}: numbers between 0 and 1"
-                " are expected"
+                f"beta1 = {self.beta1}, beta2 = {self.beta2}: expected numbers"
+                " between 0 and 1"
             )
         if self.orth_reg_weight < 0:
             raise ConfigError(
-                f"orth_reg_weight = {self.orth_reg_weight}: a weight of 0 or more is"
-                " expected"
+                f"orth_reg_weight = {self.orth_reg_weight}: expected a weight of"
+                " 0 or more"
             )
         for name in ("use_dora", "use_rslora", "lora_bias", "alpha_pattern"):
             if getattr(self, name):
                 raise ConfigError(f"AdaLoRA has no {name}")
         if not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
-                f"init_lora_weights = {self.init_lora_weights!r}: AdaLoRA knows True"
-                " and False"
+                f"init_lora_weights = {self.init_lora_weights!r}: AdaLoRA has only"
+                " True and False"
             )
 
     # nothing is shared, but the penalty is a mean over all layers

@@ -127,7 +127,7 @@ class LoraConfig(LayerConfig):
                 stacklevel=5,
             )
             self.loftq_config = {}
-        if self.lora_alpha == 0:
+        if self.lora_alpha == 0 and self.peft_type == "LORA":  # AdaLoRA: a default
             warnings.warn(
                 "lora_alpha = 0: the adapter is multiplied by zero and does not train",
                 stacklevel=5,
