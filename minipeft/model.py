@@ -536,6 +536,11 @@ class PeftModel(nn.Module):
                 folder = Path(save_directory) / ("" if name == "default" else name)
                 saving.save(folder, config, tensors)
 
+    def create_or_update_model_card(self, output_dir):
+        """Write the first active adapter's model card, where there is no other card."""
+        config, tensors = saving.file_content(self, self.active_adapters[0])
+        saving.write_card(output_dir, config, tensors)
+
     def push_to_hub(
         self, repo_id, commit_message=None, private=None, token=None, **more
     ):

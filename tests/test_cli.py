@@ -389,7 +389,7 @@ def test_what_is_no_notebook_has_no_students_edition(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "is not JSON"),
+        ("{", "not JSON"),
         ("[]", "holds a list"),
         ("{}", "no peft_type"),
         ('{"peft_type": "LORA", "r": null}', "r = None"),

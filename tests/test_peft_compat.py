@@ -208,8 +208,8 @@ class TestConfigurations:
             with pytest.warns(UserWarning, match="init_r"):
                 package.AdaLoraConfig(r=r, total_step=10)
 
-    def test_alpha_zero_is_said(self):
-        with pytest.warns(UserWarning, match="does not train"):
+    def test_alpha_zero_would_train_nothing(self):
+        with pytest.raises(ConfigError, match="lora_alpha = 0"):
             LoraConfig(lora_alpha=0)
 
 

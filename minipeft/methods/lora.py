@@ -127,11 +127,6 @@ class LoraConfig(LayerConfig):
                 stacklevel=5,
             )
             self.loftq_config = {}
-        if self.lora_alpha == 0 and self.peft_type == "LORA":  # AdaLoRA: a default
-            warnings.warn(
-                "lora_alpha = 0: the adapter is multiplied by zero and does not train",
-                stacklevel=5,
-            )
         self.check_positive("r", **self.rank_pattern)
         self.check_probability("lora_dropout")
         check_alpha(lora_alpha=self.lora_alpha, **self.alpha_pattern)
