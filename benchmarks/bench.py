@@ -87,10 +87,14 @@ METHODS = {
         dict(num_virtual_tokens=10, task_type="CAUSAL_LM"),
     ),
 }
-RACED = {name: ("ours", 0.8) for name in ("DoRA", "LoHa", "LoKr", "VeRA")} | {
-    "(IA)³": ("ours", 1.0)
+RACED = {
+    "DoRA": ("ours", 0.9),
+    "LoHa": ("ours", 0.75),
+    "LoKr": ("ours", 0.8),
+    "VeRA": ("ours", 0.85),
+    "(IA)³": ("ours", 1.0),
 }
-# peft adds AdaLoRA's penalty for CAUSAL_LM only
+# peft adds AdaLoRA's regularization for CAUSAL_LM only
 RACED |= {name: ("llama", 1.0) for name in ("AdaLoRA", "prompt", "prefix")}
 WHY = {  # what is written below the table where such a row misses its goal
     "DoRA step / peft's": (

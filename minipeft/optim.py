@@ -3,8 +3,10 @@
     eta_B = ratio * eta_A
 
 Hayou, Ghosh, Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv
-2402.12354. A reads d_in numbers, B reads r: the wider the network, the smaller B's
-steps are for what they should do. Nothing but the optimizer changes.
+2402.12354.
+
+A reads d_in numbers and B reads r: the wider the network, the smaller B's steps are
+beside those it needs. Only the optimizer changes.
 """
 
 from torch import nn
@@ -22,17 +24,19 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding=1e-6,
     **kwargs,
 ):
-    """An optimizer over what `model` trains, in Hugging Face PEFT's four groups: A and
-    other matrices (lr), LoRA on embeddings (loraplus_lr_embedding), B and vectors (lr *
-    loraplus_lr_ratio), biases and norms, which are never decayed (likewise). kwargs go
-    to optimizer_cls. Raises ConfigError."""
+    """An optimizer over what `model` trains, in Hugging Face PEFT's four groups.
+
+    A and other matrices: lr. LoRA on embeddings: loraplus_lr_embedding. B and vectors:
+    lr * loraplus_lr_ratio. Biases and norms: the same, without weight decay. kwargs go
+    to optimizer_cls. Raises ConfigError.
+    """
     for name, value in (
         ("lr", lr),
         ("loraplus_lr_ratio", loraplus_lr_ratio),
         ("loraplus_lr_embedding", loraplus_lr_embedding),
     ):
         if not value > 0:
-            raise ConfigError(f"{name} = {value!r}: a positive number is expected")
+            raise ConfigError(f"{name} = {value!r}: expected a positive number")
     matrices, embeddings, fast, undecayed = [], [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

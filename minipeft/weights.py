@@ -46,7 +46,7 @@ class Bitsandbytes4bitStorage:  # packed: two weights to a byte
     def read(layer):
         from bitsandbytes.functional import dequantize_4bit
 
-        Bitsandbytes4bitStorage.settle(layer)
+        Bitsandbytes4bitStorage.undo_repacking(layer)
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
     @staticmethod
@@ -62,7 +62,7 @@ class Bitsandbytes4bitStorage:  # packed: two weights to a byte
         ).to(old.device)
 
     @staticmethod
-    def settle(layer):
+    def undo_repacking(layer):
         """bitsandbytes repacks on CPUs with AVX512-BF16, at the first call in eval
         mode, and loses backward; undo it and disable it."""
         state, layer.support_avx512bf16_for_cpu = layer.weight.quant_state, False
@@ -79,8 +79,8 @@ class Bitsandbytes4bitStorage:  # packed: two weights to a byte
             layer.quant_state = layer.weight.quant_state
 
 
-# The storage of each class, by name, so that nothing is imported for it. Later floors
-# add theirs. None: not adaptable.
+# {class: its storage}, by name, so that nothing is imported for it. quant/linear4bit.py
+# adds its own. None: not adaptable.
 STORAGE = {
     "torch.nn.modules.linear.Linear": DenseStorage,
     "torch.nn.modules.sparse.Embedding": TransposedStorage,
@@ -92,8 +92,8 @@ STORAGE = {
 
 
 def storage(layer):
-    """How `layer` stores its weight, by the most specific of its classes that is known;
-    None where there is none."""
+    """How `layer` stores its weight, by the most specific of its known classes, or
+    None."""
     return STORAGE.get(class_name(known_class(layer)))
 
 
@@ -111,8 +111,8 @@ def is_linear(layer):
 
 
 def is_norm(module):
-    """LayerNorm, RMSNorm and their relatives, whatever their class: a weight of one
-    dimension, and nothing below."""
+    """True for LayerNorm, RMSNorm and other norms, of any class: a module without
+    children whose weight has one dimension."""
     weight = getattr(module, "weight", None)
     return (
         isinstance(weight, nn.Parameter)
@@ -185,7 +185,7 @@ def read_weight(layer):
     if not weight.is_floating_point() or weight.shape != (d_out, d_in):
         raise TypeError(
             f"the weight of this {type(layer).__name__} reads as {tuple(weight.shape)}"
-            f" {weight.dtype}; ({d_out}, {d_in}) floating-point numbers are expected"
+            f" {weight.dtype}: expected ({d_out}, {d_in}) floating-point numbers"
         )
     return weight
 
@@ -213,7 +213,7 @@ def write_weight(layer, weight, lossy=False):
 
 
 def is_dense(layer):
-    """Is the weight stored as the numbers themselves, not quantised?"""
+    """True where the weight is stored as the numbers themselves, not quantised."""
     return storage(layer) in (DenseStorage, TransposedStorage)
 
 
@@ -222,7 +222,7 @@ def undo_bnb_cpu_repacking(model):
     model."""
     for module in model.modules():
         if storage(module) is Bitsandbytes4bitStorage:
-            Bitsandbytes4bitStorage.settle(module)
+            Bitsandbytes4bitStorage.undo_repacking(module)
     return model
 
 

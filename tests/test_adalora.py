@@ -266,7 +266,7 @@ def test_wrong_places():
         get_peft_model(
             LLAMA.make(), AdaLoraConfig(total_step=9, target_modules=["embed_tokens"])
         )
-    with pytest.raises(ConfigError, match="'default' is no AdaLoRA: LoraConfig"):
+    with pytest.raises(ConfigError, match="'default' is not an AdaLoRA: LoraConfig"):
         RankAllocator(get_peft_model(LLAMA.make(), minipeft.LoraConfig()))
 
 

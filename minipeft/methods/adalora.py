@@ -168,13 +168,13 @@ class AdaLora(LinearDelta):
         }
 
     def pattern(self):
-        """[is the triplet kept?] for all init_r"""
+        """[is this triplet kept?] for all init_r"""
         kept = iter(self.kept)
         return [there and next(kept) for there in self.rows]
 
     def drop_pruned(self):
-        """Take the pruned triplets out of memory, for good. An optimizer has to be made
-        anew after that."""
+        """Free the memory of the pruned triplets, for good. Create a new optimizer
+        afterwards."""
         trained = self.lora_E.requires_grad
         for name, tensor in self.to_file().items():
             setattr(
@@ -184,14 +184,14 @@ class AdaLora(LinearDelta):
 
 
 class RankAllocator:
-    """Used like a scheduler: `step` after optimizer.step() and before zero_grad(), for
-    it reads the gradients."""
+    """Prunes triplets while an AdaLoRA trains. Used like a scheduler: call `step` after
+    optimizer.step() and before zero_grad(), for it reads the gradients."""
 
     def __init__(self, model, adapter_name="default"):
         self.config = model.peft_config[adapter_name]
         if not isinstance(self.config, AdaLoraConfig):
             raise ConfigError(
-                f"{adapter_name!r} is no AdaLoRA: {type(self.config).__name__}"
+                f"{adapter_name!r} is not an AdaLoRA: {type(self.config).__name__}"
             )
         self.adapters = {
             path: part
@@ -207,40 +207,36 @@ class RankAllocator:
         self.steps = 0  # done so far
 
     def budget(self, step):
-        """How many triplets all layers together may have after so many steps."""
-        config, first = (
-            self.config,
-            sum(len(adapter.lora_E) for adapter in self.adapters.values()),
-        )
-        last, steps = (
-            config.target_r * len(self.adapters),
-            config.total_step - config.tfinal - config.tinit,
-        )
+        """The number of triplets that all layers together may keep after `step` steps."""
+        config = self.config
+        first = sum(len(adapter.lora_E) for adapter in self.adapters.values())
+        last = config.target_r * len(self.adapters)
+        steps = config.total_step - config.tfinal - config.tinit
         rest = min(max(1 - (step - config.tinit) / steps, 0), 1)
         return int((first - last) * rest**3 + last)
 
     @torch.no_grad()
     def step(self):
         self.steps += 1
-        step, end, config = (
-            self.steps,
-            self.config.total_step - self.config.tfinal,
-            self.config,
-        )
+        config, step = self.config, self.steps
+        end = config.total_step - config.tfinal
         if step < end:
-            for p in self.sensitivity:
-                now = (p * (0 if p.grad is None else p.grad)).abs()
-                self.sensitivity[p].lerp_(now, 1 - config.beta1)
-                self.uncertainty[p].lerp_(
-                    (now - self.sensitivity[p]).abs(), 1 - config.beta2
-                )
+            self.smooth()
         if config.tinit < step <= end and (step % config.deltaT == 0 or step == end):
             self.allocate(self.budget(step))
         elif step > end:  # the choice is final
             self.mask()
 
+    def smooth(self):
+        """Update sensitivity and uncertainty from the gradients."""
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        for p in self.sensitivity:
+            now = (p * (0 if p.grad is None else p.grad)).abs()
+            self.sensitivity[p].lerp_(now, 1 - beta1)
+            self.uncertainty[p].lerp_((now - self.sensitivity[p]).abs(), 1 - beta2)
+
     def importance(self):
-        """{path: how much each triplet matters (r,)}"""
+        """{path: the importance of each triplet (r,)}"""
 
         def score(p):
             return self.sensitivity[p] * self.uncertainty[p]
@@ -256,7 +252,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def allocate(self, budget):
-        """Prune all but the `budget` triplets that matter most, wherever they are."""
+        """Prune all but the `budget` most important triplets of all layers."""
         scores = self.importance()
         worst = torch.cat(list(scores.values())).sort().values[:-budget]
         for path, adapter in self.adapters.items():

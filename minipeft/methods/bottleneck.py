@@ -96,7 +96,7 @@ class BottleneckConfig(LayerConfig):
             )
         if isinstance(self.scaling, str) and self.scaling != "learned":
             raise ConfigError(
-                f"scaling = {self.scaling!r}: a number or 'learned' is expected"
+                f"scaling = {self.scaling!r}: expected a number or 'learned'"
             )
 
     def usual_targets(self, model, modules):
