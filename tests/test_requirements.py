@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,48 @@ def test_command_line_runs_with_the_library_alone(library_alone, command):
 def test_what_is_absent_names_its_extra(library_alone, code):
     done = library_alone("-c", code)
     assert "pip install 'minipeft[course]'" in done.stderr, done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Runs code where minipeft comes from its wheel, far from the repository."""
+    wheels = tmp_path_factory.mktemp("wheels")
+    site = tmp_path_factory.mktemp("site")
+    build = "pip wheel --quiet --no-deps --no-build-isolation --wheel-dir".split()
+    subprocess.run([sys.executable, "-m", *build, wheels, ROOT], check=True)
+    (wheel,) = wheels.glob("minipeft-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=wheels,
+            env=os.environ | {"PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+        )
+
+    where = run("-c", "import minipeft; print(minipeft.__file__)").stdout
+    assert where.startswith(str(site)), where
+    return run
+
+
+def test_the_wheel_has_all_that_it_needs(installed):
+    """The base model, the register and the check functions travel in it."""
+    code = """
+import minipeft.course
+from minipeft.lm import generate, load_data, load_pretrained, load_tokenizer
+
+model, tokenizer = load_pretrained("lanternwick"), load_tokenizer("lanternwick")
+print(len(generate(model, tokenizer, "Once", max_new_tokens=3)))
+print(len(load_data("sql").test), minipeft.course.check)
+"""
+    done = installed("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_wheels_commands_run(installed):
+    done = installed("-m", "minipeft", "doctor", "--json")
+    assert "Traceback" not in done.stderr and '"base' in done.stdout, done.stderr
+    assert installed("-m", "minipeft", "finetune", "--help").returncode == 0
