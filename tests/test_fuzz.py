@@ -254,6 +254,7 @@ class Adapters(RuleBasedStateMachine):
         self.model = get_peft_model(plain, self.kinds[kind].make(self.base))
         self.kind_of["default"] = kind
         self.check_new("default")
+        self.add("a", data)
 
     # What the operations share.
 
@@ -507,6 +508,8 @@ class Adapters(RuleBasedStateMachine):
     @rule()
     def train_a_step(self):
         model = self.model
+        if not model.active_adapters:
+            return
         before = snapshot(model)[0]
         modes = [(module, module.training) for module in model.modules()]
         model.train()
@@ -599,15 +602,15 @@ class Adapters(RuleBasedStateMachine):
     # What holds after each of them.
 
     @invariant()
-    def merged_is_unmerged(self):
-        if hasattr(self, "model") and self.model.merged_adapters and self.base.dense:
+    def holds(self):
+        if not hasattr(self, "model"):
+            return
+        self.check_counts()
+        if self.model.merged_adapters and self.base.dense:
             names = self.model.merged_adapters, self.model.active_adapters
             close(evaluated(self.model), without_merging(self.model, *names))
 
-    @invariant()
-    def counts_are_right(self):
-        if not hasattr(self, "model"):
-            return
+    def check_counts(self):
         model = self.model
         own = {
             name: [
