@@ -76,13 +76,14 @@ def lora(**fields):
     return Kind("LoraConfig", lambda base: dict(r=2, **fields))
 
 
-def copied(block, targets=0):
+def copied(block):
     """A LoRA beside a trained copy of a whole module."""
 
     def fields(base):
+        outside = [name for name in base.targets if name != base.block]
         return dict(
             r=2,
-            target_modules=[base.targets[targets]],
+            target_modules=[outside[0]],
             modules_to_save=[getattr(base, block)],
         )
 
