@@ -5,13 +5,14 @@ READY := .venv/ready
 # Extra arguments, say: make test ARGS="-x -k lora", make lab ARGS="--no-browser --port 9000"
 ARGS ?=
 
-.PHONY: help lab test lint test-latest lock demo pretrain results chapters bench clean
+.PHONY: help lab test lint test-latest fuzz lock demo pretrain results chapters bench clean
 
 help:
 	@echo "make lab       open the course in JupyterLab (the first time it sets up .venv)"
 	@echo "make test      check the style, run the package's tests, then every chapter, comparing all outputs"
 	@echo "make lint      check the style alone, with ruff (ruff format . and ruff check --fix . mend most of it)"
 	@echo "make test-latest  the package's tests with the newest versions of everything, in .venv-latest"
+	@echo "make fuzz      many random operations on models, and trainings killed at random moments"
 	@echo "make lock      write constraints.txt from pyproject.toml (all newest: ARGS=--upgrade)"
 	@echo "make demo      fine-tune the shipped model with LoRA, in about a minute"
 	@echo "make chapters  run all chapters again and save their outputs"
@@ -39,6 +40,13 @@ lint: $(READY)
 test-latest:
 	$(PYTHON) setup_env.py --latest --folder .venv-latest
 	.venv-latest/bin/python -m pytest -n 2 --dist worksteal tests $(ARGS)
+
+# Half an hour and more on one core. The seed is printed; MINIPEFT_FUZZ_SEED=... repeats a run.
+FUZZ ?= 2000
+KILLS ?= 50
+fuzz: $(READY)
+	MINIPEFT_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 0 -s tests/test_fuzz.py $(ARGS)
+	MINIPEFT_FUZZ=$(KILLS) $(BIN)/python -m pytest -n 0 tests/test_kill.py $(ARGS)
 
 # One version of everything, for all systems and Pythons, and for both builds of torch.
 # Without ARGS it keeps what is locked and adds what is new.

@@ -31,6 +31,8 @@ REFUSED = {
     " which saves the adapters, or merge_and_unload first",
     "init_weights": "overwrite the adapters: call it on the base, before adapters are"
     " added",
+    "initialize_weights": "overwrite the adapters: call it on the base, before adapters"
+    " are added",
 }
 # fields of a configuration that say nothing about the adapter's tensors
 NOT_COMPARED = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
@@ -346,13 +348,6 @@ class PeftModel(nn.Module):
         """Activate one adapter, or a list: each is given those before it as its base.
         Only they are trained."""
         names = self._check_names(adapter_name)
-        if self.merged_adapters:  # as in PEFT, which says the same
-            warnings.warn(
-                "Adapter cannot be set when the model is merged. Unmerging the model"
-                " first.",
-                stacklevel=2,
-            )
-            merging.unmerge(self)
         for path, slot, _ in self._slots():
             copies = [
                 name
@@ -364,6 +359,13 @@ class PeftModel(nn.Module):
                     f"{copies} each have their own copy of {path} (modules_to_save):"
                     " one at a time"
                 )
+        if self.merged_adapters:  # as in PEFT, which says the same
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model"
+                " first.",
+                stacklevel=2,
+            )
+            merging.unmerge(self)
         self._activate(names, inference_mode)
 
     def _activate(self, names, inference_mode=False):
@@ -743,7 +745,25 @@ class PeftModel(nn.Module):
         self._check_embeddings_are_bare("tie_weights")
         return self.get_base_model().tie_weights(*args, **kwargs)
 
+    def set_input_embeddings(self, *args, **kwargs):
+        """The base's own. Raises TargetError where an embedding carries an adapter,
+        which would be lost."""
+        self._check_embeddings_are_bare("set_input_embeddings")
+        return self.get_base_model().set_input_embeddings(*args, **kwargs)
+
+    def set_output_embeddings(self, *args, **kwargs):
+        """The base's own. Raises TargetError where an embedding carries an adapter,
+        which would be lost."""
+        self._check_embeddings_are_bare("set_output_embeddings")
+        return self.get_base_model().set_output_embeddings(*args, **kwargs)
+
     def _check_embeddings_are_bare(self, what):
+        for name, adapter in self.base_model.adapters.items():
+            if adapter.mergeable:
+                raise TargetError(
+                    f"{what}: {name!r} changes every weight, the embeddings among them."
+                    " Do it on the base, before adapters are added"
+                )
         for path in saving.embedding_paths(self.get_base_model()):
             if saving.is_slotted(self, path):
                 raise TargetError(

@@ -328,6 +328,12 @@ class ModelSlot(Slot):
         cached = any(kwargs.get(name) is not None for name in CACHES)
         if kwargs.get("use_cache") or cached:
             raise ValueError(MIXED_CACHES)
+        asked = [name for name in INNER_OUTPUTS if kwargs.get(name)]
+        if asked:
+            raise ValueError(
+                f"{asked[0]}: adapters around the model give rows of different lengths,"
+                " which have no common hidden states: ask for one adapter at a time"
+            )
         if self.training and targets.uses_grad_checkpointing(self.base_layer):
             raise ValueError(
                 "rows with different adapters around the model cannot be trained with"
@@ -352,6 +358,7 @@ class ModelSlot(Slot):
 
 # the cache's name in forward: until and since transformers 5.24
 CACHES = {"past_key_values", "cache"}
+INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
 MIXED_CACHES = (
     "adapters around the model have caches of different lengths: generate for one at a"
     " time"

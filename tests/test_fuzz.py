@@ -23,10 +23,10 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
+from tolerance import tolerance
 
 import minipeft
 from minipeft import (
@@ -50,10 +50,10 @@ REFUSALS = (
     TargetError,
     ValueError,
 )
-# Relative to the largest logit. A rounding error of 6e-8 in one weight passes sums of
-# at most 40 terms in some 20 layers, and norms that may enlarge it; a wrong merge
-# changes the first digits.
-TOLERANCE = 2e-4
+# Some 20 sums of at most 40 terms follow one another, and norms enlarge what rounding
+# has done to small values before them; a wrong merge changes the first digits.
+SUMS = dict(terms=40, steps=20)
+ENLARGED = 50
 counts = collections.Counter()
 
 
@@ -82,9 +82,7 @@ def copied(block):
     def fields(base):
         outside = [name for name in base.targets if name != base.block]
         return dict(
-            r=2,
-            target_modules=[outside[0]],
-            modules_to_save=[getattr(base, block)],
+            r=2, target_modules=[outside[0]], modules_to_save=[getattr(base, block)]
         )
 
     return Kind("LoraConfig", fields)
@@ -180,8 +178,9 @@ def assert_unchanged(model, before):
 
 def close(found, expected):
     scale = max(1.0, float(expected.abs().max()))
-    error = float((found - expected).abs().max()) / scale
-    assert error <= TOLERANCE, f"differ by {error:.1e}"
+    error = float((found - expected).abs().max())
+    allowed = ENLARGED * tolerance(torch.float32, scale, **SUMS)
+    assert error <= allowed, f"differ by {error:.1e}, allowed are {allowed:.1e}"
 
 
 def evaluated(model):
@@ -327,6 +326,7 @@ class Adapters(RuleBasedStateMachine):
         else:
             self.done(self.model.set_adapter, names)
             assert self.model.active_adapters == names
+            assert self.model.merged_adapters == []  # as in PEFT
 
     @rule(name=name_of)
     def delete(self, name):
@@ -380,10 +380,7 @@ class Adapters(RuleBasedStateMachine):
             for p in parameters:
                 p.fill_(float("inf"))
         self.refused(
-            self.model.merge_adapter,
-            [name],
-            safe_merge=True,
-            allowed=NotMergeableError,
+            self.model.merge_adapter, [name], safe_merge=True, allowed=NotMergeableError
         )
         with torch.no_grad():
             for p, value in zip(parameters, values):
@@ -411,7 +408,9 @@ class Adapters(RuleBasedStateMachine):
             p.data_ptr(): p for module in bare for p in module.parameters(recurse=False)
         }
         same = [
-            any(p.shape == q.shape and torch.equal(p, q) for q in self.original.values())
+            any(
+                p.shape == q.shape and torch.equal(p, q) for q in self.original.values()
+            )
             for p in now.values()
         ]
         assert all(same)
@@ -621,9 +620,7 @@ class Adapters(RuleBasedStateMachine):
             ]
             for name in model.peft_config
         }
-        trainable = sum(
-            p.numel() for ps in own.values() for p in ps if p.requires_grad
-        )
+        trainable = sum(p.numel() for ps in own.values() for p in ps if p.requires_grad)
         everything = self.size + sum(p.numel() for ps in own.values() for p in ps)
         found = model.get_nb_trainable_parameters()
         if not model.merged_adapters:  # merging into one of two tied weights unties

@@ -246,6 +246,17 @@ class TestMergedAndActive:
         model.set_adapter("b")
         assert torch.equal(run(model), run(LLAMA.make()))
 
+    def test_a_refused_choice_leaves_it_merged(self):
+        config = LoraConfig(modules_to_save=["norm"], init_lora_weights=False)
+        model = get_peft_model(LLAMA.make(), config, "a")
+        model.add_adapter("b", config)
+        model.merge_adapter(["a"])
+        before = run(model)
+        for names in (["a", "b"], ["b", "a"], ["a", "c"], "c"):
+            with pytest.raises(AdapterNameError):
+                model.set_adapter(names)
+            assert model.merged_adapters == ["a"] and torch.equal(run(model), before)
+
     @pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.bfloat16()])
     def test_a_merged_model_that_is_moved(self, move):
         model, plain = pair("subspace around lora"), move(LLAMA.make())

@@ -409,6 +409,7 @@ class TestWhatFallsThrough:
             "hotswap_adapter",
             "resize_position_embeddings",  # decoders say that they have none
         }
+        words += ("set_input", "set_output", "init_w", "initialize")
         for name in dir(BASE.make()):
             if name.startswith("_") or not any(word in name for word in words):
                 continue
@@ -439,7 +440,12 @@ class TestWhatFallsThrough:
         for targets in (["embed_tokens"], ["q_proj", "lm_head"]):
             model = get_peft_model(BASE.make(), LoraConfig(target_modules=targets))
             before = run(model)
-            for method in (model.resize_token_embeddings, model.tie_weights):
+            for method in (
+                model.resize_token_embeddings,
+                model.tie_weights,
+                model.set_input_embeddings,
+                model.set_output_embeddings,
+            ):
                 with pytest.raises(TargetError, match="carries an adapter"):
                     method()
             assert torch.equal(run(model), before)
@@ -447,6 +453,9 @@ class TestWhatFallsThrough:
             BASE.make(), LoraConfig(**FIELDS, modules_to_save=["lm_head"])
         )
         with pytest.raises(TargetError, match="lm_head carries an adapter"):
+            model.resize_token_embeddings(44)
+        model = get_peft_model(BASE.make(), minipeft.SubspaceConfig(d=50))
+        with pytest.raises(TargetError, match="changes every weight"):
             model.resize_token_embeddings(44)
 
 

@@ -437,6 +437,9 @@ class TestSeveralAdapters:
                     call(
                         ids, max_new_tokens=2, adapter_names=[name, "lora", "__base__"]
                     )
+        for asked in ("output_hidden_states", "output_attentions"):
+            with pytest.raises(ValueError, match=f"{asked}: .* one adapter at a time"):
+                model(**inputs(), adapter_names=names, **{asked: True})
         model.train().gradient_checkpointing_enable()
         with pytest.raises(
             ValueError, match="cannot be trained with gradient checkpointing"
