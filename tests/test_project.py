@@ -151,6 +151,7 @@ def test_make_help_names_every_target():
         "test",
         "lint",
         "test-latest",
+        "fuzz",
         "lock",
         "demo",
         "pretrain",
