@@ -614,6 +614,7 @@ class TestFilesOfPeft:
             dict(init_lora_weights="orthogonal"),
             dict(loftq_config={"loftq_bits": 4}, eva_config={"rho": 2.0}),
             dict(a_field_of_next_year=None, runtime_config={"x": False}),
+            dict(enable_lora=None, merge_weights=False, layers_pattern=""),  # 2023
         ],
         ids=str,
     )

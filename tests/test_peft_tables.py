@@ -127,6 +127,53 @@ class TestDefaultTargets:
                 get_peft_model(tiny(family), minipeft.LoraConfig())
 
 
+SMALL = dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=40,
+    pad_token_id=0,
+)
+T5 = dict(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
+BART = dict(
+    vocab_size=40,
+    d_model=16,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+)
+
+
+class TestEncoders:
+    @pytest.mark.parametrize("name", ["LoraConfig", "IA3Config", "AdaLoraConfig"])
+    @pytest.mark.parametrize(
+        "kind, sizes, task",
+        [
+            ("BertForSequenceClassification", SMALL, "SEQ_CLS"),
+            ("BertForQuestionAnswering", SMALL, "QUESTION_ANS"),
+            ("RobertaForSequenceClassification", SMALL, "SEQ_CLS"),
+            ("RobertaForTokenClassification", SMALL, "TOKEN_CLS"),
+            ("DebertaV2ForSequenceClassification", SMALL, "SEQ_CLS"),
+            ("T5ForConditionalGeneration", T5, "SEQ_2_SEQ_LM"),
+            ("BartForConditionalGeneration", BART, "SEQ_2_SEQ_LM"),
+        ],
+    )
+    def test_layers_and_heads_are_those_of_peft(self, kind, sizes, task, name):
+        kind = getattr(transformers, kind)
+        fields = SHARED[name] | {"task_type": task}
+        counts = []
+        for package in (peft, minipeft):
+            config = getattr(package, name)(**fields)
+            model = package.get_peft_model(kind(kind.config_class(**sizes)), config)
+            counts.append(model.get_nb_trainable_parameters()[0])
+        assert counts[0] == counts[1]
+
+
 class TestFields:
     @pytest.mark.parametrize("name", SHARED)
     def test_every_default_of_peft_is_accepted(self, name):
