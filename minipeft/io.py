@@ -135,7 +135,7 @@ def parse_json(text, where, kind=dict, error=FileError):
     except RecursionError:
         raise error(f"{where}: JSON nested too deeply") from None
     except ValueError as problem:
-        raise error(f"{where}: not JSON ({problem})") from None
+        raise error(f"{where} is not JSON ({problem})") from None
     if not isinstance(found, kind):
         names = {dict: "an object", list: "a list", str: "a string"}
         raise error(f"{where}: expected {names[kind]}, found {brief(found)}")

@@ -265,86 +265,75 @@ class TextBatches:
     so that a run can be resumed."""
 
     def __init__(self, tokenizer, steps, seed, rows=8, length=ROW):
-        self.tokenizer, self.steps, self.seed, self.rows, self.length = (
-            tokenizer,
-            steps,
-            seed,
-            rows,
-            length,
-        )
+        self.tokenizer = tokenizer
+        self.steps = steps
+        self.seed = seed
+        self.rows = rows
+        self.length = length
 
     def phase(self, step):
         """Listening (see PHASES) for 9 % of the steps, 95 % copying text until 17 %,
         then mostly mixed text, the calmest at the end."""
         done = step / self.steps
-        return (
-            "listening"
-            if done < 0.09
-            else "copying"
-            if done < 0.17
-            else "main"
-            if done < 0.75
-            else "late"
-        )
+        ends = {"listening": 0.09, "copying": 0.17, "main": 0.75}
+        return next((phase for phase, end in ends.items() if done < end), "late")
+
+    def encode(self, document, phase):
+        """[(id, label)]: [bos] document [eos]."""
+        encoding = self.tokenizer.raw.encode(document.text, add_special_tokens=False)
+        labels = encoding.ids
+        eos = self.tokenizer.eos_token_id
+        last = eos
+        if phase == "listening":
+            labels = listening_labels(document, encoding)
+            last = -100
+        ids = [self.tokenizer.bos_token_id, *encoding.ids, eos]
+        return list(zip(ids, [-100, *labels, last]))
 
     def batch(self, step):
-        phase, bos, eos = (
-            self.phase(step),
-            self.tokenizer.bos_token_id,
-            self.tokenizer.eos_token_id,
-        )
+        phase = self.phase(step)
         source = stream(f"{self.seed}/{step}", phase)
-        waiting = []
-        for document in itertools.islice(source, int(self.rows * self.length / 60)):
-            encoding = self.tokenizer.raw.encode(
-                document.text, add_special_tokens=False
-            )
-            labels = encoding.ids
-            # only the answers, and in stories what was named before
-            if phase == "listening":
-                known = document.meta["answers"] + (
-                    document.meta["story"].mentions()
-                    if document.kind == "story"
-                    else []
-                )
-                said = [(start, start + len(answer)) for start, answer in known]
-                labels = [
-                    (
-                        token
-                        if any(start < high and end > low for low, high in said)
-                        else -100
-                    )
-                    for token, (start, end) in zip(encoding.ids, encoding.offsets)
-                ]
-            waiting.append(
-                list(
-                    zip(
-                        [bos, *encoding.ids, eos],
-                        [-100, *labels, -100 if phase == "listening" else eos],
-                    )
-                )
-            )
+        documents = itertools.islice(source, int(self.rows * self.length / 60))
+        waiting = [self.encode(document, phase) for document in documents]
         ids = torch.full((self.rows, self.length), self.tokenizer.pad_token_id)
         labels = torch.full((self.rows, self.length), -100)
         # a row starts where a document starts; only the last is cut
         for row in range(self.rows):
             at = 0
-            while at < self.length and waiting:
-                room = self.length - at
-                fits = next(
-                    (i for i, doc in enumerate(waiting) if len(doc) <= room), None
-                )
-                if fits is None and at > self.length * 0.8:
-                    break  # better a little padding than a beheaded document
+            for document in fill_row(waiting, self.length):
                 # (n, 2): ids and labels. Where a document ends is learnt;
-                doc = torch.tensor(waiting.pop(fits or 0)[:room])
                 # what begins one is chance
-                ids[row, at : at + len(doc)], labels[row, at : at + len(doc)] = (
-                    doc[:, 0],
-                    doc[:, 1],
-                )
-                at += len(doc)
+                pairs = torch.tensor(document)
+                ids[row, at : at + len(pairs)] = pairs[:, 0]
+                labels[row, at : at + len(pairs)] = pairs[:, 1]
+                at += len(pairs)
         return {"input_ids": ids, "labels": labels}
+
+
+def listening_labels(document, encoding):
+    """Labels for only the answers, and in stories for what was named before."""
+    known = document.meta["answers"]
+    if document.kind == "story":
+        known = known + document.meta["story"].mentions()
+    spans = [(start, start + len(answer)) for start, answer in known]
+    return [
+        token if any(start < high and end > low for low, high in spans) else -100
+        for token, (start, end) in zip(encoding.ids, encoding.offsets)
+    ]
+
+
+def fill_row(waiting, length):
+    """Takes documents out of `waiting` that fit a row of `length`, the last one cut if
+    none does. Better a little padding than a beheaded document."""
+    at = 0
+    while at < length and waiting:
+        left = length - at
+        fits = next((i for i, doc in enumerate(waiting) if len(doc) <= left), None)
+        if fits is None and at > length * 0.8:
+            return
+        document = waiting.pop(fits or 0)[:left]
+        yield document
+        at += len(document)
 
 
 def name_tokens(tokenizer):

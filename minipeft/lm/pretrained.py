@@ -190,8 +190,9 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
     chosen = {}  # {path: the function that puts a 4-bit layer there}
     if stored or quantization:
         options = (stored or BitsAndBytesConfig.make(quantization)).options()
-        layers = quantizable_layers(model, options.pop("skip"), strict=not stored)
-        chosen = {path: put for path, (_, put) in layers.items()}
+        found = quantizable_layers(model, options.pop("skip"), strict=not stored)
+        chosen = {path: put for path, (_, put) in found.items()}
+        del found  # it would keep the dense layers
     packed = {f"{path}.weight" for path in chosen} if stored else set()
     where = locate(folder, model, layout, packed)
     make = BACKENDS[options.pop("backend")] if options else None

@@ -1,98 +1,50 @@
 """Real models' shapes, from their published configurations: to reckon with on the meta
 device, without their weights."""
 
-import difflib
-
 import torch
 
+from ..io import check_choice
 from .gpt import GPT, GPTConfig
 
-
-def llama(
-    vocab_size,
-    hidden_size,
-    intermediate_size,
-    num_hidden_layers,
-    num_attention_heads,
-    num_key_value_heads=None,
-    **more,
-):
-    return dict(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        tie_word_embeddings=False,
-        **more,
-    )
-
-
+FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+TABLE = {
+    "llama-33b": (32000, 6656, 17920, 60, 52, 52, 2048),
+    "llama-65b": (32000, 8192, 22016, 80, 64, 64, 2048),
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 4096),
+    "llama-2-13b": (32000, 5120, 13824, 40, 40, 40, 4096),
+    "llama-2-70b": (32000, 8192, 28672, 80, 64, 8, 4096),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 8192),
+    "llama-3-70b": (128256, 8192, 28672, 80, 64, 8, 8192),
+    "mistral-7b": (32000, 4096, 14336, 32, 32, 8, 32768),
+    "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 32768),
+}
+MORE = {
+    "llama-3-8b": {"rope_theta": 500_000.0},
+    "llama-3-70b": {"rope_theta": 500_000.0},
+    "mistral-7b": {"model_type": "mistral"},
+    "qwen2.5-7b": {"model_type": "qwen2", "rope_theta": 1e6, "norm_eps": 1e-6},
+}
+# {name: GPTConfig's fields}
 SHAPES = {
-    "llama-33b": llama(32000, 6656, 17920, 60, 52),
-    "llama-65b": llama(32000, 8192, 22016, 80, 64),
-    "llama-2-7b": llama(32000, 4096, 11008, 32, 32, max_position_embeddings=4096),
-    "llama-2-13b": llama(32000, 5120, 13824, 40, 40, max_position_embeddings=4096),
-    "llama-2-70b": llama(32000, 8192, 28672, 80, 64, 8, max_position_embeddings=4096),
-    "llama-3-8b": llama(
-        128256,
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        max_position_embeddings=8192,
-        rope_theta=500000.0,
-    ),
-    "llama-3-70b": llama(
-        128256,
-        8192,
-        28672,
-        80,
-        64,
-        8,
-        max_position_embeddings=8192,
-        rope_theta=500000.0,
-    ),
-    "mistral-7b": llama(
-        32000,
-        4096,
-        14336,
-        32,
-        32,
-        8,
-        max_position_embeddings=32768,
-        model_type="mistral",
-    ),
-    "qwen2.5-7b": llama(
-        152064,
-        3584,
-        18944,
-        28,
-        28,
-        4,
-        max_position_embeddings=32768,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        model_type="qwen2",
-    ),
+    name: {**dict(zip(FIELDS, row)), "tie_word_embeddings": False, **MORE.get(name, {})}
+    for name, row in TABLE.items()
 }
 
 
 def on_paper(name, dtype=torch.bfloat16, layers=None):
     """A GPT of that shape on the meta device: it has sizes, and takes no memory.
     `layers`: with so many instead."""
-    if name not in SHAPES:
-        close = difflib.get_close_matches(str(name), SHAPES, n=1)
-        raise ValueError(
-            "unknown shape"
-            f" {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}; there are: "
-            + ", ".join(SHAPES)
-        )
+    check_choice("shape", name, SHAPES)
+    fields = dict(SHAPES[name])
+    if layers:
+        fields["num_hidden_layers"] = layers
     with torch.device("meta"):
-        return GPT(
-            GPTConfig(
-                **SHAPES[name] | ({"num_hidden_layers": layers} if layers else {})
-            )
-        ).to(dtype)
+        return GPT(GPTConfig(**fields)).to(dtype)
