@@ -1,310 +1,113 @@
-"""The command `minipeft`: pretrain, finetune, generate, evaluate, merge, student,
-doctor. Heavy imports stand where they are used."""
+"""The command `minipeft`: its subcommands. Options and help are in cli_options.py.
+
+What would fail at the end of a training is looked at before its beginning. Heavy
+imports stand where they are used.
+"""
 
 import argparse
 import contextlib
-import dataclasses
-import difflib
+import csv
+import io
 import json
-import math
 import os
+import shutil
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
-ABOUT = """Fine-tune a small language model on your own machine: the course's methods from the command line.
+from . import cli_options
+from .io import make_folder, replacing, write_text
 
-Start with:
-  minipeft doctor                                     is everything here that is needed?
-  minipeft generate "Once upon a time"                what does the base model say?
-  minipeft finetune --data sql --out my-adapter       train a LoRA adapter on a task of the course (a minute)
-  minipeft generate "Question: How many bakers are there?\\nSQL:" --adapter my-adapter
-  minipeft evaluate --data sql --adapter my-adapter
-  minipeft merge --adapter my-adapter --out my-model  write it into the weights: a plain model again"""
-
-FINETUNE = """Train a model on data, all of it or a small adapter beside it. Adapters are saved in Hugging Face PEFT's format.
-
-Data: a task of Lanternwick (mood, records, sql, voice, extract, newcomers), a real data set (e2e_nlg,
-sentence_polarity, tinyshakespeare; fetched on first use), or your own file: my.txt, or my.jsonl with lines of
-{"prompt": ..., "completion": ...} or {"text": ...}.
-Ctrl-C stops and saves; the same command goes on where it stopped, to the same weights as without the stop."""
-
-FINETUNE_EXAMPLES = """examples:
-  minipeft finetune --data sql --out sql-lora
-  minipeft finetune --data e2e_nlg --method lora --r 16 --targets q_proj,v_proj --lr 5e-3 --steps 1000 --out e2e
-  minipeft finetune --data my.txt --steps 500 --out mine
-  minipeft finetune --data my.jsonl --base path/to/a/hugging-face/folder --lr 2e-4 --out mine
-  minipeft finetune --data sql --method full --out sql-full      every weight, saved as a plain model
-  minipeft finetune --data sql --set use_rslora=true --set init_lora_weights='"gaussian"' --out x"""
-
-STUDENT = """Write the student's edition of chapters: solutions and hidden tests are taken out, outputs cleared, checks and hints kept.
-
-With --nbgrader a course folder is written: source/NAME/NAME.ipynb with solutions and points, and nbgrader_config.py.
-In that folder `nbgrader generate_assignment NAME` makes what students get, `nbgrader autograde NAME` marks what they hand in."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
+VALIDATION_EXAMPLES = 100  # a look at more costs more than it tells
+LORA_PLUS_RATIO = 4
 
 
 class UserError(ValueError):
-    """Said in one line, without a traceback."""
+    """What a person can mend: printed as one sentence, without a traceback."""
 
 
-def nearest(what, value, valid):
-    close = difflib.get_close_matches(value, valid, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    raise UserError(f"{what} {value!r}{hint}: expected one of {', '.join(valid)}")
+# ---- folders for results -------------------------------------------------------------
 
 
-def number(kind, least=-math.inf, above=-math.inf, most=math.inf):
-    """For argparse: a finite number of that kind within these bounds, or wrong usage
-    that names them."""
-    bounds = {"at least": least, "above": above, "at most": most}
-    said = " and ".join(
-        f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound)
-    )
-    said = f"{'a whole number' if kind is int else 'a number'} {said}".rstrip()
-
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (
-            math.isfinite(value) and value >= least and value > above and value <= most
-        ):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected is {said}")
-        return value
-
-    return read
-
-
-COUNT, SEED = number(int, least=1), number(int, least=0, most=2**63 - 1)
-
-
-def parser():
-    top = argparse.ArgumentParser(
-        "minipeft",
-        description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = top.add_subparsers(dest="command", metavar="command", required=True)
-
-    def add(name, help, description=None, epilog=None, model=True):
-        sub = commands.add_parser(
-            name,
-            help=help,
-            description=description or help,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if model:
-            sub.add_argument(
-                "--base",
-                help=(
-                    "the model: lanternwick, a folder in Hugging Face's layout, or a"
-                    " hub name. Default: the one an adapter was made for, else"
-                    " MINIPEFT_BASE, else lanternwick"
-                ),
+def free_folder(out, *inputs):
+    """`out` as a Path. UserError if it is empty, a file or below one, or the folder of
+    an input."""
+    if not out.strip():
+        raise UserError("--out is empty: name a folder")
+    out = Path(out)
+    if file := next((place for place in (out, *out.parents) if place.is_file()), None):
+        raise UserError(f"--out {out}: {file} is a file; expected a folder")
+    for folder in inputs:
+        if out.exists() and Path(folder).exists() and out.samefile(folder):
+            raise UserError(
+                f"--out {out} holds what is read: it would be overwritten. Name another"
+                " folder"
             )
-            sub.add_argument(
-                "--device", help="cpu, cuda, mps; default: a GPU if there is one"
-            )
-        sub.add_argument(
-            "--json",
-            action="store_true",
-            help="the result as one JSON object, all else on stderr",
+    return out
+
+
+def visible(folder):
+    """Names in a folder, which may be absent; hidden ones do not count."""
+    if not folder.exists():
+        return []
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def new_folder(out, *inputs):
+    """free_folder, and nothing is in it."""
+    out = free_folder(out, *inputs)
+    if names := visible(out):
+        raise UserError(
+            f"--out {out} is not empty, it holds {', '.join(names[:3])}"
+            f"{' ...' if len(names) > 3 else ''}: name a new folder"
         )
-        sub.add_argument(
-            "--traceback",
-            action="store_true",
-            help="on an error, show where in the code it happened",
+    return out
+
+
+def run_folder(out, full, restart, *inputs):
+    """The folder of a finetune run: new, or of an earlier run that goes on or is
+    replaced. What others put there is never touched."""
+    out = free_folder(out, *inputs)
+    unfinished = (out / "training" / "latest.safetensors").exists()
+    if not unfinished and not (out / "loss.csv").exists():
+        return new_folder(str(out))
+    other = ADAPTER_FILES if full else MODEL_FILES
+    if found := [name for name in other if (out / name).exists()]:
+        what = "an adapter" if full else "a whole model"
+        raise UserError(
+            f"--out {out} holds {what} ({', '.join(found)}), which would lie beside the"
+            " result: name another folder"
         )
-        return sub
-
-    commands.add_parser(
-        "pretrain",
-        add_help=False,
-        help="make the base model from nothing (options: pretrain --help)",
-    )
-    tune = add(
-        "finetune",
-        "train an adapter, or the whole model, on data",
-        FINETUNE,
-        FINETUNE_EXAMPLES,
-    )
-    tune.add_argument(
-        "--data", required=True, help="a task's name, or a .txt or .jsonl file"
-    )
-    tune.add_argument("--out", required=True, help="folder for the result")
-    tune.add_argument(
-        "--method",
-        default="lora",
-        help="lora, another adapter, or full (default: %(default)s)",
-    )
-    tune.add_argument(
-        "--r",
-        type=number(int),
-        help="rank: in how many directions a layer may change (default: the method's)",
-    )
-    tune.add_argument(
-        "--alpha",
-        type=number(float),
-        help="the change is scaled by alpha / r (default: 2 r)",
-    )
-    tune.add_argument(
-        "--targets",
-        help="layers with an adapter, as q_proj,v_proj; or all-linear (LoRA's default)",
-    )
-    tune.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other field of the method's configuration, its value as JSON",
-    )
-    tune.add_argument(
-        "--lr",
-        type=number(float, above=0),
-        help=(
-            "peak learning rate; small models want more, adapters more than full"
-            " fine-tuning (default: lanternwick 1e-2, full 3e-3; other bases 2e-4, full"
-            " 2e-5)"
-        ),
-    )
-    tune.add_argument(
-        "--steps",
-        type=COUNT,
-        default=300,
-        help="batches to train on (default: %(default)s)",
-    )
-    tune.add_argument(
-        "--batch-size",
-        type=COUNT,
-        default=16,
-        help="rows in a batch (default: %(default)s)",
-    )
-    tune.add_argument(
-        "--accumulate",
-        type=COUNT,
-        default=1,
-        help="batches a step, to save memory (default: %(default)s)",
-    )
-    tune.add_argument(
-        "--bf16",
-        action="store_true",
-        help="compute in 16 bits: faster on a GPU and on newer processors",
-    )
-    tune.add_argument(
-        "--seed",
-        type=SEED,
-        default=0,
-        help="the same seed gives the same result (default: %(default)s)",
-    )
-    tune.add_argument(
-        "--limit",
-        type=number(int, least=0),
-        default=200,
-        help="test examples for the score, 0 for none (default: 200)",
-    )
-    tune.add_argument(
-        "--restart",
-        action="store_true",
-        help="begin anew where --out holds an unfinished run",
-    )
-
-    text = add(
-        "generate",
-        "continue a prompt",
-        'Continue a prompt, or what stdin says. "\\n" in it is a new line.',
-    )
-    text.add_argument("prompt", nargs="?")
-    text.add_argument("--adapter", help="folder of an adapter")
-    text.add_argument(
-        "--max-new-tokens",
-        type=COUNT,
-        default=100,
-        help="at most so many (default: %(default)s)",
-    )
-    text.add_argument(
-        "--temperature",
-        type=number(float, least=0),
-        default=0.0,
-        help="0: the likeliest word; 1: as the model believes",
-    )
-    text.add_argument("--top-k", type=COUNT, help="choose among the k likeliest only")
-    text.add_argument(
-        "--top-p",
-        type=number(float, above=0, most=1),
-        help="choose among the likeliest that together have this probability",
-    )
-    text.add_argument("--seed", type=SEED, help="makes sampling repeatable")
-
-    test = add(
-        "evaluate", "score a model on data: loss, perplexity, the task's own metric"
-    )
-    test.add_argument(
-        "--data", required=True, help="a task's name, or a .txt or .jsonl file"
-    )
-    test.add_argument("--adapter", help="folder of an adapter")
-    test.add_argument(
-        "--split",
-        default="test",
-        choices=("train", "valid", "test"),
-        help="default: %(default)s",
-    )
-    test.add_argument("--limit", type=COUNT, help="only the first so many examples")
-    test.add_argument(
-        "--show",
-        type=number(int, least=0),
-        default=3,
-        help="examples to show (default: %(default)s)",
-    )
-
-    merge = add(
-        "merge",
-        "write an adapter into its base's weights: a plain model, with nothing to"
-        " compute beside it",
-    )
-    merge.add_argument("--adapter", required=True, help="folder of the adapter")
-    merge.add_argument(
-        "--out",
-        required=True,
-        help="folder for the merged model, in Hugging Face's layout",
-    )
-
-    handout = add(
-        "student",
-        "chapters without their solutions, for learners or for nbgrader",
-        STUDENT,
-        model=False,
-    )
-    handout.add_argument(
-        "chapters",
-        nargs="*",
-        metavar="chapter.ipynb",
-        help="chapters, in their full edition",
-    )
-    handout.add_argument(
-        "--all", action="store_true", help="all chapters of the course"
-    )
-    handout.add_argument("--out", required=True, help="folder for the result")
-    handout.add_argument(
-        "--nbgrader",
-        action="store_true",
-        help="write an nbgrader course folder (needs minipeft[teach])",
-    )
-    handout.add_argument(
-        "--force",
-        action="store_true",
-        help="replace editions that are in --out already",
-    )
-
-    add(
-        "doctor",
-        "check packages, the base model, memory, disk and GPU, and say what to do",
-        model=False,
-    )
-    return top
+    if not unfinished and not restart:
+        raise UserError(
+            f"--out {out} holds a finished run: name another folder, or --restart to"
+            " replace it"
+        )
+    return out
 
 
-# ---- what the commands share ---------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def all_or_nothing(out):
+    """A hidden folder within `out`. When the block ends, its files move to `out`; when
+    it fails, nothing is left."""
+    existed = out.exists()
+    make_folder(out)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=out) as part:
+            yield Path(part)
+            for file in Path(part).iterdir():
+                os.replace(file, out / file.name)
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
+
+
+# ---- models --------------------------------------------------------------------------
 
 
 def device(args):
@@ -322,224 +125,415 @@ def device(args):
     return args.device
 
 
-def free_folder(out, *others):
-    """`out`, if a result may be written there: it is no file, nor below one, nor the
-    folder of what is read."""
-    out = Path(out)
-    if file := next((place for place in (out, *out.parents) if place.is_file()), None):
-        raise UserError(f"--out {out}: {file} is a file; a folder is expected")
-    for other in others:
-        if out.exists() and Path(other).exists() and out.samefile(other):
-            raise UserError(
-                f"--out {out} holds what is read: it would be overwritten. Name another"
-                " folder"
-            )
-    return out
+def base_of(args):
+    """The base's name: --base, or the one that --adapter was made for, or None."""
+    from . import PeftConfig
 
-
-def open_model(args):
-    """(model, tokenizer, name of the base), with the adapter of --adapter if there is
-    one."""
-    from . import PeftConfig, PeftModel
-    from .lm import load_pretrained, load_tokenizer
-
-    adapter, base = getattr(args, "adapter", None), args.base
+    adapter = getattr(args, "adapter", None)
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(f"no adapter in {adapter}: it has no adapter_config.json")
-    if adapter and not base:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    model, tokenizer = load_pretrained(base, device=device(args)), load_tokenizer(base)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
-    return model, tokenizer, model.name_or_path
+    if adapter and not args.base:
+        return PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    return args.base
 
 
-def adapter_config(args):
-    from .config import METHODS
+def open_model(args, base):
+    """The base, with the adapter of --adapter if there is one."""
+    from . import PeftModel
+    from .lm import load_pretrained
 
-    names = {kind.lower().replace("_", "-"): kind for kind in METHODS}
-    if args.method not in names:
-        nearest("--method", args.method, [*names, "full"])
-    method = METHODS[names[args.method]]
-    fields, options = [field.name for field in dataclasses.fields(method)], {}
-    for item in args.set:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"--set {item}: expected FIELD=VALUE")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    targets = (
-        args.targets.split(",")
-        if args.targets and args.targets != "all-linear"
-        else args.targets
-    )
-    for name, value in {
-        "r": args.r,
-        "lora_alpha": args.alpha,
-        "target_modules": targets,
-    }.items():
-        if value is not None and name not in fields:
-            raise UserError(
-                f"{args.method} has no field {name}; it has {', '.join(fields)}"
-            )
-        if value is not None:
-            options[name] = value
-    if "lora_alpha" in fields:
-        rank = options.get("r", method.r)  # what is no rank, the configuration refuses
-        options = {
-            "lora_alpha": 2 * (rank if isinstance(rank, int) else 0),
-            "target_modules": "all-linear",
-        } | options
-    for name in options:
-        if name not in fields:
-            nearest(f"--set: {args.method} has no field", name, fields)
-    for field in dataclasses.fields(method):
-        if (
-            field.default is field.default_factory is dataclasses.MISSING
-            and field.name not in options
-        ):
-            raise UserError(f"{args.method} needs --set {field.name}=VALUE")
-    return method(**options)
+    quantization = "nf4" if getattr(args, "load_in_4bit", False) else None
+    model = load_pretrained(base, device=device(args), quantization=quantization)
+    if getattr(args, "adapter", None):
+        model = PeftModel.from_pretrained(model, args.adapter)
+    return model
 
 
-def show(prompt, text, wanted):
-    print(
-        f"\n{prompt}\n  said   {' '.join(text.split())[:200]}\n  wanted"
-        f" {' '.join(wanted.split())[:200]}"
-    )
-
-
-# ---- the commands --------------------------------------------------------------------------------------------------
+# ---- finetune ------------------------------------------------------------------------
 
 
 def finetune(args):
     import torch
 
     from . import get_peft_model
-    from .lm import evaluate, load_data, train
+    from .cli_methods import find_method
+    from .lm import load_data, load_tokenizer
     from .lm.pretrained import resolve
 
-    full, out = args.method == "full", free_folder(args.out, resolve(args.base))
-    if full and (
-        args.set
-        or any(given is not None for given in (args.r, args.alpha, args.targets))
-    ):
-        raise UserError(
-            "--method full trains every weight: --r, --alpha, --targets and --set are"
-            " for adapters"
-        )
-    config = None if full else adapter_config(args)
-    task = load_data(args.data)
-    model, tokenizer, name = open_model(args)
-    if args.lr is None:
-        args.lr = (
-            (3e-3 if full else 1e-2)
-            if name == "lanternwick"
-            else (2e-5 if full else 2e-4)
-        )
+    name, method = find_method(args.method)
+    if method is None:
+        refuse_adapter_options(args)
+    config = None if method is None else configuration(args, name, method)
+    args.load_in_4bit |= method is not None and method.in_4bit
+    out = run_folder(args.out, method is None, args.restart, resolve(args.base))
+    tokenizer = load_tokenizer(args.base)
+    task = load_data(args.data, tokenizer)
+    model = open_model(args, args.base)
+    base = model.name_or_path
+    args.lr = args.lr or default_rate(base, method)
     torch.manual_seed(args.seed)
-    if not full:
+    if config is not None:
+        check_memory(model, config)
         model = get_peft_model(model, config)
-    trained, everything = (
-        sum(p.numel() for p in model.parameters() if p.requires_grad or every)
-        for every in (False, True)
-    )
+    check_disk(out, model)
+    writer = summary_writer(args.log)
+    trained, everything = parameter_counts(model)
     print(
-        f"{name}, {args.method}: {trained:,} of {everything:,} parameters are trained,"
-        f" rate {args.lr:g}, {len(task.train):,} examples"
+        f"{base}, {name}: {trained:,} of {everything:,} parameters are trained, rate"
+        f" {args.lr:g}, {len(task.train):,} examples"
     )
-    history = train(
-        model,
-        task,
-        tokenizer=tokenizer,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        warmup=min(20, args.steps // 10),
-        accumulate=args.accumulate,
-        bf16=args.bf16,
-        seed=args.seed,
-        folder=out / "training",
-        resume=not args.restart,
-    )
-    if history.stopped == "diverged":
-        raise UserError(
-            f"the loss became infinite after {history.steps} steps, and nothing is"
-            " saved: try a smaller --lr, with --restart"
-        )
-    model.save_pretrained(out, **({"tokenizer": tokenizer} if full else {}))
-    print(
-        f"{history}\nsaved in {out}"
-        + (": the same command goes on" if history.stopped == "interrupted" else "")
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        options = saving_options(model, config, tokenizer, folder)
+        history = run_training(args, model, tokenizer, task, out, method, writer)
+        kept = save_run(args, model, out, history, options)
     result = {
-        "base": name,
+        "base": base,
         "data": args.data,
-        "method": args.method,
+        "method": name,
         "trained": trained,
         "parameters": everything,
         "lr": args.lr,
         "steps": history.steps,
         "stopped": history.stopped,
         "loss": history.losses[-1],
+        "valid_loss": history.best and history.best[1],
+        "kept_step": kept,
         "seconds": round(history.seconds, 1),
         "tokens_per_second": round(history.tokens_per_second),
         "out": str(out),
     }
     if args.limit and not history.stopped:
-        scores = evaluate(
-            model, tokenizer, task, limit=args.limit, predictions=task.score is not None
-        )
-        for example, text in zip(task.test[:3], scores.pop("predictions", [])):
-            show(example.prompt, text, example.completion)
-        result["test"] = scores
-        print("\n" + table(scores))
+        result["test"] = test_scores(args, model, tokenizer, task)
     return result, 130 if history.stopped else 0
 
 
+def refuse_adapter_options(args):
+    given = any(option is not None for option in (args.r, args.alpha, args.targets))
+    if given or args.set or args.load_in_4bit:
+        raise UserError(
+            "--method full trains every weight: --r, --alpha, --targets, --set and"
+            " --load-in-4bit are for adapters"
+        )
+
+
+def configuration(args, name, method):
+    from .cli_methods import make_config, parse_fields
+
+    targets = args.targets
+    if targets and targets != "all-linear":
+        targets = targets.split(",")
+    options = {"r": args.r, "lora_alpha": args.alpha, "target_modules": targets}
+    return make_config(name, method, args.steps, options, parse_fields(args.set))
+
+
+def default_rate(base, method):
+    """The method's rate on the shipped base; larger models need far less."""
+    if base == "lanternwick":
+        return 3e-3 if method is None else method.lr
+    return 2e-5 if method is None else method.lr / 50
+
+
+def check_memory(model, config):
+    """UserError if a rank needs more memory than the machine has: weights, gradients
+    and two moments, 4 bytes each."""
+    from .doctor import memory
+    from .weights import is_linear
+
+    # AdaLoRA begins with more ranks than it keeps
+    rank = getattr(config, "init_r", getattr(config, "r", None))
+    found = memory()
+    if config.peft_type == "LOKR" or not isinstance(rank, int) or found is None:
+        return
+    paths = config.resolve(model).select(model)
+    layers = [model.get_submodule(path) for path in paths]
+    layers = [layer for layer in layers if is_linear(layer)]
+    width = sum(layer.in_features + layer.out_features for layer in layers)
+    if 16 * rank * width > found[1]:
+        most = max(1, found[1] // (16 * width))
+        raise UserError(
+            f"r = {rank:,} needs {16 * rank * width / 1e9:,.0f} GB of memory, and this"
+            f" machine has {found[1] / 1e9:.0f} GB: r can be at most {most:,}, and"
+            " more than a layer's smaller side adds nothing"
+        )
+
+
+def check_disk(out, model):
+    """UserError unless result and checkpoints fit: the weights four times, with two
+    moments and a copy that is being written."""
+    from .doctor import free_space
+
+    trained, _ = parameter_counts(model)
+    needed = 4 * trained * 8 + 1_000_000
+    free = free_space(out)
+    if needed > free:
+        raise UserError(
+            f"--out {out}: the run needs {needed / 1e6:,.0f} MB of disk, and"
+            f" {free / 1e6:,.0f} MB are free"
+        )
+
+
+def parameter_counts(model):
+    """(trained, all)"""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def run_training(args, model, tokenizer, task, out, method, writer):
+    import torch
+
+    from .lm import train
+    from .optim import create_loraplus_optimizer
+
+    optimizer = "adamw"
+    if method is not None and method.fast_b:
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=args.lr, loraplus_lr_ratio=LORA_PLUS_RATIO
+        )
+    every = args.evaluate_every
+    if every is None:
+        every = max(1, args.steps // 10)
+    make_folder(out, UserError)
+    if args.restart:
+        shutil.rmtree(out / "training", ignore_errors=True)
+    try:
+        history = train(
+            model,
+            task,
+            tokenizer=tokenizer,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            warmup=min(20, args.steps // 10),
+            accumulate=args.accumulate,
+            bf16=args.bf16,
+            optimizer=optimizer,
+            evaluate_every=every or None,
+            valid=task.valid[:VALIDATION_EXAMPLES],
+            seed=args.seed,
+            folder=out / "training",
+            resume=not args.restart,
+            log=writer and (lambda step, values: log_step(writer, step, values)),
+        )
+    except ValueError as error:
+        if "resume=False" in str(error):
+            text = str(error).replace("pass resume=False", "say --restart")
+            raise UserError(text.replace("another folder", "another --out")) from None
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if nothing was written
+    if history.stopped == "diverged":
+        raise UserError(
+            f"the loss became infinite after {history.steps} steps, and nothing is"
+            " saved: try a smaller --lr, with --restart"
+        )
+    for step, loss in history.eval_loss if writer else []:
+        writer.add_scalar("valid_loss", loss, step)
+    return history
+
+
+def summary_writer(folder):
+    """TensorBoard's writer for --log, or None."""
+    if folder is None:
+        return None
+    make_folder(folder, UserError)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--log needs TensorBoard: pip install tensorboard") from None
+    return SummaryWriter(folder)
+
+
+def log_step(writer, step, values):
+    for name, value in values.items():
+        writer.add_scalar(name, value, step + 1)
+
+
+def saving_options(model, config, tokenizer, folder):
+    """The arguments of save_pretrained. PiSSA and OLoRA change the base: `folder` keeps
+    how the adapter began, so that it is saved as a LoRA for the base as it was."""
+    from .methods.lora_init import changes_base
+
+    if config is None:
+        return {"tokenizer": tokenizer}
+    if not changes_base(config):
+        return {}
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(folder)
+    return {"path_initial_model_for_weight_conversion": folder}
+
+
+def save_run(args, model, out, history, options):
+    """Save the best weights and the curves; returns the step they are of."""
+    from .lm.checkpoint import load_checkpoint
+
+    kept = history.steps
+    best = out / "training" / "best.safetensors"
+    if history.best and not history.stopped and best.exists():
+        load_checkpoint(best, model)
+        kept = history.best[0]
+    with all_or_nothing(out) as part:
+        model.save_pretrained(part, **options)
+        title = f"{args.method} on {Path(args.data).name}"
+        write_curves(part, history, title)
+    print(f"{history}\nsaved in {out}", end="")
+    if history.stopped == "interrupted":
+        print(": the same command goes on")
+        return kept
+    shutil.rmtree(out / "training", ignore_errors=True)
+    if kept == history.steps:
+        print()
+    else:
+        print(f": the weights of step {kept}, whose validation loss is the lowest")
+    return kept
+
+
+def write_curves(folder, history, title):
+    """loss.csv, and loss.png where matplotlib is installed."""
+    valid = {step: loss for step, loss in history.eval_loss}
+    rows = io.StringIO()
+    table = csv.writer(rows, lineterminator="\n")
+    table.writerow(["step", "loss", "learning_rate", "grad_norm", "valid_loss"])
+    for i, loss in enumerate(history.losses):
+        rest = [history.lr[i], history.grad_norm[i], valid.get(i + 1, "")]
+        table.writerow([i + 1, loss, *rest])
+    write_text(folder / "loss.csv", rows.getvalue())
+    try:
+        from .course import figures
+    except ImportError as error:
+        print(f"no loss.png: {error}")
+        return
+    runs = {"training": history.losses}
+    if valid:
+        runs["validation"] = (list(valid), list(valid.values()))
+    smooth = max(1, len(history.losses) // 30)
+    with replacing(folder / "loss.png") as part:
+        figures.curves(
+            runs, title, "step", "loss (nats a token)", smooth=smooth, save=part
+        )
+
+
+def test_scores(args, model, tokenizer, task):
+    from .lm import evaluate
+
+    scored = task.score is not None
+    scores = evaluate(model, tokenizer, task, limit=args.limit, predictions=scored)
+    for example, text in zip(task.test[:3], scores.pop("predictions", [])):
+        show(example.prompt, text, example.completion)
+    print(f"\n{table(scores)}")
+    return scores
+
+
+def show(prompt, text, expected):
+    print(f"\n{prompt}")
+    print(f"  generated {' '.join(text.split())[:200]}")
+    print(f"  expected  {' '.join(expected.split())[:200]}")
+
+
 def table(scores):
-    return "\n".join(
-        f"{name:12}{value:>10{',' if isinstance(value, int) else '.2f'}}"
-        for name, value in scores.items()
-    )
+    lines = []
+    for name, value in scores.items():
+        form = "," if isinstance(value, int) else ".2f"
+        lines.append(f"{name:12}{value:>10{form}}")
+    return "\n".join(lines)
+
+
+# ---- the other commands --------------------------------------------------------------
+
+
+def pretrain(args):
+    from .lm.pretrain import pretrain as run
+
+    out = free_folder(args.out)
+    if not (out / "run").is_dir() and not (out / "history.json").exists():
+        new_folder(args.out)
+    make_folder(out, UserError)
+    _, _, history = run(out, args.steps, args.seed, args.lr)
+    print(history)
+    result = {"out": str(out), "steps": history.steps, "stopped": history.stopped}
+    return result, 130 if history.stopped == "interrupted" else 0
 
 
 def generate(args):
     from .lm import generate as write
+    from .lm import load_tokenizer
 
-    if not args.temperature and (args.top_k or args.top_p):
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 0.8 if args.num_samples > 1 else 0.0
+    if not temperature and (args.top_k or args.top_p or args.num_samples > 1):
         raise UserError(
-            "--top-k and --top-p say what may be drawn: give a --temperature above 0"
+            "--top-k, --top-p and --num-samples need chance: give a --temperature"
+            " above 0"
         )
-    prompt = (
-        args.prompt if args.prompt is not None else sys.stdin.read().rstrip("\n")
-    ).replace("\\n", "\n")
-    model, tokenizer, name = open_model(args)
-    pieces = [prompt]
-    print(prompt, end="", flush=True)
-    write(
-        model,
-        tokenizer,
-        prompt,
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        seed=args.seed,
-        stream=lambda piece: (pieces.append(piece), print(piece, end="", flush=True)),
-    )
+    prompt = read_prompt(args)
+    base = base_of(args)
+    tokenizer = load_tokenizer(base)
+    prompt, shown = prepare_prompt(args, prompt, tokenizer)
+    model = open_model(args, base)
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "stop": args.stop,
+        "seed": args.seed,
+    }
+    result = {"base": model.name_or_path, "prompt": prompt}
+    if args.num_samples > 1:
+        prompts = [prompt] * args.num_samples
+        texts = write(model, tokenizer, prompts, **options)
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number}\n{shown}{text}")
+        return result | {"completions": texts}, 0
+    print(shown, end="", flush=True)
+    text = write(model, tokenizer, prompt, stream=print_piece, **options)
     print()
-    return {"base": name, "prompt": prompt, "completion": "".join(pieces[1:])}, 0
+    return result | {"completion": text}, 0
+
+
+def print_piece(piece):
+    print(piece, end="", flush=True)
+
+
+def read_prompt(args):
+    """The prompt as text, from the command line or stdin."""
+    prompt = args.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            end = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
+            print(f"Type the prompt; end it with {end}.", file=sys.stderr)
+        try:
+            prompt = sys.stdin.read().rstrip("\n")
+        except UnicodeDecodeError:
+            raise UserError("what comes from stdin is not UTF-8 text") from None
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("the prompt is not UTF-8 text") from None
+    return prompt.replace("\\n", "\n")
+
+
+def prepare_prompt(args, prompt, tokenizer):
+    """(the prompt as training treated it, what is printed of it)"""
+    from .lm.chat import prompt_text
+    from .lm.user_data import trim
+
+    if args.chat:
+        message = {"role": "user", "content": prompt}
+        return prompt_text([message], tokenizer), ""
+    prompt = trim(prompt)
+    return prompt, prompt
 
 
 def evaluate(args):
     from .lm import evaluate as score
-    from .lm import load_data
+    from .lm import load_data, load_tokenizer
 
-    task = load_data(args.data)
-    model, tokenizer, name = open_model(args)
+    base = base_of(args)
+    tokenizer = load_tokenizer(base)
+    task = load_data(args.data, tokenizer)
+    model = open_model(args, base)
     scores = score(
         model,
         tokenizer,
@@ -548,34 +542,42 @@ def evaluate(args):
         limit=args.limit,
         predictions=task.score is not None,
     )
-    for example, text in zip(
-        getattr(task, args.split)[: args.show], scores.pop("predictions", [])
-    ):
+    examples = getattr(task, args.split)[: args.show]
+    for example, text in zip(examples, scores.pop("predictions", [])):
         show(example.prompt, text, example.completion)
-    print("\n" + table(scores))
-    return {
-        "base": name,
+    print(f"\n{table(scores)}")
+    result = {
+        "base": model.name_or_path,
         "adapter": args.adapter,
         "data": args.data,
         "split": args.split,
-        **scores,
-    }, 0
+    }
+    return result | scores, 0
 
 
 def merge(args):
+    from .lm import load_tokenizer
     from .lm.pretrained import resolve
 
-    free_folder(args.out, args.adapter)
-    model, tokenizer, name = open_model(args)
-    free_folder(args.out, resolve(name))
+    base = base_of(args)
+    out = new_folder(args.out, args.adapter, resolve(base))
+    tokenizer = load_tokenizer(base)
+    model = open_model(args, base)
+    name = model.name_or_path
     plain = model.merge_and_unload(safe_merge=True)
-    plain.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    print(
-        f"{args.adapter} is written into {name}: {args.out}. Use it as --base"
-        f" {args.out}"
-    )
-    return {"base": name, "adapter": args.adapter, "out": args.out}, 0
+    with all_or_nothing(out) as part:
+        plain.save_pretrained(part, tokenizer=tokenizer)
+    print(f"{args.adapter} is merged into {name}. Use it as --base {out}")
+    return {"base": name, "adapter": args.adapter, "out": str(out)}, 0
+
+
+def methods(args):
+    from .cli_methods import FULL, KNOWN
+
+    lines = {name: method.about for name, method in KNOWN.items()} | {"full": FULL}
+    for name, about in lines.items():
+        print(f"{name:14} {about}")
+    return {"methods": lines}, 0
 
 
 def student(args):
@@ -619,26 +621,45 @@ def doctor(args):
 
 
 COMMANDS = {
+    "pretrain": pretrain,
     "finetune": finetune,
     "generate": generate,
     "evaluate": evaluate,
     "merge": merge,
+    "methods": methods,
     "student": student,
     "doctor": doctor,
 }
 
+# ---- errors --------------------------------------------------------------------------
+
+NO_MEMORY = ("out of memory", "can't allocate", "not enough memory")
+
+
+def sentence(error):
+    """What a person reads of an error that a person can cause; None for any other."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply"
+    memory = isinstance(error, RuntimeError) and any(w in text for w in NO_MEMORY)
+    if memory or isinstance(error, MemoryError):
+        return "not enough memory: a smaller --batch-size, --r or base needs less"
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        # advice for those who call from Python
+        return text.partition(", or pass truncate=True")[0]
+    if type(error).__name__ == "SafetensorError":
+        return text
+    return None
+
 
 def main(argv=None):
-    """Returns the exit code: 0 done; 1 something to mend, in one line on stderr; 2
+    """Returns the exit code: 0 done; 1 something to mend, in one sentence on stderr; 2
     wrong usage; 130 Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
     args = argparse.Namespace(traceback=True, json=False)
     try:
-        if argv[:1] == ["pretrain"]:
-            from .lm.pretrain import main as pretrain
-
-            return pretrain(argv[1:]) or 0
-        args = parser().parse_args(argv)
+        args = cli_options.parse(sys.argv[1:] if argv is None else argv)
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             result, code = COMMANDS[args.command](args)
         if args.json:
@@ -650,10 +671,10 @@ def main(argv=None):
     except BrokenPipeError:  # `minipeft ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
-        if args.traceback:
+    except Exception as error:
+        if args.traceback or (text := sentence(error)) is None:
             raise
-        print(f"minipeft: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"minipeft: {text}", file=sys.stderr)
         return 1
 
 

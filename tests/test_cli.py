@@ -1,23 +1,29 @@
 """The command line: what it makes, what it says when something is wrong, and its exit
 codes."""
 
+import csv
 import email
+import errno
 import hashlib
 import importlib.metadata
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 
-from minipeft import PeftModel, doctor
+from minipeft import PeftModel, cli, cli_options, doctor
 from minipeft.cli import main
+from minipeft.cli_methods import ALIASES, KNOWN, find_method, make_config, parse_fields
+from minipeft.config import METHODS
 from minipeft.lm import data, load_pretrained
 from minipeft.lm.gpt import GPT, GPTConfig
 from minipeft.lm.tokenizer import train_tokenizer
@@ -64,6 +70,13 @@ def mine(tmp_path):
     return str(path)
 
 
+@pytest.fixture
+def adapter(base, mine, tmp_path, capsys):
+    """A trained adapter's folder."""
+    assert run(capsys, *tune(base, mine, tmp_path / "trained"))[0] == 0
+    return tmp_path / "trained"
+
+
 def run(capsys, *argv):
     """(exit code, stdout, stderr)"""
     code = main([str(a) for a in argv])
@@ -92,356 +105,904 @@ def tune(base, mine, out, *more):
     ]
 
 
-def test_finetune_generate_evaluate_merge(base, mine, tmp_path, capsys):
-    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    code, out, err = run(
-        capsys, *tune(base, mine, adapter, "--r", 2, "--targets", "q_proj,v_proj")
-    )
-    assert code == 0 and "are trained" in out and "said" in out and "exact" in out
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 4)
-    assert (
-        sorted(config["target_modules"]) == ["q_proj", "v_proj"]
-        and config["base_model_name_or_path"] == base
-    )
+class TestFinetune:
+    """Training, stopping, going on, and what is saved."""
 
-    # the base is the adapter's
-    code, out, err = run(
-        capsys, "generate", "say 12", "--adapter", adapter, "--max-new-tokens", 5
-    )
-    assert code == 0 and out.startswith("say 12")
-    code, out, err = run(
-        capsys, "evaluate", "--adapter", adapter, "--data", mine, "--limit", 3, "--json"
-    )
-    scores = json.loads(out)
-    assert (
-        code == 0
-        and scores["examples"] == 3
-        and {"loss", "perplexity", "exact"} < set(scores)
-        and scores["base"] == base
-    )
-
-    code, out, err = run(capsys, "merge", "--adapter", adapter, "--out", merged)
-    assert code == 0
-    ids = torch.arange(3, 20)[None]
-    adapted = PeftModel.from_pretrained(load_pretrained(base), adapter)
-    torch.testing.assert_close(
-        load_pretrained(merged)(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0
-    )
-    code, out, err = run(
-        capsys, "evaluate", "--base", merged, "--data", mine, "--limit", 3, "--json"
-    )
-    assert json.loads(out)["loss"] == pytest.approx(scores["loss"], abs=1e-5)
-
-
-def test_full_fine_tuning_saves_a_plain_model(base, mine, tmp_path, capsys):
-    code, out, err = run(
-        capsys, *tune(base, mine, tmp_path / "full", "--method", "full", "--json")
-    )
-    result = json.loads(out)
-    assert (
-        code == 0
-        and result["trained"] == result["parameters"]
-        and result["test"]["examples"] == 4
-    )
-    assert "are trained" in err  # --json leaves stdout to the result
-    assert (
-        run(
-            capsys,
-            "generate",
-            "say 12",
-            "--base",
-            tmp_path / "full",
-            "--max-new-tokens",
-            3,
-        )[0]
-        == 0
-    )
-
-
-def test_ctrl_c_saves_and_the_same_command_goes_on(
-    base, mine, tmp_path, capsys, monkeypatch
-):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert run(capsys, *tune(base, mine, straight))[0] == 0
-    batch = data.Batches.batch
-
-    def interrupted(self, step):
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return batch(self, step)
-
-    monkeypatch.setattr(data.Batches, "batch", interrupted)
-    code, out, err = run(capsys, *tune(base, mine, stopped, "--json"))
-    assert (
-        code == 130
-        and json.loads(out)["stopped"] == "interrupted"
-        and json.loads(out)["steps"] == 6
-    )
-    assert (
-        "the same command goes on" in err
-        and (stopped / "adapter_model.safetensors").exists()
-    )
-    monkeypatch.undo()
-    assert run(capsys, *tune(base, mine, stopped))[0] == 0
-    assert (straight / "adapter_model.safetensors").read_bytes() == (
-        stopped / "adapter_model.safetensors"
-    ).read_bytes()
-    code, out, err = run(capsys, *tune(base, mine, stopped, "--lr", 1e-3))
-    assert code == 1 and "other settings" in err
-    assert run(capsys, *tune(base, mine, stopped, "--lr", 1e-3, "--restart"))[0] == 0
-
-
-def test_plain_text(base, tmp_path, capsys):
-    text = tmp_path / "my.txt"
-    text.write_text(
-        "\n".join("the cat sat on the mat" for _ in range(3))
-        + "\n"
-        + "\n".join(f"it is {i}" for i in range(9))
-    )
-    code, out, err = run(capsys, *tune(base, str(text), tmp_path / "out", "--json"))
-    assert code == 0 and set(json.loads(out)["test"]) == {
-        "examples",
-        "loss",
-        "perplexity",
-    }
-
-
-def test_prompt_from_stdin(base, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
-    code, out, err = run(
-        capsys, "generate", "--base", base, "--max-new-tokens", 3, "--json"
-    )
-    assert code == 0 and json.loads(out)["prompt"] == "the cat"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (("--data", "sqll"), "did you mean 'sql'"),
-        (("--data", "none.txt"), "cannot read none.txt"),
-        (("--base", "./nowhere"), "nowhere"),
-        (("--method", "lroa"), "did you mean lora"),
-        (("--targets", "q_prj"), "q_proj"),
-        (("--r", "0"), "positive integer"),
-        (("--set", "lora_dropoot=0.1"), "did you mean lora_dropout"),
-        (("--set", "lora_dropout"), "FIELD=VALUE"),
-        (("--set", "r=null"), "r = None: expected int"),
-        (("--set", "lora_dropout=often"), "lora_dropout = 'often': expected float"),
-        (
-            ("--set", "target_modules=5"),
-            "target_modules = 5: expected list[str] | str | None",
-        ),
-        (("--set", "target_modules=(("), "'((' is not a regular expression"),
-        (("--set", "rank_pattern=[8]"), "rank_pattern = [8]: expected dict"),
-        (("--set", "peft_type=IA3"), "lora has no field 'peft_type'"),
-        (("--method", "fusion"), "fusion needs --set adapters=VALUE"),
-        (("--method", "adalora"), "total_step = None"),
-        (
-            ("--method", "full", "--r", "4"),
-            "--r, --alpha, --targets and --set are for adapters",
-        ),
-        (("--device", "abacus"), "--device abacus: "),
-        (("--device", "meta"), "--device meta: "),
-    ],
-)
-def test_a_users_mistake_is_one_line_and_exit_code_1(
-    base, mine, tmp_path, capsys, change, message
-):
-    code, out, err = run(capsys, *tune(base, mine, tmp_path / "out", *change))
-    assert (
-        code == 1
-        and message in err
-        and len(err.strip().splitlines()) == 1
-        and err.startswith("minipeft: ")
-    )
-    assert not (tmp_path / "out").exists()
-    with pytest.raises((ValueError, OSError)):
-        main(
-            [str(a) for a in tune(base, mine, tmp_path / "out", *change, "--traceback")]
+    def test_finetune_generate_evaluate_merge(self, base, mine, tmp_path, capsys):
+        adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+        code, out, err = run(
+            capsys, *tune(base, mine, adapter, "--r", 2, "--targets", "q_proj,v_proj")
+        )
+        assert (
+            code == 0 and "are trained" in out and "generated" in out and "exact" in out
+        )
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["r"], config["lora_alpha"]) == (
+            "LORA",
+            2,
+            4,
+        )
+        assert (
+            sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+            and config["base_model_name_or_path"] == base
         )
 
+        # the base is the adapter's
+        code, out, err = run(
+            capsys, "generate", "say 12", "--adapter", adapter, "--max-new-tokens", 5
+        )
+        assert code == 0 and out.startswith("say 12")
+        code, out, err = run(
+            capsys,
+            "evaluate",
+            "--adapter",
+            adapter,
+            "--data",
+            mine,
+            "--limit",
+            3,
+            "--json",
+        )
+        scores = json.loads(out)
+        assert (
+            code == 0
+            and scores["examples"] == 3
+            and {"loss", "perplexity", "exact"} < set(scores)
+            and scores["base"] == base
+        )
 
-def test_a_line_of_the_users_file_is_named(base, mine, tmp_path, capsys):
-    with open(mine, "a") as file:
-        file.write('{"prompt": 1}\n')
-    code, out, err = run(capsys, *tune(base, mine, tmp_path / "out"))
-    assert code == 1 and "mine.jsonl, line 41: expected" in err
+        code, out, err = run(capsys, "merge", "--adapter", adapter, "--out", merged)
+        assert code == 0
+        ids = torch.arange(3, 20)[None]
+        adapted = PeftModel.from_pretrained(load_pretrained(base), adapter)
+        torch.testing.assert_close(
+            load_pretrained(merged)(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0
+        )
+        code, out, err = run(
+            capsys, "evaluate", "--base", merged, "--data", mine, "--limit", 3, "--json"
+        )
+        assert json.loads(out)["loss"] == pytest.approx(scores["loss"], abs=1e-5)
+
+    def test_full_fine_tuning_saves_a_plain_model(self, base, mine, tmp_path, capsys):
+        code, out, err = run(
+            capsys, *tune(base, mine, tmp_path / "full", "--method", "full", "--json")
+        )
+        result = json.loads(out)
+        assert (
+            code == 0
+            and result["trained"] == result["parameters"]
+            and result["test"]["examples"] == 4
+        )
+        assert "are trained" in err  # --json leaves stdout to the result
+        assert (
+            run(
+                capsys,
+                "generate",
+                "say 12",
+                "--base",
+                tmp_path / "full",
+                "--max-new-tokens",
+                3,
+            )[0]
+            == 0
+        )
+
+    def test_ctrl_c_saves_and_the_same_command_goes_on(
+        self, base, mine, tmp_path, capsys, monkeypatch
+    ):
+        straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+        assert run(capsys, *tune(base, mine, straight))[0] == 0
+        batch = data.Batches.batch
+
+        def interrupted(self, step):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch(self, step)
+
+        monkeypatch.setattr(data.Batches, "batch", interrupted)
+        code, out, err = run(capsys, *tune(base, mine, stopped, "--json"))
+        assert (
+            code == 130
+            and json.loads(out)["stopped"] == "interrupted"
+            and json.loads(out)["steps"] == 6
+        )
+        assert (
+            "the same command goes on" in err
+            and (stopped / "adapter_model.safetensors").exists()
+        )
+        monkeypatch.undo()
+        code, out, err = run(capsys, *tune(base, mine, stopped, "--lr", 1e-3))
+        assert code == 1 and "other settings" in err and "say --restart" in err
+        assert "resume" not in err
+        assert run(capsys, *tune(base, mine, stopped))[0] == 0
+        assert (straight / "adapter_model.safetensors").read_bytes() == (
+            stopped / "adapter_model.safetensors"
+        ).read_bytes()
+        for again in ([], ["--lr", 1e-3]):
+            code, out, err = run(capsys, *tune(base, mine, stopped, *again))
+            assert code == 1 and "holds a finished run" in err and "--restart" in err
+        assert (
+            run(capsys, *tune(base, mine, stopped, "--lr", 1e-3, "--restart"))[0] == 0
+        )
+
+    def test_plain_text(self, base, tmp_path, capsys):
+        text = tmp_path / "my.txt"
+        text.write_text(
+            "\n".join("the cat sat on the mat" for _ in range(3))
+            + "\n"
+            + "\n".join(f"it is {i}" for i in range(9))
+        )
+        code, out, err = run(capsys, *tune(base, str(text), tmp_path / "out", "--json"))
+        assert code == 0 and set(json.loads(out)["test"]) == {
+            "examples",
+            "loss",
+            "perplexity",
+        }
+
+    def test_a_run_that_diverged_saves_no_adapter(self, base, mine, tmp_path, capsys):
+        code, _, err = run(capsys, *tune(base, mine, tmp_path / "out", "--lr", "1e30"))
+        assert code == 1 and "the loss became infinite" in err and "--restart" in err
+        assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+    def test_what_is_left_beside_the_adapter(self, base, mine, tmp_path, capsys):
+        out = tmp_path / "out"
+        assert run(capsys, *tune(base, mine, out))[0] == 0
+        files = {path.name for path in out.iterdir()} - {"README.md"}
+        curves = {"loss.csv", "loss.png"}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"} | curves
+        assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+        with open(out / "loss.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["step"] for row in rows] == [str(i) for i in range(1, 13)]
+        assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+        assert all(row["valid_loss"] for row in rows)  # every step of so few
+
+    @pytest.mark.parametrize("rate", [1e-2, 3.0])
+    def test_the_weights_of_the_lowest_validation_loss_are_kept(
+        self, base, mine, tmp_path, capsys, rate
+    ):
+        out = tmp_path / "out"
+        argv = tune(base, mine, out, "--lr", rate, "--steps", 20, "--json")
+        code, text, _ = run(capsys, *argv)
+        result = json.loads(text)
+        with open(out / "loss.csv", newline="") as file:
+            rows = {int(r["step"]): r["valid_loss"] for r in csv.DictReader(file)}
+        losses = {step: float(loss) for step, loss in rows.items() if loss}
+        best = min(losses, key=losses.get)
+        assert len(losses) == 10 and result["kept_step"] == best
+        argv = ["evaluate", "--adapter", out, "--data", mine, "--split", "valid"]
+        _, text, _ = run(capsys, *argv, "--json")
+        assert json.loads(text)["loss"] == pytest.approx(losses[best], rel=1e-4)
+
+    def test_without_validation_the_last_weights_are_kept(
+        self, base, mine, tmp_path, capsys
+    ):
+        argv = tune(base, mine, tmp_path / "a", "--evaluate-every", 0, "--json")
+        result = json.loads(run(capsys, *argv)[1])
+        assert (result["kept_step"], result["valid_loss"]) == (12, None)
+
+    def test_four_bits(self, base, mine, tmp_path, capsys):
+        for i, option in enumerate((["--load-in-4bit"], ["--method", "qlora"])):
+            out = tmp_path / str(i)
+            assert run(capsys, *tune(base, mine, out, *option))[0] == 0
+        one, other = (
+            (tmp_path / name / "adapter_model.safetensors").read_bytes()
+            for name in "01"
+        )
+        assert one == other
+        losses = []
+        for option in ([], ["--load-in-4bit"]):
+            argv = ["evaluate", "--adapter", tmp_path / "0", "--data", mine, *option]
+            losses.append(json.loads(run(capsys, *argv, "--json")[1])["loss"])
+        assert losses[0] != losses[1]
+
+    def test_tensorboards_log(self, base, mine, tmp_path, capsys, monkeypatch):
+        seen = []
+
+        class Writer:
+            def __init__(self, folder):
+                seen.append(folder)
+
+            def add_scalar(self, name, value, step):
+                seen.append((name, step))
+
+        fake = types.SimpleNamespace(SummaryWriter=Writer)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+        log = str(tmp_path / "log")
+        assert run(capsys, *tune(base, mine, tmp_path / "a", "--log", log))[0] == 0
+        assert seen[0] == log
+        for name in ("loss", "lr", "grad_norm", "valid_loss"):
+            assert {step for n, step in seen[1:] if n == name} == {*range(1, 13)}
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        code, _, err = run(capsys, *tune(base, mine, tmp_path / "b", "--log", log))
+        assert code == 1 and "pip install tensorboard" in err
+        assert not (tmp_path / "b").exists()
+
+    @pytest.mark.parametrize("kind", ["instruction", "messages", "csv"])
+    def test_other_records(self, base, tmp_path, capsys, kind):
+        asked = [(f"say {i}", f"it is {i}") for i in range(20)]
+        path = tmp_path / ("a.csv" if kind == "csv" else "a.jsonl")
+        if kind == "csv":
+            lines = ["prompt,completion", *(f"{q},{a}" for q, a in asked)]
+        elif kind == "instruction":
+            lines = [json.dumps({"instruction": q, "output": a}) for q, a in asked]
+        else:
+            turns = [
+                [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
+                for q, a in asked
+            ]
+            lines = [json.dumps({"messages": talk}) for talk in turns]
+        path.write_text("\n".join(lines))
+        assert run(capsys, *tune(base, path, tmp_path / "out"))[0] == 0
+        argv = ["generate", "say 3", "--adapter", tmp_path / "out"]
+        more = [] if kind == "csv" else ["--chat"]
+        code, out, _ = run(capsys, *argv, *more, "--max-new-tokens", 4, "--json")
+        prompt = "say 3" if kind == "csv" else "User: say 3\nAssistant:"
+        assert json.loads(out)["prompt"] == prompt
 
 
-def test_no_adapter(tmp_path, capsys):
-    code, out, err = run(
-        capsys, "merge", "--adapter", tmp_path, "--out", tmp_path / "m"
+class TestMethods:
+    """By their usual names, with defaults that work."""
+
+    @pytest.mark.parametrize(
+        "name", [*KNOWN, "LORA", "DoRA", "prefix_tuning", "Prompt"]
     )
-    assert code == 1 and "no adapter_config.json" in err
+    def test_each_trains_with_its_defaults(self, base, mine, tmp_path, capsys, name):
+        out = tmp_path / "out"
+        argv = ["finetune", "--base", base, "--data", mine, "--out", out, "--steps", 4]
+        if name == "bitfit":  # a Llama has no biases
+            argv += ["--set", "add_bias=true"]
+        code, text, err = run(capsys, *argv, "--method", name, "--limit", 2, "--json")
+        assert code == 0, err
+        result = json.loads(text)
+        assert 0 < result["trained"] < result["parameters"]
+        assert result["method"] == find_method(name)[0]
+        argv = ["generate", "say", "--adapter", out, "--max-new-tokens", 2]
+        assert run(capsys, *argv)[0] == 0
+
+    @pytest.mark.parametrize(
+        "name, field, value",
+        [
+            ("dora", "use_dora", True),
+            ("rslora", "use_rslora", True),
+            ("pissa", "init_lora_weights", "pissa"),
+            ("olora", "init_lora_weights", "olora"),
+            ("prompt", "num_virtual_tokens", 8),
+            ("prefix", "num_virtual_tokens", 8),
+            ("houlsby", "placement", "houlsby"),
+            ("lora", "lora_alpha", 16),
+        ],
+    )
+    def test_what_a_name_stands_for(self, name, field, value):
+        usual, method = find_method(name)
+        assert getattr(make_config(usual, method, 100, {}, {}), field) == value
+
+    def test_set_and_options_come_before_a_names_defaults(self):
+        usual, method = find_method("prefix")
+        fields = parse_fields(["num_virtual_tokens=3"])
+        config = make_config(usual, method, 100, {}, fields)
+        assert config.num_virtual_tokens == 3
+        usual, method = find_method("lora")
+        config = make_config(usual, method, 100, {"r": 4}, parse_fields(["r=2"]))
+        assert (config.r, config.lora_alpha) == (4, 8)
+
+    @pytest.mark.parametrize(
+        "name, near",
+        [("doar", "dora"), ("qloar", "qlora"), ("perfix", "prefix"), ("IA-3", "ia3")],
+    )
+    def test_the_nearest_name(self, name, near):
+        with pytest.raises(ValueError, match=f"did you mean '{near}'"):
+            find_method(name)
+
+    def test_lora_plus_learns_b_faster(self, base, mine, tmp_path, capsys, monkeypatch):
+        import minipeft.lm
+
+        rates = []
+
+        def watch(model, *args, optimizer, **options):
+            rates.extend(group["lr"] for group in optimizer.param_groups)
+            raise ValueError("seen")
+
+        monkeypatch.setattr(minipeft.lm, "train", watch)
+        argv = tune(base, mine, tmp_path / "a", "--method", "lora+", "--lr", 1e-3)
+        assert "seen" in run(capsys, *argv)[2]
+        assert {1e-3, 4e-3} <= set(rates)
+
+    @pytest.mark.parametrize("name", ["pissa", "olora"])
+    def test_a_start_that_changes_the_base_is_saved_for_the_base_as_it_was(
+        self, base, mine, tmp_path, capsys, name
+    ):
+        out = tmp_path / "out"
+        argv = tune(base, mine, out, "--method", name, "--r", 2, "--limit", 40)
+        trained = json.loads(run(capsys, *argv, "--json")[1])["test"]
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config.get("init_lora_weights", True) is True
+        argv = ["evaluate", "--adapter", out, "--data", mine, "--limit", 40, "--json"]
+        loss = json.loads(run(capsys, *argv)[1])["loss"]
+        assert loss == pytest.approx(trained["loss"], rel=1e-4)
+
+    def test_the_list(self, capsys):
+        code, out, _ = run(capsys, "methods")
+        lines = out.splitlines()
+        assert code == 0 and [line.split()[0] for line in lines] == [*KNOWN, "full"]
+        assert all(len(line) <= 88 for line in lines)
+        assert set(json.loads(run(capsys, "methods", "--json")[1])["methods"]) == {
+            *KNOWN,
+            "full",
+        }
+
+    def test_every_method_of_the_library_is_in_it(self):
+        needs_experts = {"FUSION"}
+        ours = {
+            kind for kind, m in METHODS.items() if m.__module__.startswith("minipeft")
+        }
+        assert {method.kind for method in KNOWN.values()} == ours - needs_experts
+        assert {ALIASES[name] for name in ALIASES} <= {*KNOWN, "full"}
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        [],
-        ["finetun"],
-        ["finetune"],
-        ["finetune", "--data", "sql", "--out", "x", "--r", "many"],
-    ],
-)
-def test_wrong_usage_is_exit_code_2(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
+class TestFolders:
+    """What others put into a folder is never overwritten."""
 
-
-@pytest.mark.parametrize(
-    "command, option, value, message",
-    [
-        ("finetune", "--steps", "0", "a whole number at least 1"),
-        ("finetune", "--batch-size", "-2", "at least 1"),
-        ("finetune", "--accumulate", "0", "at least 1"),
-        ("finetune", "--lr", "0", "a number above 0"),
-        ("finetune", "--lr", "inf", "above 0"),
-        ("finetune", "--lr", "nan", "above 0"),
-        ("finetune", "--alpha", "nan", "a number"),
-        ("finetune", "--limit", "-1", "at least 0"),
-        ("finetune", "--seed", "-1", "at least 0"),
-        ("finetune", "--seed", str(2**70), "at most"),
-        ("finetune", "--steps", "1.5", "a whole number"),
-        ("generate", "--max-new-tokens", "-1", "at least 1"),
-        ("generate", "--temperature", "-1", "at least 0"),
-        ("generate", "--temperature", "nan", "at least 0"),
-        ("generate", "--top-k", "0", "at least 1"),
-        ("generate", "--top-p", "0", "above 0 and at most 1"),
-        ("generate", "--top-p", "2", "above 0 and at most 1"),
-        ("evaluate", "--limit", "-1", "at least 1"),
-        ("evaluate", "--show", "-1", "at least 0"),
-    ],
-)
-def test_numbers_out_of_bounds(command, option, value, message, capsys):
-    needed = {
-        "finetune": ["--data", "sql", "--out", "x"],
-        "evaluate": ["--data", "sql"],
-        "generate": ["x"],
-    }[command]
-    with pytest.raises(SystemExit) as stop:
-        main([command, *needed, f"{option}={value}"])
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert f"argument {option}: '{value}': expected is" in said and message in said
-
-
-def test_nothing_that_is_read_is_overwritten(base, mine, tmp_path, capsys):
-    adapter = tmp_path / "adapter"
-    assert run(capsys, *tune(base, mine, adapter))[0] == 0
-    before = {
-        path: path.read_bytes()
-        for folder in (adapter, Path(base))
-        for path in folder.iterdir()
-        if path.is_file()
-    }
-    for out in (adapter, base):
-        code, _, err = run(capsys, "merge", "--adapter", adapter, "--out", out)
+    def test_nothing_that_is_read_is_overwritten(self, base, mine, tmp_path, capsys):
+        adapter = tmp_path / "adapter"
+        assert run(capsys, *tune(base, mine, adapter))[0] == 0
+        before = {
+            path: path.read_bytes()
+            for folder in (adapter, Path(base))
+            for path in folder.iterdir()
+            if path.is_file()
+        }
+        for out in (adapter, base):
+            code, _, err = run(capsys, "merge", "--adapter", adapter, "--out", out)
+            assert code == 1 and "holds what is read" in err
+        code, _, err = run(capsys, *tune(base, mine, base, "--method", "full"))
         assert code == 1 and "holds what is read" in err
-    code, _, err = run(capsys, *tune(base, mine, base, "--method", "full"))
-    assert code == 1 and "holds what is read" in err
-    for out in (mine, f"{mine}/below"):
-        for command in (
+        for out in (mine, f"{mine}/below"):
+            for command in (
+                tune(base, mine, out),
+                ["merge", "--adapter", adapter, "--out", out],
+                ["student", "--all", "--out", out],
+            ):
+                code, _, err = run(capsys, *command)
+                assert code == 1 and "mine.jsonl is a file; expected a folder" in err
+        for folder in (adapter, Path(base)):
+            assert (
+                before.items()
+                >= {
+                    path: path.read_bytes()
+                    for path in folder.iterdir()
+                    if path.is_file()
+                }.items()
+            )
+
+    @pytest.mark.parametrize("name", ["config.json", "README.md", "notes", "loss.png"])
+    @pytest.mark.parametrize("method", ["lora", "full", "merge", "pretrain"])
+    def test_a_strangers_folder(
+        self, base, mine, tmp_path, capsys, name, method, request
+    ):
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / name).write_text("mine")
+        if method == "merge":
+            adapter = request.getfixturevalue("adapter")
+            argv = ["merge", "--adapter", adapter, "--out", out]
+        elif method == "pretrain":
+            argv = ["pretrain", "--out", out]
+        else:
+            argv = tune(base, mine, out, "--method", method)
+        for more in ([], ["--restart"]) if argv[0] == "finetune" else ([],):
+            code, _, err = run(capsys, *argv, *more)
+            assert code == 1 and f"is not empty, it holds {name}" in err
+        assert [p.name for p in out.iterdir()] == [name]
+        assert (out / name).read_text() == "mine"
+
+    @pytest.mark.parametrize("out", ["", " ", "\t"])
+    def test_no_name(self, base, mine, adapter, capsys, out):
+        before = sorted(Path().iterdir())
+        for argv in (
             tune(base, mine, out),
+            tune(base, mine, out, "--method", "full"),
             ["merge", "--adapter", adapter, "--out", out],
             ["student", "--all", "--out", out],
+            ["pretrain", "--out", out],
         ):
-            code, _, err = run(capsys, *command)
-            assert code == 1 and "mine.jsonl is a file; a folder is expected" in err
-    for folder in (adapter, Path(base)):
-        assert (
-            before.items()
-            >= {
-                path: path.read_bytes() for path in folder.iterdir() if path.is_file()
-            }.items()
+            code, _, err = run(capsys, *argv)
+            assert code == 1 and "--out is empty: name a folder" in err
+        assert sorted(Path().iterdir()) == before
+
+    @pytest.mark.parametrize("first, then", [("lora", "full"), ("full", "ia3")])
+    def test_no_adapter_beside_a_model(self, base, mine, tmp_path, capsys, first, then):
+        out = tmp_path / "out"
+        assert run(capsys, *tune(base, mine, out, "--method", first))[0] == 0
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        for more in ([], ["--restart"]):
+            code, _, err = run(capsys, *tune(base, mine, out, "--method", then, *more))
+            assert code == 1 and "would lie beside the result" in err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    def test_a_hidden_file_is_nobodys(self, base, mine, tmp_path, capsys):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".DS_Store").touch()
+        assert run(capsys, *tune(base, mine, tmp_path / "out"))[0] == 0
+
+
+class TestWhatWouldFailLater:
+    """It is found before the training."""
+
+    @pytest.fixture(autouse=True)
+    def no_training(self, monkeypatch):
+        import minipeft.lm
+
+        def train(*args, **options):
+            raise AssertionError("the training began")
+
+        monkeypatch.setattr(minipeft.lm, "train", train)
+
+    @pytest.mark.parametrize("place", ["/proc/out", "/dev/null/out", "/sys/out/deep"])
+    def test_where_nothing_can_be_written(self, base, mine, capsys, place):
+        code, _, err = run(capsys, *tune(base, mine, place))
+        assert code == 1 and len(err.splitlines()) == 1
+
+    def test_no_permission(self, base, mine, tmp_path, capsys, monkeypatch):
+        def refuse(self, *args, **options):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+        out = tmp_path / "out"
+        out.mkdir()
+        monkeypatch.setattr(Path, "touch", refuse)
+        code, _, err = run(capsys, *tune(base, mine, out))
+        assert code == 1 and f"cannot write into {out}: Permission denied" in err
+
+    def test_too_little_disk(self, base, mine, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(doctor, "free_space", lambda folder: 1000)
+        for method in ("lora", "full"):
+            argv = tune(base, mine, tmp_path / "out", "--method", method)
+            code, _, err = run(capsys, *argv)
+            assert code == 1 and "MB of disk, and 0 MB are free" in err
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "method, rank",
+        [
+            ("lora", 10**12),
+            ("lora", 10**30),
+            ("dora", 10**10),
+            ("loha", 10**12),
+            ("adalora", 10**9),
+            ("vera", 10**20),
+        ],
+    )
+    def test_a_rank_beyond_the_memory(self, base, mine, tmp_path, capsys, rank, method):
+        option = ["--r", rank] if method != "adalora" else ["--set", f"init_r={rank}"]
+        argv = tune(base, mine, tmp_path / "out", "--method", method, *option)
+        code, _, err = run(capsys, *argv)
+        assert code == 1 and f"{rank:,} needs" in err and "GB of memory" in err
+
+    @pytest.mark.parametrize("split", ["valid", "test", "train"])
+    def test_an_example_that_is_too_long(
+        self, base, tmp_path, capsys, monkeypatch, split
+    ):
+        monkeypatch.undo()
+        rows = [{"prompt": f"say {i}", "completion": "it"} for i in range(30)]
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        number = getattr(data.load_data(path), split)[0].meta["line"]
+        rows[number - 1]["prompt"] += " cat" * 70
+        # the split is drawn by the order of the rows, not by their text
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code, _, err = run(capsys, *tune(base, path, tmp_path / "out", "--limit", 9))
+        assert code == 1 and f"a.jsonl, line {number}: " in err
+        assert "truncate" not in err and "but a row holds 64" in err
+        assert not (tmp_path / "out").exists()
+
+
+class TestDiskFull:
+    """While something is written: one sentence, and nothing half-written is left."""
+
+    def limited(self, kilobytes, *argv):
+        """Run the command where no file may be larger: like a full disk."""
+        code = (
+            "import resource, signal, sys\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            f"limit = {kilobytes} * 1024\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+            "from minipeft.cli import main\n"
+            "sys.exit(main(sys.argv[1:]))"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, argv)],
+            capture_output=True,
+            text=True,
         )
 
+    @pytest.mark.parametrize("kilobytes", [1, 20, 30])
+    def test_merge(self, base, adapter, tmp_path, kilobytes):
+        """The model has 35 kB, its tokenizer 31 kB."""
+        out = tmp_path / "out"
+        argv = ["merge", "--adapter", adapter, "--out", out]
+        done = self.limited(kilobytes, *argv)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.startswith("minipeft: ")
+        assert len(done.stderr.splitlines()) == 1
+        assert not out.exists()
 
-def test_a_run_that_diverged_saves_no_adapter(base, mine, tmp_path, capsys):
-    code, _, err = run(capsys, *tune(base, mine, tmp_path / "out", "--lr", "1e30"))
-    assert code == 1 and "the loss became infinite" in err and "--restart" in err
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    @pytest.mark.parametrize("method", ["lora", "full"])
+    def test_finetune(self, base, mine, tmp_path, method):
+        argv = tune(base, mine, tmp_path / "out", "--method", method)
+        done = self.limited(4, *argv)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("minipeft: ")
+        assert not [*tmp_path.rglob("*.safetensors")]
+        assert not [*tmp_path.rglob("*.json")]
 
 
-def test_top_k_without_a_temperature_would_do_nothing(base, capsys):
-    for option in (["--top-k", "3"], ["--top-p", "0.9"]):
-        code, _, err = run(capsys, "generate", "x", "--base", base, *option)
+class TestMistakes:
+    """One sentence and exit code 1."""
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (("--data", "sqll"), "did you mean 'sql'"),
+            (("--data", "none.txt"), "cannot read none.txt"),
+            (("--base", "./nowhere"), "nowhere"),
+            (("--method", "lroa"), "did you mean 'lora'?"),
+            (("--targets", "q_prj"), "q_proj"),
+            (("--r", "0"), "r = 0: expected a positive integer"),
+            (("--set", "lora_dropoot=0.1"), "did you mean 'lora_dropout'?"),
+            (("--set", "lora_dropout"), "FIELD=VALUE"),
+            (("--set", "r=null"), "r = None: expected int"),
+            (("--set", "lora_dropout=often"), "lora_dropout = 'often': expected float"),
+            (
+                ("--set", "target_modules=5"),
+                "target_modules = 5: expected list[str] | str | None",
+            ),
+            (("--set", "target_modules=(("), "'((' is not a regular expression"),
+            (("--set", "rank_pattern=[8]"), "rank_pattern = [8]: expected dict"),
+            (("--set", "peft_type=IA3"), "lora has no field 'peft_type'"),
+            (("--method", "fusion"), "fusion needs --set adapters=VALUE"),
+            (("--method", "adalora", "--set", "total_step=null"), "total_step = None"),
+            (
+                ("--method", "full", "--r", "4"),
+                "--r, --alpha, --targets, --set and --load-in-4bit are for adapters",
+            ),
+            (("--device", "abacus"), "--device abacus: "),
+            (("--device", "meta"), "--device meta: "),
+        ],
+    )
+    def test_a_users_mistake_is_one_line_and_exit_code_1(
+        self, base, mine, tmp_path, capsys, change, message
+    ):
+        code, out, err = run(capsys, *tune(base, mine, tmp_path / "out", *change))
+        assert (
+            code == 1
+            and message in err
+            and len(err.strip().splitlines()) == 1
+            and err.startswith("minipeft: ")
+        )
+        assert not (tmp_path / "out").exists()
+        with pytest.raises((ValueError, OSError)):
+            main(
+                [
+                    str(a)
+                    for a in tune(base, mine, tmp_path / "out", *change, "--traceback")
+                ]
+            )
+
+    def test_a_line_of_the_users_file_is_named(self, base, mine, tmp_path, capsys):
+        with open(mine, "a") as file:
+            file.write('{"prompt": 1}\n')
+        code, out, err = run(capsys, *tune(base, mine, tmp_path / "out"))
+        assert code == 1 and "mine.jsonl, line 41: expected" in err
+
+    def test_no_adapter(self, tmp_path, capsys):
+        code, out, err = run(
+            capsys, "merge", "--adapter", tmp_path, "--out", tmp_path / "m"
+        )
+        assert code == 1 and "no adapter_config.json" in err
+
+    @pytest.mark.parametrize(
+        "text",
+        ["{}", "x", "", "[]", '{"nbformat": 4, "nbformat_minor": 5, "metadata": 3}'],
+    )
+    def test_what_is_no_notebook_has_no_students_edition(self, text, tmp_path, capsys):
+        (tmp_path / "a.ipynb").write_text(text)
+        code, _, err = run(
+            capsys, "student", tmp_path / "a.ipynb", "--out", tmp_path / "out"
+        )
+        assert (
+            code == 1
+            and "a.ipynb is not a notebook" in err
+            and not (tmp_path / "out").exists()
+        )
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            ("{", "not JSON"),
+            ("[]", "holds a list"),
+            ("{}", "no peft_type"),
+            ('{"peft_type": "LORA", "r": null}', "r = None"),
+        ],
+    )
+    def test_a_damaged_adapter_names_its_file(self, content, message, tmp_path, capsys):
+        (tmp_path / "adapter_config.json").write_text(content)
+        code, _, err = run(capsys, "generate", "x", "--adapter", tmp_path)
+        assert (
+            code == 1
+            and str(tmp_path / "adapter_config.json") in err
+            and message in err
+        )
+
+    @pytest.mark.parametrize(
+        "error, message",
+        [
+            (OSError(errno.ENOSPC, "No space left", "a/b"), "a/b: No space left"),
+            (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission"),
+            (RuntimeError("[enforce fail] can't allocate memory: 4 TB"), "not enough"),
+            (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory"),
+            (MemoryError(), "not enough memory"),
+            (RecursionError("maximum recursion depth"), "nested too deeply"),
+            (ImportError("x needs y: pip install y"), "x needs y: pip install y"),
+            (RuntimeError("shapes do not fit"), None),
+            (KeyError("bug"), None),
+            (AttributeError("bug"), None),
+        ],
+        ids=repr,
+    )
+    def test_what_a_person_can_cause_is_a_sentence(
+        self, capsys, monkeypatch, error, message
+    ):
+        def fail(args):
+            raise error
+
+        monkeypatch.setitem(cli.COMMANDS, "doctor", fail)
+        if message is None:  # a bug keeps its traceback
+            with pytest.raises(type(error)):
+                main(["doctor"])
+            return
+        code, _, err = run(capsys, "doctor")
+        assert code == 1 and err.startswith("minipeft: ") and message in err
+
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+    def test_data_that_never_ends(self, base, tmp_path, capsys, suffix):
+        os.mkfifo(tmp_path / f"pipe{suffix}")
+        (tmp_path / f"zero{suffix}").symlink_to("/dev/zero")
+        for name, what in (("pipe", "a pipe"), ("zero", "a device")):
+            path = tmp_path / f"{name}{suffix}"
+            for argv in (
+                tune(base, path, tmp_path / "out"),
+                ["evaluate", "--base", base, "--data", path],
+            ):
+                code, _, err = run(capsys, *argv)
+                assert code == 1 and f"{path} is {what}; expected a file" in err
+
+    @pytest.mark.parametrize("text", ["\\ud800", "ok\\udfff", "\\ud83d."])
+    def test_lone_surrogates(self, base, mine, tmp_path, capsys, text):
+        with open(mine, "a") as file:
+            file.write(f'{{"prompt": "{text}", "completion": "x"}}\n')
+        code, _, err = run(capsys, *tune(base, mine, tmp_path / "out"))
+        assert code == 1 and "line 41: " in err and "lone surrogate" in err
+
+    def test_pretrain(self, tmp_path, capsys):
+        (tmp_path / "file").touch()
+        for out in ("file", "file/deep"):
+            code, _, err = run(capsys, "pretrain", "--out", tmp_path / out)
+            assert code == 1 and "is a file; expected a folder" in err
+
+
+class TestUsage:
+    """Exit code 2, help and versions."""
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            [],
+            ["finetun"],
+            ["finetune"],
+            ["finetune", "--data", "sql", "--out", "x", "--r", "many"],
+        ],
+    )
+    def test_wrong_usage_is_exit_code_2(self, argv, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+
+    @pytest.mark.parametrize(
+        "command, option, value, message",
+        [
+            ("finetune", "--steps", "0", "a whole number at least 1"),
+            ("finetune", "--batch-size", "-2", "at least 1"),
+            ("finetune", "--accumulate", "0", "at least 1"),
+            ("finetune", "--lr", "0", "a number above 0"),
+            ("finetune", "--lr", "inf", "above 0"),
+            ("finetune", "--lr", "nan", "above 0"),
+            ("finetune", "--alpha", "nan", "a number"),
+            ("finetune", "--limit", "-1", "at least 0"),
+            ("finetune", "--seed", "-1", "at least 0"),
+            ("finetune", "--seed", str(2**70), "at most"),
+            ("finetune", "--steps", "1.5", "a whole number"),
+            ("generate", "--max-new-tokens", "-1", "at least 1"),
+            ("generate", "--temperature", "-1", "at least 0"),
+            ("generate", "--temperature", "nan", "at least 0"),
+            ("generate", "--top-k", "0", "at least 1"),
+            ("generate", "--top-p", "0", "above 0 and at most 1"),
+            ("generate", "--top-p", "2", "above 0 and at most 1"),
+            ("evaluate", "--limit", "-1", "at least 1"),
+            ("evaluate", "--show", "-1", "at least 0"),
+        ],
+    )
+    def test_numbers_out_of_bounds(self, command, option, value, message, capsys):
+        needed = {
+            "finetune": ["--data", "sql", "--out", "x"],
+            "evaluate": ["--data", "sql"],
+            "generate": ["x"],
+        }[command]
+        with pytest.raises(SystemExit) as stop:
+            main([command, *needed, f"{option}={value}"])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert f"argument {option}: '{value}': expected " in said and message in said
+
+    @pytest.mark.parametrize(
+        "command", ["pretrain", "finetune", "generate", "evaluate", "merge", "doctor"]
+    )
+    def test_help_teaches(self, command, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0 and len(capsys.readouterr().out) > 300
+
+    def test_as_a_module(self):
+        result = subprocess.run(
+            [sys.executable, "-m", "minipeft", "--help"], capture_output=True, text=True
+        )
+        assert (
+            result.returncode == 0 and "minipeft finetune --data sql" in result.stdout
+        )
+
+    @pytest.mark.parametrize(
+        "command, option",
+        [
+            ("finetune", "--learning-rate"),
+            ("generate", "--max-tokens"),
+            ("evaluate", "--metric"),
+            ("merge", "--force"),
+            ("student", "--solutions"),
+            ("doctor", "--fix"),
+            ("pretrain", "--batch-size"),
+            ("methods", "--long"),
+        ],
+    )
+    def test_an_unknown_option_shows_its_commands_usage(self, capsys, command, option):
+        needed = {
+            "finetune": ["--data", "sql", "--out", "x"],
+            "evaluate": ["--data", "sql"],
+            "merge": ["--adapter", "a", "--out", "x"],
+            "student": ["--out", "x"],
+        }
+        with pytest.raises(SystemExit) as stop:
+            main([command, *needed.get(command, []), f"{option}=1"])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and f"usage: minipeft {command} [-h]" in err
+        assert f"unrecognized arguments: {option}=1" in err
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["--version"])
+        installed = importlib.metadata.version("minipeft")
+        assert stop.value.code == 0
+        assert capsys.readouterr().out == f"minipeft {installed}\n"
+
+
+class TestGenerate:
+    """Text from the command line."""
+
+    def test_prompt_from_stdin(self, base, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n"))
+        code, out, err = run(
+            capsys, "generate", "--base", base, "--max-new-tokens", 3, "--json"
+        )
+        assert code == 0 and json.loads(out)["prompt"] == "the cat"
+
+    def test_top_k_without_a_temperature_would_do_nothing(self, base, capsys):
+        for option in (["--top-k", "3"], ["--top-p", "0.9"]):
+            code, _, err = run(capsys, "generate", "x", "--base", base, *option)
+            assert code == 1 and "--temperature above 0" in err
+
+    def generate(self, capsys, base, *argv):
+        argv = ["generate", "the cat", "--base", base, "--max-new-tokens", 6, *argv]
+        return run(capsys, *argv)
+
+    def test_samples(self, base, capsys):
+        argv = ["--num-samples", 4, "--seed", 1, "--json"]
+        texts = json.loads(self.generate(capsys, base, *argv)[1])["completions"]
+        assert len(texts) == 4 and len(set(texts)) > 1
+        again = json.loads(self.generate(capsys, base, *argv)[1])["completions"]
+        assert texts == again
+        code, out, _ = self.generate(capsys, base, "--num-samples", 2)
+        assert code == 0 and out.startswith("--- 1\nthe cat") and "\n--- 2\n" in out
+        argv = ["--num-samples", 2, "--temperature", 0]
+        code, _, err = self.generate(capsys, base, *argv)
         assert code == 1 and "--temperature above 0" in err
 
-
-@pytest.mark.parametrize(
-    "text", ["{}", "x", "", "[]", '{"nbformat": 4, "nbformat_minor": 5, "metadata": 3}']
-)
-def test_what_is_no_notebook_has_no_students_edition(text, tmp_path, capsys):
-    (tmp_path / "a.ipynb").write_text(text)
-    code, _, err = run(
-        capsys, "student", tmp_path / "a.ipynb", "--out", tmp_path / "out"
+    @pytest.mark.parametrize(
+        "option, value",
+        [
+            ("--temperature", "hot"),
+            ("--top-p", "1.0001"),
+            ("--stop", ""),
+            ("--num-samples", "0"),
+        ],
     )
-    assert (
-        code == 1
-        and "a.ipynb is not a notebook" in err
-        and not (tmp_path / "out").exists()
+    def test_what_cannot_be_computed_is_wrong_usage(self, base, capsys, option, value):
+        with pytest.raises(SystemExit) as stop:
+            self.generate(capsys, base, option, value)
+        assert stop.value.code == 2
+        assert f"argument {option}: {value!r}: expected" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["--temperature", "1e-4"],
+            ["--temperature", "1e-40"],
+            ["--temperature", "1e-300", "--top-p", "1e-300"],
+            ["--temperature", "1e30"],
+            ["--temperature", "1", "--top-p", "1e-300"],
+            ["--temperature", "1", "--top-k", "1000000"],
+        ],
     )
+    def test_the_smallest_and_largest_numbers_work(self, base, capsys, argv):
+        assert self.generate(capsys, base, *argv)[0] == 0
 
+    def test_stop(self, base, capsys):
+        whole = json.loads(self.generate(capsys, base, "--json")[1])["completion"]
+        stop = whole[3:5]
+        argv = ["--stop", "never there", "--stop", stop, "--json"]
+        text = json.loads(self.generate(capsys, base, *argv)[1])["completion"]
+        assert text == whole[: whole.index(stop)]
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("{", "not JSON"),
-        ("[]", "holds a list"),
-        ("{}", "no peft_type"),
-        ('{"peft_type": "LORA", "r": null}', "r = None"),
-    ],
-)
-def test_a_damaged_adapter_names_its_file(content, message, tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text(content)
-    code, _, err = run(capsys, "generate", "x", "--adapter", tmp_path)
-    assert code == 1 and str(tmp_path / "adapter_config.json") in err and message in err
+    @pytest.mark.parametrize("prompt", ["the \udc80", "\udcff", "a\ud83d"])
+    def test_a_prompt_that_is_not_text(self, base, capsys, prompt):
+        code, _, err = run(capsys, "generate", prompt, "--base", base)
+        assert code == 1 and "the prompt is not UTF-8 text" in err
 
+    def test_stdin_that_is_not_text(self, base, capsys, monkeypatch):
+        stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, _, err = run(capsys, "generate", "--base", base)
+        assert code == 1 and "not UTF-8" in err
 
-@pytest.mark.parametrize(
-    "command", ["pretrain", "finetune", "generate", "evaluate", "merge", "doctor"]
-)
-def test_help_teaches(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0 and len(capsys.readouterr().out) > 300
+    def test_a_terminal_is_told_what_is_waited_for(self, base, capsys, monkeypatch):
+        stdin = io.StringIO("the cat\n")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert "Type the prompt" not in run(capsys, "generate", "--base", base)[2]
+        stdin = io.StringIO("the cat\n")
+        stdin.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, out, err = run(capsys, "generate", "--base", base)
+        assert code == 0 and "Type the prompt; end it with Ctrl-" in err
 
+    def test_a_prompt_beyond_the_context(self, base, capsys):
+        for words in (64, 1000):
+            argv = ["generate", "cat " * words, "--base", base]
+            code, _, err = run(capsys, *argv)
+            assert code == 1 and "but the model's context holds 64: shorten it" in err
 
-def test_as_a_module():
-    result = subprocess.run(
-        [sys.executable, "-m", "minipeft", "--help"], capture_output=True, text=True
-    )
-    assert result.returncode == 0 and "minipeft finetune --data sql" in result.stdout
+    def test_a_space_at_the_end_changes_nothing(self, base, capsys):
+        texts = []
+        for prompt in ("the cat", "the cat ", "the cat   "):
+            argv = ["generate", prompt, "--base", base, "--json"]
+            texts.append(json.loads(run(capsys, *argv)[1])["completion"])
+        assert texts[0] == texts[1] == texts[2]
 
-
-def test_doctor_knows_a_changed_base(tmp_path, capsys, monkeypatch):
-    import minipeft.lanternwick
-
-    monkeypatch.setattr(minipeft.lanternwick, "DATA", tmp_path)
-    assert [good for good, *_ in doctor.base()] == [False]
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    (tmp_path / "base" / "model.safetensors").write_text("x")
-    good = hashlib.sha256(b"{}").hexdigest()
-    (tmp_path / "base" / "SHA256SUMS").write_text(
-        f"{good}  config.json\n{'0' * 64}  model.safetensors\n{'0' * 64} "
-        " tokenizer.json\n"
-    )
-    found = list(doctor.base())
-    assert (
-        [f[0] for f in found] == [True, False, False]
-        and "was changed" in found[1][1]
-        and "is missing" in found[2][1]
-    )
-    code, out, err = run(capsys, "doctor", "--json")
-    assert (
-        code == 1
-        and [c for c in json.loads(out)["checks"] if not c["ok"]]
-        and "base model: config.json is as shipped" in err
-    )
+    def test_the_first_example_of_the_help_does_not_loop(self, capsys):
+        prompt = re.search('minipeft generate "(.*?)"', cli_options.ABOUT)[1]
+        code, out, _ = run(capsys, "generate", prompt)
+        sentences = re.findall(r"[^.?]+[.?]", out)
+        assert code == 0 and len(sentences) >= 5
+        assert len(set(sentences)) >= 0.7 * len(sentences), out
+        # what it says about one person agrees with itself
+        name = re.search(r"called (\w+)", out)[1]
+        assert out.count(name) >= 3
 
 
 class TestDoctor:
@@ -470,6 +1031,32 @@ class TestDoctor:
     def test_true_sizes(self, monkeypatch, build, size):
         monkeypatch.setattr(torch.version, "cuda", build)
         assert f"take about {size}" in next(iter(doctor.disk()))[1]
+
+    def test_doctor_knows_a_changed_base(self, tmp_path, capsys, monkeypatch):
+        import minipeft.lanternwick
+
+        monkeypatch.setattr(minipeft.lanternwick, "DATA", tmp_path)
+        assert [good for good, *_ in doctor.base()] == [False]
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "config.json").write_text("{}")
+        (tmp_path / "base" / "model.safetensors").write_text("x")
+        good = hashlib.sha256(b"{}").hexdigest()
+        (tmp_path / "base" / "SHA256SUMS").write_text(
+            f"{good}  config.json\n{'0' * 64}  model.safetensors\n{'0' * 64} "
+            " tokenizer.json\n"
+        )
+        found = list(doctor.base())
+        assert (
+            [f[0] for f in found] == [True, False, False]
+            and "was changed" in found[1][1]
+            and "is missing" in found[2][1]
+        )
+        code, out, err = run(capsys, "doctor", "--json")
+        assert (
+            code == 1
+            and [c for c in json.loads(out)["checks"] if not c["ok"]]
+            and "base model: config.json is as shipped" in err
+        )
 
 
 class TestInstalledWheel:

@@ -78,7 +78,7 @@ def finish(ax=None, legend=True, outside=False, save=None, **limits) -> None:
         )
         ax.legend(**place, fontsize=9, frameon=False)
     if save:
-        ax.figure.savefig(save, dpi=144, metadata={"Software": None})
+        ax.figure.savefig(save, dpi=144, format="png", metadata={"Software": None})
     else:
         plt.show()
     plt.close("all")

@@ -13,7 +13,6 @@ undoes it within minutes. Every small adapter in this course steers abilities th
 base has; these are the ones they lean on most.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -416,35 +415,3 @@ def pretrain(
     }
     (folder / "history.json").write_text(json.dumps(record))
     return model, tokenizer, history
-
-
-def main(arguments=None):
-    """The command line of `minipeft pretrain`."""
-    parser = argparse.ArgumentParser(
-        prog="minipeft pretrain",
-        description=(
-            "Pretrain the base model from nothing. Stop it with Ctrl-C; "
-            "the same command goes on where it stopped."
-        ),
-    )
-    parser.add_argument(
-        "--out",
-        default="base",
-        help="folder to write: Hugging Face layout and history.json (default: base)",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=16_000,
-        help="steps of 2,048 tokens (default: 16000, an hour on one core)",
-    )
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    given = parser.parse_args(arguments)
-    _, _, history = pretrain(given.out, given.steps, given.seed, given.lr)
-    print(history)
-    return 130 if history.stopped == "interrupted" else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,169 @@
+"""The methods of `minipeft finetune` by their usual names, with defaults that work."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+from .config import METHODS
+from .io import did_you_mean
+
+
+class MethodError(ValueError):
+    """A method, or a field of one, that does not exist or lacks a value."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of `minipeft methods`."""
+
+    kind: str  # its peft_type
+    about: str
+    fields: dict = field(default_factory=dict)  # besides the configuration's defaults
+    lr: float = 1e-2  # peak rate on the shipped base, as measured in the chapters
+    in_4bit: bool = False
+    fast_b: bool = False  # LoRA+
+
+
+TOKENS = {"num_virtual_tokens": 8}
+KNOWN = {
+    "lora": Method("LORA", "a low-rank matrix BA beside each weight"),
+    "dora": Method(
+        "LORA", "LoRA that learns each row's length apart", {"use_dora": True}
+    ),
+    "rslora": Method(
+        "LORA", "LoRA scaled by alpha / sqrt(r), for high ranks", {"use_rslora": True}
+    ),
+    "pissa": Method(
+        "LORA",
+        "LoRA that starts from the weight's largest singular directions",
+        {"init_lora_weights": "pissa"},
+        lr=3e-3,
+    ),
+    "olora": Method(
+        "LORA",
+        "LoRA that starts from the weight's QR decomposition",
+        {"init_lora_weights": "olora"},
+        lr=3e-3,
+    ),
+    "loraplus": Method(
+        "LORA", "LoRA whose B learns 4 times as fast as A", lr=5e-3, fast_b=True
+    ),
+    "qlora": Method("LORA", "LoRA on a base that is stored in 4 bits", in_4bit=True),
+    "adalora": Method(
+        "ADALORA", "LoRA that moves its ranks to where they help", lr=5e-2
+    ),
+    "denselora": Method("DENSELORA", "one small dense matrix a layer, shared A and B"),
+    "loha": Method("LOHA", "the elementwise product of two low-rank matrices", lr=5e-2),
+    "lokr": Method("LOKR", "a Kronecker product of small matrices", lr=5e-2),
+    "vera": Method(
+        "VERA", "fixed random matrices, of which vectors are learnt", lr=1e-1
+    ),
+    "ia3": Method("IA3", "learnt factors on keys, values and activations", lr=1e-1),
+    "bitfit": Method("BITFIT", "the biases alone", lr=5e-2),
+    "ln-tuning": Method("LN_TUNING", "the norms alone", lr=5e-2),
+    "pfeiffer": Method("BOTTLENECK", "a bottleneck after each MLP", lr=2e-2),
+    "houlsby": Method(
+        "BOTTLENECK",
+        "bottlenecks after attention and after the MLP",
+        {"placement": "houlsby"},
+        lr=2e-2,
+    ),
+    "parallel": Method(
+        "BOTTLENECK", "a bottleneck beside each MLP", {"placement": "parallel"}
+    ),
+    "prompt-tuning": Method(
+        "PROMPT_TUNING", "learnt embeddings before the text", TOKENS, lr=0.3
+    ),
+    "prefix-tuning": Method(
+        "PREFIX_TUNING", "learnt keys and values in every layer", TOKENS, lr=0.3
+    ),
+    "p-tuning": Method(
+        "P_TUNING", "learnt embeddings that a small network writes", TOKENS
+    ),
+    "subspace": Method("SUBSPACE", "all weights, moved within a random subspace"),
+}
+FULL = "every weight; saved as a plain model"
+ALIASES = {
+    "lora+": "loraplus",
+    "lora-plus": "loraplus",
+    "prompt": "prompt-tuning",
+    "soft-prompt": "prompt-tuning",
+    "prefix": "prefix-tuning",
+    "ptuning": "p-tuning",
+    "prompt-encoder": "p-tuning",
+    "(ia)3": "ia3",
+    "layernorm": "ln-tuning",
+    "bottleneck": "pfeiffer",
+    "adapter": "pfeiffer",
+    "parallel-adapter": "parallel",
+    "full-fine-tuning": "full",
+}
+
+
+def find_method(name):
+    """(the usual name, its Method, or None for "full"). Upper case, _ and - do not
+    matter."""
+    plain = name.strip().lower().replace("_", "-")
+    plain = ALIASES.get(plain, plain)
+    if plain == "full":
+        return plain, None
+    if plain in KNOWN:
+        return plain, KNOWN[plain]
+    kind = plain.upper().replace("-", "_")
+    if kind in METHODS:  # a method of the library without a line here
+        return plain, Method(kind, METHODS[kind].__doc__ or "")
+    names = [*KNOWN, "full"]
+    raise MethodError(
+        f"--method {name!r}{did_you_mean(plain, [*names, *ALIASES])}: expected one of"
+        f" {', '.join(names)}; `minipeft methods` says what each is"
+    )
+
+
+def parse_fields(items):
+    """["r=8", "use_dora=true"] -> {"r": 8, "use_dora": True}; values are JSON, else
+    text."""
+    fields = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise MethodError(f"--set {item}: expected FIELD=VALUE")
+        try:
+            fields[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            fields[name] = value
+    return fields
+
+
+def make_config(name, method, steps, options, fields):
+    """The configuration. options: {field: value or None} of the command's own options,
+    None for what was not given; fields: from --set."""
+    config_class = METHODS[method.kind]
+    known = {field.name: field for field in dataclasses.fields(config_class)}
+    for option, value in options.items():
+        if value is not None and option not in known:
+            raise MethodError(
+                f"{name} has no field {option}; it has {', '.join(known)}"
+            )
+    for option in fields:
+        if option not in known:
+            raise MethodError(
+                f"--set: {name} has no field {option!r}{did_you_mean(option, known)};"
+                f" it has {', '.join(known)}"
+            )
+    values = {**method.fields}
+    if method.kind == "ADALORA":
+        schedule = {"tinit": steps // 10, "tfinal": 4 * steps // 10}
+        values |= {"total_step": steps, **schedule}
+    values |= fields
+    values |= {option: value for option, value in options.items() if value is not None}
+    if "lora_alpha" in known:
+        rank = values.get("r", config_class.r)
+        # the configuration refuses what is not a rank
+        good = isinstance(rank, int) and rank > 0
+        values.setdefault("lora_alpha", 2 * rank if good else 1)
+        values.setdefault("target_modules", "all-linear")
+    for field_name, each in known.items():
+        required = each.default is each.default_factory is dataclasses.MISSING
+        if required and field_name not in values:
+            raise MethodError(f"{name} needs --set {field_name}=VALUE")
+    return config_class(**values)
