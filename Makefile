@@ -60,7 +60,7 @@ demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
 pretrain: $(READY)
-	$(BIN)/python -m minipeft pretrain
+	$(BIN)/minipeft pretrain
 
 chapters: $(READY)
 	$(BIN)/python -m minipeft.course.notebook chapters/*.ipynb
