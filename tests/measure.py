@@ -137,7 +137,13 @@ def measure(paths) -> Measures:
     return found
 
 
-APART = {"cli", "cli_methods", "cli_options", "doctor", "__main__"}  # the command line, counted apart
+APART = {
+    "cli",
+    "cli_methods",
+    "cli_options",
+    "doctor",
+    "__main__",
+}  # the command line, counted apart
 
 
 def parts() -> dict:
