@@ -2,16 +2,19 @@
 found in models by structure."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from bases import BASES, close, differ, inputs, run, shake
+from bases import BASES, close, differ, inputs, loss_of, run, shake
+from safetensors.torch import load_file
 from torch import nn
 
 import minipeft
 from minipeft import (
     BottleneckConfig,
     ConfigError,
+    FusionConfig,
     LoraConfig,
     TargetError,
     get_peft_model,
@@ -142,6 +145,153 @@ def test_fields(fields):
     )
 
 
+HUB = Path(__file__).parent / "data" / "adapters_hub"
+
+
+def hub_base(name):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(HUB / name).eval()
+
+
+def fill(model, recorded, theirs, mine="default"):
+    """Copy an adapter of adapter-hub's file into ours, layer by layer."""
+    for path, part in model._adapters_by_path(mine).items():
+        layer = next(step for step in path.split(".") if step.isdigit())
+        where = "attention_adapters" if "attn" in path else "output_adapters"
+        prefix = f".{layer}.{where}.adapters.{theirs}."
+        found = {
+            key.split(prefix)[1]: value
+            for key, value in recorded.items()
+            if prefix in key
+        }
+        scaling = found.pop("scaling", None)
+        if scaling is not None:
+            part.scaling.data.copy_(scaling)
+        part.load_state_dict(
+            {key.replace("down.0", "down"): value for key, value in found.items()},
+            strict=False,
+        )
+        assert len(found) == 4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "case, fields",
+    [
+        ("pfeiffer", {}),
+        ("parallel", {"placement": "parallel"}),
+        ("parallel_learned_scale", {"placement": "parallel", "scaling": "learned"}),
+    ],
+)
+def test_what_reads_the_stream_equals_adapter_hub(name, case, fields):
+    """adapter-hub/adapters 1.3.0 with the same weights; reads="sublayer" differs."""
+    recorded = load_file(HUB / f"{name}_{case}.safetensors")
+    effect = (recorded["logits"] - recorded["base_logits"]).abs().max()
+    for reads in ("stream", "sublayer"):
+        config = BottleneckConfig(r=4, reads=reads, **fields)
+        model = get_peft_model(hub_base(name), config).eval()
+        fill(model, recorded, "a")
+        with torch.no_grad():
+            logits = model(input_ids=recorded["input_ids"]).logits
+        off = (logits - recorded["logits"]).abs().max() / effect
+        assert off < 1e-5 if reads == "stream" else off > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_houlsby_equals_adapter_hub(name):
+    recorded = load_file(HUB / f"{name}_houlsby.safetensors")
+    config = BottleneckConfig(r=4, placement="houlsby")
+    model = get_peft_model(hub_base(name), config).eval()
+    fill(model, recorded, "a")
+    with torch.no_grad():
+        logits = model(input_ids=recorded["input_ids"]).logits
+    effect = (recorded["logits"] - recorded["base_logits"]).abs().max()
+    assert (logits - recorded["logits"]).abs().max() < 1e-5 * effect
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_fusion_of_two_that_read_the_stream_equals_adapter_hub(name):
+    recorded = load_file(HUB / f"{name}_fusion.safetensors")
+    model = get_peft_model(hub_base(name), BottleneckConfig(r=4, reads="stream"), "a")
+    model.add_adapter("b", BottleneckConfig(r=4, reads="stream"))
+    for expert in ("a", "b"):
+        fill(model, recorded, expert, expert)
+    model.add_adapter("fusion", FusionConfig(adapters=["a", "b"]))
+    for path, part in model._adapters_by_path("fusion").items():
+        layer = path.rpartition(".")[2]
+        for key, parameter in part.named_parameters():
+            (theirs,) = (
+                value
+                for full, value in recorded.items()
+                if full.endswith(
+                    f".{layer}.output_adapters.adapter_fusion_layer.a,b.{key}"
+                )
+            )
+            parameter.data.copy_(theirs)
+    model.set_adapter("fusion")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=recorded["input_ids"]).logits
+    effect = (recorded["logits"] - recorded["base_logits"]).abs().max()
+    assert (logits - recorded["logits"]).abs().max() < 1e-5 * effect
+
+
+@pytest.mark.parametrize("placement", ["pfeiffer", "parallel"])
+@pytest.mark.parametrize("base", TRANSFORMERS, ids=str)
+def test_reading_the_stream_starts_as_nothing_trains_and_is_saved(
+    base, placement, tmp_path
+):
+    config = BottleneckConfig(r=3, placement=placement, reads="stream")
+    model = get_peft_model(base.make(), config)
+    close(run(model), run(base.make()), 0)
+    shake(model).save_pretrained(tmp_path)
+    again = minipeft.PeftModel.from_pretrained(base.make(), tmp_path)
+    assert torch.equal(run(again), run(model))
+    differ(run(model), run(base.make()))
+    loss_of(model).backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(gradients) == 2 * 4 and all(g.abs().max() > 0 for g in gradients)
+    with model.disable_adapter():
+        close(run(model), run(base.make()), 0)
+
+
+def test_the_streams_gradient_passes_a_checkpoint_or_is_refused():
+    base = BASES["hf_llama"]
+    config = BottleneckConfig(r=3, placement="parallel", reads="stream")
+    gradients = {}
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        model = shake(get_peft_model(base.make(), config)).train()
+        if reentrant is not None:
+            model.get_base_model().gradient_checkpointing_enable(
+                {"use_reentrant": reentrant}
+            )
+            model.get_base_model().enable_input_require_grads()
+        if reentrant:
+            with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                model(**inputs())
+            continue
+        model(**inputs()).logits.logsumexp(-1).mean().backward()
+        gradients[reentrant] = [p.grad for p in model.parameters() if p.requires_grad]
+    for plain, checkpointed in zip(*gradients.values()):
+        close(plain, checkpointed)
+
+
+def test_who_cannot_read_the_stream():
+    llama = BASES["llama"].make
+    with pytest.raises(ConfigError, match="houlsby reads the part's output"):
+        BottleneckConfig(placement="houlsby", reads="stream")
+    stream = BottleneckConfig(r=2, placement="parallel", reads="stream")
+    model = get_peft_model(llama(), stream, "a")
+    model.add_adapter("b", stream)
+    with pytest.raises(TargetError, match="reads the stream within the block"):
+        model.add_adapter("fusion", FusionConfig(adapters=["a", "b"]))
+    three = llama()
+    for block in three.model.layers:
+        block.another_norm = nn.LayerNorm(16)
+    with pytest.raises(TargetError, match="has 3 norms"):
+        run(get_peft_model(three, stream))
+
+
 def test_a_learned_scaling_starts_at_one_and_learns():
     learned, fixed = (
         shake(
@@ -264,6 +414,7 @@ def test_beside_a_lora_within_the_same_module():
         (dict(reduction_factor=0), "reduction_factor = 0"),
         (dict(non_linearity="rulu"), "non_linearity = 'rulu'; valid: relu"),
         (dict(init="zero"), "init = 'zero'; valid"),
+        (dict(reads="norm"), "reads = 'norm'; valid: sublayer, stream"),
         (dict(scaling="learnt"), "'learned'"),
     ],
 )

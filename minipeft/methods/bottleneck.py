@@ -12,6 +12,12 @@ Pfeiffer et al. 2020, arXiv 2005.00247; parallel: He et al. 2021, "Towards a Uni
 View of Parameter-Efficient Transfer Learning", arXiv 2110.04366.
 
 f is a part of a transformer's block, before its output is added to the residual stream.
+With reads="stream" the adapter reads the stream itself, as in the library `adapters` on
+models that normalise before each part (r: the stream; n: the norm before f):
+
+    pfeiffer      y = r + f(n(r)) + s A(r + f(n(r)))        after the whole block
+    parallel      y = r + f(n(r)) + s A(r)                  from before the norm
+
 Because of the non-linearity A does not modify a weight, so it cannot be merged.
 Defaults are those of the library `adapters`; Hugging Face PEFT does not have it.
 """
@@ -46,6 +52,7 @@ ACTIVATIONS = {
     "identity": lambda h: h,
 }
 INITS = ("identity", "bert", "mam")
+READS = ("sublayer", "stream")
 
 
 @dataclass(kw_only=True)
@@ -64,6 +71,8 @@ class BottleneckConfig(LayerConfig):
     r: int | None = None
     reduction_factor: float | None = None
     non_linearity: str | None = None
+    # "sublayer": the part's own output or input; "stream": the residual stream
+    reads: str = "sublayer"
     # a number, or "learned": one number a layer, which starts at 1
     scaling: float | str | None = None
     init: str = "identity"
@@ -75,6 +84,7 @@ class BottleneckConfig(LayerConfig):
             ("placement", PLACEMENTS),
             ("non_linearity", ACTIVATIONS),
             ("init", INITS),
+            ("reads", READS),
         ):
             if getattr(self, field) not in (
                 *valid,
@@ -83,6 +93,11 @@ class BottleneckConfig(LayerConfig):
                 raise ConfigError(
                     f"{field} = {getattr(self, field)!r}; valid: {', '.join(valid)}"
                 )
+        if self.reads == "stream" and self.placement == "houlsby":
+            raise ConfigError(
+                "reads = 'stream' is for pfeiffer and parallel; houlsby reads the"
+                " part's output, in the library adapters too"
+            )
         if self.r is not None and self.reduction_factor is not None:
             raise ConfigError(
                 "give r or reduction_factor, not both: r = d / reduction_factor"
@@ -100,6 +115,8 @@ class BottleneckConfig(LayerConfig):
             )
 
     def usual_targets(self, model, modules):
+        if self.reads == "stream":
+            return find_blocks(modules)
         return find_sublayers(modules, PLACEMENTS[self.placement][0])
 
     def resolve(self, model):
@@ -116,11 +133,13 @@ class BottleneckConfig(LayerConfig):
         d_in, d_out = in_out_features(base.module)
         d = d_in if self.placement == "parallel" else d_out
         r = self.r or max(1, int(d // (self.reduction_factor or factor)))
-        adapter = Bottleneck(
+        parallel = self.placement == "parallel"
+        kind = ParallelToBlock if parallel and self.reads == "stream" else Bottleneck
+        adapter = kind(
             d,
             r,
             d_out,
-            self.placement == "parallel",
+            parallel,
             self.non_linearity or act,
             scaling if self.scaling is None else self.scaling,
         )
@@ -166,6 +185,24 @@ def find_sublayers(modules, wanted):
     return list(names) if targets.resolve_targets(modules, names) == found else found
 
 
+def find_blocks(modules):
+    """The paths of the blocks that have a feed-forward part."""
+    parts = targets.resolve_targets(modules, find_sublayers(modules, ("feed-forward",)))
+    return [path.rpartition(".")[0] for path in parts]
+
+
+def norm_before_feed_forward(block):
+    """The second of a block's two norms, below an adapter of its own or not."""
+    parts = [getattr(part, "base_layer", part) for part in block.children()]
+    norms = [part for part in parts if weights.is_norm(part)]
+    if len(norms) != 2:
+        raise TargetError(
+            f"{type(block).__name__} has {len(norms)} norms; a parallel adapter that"
+            " reads the stream expects two, before attention and feed-forward"
+        )
+    return norms[1]
+
+
 class Bottleneck(Adapter):
     """x (..., d) -> (..., d), beside its base or after it."""
 
@@ -196,4 +233,31 @@ class Bottleneck(Adapter):
         # Hugging Face calls attention with hidden_states=x
         x = args[0] if args else next(iter(kwargs.values()))
         y = (y + self.correction(x if self.parallel else y)).to(y.dtype)
+        return (y, *rest) if isinstance(output, tuple) else y
+
+
+class ParallelToBlock(Bottleneck):
+    """Stands at a whole block, and reads what the norm before feed-forward reads."""
+
+    def forward(self, base, *args, **kwargs):
+        stream = []
+        grad = torch.is_grad_enabled()
+
+        def read(norm, inputs):
+            stream.append(inputs[0] if torch.is_grad_enabled() == grad else None)
+
+        norm = norm_before_feed_forward(base.module)
+        handle = norm.register_forward_pre_hook(read)
+        try:
+            output = base(*args, **kwargs)
+        finally:
+            handle.remove()
+        if not stream or stream[-1] is None:
+            raise RuntimeError(
+                "the residual stream cannot be read: the block's second norm did not"
+                " run, or ran without gradients, as in a reentrant checkpoint (expected"
+                " use_reentrant=False)"
+            )
+        y, *rest = output if isinstance(output, tuple) else [output]
+        y = (y + self.correction(stream[-1])).to(y.dtype)
         return (y, *rest) if isinstance(output, tuple) else y

@@ -25,7 +25,7 @@ from .. import targets
 from ..config import ConfigError, PeftConfig
 from ..errors import TargetError
 from ..slot import Adapter, AdapterNameError
-from .bottleneck import in_out_features
+from .bottleneck import ParallelToBlock, in_out_features
 from .modules_to_save import ModuleCopy
 
 
@@ -86,10 +86,13 @@ class FusionConfig(PeftConfig):
                     f" them is at {odd[0]}"
                 )
         for path in places[first]:
-            if any(
-                isinstance(slots[path].adapters[name], ModuleCopy)
-                for name in self.adapters
-            ):
+            experts = [slots[path].adapters[name] for name in self.adapters]
+            if any(isinstance(expert, ParallelToBlock) for expert in experts):
+                raise TargetError(
+                    f"{path}: an expert reads the stream within the block, which a"
+                    " fusion cannot give it; expected reads='sublayer', or pfeiffer"
+                )
+            if any(isinstance(expert, ModuleCopy) for expert in experts):
                 raise TargetError(
                     f"{path}: each expert has a copy of its own (modules_to_save):"
                     " these cannot mix"
