@@ -207,7 +207,8 @@ class RankAllocator:
         self.steps = 0  # done so far
 
     def budget(self, step):
-        """The number of triplets that all layers together may keep after `step` steps."""
+        """The number of triplets that all layers together may keep after `step`
+        steps."""
         config = self.config
         first = sum(len(adapter.lora_E) for adapter in self.adapters.values())
         last = config.target_r * len(self.adapters)
