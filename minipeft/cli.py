@@ -515,7 +515,7 @@ def read_prompt(args):
 
 
 def prepare_prompt(args, prompt, tokenizer):
-    """(the prompt as training treated it, what is printed of it)"""
+    """(the prompt as training treats it, the part to print)"""
     from .lm.chat import prompt_text
     from .lm.user_data import trim
 

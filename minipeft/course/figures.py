@@ -69,7 +69,7 @@ def finish(ax=None, legend=True, outside=False, save=None, **limits) -> None:
     """Add the legend, show the figure (or save it to a file), forget it. limits: xlim=,
     ylim=, xticks=, ..."""
     ax = ax or plt.gca()
-    ax.set(**limits)  # only now: ylim=(0, None) means up to whatever was drawn
+    ax.set(**limits)  # only now: ylim=(0, None) means up to the largest value drawn
     if legend and ax.get_legend_handles_labels()[1]:
         place = (
             {"loc": "center left", "bbox_to_anchor": (1, 0.5)}

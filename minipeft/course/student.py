@@ -306,7 +306,7 @@ def write(path, out, nbgrader=False, force=False) -> Path:
 
 
 def repository(folder: Path) -> Path:
-    """The folder that holds the course: what lies outside of it is not handed out."""
+    """The folder that holds the course: what lies outside is not handed out."""
     for place in (folder, *folder.parents):
         if (place / ".git").exists() or (place / "pyproject.toml").is_file():
             return place

@@ -1,5 +1,5 @@
 """What the dataset's card records: hashes, shares and diversity of the world, measured
-anew.
+again.
 
 `python -m minipeft.lanternwick.card` writes the measured part of
 data/lanternwick/README.md; tests hold it.

@@ -257,6 +257,25 @@ def crowd(rng, count):
     return people
 
 
+def facts_in_turn(rng, people, known, extras, few):
+    """The sentences about several people: one person after the other, or fact by
+    fact, at times twice."""
+    blocks = [told(rng, *row, few) for row in zip(people, known, extras)]
+    if rng.random() < 0.5:
+        return [sentence for block in blocks for sentence in block]
+    blocks = [
+        told(rng, person, [a], extra, few)
+        for person, attributes, extra in zip(people, known, extras)
+        for a in attributes
+    ]
+    rng.shuffle(blocks)
+    pieces = [sentence for block in blocks for sentence in block]
+    if len(blocks) <= 6 and rng.random() < 0.5:  # once more, in another order
+        rng.shuffle(blocks)
+        pieces += [sentence for block in blocks for sentence in block]
+    return pieces
+
+
 def strangers(rng, count=None, asked=None):
     """One to four people never heard of, then questions that can only be answered by
     looking back."""
@@ -289,20 +308,7 @@ def strangers(rng, count=None, asked=None):
             for a in known[0]
         ]
     else:
-        blocks = [told(rng, *row, few) for row in zip(people, known, extras)]
-        if rng.random() < 0.5:  # one after the other, or a table's columns in turn
-            pieces += [sentence for block in blocks for sentence in block]
-        else:
-            blocks = [
-                told(rng, person, [a], extra, few)
-                for person, attributes, extra in zip(people, known, extras)
-                for a in attributes
-            ]
-            rng.shuffle(blocks)
-            pieces += [sentence for block in blocks for sentence in block]
-            if len(blocks) <= 6 and rng.random() < 0.5:  # once more, in another order
-                rng.shuffle(blocks)
-                pieces += [sentence for block in blocks for sentence in block]
+        pieces += facts_in_turn(rng, people, known, extras, few)
     if rng.random() < 0.2:
         pieces.append(say(rng, "town", "now-ask"))
     possible = [(i, a) for i, attributes in enumerate(known) for a in attributes]

@@ -320,6 +320,48 @@ def failing(place):
     return fail
 
 
+def add_names(current, head, rest, known, fail):
+    """Read "people: A(rule) B", "things: X" or "places: P" into the skeleton."""
+    _, letters, table, rules = next(kind for kind in KINDS if kind[0] == head)
+    for letter, rule in re.findall(r"(\S+?)(?:\(([^)]*)\))?(?:[\s,]+|$)", rest.strip()):
+        if letter not in tuple(letters) or letter in known:
+            fail(
+                f"{head}: '{letter}' is not one of {' '.join(letters)}, or was"
+                " declared before"
+            )
+        for word in rule.split():
+            if word not in rules:
+                fail(
+                    f"{head}: no '{word}'; try"
+                    f" {(difflib.get_close_matches(word, rules, 1) or rules)}"
+                )
+        getattr(current, head)[letter] = rule
+        known[letter] = table
+
+
+def add_end(current, rest, known, fail):
+    """Read "end: X with A; A at P; B glad" into the skeleton."""
+    for clause in filter(None, (c.split() for c in rest.split(";"))):
+        if (
+            len(clause) == 3
+            and clause[1] in ("with", "at")
+            and clause[0] in known
+            and clause[2] in known
+        ):
+            current.end.append(tuple(clause))
+        elif (
+            len(clause) == 2
+            and clause[0] in current.people
+            and clause[1] in words.MOODS
+        ):
+            current.end.append((clause[0], "feels", clause[1]))
+        else:
+            fail(
+                f"end: cannot read '{' '.join(clause)}'; it is 'X with A', 'X"
+                " at P', 'A at P' or 'A glad'"
+            )
+
+
 def parse(path):
     """All skeletons of a file, by name."""
     path, skeletons, current, known = Path(path), {}, None, {}
@@ -351,22 +393,7 @@ def parse(path):
                 )
             )
         elif colon and head in ("people", "things", "places"):
-            _, letters, table, rules = next(kind for kind in KINDS if kind[0] == head)
-            for letter, rule in re.findall(
-                r"(\S+?)(?:\(([^)]*)\))?(?:[\s,]+|$)", rest.strip()
-            ):
-                if letter not in tuple(letters) or letter in known:
-                    fail(
-                        f"{head}: '{letter}' is not one of {' '.join(letters)}, or was"
-                        " declared before"
-                    )
-                for word in rule.split():
-                    if word not in rules:
-                        fail(
-                            f"{head}: no '{word}'; try"
-                            f" {(difflib.get_close_matches(word, rules, 1) or rules)}"
-                        )
-                getattr(current, head)[letter], known[letter] = rule, table
+            add_names(current, head, rest, known, fail)
         elif colon and head.startswith("pick "):
             name = head[5:].strip()
             current.picks[name], known[name] = (
@@ -380,25 +407,7 @@ def parse(path):
             current.given = tuple(rest.split())
             known.update(dict.fromkeys(current.given, WORD))
         elif colon and head == "end":
-            for clause in filter(None, (c.split() for c in rest.split(";"))):
-                if (
-                    len(clause) == 3
-                    and clause[1] in ("with", "at")
-                    and clause[0] in known
-                    and clause[2] in known
-                ):
-                    current.end.append(tuple(clause))
-                elif (
-                    len(clause) == 2
-                    and clause[0] in current.people
-                    and clause[1] in words.MOODS
-                ):
-                    current.end.append((clause[0], "feels", clause[1]))
-                else:
-                    fail(
-                        f"end: cannot read '{' '.join(clause)}'; it is 'X with A', 'X"
-                        " at P', 'A at P' or 'A glad'"
-                    )
+            add_end(current, rest, known, fail)
         else:
             fail(f"cannot read: {line}")
     for skeleton in skeletons.values():

@@ -20,6 +20,36 @@ def draw(rng):
     }
 
 
+LISTS = (
+    "Labels of the day:",
+    "On the parcels stood:",
+    "Slips in the box:",
+    "Market labels:",
+)
+PILE_ENDS = (
+    "Then the box was full.",
+    "That was the last slip.",
+    "The carrier tied them up.",
+)
+STARTS = (
+    "The label said",
+    "On the parcel stood",
+    "The slip read",
+    "The carrier found this label",
+)
+COPIES = (
+    "The clerk copied it:",
+    "The carrier read it again:",
+    "And once more for the book:",
+    "The second slip was the same:",
+)
+REASONS = (
+    "It was wrong. The new label said",
+    "Somebody changed it. Now it read",
+    "Rain had spoilt it. The next one said",
+)
+
+
 def document(rng):
     """A list of labels, or one read and copied, at times with one value changed. Never
     a sentence beside its JSON."""
@@ -27,56 +57,20 @@ def document(rng):
     slips = [label(**values) for values in drawn]
     kind = rng.choice(("list", "copy", "change", "pile"))
     if kind == "list":
-        start = rng.choice(
-            (
-                "Labels of the day:",
-                "On the parcels stood:",
-                "Slips in the box:",
-                "Market labels:",
-            )
-        )
+        start = rng.choice(LISTS)
         return "\n".join([start, *slips, label(**draw(rng))])
     if kind == "pile":
-        end = rng.choice(
-            (
-                "Then the box was full.",
-                "That was the last slip.",
-                "The carrier tied them up.",
-            )
-        )
-        return "\n".join(
-            [
-                f"Slip {number}: {slip}"
-                for number, slip in enumerate(slips, rng.randint(1, 60))
-            ]
-            + [end]
-        )
-    start = rng.choice(
-        (
-            "The label said",
-            "On the parcel stood",
-            "The slip read",
-            "The carrier found this label",
-        )
-    )
+        end = rng.choice(PILE_ENDS)
+        first = rng.randint(1, 60)
+        lines = [f"Slip {number}: {slip}" for number, slip in enumerate(slips, first)]
+        return "\n".join([*lines, end])
+    start = rng.choice(STARTS)
     if kind == "copy":
-        again = rng.choice(
-            (
-                "The clerk copied it:",
-                "The carrier read it again:",
-                "And once more for the book:",
-                "The second slip was the same:",
-            )
-        )
+        again = rng.choice(COPIES)
         return f"{start} {slips[0]}\n{again} {slips[0]}"
-    key, fresh = rng.choice(tuple(drawn[0])), draw(rng)
-    reason = rng.choice(
-        (
-            "It was wrong. The new label said",
-            "Somebody changed it. Now it read",
-            "Rain had spoilt it. The next one said",
-        )
-    )
+    key = rng.choice(tuple(drawn[0]))
+    fresh = draw(rng)
+    reason = rng.choice(REASONS)
     changed = label(**drawn[0] | {key: fresh[key]})
     return (
         f"{start} {slips[0]}\n{reason} {changed}\nOnly the {key} was new: {fresh[key]}."

@@ -139,16 +139,14 @@ class Register:
         )
 
 
-def draw(seed=SEED):
-    """The register, drawn anew from the word lists."""
-    rng = random.Random(f"register {seed}")
+def draw_residents(rng):
+    """Everybody in town, with every street, pet and dish about equally often."""
     count = PUPILS + TRADE_HOLDERS * len(words.TRADES)
     women, men = (rng.sample(names, count // 2) for names in (words.WOMEN, words.MEN))
     names = [name for pair in zip(women, men) for name in pair]
     trades = rng.sample(words.TRADES * TRADE_HOLDERS + ("pupil",) * PUPILS, count)
     family = rng.sample(words.SURNAMES, count * 3 // 4)
     surnames = rng.sample(family + family[: count - len(family)], count)
-    # every value about equally often
     streets, pets, likes = (
         rng.sample(pool * (count // len(pool) + 1), count)
         for pool in (words.STREETS, words.PETS, words.FOODS)
@@ -158,7 +156,7 @@ def draw(seed=SEED):
         rng.randint(8, 14) if trade == "pupil" else rng.randint(18, 79)
         for trade in trades
     ]
-    residents = tuple(
+    return tuple(
         Person(
             name, surname, words.GENDER[name], age, trade, street, pet, pet_name, food
         )
@@ -166,6 +164,12 @@ def draw(seed=SEED):
             names, surnames, ages, trades, streets, pets, pet_names, likes
         )
     )
+
+
+def draw(seed=SEED):
+    """The register, drawn again from the word lists."""
+    rng = random.Random(f"register {seed}")
+    residents = draw_residents(rng)
     grown = [person.name for person in residents if person.trade != "pupil"]
     keepers, organisers, sellers = (
         rng.sample(grown, n) for n in (len(words.PLACES), len(EVENTS), len(WARES))

@@ -19,8 +19,8 @@ _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
 _FUNCTIONS = set(
     "abs avg coalesce concat concat_ws count date datetime glob group_concat ifnull iif"
     " instr julianday length like likelihood likely lower ltrim max min nullif"
-    " quote replace round rtrim sign strftime string_agg substr substring sum time total"
-    " trim typeof unicode unlikely upper".split()
+    " quote replace round rtrim sign strftime string_agg substr substring sum time"
+    " total trim typeof unicode unlikely upper".split()
 )
 _LIMITS = {
     sqlite3.SQLITE_LIMIT_LENGTH: 10_000,

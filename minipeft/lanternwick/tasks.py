@@ -357,7 +357,7 @@ def _known(name):
 
 
 def make_task(name):
-    """The task drawn anew from the seed."""
+    """The task, drawn again from the seed."""
     return _task(_known(name), _splits(name))
 
 
