@@ -9,6 +9,7 @@ import sys
 from .errors import TargetError
 from .io import brief
 
+REGEX_LENGTH = 100_000  # a longer expression takes minutes to compile
 REGEX_SECONDS = 5  # the longest that matching one expression with all paths may take
 
 
@@ -117,7 +118,13 @@ def shortest_names(paths, found):
 
 
 def compile_regex(text):
-    """A compiled regular expression. Raises TargetError where it is not one."""
+    """A compiled regular expression. Raises TargetError where it is not one, or longer
+    than REGEX_LENGTH."""
+    if len(text) > REGEX_LENGTH:
+        raise TargetError(
+            f"{brief(text)}: a regular expression of {len(text):,} characters; expected"
+            f" at most {REGEX_LENGTH:,}. Give a list of names"
+        )
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:

@@ -31,6 +31,7 @@ from .methods.lora import LoraConfig
 from .methods.modules_to_save import ModuleCopy
 from .saving import tensor_key
 
+SVD_DRIVERS = ("gesvd", "gesvdj", "gesvda")  # of torch.linalg.svd, on CUDA only
 SEPARATE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATION_TYPES = (
     "svd",
@@ -167,6 +168,11 @@ def plan_combination(configs, adapters, weights, paths, **options):
     configs, adapters ({path: adapter}) and weights: of each. paths: in the order of the
     model. options: those of PeftModel.add_weighted_adapter.
     """
+    if not isinstance(weights, (list, tuple)):
+        raise ConfigError(
+            f"weights = {io.brief(weights)}: expected a list of numbers, one for each"
+            " adapter"
+        )
     if len(configs) != len(weights) or not configs:
         raise ConfigError(
             f"{len(configs)} adapters and {len(weights)} weights: expected one weight"
@@ -178,6 +184,7 @@ def plan_combination(configs, adapters, weights, paths, **options):
     paths = [path for path in paths if path not in copies]
     plan = Combination(adapters=adapters, weights=weights, paths=paths, copies=copies)
     if all(type(config) is IA3Config for config in configs):
+        check_ia3(options)
         plan_ia3(plan, configs)
     else:
         plan_loras(plan, configs, **options)
@@ -200,6 +207,22 @@ def module_copies(adapters):
                     )
                 copies[path] = adapter
     return copies
+
+
+def check_ia3(options):
+    """IA3s have one way to be combined, the weighted sum of their vectors, as in PEFT:
+    raises ConfigError where another is asked for."""
+    kind = options["combination_type"]
+    if kind not in ("svd", "linear"):  # PEFT's default, or what is done
+        raise ConfigError(
+            f"combination_type = {io.brief(kind)}: IA3s are combined by the weighted"
+            " sum of their vectors; expected 'linear'"
+        )
+    for name in ("svd_rank", "density"):
+        if options[name] is not None:
+            raise ConfigError(
+                f"{name} = {options[name]!r} has no effect on IA3s: leave it out"
+            )
 
 
 def plan_ia3(plan, configs):
@@ -232,12 +255,23 @@ def only_at(paths):
 def plan_loras(plan, configs, combination_type, svd_rank, **options):
     if svd_rank is not None:
         io.check_number("svd_rank", svd_rank, whole=True, least=1, error=ConfigError)
+        if not combination_type_of(configs, combination_type).endswith("svd"):
+            warnings.warn(
+                f"combination_type {combination_type!r} keeps the ranks: svd_rank ="
+                f" {svd_rank} is not used",
+                stacklevel=5,
+            )
+    clamp, _, driver = options["svd"]
+    if clamp is not None:
+        io.check_number("svd_clamp", clamp, least=0, most=1, error=ConfigError)
+    if driver is not None:
+        io.check_choice("svd_driver", driver, SVD_DRIVERS, ConfigError)
     majorities = ("total", "frequency")
     io.check_choice(
         "majority_sign_method", options["majority"], majorities, ConfigError
     )
     ranks = check_loras(configs, combination_type, options["density"])
-    kind = "linear" if len(configs) == 1 else combination_type
+    kind = combination_type_of(configs, combination_type)
     if not thins_out(kind):
         options["density"] = None
     for path in plan.paths:
@@ -259,6 +293,11 @@ def plan_loras(plan, configs, combination_type, svd_rank, **options):
         init_lora_weights=init if isinstance(init, bool) else True,  # base untouched
         **only_at(plan.paths),
     )
+
+
+def combination_type_of(configs, combination_type):
+    """A single LoRA is scaled, whatever is asked for, as in PEFT."""
+    return "linear" if len(configs) == 1 else str(combination_type)
 
 
 def thins_out(combination_type):

@@ -350,6 +350,8 @@ class TestTensorsInFiles:
         "change, message",
         [
             (lambda t: t.fill_(float("nan")), "not finite"),
+            (lambda t: t.to(torch.float8_e4m3fn), "float8_e4m3fn, expected floats"),
+            (lambda t: t.to(torch.complex64), "complex64, expected floats"),
             (lambda t: t.index_fill_(0, torch.tensor([0]), float("inf")), "not finite"),
             (lambda t: t.mul_(0).sub_(float("inf")), "not finite"),
             (lambda t: t.to(torch.int64), "torch.int64, expected floats"),

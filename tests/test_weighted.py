@@ -325,6 +325,30 @@ class TestRequests:
             )
         assert list(model.peft_config) == ["a", "b"]
 
+    def test_a_rank_that_nothing_uses_is_said(self):
+        with pytest.warns(UserWarning, match="svd_rank = 3 is not used"):
+            several(BASES["llama"]).add_weighted_adapter(
+                ["a", "b"], [1, 1], "c", "cat", svd_rank=3
+            )
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (dict(combination_type="cat"), "combination_type = 'cat'"),
+            (dict(combination_type="tie", density=0.5), "combination_type = 'tie'"),
+            (dict(density=0.5), "density = 0.5 has no effect"),
+            (dict(combination_type="linear", svd_rank=2), "svd_rank = 2 has no effect"),
+        ],
+    )
+    def test_ia3_has_one_way(self, arguments, message):
+        model = minipeft.get_peft_model(
+            BASES["llama"].make(), minipeft.IA3Config(), "a"
+        )
+        model.add_adapter("b", minipeft.IA3Config())
+        with pytest.raises(minipeft.ConfigError, match=message):
+            model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", **arguments)
+        assert list(model.peft_config) == ["a", "b"]
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
@@ -332,6 +356,10 @@ class TestRequests:
             (dict(weights=["1", 1]), "weight = '1'"),
             (dict(svd_rank=0), "svd_rank = 0"),
             (dict(svd_rank=2.5), "svd_rank = 2.5"),
+            (dict(svd_clamp=2.0), "svd_clamp = 2.0"),
+            (dict(svd_clamp=float("nan")), "svd_clamp = nan"),
+            (dict(svd_driver="gesv"), "svd_driver 'gesv' .did you mean 'gesvd'"),
+            (dict(weights=1.0), "weights = 1.0: expected a list"),
             (
                 dict(combination_type="ties", density=0.5, majority_sign_method="most"),
                 "majority_sign_method",
