@@ -52,8 +52,8 @@ class FusionConfig(PeftConfig):
             or len(set(self.adapters)) < len(self.adapters)
         ):
             raise ConfigError(
-                f"adapters = {self.adapters!r}: expected a list of two or more adapters'"
-                " names"
+                f"adapters = {self.adapters!r}: expected a list of two or more"
+                " adapters' names"
             )
         self.adapters = list(self.adapters)
 
