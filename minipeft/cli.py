@@ -602,7 +602,7 @@ def chapters(args):
     if not args.all:
         return [Path(name) for name in args.chapters]
     home = Path(__file__).parents[1] / "chapters"
-    if not (found := sorted(home.glob("*.ipynb"))):
+    if not (found := sorted(home.glob("[0-9][0-9]_*.ipynb"))):
         raise UserError(
             "--all: the chapters are in minipeft's repository, not in the installed"
             " package. Get the repository, or name the notebooks"

@@ -25,7 +25,7 @@ from minipeft.course.student import (
 
 SOLUTION = re.compile(r"^### BEGIN SOLUTION\n(.*?)\n### END SOLUTION$", re.M | re.S)
 ROOT = Path(__file__).parents[1]
-CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
 LORA = ROOT / "chapters" / "04_lora.ipynb"
 HIDDEN = (
     "\n### BEGIN HIDDEN TESTS\nassert check.lora_delta(lora_delta), 'hidden'\n### END"
