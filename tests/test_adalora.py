@@ -61,262 +61,271 @@ def trained(ours, theirs, steps=14):
         yield step, allocator
 
 
-def test_the_allocator_does_what_peft_s_does(tmp_path):
-    ours, theirs = both(tmp_path)
-    seen = set()
-    for step, allocator in trained(ours, theirs):
-        own, other = (
-            ours.peft_config["default"].rank_pattern,
-            theirs.peft_config["default"].rank_pattern,
+class TestRegularization:
+    def test_it_is_the_mean_over_all_matrices_and_only_in_training(self, tmp_path):
+        ours, theirs = both(tmp_path)
+        shake(ours)
+        ours.save_pretrained(tmp_path)
+        theirs = peft.PeftModel.from_pretrained(
+            HF.make(), str(tmp_path), is_trainable=True
+        ).train()
+        close(loss(ours).detach(), loss(theirs).detach())
+        plain = loss(ours.eval()).detach()  # PEFT has it in evaluation too
+        parts = [part for part in ours.modules() if isinstance(part, AdaLora)]
+        norms = [
+            torch.linalg.norm(gram - torch.eye(4))
+            for part in parts
+            for gram in (part.lora_A @ part.lora_A.T, part.lora_B.T @ part.lora_B)
+        ]
+        close(
+            loss(ours.train()).detach() - plain,
+            0.3 * sum(norms).detach() / len(norms),
+            3e-6,
         )
-        assert (own is None) == (other is None)
-        if own:
-            assert own == {
-                key.removeprefix("model.").replace(".default", ""): kept
-                for key, kept in other.items()
-            } or own == {
-                key.replace(".default", ""): kept for key, kept in other.items()
-            }
-            budget = sum(map(sum, own.values()))
-            assert budget == allocator.budget(
-                min(step // 2 * 2, 11) if step < 11 else 11
+        with ours.disable_adapter():
+            close(loss(ours).detach(), loss(HF.make()).detach())
+
+    def test_it_is_zero_for_orthonormal_factors(self):
+        model = get_peft_model(LLAMA.make(), METHOD.ours(LLAMA))
+        for part in model.modules():
+            if isinstance(part, AdaLora):
+                torch.nn.init.orthogonal_(part.lora_A)
+                torch.nn.init.orthogonal_(part.lora_B)
+                assert part.regularization_loss() < 1e-5
+
+
+class TestFilesAndConfig:
+    def test_pruned_ranks_can_be_dropped_from_memory(self, tmp_path):
+        ours, theirs = both(tmp_path)
+        for _ in trained(ours, theirs):
+            pass
+        expected, before = run(ours.eval()), ours.get_nb_trainable_parameters()[0]
+        kept = [
+            (part, part.kept) for part in ours.modules() if isinstance(part, AdaLora)
+        ]
+        assert sum(sum(rows) for _, rows in kept) == 2 * 6  # target_r on average, of 4
+        for part, _ in kept:
+            part.drop_pruned()
+        left = sum(
+            (part.lora_A.shape[1] + part.lora_B.shape[0] + 1) * sum(rows)
+            for part, rows in kept
+        )
+        assert ours.get_nb_trainable_parameters()[0] == left < before
+        close(run(ours), expected)
+        ours.save_pretrained(tmp_path / "small")
+        close(
+            run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "small"))),
+            expected,
+        )
+        again = PeftModel.from_pretrained(
+            HF.make(), tmp_path / "small", is_trainable=True
+        ).train()
+        allocator = RankAllocator(again)  # and what is left can be pruned further
+        loss(again).backward()
+        allocator.step()
+        allocator.allocate(6)
+        again.save_pretrained(tmp_path / "smaller")
+        close(
+            run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "smaller"))),
+            run(again.eval()),
+        )
+        assert (
+            sum(
+                len(t)
+                for k, t in load_file(
+                    tmp_path / "smaller/adapter_model.safetensors"
+                ).items()
+                if "_E" in k
             )
-            seen.add(budget)
-        close(run(ours.eval()), run(theirs.eval()), 1e-5)
-        ours.train(), theirs.train()
-    assert len(seen) > 2 and min(seen) == 2 * 6 and max(seen) < 4 * 6
-    ranks = [sum(kept) for kept in ours.peft_config["default"].rank_pattern.values()]
-    assert len(set(ranks)) > 1  # and it did decide something
-
-    ours.save_pretrained(tmp_path / "ours")  # only what is kept is in the file
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    own, other = (
-        load_file(tmp_path / who / "adapter_model.safetensors")
-        for who in ("ours", "theirs")
-    )
-    assert own.keys() == other.keys() and sorted(ranks) == sorted(
-        len(t) for k, t in own.items() if "lora_E" in k
-    )
-    for key in own:
-        close(own[key], other[key], 1e-5)
-    said = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert said["rank_pattern"] == ours.peft_config["default"].rank_pattern
-    expected = run(ours.eval())
-    for again in (
-        PeftModel.from_pretrained(HF.make(), tmp_path / "ours"),
-        PeftModel.from_pretrained(HF.make(), tmp_path / "theirs"),
-        peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "ours")),
-    ):
-        close(run(again), expected, 1e-5)
-
-
-def test_the_penalty_is_the_mean_over_all_matrices_and_only_in_training(tmp_path):
-    ours, theirs = both(tmp_path)
-    shake(ours)
-    ours.save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(
-        HF.make(), str(tmp_path), is_trainable=True
-    ).train()
-    close(loss(ours).detach(), loss(theirs).detach())
-    plain = loss(ours.eval()).detach()  # PEFT has it in evaluation too
-    parts = [part for part in ours.modules() if isinstance(part, AdaLora)]
-    norms = [
-        torch.linalg.norm(gram - torch.eye(4))
-        for part in parts
-        for gram in (part.lora_A @ part.lora_A.T, part.lora_B.T @ part.lora_B)
-    ]
-    close(
-        loss(ours.train()).detach() - plain,
-        0.3 * sum(norms).detach() / len(norms),
-        3e-6,
-    )
-    with ours.disable_adapter():
-        close(loss(ours).detach(), loss(HF.make()).detach())
-
-
-def test_orthonormal_factors_are_not_penalised():
-    model = get_peft_model(LLAMA.make(), METHOD.ours(LLAMA))
-    for part in model.modules():
-        if isinstance(part, AdaLora):
-            torch.nn.init.orthogonal_(part.lora_A)
-            torch.nn.init.orthogonal_(part.lora_B)
-            assert part.regularization_loss() < 1e-5
-
-
-def test_pruned_ranks_can_be_dropped_from_memory(tmp_path):
-    ours, theirs = both(tmp_path)
-    for _ in trained(ours, theirs):
-        pass
-    expected, before = run(ours.eval()), ours.get_nb_trainable_parameters()[0]
-    kept = [(part, part.kept) for part in ours.modules() if isinstance(part, AdaLora)]
-    assert sum(sum(rows) for _, rows in kept) == 2 * 6  # target_r on average, of 4
-    for part, _ in kept:
-        part.drop_pruned()
-    left = sum(
-        (part.lora_A.shape[1] + part.lora_B.shape[0] + 1) * sum(rows)
-        for part, rows in kept
-    )
-    assert ours.get_nb_trainable_parameters()[0] == left < before
-    close(run(ours), expected)
-    ours.save_pretrained(tmp_path / "small")
-    close(
-        run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "small"))),
-        expected,
-    )
-    again = PeftModel.from_pretrained(
-        HF.make(), tmp_path / "small", is_trainable=True
-    ).train()
-    allocator = RankAllocator(again)  # and what is left can be pruned further
-    loss(again).backward()
-    allocator.step()
-    allocator.allocate(6)
-    again.save_pretrained(tmp_path / "smaller")
-    close(
-        run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "smaller"))),
-        run(again.eval()),
-    )
-    assert (
-        sum(
-            len(t)
-            for k, t in load_file(
-                tmp_path / "smaller/adapter_model.safetensors"
-            ).items()
-            if "_E" in k
+            == 6
         )
-        == 6
-    )
-    close(
-        run(again.merge_and_unload()),
-        run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "smaller"))),
-    )
-
-
-def test_a_pruned_rank_can_come_back_until_the_end():
-    model = get_peft_model(
-        LLAMA.make(),
-        AdaLoraConfig(init_r=3, target_r=1, total_step=30, target_modules=["q_proj"]),
-    )
-    allocator, part = (
-        RankAllocator(model),
-        next(m for m in model.modules() if isinstance(m, AdaLora)),
-    )
-    for parameter in part.parameters():
-        allocator.sensitivity[parameter].fill_(1)
-    for best in (0, 2):
-        allocator.uncertainty[part.lora_E].zero_()[best] = 1
-        with torch.no_grad():
-            part.lora_E.fill_(1.0)
-        allocator.allocate(4)  # of 6 in both layers
-        assert part.lora_E[best] == 1
-
-
-def test_the_budget():
-    config = AdaLoraConfig(
-        init_r=8,
-        target_r=2,
-        tinit=10,
-        tfinal=20,
-        total_step=110,
-        target_modules=["q_proj"],
-    )
-    allocator = RankAllocator(get_peft_model(LLAMA.make(), config))
-    expected = [
-        16 if t <= 10 else 4 if t >= 90 else int(4 + 12 * (1 - (t - 10) / 80) ** 3)
-        for t in range(111)
-    ]
-    assert [allocator.budget(step) for step in range(111)] == expected
-    same = RankAllocator(
-        get_peft_model(LLAMA.make(), AdaLoraConfig(init_r=2, target_r=2, total_step=3))
-    )
-    same.steps = 1
-    same.step()  # nothing to prune is no error
-    assert all(all(kept) for kept in same.config.rank_pattern.values())
-
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(init_r=4, target_r=8, total_step=9), "target_r = 8 is above init_r = 4"),
-        (
-            dict(tinit=5, tfinal=4, total_step=9),
-            r"tinit \+ tfinal = 5 \+ 4 leaves none of the total_step = 9",
-        ),
-        (dict(tinit=-1, total_step=9), "leaves none"),
-        (dict(), "total_step = None"),
-        (dict(total_step=0), "total_step = 0"),
-        (dict(total_step=9, init_r=0), "init_r = 0"),
-        (dict(total_step=9, target_r=2.5), "target_r = 2.5"),
-        (dict(total_step=9, deltaT=0), "deltaT = 0"),
-        (dict(total_step=9, beta1=1.0), "beta1 = 1.0"),
-        (dict(total_step=9, beta2=0), "beta2 = 0"),
-        (dict(total_step=9, orth_reg_weight=-1), "orth_reg_weight = -1"),
-        (dict(total_step=9, use_dora=True), "no use_dora"),
-        (dict(total_step=9, use_rslora=True), "no use_rslora"),
-        (dict(total_step=9, init_lora_weights="gaussian"), "only True and False"),
-        (dict(total_step=9, lora_dropout=1), "lora_dropout = 1"),
-    ],
-)
-def test_configurations_that_mean_nothing(fields, message):
-    with pytest.raises(ConfigError, match=message):
-        AdaLoraConfig(**fields)
-
-
-def test_wrong_places():
-    with pytest.raises(TargetError, match="embed_tokens: .*not for embeddings"):
-        get_peft_model(
-            LLAMA.make(), AdaLoraConfig(total_step=9, target_modules=["embed_tokens"])
+        close(
+            run(again.merge_and_unload()),
+            run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "smaller"))),
         )
-    with pytest.raises(ConfigError, match="'default' is not an AdaLoRA: LoraConfig"):
-        RankAllocator(get_peft_model(LLAMA.make(), minipeft.LoraConfig()))
 
-
-def test_the_same_seed_gives_the_same_adapter(tmp_path):
-    for package, config in ((minipeft, AdaLoraConfig), (peft, peft.AdaLoraConfig)):
-        torch.manual_seed(4)
-        model = package.get_peft_model(HF.make(), config(**FIELDS))
-        model.save_pretrained(str(tmp_path / package.__name__))
-    own, other = (
-        load_file(tmp_path / who / "adapter_model.safetensors")
-        for who in ("minipeft", "peft")
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            (
+                dict(init_r=4, target_r=8, total_step=9),
+                "target_r = 8 is above init_r = 4",
+            ),
+            (
+                dict(tinit=5, tfinal=4, total_step=9),
+                r"tinit \+ tfinal = 5 \+ 4 leaves none of the total_step = 9",
+            ),
+            (dict(tinit=-1, total_step=9), "leaves none"),
+            (dict(), "total_step = None"),
+            (dict(total_step=0), "total_step = 0"),
+            (dict(total_step=9, init_r=0), "init_r = 0"),
+            (dict(total_step=9, target_r=2.5), "target_r = 2.5"),
+            (dict(total_step=9, deltaT=0), "deltaT = 0"),
+            (dict(total_step=9, beta1=1.0), "beta1 = 1.0"),
+            (dict(total_step=9, beta2=0), "beta2 = 0"),
+            (dict(total_step=9, orth_reg_weight=-1), "orth_reg_weight = -1"),
+            (dict(total_step=9, use_dora=True), "no use_dora"),
+            (dict(total_step=9, use_rslora=True), "no use_rslora"),
+            (dict(total_step=9, init_lora_weights="gaussian"), "only True and False"),
+            (dict(total_step=9, lora_dropout=1), "lora_dropout = 1"),
+        ],
     )
-    assert {key: t.shape for key, t in own.items()} == {
-        key: t.shape for key, t in other.items()
-    }
-    for tensors in (own, other):  # drawn in another order, by the same law
-        drawn = torch.cat(
-            [t.flatten() for key, t in tensors.items() if "lora_E" not in key]
+    def test_configurations_that_mean_nothing(self, fields, message):
+        with pytest.raises(ConfigError, match=message):
+            AdaLoraConfig(**fields)
+
+    def test_wrong_places(self):
+        with pytest.raises(TargetError, match="embed_tokens: .*not for embeddings"):
+            get_peft_model(
+                LLAMA.make(),
+                AdaLoraConfig(total_step=9, target_modules=["embed_tokens"]),
+            )
+        with pytest.raises(
+            ConfigError, match="'default' is not an AdaLoRA: LoraConfig"
+        ):
+            RankAllocator(get_peft_model(LLAMA.make(), minipeft.LoraConfig()))
+
+    def test_the_same_seed_gives_the_same_adapter(self, tmp_path):
+        for package, config in ((minipeft, AdaLoraConfig), (peft, peft.AdaLoraConfig)):
+            torch.manual_seed(4)
+            model = package.get_peft_model(HF.make(), config(**FIELDS))
+            model.save_pretrained(str(tmp_path / package.__name__))
+        own, other = (
+            load_file(tmp_path / who / "adapter_model.safetensors")
+            for who in ("minipeft", "peft")
         )
-        # four standard errors
-        close(drawn.std() / 0.02, torch.tensor(1.0), 4 / (2 * len(drawn)) ** 0.5)
-        assert all((t == 0).all() for key, t in tensors.items() if "lora_E" in key)
+        assert {key: t.shape for key, t in own.items()} == {
+            key: t.shape for key, t in other.items()
+        }
+        for tensors in (own, other):  # drawn in another order, by the same law
+            drawn = torch.cat(
+                [t.flatten() for key, t in tensors.items() if "lora_E" not in key]
+            )
+            # four standard errors
+            close(drawn.std() / 0.02, torch.tensor(1.0), 4 / (2 * len(drawn)) ** 0.5)
+            assert all((t == 0).all() for key, t in tensors.items() if "lora_E" in key)
+
+    def test_rank_pattern_before_allocation_is_not_in_the_file(self, tmp_path):
+        model = shake(get_peft_model(LLAMA.make(), METHOD.ours(LLAMA)))
+        model.save_pretrained(tmp_path)
+        assert "rank_pattern" not in json.loads(
+            (tmp_path / "adapter_config.json").read_text()
+        )
+        differ(run(model), run(LLAMA.make()))
 
 
-def test_rank_pattern_before_allocation_is_not_in_the_file(tmp_path):
-    model = shake(get_peft_model(LLAMA.make(), METHOD.ours(LLAMA)))
-    model.save_pretrained(tmp_path)
-    assert "rank_pattern" not in json.loads(
-        (tmp_path / "adapter_config.json").read_text()
-    )
-    differ(run(model), run(LLAMA.make()))
+class TestAllocator:
+    def test_it_does_what_pefts_does(self, tmp_path):
+        ours, theirs = both(tmp_path)
+        seen = set()
+        for step, allocator in trained(ours, theirs):
+            own, other = (
+                ours.peft_config["default"].rank_pattern,
+                theirs.peft_config["default"].rank_pattern,
+            )
+            assert (own is None) == (other is None)
+            if own:
+                assert own == {
+                    key.removeprefix("model.").replace(".default", ""): kept
+                    for key, kept in other.items()
+                } or own == {
+                    key.replace(".default", ""): kept for key, kept in other.items()
+                }
+                budget = sum(map(sum, own.values()))
+                assert budget == allocator.budget(
+                    min(step // 2 * 2, 11) if step < 11 else 11
+                )
+                seen.add(budget)
+            close(run(ours.eval()), run(theirs.eval()), 1e-5)
+            ours.train(), theirs.train()
+        assert len(seen) > 2 and min(seen) == 2 * 6 and max(seen) < 4 * 6
+        ranks = [
+            sum(kept) for kept in ours.peft_config["default"].rank_pattern.values()
+        ]
+        assert len(set(ranks)) > 1  # and it did decide something
 
+        ours.save_pretrained(tmp_path / "ours")  # only what is kept is in the file
+        theirs.save_pretrained(str(tmp_path / "theirs"))
+        own, other = (
+            load_file(tmp_path / who / "adapter_model.safetensors")
+            for who in ("ours", "theirs")
+        )
+        assert own.keys() == other.keys() and sorted(ranks) == sorted(
+            len(t) for k, t in own.items() if "lora_E" in k
+        )
+        for key in own:
+            close(own[key], other[key], 1e-5)
+        said = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+        assert said["rank_pattern"] == ours.peft_config["default"].rank_pattern
+        expected = run(ours.eval())
+        for again in (
+            PeftModel.from_pretrained(HF.make(), tmp_path / "ours"),
+            PeftModel.from_pretrained(HF.make(), tmp_path / "theirs"),
+            peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "ours")),
+        ):
+            close(run(again), expected, 1e-5)
 
-def test_a_matrix_may_lose_all_its_triplets(tmp_path):
-    config = AdaLoraConfig(
-        init_r=2, target_r=1, total_step=9, target_modules=["q_proj"]
-    )
-    model = shake(get_peft_model(HF.make(), config))
-    allocator = RankAllocator(model)
-    for layer, part in enumerate(allocator.adapters.values()):
+    def test_a_pruned_rank_can_come_back_until_the_end(self):
+        model = get_peft_model(
+            LLAMA.make(),
+            AdaLoraConfig(
+                init_r=3, target_r=1, total_step=30, target_modules=["q_proj"]
+            ),
+        )
+        allocator, part = (
+            RankAllocator(model),
+            next(m for m in model.modules() if isinstance(m, AdaLora)),
+        )
         for parameter in part.parameters():
-            allocator.sensitivity[parameter].fill_(layer + 1)
-            allocator.uncertainty[parameter].uniform_(1, 1.1)
-    allocator.allocate(2)
-    expected = run(model)
-    assert [sum(part.kept) for part in allocator.adapters.values()] == [0, 2]
-    for part in allocator.adapters.values():
-        part.drop_pruned()
-    close(run(model), expected)
-    model.save_pretrained(tmp_path)
-    close(run(PeftModel.from_pretrained(HF.make(), tmp_path)), expected)
-    close(run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path))), expected)
-    close(run(model.merge_and_unload()), expected)
+            allocator.sensitivity[parameter].fill_(1)
+        for best in (0, 2):
+            allocator.uncertainty[part.lora_E].zero_()[best] = 1
+            with torch.no_grad():
+                part.lora_E.fill_(1.0)
+            allocator.allocate(4)  # of 6 in both layers
+            assert part.lora_E[best] == 1
+
+    def test_the_budget(self):
+        config = AdaLoraConfig(
+            init_r=8,
+            target_r=2,
+            tinit=10,
+            tfinal=20,
+            total_step=110,
+            target_modules=["q_proj"],
+        )
+        allocator = RankAllocator(get_peft_model(LLAMA.make(), config))
+        expected = [
+            16 if t <= 10 else 4 if t >= 90 else int(4 + 12 * (1 - (t - 10) / 80) ** 3)
+            for t in range(111)
+        ]
+        assert [allocator.budget(step) for step in range(111)] == expected
+        same = RankAllocator(
+            get_peft_model(
+                LLAMA.make(), AdaLoraConfig(init_r=2, target_r=2, total_step=3)
+            )
+        )
+        same.steps = 1
+        same.step()  # nothing to prune is no error
+        assert all(all(kept) for kept in same.config.rank_pattern.values())
+
+    def test_a_matrix_may_lose_all_its_triplets(self, tmp_path):
+        config = AdaLoraConfig(
+            init_r=2, target_r=1, total_step=9, target_modules=["q_proj"]
+        )
+        model = shake(get_peft_model(HF.make(), config))
+        allocator = RankAllocator(model)
+        for layer, part in enumerate(allocator.adapters.values()):
+            for parameter in part.parameters():
+                allocator.sensitivity[parameter].fill_(layer + 1)
+                allocator.uncertainty[parameter].uniform_(1, 1.1)
+        allocator.allocate(2)
+        expected = run(model)
+        assert [sum(part.kept) for part in allocator.adapters.values()] == [0, 2]
+        for part in allocator.adapters.values():
+            part.drop_pruned()
+        close(run(model), expected)
+        model.save_pretrained(tmp_path)
+        close(run(PeftModel.from_pretrained(HF.make(), tmp_path)), expected)
+        close(run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path))), expected)
+        close(run(model.merge_and_unload()), expected)

@@ -24,85 +24,83 @@ def mixed(base, names=MIX):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "hf_gpt2"])
-def test_a_batch_of_different_methods(name):
-    base, names = BASES[name], [*MIX, "denselora"]
-    torch.manual_seed(0)
-    model = mixed(base, names)
-    asked = [*names, "__base__"]
-    ids = torch.randint(
-        3, 40, (len(asked), 6), generator=torch.Generator().manual_seed(1)
-    )
-    with torch.no_grad():
-        together = model(input_ids=ids, adapter_names=asked).logits
-        for row, wanted in enumerate(asked):
-            if wanted == "__base__":
-                expected = base.make()(input_ids=ids).logits
-            else:
-                model.set_adapter(wanted)
-                expected = model(input_ids=ids).logits
-                differ(expected, base.make()(input_ids=ids).logits)
-            close(together[row], expected[row])
-
-
-@pytest.mark.parametrize("name", ["llama", "hf_gpt2"])
-@pytest.mark.parametrize("order", [MIX, MIX[::-1]], ids=["forth", "back"])
-def test_all_at_once_on_every_layer_merged_or_not(name, order):
-    base = BASES[name]
-    model = mixed(base)
-    model.set_adapter(order)
-    apart = run(model)
-    loss_of(model).backward()
-    for path, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == (
-            ".adapters." in path or path.startswith("shared.")
-        ), path
-    model.merge_adapter()
-    close(run(model), apart, 1e-5)
-    model.unmerge_adapter()
-    assert torch.equal(run(model), apart)
-    close(run(model.merge_and_unload()), apart, 1e-5)
-
-
-def test_the_sum_of_additive_methods_is_the_sum_of_their_changes():
-    base, names = (
-        BASES["llama"],
-        ["adalora", "loha", "lokr", "vera", "denselora_linear", "lora"],
-    )
-    model = mixed(base, names)
-    model.set_adapter(names)
-    slot = next(m for m in model.modules() if isinstance(m, Slot) and m.adapters)
-    with torch.no_grad():
-        deltas = [
-            slot.adapters[name].delta(minipeft.Base(slot, name)) for name in names
-        ]
-        x = torch.randn(5, slot.base_layer.in_features)
-        close(
-            slot(x),
-            torch.nn.functional.linear(
-                x, slot.base_layer.weight + sum(deltas), slot.base_layer.bias
-            ),
-            1e-5,
+class TestMethodsTogether:
+    @pytest.mark.parametrize("name", ["llama", "hf_gpt2"])
+    def test_a_batch_of_different_methods(self, name):
+        base, names = BASES[name], [*MIX, "denselora"]
+        torch.manual_seed(0)
+        model = mixed(base, names)
+        asked = [*names, "__base__"]
+        ids = torch.randint(
+            3, 40, (len(asked), 6), generator=torch.Generator().manual_seed(1)
         )
+        with torch.no_grad():
+            together = model(input_ids=ids, adapter_names=asked).logits
+            for row, wanted in enumerate(asked):
+                if wanted == "__base__":
+                    expected = base.make()(input_ids=ids).logits
+                else:
+                    model.set_adapter(wanted)
+                    expected = model(input_ids=ids).logits
+                    differ(expected, base.make()(input_ids=ids).logits)
+                close(together[row], expected[row])
 
-
-def test_one_that_cannot_merge_stops_all():
-    base = BASES["llama"]
-    model = mixed(base, ["lora", "dora", "denselora"])
-    model.set_adapter(["lora", "dora", "denselora"])
-    apart, weights = run(model), {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(NotMergeableError, match="'denselora' cannot be merged"):
+    @pytest.mark.parametrize("name", ["llama", "hf_gpt2"])
+    @pytest.mark.parametrize("order", [MIX, MIX[::-1]], ids=["forth", "back"])
+    def test_all_at_once_on_every_layer_merged_or_not(self, name, order):
+        base = BASES[name]
+        model = mixed(base)
+        model.set_adapter(order)
+        apart = run(model)
+        loss_of(model).backward()
+        for path, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == (
+                ".adapters." in path or path.startswith("shared.")
+            ), path
         model.merge_adapter()
-    assert model.merged_adapters == [] and all(
-        torch.equal(p, weights[n]) for n, p in model.named_parameters()
-    )
-    model.set_adapter(["lora", "dora"])
-    others = run(model)
-    model.set_adapter(["lora", "dora", "denselora"])
-    assert torch.equal(run(model), apart)
-    model.merge_adapter(["lora", "dora"])  # these can: then layers have only them
-    close(run(model), others, 1e-5)
-    differ(others, apart)
+        close(run(model), apart, 1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(run(model), apart)
+        close(run(model.merge_and_unload()), apart, 1e-5)
+
+    def test_the_sum_of_additive_methods_is_the_sum_of_their_changes(self):
+        base, names = (
+            BASES["llama"],
+            ["adalora", "loha", "lokr", "vera", "denselora_linear", "lora"],
+        )
+        model = mixed(base, names)
+        model.set_adapter(names)
+        slot = next(m for m in model.modules() if isinstance(m, Slot) and m.adapters)
+        with torch.no_grad():
+            deltas = [
+                slot.adapters[name].delta(minipeft.Base(slot, name)) for name in names
+            ]
+            x = torch.randn(5, slot.base_layer.in_features)
+            close(
+                slot(x),
+                torch.nn.functional.linear(
+                    x, slot.base_layer.weight + sum(deltas), slot.base_layer.bias
+                ),
+                1e-5,
+            )
+
+    def test_one_that_cannot_merge_stops_all(self):
+        base = BASES["llama"]
+        model = mixed(base, ["lora", "dora", "denselora"])
+        model.set_adapter(["lora", "dora", "denselora"])
+        apart, weights = run(model), {n: p.clone() for n, p in model.named_parameters()}
+        with pytest.raises(NotMergeableError, match="'denselora' cannot be merged"):
+            model.merge_adapter()
+        assert model.merged_adapters == [] and all(
+            torch.equal(p, weights[n]) for n, p in model.named_parameters()
+        )
+        model.set_adapter(["lora", "dora"])
+        others = run(model)
+        model.set_adapter(["lora", "dora", "denselora"])
+        assert torch.equal(run(model), apart)
+        model.merge_adapter(["lora", "dora"])  # these can: then layers have only them
+        close(run(model), others, 1e-5)
+        differ(others, apart)
 
 
 # What Hugging Face's committed benchmark counts on Llama-3.2-3B, and the closed
@@ -147,34 +145,34 @@ def llama_3b():
         )
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_the_counts_on_llama_3_2_3b(llama_3b, name):
-    config, fields, committed, formula = COUNTS[name]
-    model = get_peft_model(
-        llama_3b,
-        getattr(minipeft, config)(target_modules=["q_proj", "v_proj"], **fields),
-    )
-    assert (
-        model.get_nb_trainable_parameters()[0]
-        == committed
-        == 28 * (formula(*Q) + formula(*V))
-    )
-    model.unload()
+class TestCountsAndPrecision:
+    @pytest.mark.parametrize("name", COUNTS)
+    def test_the_counts_on_llama_3_2_3b(self, llama_3b, name):
+        config, fields, committed, formula = COUNTS[name]
+        model = get_peft_model(
+            llama_3b,
+            getattr(minipeft, config)(target_modules=["q_proj", "v_proj"], **fields),
+        )
+        assert (
+            model.get_nb_trainable_parameters()[0]
+            == committed
+            == 28 * (formula(*Q) + formula(*V))
+        )
+        model.unload()
 
-
-@pytest.mark.parametrize("name", MIX + ["denselora"])
-def test_no_method_returns_another_precision(name):
-    base = BASES["llama"]
-    model = get_peft_model(base.make(), METHODS[name].ours(base))
-    shake(model, step=0.1)
-    exact = run(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = model(**inputs()).logits
-    assert exact.dtype == torch.float32 and rough.dtype in (
-        torch.bfloat16,
-        torch.float32,
-    )
-    close(rough.detach(), exact, 0.1)
-    model.double()
-    assert model(**inputs()).logits.dtype == torch.float64
-    close(model(**inputs()).logits.detach(), exact, 1e-5)
+    @pytest.mark.parametrize("name", MIX + ["denselora"])
+    def test_no_method_returns_another_precision(self, name):
+        base = BASES["llama"]
+        model = get_peft_model(base.make(), METHODS[name].ours(base))
+        shake(model, step=0.1)
+        exact = run(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(**inputs()).logits
+        assert exact.dtype == torch.float32 and rough.dtype in (
+            torch.bfloat16,
+            torch.float32,
+        )
+        close(rough.detach(), exact, 0.1)
+        model.double()
+        assert model(**inputs()).logits.dtype == torch.float64
+        close(model(**inputs()).logits.detach(), exact, 1e-5)
