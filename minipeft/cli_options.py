@@ -13,7 +13,8 @@ Start with:
                                         what does the base model say?
   minipeft finetune --data sql --out my-adapter
                                         train a LoRA adapter on a task (a minute)
-  minipeft generate "Question: How many residents have a cat?\\nSQL:" --adapter my-adapter
+  minipeft generate "Question: How many residents have a cat?\\nSQL:" \\
+      --adapter my-adapter
   minipeft evaluate --data sql --adapter my-adapter
   minipeft merge --adapter my-adapter --out my-model
                                         write it into the weights: a plain model"""
