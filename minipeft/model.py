@@ -722,6 +722,9 @@ class PeftModel(nn.Module):
         """Reentrant checkpointing gives no gradients where no input asks for one, as
         behind a frozen embedding."""
         embeddings = self._embeddings()
+        disable = getattr(self.get_base_model(), "disable_input_require_grads", None)
+        if disable and embeddings is not self.get_base_model().get_input_embeddings():
+            disable()  # transformers' hook is on the slot, and would go with it
         if (
             embeddings is not None
             and _require_grad not in embeddings._forward_hooks.values()
@@ -729,8 +732,9 @@ class PeftModel(nn.Module):
             embeddings.register_forward_hook(_require_grad)
 
     def _embeddings(self):
+        """The base's input embeddings, without their slot; None where it has none."""
         try:
-            return self.get_base_model().get_input_embeddings()
+            return targets.unwrap_slot(self.get_base_model().get_input_embeddings())
         except (AttributeError, NotImplementedError):
             return None
 

@@ -88,6 +88,8 @@ class TestEquation:
             parameter.data += 0.3 * torch.randn_like(parameter)
 
         class Base:
+            slot = None
+
             def __call__(self, x):
                 return y
 
@@ -296,3 +298,37 @@ class TestExperts:
         with pytest.raises(TargetError, match="copy of its own"):
             norms.add_adapter("fusion", FusionConfig(adapters=["a", "b"]))
         assert list(norms.peft_config) == ["a", "b"]
+
+
+class TestExperts:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            lambda: minipeft.DoraConfig(r=2),
+            lambda: minipeft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"]),
+            lambda: minipeft.LoKrConfig(r=2, target_modules=["q_proj", "v_proj"]),
+            lambda: minipeft.AdaLoraConfig(init_r=3, target_r=2, total_step=10),
+            lambda: minipeft.VeraConfig(r=4, target_modules=["q_proj"]),
+            lambda: minipeft.DenseLoraConfig(r=2, target_modules=["q_proj"]),
+            lambda: minipeft.BitFitConfig(target_modules=["up_proj"]),
+            lambda: minipeft.IA3Config(),
+            lambda: minipeft.IA3Config(
+                target_modules=["down_proj"], feedforward_modules=["down_proj"]
+            ),
+        ],
+    )
+    def test_any_method_can_be_an_expert(self, config):
+        """Of two equal experts each has half of the attention, and W_v is the identity:
+        fusion gives what one of them gives."""
+        model = get_peft_model(BASES["llama"].make(), config(), "a")
+        model.add_adapter("b", config())
+        shake(model, "a")
+        ours, others = (model._adapters_by_path(name) for name in ("a", "b"))
+        for path, adapter in ours.items():
+            others[path].load_state_dict(adapter.state_dict())
+        model.set_adapter("a")
+        alone = run(model)
+        differ(alone, run(BASES["llama"].make()))
+        model.add_adapter("fusion", FusionConfig(adapters=["a", "b"], value=False))
+        model.set_adapter("fusion")
+        close(run(model), alone, 1e-5)

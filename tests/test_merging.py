@@ -589,3 +589,38 @@ class TestScalings:
         config = getattr(minipeft, config)(r=10**12, target_modules=["q_proj"])
         with pytest.raises(ConfigError, match="r = 1,000,000,000,000 would take"):
             get_peft_model(LLAMA.make(), config)
+
+
+class TestHooksForCheckpointing:
+    """A hook on the embeddings makes reentrant checkpointing give gradients. It must not
+    go with a slot that is taken out."""
+
+    @pytest.mark.parametrize("name", ["llama", "hf_llama", "hf_gpt2", "hf_qwen2"])
+    @pytest.mark.parametrize("reentrant", [True, False])
+    @pytest.mark.parametrize("copied", [True, False])
+    def test_deleting_an_adapter_of_the_embeddings(self, name, reentrant, copied):
+        base = BASES[name]
+        if copied:
+            config = LoraConfig(modules_to_save=[base.embedding])
+        else:
+            config = LoraConfig(target_modules=[base.embedding])
+        model = get_peft_model(base.make(), config, "a")
+        model.add_adapter("b", LoraConfig())
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
+        model.set_adapter("b")
+        model.delete_adapter("a")
+        model.train()(**inputs()).logits.sum().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+
+    @pytest.mark.parametrize("name", ["llama", "hf_llama", "hf_gpt2"])
+    def test_an_unloaded_model_is_as_before(self, name):
+        base = BASES[name]
+        config = LoraConfig(target_modules=[base.embedding])
+        model = get_peft_model(base.make(), config)
+        model.gradient_checkpointing_enable()
+        plain = copy.deepcopy(model).unload()
+        assert not plain.get_input_embeddings()._forward_hooks
+        assert torch.equal(run(copy.deepcopy(plain)), run(base.make()))

@@ -24,7 +24,7 @@ from torch import nn
 from .. import targets
 from ..config import ConfigError, PeftConfig
 from ..errors import TargetError
-from ..slot import Adapter, AdapterNameError
+from ..slot import Adapter, AdapterNameError, Base
 from .bottleneck import ParallelToBlock, in_out_features
 from .modules_to_save import ModuleCopy
 
@@ -128,8 +128,17 @@ class Fusion(Adapter):
     def forward(self, base, *args, **kwargs):
         output = base(*args, **kwargs)
         y, *rest = output if isinstance(output, tuple) else [output]
-        experts = [base.peer(name) for name in self.experts]
-        z = [expert(lambda *a, **k: y, *args, **kwargs) for expert in experts]
+
+        def layer(*own, **more):  # y is known, unless the expert changes the input
+            if all(one is other for one, other in zip(own, args)):
+                return y
+            changed = base(*own, **more)
+            return changed[0] if isinstance(changed, tuple) else changed
+
+        z = [
+            base.peer(name)(Base(base.slot, name, layer), *args, **kwargs)
+            for name in self.experts
+        ]
         u = self.adapter_input(torch.stack([z_i - y for z_i in z], -2))  # (B, T, N, d)
         query = self.query(self.adapter_input(y)).unsqueeze(-1)  # (B, T, d, 1)
         scores = self.key(u) @ query  # (B, T, N, 1), not scaled
