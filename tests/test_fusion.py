@@ -299,8 +299,6 @@ class TestExperts:
             norms.add_adapter("fusion", FusionConfig(adapters=["a", "b"]))
         assert list(norms.peft_config) == ["a", "b"]
 
-
-class TestExperts:
     @pytest.mark.parametrize(
         "config",
         [
