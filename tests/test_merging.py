@@ -592,8 +592,8 @@ class TestScalings:
 
 
 class TestHooksForCheckpointing:
-    """A hook on the embeddings makes reentrant checkpointing give gradients. It must not
-    go with a slot that is taken out."""
+    """A hook on the embeddings makes reentrant checkpointing give gradients. It must
+    not go with a slot that is taken out."""
 
     @pytest.mark.parametrize("name", ["llama", "hf_llama", "hf_gpt2", "hf_qwen2"])
     @pytest.mark.parametrize("reentrant", [True, False])

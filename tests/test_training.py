@@ -42,7 +42,7 @@ def rounding(value) -> float:
     return tolerance(torch.float32, value, terms=64, steps=2 * 9)
 
 
-def tiny(seed=0, vocab_size=64):
+def tiny(seed=0, vocab_size=64, **fields):
     torch.manual_seed(seed)
     return GPT(
         GPTConfig(
@@ -53,6 +53,7 @@ def tiny(seed=0, vocab_size=64):
             num_attention_heads=2,
             max_position_embeddings=32,
             attention_bias=True,
+            **fields,
         )
     )
 
@@ -566,6 +567,19 @@ class TestSettings:
     def test_another_adapter(self, folder, change, message):
         with pytest.raises(ValueError, match=f"other settings: .*{message}"):
             self.resumed(folder, adapted(**change))
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(norm_eps=0.1), "model, norm_eps|model, rms_norm_eps"),
+            (dict(rope_theta=500.0), "model, rope_"),
+            (dict(hidden_act="gelu"), "model, hidden_act silu .now gelu"),
+        ],
+    )
+    def test_another_configuration_of_the_base(self, folder, change, message):
+        """The weights are the same; what they compute is not."""
+        with pytest.raises(ValueError, match=f"other settings: .*({message})"):
+            self.resumed(folder, adapted(tiny(**change)))
 
     def test_another_base(self, folder):
         for change in (lambda p: p.mul_(2), lambda p: p[0, 0].add_(1e-3)):

@@ -41,7 +41,14 @@ SCHEDULES = {
     "linear": lambda done: 1.0 - done,
 }
 # fields of an adapter's configuration that do not change its training
-NOTES = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+NOTES = {
+    "base_model_name_or_path",
+    "name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "transformers_version",
+}
 
 
 @dataclass
@@ -178,6 +185,18 @@ def frozen_checksum(model):
         if name not in trained and not tensor.is_meta:
             crc = crc_of(tensor, crc)
     return crc
+
+
+def model_settings(model):
+    """{"model, norm_eps": 1e-5, ...}: the configuration of a model that has one, for
+    what is computed depends on more than weights."""
+    config = getattr(model, "config", None)
+    fields = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {
+        f"model, {name}": value
+        for name, value in fields.items()
+        if name.lstrip("_") not in NOTES and value is not None
+    }
 
 
 def crc_of(tensor, crc=0):
@@ -393,6 +412,7 @@ class Run:
             "optimizer": type(self.optimizer).__name__,
             "optimizer's groups": groups,
             "model (checksum)": frozen_checksum(self.model),
+            **model_settings(self.model),
             "data (checksum)": data_checksum(self.data, batches),
             "tokenizer (checksum)": tokenizer_checksum(self.tokenizer),
             **adapter_settings(self.model),
