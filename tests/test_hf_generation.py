@@ -188,7 +188,7 @@ class TestGenerate:
     @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2", "GPT2", "Bloom"])
     def test_a_static_cache_is_refused(self, name, kind):
         model = adapted(name, kind)
-        with pytest.raises(ValueError, match="static cache.*leave out"):
+        with pytest.raises(ValueError, match="static cache.*Leave out"):
             generate(model, cache_implementation="static")
 
     @pytest.mark.parametrize("name", ["Llama", "GPT2", "OPT"])

@@ -342,6 +342,7 @@ class TestDamagedFiles:
         "field, value",
         [
             ("hidden_size", -1),
+            ("num_hidden_layers", 10**9),
             ("hidden_size", "4"),
             ("vocab_size", None),
             ("num_hidden_layers", True),

@@ -43,6 +43,7 @@ ROPE_TYPES = {  # the fields of rope_scaling that each kind needs
         "original_max_position_embeddings",
     ),
 }
+MAX_LAYERS = 10_000  # a damaged file's number: modules are made one by one
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -99,6 +100,7 @@ class GPTConfig:
     def _check_numbers(self):
         for name in SIZES:
             check_number(name, getattr(self, name), whole=True, least=1)
+        check_number("num_hidden_layers", self.num_hidden_layers, most=MAX_LAYERS)
         for name in ("num_key_value_heads", "head_dim", "sliding_window"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), whole=True, least=1)

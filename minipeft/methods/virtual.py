@@ -202,10 +202,13 @@ def named_inputs(model, args, kwargs):
     # until transformers 5.2: where the text's tokens go in the cache
     inputs.pop("cache_position", None)
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    if getattr(inputs.get(cache_name(model)), "is_compileable", False):
+    cache = inputs.get(cache_name(model))
+    if getattr(cache, "is_compileable", False):
         raise ValueError(
-            "virtual tokens do not fit into a static cache, whose length is fixed for"
-            " the text alone: leave out cache_implementation='static'"
+            f"virtual tokens do not fit into a {type(cache).__name__}, a static cache:"
+            " its size is fixed for the text alone. Leave out"
+            " cache_implementation='static'; where a model always makes such a cache,"
+            " give use_cache=False"
         )
     mask = inputs.get("attention_mask")
     if mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2):
