@@ -14,16 +14,15 @@ base has; these are the ones they lean on most.
 """
 
 import itertools
-import json
 import math
 import platform
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..io import make_folder, write_json
 from ..lanternwick import words
 from ..lanternwick.documents import stream
 from .gpt import GPT, GPTConfig
@@ -347,6 +346,10 @@ def name_tokens(tokenizer):
     )
 
 
+def rounded(numbers):
+    return [round(number, 4) for number in numbers]
+
+
 def pretrain(
     folder,
     steps=16_000,
@@ -360,19 +363,13 @@ def pretrain(
 ):
     """Pretrains a base into `folder` (Hugging Face layout plus history.json) and
     returns (model, tokenizer, history)."""
-    folder, started = Path(folder), time.time()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
+    started = time.time()
     tokenizer = tokenizer or base_tokenizer(seed)
     torch.manual_seed(seed)
-    model = GPT(
-        GPTConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **shape,
-        )
-    )
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in special}
+    model = GPT(GPTConfig(vocab_size=len(tokenizer), **ids, **shape))
     run = folder / "run"
     accuracies = {}
     # a resumed run has its warm-up behind it
@@ -408,10 +405,8 @@ def pretrain(
         "tokens": steps * rows * ROW,
         "minutes": round((time.time() - started) / 60, 1),
         "seed": seed,
-        "warmup": {
-            skill: [round(a, 4) for a in values] for skill, values in accuracies.items()
-        },
-        "loss": [round(x, 4) for x in history.losses],
+        "warmup": {skill: rounded(values) for skill, values in accuracies.items()},
+        "loss": rounded(history.losses),
     }
-    (folder / "history.json").write_text(json.dumps(record))
+    write_json(folder / "history.json", record, indent=None)
     return model, tokenizer, history

@@ -311,16 +311,8 @@ def train(
     log         called as log(step, {"loss", "lr", "grad_norm"}) after each step, the
                 gradients still in place
     """
-    check_choice("schedule", schedule, SCHEDULES)
-    check_number("steps", steps, whole=True, least=1)
-    check_number("accumulate", accumulate, whole=True, least=1)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "nothing to train: no parameter of the model requires a gradient"
-        )
     valid = getattr(data, "valid", None) if valid is None else valid
-    if evaluate_every and not valid:
-        raise ValueError("evaluate_every needs valid=, a list of examples")
+    check_arguments(model, schedule, steps, accumulate, evaluate_every, valid)
     batches = make_batches(model, data, tokenizer, batch_size, seed, valid)
     warmup = round(warmup * steps) if warmup < 1 else int(warmup)
     optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
@@ -351,6 +343,18 @@ def train(
             stack.enter_context(locked(folder))
             run.open(Path(folder), resume)
         return run.loop(stop, progress)
+
+
+def check_arguments(model, schedule, steps, accumulate, evaluate_every, valid):
+    check_choice("schedule", schedule, SCHEDULES)
+    check_number("steps", steps, whole=True, least=1)
+    check_number("accumulate", accumulate, whole=True, least=1)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "nothing to train: no parameter of the model requires a gradient"
+        )
+    if evaluate_every and not valid:
+        raise ValueError("evaluate_every needs valid=, a list of examples")
 
 
 def make_batches(model, data, tokenizer, batch_size, seed, valid):
