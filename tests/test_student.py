@@ -236,6 +236,23 @@ class TestRefusals:
                 write(path, tmp_path / "out", nbgrader)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("text", ["### BEGIN SOLUTION\n42", "END HIDDEN TESTS"])
+    @pytest.mark.parametrize(
+        "put",
+        [
+            lambda nb, text: nb.metadata.update(backup=text),
+            lambda nb, text: nb.metadata.update(before=[{"cell": text}]),
+            lambda nb, text: nb.cells[0].update(
+                attachments={"a": {"text/plain": text}}
+            ),
+        ],
+    )
+    def test_outside_the_text_of_cells(self, chapter, tmp_path, put, text):
+        path = changed(chapter, tmp_path, lambda cells, nb: put(nb, text))
+        with pytest.raises(StudentError, match="metadata or an attachment"):
+            write(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize(
         "text, message",
         [

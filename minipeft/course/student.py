@@ -206,6 +206,13 @@ def student_edition(notebook):
                 f"{left[0]!r} would be left in the student's edition, in the cell"
                 f" {cell.source[:80]!r}"
             )
+    everything = nbformat.writes(notebook)
+    left = SOLUTION_MARKERS.search(everything) or TEST_MARKERS.search(everything)
+    if left:
+        raise StudentError(
+            f"{left[0]!r} would be left in the student's edition, outside the text of"
+            " its cells: in metadata or an attachment"
+        )
     return notebook
 
 
