@@ -594,6 +594,15 @@ class TestStateDict:
         with pytest.raises(ValueError, match=r"weight: found .*, expected \(32, 64\)"):
             layer.load_state_dict(other)
 
+    @pytest.mark.parametrize("key", ["weight.scale", "weight.SCB", "weight.quant_x"])
+    def test_what_belongs_to_no_weight_in_4_bits_is_unexpected(self, key):
+        layer = Linear4bit.from_linear(nn.Linear(64, 32))
+        with pytest.raises(RuntimeError, match=f"Unexpected key.*{key}"):
+            layer.load_state_dict({**layer.state_dict(), key: torch.ones(2)})
+        dense = nn.Linear(64, 32).state_dict() | {"weight.absmax": torch.ones(32)}
+        with pytest.raises(RuntimeError, match="Unexpected key.*weight.absmax"):
+            layer.load_state_dict(dense)
+
     @pytest.mark.parametrize("strict", [True, False])
     def test_a_packed_weight_without_its_scales(self, strict):
         layer = Linear4bit.from_linear(nn.Linear(64, 32))

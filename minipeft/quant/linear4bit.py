@@ -148,12 +148,14 @@ class Linear4bit(nn.Linear):
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ):
         name = f"{prefix}weight"
+        weight = state_dict.get(name)
+        # what belongs to a packed weight; torch reports all else as unexpected
+        packed = weight is not None and not weight.is_floating_point()
         beside = {
             key.removeprefix(f"{name}."): state_dict.pop(key)
             for key in list(state_dict)
-            if key.startswith(f"{name}.")
+            if packed and key.startswith(tuple(f"{name}.{part}" for part in BESIDE))
         }
-        weight = state_dict.get(name)
         shape = (self.out_features, self.in_features)
         if weight is not None and weight.is_floating_point() and weight.shape != shape:
             errors.append(
@@ -195,6 +197,10 @@ def quantized_tensors(layer):
     if state.nested:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
     return state.quant_type, tensors
+
+
+# what stands beside a packed weight, in bitsandbytes' names
+BESIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
 
 
 class Linear4bitStorage:
