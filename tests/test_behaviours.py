@@ -92,9 +92,9 @@ def two(method, base, dtype=torch.float32):
 
 
 class TestMerging:
-    """Merging is a law of whole models in 64 bits. In 32 bits it is one of single layers:
-    a whole model amplifies the rounding of its first layers, the more the larger the
-    adapter (to twenty times the rounding of one sum), merged or not."""
+    """Merging is a law of whole models in 64 bits. In 32 bits it is one of single
+    layers: a whole model amplifies the rounding of its first layers, the more the
+    larger the adapter (to twenty times the rounding of one sum), merged or not."""
 
     @merging
     def test_merging_and_unmerging(self, method, base):

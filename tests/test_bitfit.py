@@ -58,9 +58,9 @@ class TestBiases:
         assert torch.equal(run(model), run(base.make()))
 
     def test_the_key_bias_changes_nothing(self):
-        """q (k + b) = q k + q b: the same is added to all scores of a query, and softmax
-        does not see it. So is it, at least, without rotary positions; with them the bias is
-        turned by another angle at each position."""
+        """q (k + b) = q k + q b: the same is added to all scores of a query, and
+        softmax does not see it. So is it, at least, without rotary positions; with them
+        the bias is turned by another angle at each position."""
         for name, same in (("gpt2", True), ("llama", False)):
             base = BASES[name]
             model = shake(

@@ -117,7 +117,8 @@ class TestAgainstAdapterHub:
         ],
     )
     def test_what_reads_the_stream_equals_adapter_hub(self, name, case, fields):
-        """adapter-hub/adapters 1.3.0 with the same weights; reads="sublayer" differs."""
+        """adapter-hub/adapters 1.3.0 with the same weights; reads="sublayer"
+        differs."""
         recorded = load_file(HUB / f"{name}_{case}.safetensors")
         effect = (recorded["logits"] - recorded["base_logits"]).abs().max()
         for reads in ("stream", "sublayer"):

@@ -76,8 +76,8 @@ class TestDenseLora:
         assert model.get_nb_trainable_parameters()[0] == expected
 
     def test_the_decoder_learns_first(self):
-        """D is zero, but GELU has a slope there: D gets a gradient at once, E and M when it
-        has moved."""
+        """D is zero, but GELU has a slope there: D gets a gradient at once, E and M
+        when it has moved."""
         model = get_peft_model(
             LLAMA.make(), DenseLoraConfig(r=4, target_modules=["q_proj"])
         ).train()

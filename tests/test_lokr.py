@@ -74,8 +74,8 @@ class TestEquation:
         ) and torch.autograd.gradgradcheck(Kronecker.apply, tensors)
 
     def test_training_keeps_nothing_but_the_input(self):
-        """PEFT keeps the Kronecker product; an intermediate one would be as large as the
-        output."""
+        """PEFT keeps the Kronecker product; an intermediate one would be as large as
+        the output."""
         adapter, x, kept = (
             LoKr(24, 48, 4, 1.0, LoKrConfig()),
             torch.randn(50, 24, requires_grad=True),

@@ -140,9 +140,7 @@ class TestConversion:
         model = get_peft_model(base.make(), LoraConfig(r=2, init_lora_weights="pissa"))
         with pytest.warns(
             UserWarning,
-            match=(
-                "'pissa', which changed the base.*path_initial_model_for_weight_conversion"
-            ),
+            match=("which changed the base.*path_initial_model_for_weight_conversion"),
         ):
             model.save_pretrained(tmp_path / "a")
         model = get_peft_model(

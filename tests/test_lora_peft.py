@@ -214,8 +214,8 @@ class TestAgainstPeft:
         )
 
     def test_the_quick_start_with_only_the_import_changed(self, tmp_path):
-        """The training part of the second source document, from its imports on; the model
-        is small and not quantised."""
+        """The training part of the second source document, from its imports on; the
+        model is small and not quantised."""
 
         BASES["hf_llama"].make().save_pretrained(tmp_path)
         program = """

@@ -2,7 +2,6 @@
 between, and what PEFT does with one merged and another active adapter."""
 
 import copy
-import itertools
 import threading
 import warnings
 from collections import OrderedDict
@@ -111,7 +110,7 @@ class TestNestedSlots:
             model.merge_adapter([adapter])
         assert_base_is_back(model, start)
 
-    @pytest.mark.parametrize("first, second", itertools.permutations("ab"))
+    @pytest.mark.parametrize("first, second", [("a", "b"), ("b", "a")])
     def test_deleted_while_both_are_merged(self, name, first, second):
         model = pair(name)
         start = parameters(model)
@@ -130,7 +129,7 @@ class TestNestedSlots:
         model.delete_adapter(second)
         assert_base_is_back(model, start)
 
-    @pytest.mark.parametrize("first, broken", itertools.permutations("ab"))
+    @pytest.mark.parametrize("first, broken", [("a", "b"), ("b", "a")])
     def test_a_refused_merge_in_between(self, name, first, broken):
         model = pair(name)
         start = parameters(model)

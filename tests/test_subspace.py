@@ -267,7 +267,8 @@ class TestSubspace:
             get_peft_model(packed, SubspaceConfig(d=20))
 
     def test_it_trains(self):
-        """Least squares in a subspace has a closed solution: gradient descent finds it."""
+        """Least squares in a subspace has a closed solution: gradient descent finds
+        it."""
         torch.manual_seed(0)
         layer, x, y = nn.Linear(10, 3), torch.randn(50, 10), torch.randn(50, 3)
         model = get_peft_model(layer, SubspaceConfig(d=6, projection="hash"))

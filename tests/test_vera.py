@@ -107,7 +107,8 @@ class TestProjection:
         )
 
     def test_adapters_with_seeds_of_their_own(self):
-        """PEFT allows one seed for all adapters of a model; here each has its own pair."""
+        """PEFT allows one seed for all adapters of a model; here each has its own
+        pair."""
         model = adapted(METHOD, LLAMA, "a")
         with_a = run(model)
         model.add_adapter("b", METHOD.ours(LLAMA, projection_prng_key=5, r=12))
