@@ -7,6 +7,7 @@ and several sequences are compared with the same code.
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
@@ -62,6 +63,8 @@ CACHES = {
     "without a cache": dict(use_cache=False),
     "text in pieces": dict(prefill_chunk_size=2),
 }
+if transformers.__version__ == "5.0.0":  # "Cannot use prefill chunking without a cache"
+    del CACHES["text in pieces"]
 
 
 @functools.cache
@@ -270,10 +273,12 @@ class TestForward:
     def test_arguments_by_position_are_those_of_the_model(self, kind):
         """The second of LlamaForCausalLM is the mask, of GPT2LMHeadModel the cache."""
         mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-        for name, positional in (("Llama", (IDS, mask)), ("GPT2", (IDS, None, mask))):
+        for name in ("Llama", "GPT2"):
             model = adapted(name, kind)
+            names = list(inspect.signature(model.get_base_model().forward).parameters)
+            between = [None] * (names.index("attention_mask") - 1)
             by_name = model(input_ids=IDS, attention_mask=mask).logits
-            assert torch.equal(model(*positional).logits, by_name)
+            assert torch.equal(model(IDS, *between, mask).logits, by_name)
 
     def test_token_type_ids_are_refused(self):
         with pytest.raises(ValueError, match="token_type_ids"):
