@@ -64,94 +64,99 @@ def by_hand(model, rows):
     return total / count, count
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_loss_is_the_mean_over_completion_tokens_whatever_the_batches(batch_size):
-    model = tiny().eval()
-    loss, count = by_hand(model, examples())
-    got = completion_loss(model, Letters(), examples(), batch_size)
-    assert got["tokens"] == count
-    assert got["loss"] == pytest.approx(loss, abs=rounding(loss))
-    assert got["perplexity"] == pytest.approx(math.exp(loss), rel=rounding(loss))
-
-
-def test_ready_batches_and_objects_with_batches():
-    from minipeft.lm.data import Batches
-
-    model, rows = tiny().eval(), Batches(examples(12), Letters(), 4)
-    loss = completion_loss(model, Letters(), examples(12))["loss"]
-    for given in (rows, [rows.batch(i) for i in range(3)]):
-        found = completion_loss(model, None, given)["loss"]
-        assert found == pytest.approx(loss, abs=rounding(loss))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_restored_and_no_gradient_is_left(training):
-    model = tiny().train(training)
-    evaluate(model, Words(), task(), max_new_tokens=3)
-    assert model.training is training and all(
-        p.grad is None for p in model.parameters()
-    )
-    with pytest.raises(DataError):
-        evaluate(model, Words(), [Example("a" * 99, " x", {})])
-    assert model.training is training
-
-
-def test_a_trained_model_scores_and_an_untrained_one_does_not():
-    model, toy = tiny(), task()
-    before = evaluate(model, Words(), toy)
-    train(
-        model, toy, tokenizer=Words(), steps=120, batch_size=8, lr=1e-2, progress=False
-    )
-    after = evaluate(model, Words(), toy, predictions=True)
-    assert (
-        before["exact"] == 0
-        and after["exact"] == 100
-        and after["loss"] < 0.1 < before["loss"]
-    )
-    assert [p.strip() for p in after["predictions"]] == [
-        e.completion.strip() for e in toy.test
-    ] and after["examples"] == 16
-    assert list(after) == ["examples", "loss", "perplexity", "exact", "predictions"]
-
-
-def test_split_limit_and_no_writing():
-    model, toy = tiny(), task()
-    assert evaluate(
-        model, Words(), toy, split="valid", limit=3, generate=False
-    ) == pytest.approx(
-        {"examples": 3}
-        | {
-            k: v
-            for k, v in completion_loss(model, Words(), toy.valid[:3]).items()
-            if k != "tokens"
-        }
-    )
-    # a list has no score
-    assert set(evaluate(model, Words(), examples())) == {
-        "examples",
-        "loss",
-        "perplexity",
-    }
-    plain_text = SimpleNamespace(
-        train=[], valid=[], test=[Example("", "abc", {})], score=None
-    )
-    assert set(evaluate(model, Words(), plain_text)) == {
-        "examples",
-        "loss",
-        "perplexity",
-    }
-
-
-def test_wrong_split_and_empty():
-    with pytest.raises(DataError, match="expected train, valid or test"):
-        evaluate(tiny(), Words(), task(), split="tset")
-    with pytest.raises(DataError, match="no examples"):
-        evaluate(tiny(), Words(), [])
-
-
-@pytest.mark.parametrize("limit", [-1, 0, 1.5, "3", True])
-def test_a_limit_that_means_nothing(limit):
-    with pytest.raises(
-        DataError, match="limit = .*: expected a whole number at least 1"
+class TestLoss:
+    @pytest.mark.parametrize("batch_size", [1, 3, 64])
+    def test_loss_is_the_mean_over_completion_tokens_whatever_the_batches(
+        self, batch_size
     ):
-        evaluate(None, Letters(), [1, 2, 3], limit=limit)
+        model = tiny().eval()
+        loss, count = by_hand(model, examples())
+        got = completion_loss(model, Letters(), examples(), batch_size)
+        assert got["tokens"] == count
+        assert got["loss"] == pytest.approx(loss, abs=rounding(loss))
+        assert got["perplexity"] == pytest.approx(math.exp(loss), rel=rounding(loss))
+
+    def test_ready_batches_and_objects_with_batches(self):
+        from minipeft.lm.data import Batches
+
+        model, rows = tiny().eval(), Batches(examples(12), Letters(), 4)
+        loss = completion_loss(model, Letters(), examples(12))["loss"]
+        for given in (rows, [rows.batch(i) for i in range(3)]):
+            found = completion_loss(model, None, given)["loss"]
+            assert found == pytest.approx(loss, abs=rounding(loss))
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_mode_is_restored_and_no_gradient_is_left(self, training):
+        model = tiny().train(training)
+        evaluate(model, Words(), task(), max_new_tokens=3)
+        assert model.training is training and all(
+            p.grad is None for p in model.parameters()
+        )
+        with pytest.raises(DataError):
+            evaluate(model, Words(), [Example("a" * 99, " x", {})])
+        assert model.training is training
+
+
+class TestEvaluate:
+    def test_a_trained_model_scores_and_an_untrained_one_does_not(self):
+        model, toy = tiny(), task()
+        before = evaluate(model, Words(), toy)
+        train(
+            model,
+            toy,
+            tokenizer=Words(),
+            steps=120,
+            batch_size=8,
+            lr=1e-2,
+            progress=False,
+        )
+        after = evaluate(model, Words(), toy, predictions=True)
+        assert (
+            before["exact"] == 0
+            and after["exact"] == 100
+            and after["loss"] < 0.1 < before["loss"]
+        )
+        assert [p.strip() for p in after["predictions"]] == [
+            e.completion.strip() for e in toy.test
+        ] and after["examples"] == 16
+        assert list(after) == ["examples", "loss", "perplexity", "exact", "predictions"]
+
+    def test_split_limit_and_no_writing(self):
+        model, toy = tiny(), task()
+        assert evaluate(
+            model, Words(), toy, split="valid", limit=3, generate=False
+        ) == pytest.approx(
+            {"examples": 3}
+            | {
+                k: v
+                for k, v in completion_loss(model, Words(), toy.valid[:3]).items()
+                if k != "tokens"
+            }
+        )
+        # a list has no score
+        assert set(evaluate(model, Words(), examples())) == {
+            "examples",
+            "loss",
+            "perplexity",
+        }
+        plain_text = SimpleNamespace(
+            train=[], valid=[], test=[Example("", "abc", {})], score=None
+        )
+        assert set(evaluate(model, Words(), plain_text)) == {
+            "examples",
+            "loss",
+            "perplexity",
+        }
+
+    def test_wrong_split_and_empty(self):
+        with pytest.raises(DataError, match="expected train, valid or test"):
+            evaluate(tiny(), Words(), task(), split="tset")
+        with pytest.raises(DataError, match="no examples"):
+            evaluate(tiny(), Words(), [])
+
+    @pytest.mark.parametrize("limit", [-1, 0, 1.5, "3", True])
+    def test_a_limit_that_means_nothing(self, limit):
+        with pytest.raises(
+            DataError, match="limit = .*: expected a whole number at least 1"
+        ):
+            evaluate(None, Letters(), [1, 2, 3], limit=limit)

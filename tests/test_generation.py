@@ -59,196 +59,203 @@ def model():
 PROMPTS = ["abc", "a", "hello there, you", "the cat sat", "z", "no", "why not?", "abc"]
 
 
-@pytest.mark.parametrize("style", ["llama", "gpt2"])
-def test_a_padded_cached_batch_says_what_each_row_says_alone(style):
-    ends = [2, 10, 15, 20, 25, 30]  # many, so that rows end at different times
-    model, tokenizer = (
-        GPT(GPTConfig(**{**SIZES, "eos_token_id": ends}, model_type=style)).eval(),
-        Letters(),
-    )
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.3)
-    rows = [[1] + tokenizer.encode(p) for p in PROMPTS]
-    expected = [plain_loop(model, row, 20) for row in rows]
-    assert len({len(new) for new in expected}) > 2
-    texts = generate(model, tokenizer, PROMPTS, max_new_tokens=20, batch_size=3)
-    assert texts == [
-        tokenizer.decode(r[1:] + e)[len(p) :]
-        for r, e, p in zip(rows, expected, PROMPTS)
-    ]
-    assert generate(model, tokenizer, PROMPTS[2], max_new_tokens=20) == texts[2]
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
-def test_as_transformers_generates(kind, tmp_path):
-    pytest.importorskip("transformers", reason="the oracle is transformers")
-    from test_gpt import oracle
-
-    theirs = oracle(kind, pad_token_id=0)
-    theirs.save_pretrained(tmp_path)
-    ours = load_pretrained(tmp_path)
-    ids, real = torch.randint(3, 61, (4, 7)), torch.ones(4, 7, dtype=torch.long)
-    real[0, :4], real[1, :1] = 0, 0
-    for eos in (2, [2, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25]):
-        options = dict(
-            attention_mask=real, max_new_tokens=12, eos_token_id=eos, pad_token_id=0
+class TestAgainstOthers:
+    @pytest.mark.parametrize("style", ["llama", "gpt2"])
+    def test_a_padded_cached_batch_says_what_each_row_says_alone(self, style):
+        ends = [2, 10, 15, 20, 25, 30]  # many, so that rows end at different times
+        model, tokenizer = (
+            GPT(GPTConfig(**{**SIZES, "eos_token_id": ends}, model_type=style)).eval(),
+            Letters(),
         )
-        expected = theirs.generate(ids, do_sample=False, **options)
-        assert torch.equal(ours.generate(ids, **options), expected)
-        # our loop, their model and cache
-        assert torch.equal(generate_ids(theirs, ids, **options), expected)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p) * 0.3)
+        rows = [[1] + tokenizer.encode(p) for p in PROMPTS]
+        expected = [plain_loop(model, row, 20) for row in rows]
+        assert len({len(new) for new in expected}) > 2
+        texts = generate(model, tokenizer, PROMPTS, max_new_tokens=20, batch_size=3)
+        assert texts == [
+            tokenizer.decode(r[1:] + e)[len(p) :]
+            for r, e, p in zip(rows, expected, PROMPTS)
+        ]
+        assert generate(model, tokenizer, PROMPTS[2], max_new_tokens=20) == texts[2]
 
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+    def test_as_transformers_generates(self, kind, tmp_path):
+        pytest.importorskip("transformers", reason="the oracle is transformers")
+        from test_gpt import oracle
 
-def test_the_model_is_left_in_its_mode(model):
-    model.train()
-    model.gradient_checkpointing_enable()
-    text = generate(model, Letters(), "abc", max_new_tokens=3)
-    assert model.training and text == generate(
-        model.eval(), Letters(), "abc", max_new_tokens=3
-    )
-    assert not model.training
-    model.train()
-    # a reader who stops listening
-    next(generate(model, Letters(), "abc", max_new_tokens=3, stream=True))
-    assert model.training
+        theirs = oracle(kind, pad_token_id=0)
+        theirs.save_pretrained(tmp_path)
+        ours = load_pretrained(tmp_path)
+        ids, real = torch.randint(3, 61, (4, 7)), torch.ones(4, 7, dtype=torch.long)
+        real[0, :4], real[1, :1] = 0, 0
+        for eos in (2, [2, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25]):
+            options = dict(
+                attention_mask=real, max_new_tokens=12, eos_token_id=eos, pad_token_id=0
+            )
+            expected = theirs.generate(ids, do_sample=False, **options)
+            assert torch.equal(ours.generate(ids, **options), expected)
+            # our loop, their model and cache
+            assert torch.equal(generate_ids(theirs, ids, **options), expected)
 
-
-def test_sampling(model):
-    tokenizer = Letters()
-
-    def draw(**more):
-        return generate(
-            model, tokenizer, PROMPTS, max_new_tokens=10, **{"temperature": 2.0, **more}
+    def test_the_model_is_left_in_its_mode(self, model):
+        model.train()
+        model.gradient_checkpointing_enable()
+        text = generate(model, Letters(), "abc", max_new_tokens=3)
+        assert model.training and text == generate(
+            model.eval(), Letters(), "abc", max_new_tokens=3
         )
-
-    assert draw(seed=1) == draw(seed=1) != draw(seed=2)
-    greedy = draw(temperature=0)
-    assert (
-        draw(top_k=1) == greedy
-        and draw(top_p=1e-9) == greedy
-        and draw(temperature=1e-6) == greedy
-    )
+        assert not model.training
+        model.train()
+        # a reader who stops listening
+        next(generate(model, Letters(), "abc", max_new_tokens=3, stream=True))
+        assert model.training
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("top_k", 0),
-        ("top_k", -3),
-        ("top_p", 0.0),
-        ("top_p", 1.5),
-        ("max_new_tokens", -1),
-    ],
-)
-def test_settings_that_mean_nothing(model, name, value):
-    with pytest.raises(ValueError, match=f"{name} = {value}: expected"):
-        generate(model, Letters(), PROMPTS, **{"temperature": 1.0, name: value})
+class TestSampling:
+    def test_sampling(self, model):
+        tokenizer = Letters()
 
+        def draw(**more):
+            return generate(
+                model,
+                tokenizer,
+                PROMPTS,
+                max_new_tokens=10,
+                **{"temperature": 2.0, **more},
+            )
 
-def test_top_k_and_top_p_are_distributions():
-    probs = torch.tensor([0.4, 0.3, 0.2, 0.1])
-    logits = probs.log().expand(40_000, 4)
-
-    def dice():
-        return torch.Generator().manual_seed(0)
-
-    def counts(**how):
-        return (
-            torch.bincount(sample(logits, generator=dice(), **how), minlength=4)
-            / 40_000
-        )
-
-    def within(got, expected):
-        return torch.testing.assert_close(
-            got, torch.tensor(expected), rtol=0, atol=0.012
-        )
-
-    within(counts(temperature=1.0), [0.4, 0.3, 0.2, 0.1])
-    within(counts(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0])
-    # the second is needed to reach 0.6
-    within(counts(temperature=1.0, top_p=0.6), [4 / 7, 3 / 7, 0, 0])
-    halves = torch.tensor([0.5, 0.25, 0.25]).log().expand(99, 3)
-    # it is reached, so no other is needed
-    assert (sample(halves, 1.0, top_p=0.5, generator=dice()) == 0).all()
-    within(counts(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30])
-
-
-def test_stops(model):
-    tokenizer = Letters()
-    whole = generate(model, tokenizer, PROMPTS, max_new_tokens=20)
-    stops = [t[3:5] for t in whole if len(t) > 6][:2]
-
-    def cut(text):
-        return text[: min((text.find(s) for s in stops if s in text), default=None)]
-
-    assert generate(model, tokenizer, PROMPTS, max_new_tokens=20, stop=stops) == [
-        cut(t) for t in whole
-    ]
-    letter = next(t for t in whole if len(t) > 6)[3]
-    expected = [t.split(letter)[0] for t in whole]
-    assert (
-        generate(
-            model, tokenizer, PROMPTS, max_new_tokens=20, stop=tokenizer.encode(letter)
-        )
-        == expected
-    )
-    assert (
-        generate(model, tokenizer, PROMPTS, max_new_tokens=20, stop=letter) == expected
-    )
-
-
-def test_streaming(model):
-    tokenizer = Letters()
-    for prompt in PROMPTS:
-        whole = generate(model, tokenizer, prompt, max_new_tokens=20)
-        pieces = list(
-            generate(model, tokenizer, prompt, max_new_tokens=20, stream=True)
-        )
-        assert "".join(pieces) == whole and (len(pieces) > 1 or len(whole) < 2)
-        heard = []
+        assert draw(seed=1) == draw(seed=1) != draw(seed=2)
+        greedy = draw(temperature=0)
         assert (
-            generate(model, tokenizer, prompt, max_new_tokens=20, stream=heard.append)
-            == whole
-            == "".join(heard)
+            draw(top_k=1) == greedy
+            and draw(top_p=1e-9) == greedy
+            and draw(temperature=1e-6) == greedy
         )
-        stop = whole[2:5] or "never"
-        pieces = generate(
-            model, tokenizer, prompt, max_new_tokens=20, stream=True, stop=stop
+
+    @pytest.mark.parametrize(
+        "name, value",
+        [
+            ("temperature", -1.0),
+            ("temperature", float("nan")),
+            ("top_k", 0),
+            ("top_k", -3),
+            ("top_p", 0.0),
+            ("top_p", 1.5),
+            ("max_new_tokens", -1),
+        ],
+    )
+    def test_settings_that_mean_nothing(self, model, name, value):
+        with pytest.raises(ValueError, match=f"{name} = {value}: expected"):
+            generate(model, Letters(), PROMPTS, **{"temperature": 1.0, name: value})
+
+    def test_top_k_and_top_p_are_distributions(self):
+        probs = torch.tensor([0.4, 0.3, 0.2, 0.1])
+        logits = probs.log().expand(40_000, 4)
+
+        def dice():
+            return torch.Generator().manual_seed(0)
+
+        def counts(**how):
+            return (
+                torch.bincount(sample(logits, generator=dice(), **how), minlength=4)
+                / 40_000
+            )
+
+        def within(got, expected):
+            return torch.testing.assert_close(
+                got, torch.tensor(expected), rtol=0, atol=0.012
+            )
+
+        within(counts(temperature=1.0), [0.4, 0.3, 0.2, 0.1])
+        within(counts(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0])
+        # the second is needed to reach 0.6
+        within(counts(temperature=1.0, top_p=0.6), [4 / 7, 3 / 7, 0, 0])
+        halves = torch.tensor([0.5, 0.25, 0.25]).log().expand(99, 3)
+        # it is reached, so no other is needed
+        assert (sample(halves, 1.0, top_p=0.5, generator=dice()) == 0).all()
+        within(counts(temperature=0.5), [16 / 30, 9 / 30, 4 / 30, 1 / 30])
+
+
+class TestText:
+    def test_stops(self, model):
+        tokenizer = Letters()
+        whole = generate(model, tokenizer, PROMPTS, max_new_tokens=20)
+        stops = [t[3:5] for t in whole if len(t) > 6][:2]
+
+        def cut(text):
+            return text[: min((text.find(s) for s in stops if s in text), default=None)]
+
+        assert generate(model, tokenizer, PROMPTS, max_new_tokens=20, stop=stops) == [
+            cut(t) for t in whole
+        ]
+        letter = next(t for t in whole if len(t) > 6)[3]
+        expected = [t.split(letter)[0] for t in whole]
+        assert (
+            generate(
+                model,
+                tokenizer,
+                PROMPTS,
+                max_new_tokens=20,
+                stop=tokenizer.encode(letter),
+            )
+            == expected
         )
-        assert "".join(pieces) == whole.split(stop)[0]
-    with pytest.raises(ValueError, match="one prompt"):
-        generate(model, tokenizer, PROMPTS, stream=True)
+        assert (
+            generate(model, tokenizer, PROMPTS, max_new_tokens=20, stop=letter)
+            == expected
+        )
 
+    def test_streaming(self, model):
+        tokenizer = Letters()
+        for prompt in PROMPTS:
+            whole = generate(model, tokenizer, prompt, max_new_tokens=20)
+            pieces = list(
+                generate(model, tokenizer, prompt, max_new_tokens=20, stream=True)
+            )
+            assert "".join(pieces) == whole and (len(pieces) > 1 or len(whole) < 2)
+            heard = []
+            assert (
+                generate(
+                    model, tokenizer, prompt, max_new_tokens=20, stream=heard.append
+                )
+                == whole
+                == "".join(heard)
+            )
+            stop = whole[2:5] or "never"
+            pieces = generate(
+                model, tokenizer, prompt, max_new_tokens=20, stream=True, stop=stop
+            )
+            assert "".join(pieces) == whole.split(stop)[0]
+        with pytest.raises(ValueError, match="one prompt"):
+            generate(model, tokenizer, PROMPTS, stream=True)
 
-def test_small_cases(model):
-    assert generate(model, Letters(), []) == []
-    assert generate(model, Letters(), "abc", max_new_tokens=0) == ""
-    assert isinstance(generate(model, Letters(), "", max_new_tokens=4), str)
+    def test_small_cases(self, model):
+        assert generate(model, Letters(), []) == []
+        assert generate(model, Letters(), "abc", max_new_tokens=0) == ""
+        assert isinstance(generate(model, Letters(), "", max_new_tokens=4), str)
 
+    def test_only_the_last_logits_are_asked_for(self, model):
+        seen = []
+        model.lm_head.register_forward_hook(
+            lambda module, args, output: seen.append(output.shape[1])
+        )
+        generate(model, Letters(), PROMPTS, max_new_tokens=3)
+        assert set(seen) == {1}
 
-def test_only_the_last_logits_are_asked_for(model):
-    seen = []
-    model.lm_head.register_forward_hook(
-        lambda module, args, output: seen.append(output.shape[1])
-    )
-    generate(model, Letters(), PROMPTS, max_new_tokens=3)
-    assert set(seen) == {1}
-
-
-def test_stories260k_streams_its_story(real):
-    folder = real / "stories260K"
-    golden = json.loads((folder / "golden.json").read_text())
-    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
-    pieces = list(generate(model, tokenizer, "", max_new_tokens=199, stream=True))
-    assert (
-        "".join(pieces).strip() == golden["greedy_text"].strip() and len(pieces) > 150
-    )
-    start = golden["greedy_text"].strip()[:40]
-    rest = generate(model, tokenizer, [start, "Lily"], max_new_tokens=20)[0]
-    assert (start + rest) == golden["greedy_text"].strip()[: len(start + rest)]
+    def test_stories260k_streams_its_story(self, real):
+        folder = real / "stories260K"
+        golden = json.loads((folder / "golden.json").read_text())
+        model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
+        pieces = list(generate(model, tokenizer, "", max_new_tokens=199, stream=True))
+        assert (
+            "".join(pieces).strip() == golden["greedy_text"].strip()
+            and len(pieces) > 150
+        )
+        start = golden["greedy_text"].strip()[:40]
+        rest = generate(model, tokenizer, [start, "Lily"], max_new_tokens=20)[0]
+        assert (start + rest) == golden["greedy_text"].strip()[: len(start + rest)]
 
 
 class TestExtremes:

@@ -34,132 +34,131 @@ def tiny(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_by_us_opened_by_transformers(kind, tmp_path):
-    oracle(kind).save_pretrained(tmp_path / "theirs")
-    ours = load_pretrained(tmp_path / "theirs")
-    ours.save_pretrained(tmp_path / "ours")
-    ids = torch.randint(0, 61, (2, 20))
-    opened, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True
-    )
-    assert not any(report.values()), report
-    close(ours(ids).logits, opened(ids).logits)
-    assert read_config(tmp_path / "ours") == ours.config
-    again = load_pretrained(tmp_path / "ours").state_dict()
-    assert all(
-        torch.equal(tensor, again[name]) for name, tensor in ours.state_dict().items()
-    )
-    assert not list((tmp_path / "ours").glob("*.part"))
-
-
-@pytest.mark.parametrize("kind", ["llama tied, biases, grouped", "gpt2"])
-def test_shards(kind, tmp_path):
-    theirs = oracle(kind)
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    ids = torch.randint(0, 61, (2, 8))
-    close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
-    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}"):
-        load_pretrained(tmp_path)
-
-
-def test_gpt2_as_it_lies_on_the_hub(tmp_path):
-    """The public file has the names with no prefix, and the causal mask of every layer
-    among the weights."""
-    theirs = oracle("gpt2")
-    theirs.save_pretrained(tmp_path)
-    tensors = {
-        name.removeprefix("transformer."): t
-        for name, t in load_file(tmp_path / "model.safetensors").items()
-    }
-    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    ids = torch.randint(0, 61, (2, 8))
-    close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
-
-
-def test_older_configurations(tmp_path):
-    """Before rope_parameters there were rope_theta and rope_scaling, its kind called
-    rope_type, or once type."""
-    theirs = oracle("llama linear scaling")
-    theirs.save_pretrained(tmp_path)
-    ids = torch.randint(0, 61, (2, 8))
-    for key in ("rope_type", "type"):
-        edit(
-            tmp_path,
-            rope_parameters=None,
-            rope_theta=1e4,
-            rope_scaling={key: "linear", "factor": 2.0},
+class TestBothWays:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_saved_by_us_opened_by_transformers(self, kind, tmp_path):
+        oracle(kind).save_pretrained(tmp_path / "theirs")
+        ours = load_pretrained(tmp_path / "theirs")
+        ours.save_pretrained(tmp_path / "ours")
+        ids = torch.randint(0, 61, (2, 20))
+        opened, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "ours", output_loading_info=True
         )
+        assert not any(report.values()), report
+        close(ours(ids).logits, opened(ids).logits)
+        assert read_config(tmp_path / "ours") == ours.config
+        again = load_pretrained(tmp_path / "ours").state_dict()
+        assert all(
+            torch.equal(tensor, again[name])
+            for name, tensor in ours.state_dict().items()
+        )
+        assert not list((tmp_path / "ours").glob("*.part"))
+
+    @pytest.mark.parametrize("kind", ["llama tied, biases, grouped", "gpt2"])
+    def test_shards(self, kind, tmp_path):
+        theirs = oracle(kind)
+        theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+        ids = torch.randint(0, 61, (2, 8))
+        close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
+        shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(FileNotFoundError, match=f"lacks {shard.name}"):
+            load_pretrained(tmp_path)
+
+    def test_gpt2_as_it_lies_on_the_hub(self, tmp_path):
+        """The public file has the names with no prefix, and the causal mask of every
+        layer among the weights."""
+        theirs = oracle("gpt2")
+        theirs.save_pretrained(tmp_path)
+        tensors = {
+            name.removeprefix("transformer."): t
+            for name, t in load_file(tmp_path / "model.safetensors").items()
+        }
+        tensors |= {
+            f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)
+        }
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        ids = torch.randint(0, 61, (2, 8))
         close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
 
+    def test_older_configurations(self, tmp_path):
+        """Before rope_parameters there were rope_theta and rope_scaling, its kind
+        called rope_type, or once type."""
+        theirs = oracle("llama linear scaling")
+        theirs.save_pretrained(tmp_path)
+        ids = torch.randint(0, 61, (2, 8))
+        for key in ("rope_type", "type"):
+            edit(
+                tmp_path,
+                rope_parameters=None,
+                rope_theta=1e4,
+                rope_scaling={key: "linear", "factor": 2.0},
+            )
+            close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
-def test_a_field_left_out_means_what_it_means_to_transformers(kind, tmp_path):
-    oracle(kind).save_pretrained(tmp_path)
-    edit(
-        tmp_path,
-        **dict.fromkeys(
-            [
-                "rms_norm_eps",
-                "layer_norm_epsilon",
-                "rope_parameters",
-                "hidden_act",
-                "n_inner",
-                "tie_word_embeddings",
-                "activation_function",
-            ]
-        ),
-    )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids = torch.randint(0, 61, (2, 8))
-    close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
+    @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+    def test_a_field_left_out_means_what_it_means_to_transformers(self, kind, tmp_path):
+        oracle(kind).save_pretrained(tmp_path)
+        edit(
+            tmp_path,
+            **dict.fromkeys(
+                [
+                    "rms_norm_eps",
+                    "layer_norm_epsilon",
+                    "rope_parameters",
+                    "hidden_act",
+                    "n_inner",
+                    "tie_word_embeddings",
+                    "activation_function",
+                ]
+            ),
+        )
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        ids = torch.randint(0, 61, (2, 8))
+        close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
 
+    def test_dtype_device_and_mode(self, tiny):
+        model = load_pretrained(tiny, dtype=torch.bfloat16)
+        assert (
+            model.dtype == torch.bfloat16
+            and not model.training
+            and model.name_or_path == str(tiny)
+        )
+        model.save_pretrained(tiny / "half")
+        # None: as it is stored
+        assert load_pretrained(tiny / "half").dtype == torch.bfloat16
+        assert (
+            load_pretrained(tiny / "half", dtype=torch.float32, device="cpu").dtype
+            == torch.float32
+        )
+        # positions need all their bits
+        assert model.model.rotary.frequency.dtype == torch.float32
 
-def test_dtype_device_and_mode(tiny):
-    model = load_pretrained(tiny, dtype=torch.bfloat16)
-    assert (
-        model.dtype == torch.bfloat16
-        and not model.training
-        and model.name_or_path == str(tiny)
-    )
-    model.save_pretrained(tiny / "half")
-    # None: as it is stored
-    assert load_pretrained(tiny / "half").dtype == torch.bfloat16
-    assert (
-        load_pretrained(tiny / "half", dtype=torch.float32, device="cpu").dtype
-        == torch.float32
-    )
-    # positions need all their bits
-    assert model.model.rotary.frequency.dtype == torch.float32
+    def test_tied_stays_tied_and_untied_untied(self, tmp_path):
+        tied = GPT(GPTConfig(**SIZES))
+        tied.save_pretrained(tmp_path / "tied")
+        assert "lm_head.weight" not in load_file(
+            tmp_path / "tied" / "model.safetensors"
+        )
+        again = load_pretrained(tmp_path / "tied")
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+        # as after training a head of its own
+        tied.lm_head.weight = torch.nn.Parameter(torch.randn(61, 32))
+        tied.save_pretrained(tmp_path / "untied")
+        again = load_pretrained(tmp_path / "untied")
+        assert not again.config.tie_word_embeddings and torch.equal(
+            again.lm_head.weight, tied.lm_head.weight
+        )
 
-
-def test_tied_stays_tied_and_untied_untied(tmp_path):
-    tied = GPT(GPTConfig(**SIZES))
-    tied.save_pretrained(tmp_path / "tied")
-    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
-    again = load_pretrained(tmp_path / "tied")
-    assert again.lm_head.weight is again.model.embed_tokens.weight
-    # as after training a head of its own
-    tied.lm_head.weight = torch.nn.Parameter(torch.randn(61, 32))
-    tied.save_pretrained(tmp_path / "untied")
-    again = load_pretrained(tmp_path / "untied")
-    assert not again.config.tie_word_embeddings and torch.equal(
-        again.lm_head.weight, tied.lm_head.weight
-    )
-
-
-def test_memory_stays_near_one_copy(tmp_path):
-    """A model of 100 MB in another process: its peak above what the process had before,
-    in copies."""
-    GPT(
-        GPTConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
-    ).save_pretrained(tmp_path)
-    size = (tmp_path / "model.safetensors").stat().st_size
-    code = f"""
+    def test_memory_stays_near_one_copy(self, tmp_path):
+        """A model of 100 MB in another process: its peak above what the process had
+        before, in copies."""
+        GPT(
+            GPTConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+        ).save_pretrained(tmp_path)
+        size = (tmp_path / "model.safetensors").stat().st_size
+        code = f"""
 import resource, sys
 from minipeft.lm import GPT, GPTConfig, load_pretrained
 GPT(GPTConfig())
@@ -169,170 +168,178 @@ before = peak()
 model = load_pretrained({str(tmp_path)!r})
 print((peak() - before) / {size})
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=env,
-    )
-    assert float(run.stdout) < 1.3
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=env,
+        )
+        assert float(run.stdout) < 1.3
 
 
-def test_every_wrong_tensor_is_listed_before_anything_is_loaded(tiny):
-    tensors = load_file(tiny / "model.safetensors")
-    del tensors["model.norm.weight"], tensors["model.layers.1.self_attn.k_proj.weight"]
-    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(47, 32)
-    tensors["extra.weight"] = torch.zeros(3)
-    save_file(tensors, tiny / "model.safetensors")
-    with pytest.raises(ModelFileError) as error:
-        load_pretrained(tiny)
-    for part in (
-        "2 tensors missing",
-        "model.norm.weight (32,)",
-        "model.layers.1.self_attn.k_proj.weight (32, 32)",
-        "1 tensors unexpected",
-        "extra.weight (3,)",
-        "1 tensors of the wrong shape",
-        "model.layers.0.mlp.up_proj.weight (47, 32), expected (48, 32)",
-    ):
-        assert part in str(error.value)
-
-
-def test_gpt2_faults_are_told_in_the_names_of_the_file(tmp_path):
-    oracle("gpt2").save_pretrained(tmp_path)
-    edit(tmp_path, n_embd=16)
-    with pytest.raises(
-        ModelFileError,
-        match=r"transformer.h.0.attn.c_attn.weight \(32, 96\), expected \(16, 48\)",
-    ):
-        load_pretrained(tmp_path)
-
-
-def test_truncated_weights(tiny):
-    file = tiny / "model.safetensors"
-    for size in (file.stat().st_size // 2, 20, 0):
-        file.write_bytes(file.read_bytes()[:size])
-        with pytest.raises(
-            ModelFileError, match="model.safetensors .* is cut short or damaged"
+class TestErrors:
+    def test_every_wrong_tensor_is_listed_before_anything_is_loaded(self, tiny):
+        tensors = load_file(tiny / "model.safetensors")
+        del (
+            tensors["model.norm.weight"],
+            tensors["model.layers.1.self_attn.k_proj.weight"],
+        )
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(47, 32)
+        tensors["extra.weight"] = torch.zeros(3)
+        save_file(tensors, tiny / "model.safetensors")
+        with pytest.raises(ModelFileError) as error:
+            load_pretrained(tiny)
+        for part in (
+            "2 tensors missing",
+            "model.norm.weight (32,)",
+            "model.layers.1.self_attn.k_proj.weight (32, 32)",
+            "1 tensors unexpected",
+            "extra.weight (3,)",
+            "1 tensors of the wrong shape",
+            "model.layers.0.mlp.up_proj.weight (47, 32), expected (48, 32)",
         ):
+            assert part in str(error.value)
+
+    def test_gpt2_faults_are_told_in_the_names_of_the_file(self, tmp_path):
+        oracle("gpt2").save_pretrained(tmp_path)
+        edit(tmp_path, n_embd=16)
+        with pytest.raises(
+            ModelFileError,
+            match=r"transformer.h.0.attn.c_attn.weight \(32, 96\), expected \(16, 48\)",
+        ):
+            load_pretrained(tmp_path)
+
+    def test_truncated_weights(self, tiny):
+        file = tiny / "model.safetensors"
+        for size in (file.stat().st_size // 2, 20, 0):
+            file.write_bytes(file.read_bytes()[:size])
+            with pytest.raises(
+                ModelFileError, match="model.safetensors .* is cut short or damaged"
+            ):
+                load_pretrained(tiny)
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            (
+                dict(model_type="lama"),
+                (
+                    r"unknown model_type 'lama' \(did you mean 'llama'\?\); expected"
+                    r" one of"
+                    r" llama, mistral"
+                ),
+            ),
+            (dict(model_type=None), "unknown model_type None"),
+            (
+                dict(hidden_size=None, vocab_size=None),
+                "vocab_size, hidden_size missing",
+            ),
+            (
+                dict(rope_scaling={"type": "yarn", "factor": 2.0}),
+                "unknown rope_type 'yarn'",
+            ),
+            (
+                dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
+                "lacks low_freq_factor",
+            ),
+            (
+                dict(
+                    rope_parameters={
+                        "rope_type": "default",
+                        "partial_rotary_factor": 0.5,
+                    }
+                ),
+                "partial_rotary_factor = 0.5",
+            ),
+            (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+        ],
+    )
+    def test_configurations_that_would_compute_wrongly(self, tiny, fields, message):
+        edit(tiny, **fields)
+        with pytest.raises(ModelFileError, match=message):
             load_pretrained(tiny)
 
-
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (
-            dict(model_type="lama"),
-            (
-                r"unknown model_type 'lama' \(did you mean 'llama'\?\); expected one of"
-                r" llama, mistral"
-            ),
-        ),
-        (dict(model_type=None), "unknown model_type None"),
-        (dict(hidden_size=None, vocab_size=None), "vocab_size, hidden_size missing"),
-        (
-            dict(rope_scaling={"type": "yarn", "factor": 2.0}),
-            "unknown rope_type 'yarn'",
-        ),
-        (
-            dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
-            "lacks low_freq_factor",
-        ),
-        (
-            dict(
-                rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}
-            ),
-            "partial_rotary_factor = 0.5",
-        ),
-        (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
-    ],
-)
-def test_configurations_that_would_compute_wrongly(tiny, fields, message):
-    edit(tiny, **fields)
-    with pytest.raises(ModelFileError, match=message):
-        load_pretrained(tiny)
+    def test_files_that_are_not_there(self, tiny, tmp_path_factory):
+        other = tmp_path_factory.mktemp("other")
+        with pytest.raises(FileNotFoundError, match="no config.json in"):
+            load_pretrained(other)
+        (other / "adapter_config.json").write_text("{}")
+        with pytest.raises(FileNotFoundError, match="PeftModel.from_pretrained"):
+            load_pretrained(other)
+        (tiny / "model.safetensors").unlink()
+        (tiny / "pytorch_model.bin").touch()
+        with pytest.raises(FileNotFoundError, match="pickles above all, are not read"):
+            load_pretrained(tiny)
+        (tiny / "config.json").write_text("[1, 2")
+        with pytest.raises(ModelFileError, match="config.json"):
+            load_pretrained(tiny)
+        with pytest.raises(FileNotFoundError, match="no folder ./not/here"):
+            load_pretrained("./not/here")
 
 
-def test_files_that_are_not_there(tiny, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    with pytest.raises(FileNotFoundError, match="no config.json in"):
-        load_pretrained(other)
-    (other / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="PeftModel.from_pretrained"):
-        load_pretrained(other)
-    (tiny / "model.safetensors").unlink()
-    (tiny / "pytorch_model.bin").touch()
-    with pytest.raises(FileNotFoundError, match="pickles above all, are not read"):
-        load_pretrained(tiny)
-    (tiny / "config.json").write_text("[1, 2")
-    with pytest.raises(ModelFileError, match="config.json"):
-        load_pretrained(tiny)
-    with pytest.raises(FileNotFoundError, match="no folder ./not/here"):
-        load_pretrained("./not/here")
+class TestNames:
+    def test_names(self, tiny, monkeypatch, tmp_path_factory):
+        cache = tmp_path_factory.mktemp("cache")
+        monkeypatch.setenv("MINIPEFT_CACHE", str(cache))
+        (cache / "somebody").mkdir()
+        (cache / "somebody" / "model").symlink_to(tiny)
+        (cache / "stories").symlink_to(tiny)
+        assert resolve("somebody/model") == cache / "somebody" / "model"
+        monkeypatch.setenv("MINIPEFT_BASE", "stories")
+        assert resolve() == cache / "stories"
 
+        import huggingface_hub
 
-def test_names(tiny, monkeypatch, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MINIPEFT_CACHE", str(cache))
-    (cache / "somebody").mkdir()
-    (cache / "somebody" / "model").symlink_to(tiny)
-    (cache / "stories").symlink_to(tiny)
-    assert resolve("somebody/model") == cache / "somebody" / "model"
-    monkeypatch.setenv("MINIPEFT_BASE", "stories")
-    assert resolve() == cache / "stories"
+        def offline(*args, **options):
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
 
-    import huggingface_hub
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+        with pytest.raises(FileNotFoundError) as error:
+            load_pretrained("storys")
+        for part in ("did you mean 'stories'?", str(cache / "storys"), "no network"):
+            assert part in str(error.value)
+        asked = {}
+        monkeypatch.setattr(
+            huggingface_hub,
+            "snapshot_download",
+            lambda name, **options: asked.update(options, name=name) or str(tiny),
+        )
+        assert (
+            load_pretrained("some/one").config.vocab_size == 61
+            and asked["name"] == "some/one"
+        )
+        assert "model*.safetensors" in asked["allow_patterns"] and not any(
+            "bin" in p for p in asked["allow_patterns"]
+        )
 
-    def offline(*args, **options):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+    def test_an_adapted_or_broken_model_is_not_saved_as_a_plain_one(self, tmp_path):
+        model = GPT(GPTConfig(**SIZES))
+        model.model.layers[0].mlp.up_proj = torch.nn.Sequential(
+            model.model.layers[0].mlp.up_proj
+        )
+        with pytest.raises(ValueError, match="merge_and_unload"):
+            model.save_pretrained(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError) as error:
-        load_pretrained("storys")
-    for part in ("did you mean 'stories'?", str(cache / "storys"), "no network"):
-        assert part in str(error.value)
-    asked = {}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **options: asked.update(options, name=name) or str(tiny),
-    )
-    assert (
-        load_pretrained("some/one").config.vocab_size == 61
-        and asked["name"] == "some/one"
-    )
-    assert "model*.safetensors" in asked["allow_patterns"] and not any(
-        "bin" in p for p in asked["allow_patterns"]
-    )
-
-
-def test_an_adapted_or_broken_model_is_not_saved_as_a_plain_one(tmp_path):
-    model = GPT(GPTConfig(**SIZES))
-    model.model.layers[0].mlp.up_proj = torch.nn.Sequential(
-        model.model.layers[0].mlp.up_proj
-    )
-    with pytest.raises(ValueError, match="merge_and_unload"):
-        model.save_pretrained(tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
-def test_stories260k(real):
-    folder = real / "stories260K"
-    golden = json.loads((folder / "golden.json").read_text())
-    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
-    ids = torch.tensor([golden["prompt_ids"]])
-    assert model.generate(ids, max_new_tokens=199).tolist() == [golden["greedy_ids"]]
-    probe = torch.tensor([golden["probe_ids"]])
-    close(
-        model(probe).logits[0, -1, :8],
-        torch.tensor(golden["probe_last_logits_first8"]),
-        1e-4,
-    )
-    assert tokenizer.encode(golden["probe_text"]) == [
-        i for i in golden["probe_ids"] if i != model.config.bos_token_id
-    ]
+    def test_stories260k(self, real):
+        folder = real / "stories260K"
+        golden = json.loads((folder / "golden.json").read_text())
+        model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
+        ids = torch.tensor([golden["prompt_ids"]])
+        assert model.generate(ids, max_new_tokens=199).tolist() == [
+            golden["greedy_ids"]
+        ]
+        probe = torch.tensor([golden["probe_ids"]])
+        close(
+            model(probe).logits[0, -1, :8],
+            torch.tensor(golden["probe_last_logits_first8"]),
+            1e-4,
+        )
+        assert tokenizer.encode(golden["probe_text"]) == [
+            i for i in golden["probe_ids"] if i != model.config.bos_token_id
+        ]
 
 
 class TestDamagedFiles:

@@ -56,126 +56,65 @@ def pair(d_in=96, d_out=80, bias=True, **options):
     return layer, twin
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
-def test_forward_and_backward_are_those_of_the_dense_layer(bias, quant_type):
-    layer, twin = pair(bias=bias, quant_type=quant_type)
-    results = []
-    for each in (layer, twin):
-        x = torch.randn(
-            3, 5, 96, generator=torch.Generator().manual_seed(2)
-        ).requires_grad_()
-        y = each(x)
-        y.square().sum().backward()
-        results.append([y.detach(), x.grad] + ([each.bias.grad] if bias else []))
-    for ours, theirs in zip(*results):
-        close(ours, theirs)
-        assert ours.dtype == theirs.dtype
-    assert layer.weight.grad is None
+class TestLayer:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+    def test_forward_and_backward_are_those_of_the_dense_layer(self, bias, quant_type):
+        layer, twin = pair(bias=bias, quant_type=quant_type)
+        results = []
+        for each in (layer, twin):
+            x = torch.randn(
+                3, 5, 96, generator=torch.Generator().manual_seed(2)
+            ).requires_grad_()
+            y = each(x)
+            y.square().sum().backward()
+            results.append([y.detach(), x.grad] + ([each.bias.grad] if bias else []))
+        for ours, theirs in zip(*results):
+            close(ours, theirs)
+            assert ours.dtype == theirs.dtype
+        assert layer.weight.grad is None
 
+    def test_the_dense_weight_is_not_kept_for_the_backward_pass(self):
+        layer, twin = pair(512, 512)
+        for each, most in ((layer, 0), (twin, 512 * 512 * 4)):
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: saved.append(t.nbytes) or t, lambda t: t
+            ):
+                each(torch.randn(2, 512, requires_grad=True))
+            assert sum(saved) <= most + 512 * 8
 
-def test_the_dense_weight_is_not_kept_for_the_backward_pass():
-    layer, twin = pair(512, 512)
-    for each, most in ((layer, 0), (twin, 512 * 512 * 4)):
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: saved.append(t.nbytes) or t, lambda t: t
-        ):
-            each(torch.randn(2, 512, requires_grad=True))
-        assert sum(saved) <= most + 512 * 8
+    def test_the_input_gets_a_gradient_and_only_where_wanted(self):
+        layer, _ = pair()
+        layer.bias.requires_grad_(False)
+        assert not layer(torch.randn(2, 96)).requires_grad
+        x = torch.randn(2, 96, requires_grad=True)
+        close(
+            torch.autograd.grad(layer(x).sum(), x)[0],
+            read_weight(layer).sum(0).expand(2, -1),
+        )
+        assert torch.autograd.gradcheck(
+            layer.double(), torch.randn(2, 96, dtype=torch.float64, requires_grad=True)
+        )
 
+    def test_dtypes(self):
+        layer, twin = pair(compute_dtype=torch.bfloat16)
+        x = torch.randn(4, 96)
+        assert layer(x).dtype == torch.float32
+        assert torch.equal(layer(x), twin.bfloat16()(x.bfloat16()).float())
+        plain, twin = pair()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(plain(x), twin(x)) and plain(x).dtype == torch.bfloat16
 
-def test_the_input_gets_a_gradient_and_only_where_wanted():
-    layer, _ = pair()
-    layer.bias.requires_grad_(False)
-    assert not layer(torch.randn(2, 96)).requires_grad
-    x = torch.randn(2, 96, requires_grad=True)
-    close(
-        torch.autograd.grad(layer(x).sum(), x)[0],
-        read_weight(layer).sum(0).expand(2, -1),
-    )
-    assert torch.autograd.gradcheck(
-        layer.double(), torch.randn(2, 96, dtype=torch.float64, requires_grad=True)
-    )
-
-
-def test_dtypes():
-    layer, twin = pair(compute_dtype=torch.bfloat16)
-    x = torch.randn(4, 96)
-    assert layer(x).dtype == torch.float32
-    assert torch.equal(layer(x), twin.bfloat16()(x.bfloat16()).float())
-    plain, twin = pair()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(plain(x), twin(x)) and plain(x).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_scales_survive_a_change_of_dtype(double_quant):
-    layer, _ = pair(double_quant=double_quant)
-    before = dequantize_nf4(layer.quantized)
-    again = layer.bfloat16().float()
-    assert torch.equal(dequantize_nf4(again.quantized), before)
-    assert all(b.dtype in (torch.float32, torch.uint8) for b in layer.buffers())
-    assert torch.equal(dequantize_nf4(copy.deepcopy(layer).quantized), before)
-    assert copy.deepcopy(layer).weight.data_ptr() != layer.weight.data_ptr()
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_state_dicts_are_those_of_bitsandbytes(double_quant):
-    torch.manual_seed(0)
-    dense = nn.Linear(128, 96)
-    ours = Linear4bit.from_linear(dense, double_quant=double_quant)
-    theirs = bitsandbytes.nn.Linear4bit(
-        128, 96, quant_type="nf4", compress_statistics=double_quant
-    )
-    theirs.load_state_dict(dense.state_dict())
-    theirs = theirs.to("cpu")
-    mine, other = ours.state_dict(), theirs.state_dict()
-    assert mine.keys() == other.keys()
-    for key in mine:
-        assert mine[key].shape == other[key].shape or "quant_state" in key, key
-        assert torch.equal(mine[key], other[key]) or "quant_state" in key, key
-    from_theirs = Linear4bit(128, 96, double_quant=not double_quant)
-    from_theirs.load_state_dict(other)
-    assert (
-        torch.equal(read_weight(from_theirs), read_weight(ours))
-        and from_theirs.double_quant == double_quant
-    )
-    back = bitsandbytes.nn.Params4bit.from_prequantized(
-        mine["weight"],
-        {
-            k.removeprefix("weight."): v
-            for k, v in mine.items()
-            if k.startswith("weight.")
-        },
-        device="cpu",
-    )
-    assert torch.equal(
-        bitsandbytes.functional.dequantize_4bit(back.data, back.quant_state),
-        read_weight(ours),
-    )
-
-
-def test_a_dense_weight_that_is_loaded_is_quantised():
-    layer, dense = Linear4bit(96, 80), nn.Linear(96, 80)
-    layer.load_state_dict(dense.state_dict())
-    assert torch.equal(read_weight(layer), dequantize_nf4(quantize_nf4(dense.weight)))
-    assert torch.equal(layer.bias, dense.bias)
-
-
-def test_safetensors(tmp_path):
-    model, other = (quantize_model(make("llama")) for _ in range(2))
-    shaken = quantize_model(shake_base(make("llama")))
-    save_model(shaken, tmp_path / "model.safetensors")
-    differ(run(model), run(shaken))
-    load_model(other, tmp_path / "model.safetensors")
-    assert torch.equal(run(other), run(shaken))
-    save_file(
-        {k: v for k, v in shaken.state_dict().items() if k != "lm_head.weight"},
-        tmp_path / "plain.safetensors",
-    )
-    model.load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=False)
-    assert torch.equal(run(model), run(shaken))
+    @pytest.mark.parametrize("double_quant", [False, True])
+    def test_scales_survive_a_change_of_dtype(self, double_quant):
+        layer, _ = pair(double_quant=double_quant)
+        before = dequantize_nf4(layer.quantized)
+        again = layer.bfloat16().float()
+        assert torch.equal(dequantize_nf4(again.quantized), before)
+        assert all(b.dtype in (torch.float32, torch.uint8) for b in layer.buffers())
+        assert torch.equal(dequantize_nf4(copy.deepcopy(layer).quantized), before)
+        assert copy.deepcopy(layer).weight.data_ptr() != layer.weight.data_ptr()
 
 
 def shake_base(model):
@@ -186,103 +125,71 @@ def shake_base(model):
     return model
 
 
-def test_a_broken_state_dict_is_refused():
-    state = pair()[0].state_dict()
-    del state["weight.absmax"]
-    with pytest.raises(ValueError, match="not whole"):
-        pair()[0].load_state_dict(state)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        pair()[0].load_state_dict(nn.Linear(96, 81).state_dict())
+class TestFiles:
+    @pytest.mark.parametrize("double_quant", [False, True])
+    def test_state_dicts_are_those_of_bitsandbytes(self, double_quant):
+        torch.manual_seed(0)
+        dense = nn.Linear(128, 96)
+        ours = Linear4bit.from_linear(dense, double_quant=double_quant)
+        theirs = bitsandbytes.nn.Linear4bit(
+            128, 96, quant_type="nf4", compress_statistics=double_quant
+        )
+        theirs.load_state_dict(dense.state_dict())
+        theirs = theirs.to("cpu")
+        mine, other = ours.state_dict(), theirs.state_dict()
+        assert mine.keys() == other.keys()
+        for key in mine:
+            assert mine[key].shape == other[key].shape or "quant_state" in key, key
+            assert torch.equal(mine[key], other[key]) or "quant_state" in key, key
+        from_theirs = Linear4bit(128, 96, double_quant=not double_quant)
+        from_theirs.load_state_dict(other)
+        assert (
+            torch.equal(read_weight(from_theirs), read_weight(ours))
+            and from_theirs.double_quant == double_quant
+        )
+        back = bitsandbytes.nn.Params4bit.from_prequantized(
+            mine["weight"],
+            {
+                k.removeprefix("weight."): v
+                for k, v in mine.items()
+                if k.startswith("weight.")
+            },
+            device="cpu",
+        )
+        assert torch.equal(
+            bitsandbytes.functional.dequantize_4bit(back.data, back.quant_state),
+            read_weight(ours),
+        )
 
+    def test_a_dense_weight_that_is_loaded_is_quantised(self):
+        layer, dense = Linear4bit(96, 80), nn.Linear(96, 80)
+        layer.load_state_dict(dense.state_dict())
+        assert torch.equal(
+            read_weight(layer), dequantize_nf4(quantize_nf4(dense.weight))
+        )
+        assert torch.equal(layer.bias, dense.bias)
 
-# Whole models
+    def test_safetensors(self, tmp_path):
+        model, other = (quantize_model(make("llama")) for _ in range(2))
+        shaken = quantize_model(shake_base(make("llama")))
+        save_model(shaken, tmp_path / "model.safetensors")
+        differ(run(model), run(shaken))
+        load_model(other, tmp_path / "model.safetensors")
+        assert torch.equal(run(other), run(shaken))
+        save_file(
+            {k: v for k, v in shaken.state_dict().items() if k != "lm_head.weight"},
+            tmp_path / "plain.safetensors",
+        )
+        model.load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=False)
+        assert torch.equal(run(model), run(shaken))
 
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", KINDS)
-def test_a_quantised_model_is_the_dense_one_with_rounded_weights(name, backend):
-    base = BASES[name]
-    model, rounded = quantize_model(make(base.name), backend), make(base.name)
-    n = 0
-    for path, module in model.named_modules():
-        if type(module).__name__ == "Linear4bit":
-            dense = rounded.get_submodule(path)
-            weight = dequantize_nf4(quantize_nf4(minipeft.weights.read_weight(dense)))
-            minipeft.weights.write_weight(dense, weight)
-            n += 1
-    # all but lm_head
-    assert n == sum(minipeft.weights.is_linear(m) for m in rounded.modules()) - (
-        name != "mlp"
-    )
-    close(run(model), run(rounded), 1e-5)
-    differ(run(model), run(make(base.name)))
-    restored = dequantize_model(model)
-    assert not [m for m in restored.modules() if type(m).__name__ == "Linear4bit"]
-    close(run(restored), run(rounded), 1e-5)
-
-
-def test_skip_and_ties_and_wrong_names():
-    model = quantize_model(
-        make("llama"), skip=("lm_head", "q_proj", "layers.1.mlp.down_proj")
-    )
-    kinds = {
-        path: type(m).__name__
-        for path, m in model.named_modules()
-        if isinstance(m, nn.Linear)
-    }
-    assert (
-        kinds["model.layers.0.self_attn.q_proj"]
-        == kinds["model.layers.1.mlp.down_proj"]
-        == "Linear"
-    )
-    assert kinds["model.layers.0.mlp.down_proj"] == "Linear4bit"
-    tied = quantize_model(make("llama"), skip=())  # the head is the embedding
-    assert (
-        type(tied.lm_head) is nn.Linear
-        and tied.lm_head.weight is tied.model.embed_tokens.weight
-    )
-    with pytest.raises(ValueError, match="torch, bitsandbytes"):
-        quantize_model(make("llama"), "cuda")
-    with pytest.raises(ValueError, match="blocks of 64"):
-        quantize_model(make("llama"), "bitsandbytes", block_size=128)
-    with pytest.raises(ValueError, match="16 inputs"):
-        quantize_model(BASES["llama"].make(), "bitsandbytes")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_parameters_are_counted_as_the_weights_they_are(backend):
-    dense = make("hf_llama")
-    count = sum(p.numel() for p in dense.parameters())
-    quantised = quantize_model(make("hf_llama"), backend)
-    assert (
-        sum(p.numel() for p in quantised.parameters())
-        < count
-        == sum(map(logical_numel, quantised.parameters()))
-    )
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
-    expected = get_peft_model(dense, config).get_nb_trainable_parameters()
-    model = get_peft_model(quantised, config)
-    assert model.get_nb_trainable_parameters() == expected
-    theirs = peft.get_peft_model(
-        quantize_model(make("hf_llama"), backend),
-        peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
-    )
-    assert theirs.get_nb_trainable_parameters() == expected
-
-
-def test_the_meta_device_has_the_sizes_without_the_memory():
-    with torch.device("meta"):
-        big = nn.ModuleDict({"proj": nn.Linear(8192, 28672, bias=False)})
-    layer = quantize_model(big)["proj"]
-    assert (
-        layer.weight.device.type == "meta"
-        and logical_numel(layer.weight) == 8192 * 28672
-    )
-    stored = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
-    assert abs(8 * stored / (8192 * 28672) - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-6
-
-
-# QLoRA: adapters over 4-bit layers
+    def test_a_broken_state_dict_is_refused(self):
+        state = pair()[0].state_dict()
+        del state["weight.absmax"]
+        with pytest.raises(ValueError, match="not whole"):
+            pair()[0].load_state_dict(state)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            pair()[0].load_state_dict(nn.Linear(96, 81).state_dict())
 
 
 def lora(base, **more):
@@ -294,286 +201,368 @@ def qlora(model, base, **more):
     return shake(get_peft_model(model, lora(base, **more)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", KINDS)
-def test_lora_over_4_bits_is_lora_over_the_rounded_weights(name, backend):
-    base = BASES[name]
-    model = qlora(quantize_model(make(base.name), backend), base)
-    dense = qlora(dequantize_model(quantize_model(make(base.name))), base)
-    close(run(model), run(dense), 1e-5)
-    for each in (model, dense):
-        loss_of(each.train()).backward()
-    expected = {n: p.grad for n, p in dense.named_parameters() if p.requires_grad}
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            close(parameter.grad, expected[name], 1e-5)
-            assert parameter.grad.abs().max() > 0
-        else:
-            assert parameter.grad is None
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dora",
-        "adalora",
-        "loha",
-        "lokr",
-        "vera",
-        "ia3",
-        "bitfit",
-        "bottleneck",
-        "prompt",
-        "prefix",
-    ],
-)
-def test_every_adapter_over_both_backends(name):
-    method, base, results = METHODS[name], BASES["llama"], []
-    for backend in BACKENDS:
-        torch.manual_seed(0)
-        model = get_peft_model(
-            quantize_model(make(base.name), backend), method.ours(base)
-        )
-        shake(model, step=method.step)
-        loss_of(model).backward()
-        results.append(
-            [run(model), *(p.grad for p in model.parameters() if p.requires_grad)]
-        )
-    for ours, theirs in zip(*results, strict=True):
-        close(ours, theirs, 1e-5)
-    differ(results[0][0], run(quantize_model(make(base.name))))
-
-
-def test_peft_gives_the_same_over_our_layers(tmp_path):
-    base = BASES["hf_llama"]
-    model = qlora(quantize_model(make(base.name)), base)
-    model.save_pretrained(tmp_path)
-    oracle = peft.PeftModel.from_pretrained(
-        quantize_model(make(base.name)), str(tmp_path), is_trainable=True
-    )
-    close(run(oracle), run(model))
-    for each in (model, oracle):
-        loss_of(each).backward()
-    theirs = {
-        n.replace(".default", ""): p.grad
-        for n, p in oracle.named_parameters()
-        if p.grad is not None
-    }
-    ours = {
-        n.replace(".adapters.default", ""): p.grad
-        for n, p in model.named_parameters()
-        if p.grad is not None
-    }
-    assert ours.keys() == theirs.keys() != set()
-    for key in ours:
-        close(ours[key], theirs[key])
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_the_layers_of_bitsandbytes_are_kept_from_packing_themselves_anew(double_quant):
-    """A call in eval mode packs them for inference on some CPUs: then there are no
-    gradients, and other weights."""
-
-    def model():
-        torch.manual_seed(3)
-        theirs = bitsandbytes.nn.Linear4bit(
-            64, 64, bias=False, quant_type="nf4", compress_statistics=double_quant
-        )
-        theirs.weight = bitsandbytes.nn.Params4bit(
-            torch.randn(64, 64),
-            requires_grad=False,
-            quant_type="nf4",
-            compress_statistics=double_quant,
-            module=theirs,
-        )
-        return nn.Sequential(nn.Linear(64, 64), theirs).to("cpu").eval()
-
-    fresh, used = model(), model()
-    with torch.no_grad():
-        used(torch.randn(2, 64))  # packed, on such a CPU
-    # the scales went through 16 bits
-    assert (read_weight(fresh[1]) - read_weight(used[1])).abs().max() < 0.03
-    for each in (fresh, used):
-        adapted = shake(get_peft_model(each, LoraConfig(r=2, target_modules=["0"])))
-        with torch.no_grad():
-            adapted(torch.randn(2, 64))  # in eval mode once more
-        adapted(torch.ones(2, 64)).sum().backward()
-        grads = [p.grad for p in adapted.parameters() if p.requires_grad]
-        assert all(g is not None and g.abs().max() > 0 for g in grads)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_merging_is_refused_or_made_dense_or_reported(backend):
-    base = BASES["llama"]
-
-    def fresh():
-        return qlora(quantize_model(make(base.name), backend), base)
-
-    model = fresh()
-    before, base_alone = run(model), run(quantize_model(make(base.name), backend))
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(NotMergeableError, match="dequantize=True"):
-            merge()
-    close(run(model), before)
-    plain = model.merge_and_unload(dequantize=True)
-    assert not [m for m in plain.modules() if type(m).__name__ == "Linear4bit"]
-    close(run(plain), before, 1e-5)
-    model = fresh()
-    with pytest.warns(
-        UserWarning,
-        match="rounding 6 merged weights to 4 bits again: the error is [0-9]+%",
+class TestModels:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("name", KINDS)
+    def test_a_quantised_model_is_the_dense_one_with_rounded_weights(
+        self, name, backend
     ):
-        model.merge_adapter(lossy=True)
-    differ(run(model), before, 1e-3)
-    with model.disable_adapter():
-        close(run(model), base_alone)
-    model.unmerge_adapter()
-    close(run(model), before)
-    # what was unmerged no longer counts
-    with pytest.warns(UserWarning, match="rounding 6 merged weights"):
-        rounded = model.merge_and_unload(lossy=True)
-    assert [m for m in rounded.modules() if type(m).__name__ == "Linear4bit"]
+        base = BASES[name]
+        model, rounded = quantize_model(make(base.name), backend), make(base.name)
+        n = 0
+        for path, module in model.named_modules():
+            if type(module).__name__ == "Linear4bit":
+                dense = rounded.get_submodule(path)
+                weight = dequantize_nf4(
+                    quantize_nf4(minipeft.weights.read_weight(dense))
+                )
+                minipeft.weights.write_weight(dense, weight)
+                n += 1
+        # all but lm_head
+        assert n == sum(minipeft.weights.is_linear(m) for m in rounded.modules()) - (
+            name != "mlp"
+        )
+        close(run(model), run(rounded), 1e-5)
+        differ(run(model), run(make(base.name)))
+        restored = dequantize_model(model)
+        assert not [m for m in restored.modules() if type(m).__name__ == "Linear4bit"]
+        close(run(restored), run(rounded), 1e-5)
+
+    def test_skip_and_ties_and_wrong_names(self):
+        model = quantize_model(
+            make("llama"), skip=("lm_head", "q_proj", "layers.1.mlp.down_proj")
+        )
+        kinds = {
+            path: type(m).__name__
+            for path, m in model.named_modules()
+            if isinstance(m, nn.Linear)
+        }
+        assert (
+            kinds["model.layers.0.self_attn.q_proj"]
+            == kinds["model.layers.1.mlp.down_proj"]
+            == "Linear"
+        )
+        assert kinds["model.layers.0.mlp.down_proj"] == "Linear4bit"
+        tied = quantize_model(make("llama"), skip=())  # the head is the embedding
+        assert (
+            type(tied.lm_head) is nn.Linear
+            and tied.lm_head.weight is tied.model.embed_tokens.weight
+        )
+        with pytest.raises(ValueError, match="torch, bitsandbytes"):
+            quantize_model(make("llama"), "cuda")
+        with pytest.raises(ValueError, match="blocks of 64"):
+            quantize_model(make("llama"), "bitsandbytes", block_size=128)
+        with pytest.raises(ValueError, match="16 inputs"):
+            quantize_model(BASES["llama"].make(), "bitsandbytes")
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_parameters_are_counted_as_the_weights_they_are(self, backend):
+        dense = make("hf_llama")
+        count = sum(p.numel() for p in dense.parameters())
+        quantised = quantize_model(make("hf_llama"), backend)
+        assert (
+            sum(p.numel() for p in quantised.parameters())
+            < count
+            == sum(map(logical_numel, quantised.parameters()))
+        )
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+        expected = get_peft_model(dense, config).get_nb_trainable_parameters()
+        model = get_peft_model(quantised, config)
+        assert model.get_nb_trainable_parameters() == expected
+        theirs = peft.get_peft_model(
+            quantize_model(make("hf_llama"), backend),
+            peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+        )
+        assert theirs.get_nb_trainable_parameters() == expected
+
+    def test_the_meta_device_has_the_sizes_without_the_memory(self):
+        with torch.device("meta"):
+            big = nn.ModuleDict({"proj": nn.Linear(8192, 28672, bias=False)})
+        layer = quantize_model(big)["proj"]
+        assert (
+            layer.weight.device.type == "meta"
+            and logical_numel(layer.weight) == 8192 * 28672
+        )
+        stored = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
+        assert abs(8 * stored / (8192 * 28672) - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-6
 
 
-def test_the_reported_rounding_error_is_the_one_there_is():
-    dense = nn.ModuleDict({"proj": nn.Linear(128, 128, bias=False)})
-    dense.forward = lambda x: dense["proj"](x)
-    model = get_peft_model(
-        quantize_model(dense), LoraConfig(r=4, target_modules=["proj"])
+class TestAdapters:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("name", KINDS)
+    def test_lora_over_4_bits_is_lora_over_the_rounded_weights(self, name, backend):
+        base = BASES[name]
+        model = qlora(quantize_model(make(base.name), backend), base)
+        dense = qlora(dequantize_model(quantize_model(make(base.name))), base)
+        close(run(model), run(dense), 1e-5)
+        for each in (model, dense):
+            loss_of(each.train()).backward()
+        expected = {n: p.grad for n, p in dense.named_parameters() if p.requires_grad}
+        for name, parameter in model.named_parameters():
+            if name in expected:
+                close(parameter.grad, expected[name], 1e-5)
+                assert parameter.grad.abs().max() > 0
+            else:
+                assert parameter.grad is None
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "dora",
+            "adalora",
+            "loha",
+            "lokr",
+            "vera",
+            "ia3",
+            "bitfit",
+            "bottleneck",
+            "prompt",
+            "prefix",
+        ],
     )
-    shake(model, step=0.05)
-    slot = model.get_base_model()["proj"]
-    before, delta = (
-        read_weight(slot.base_layer),
-        slot.adapters["default"].delta(None).detach(),
-    )
-    with pytest.warns(UserWarning) as caught:
-        model.merge_adapter(lossy=True)
-    error = (read_weight(slot.base_layer) - before - delta).norm() / delta.norm()
-    assert f"{float(error):.0%}" in str(caught[0].message)
-
-
-def test_a_failed_dense_merge_leaves_the_4_bit_model():
-    base = BASES["llama"]
-    model = qlora(quantize_model(make(base.name)), base)
-    before = run(model)
-    with torch.no_grad():
-        bad = [p for p in model.parameters() if p.requires_grad][-1]
-        kept = bad.clone()
-        bad.fill_(torch.nan)
-    with pytest.raises(NotMergeableError, match="not finite"):
-        model.merge_and_unload(dequantize=True, safe_merge=True)
-    with torch.no_grad():
-        bad.copy_(kept)
-    assert torch.equal(run(model), before)
-    assert [m for m in model.modules() if isinstance(m, Linear4bit)]
-
-
-# Ready for training
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_prepare_model_for_kbit_training(backend, reentrant):
-    base = BASES["hf_llama"]
-    model = prepare_model_for_kbit_training(
-        quantize_model(make(base.name).bfloat16(), backend),
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
-    )
-    assert not any(p.requires_grad for p in model.parameters())
-    for name, p in model.named_parameters():
-        assert p.dtype == (
-            torch.uint8 if type(p).__name__ == "Params4bit" else torch.float32
-        ), name
-    adapted = qlora(model, base).train()
-    loss_of(adapted).backward()
-    plain = qlora(
-        prepare_model_for_kbit_training(
-            quantize_model(make(base.name).bfloat16(), backend), False
-        ),
-        base,
-    ).train()
-    loss_of(plain).backward()
-    expected = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
-    for name, p in adapted.named_parameters():
-        if p.requires_grad:
-            close(p.grad, expected[name])
-            assert p.grad.abs().max() > 0
-
-
-def test_gradients_over_bitsandbytes_are_ours_but_for_its_rounding(monkeypatch):
-    """Its backward pass makes the dense weight in the type that was quantised, here 16
-    bits; its forward pass, and ours, does not."""
-    base, results = BASES["hf_llama"], []
-
-    def rounding(ctx, dy):
-        return dy @ dequantize_nf4(ctx.q, torch.bfloat16).to(dy.dtype), None, None
-
-    for backend in BACKENDS:
-        if backend == "torch":
-            monkeypatch.setattr(
-                linear4bit.MatMul4bit, "backward", staticmethod(rounding)
+    def test_every_adapter_over_both_backends(self, name):
+        method, base, results = METHODS[name], BASES["llama"], []
+        for backend in BACKENDS:
+            torch.manual_seed(0)
+            model = get_peft_model(
+                quantize_model(make(base.name), backend), method.ours(base)
             )
-        model = qlora(
+            shake(model, step=method.step)
+            loss_of(model).backward()
+            results.append(
+                [run(model), *(p.grad for p in model.parameters() if p.requires_grad)]
+            )
+        for ours, theirs in zip(*results, strict=True):
+            close(ours, theirs, 1e-5)
+        differ(results[0][0], run(quantize_model(make(base.name))))
+
+    def test_peft_gives_the_same_over_our_layers(self, tmp_path):
+        base = BASES["hf_llama"]
+        model = qlora(quantize_model(make(base.name)), base)
+        model.save_pretrained(tmp_path)
+        oracle = peft.PeftModel.from_pretrained(
+            quantize_model(make(base.name)), str(tmp_path), is_trainable=True
+        )
+        close(run(oracle), run(model))
+        for each in (model, oracle):
+            loss_of(each).backward()
+        theirs = {
+            n.replace(".default", ""): p.grad
+            for n, p in oracle.named_parameters()
+            if p.grad is not None
+        }
+        ours = {
+            n.replace(".adapters.default", ""): p.grad
+            for n, p in model.named_parameters()
+            if p.grad is not None
+        }
+        assert ours.keys() == theirs.keys() != set()
+        for key in ours:
+            close(ours[key], theirs[key])
+
+    @pytest.mark.parametrize("double_quant", [False, True])
+    def test_the_layers_of_bitsandbytes_are_kept_from_packing_themselves_anew(
+        self, double_quant
+    ):
+        """A call in eval mode packs them for inference on some CPUs: then there are no
+        gradients, and other weights."""
+
+        def model():
+            torch.manual_seed(3)
+            theirs = bitsandbytes.nn.Linear4bit(
+                64, 64, bias=False, quant_type="nf4", compress_statistics=double_quant
+            )
+            theirs.weight = bitsandbytes.nn.Params4bit(
+                torch.randn(64, 64),
+                requires_grad=False,
+                quant_type="nf4",
+                compress_statistics=double_quant,
+                module=theirs,
+            )
+            return nn.Sequential(nn.Linear(64, 64), theirs).to("cpu").eval()
+
+        fresh, used = model(), model()
+        with torch.no_grad():
+            used(torch.randn(2, 64))  # packed, on such a CPU
+        # the scales went through 16 bits
+        assert (read_weight(fresh[1]) - read_weight(used[1])).abs().max() < 0.03
+        for each in (fresh, used):
+            adapted = shake(get_peft_model(each, LoraConfig(r=2, target_modules=["0"])))
+            with torch.no_grad():
+                adapted(torch.randn(2, 64))  # in eval mode once more
+            adapted(torch.ones(2, 64)).sum().backward()
+            grads = [p.grad for p in adapted.parameters() if p.requires_grad]
+            assert all(g is not None and g.abs().max() > 0 for g in grads)
+
+
+class TestMerging:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_merging_is_refused_or_made_dense_or_reported(self, backend):
+        base = BASES["llama"]
+
+        def fresh():
+            return qlora(quantize_model(make(base.name), backend), base)
+
+        model = fresh()
+        before, base_alone = run(model), run(quantize_model(make(base.name), backend))
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(NotMergeableError, match="dequantize=True"):
+                merge()
+        close(run(model), before)
+        plain = model.merge_and_unload(dequantize=True)
+        assert not [m for m in plain.modules() if type(m).__name__ == "Linear4bit"]
+        close(run(plain), before, 1e-5)
+        model = fresh()
+        with pytest.warns(
+            UserWarning,
+            match="rounding 6 merged weights to 4 bits again: the error is [0-9]+%",
+        ):
+            model.merge_adapter(lossy=True)
+        differ(run(model), before, 1e-3)
+        with model.disable_adapter():
+            close(run(model), base_alone)
+        model.unmerge_adapter()
+        close(run(model), before)
+        # what was unmerged no longer counts
+        with pytest.warns(UserWarning, match="rounding 6 merged weights"):
+            rounded = model.merge_and_unload(lossy=True)
+        assert [m for m in rounded.modules() if type(m).__name__ == "Linear4bit"]
+
+    def test_the_reported_rounding_error_is_the_one_there_is(self):
+        dense = nn.ModuleDict({"proj": nn.Linear(128, 128, bias=False)})
+        dense.forward = lambda x: dense["proj"](x)
+        model = get_peft_model(
+            quantize_model(dense), LoraConfig(r=4, target_modules=["proj"])
+        )
+        shake(model, step=0.05)
+        slot = model.get_base_model()["proj"]
+        before, delta = (
+            read_weight(slot.base_layer),
+            slot.adapters["default"].delta(None).detach(),
+        )
+        with pytest.warns(UserWarning) as caught:
+            model.merge_adapter(lossy=True)
+        error = (read_weight(slot.base_layer) - before - delta).norm() / delta.norm()
+        assert f"{float(error):.0%}" in str(caught[0].message)
+
+    def test_a_failed_dense_merge_leaves_the_4_bit_model(self):
+        base = BASES["llama"]
+        model = qlora(quantize_model(make(base.name)), base)
+        before = run(model)
+        with torch.no_grad():
+            bad = [p for p in model.parameters() if p.requires_grad][-1]
+            kept = bad.clone()
+            bad.fill_(torch.nan)
+        with pytest.raises(NotMergeableError, match="not finite"):
+            model.merge_and_unload(dequantize=True, safe_merge=True)
+        with torch.no_grad():
+            bad.copy_(kept)
+        assert torch.equal(run(model), before)
+        assert [m for m in model.modules() if isinstance(m, Linear4bit)]
+
+
+class TestPreparing:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_prepare_model_for_kbit_training(self, backend, reentrant):
+        base = BASES["hf_llama"]
+        model = prepare_model_for_kbit_training(
+            quantize_model(make(base.name).bfloat16(), backend),
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        )
+        assert not any(p.requires_grad for p in model.parameters())
+        for name, p in model.named_parameters():
+            assert p.dtype == (
+                torch.uint8 if type(p).__name__ == "Params4bit" else torch.float32
+            ), name
+        adapted = qlora(model, base).train()
+        loss_of(adapted).backward()
+        plain = qlora(
             prepare_model_for_kbit_training(
                 quantize_model(make(base.name).bfloat16(), backend), False
             ),
             base,
         ).train()
-        loss_of(model).backward()
-        results.append(
-            [run(model), *(p.grad for p in model.parameters() if p.requires_grad)]
-        )
-    for ours, theirs in zip(*results, strict=True):
-        close(ours, theirs)
+        loss_of(plain).backward()
+        expected = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+        for name, p in adapted.named_parameters():
+            if p.requires_grad:
+                close(p.grad, expected[name])
+                assert p.grad.abs().max() > 0
 
-
-def test_prepare_leaves_a_dense_model_without_checkpointing():
-    model = prepare_model_for_kbit_training(make("llama").bfloat16())
-    assert not model.is_gradient_checkpointing and {
-        p.dtype for p in model.parameters()
-    } == {torch.float32}
-
-
-def test_configurations():
-    parse = BitsAndBytesConfig.make
-    assert parse("nf4").options() == dict(
-        backend="torch",
-        skip=("lm_head",),
-        quant_type="nf4",
-        double_quant=True,
-        compute_dtype=None,
-        block_size=64,
-    )
-    assert (
-        parse(
-            dict(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype="bfloat16",
-                backend="bitsandbytes",
-            )
-        ).options()["compute_dtype"]
-        == torch.bfloat16
-    )
-    import transformers
-
-    theirs = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    assert (
-        parse(theirs).options()["double_quant"]
-        and parse(theirs.to_dict()).options() == parse(theirs).options()
-    )
-    for wrong in (
-        dict(load_in_8bit=True, load_in_4bit=False),
-        dict(bnb_4bit_quant="nf4"),
+    def test_gradients_over_bitsandbytes_are_ours_but_for_its_rounding(
+        self, monkeypatch
     ):
-        with pytest.raises(ValueError, match="bnb_4bit_quant_type"):
-            parse(wrong)
+        """Its backward pass makes the dense weight in the type that was quantised, here
+        16 bits; its forward pass, and ours, does not."""
+        base, results = BASES["hf_llama"], []
+
+        def rounding(ctx, dy):
+            return dy @ dequantize_nf4(ctx.q, torch.bfloat16).to(dy.dtype), None, None
+
+        for backend in BACKENDS:
+            if backend == "torch":
+                monkeypatch.setattr(
+                    linear4bit.MatMul4bit, "backward", staticmethod(rounding)
+                )
+            model = qlora(
+                prepare_model_for_kbit_training(
+                    quantize_model(make(base.name).bfloat16(), backend), False
+                ),
+                base,
+            ).train()
+            loss_of(model).backward()
+            results.append(
+                [run(model), *(p.grad for p in model.parameters() if p.requires_grad)]
+            )
+        for ours, theirs in zip(*results, strict=True):
+            close(ours, theirs)
+
+    def test_prepare_leaves_a_dense_model_without_checkpointing(self):
+        model = prepare_model_for_kbit_training(make("llama").bfloat16())
+        assert not model.is_gradient_checkpointing and {
+            p.dtype for p in model.parameters()
+        } == {torch.float32}
+
+    def test_configurations(self):
+        parse = BitsAndBytesConfig.make
+        assert parse("nf4").options() == dict(
+            backend="torch",
+            skip=("lm_head",),
+            quant_type="nf4",
+            double_quant=True,
+            compute_dtype=None,
+            block_size=64,
+        )
+        assert (
+            parse(
+                dict(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_compute_dtype="bfloat16",
+                    backend="bitsandbytes",
+                )
+            ).options()["compute_dtype"]
+            == torch.bfloat16
+        )
+        import transformers
+
+        theirs = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        assert (
+            parse(theirs).options()["double_quant"]
+            and parse(theirs.to_dict()).options() == parse(theirs).options()
+        )
+        for wrong in (
+            dict(load_in_8bit=True, load_in_4bit=False),
+            dict(bnb_4bit_quant="nf4"),
+        ):
+            with pytest.raises(ValueError, match="bnb_4bit_quant_type"):
+                parse(wrong)
 
 
 class TestStateDict:

@@ -78,95 +78,96 @@ def attention(model, layer, head, ids):
     return scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1)
 
 
-def test_head_0_looks_one_token_back():
-    ids = POOL[torch.randperm(256, generator=torch.Generator().manual_seed(0))[:40]]
-    assert (
-        attention(network(1), 0, 0, ids)[1:].argmax(-1) == torch.arange(39)
-    ).float().mean() > 0.9
-    assert (
-        attention(network(0), 0, 0, ids)[1:].argmax(-1) == torch.arange(39)
-    ).float().mean() < 0.5
+class TestCircuits:
+    def test_head_0_looks_one_token_back(self):
+        ids = POOL[torch.randperm(256, generator=torch.Generator().manual_seed(0))[:40]]
+        assert (
+            attention(network(1), 0, 0, ids)[1:].argmax(-1) == torch.arange(39)
+        ).float().mean() > 0.9
+        assert (
+            attention(network(0), 0, 0, ids)[1:].argmax(-1) == torch.arange(39)
+        ).float().mean() < 0.5
+
+    def test_head_2_looks_for_the_latest_name(self):
+        generator = torch.Generator().manual_seed(0)
+        ids = POOL[torch.randperm(256, generator=generator)[:60]]
+        places = torch.tensor([3, 11, 20, 34, 47])
+        ids[places] = NAMES[:5]
+        latest = torch.tensor([places[places <= t].max() for t in range(3, 60)])
+        # rough, as it says
+        assert (
+            attention(network(2), 0, 2, ids)[3:].argmax(-1) == latest
+        ).float().mean() > 0.6
+        assert (
+            attention(network(1), 0, 2, ids)[3:].argmax(-1) == latest
+        ).float().mean() < 0.3
+
+    def test_the_circuits_copy_before_any_training(self):
+        copied = copy_batch(POOL, torch.Generator().manual_seed(1), rows=64)
+        assert advantage(network(1), copied) > advantage(network(0), copied) + 0.1
+
+    def test_the_second_circuit_tells_names_apart_before_any_training(self):
+        asked = recall_batch(POOL, NAMES, torch.Generator().manual_seed(1), rows=64)
+        assert advantage(network(2), asked) > advantage(network(1), asked) + 0.02
 
 
-def test_head_2_looks_for_the_latest_name():
-    generator = torch.Generator().manual_seed(0)
-    ids = POOL[torch.randperm(256, generator=generator)[:60]]
-    places = torch.tensor([3, 11, 20, 34, 47])
-    ids[places] = NAMES[:5]
-    latest = torch.tensor([places[places <= t].max() for t in range(3, 60)])
-    # rough, as it says
-    assert (
-        attention(network(2), 0, 2, ids)[3:].argmax(-1) == latest
-    ).float().mean() > 0.6
-    assert (
-        attention(network(1), 0, 2, ids)[3:].argmax(-1) == latest
-    ).float().mean() < 0.3
+class TestWarmUp:
+    def test_rows_of_repetition(self):
+        ids, labels = copy_batch(POOL, torch.Generator().manual_seed(2))
+        rows, columns = (labels >= 0).nonzero(as_tuple=True)
+        assert len(rows) and (POOL[labels[rows, columns]] == ids[rows, columns]).all()
+        for row in ids.tolist():
+            assert any(row[period:] == row[:-period] for period in range(4, 25))
+
+    def test_rows_about_names_can_be_answered_by_the_name_only(self):
+        ids, labels = recall_batch(
+            POOL, NAMES, torch.Generator().manual_seed(3), rows=32
+        )
+        named = set(NAMES.tolist())
+        for row, label in zip(ids.tolist(), labels.tolist()):
+            told, after = {}, {}
+            first = next(t for t, place in enumerate(label) if place >= 0)
+            for t in (t for t, place in enumerate(label) if place >= 0):
+                assert POOL[label[t]] == row[t]
+                name = next(token for token in reversed(row[:t]) if token in named)
+                # always the same answer for a name
+                assert told.setdefault(name, row[t]) == row[t]
+                after.setdefault(row[t - 1], set()).add(row[t])
+            assert all(len(answers) > 1 for answers in after.values()) or len(told) == 1
+            # each was told before it was asked
+            assert set(told.values()) <= set(row[:first])
+
+    def test_warm_up_returns_every_steps_accuracy(self):
+        accuracies = copy_warmup(network(2), NAMES, most=2)
+        assert list(accuracies) == ["copied", "told apart"] and all(
+            len(values) == 2 for values in accuracies.values()
+        )
+        assert all(0 <= a <= 1 for values in accuracies.values() for a in values)
 
 
-def test_the_circuits_copy_before_any_training():
-    copied = copy_batch(POOL, torch.Generator().manual_seed(1), rows=64)
-    assert advantage(network(1), copied) > advantage(network(0), copied) + 0.1
+class TestText:
+    def test_every_first_name_is_one_token(self):
+        tokenizer = load_tokenizer()
+        from minipeft.lanternwick import words
 
+        names = name_tokens(tokenizer)
+        assert len(set(names.tolist())) == len(set(words.WOMEN + words.MEN))
+        assert tokenizer.decode(names[:1].tolist()) == words.WOMEN[0]
 
-def test_the_second_circuit_tells_names_apart_before_any_training():
-    asked = recall_batch(POOL, NAMES, torch.Generator().manual_seed(1), rows=64)
-    assert advantage(network(2), asked) > advantage(network(1), asked) + 0.02
-
-
-def test_rows_of_repetition():
-    ids, labels = copy_batch(POOL, torch.Generator().manual_seed(2))
-    rows, columns = (labels >= 0).nonzero(as_tuple=True)
-    assert len(rows) and (POOL[labels[rows, columns]] == ids[rows, columns]).all()
-    for row in ids.tolist():
-        assert any(row[period:] == row[:-period] for period in range(4, 25))
-
-
-def test_rows_about_names_can_be_answered_by_the_name_only():
-    ids, labels = recall_batch(POOL, NAMES, torch.Generator().manual_seed(3), rows=32)
-    named = set(NAMES.tolist())
-    for row, label in zip(ids.tolist(), labels.tolist()):
-        told, after = {}, {}
-        first = next(t for t, place in enumerate(label) if place >= 0)
-        for t in (t for t, place in enumerate(label) if place >= 0):
-            assert POOL[label[t]] == row[t]
-            name = next(token for token in reversed(row[:t]) if token in named)
-            # always the same answer for a name
-            assert told.setdefault(name, row[t]) == row[t]
-            after.setdefault(row[t - 1], set()).add(row[t])
-        assert all(len(answers) > 1 for answers in after.values()) or len(told) == 1
-        # each was told before it was asked
-        assert set(told.values()) <= set(row[:first])
-
-
-def test_warm_up_returns_every_steps_accuracy():
-    accuracies = copy_warmup(network(2), NAMES, most=2)
-    assert list(accuracies) == ["copied", "told apart"] and all(
-        len(values) == 2 for values in accuracies.values()
-    )
-    assert all(0 <= a <= 1 for values in accuracies.values() for a in values)
-
-
-def test_every_first_name_is_one_token():
-    tokenizer = load_tokenizer()
-    from minipeft.lanternwick import words
-
-    names = name_tokens(tokenizer)
-    assert len(set(names.tolist())) == len(set(words.WOMEN + words.MEN))
-    assert tokenizer.decode(names[:1].tolist()) == words.WOMEN[0]
-
-
-@pytest.mark.parametrize("step", [0, 9])
-def test_text_is_a_pure_function_of_seed_and_step(step):
-    one, two = (
-        TextBatches(load_tokenizer(), steps=10, seed=5, rows=2, length=64).batch(step)
-        for _ in range(2)
-    )
-    assert (one["input_ids"] == two["input_ids"]).all() and (
-        one["labels"] == two["labels"]
-    ).all()
-    assert not (
-        one["input_ids"]
-        == TextBatches(load_tokenizer(), steps=10, seed=6, rows=2, length=64).batch(
-            step
-        )["input_ids"]
-    ).all()
+    @pytest.mark.parametrize("step", [0, 9])
+    def test_text_is_a_pure_function_of_seed_and_step(self, step):
+        one, two = (
+            TextBatches(load_tokenizer(), steps=10, seed=5, rows=2, length=64).batch(
+                step
+            )
+            for _ in range(2)
+        )
+        assert (one["input_ids"] == two["input_ids"]).all() and (
+            one["labels"] == two["labels"]
+        ).all()
+        assert not (
+            one["input_ids"]
+            == TextBatches(load_tokenizer(), steps=10, seed=6, rows=2, length=64).batch(
+                step
+            )["input_ids"]
+        ).all()

@@ -46,139 +46,66 @@ def logits(model):
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("backend", ["torch", "bitsandbytes"])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        dict(tie_word_embeddings=False),
-        dict(model_type="gpt2", hidden_act="gelu_new", num_key_value_heads=4),
-    ],
-)
-def test_loading_into_4_bits_is_loading_and_then_quantising(fields, backend, tmp_path):
-    save_pretrained(gpt(**fields), tmp_path)
-    kind = dict(
-        bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, backend=backend
+class TestLoading:
+    @pytest.mark.parametrize("backend", ["torch", "bitsandbytes"])
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            dict(tie_word_embeddings=False),
+            dict(model_type="gpt2", hidden_act="gelu_new", num_key_value_heads=4),
+        ],
     )
-    model = load_pretrained(tmp_path, quantization=kind)
-    expected = quantize_model(load_pretrained(tmp_path), backend)
-    assert torch.equal(logits(model), logits(expected))
-    assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) >= 12
-    assert not any(p.is_meta for p in model.parameters())
-    assert sum(map(logical_numel, model.parameters())) == sum(
-        p.numel() for p in load_pretrained(tmp_path).parameters()
-    )
-
-
-def test_names_dicts_and_configurations(tmp_path):
-    save_pretrained(gpt(), tmp_path)
-    import transformers
-
-    theirs = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    assert torch.equal(
-        logits(load_pretrained(tmp_path, quantization="nf4")),
-        logits(load_pretrained(tmp_path, quantization=theirs)),
-    )
-    layer = (
-        load_pretrained(
-            tmp_path, quantization=dict(bnb_4bit_quant_type="fp4", block_size=128)
+    def test_loading_into_4_bits_is_loading_and_then_quantising(
+        self, fields, backend, tmp_path
+    ):
+        save_pretrained(gpt(**fields), tmp_path)
+        kind = dict(
+            bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, backend=backend
         )
-        .model.layers[0]
-        .mlp.up_proj
-    )
-    assert (layer.quant_type, layer.block_size, layer.double_quant) == (
-        "fp4",
-        128,
-        False,
-    )
-    model = load_pretrained(
-        tmp_path,
-        dtype=torch.bfloat16,
-        quantization=dict(llm_int8_skip_modules=["q_proj", "lm_head"]),
-    )
-    assert (
-        type(model.model.layers[0].self_attn.q_proj) is nn.Linear
-        and model.dtype == torch.bfloat16
-    )
-    with pytest.raises(ValueError, match="only 4 bits"):
-        load_pretrained(tmp_path, quantization=dict(load_in_8bit=True))
+        model = load_pretrained(tmp_path, quantization=kind)
+        expected = quantize_model(load_pretrained(tmp_path), backend)
+        assert torch.equal(logits(model), logits(expected))
+        assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) >= 12
+        assert not any(p.is_meta for p in model.parameters())
+        assert sum(map(logical_numel, model.parameters())) == sum(
+            p.numel() for p in load_pretrained(tmp_path).parameters()
+        )
 
+    def test_names_dicts_and_configurations(self, tmp_path):
+        save_pretrained(gpt(), tmp_path)
+        import transformers
 
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_saved_and_loaded_again(double_quant, tmp_path):
-    model = quantize_model(
-        gpt(tie_word_embeddings=False),
-        double_quant=double_quant,
-        compute_dtype=torch.float32,
-    )
-    save_pretrained(model, tmp_path)
-    again = load_pretrained(tmp_path)
-    assert torch.equal(logits(again), logits(model))
-    state, other = model.state_dict(), again.state_dict()
-    assert state.keys() == other.keys() and all(
-        torch.equal(state[key], other[key]) for key in state
-    )
-    assert again.model.layers[1].mlp.down_proj.compute_dtype == torch.float32
-    size = (tmp_path / "model.safetensors").stat().st_size
-    save_pretrained(gpt(tie_word_embeddings=False), tmp_path / "dense")
-    assert size < 0.6 * (tmp_path / "dense" / "model.safetensors").stat().st_size
-    with pytest.raises(ValueError, match="in 4 bits already"):
-        load_pretrained(tmp_path, quantization="nf4")
-
-
-@pytest.mark.parametrize("backend", ["torch", "bitsandbytes"])
-def test_transformers_opens_what_is_saved_in_4_bits(backend, tmp_path):
-    import transformers
-
-    model = quantize_model(
-        gpt(tie_word_embeddings=False), backend, compute_dtype=torch.float32
-    )
-    save_pretrained(model, tmp_path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    layer = theirs.model.layers[0].mlp.down_proj
-    assert type(layer).__module__.startswith("bitsandbytes")
-    assert torch.equal(
-        read_weight(layer), read_weight(model.model.layers[0].mlp.down_proj)
-    )
-    for module in theirs.modules():
-        module.support_avx512bf16_for_cpu = False
-    close(logits(theirs), logits(model), 1e-5)
-
-
-def test_we_open_what_transformers_saves_in_4_bits(tmp_path):
-    import transformers
-
-    save_pretrained(gpt(tie_word_embeddings=False), tmp_path / "dense")
-    how = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", quantization_config=how
-    )
-    theirs.save_pretrained(tmp_path / "four")
-    model = load_pretrained(tmp_path / "four")
-    assert torch.equal(
-        logits(model), logits(load_pretrained(tmp_path / "dense", quantization="nf4"))
-    )
-
-
-def test_what_cannot_be_read_or_written(tmp_path):
-    with pytest.raises(ValueError, match="joins q, k and v"):
-        save_pretrained(
-            quantize_model(
-                gpt(model_type="gpt2", hidden_act="gelu_new", num_key_value_heads=4)
-            ),
+        theirs = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+        assert torch.equal(
+            logits(load_pretrained(tmp_path, quantization="nf4")),
+            logits(load_pretrained(tmp_path, quantization=theirs)),
+        )
+        layer = (
+            load_pretrained(
+                tmp_path, quantization=dict(bnb_4bit_quant_type="fp4", block_size=128)
+            )
+            .model.layers[0]
+            .mlp.up_proj
+        )
+        assert (layer.quant_type, layer.block_size, layer.double_quant) == (
+            "fp4",
+            128,
+            False,
+        )
+        model = load_pretrained(
             tmp_path,
+            dtype=torch.bfloat16,
+            quantization=dict(llm_int8_skip_modules=["q_proj", "lm_head"]),
         )
-    save_pretrained(gpt(), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"load_in_4bit": True}})
-    )
-    with pytest.raises(ModelFileError, match="wrong shape: .*q_proj.weight"):
-        load_pretrained(tmp_path)
+        assert (
+            type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+            and model.dtype == torch.bfloat16
+        )
+        with pytest.raises(ValueError, match="only 4 bits"):
+            load_pretrained(tmp_path, quantization=dict(load_in_8bit=True))
 
 
 PEAK = """
@@ -202,25 +129,98 @@ print(max(seen) - before)
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="memory is measured on Linux only"
-)
-@pytest.mark.parametrize("backend", ["torch", "bitsandbytes"])
-def test_peak_memory_is_near_the_4_bit_size_and_one_tensor(backend, tmp_path):
-    save_pretrained(gpt(), tmp_path / "small")
-    large = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=3)
-    save_pretrained(gpt(**large), tmp_path / "large")
-    dense = (tmp_path / "large" / "model.safetensors").stat().st_size
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path), backend],
-        capture_output=True,
-        text=True,
-        # what is freed is given back at once
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "200000"},
+class TestSaving:
+    @pytest.mark.parametrize("double_quant", [True, False])
+    def test_saved_and_loaded_again(self, double_quant, tmp_path):
+        model = quantize_model(
+            gpt(tie_word_embeddings=False),
+            double_quant=double_quant,
+            compute_dtype=torch.float32,
+        )
+        save_pretrained(model, tmp_path)
+        again = load_pretrained(tmp_path)
+        assert torch.equal(logits(again), logits(model))
+        state, other = model.state_dict(), again.state_dict()
+        assert state.keys() == other.keys() and all(
+            torch.equal(state[key], other[key]) for key in state
+        )
+        assert again.model.layers[1].mlp.down_proj.compute_dtype == torch.float32
+        size = (tmp_path / "model.safetensors").stat().st_size
+        save_pretrained(gpt(tie_word_embeddings=False), tmp_path / "dense")
+        assert size < 0.6 * (tmp_path / "dense" / "model.safetensors").stat().st_size
+        with pytest.raises(ValueError, match="in 4 bits already"):
+            load_pretrained(tmp_path, quantization="nf4")
+
+    @pytest.mark.parametrize("backend", ["torch", "bitsandbytes"])
+    def test_transformers_opens_what_is_saved_in_4_bits(self, backend, tmp_path):
+        import transformers
+
+        model = quantize_model(
+            gpt(tie_word_embeddings=False), backend, compute_dtype=torch.float32
+        )
+        save_pretrained(model, tmp_path)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        layer = theirs.model.layers[0].mlp.down_proj
+        assert type(layer).__module__.startswith("bitsandbytes")
+        assert torch.equal(
+            read_weight(layer), read_weight(model.model.layers[0].mlp.down_proj)
+        )
+        for module in theirs.modules():
+            module.support_avx512bf16_for_cpu = False
+        close(logits(theirs), logits(model), 1e-5)
+
+    def test_we_open_what_transformers_saves_in_4_bits(self, tmp_path):
+        import transformers
+
+        save_pretrained(gpt(tie_word_embeddings=False), tmp_path / "dense")
+        how = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=how
+        )
+        theirs.save_pretrained(tmp_path / "four")
+        model = load_pretrained(tmp_path / "four")
+        assert torch.equal(
+            logits(model),
+            logits(load_pretrained(tmp_path / "dense", quantization="nf4")),
+        )
+
+    def test_what_cannot_be_read_or_written(self, tmp_path):
+        with pytest.raises(ValueError, match="joins q, k and v"):
+            save_pretrained(
+                quantize_model(
+                    gpt(model_type="gpt2", hidden_act="gelu_new", num_key_value_heads=4)
+                ),
+                tmp_path,
+            )
+        save_pretrained(gpt(), tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(
+            json.dumps(config | {"quantization_config": {"load_in_4bit": True}})
+        )
+        with pytest.raises(ModelFileError, match="wrong shape: .*q_proj.weight"):
+            load_pretrained(tmp_path)
+
+    @pytest.mark.skipif(
+        not Path("/proc/self/statm").exists(), reason="memory is measured on Linux only"
     )
-    assert done.returncode == 0, done.stderr
-    peak, largest = int(done.stdout.splitlines()[-1]), 1024 * 2816 * 4
-    four_bit = dense / 32 * 4.5
-    assert peak < four_bit + 4 * largest < 0.5 * dense, (
-        f"{peak / 1e6:.0f} MB; in 4 bits it has {four_bit / 1e6:.0f} MB"
-    )
+    @pytest.mark.parametrize("backend", ["torch", "bitsandbytes"])
+    def test_peak_memory_is_near_the_4_bit_size_and_one_tensor(self, backend, tmp_path):
+        save_pretrained(gpt(), tmp_path / "small")
+        large = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=3)
+        save_pretrained(gpt(**large), tmp_path / "large")
+        dense = (tmp_path / "large" / "model.safetensors").stat().st_size
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(tmp_path), backend],
+            capture_output=True,
+            text=True,
+            # what is freed is given back at once
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "200000"},
+        )
+        assert done.returncode == 0, done.stderr
+        peak, largest = int(done.stdout.splitlines()[-1]), 1024 * 2816 * 4
+        four_bit = dense / 32 * 4.5
+        assert peak < four_bit + 4 * largest < 0.5 * dense, (
+            f"{peak / 1e6:.0f} MB; in 4 bits it has {four_bit / 1e6:.0f} MB"
+        )

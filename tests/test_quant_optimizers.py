@@ -37,100 +37,94 @@ def descend(make, steps=100, dtype=torch.float32, decades=0):
 SETTINGS = dict(lr=2e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
 
-def test_with_its_table_it_is_bitsandbytes_own_over_100_steps():
-    ours, mine, _ = descend(lambda p: AdamW8bit(p, **SETTINGS, grid=GRID))
-    theirs, weights, _ = descend(lambda p: bitsandbytes.optim.AdamW8bit(p, **SETTINGS))
-    # A last bit may turn a code: rarely, and it costs that weight a part of one step.
-    apart = (mine - weights).abs()
-    assert apart.max() < SETTINGS["lr"] and apart.mean() < 1e-6
-    assert ours == pytest.approx(theirs, rel=1e-4)
-
-
-def test_without_it_both_are_as_near_to_32_bits():
-    exact = descend(lambda p: torch.optim.AdamW(p, **SETTINGS))[1]
-    ours = descend(lambda p: AdamW8bit(p, **SETTINGS))[1]
-    theirs = descend(lambda p: bitsandbytes.optim.AdamW8bit(p, **SETTINGS))[1]
-    start = descend(lambda p: AdamW8bit(p, **SETTINGS), steps=0)[1]
-    moved = (exact - start).norm()
-    assert (ours - exact).norm() < 0.05 * moved and (ours - exact).norm() < 1.1 * (
-        theirs - exact
-    ).norm()
-
-
-def test_small_tensors_keep_32_bits_and_are_exactly_adamw():
-    exact = descend(lambda p: torch.optim.AdamW(p, **SETTINGS))[1]
-    ours = descend(lambda p: AdamW8bit(p, **SETTINGS, min_8bit_size=10**9))[1]
-    assert (ours - exact).abs().max() < 1e-6
-
-
-def test_two_bytes_a_weight():
-    _, weight, optimizer = descend(AdamW8bit, steps=1)
-    states = [
-        t
-        for state in optimizer.state.values()
-        for t in state.values()
-        if torch.is_tensor(t)
-    ]
-    n, bias = weight.numel(), weight.shape[0]
-    assert (
-        sum(t.untyped_storage().nbytes() for t in states)
-        == 2 * n + 2 * 4 * (n // 256) + 2 * 4 * bias
-    )
-
-
-def test_equal_steps_for_the_codes_lose_the_small_numbers():
-    """The second mean's small numbers round to zero, and the step that is divided by
-    its root explodes."""
-    losses, *_ = descend(
-        lambda p: AdamW8bit(p, **SETTINGS, unsigned=linear_map(8, signed=False)),
-        decades=2,
-    )
-    good, *_ = descend(lambda p: AdamW8bit(p, **SETTINGS), decades=2)
-    assert losses[-1] > 10 * good[-1]
-
-
-def test_16_bit_weights_and_saving_and_loading():
-    def make(p):
-        return AdamW8bit(p, lr=1e-2)
-
-    losses, weight, optimizer = descend(make, 5, torch.bfloat16)
-    assert weight.dtype == torch.bfloat16 and losses[-1] < losses[0]
-    other = AdamW8bit(
-        [nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]]
-    )
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for a, b in zip(optimizer.state.values(), other.state.values()):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert (
-                torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype
-                if torch.is_tensor(a[name])
-                else a[name] == b[name]
-            )
-    for each in (optimizer, other):
-        for p in each.param_groups[0]["params"]:
-            p.grad = torch.ones_like(p)
-        each.step()
-    assert all(
-        map(
-            torch.equal,
-            optimizer.param_groups[0]["params"],
-            other.param_groups[0]["params"],
+class TestAdamW8bit:
+    def test_with_its_table_it_is_bitsandbytes_own_over_100_steps(self):
+        ours, mine, _ = descend(lambda p: AdamW8bit(p, **SETTINGS, grid=GRID))
+        theirs, weights, _ = descend(
+            lambda p: bitsandbytes.optim.AdamW8bit(p, **SETTINGS)
         )
-    )
+        # A last bit may turn a code: rarely, and it costs that weight a part of one
+        # step.
+        apart = (mine - weights).abs()
+        assert apart.max() < SETTINGS["lr"] and apart.mean() < 1e-6
+        assert ours == pytest.approx(theirs, rel=1e-4)
 
+    def test_without_it_both_are_as_near_to_32_bits(self):
+        exact = descend(lambda p: torch.optim.AdamW(p, **SETTINGS))[1]
+        ours = descend(lambda p: AdamW8bit(p, **SETTINGS))[1]
+        theirs = descend(lambda p: bitsandbytes.optim.AdamW8bit(p, **SETTINGS))[1]
+        start = descend(lambda p: AdamW8bit(p, **SETTINGS), steps=0)[1]
+        moved = (exact - start).norm()
+        assert (ours - exact).norm() < 0.05 * moved and (ours - exact).norm() < 1.1 * (
+            theirs - exact
+        ).norm()
 
-def test_wrong_arguments():
-    for wrong in (dict(lr=-1.0), dict(betas=(0.9, 1.0)), dict(eps=-1e-8)):
-        with pytest.raises(ValueError, match="none may be negative"):
-            AdamW8bit(nn.Linear(2, 2).parameters(), **wrong)
+    def test_small_tensors_keep_32_bits_and_are_exactly_adamw(self):
+        exact = descend(lambda p: torch.optim.AdamW(p, **SETTINGS))[1]
+        ours = descend(lambda p: AdamW8bit(p, **SETTINGS, min_8bit_size=10**9))[1]
+        assert (ours - exact).abs().max() < 1e-6
 
+    def test_two_bytes_a_weight(self):
+        _, weight, optimizer = descend(AdamW8bit, steps=1)
+        states = [
+            t
+            for state in optimizer.state.values()
+            for t in state.values()
+            if torch.is_tensor(t)
+        ]
+        n, bias = weight.numel(), weight.shape[0]
+        assert (
+            sum(t.untyped_storage().nbytes() for t in states)
+            == 2 * n + 2 * 4 * (n // 256) + 2 * 4 * bias
+        )
 
-@pytest.mark.parametrize("bits, kind", [(32, torch.optim.AdamW), (8, AdamW8bit)])
-def test_paging_does_nothing_on_a_cpu_and_says_so(bits, kind):
-    with pytest.warns(UserWarning, match="on a CPU it does nothing"):
-        optimizer = PagedAdamW(nn.Linear(4, 4).parameters(), lr=0.5, optim_bits=bits)
-    assert type(optimizer) is kind and optimizer.param_groups[0]["lr"] == 0.5
+    def test_equal_steps_for_the_codes_lose_the_small_numbers(self):
+        """The second mean's small numbers round to zero, and the step that is divided
+        by its root explodes."""
+        losses, *_ = descend(
+            lambda p: AdamW8bit(p, **SETTINGS, unsigned=linear_map(8, signed=False)),
+            decades=2,
+        )
+        good, *_ = descend(lambda p: AdamW8bit(p, **SETTINGS), decades=2)
+        assert losses[-1] > 10 * good[-1]
+
+    def test_16_bit_weights_and_saving_and_loading(self):
+        def make(p):
+            return AdamW8bit(p, lr=1e-2)
+
+        losses, weight, optimizer = descend(make, 5, torch.bfloat16)
+        assert weight.dtype == torch.bfloat16 and losses[-1] < losses[0]
+        other = AdamW8bit(
+            [
+                nn.Parameter(p.detach().clone())
+                for p in optimizer.param_groups[0]["params"]
+            ]
+        )
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for a, b in zip(optimizer.state.values(), other.state.values()):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert (
+                    torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype
+                    if torch.is_tensor(a[name])
+                    else a[name] == b[name]
+                )
+        for each in (optimizer, other):
+            for p in each.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            each.step()
+        assert all(
+            map(
+                torch.equal,
+                optimizer.param_groups[0]["params"],
+                other.param_groups[0]["params"],
+            )
+        )
+
+    def test_wrong_arguments(self):
+        for wrong in (dict(lr=-1.0), dict(betas=(0.9, 1.0)), dict(eps=-1e-8)):
+            with pytest.raises(ValueError, match="none may be negative"):
+                AdamW8bit(nn.Linear(2, 2).parameters(), **wrong)
 
 
 class Batches:
@@ -139,39 +133,48 @@ class Batches:
         return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize(
-    "name", ["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
-)
-@pytest.mark.filterwarnings("ignore:paging")
-def test_by_name_in_training(name, tmp_path):
-    def run(**more):
-        torch.manual_seed(0)
-        model = get_peft_model(
-            BASES["llama"].make(), LoraConfig(r=256, target_modules="all-linear")
-        )
-        return (
-            train(
+class TestPaging:
+    @pytest.mark.parametrize("bits, kind", [(32, torch.optim.AdamW), (8, AdamW8bit)])
+    def test_paging_does_nothing_on_a_cpu_and_says_so(self, bits, kind):
+        with pytest.warns(UserWarning, match="on a CPU it does nothing"):
+            optimizer = PagedAdamW(
+                nn.Linear(4, 4).parameters(), lr=0.5, optim_bits=bits
+            )
+        assert type(optimizer) is kind and optimizer.param_groups[0]["lr"] == 0.5
+
+    @pytest.mark.parametrize(
+        "name", ["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
+    )
+    @pytest.mark.filterwarnings("ignore:paging", "ignore:r = 256 is above")
+    def test_by_name_in_training(self, name, tmp_path):
+        def run(**more):
+            torch.manual_seed(0)
+            model = get_peft_model(
+                BASES["llama"].make(), LoraConfig(r=256, target_modules="all-linear")
+            )
+            return (
+                train(
+                    model,
+                    Batches(),
+                    steps=6,
+                    lr=1e-2,
+                    optimizer=name,
+                    progress=False,
+                    **more,
+                ),
                 model,
-                Batches(),
-                steps=6,
-                lr=1e-2,
-                optimizer=name,
-                progress=False,
-                **more,
-            ),
-            model,
-        )
+            )
 
-    whole, model = run()
-    assert whole.losses[-1] < whole.losses[0]
-    if name == "adamw8bit":  # stopped and resumed, it goes on to the same bits
+        whole, model = run()
+        assert whole.losses[-1] < whole.losses[0]
+        if name == "adamw8bit":  # stopped and resumed, it goes on to the same bits
 
-        def stop(step, facts):
-            if step == 2:
-                raise KeyboardInterrupt
+            def stop(step, facts):
+                if step == 2:
+                    raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            run(folder=tmp_path, save_every=1, log=stop)
-        resumed, again = run(folder=tmp_path, save_every=1)
-        assert resumed.losses == whole.losses
-        assert all(map(torch.equal, model.parameters(), again.parameters()))
+            with pytest.raises(KeyboardInterrupt):
+                run(folder=tmp_path, save_every=1, log=stop)
+            resumed, again = run(folder=tmp_path, save_every=1)
+            assert resumed.losses == whole.losses
+            assert all(map(torch.equal, model.parameters(), again.parameters()))

@@ -78,55 +78,6 @@ def equal(a, b):
 common = dict(tokenizer=Letters(), batch_size=4, lr=1e-2, progress=False)
 
 
-def test_it_learns_and_reports():
-    model, seen = tiny().eval(), []
-    history = train(
-        model,
-        examples(),
-        steps=40,
-        log=lambda step, facts: seen.append((step, facts["loss"])),
-        **common,
-    )
-    assert history.losses[-1] < 0.6 * history.losses[0]
-    assert (
-        len(history.losses)
-        == len(history.lr)
-        == len(history.grad_norm)
-        == history.steps
-        == 40
-    )
-    assert seen == list(enumerate(history.losses))
-    assert (
-        history.tokens_per_second > 0
-        and history.stopped is None
-        and "40 steps" in repr(history)
-    )
-    assert not model.training and all(p.grad is None for p in model.parameters())
-
-
-def test_only_what_requires_a_gradient_moves():
-    model, before = tiny(), tiny()
-    for name, p in model.named_parameters():
-        p.requires_grad_("bias" in name)
-    train(model, examples(), steps=3, **common)
-    for (name, p), q in zip(model.named_parameters(), before.parameters()):
-        if "k_proj.bias" in name:
-            continue  # the loss does not depend on it: its gradient is rounding
-        assert torch.equal(p, q) == ("bias" not in name), name
-
-
-def test_same_seed_same_weights_and_the_callers_random_numbers_are_left_alone():
-    a, b, c = Dropout(), Dropout(), Dropout()
-    torch.manual_seed(5)
-    train(a, examples(), steps=4, seed=3, **common)
-    drawn = torch.rand(3)
-    torch.manual_seed(5)
-    assert torch.equal(drawn, torch.rand(3))
-    train(b, examples(), steps=4, seed=3, **common)
-    train(c, examples(), steps=4, seed=4, **common)
-    assert equal(a, b) and not equal(a, c)
-
-
 class Interrupt:
     """Sends this process a Ctrl-C after `step`."""
 
@@ -138,333 +89,332 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        "adamw",
-        "sgd",
-        torch.optim.Adagrad,
-        lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9),
-    ],
-)
-def test_interrupted_training_resumes_to_bit_identical_weights(tmp_path, optimizer):
-    options = common | dict(
-        steps=12,
-        optimizer=optimizer,
-        warmup=2,
-        accumulate=2,
-        weight_decay=0.1,
-        evaluate_every=3,
-        valid=examples(5),
-    )
-    whole, parts = Dropout(), Dropout()
-    straight = train(whole, examples(), **options)
-    first = train(parts, examples(), folder=tmp_path, log=Interrupt(4), **options)
-    assert first.stopped == "interrupted" and first.steps == 5
-    fresh = Dropout()  # a new process: nothing but the file
-    second = train(fresh, examples(), folder=tmp_path, log=Interrupt(7), **options)
-    assert second.steps == 8
-    third = train(Dropout(), examples(), folder=tmp_path, **options)
-    final = Dropout()
-    load_checkpoint(tmp_path / "latest.safetensors", final)
-    assert equal(whole, final) and third.stopped is None
-    assert (third.losses, third.lr, third.eval_loss, third.best) == (
-        straight.losses,
-        straight.lr,
-        straight.eval_loss,
-        straight.best,
-    )
-    # done already: nothing happens
-    again = train(final, examples(), folder=tmp_path, **options)
-    assert equal(whole, final) and again.losses == straight.losses
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
-    def die(step, facts):
-        if step == 6:
-            raise SystemExit("power cut")
-
-    options = common | dict(steps=10, save_every=2)
-    whole, cut = tiny(), tiny()
-    train(whole, examples(), **options)
-    with pytest.raises(SystemExit):
-        train(cut, examples(), folder=tmp_path, log=die, **options)
-    other = tiny(1)
-    steps = []
-    train(
-        other,
-        examples(),
-        folder=tmp_path,
-        log=lambda step, facts: steps.append(step),
-        **options,
-    )
-    assert steps == [6, 7, 8, 9] and equal(whole, other)
-
-
-def test_resuming_an_adapter_saves_only_the_adapter(tmp_path):
-    model = tiny()
-    for name, p in model.named_parameters():
-        p.requires_grad_("v_proj" in name)
-    train(model, examples(), steps=2, folder=tmp_path, **common)
-    assert set(trained_tensors(model)) == {
-        n for n, _ in model.named_parameters() if "v_proj" in n
-    }
-    assert (tmp_path / "latest.safetensors").stat().st_size < 30_000
-    with pytest.raises(ValueError, match="another model"):
-        load_checkpoint(tmp_path / "latest.safetensors", tiny())
-
-
-def test_other_settings_are_not_mixed(tmp_path):
-    train(tiny(), examples(), steps=2, folder=tmp_path, **common)
-    with pytest.raises(ValueError, match="steps 2 .now 3."):
-        train(tiny(), examples(), steps=3, folder=tmp_path, **common)
-    with pytest.raises(ValueError, match="data .checksum"):
-        train(tiny(), examples()[::-1], steps=2, folder=tmp_path, **common)
-    assert (
-        train(
-            tiny(), examples(), steps=3, folder=tmp_path, resume=False, **common
-        ).steps
-        == 3
-    )
-
-
-def test_accumulation_is_the_gradient_of_one_large_batch():
-    """Micro-batches with different numbers of labels: a mean of means is wrong."""
-    rows = Batches(examples(), Letters(), 4)
-    small = [rows.batch(i) for i in range(2)]
-    width = max(b["input_ids"].shape[1] for b in small)
-    pad = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    whole = {
-        k: torch.cat(
-            [
-                nn.functional.pad(b[k], (0, width - b[k].shape[1]), value=pad[k])
-                for b in small
-            ]
-        )
-        for k in pad
-    }
-    small[0]["labels"][:, :-3] = -100
-    whole["labels"][:4, : small[0]["labels"].shape[1] - 3] = -100
-    models = tiny(), tiny()
-    options = dict(steps=1, lr=1.0, clip=None, optimizer="sgd", progress=False)
-    a = train(
-        models[0],
-        SimpleNamespace(batch=lambda step: small[step]),
-        accumulate=2,
-        **options,
-    )
-    b = train(models[1], SimpleNamespace(batch=lambda step: whole), **options)
-    assert a.losses[0] == pytest.approx(b.losses[0], abs=rounding(b.losses[0]))
-    for p, q in zip(models[0].parameters(), models[1].parameters()):
-        torch.testing.assert_close(p, q, atol=rounding(1), rtol=0)
-
-
-def test_against_a_plain_loop():
-    model, plain = tiny(), tiny()
-    history = train(
-        model,
-        examples(),
-        steps=6,
-        warmup=2,
-        schedule="linear",
-        weight_decay=0.1,
-        clip=0.5,
-        **common,
-    )
-    batches = Batches(examples(), Letters(), 4, seed=0, max_length=32)
-    matrices = [p for p in plain.parameters() if p.ndim > 1]
-    vectors = [p for p in plain.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": 0.1},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=1e-2,
-    )
-    for step in range(6):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min((step + 1) / 2, 1 - (step - 2) / 4)
-        optimizer.zero_grad()
-        loss = plain(**batches.batch(step)).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
-        optimizer.step()
-        assert history.losses[step] == pytest.approx(loss.item(), abs=1e-5)
-    for p, q in zip(model.parameters(), plain.parameters()):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
-
-
-def test_schedules():
-    def at(schedule):
-        return [lr_factor(s, 12, 2, schedule) for s in range(12)]
-
-    for schedule in ("constant", "linear", "cosine"):
-        assert at(schedule)[:3] == [0.5, 1.0, 1.0]
-    assert (
-        at("constant")[-1] == 1
-        and at("linear")[-1] == pytest.approx(0.1)
-        and at("cosine")[7] == pytest.approx(0.5)
-    )
-    assert all(a >= b for a, b in zip(at("cosine")[1:], at("cosine")[2:]))
-
-
-def test_a_ready_optimizer_keeps_its_rates_by_group():
-    model = tiny()
-    names = dict(model.named_parameters())
-    fast, slow = (
-        [p for n, p in names.items() if "v_proj" in n],
-        [p for n, p in names.items() if "v_proj" not in n],
-    )
-    optimizer = torch.optim.SGD(
-        [{"params": slow, "lr": 0.0}, {"params": fast, "lr": 0.1}]
-    )
-    # the second run starts from the peak again, not from where the first one's schedule
-    # ended
-    for _ in range(2):
+class TestLearning:
+    def test_it_learns_and_reports(self):
+        model, seen = tiny().eval(), []
         history = train(
             model,
             examples(),
-            tokenizer=Letters(),
-            steps=3,
-            batch_size=4,
-            optimizer=optimizer,
-            schedule="linear",
-            progress=False,
+            steps=40,
+            log=lambda step, facts: seen.append((step, facts["loss"])),
+            **common,
         )
-    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.1 / 3) and history.lr == [
-        0,
-        0,
-        0,
-    ]
-    fresh = dict(tiny().named_parameters())
-    assert all(torch.equal(p, fresh[n]) != ("v_proj" in n) for n, p in names.items())
+        assert history.losses[-1] < 0.6 * history.losses[0]
+        assert (
+            len(history.losses)
+            == len(history.lr)
+            == len(history.grad_norm)
+            == history.steps
+            == 40
+        )
+        assert seen == list(enumerate(history.losses))
+        assert (
+            history.tokens_per_second > 0
+            and history.stopped is None
+            and "40 steps" in repr(history)
+        )
+        assert not model.training and all(p.grad is None for p in model.parameters())
+
+    def test_only_what_requires_a_gradient_moves(self):
+        model, before = tiny(), tiny()
+        for name, p in model.named_parameters():
+            p.requires_grad_("bias" in name)
+        train(model, examples(), steps=3, **common)
+        for (name, p), q in zip(model.named_parameters(), before.parameters()):
+            if "k_proj.bias" in name:
+                continue  # the loss does not depend on it: its gradient is rounding
+            assert torch.equal(p, q) == ("bias" not in name), name
+
+    def test_same_seed_same_weights_and_the_callers_random_numbers_are_left_alone(self):
+        a, b, c = Dropout(), Dropout(), Dropout()
+        torch.manual_seed(5)
+        train(a, examples(), steps=4, seed=3, **common)
+        drawn = torch.rand(3)
+        torch.manual_seed(5)
+        assert torch.equal(drawn, torch.rand(3))
+        train(b, examples(), steps=4, seed=3, **common)
+        train(c, examples(), steps=4, seed=4, **common)
+        assert equal(a, b) and not equal(a, c)
 
 
-def test_best_checkpoint_is_kept(tmp_path):
-    model = tiny()
-    bad = dict(common, lr=0.3)  # far too high: the best is not the last
-    history = train(
-        model,
-        examples(),
-        steps=9,
-        evaluate_every=1,
-        valid=examples(6),
-        folder=tmp_path,
-        **bad,
+class TestResuming:
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            "adamw",
+            "sgd",
+            torch.optim.Adagrad,
+            lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9),
+        ],
     )
-    step, loss = history.best
-    assert loss == min(l for _, l in history.eval_loss) and [
-        s for s, _ in history.eval_loss
-    ] == list(range(1, 10))
-    best = tiny()
-    assert load_checkpoint(tmp_path / "best.safetensors", best) == {
-        "step": step,
-        "loss": loss,
-    }
-    from minipeft.lm.evaluation import completion_loss
+    def test_interrupted_training_resumes_to_bit_identical_weights(
+        self, tmp_path, optimizer
+    ):
+        options = common | dict(
+            steps=12,
+            optimizer=optimizer,
+            warmup=2,
+            accumulate=2,
+            weight_decay=0.1,
+            evaluate_every=3,
+            valid=examples(5),
+        )
+        whole, parts = Dropout(), Dropout()
+        straight = train(whole, examples(), **options)
+        first = train(parts, examples(), folder=tmp_path, log=Interrupt(4), **options)
+        assert first.stopped == "interrupted" and first.steps == 5
+        fresh = Dropout()  # a new process: nothing but the file
+        second = train(fresh, examples(), folder=tmp_path, log=Interrupt(7), **options)
+        assert second.steps == 8
+        third = train(Dropout(), examples(), folder=tmp_path, **options)
+        final = Dropout()
+        load_checkpoint(tmp_path / "latest.safetensors", final)
+        assert equal(whole, final) and third.stopped is None
+        assert (third.losses, third.lr, third.eval_loss, third.best) == (
+            straight.losses,
+            straight.lr,
+            straight.eval_loss,
+            straight.best,
+        )
+        # done already: nothing happens
+        again = train(final, examples(), folder=tmp_path, **options)
+        assert equal(whole, final) and again.losses == straight.losses
+        assert not list(tmp_path.glob("*.tmp"))
 
-    found = completion_loss(best, Letters(), examples(6))["loss"]
-    assert found == pytest.approx(loss, abs=rounding(loss))
+    def test_a_killed_run_goes_on_from_its_last_checkpoint(self, tmp_path):
+        def die(step, facts):
+            if step == 6:
+                raise SystemExit("power cut")
 
+        options = common | dict(steps=10, save_every=2)
+        whole, cut = tiny(), tiny()
+        train(whole, examples(), **options)
+        with pytest.raises(SystemExit):
+            train(cut, examples(), folder=tmp_path, log=die, **options)
+        other = tiny(1)
+        steps = []
+        train(
+            other,
+            examples(),
+            folder=tmp_path,
+            log=lambda step, facts: steps.append(step),
+            **options,
+        )
+        assert steps == [6, 7, 8, 9] and equal(whole, other)
 
-def test_divergence_stops_and_keeps_the_last_good_weights():
-    model = tiny()
+    def test_resuming_an_adapter_saves_only_the_adapter(self, tmp_path):
+        model = tiny()
+        for name, p in model.named_parameters():
+            p.requires_grad_("v_proj" in name)
+        train(model, examples(), steps=2, folder=tmp_path, **common)
+        assert set(trained_tensors(model)) == {
+            n for n, _ in model.named_parameters() if "v_proj" in n
+        }
+        assert (tmp_path / "latest.safetensors").stat().st_size < 30_000
+        with pytest.raises(ValueError, match="another model"):
+            load_checkpoint(tmp_path / "latest.safetensors", tiny())
 
-    def poison(step):
-        return Batches(examples(), Letters(), 4).batch(step)
-
-    def explode(step, facts):
-        if step == 1:
-            model.lm_head.weight.data[0, 0] = float("nan")
-
-    history = train(
-        model,
-        SimpleNamespace(batch=poison),
-        steps=5,
-        lr=1e-3,
-        progress=False,
-        log=explode,
-    )
-    assert (
-        history.stopped == "diverged"
-        and history.steps == 2
-        and "DIVERGED" in repr(history)
-    )
-
-
-def test_bf16_autocast_trains_float_weights():
-    model = tiny()
-    history = train(model, examples(), steps=10, bf16=True, **common)
-    assert (
-        model.lm_head.weight.dtype == torch.float32
-        and history.losses[-1] < history.losses[0]
-    )
-
-
-def test_optimizer_state_that_is_not_float_survives(tmp_path):
-    """8-bit states are bytes and plain numbers; load_state_dict would cast them to the
-    weight's dtype."""
-    model = tiny()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    p = optimizer.param_groups[0]["params"][1]
-    optimizer.state[p] = {
-        "codes": torch.arange(5, dtype=torch.uint8),
-        "count": 3,
-        "qmap": torch.linspace(0, 1, 4),
-    }
-    save_checkpoint(tmp_path / "c.safetensors", model, optimizer, note="x")
-    other = torch.optim.SGD(model.parameters(), lr=0.2)
-    assert load_checkpoint(tmp_path / "c.safetensors", model, other)["note"] == "x"
-    assert (
-        torch.equal(other.state[p]["codes"], torch.arange(5, dtype=torch.uint8))
-        and other.state[p]["count"] == 3
-    )
-    assert other.param_groups[0]["lr"] == 0.1
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(schedule="cosin"), "did you mean .cosine"),
-        (dict(steps=0), "at least 1"),
-        (dict(lr=None), "needs lr"),
-        (dict(tokenizer=None), "tokenizer="),
-        (dict(optimizer="adamv"), "expected one of adamw"),
-        (dict(evaluate_every=2), "valid="),
-    ],
-)
-def test_wrong_arguments(change, message):
-    with pytest.raises(ValueError, match=message):
-        train(tiny(), examples(), **(common | dict(steps=2) | change))
+    def test_other_settings_are_not_mixed(self, tmp_path):
+        train(tiny(), examples(), steps=2, folder=tmp_path, **common)
+        with pytest.raises(ValueError, match="steps 2 .now 3."):
+            train(tiny(), examples(), steps=3, folder=tmp_path, **common)
+        with pytest.raises(ValueError, match="data .checksum"):
+            train(tiny(), examples()[::-1], steps=2, folder=tmp_path, **common)
+        assert (
+            train(
+                tiny(), examples(), steps=3, folder=tmp_path, resume=False, **common
+            ).steps
+            == 3
+        )
 
 
-def test_nothing_to_train():
-    with pytest.raises(ValueError, match="nothing to train"):
-        train(tiny().requires_grad_(False), examples(), steps=2, **common)
+class TestTheLoop:
+    def test_accumulation_is_the_gradient_of_one_large_batch(self):
+        """Micro-batches with different numbers of labels: a mean of means is wrong."""
+        rows = Batches(examples(), Letters(), 4)
+        small = [rows.batch(i) for i in range(2)]
+        width = max(b["input_ids"].shape[1] for b in small)
+        pad = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+        whole = {
+            k: torch.cat(
+                [
+                    nn.functional.pad(b[k], (0, width - b[k].shape[1]), value=pad[k])
+                    for b in small
+                ]
+            )
+            for k in pad
+        }
+        small[0]["labels"][:, :-3] = -100
+        whole["labels"][:4, : small[0]["labels"].shape[1] - 3] = -100
+        models = tiny(), tiny()
+        options = dict(steps=1, lr=1.0, clip=None, optimizer="sgd", progress=False)
+        a = train(
+            models[0],
+            SimpleNamespace(batch=lambda step: small[step]),
+            accumulate=2,
+            **options,
+        )
+        b = train(models[1], SimpleNamespace(batch=lambda step: whole), **options)
+        assert a.losses[0] == pytest.approx(b.losses[0], abs=rounding(b.losses[0]))
+        for p, q in zip(models[0].parameters(), models[1].parameters()):
+            torch.testing.assert_close(p, q, atol=rounding(1), rtol=0)
 
+    def test_against_a_plain_loop(self):
+        model, plain = tiny(), tiny()
+        history = train(
+            model,
+            examples(),
+            steps=6,
+            warmup=2,
+            schedule="linear",
+            weight_decay=0.1,
+            clip=0.5,
+            **common,
+        )
+        batches = Batches(examples(), Letters(), 4, seed=0, max_length=32)
+        matrices = [p for p in plain.parameters() if p.ndim > 1]
+        vectors = [p for p in plain.parameters() if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": 0.1},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=1e-2,
+        )
+        for step in range(6):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * min((step + 1) / 2, 1 - (step - 2) / 4)
+            optimizer.zero_grad()
+            loss = plain(**batches.batch(step)).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            optimizer.step()
+            assert history.losses[step] == pytest.approx(loss.item(), abs=1e-5)
+        for p, q in zip(model.parameters(), plain.parameters()):
+            torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
 
-def test_works_on_hugging_face_models():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    history = train(
-        transformers.LlamaForCausalLM(config), examples(), steps=10, **common
-    )
-    assert history.losses[-1] < history.losses[0]
+    def test_schedules(self):
+        def at(schedule):
+            return [lr_factor(s, 12, 2, schedule) for s in range(12)]
 
+        for schedule in ("constant", "linear", "cosine"):
+            assert at(schedule)[:3] == [0.5, 1.0, 1.0]
+        assert (
+            at("constant")[-1] == 1
+            and at("linear")[-1] == pytest.approx(0.1)
+            and at("cosine")[7] == pytest.approx(0.5)
+        )
+        assert all(a >= b for a, b in zip(at("cosine")[1:], at("cosine")[2:]))
 
-def test_history_defaults():
-    assert History().tokens_per_second == 0 and repr(History()).startswith(
-        "History(0 steps"
-    )
+    def test_a_ready_optimizer_keeps_its_rates_by_group(self):
+        model = tiny()
+        names = dict(model.named_parameters())
+        fast, slow = (
+            [p for n, p in names.items() if "v_proj" in n],
+            [p for n, p in names.items() if "v_proj" not in n],
+        )
+        optimizer = torch.optim.SGD(
+            [{"params": slow, "lr": 0.0}, {"params": fast, "lr": 0.1}]
+        )
+        # the second run starts from the peak again, not from where the first one's
+        # schedule
+        # ended
+        for _ in range(2):
+            history = train(
+                model,
+                examples(),
+                tokenizer=Letters(),
+                steps=3,
+                batch_size=4,
+                optimizer=optimizer,
+                schedule="linear",
+                progress=False,
+            )
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(
+            0.1 / 3
+        ) and history.lr == [0, 0, 0]
+        fresh = dict(tiny().named_parameters())
+        assert all(
+            torch.equal(p, fresh[n]) != ("v_proj" in n) for n, p in names.items()
+        )
+
+    def test_best_checkpoint_is_kept(self, tmp_path):
+        model = tiny()
+        bad = dict(common, lr=0.3)  # far too high: the best is not the last
+        history = train(
+            model,
+            examples(),
+            steps=9,
+            evaluate_every=1,
+            valid=examples(6),
+            folder=tmp_path,
+            **bad,
+        )
+        step, loss = history.best
+        assert loss == min(l for _, l in history.eval_loss) and [
+            s for s, _ in history.eval_loss
+        ] == list(range(1, 10))
+        best = tiny()
+        assert load_checkpoint(tmp_path / "best.safetensors", best) == {
+            "step": step,
+            "loss": loss,
+        }
+        from minipeft.lm.evaluation import completion_loss
+
+        found = completion_loss(best, Letters(), examples(6))["loss"]
+        assert found == pytest.approx(loss, abs=rounding(loss))
+
+    def test_divergence_stops_and_keeps_the_last_good_weights(self):
+        model = tiny()
+
+        def poison(step):
+            return Batches(examples(), Letters(), 4).batch(step)
+
+        def explode(step, facts):
+            if step == 1:
+                model.lm_head.weight.data[0, 0] = float("nan")
+
+        history = train(
+            model,
+            SimpleNamespace(batch=poison),
+            steps=5,
+            lr=1e-3,
+            progress=False,
+            log=explode,
+        )
+        assert (
+            history.stopped == "diverged"
+            and history.steps == 2
+            and "DIVERGED" in repr(history)
+        )
+
+    def test_bf16_autocast_trains_float_weights(self):
+        model = tiny()
+        history = train(model, examples(), steps=10, bf16=True, **common)
+        assert (
+            model.lm_head.weight.dtype == torch.float32
+            and history.losses[-1] < history.losses[0]
+        )
+
+    def test_optimizer_state_that_is_not_float_survives(self, tmp_path):
+        """8-bit states are bytes and plain numbers; load_state_dict would cast them to
+        the weight's dtype."""
+        model = tiny()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        p = optimizer.param_groups[0]["params"][1]
+        optimizer.state[p] = {
+            "codes": torch.arange(5, dtype=torch.uint8),
+            "count": 3,
+            "qmap": torch.linspace(0, 1, 4),
+        }
+        save_checkpoint(tmp_path / "c.safetensors", model, optimizer, note="x")
+        other = torch.optim.SGD(model.parameters(), lr=0.2)
+        assert load_checkpoint(tmp_path / "c.safetensors", model, other)["note"] == "x"
+        assert (
+            torch.equal(other.state[p]["codes"], torch.arange(5, dtype=torch.uint8))
+            and other.state[p]["count"] == 3
+        )
+        assert other.param_groups[0]["lr"] == 0.1
 
 
 class Trap(torch.autograd.Function):
@@ -487,6 +437,48 @@ def trapped(bad, at=3):
     model = tiny()
     model.model.layers[0].register_forward_hook(lambda m, args, y: Trap.apply(y))
     return model
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(schedule="cosin"), "did you mean .cosine"),
+            (dict(steps=0), "at least 1"),
+            (dict(lr=None), "needs lr"),
+            (dict(tokenizer=None), "tokenizer="),
+            (dict(optimizer="adamv"), "expected one of adamw"),
+            (dict(evaluate_every=2), "valid="),
+        ],
+    )
+    def test_wrong_arguments(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            train(tiny(), examples(), **(common | dict(steps=2) | change))
+
+    def test_nothing_to_train(self):
+        with pytest.raises(ValueError, match="nothing to train"):
+            train(tiny().requires_grad_(False), examples(), steps=2, **common)
+
+    def test_works_on_hugging_face_models(self):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+        )
+        history = train(
+            transformers.LlamaForCausalLM(config), examples(), steps=10, **common
+        )
+        assert history.losses[-1] < history.losses[0]
+
+    def test_history_defaults(self):
+        assert History().tokens_per_second == 0 and repr(History()).startswith(
+            "History(0 steps"
+        )
 
 
 class TestDivergence:
