@@ -509,6 +509,19 @@ def next_jobs(line: dict) -> list:
     return [job for job in jobs if not found(pool(), **job)]
 
 
+def line_of(run: dict) -> str:
+    """A run in one line; a run of chapter 14 has no validation loss, one of chapter 05
+    may have no score."""
+    valid, score = run["valid_loss"], run["score"]
+    return (
+        f"{time.strftime('%H:%M')} {run['task']:8} {run['case']:30} steps"
+        f" {run['steps']:4} lr {run['lr']:<6g} seed {run['seed']}"
+        f" valid {'-' if valid is None else f'{valid:.4f}'}"
+        f" test {run['test_loss']:.4f}"
+        f" score {'-' if score is None else f'{score:.1f}'} ({run['seconds']} s)"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -525,13 +538,7 @@ def main():
             for job in jobs:
                 run = one_run(job)
                 keep(run, line["chapters"])
-                print(
-                    f"{time.strftime('%H:%M')} {run['task']:8} {run['case']:30} steps"
-                    f" {run['steps']:4} lr {run['lr']:<6g} seed {run['seed']} valid"
-                    f" {run['valid_loss']:.4f} test {run['test_loss']:.4f} score"
-                    f" {run['score']:5.1f} ({run['seconds']} s)",
-                    flush=True,
-                )
+                print(line_of(run), flush=True)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,14 @@ def test_longer_runs_climb_then_repeat_the_best_rate(monkeypatch):
     assert [job["lr"] for job in longer.next_jobs(line)] == [1e-3, 3e-3]
 
 
+def test_a_longer_run_without_validation_or_score_is_printed():
+    run = {"task": "mix", "case": "fusion", "steps": 80, "lr": 3e-3, "seed": 0}
+    run |= {"valid_loss": None, "test_loss": 0.5, "score": 50.0, "seconds": 9}
+    assert "valid - test 0.5000 score 50.0 (9 s)" in longer.line_of(run)
+    run |= {"valid_loss": 0.25, "score": None}
+    assert "valid 0.2500 test 0.5000 score - (9 s)" in longer.line_of(run)
+
+
 def test_reversed_ranks_stay_with_their_kind():
     ranks = {"0.q": 1, "1.q": 5, "2.q": 3, "0.up": 0, "1.up": 2}
     turned = {"0.q": 5, "1.q": 1, "2.q": 3, "0.up": 2, "1.up": 0}
