@@ -42,7 +42,7 @@ FIELDS = {
         alpha_pattern={r"layers.\d.self_attn.q_proj": 32},
     ),
     "short patterns": dict(
-        r=4, rank_pattern={"proj": 2}, alpha_pattern={"self_attn.*": 3}
+        r=4, rank_pattern={"q_proj": 2}, alpha_pattern={"self_attn.*": 3}
     ),
     "all linear": dict(target_modules="all-linear"),
     "regular expression": dict(target_modules=r".*self_attn\.[qk]_proj"),
