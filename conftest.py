@@ -20,6 +20,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need the network
 def pytest_configure(config):
     # wherever pytest is started from
     config.option.nbval_sanitize_with = str(ROOT / "tests" / "sanitize.cfg")
+    if config.pluginmanager.hasplugin("nbval"):
+        import nbval.plugin
+
+        nbval.plugin.RunningKernel = started_again(nbval.plugin.RunningKernel)
+
+
+def started_again(start, attempts=5):
+    """`start`, called again where the kernel dies before it answers: it is told which
+    ports to take, and another worker's kernel may have taken one since."""
+
+    def kernel(*args, **kwargs):
+        for attempt in range(1, attempts + 1):
+            try:
+                return start(*args, **kwargs)
+            except RuntimeError:
+                if attempt == attempts:
+                    raise
+
+    return kernel
 
 
 def pytest_collectstart(collector):

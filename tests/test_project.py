@@ -5,6 +5,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -209,6 +210,31 @@ def test_workers_do_not_share_cores(worker, inherited, threads):
         check=True,
     )
     assert done.stdout.strip() == threads
+
+
+def test_a_kernel_whose_port_is_taken_is_started_again(monkeypatch, pytestconfig):
+    """Two workers start kernels at once: each looks for free ports, and the kernel
+    binds them a moment later."""
+    from jupyter_client.provisioning import local_provisioner
+    from nbval.kernel import RunningKernel
+
+    root = pytestconfig.pluginmanager.getplugin(str(ROOT / "conftest.py"))
+    taken = socket.create_server(("127.0.0.1", 0))
+    ports = local_provisioner.LocalPortCache
+    free, asked = ports.find_available_port, []
+
+    def first_one_taken(self, ip):
+        asked.append(free(self, ip))
+        return taken.getsockname()[1] if len(asked) == 1 else asked[-1]
+
+    monkeypatch.setattr(ports, "find_available_port", first_one_taken)
+    with taken:
+        with pytest.raises(RuntimeError, match="died"):
+            RunningKernel("python3")
+        asked.clear()
+        kernel = root.started_again(RunningKernel)("python3")
+    kernel.stop()
+    assert len(asked) == 10  # five ports a kernel
 
 
 def test_importing_is_light():
