@@ -8,7 +8,7 @@ ARGS ?=
 .PHONY: help lab test lint test-latest fuzz lock demo pretrain results chapters bench clean
 
 help:
-	@echo "make lab       open the course in JupyterLab (the first time it sets up .venv)"
+	@echo "make lab       open your copy of the course, work/, in JupyterLab (the first time it sets up .venv)"
 	@echo "make test      check the style, run the package's tests, then every chapter, comparing all outputs"
 	@echo "make lint      check the style alone, with ruff (ruff format . and ruff check --fix . mend most of it)"
 	@echo "make test-latest  the package's tests with the newest versions of everything, in .venv-latest"
@@ -19,14 +19,14 @@ help:
 	@echo "make pretrain  train the base model from nothing"
 	@echo "make results   measure again what the chapters show from files"
 	@echo "make bench     measure speed and memory"
-	@echo "make clean     remove .venv and everything else that was made here"
+	@echo "make clean     remove .venv and everything else that was made here, but not work/"
 
 $(READY): pyproject.toml constraints.txt setup_env.py
 	$(PYTHON) setup_env.py
 	touch $@
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/chapters/README.md $(ARGS)
+	$(BIN)/python lab.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests $(ARGS)
