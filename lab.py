@@ -1,5 +1,5 @@
-"""Opens the course in JupyterLab: `make lab`, or `python lab.py` in any environment that
-has it. Arguments go to JupyterLab.
+"""Opens the course in JupyterLab: `make lab`, or `python lab.py` in any environment
+that has it. Arguments go to JupyterLab.
 
 The notebooks opened are a copy of chapters/ in work/, which git ignores, so that `git
 pull` never meets a learner's work. Each start brings new and changed chapters into the
