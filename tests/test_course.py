@@ -6,6 +6,7 @@ import nbformat
 import pytest
 
 from minipeft.course import approx, figures, notebook, show, table
+from minipeft.course.alt_text import contrast, describe
 from minipeft.course.show import source
 
 matplotlib.use("Agg")
@@ -124,6 +125,131 @@ class TestFigures:
         )
         figures.curves({"a": [3.0, 2.0, 1.0]}, "title", "x", "y", ylim=(0, None))
         assert seen[0][0] == 0 and seen[0][1] >= 3
+
+
+def drawn(monkeypatch, draw, *arguments, **settings):
+    """The figure that a function of `figures` shows."""
+    from minipeft.course import figures
+
+    seen = []
+    monkeypatch.setattr(figures.plt, "show", lambda: seen.append(figures.plt.gcf()))
+    getattr(figures, draw)(*arguments, **settings)
+    return seen[0]
+
+
+CURVES = {"LoRA": [3.0, 1.0, 2.0], "full": ([1, 2, 4], [3.0, 2.5, 0.5])}
+PLACES = {"x": (0, 0, 1, figures.GREY), "the layer\nW x": (2, 0, 1.5, figures.BLUE)}
+DRAWN = [
+    (
+        ("curves", CURVES, "LoRA comes down", "step", "loss"),
+        {"levels": {"base": 2.0}, "logy": True},
+        "LoRA comes down. Across: step. Up: loss (logarithmic). Lines: LoRA: from 3 to"
+        " 2, lowest 1; full: from 3 to 0.5; base: 2.",
+    ),
+    (
+        ("bars", {"LoRA": [1, 2, 6], "DoRA": 2.5}, "Two bars", "score, %"),
+        {},
+        "Two bars. Up: score, %. Bars: LoRA 3; DoRA 2.5.",
+    ),
+    (
+        ("heat", [[1, 2, 3], [4, 5, 6]], ["a", "b"], ["x", "y", "z"], "A", "c", "r"),
+        {},
+        "A. Across: c. Up: r. A grid of 2 rows and 3 columns, values from 1 to 6.",
+    ),
+    (
+        ("boxes", PLACES, [("x", "the layer\nW x")], "A slot"),
+        {},
+        "A slot. A drawing with the labels x; the layer W x.",
+    ),
+    (
+        ("matrices", [("W", 8, 8, figures.GREY, "8×8"), "+"], "Thin"),
+        {"note": "to scale"},
+        "Thin. A drawing with the labels W; 8×8; +; to scale.",
+    ),
+]
+
+
+class TestReadableByEverybody:
+    """Letters, contrasts, shapes, and alternative texts."""
+
+    @pytest.mark.parametrize("call, settings, says", DRAWN, ids=lambda x: str(x)[:12])
+    def test_alternative_text_says_what_one_sees(
+        self, monkeypatch, call, settings, says
+    ):
+        figure = drawn(monkeypatch, *call, **settings)
+        assert describe(figure) == says
+
+    @pytest.mark.parametrize("call, settings, says", DRAWN, ids=lambda x: str(x)[:12])
+    def test_letters_have_ten_points_or_more(self, monkeypatch, call, settings, says):
+        figure = drawn(monkeypatch, *call, **settings)
+        texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text()]
+        assert texts and min(t.get_fontsize() for t in texts) >= 10
+
+    def test_small_letters_of_a_chapter_are_raised(self):
+        ax = figures.axes("title", "x", "y")
+        small = ax.text(0, 0, "small", fontsize=6)
+        large = ax.text(0, 0, "large", fontsize=15)
+        figures.finish(ax)
+        assert (small.get_fontsize(), large.get_fontsize()) == (10, 15)
+
+    def test_points_scatter_and_gaps_are_described(self):
+        ax = figures.axes("title")
+        ax.scatter([1, 2], [3, 4], label="seeds")
+        ax.plot([1, 2, 3], [float("nan"), 5, 6], label="late")
+        ax.plot([1, 2], [0, 0])
+        ax.plot([1], [float("nan")], label="nothing")
+        said = describe(ax.figure)
+        assert said == "title. Lines: late: from 5 to 6. Points: seeds (2)."
+        figures.plt.close("all")
+
+    def test_many_series_are_counted(self):
+        ax = figures.axes("title")
+        for number in range(12):
+            ax.plot([0, 1], [0, 1], label=f"run {number}")
+        said = describe(ax.figure)
+        assert "run 7" in said and "run 8" not in said and "and 4 more" in said
+        figures.plt.close("all")
+
+    @pytest.mark.parametrize("colour", figures.COLOURS)
+    def test_colours_stand_out_from_white(self, colour):
+        assert contrast(colour) >= 3
+
+    @pytest.mark.parametrize("colour", [*figures.COLOURS, figures.YELLOW])
+    def test_letters_stand_out_from_a_box(self, colour):
+        seen = [0.85 * c + 0.15 for c in matplotlib.colors.to_rgb(colour)]
+        assert contrast(figures.letters_on(colour), seen) >= 4.5
+
+    @pytest.mark.parametrize(
+        "one, other, ratio",
+        [("#000000", "#FFFFFF", 21), ("#777777", "#FFFFFF", 4.48), ("red", "red", 1)],
+    )
+    def test_contrast_is_the_standards(self, one, other, ratio):
+        """WCAG 2.2's definition; #777 on white is its well-known near miss of 4.5."""
+        assert contrast(one, other) == pytest.approx(ratio, abs=0.01)
+
+    @pytest.mark.parametrize("marks", [False, True])
+    @pytest.mark.parametrize("points", [2, 3, 9, 100])
+    def test_curves_differ_in_shape_too(self, monkeypatch, marks, points):
+        runs = {label: list(range(points)) for label in "abcde"}
+        figure = drawn(monkeypatch, "curves", runs, "t", "x", "y", marks=marks)
+        lines = figure.axes[0].get_lines()
+        assert len({line.get_marker() for line in lines}) == 5
+        for line in lines:
+            start, step = line.get_markevery()
+            assert 1 <= len(range(points)[start::step]) <= (points if marks else 17)
+
+    def test_a_chapter_keeps_alternative_texts(self, tmp_path):
+        code = (
+            "from minipeft.course import figures\n"
+            "figures.bars({'a': 1}, 'One bar', 'score')"
+        )
+        path = tmp_path / "00_x.ipynb"
+        cells = [nbformat.v4.new_code_cell(code)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        notebook.run(path)
+        (output,) = nbformat.read(path, as_version=4).cells[0].outputs
+        alt = "One bar. Up: score. Bars: a 1."
+        assert output.metadata == {"image/png": {"alt": alt}}
 
 
 class TestRunner:

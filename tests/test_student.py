@@ -14,6 +14,7 @@ import nbformat
 import pytest
 
 from minipeft.cli import main
+from minipeft.course import layout
 from minipeft.course.student import (
     StudentError,
     exercises,
@@ -37,6 +38,15 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
+def imports_of(notebook):
+    """The first code cell after the one that installs the course."""
+    return next(
+        cell
+        for cell in notebook.cells
+        if cell.cell_type == "code" and layout.role(cell) != "install"
+    )
+
+
 def changed(chapter, folder, change):
     """A copy of the chapter in `folder`, after change(its exercises, the notebook)."""
     notebook = read(chapter)
@@ -51,7 +61,7 @@ def chapter(tmp_path_factory):
     """Chapter 04's imports and exercises, with a hidden test: what a grader needs,
     without minutes of training."""
     notebook = read(LORA)
-    imports = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    imports = imports_of(notebook)
     notebook.cells = [
         notebook.cells[0],
         imports,
@@ -132,9 +142,7 @@ class TestStudentsEdition:
         accepted."""
         full = read(path)
         scope, mine = {}, exercises(student_edition(full))
-        exec(
-            next(cell.source for cell in full.cells if cell.cell_type == "code"), scope
-        )
+        exec(imports_of(full).source, scope)
         for name, cells in exercises(full).items():
             call = re.search(r"check\.\w+\(.*\)", mine[name]["check"].source)[0]
             for source, right in (

@@ -1,31 +1,36 @@
 """One style for all figures: titles that say what one sees, axes with units, colours
-that everybody can tell apart."""
+that everybody can tell apart, letters of 10 points or more, and an alternative text."""
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Markdown
+from IPython import get_ipython
+from IPython.display import Markdown, display
+from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import StrMethodFormatter
 
-# Okabe and Ito's palette (2008), made to be told apart with any kind of colour vision;
-# yellow last, as it is pale.
+from .alt_text import contrast, describe
+
+# Okabe and Ito's hues (2008), made to be told apart with any kind of colour vision,
+# darkened to a contrast of 3:1 or more with white; yellow, for areas, excepted.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
+    "#00639C",
+    "#C67C00",
+    "#008F68",
+    "#C2679B",
+    "#3498DB",
+    "#B5322A",
     "#F0E442",
-    "#7F7F7F",
+    "#757575",
 )
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY)
 MARKERS = "osD^vP*X"  # so that a figure can be read in black and white too
 
 STYLE = {
     "figure.figsize": (6.4, 3.6),
-    "figure.dpi": 96,
-    "savefig.dpi": 96,
+    "figure.dpi": 120,
+    "savefig.dpi": 120,
     "figure.constrained_layout.use": True,
     "axes.prop_cycle": plt.cycler(color=COLOURS),
     "axes.spines.top": False,
@@ -38,9 +43,9 @@ STYLE = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.labelsize": 10,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
@@ -76,12 +81,28 @@ def finish(ax=None, legend=True, outside=False, save=None, **limits) -> None:
             if outside
             else {"loc": "best"}
         )
-        ax.legend(**place, fontsize=9, frameon=False)
+        ax.legend(**place, frameon=False)
+    raise_small_letters(ax.figure)
     if save:
         ax.figure.savefig(save, dpi=144, format="png", metadata={"Software": None})
-    else:
+    elif get_ipython() is None:
         plt.show()
+    else:
+        alt = {"image/png": {"alt": describe(ax.figure)}}
+        display(ax.figure, metadata=alt)
     plt.close("all")
+
+
+def raise_small_letters(figure, points=10) -> None:
+    """No text in the figure is smaller than this."""
+    for text in figure.findobj(Text):
+        text.set_fontsize(max(points, text.get_fontsize()))
+
+
+def letters_on(colour, alpha=0.85) -> str:
+    """Black or white: what reads better on this colour over white."""
+    seen = [alpha * part + 1 - alpha for part in to_rgb(colour)]
+    return max(("black", "white"), key=lambda letters: contrast(letters, seen))
 
 
 def curves(
@@ -102,20 +123,27 @@ def curves(
 ) -> None:
     """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; levels: {label:
     y}, dashed lines to compare with; smooth: a running mean over so many points, the
-    points themselves faint behind it."""
+    points themselves faint behind it. marks: a mark at each point; without it several
+    lines have a few marks each, so that they differ in shape too."""
     ax = axes(title, xlabel, ylabel, size=size, logx=logx, logy=logy)
     for number, (label, run) in enumerate(runs.items()):
         x, y = run if isinstance(run, tuple) else (range(1, len(run) + 1), run)
         x, y = np.asarray(list(x), float), np.asarray(list(y), float)
-        colour, marker = (
-            COLOURS[number % len(COLOURS)],
-            (MARKERS[number % len(MARKERS)] if marks else None),
-        )
+        colour = COLOURS[number % len(COLOURS)]
+        marker = MARKERS[number % len(MARKERS)] if marks or len(runs) > 1 else None
         if smooth > 1 and len(y) > smooth:
             ax.plot(x, y, color=colour, alpha=0.25, linewidth=1)
             y, x = np.convolve(y, np.ones(smooth) / smooth, "valid"), x[smooth - 1 :]
+        step = 1 if marks else max(1, len(x) // 8)
         ax.plot(
-            x, y, label=label, color=colour, marker=marker, linewidth=1.8, markersize=5
+            x,
+            y,
+            label=label,
+            color=colour,
+            marker=marker,
+            markevery=(number * step // len(runs), step),
+            linewidth=1.8,
+            markersize=5,
         )
     for number, (label, level) in enumerate((levels or {}).items()):
         ax.axhline(
@@ -144,7 +172,7 @@ def bars(
     ax = axes(title, "", ylabel, size=size)
     means = [float(np.mean(value)) for value in values.values()]
     drawn = ax.bar(list(values), means, color=colours or BLUE, width=0.65)
-    ax.bar_label(drawn, [form.format(mean) for mean in means], padding=2, fontsize=9)
+    ax.bar_label(drawn, [form.format(mean) for mean in means], padding=2)
     for place, value in enumerate(values.values()):
         if np.ndim(value):
             seed_points(ax, place, value)
@@ -183,6 +211,7 @@ def matrices(parts: list, title: str, note: str = "") -> None:
             at += gap + 0.062 * tallest * len(part)
             continue
         name, rows, columns, colour, caption = part
+        thick = min(rows, columns) > 0.15 * tallest  # the name fits inside
         ax.add_patch(
             Rectangle(
                 (at, -rows / 2),
@@ -200,7 +229,7 @@ def matrices(parts: list, title: str, note: str = "") -> None:
             ha="center",
             va="center",
             fontsize=13,
-            color="white" if min(rows, columns) > 0.15 * tallest else "black",
+            color=letters_on(colour) if thick else "black",
             weight="bold",
         )
         ax.text(
@@ -209,7 +238,7 @@ def matrices(parts: list, title: str, note: str = "") -> None:
             caption,
             ha="center",
             va="top",
-            fontsize=9,
+            fontsize=10,
         )
         at += columns + gap
     ax.set(xlim=(-gap, at), ylim=(-0.78 * tallest, 0.58 * tallest), aspect="equal")
@@ -223,7 +252,7 @@ def matrices(parts: list, title: str, note: str = "") -> None:
             note,
             ha="center",
             va="bottom",
-            fontsize=9,
+            fontsize=10,
             color="#444444",
         )
     finish(ax, legend=False)
@@ -256,9 +285,9 @@ def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
             label.strip(),
             ha="center",
             va="center",
-            fontsize=9,
+            fontsize=10,
             zorder=3,
-            color="white" if colour in (BLUE, GREEN, GREY, RED) else "black",
+            color=letters_on(colour) if colour else "black",
         )
     for start, end, *colour in arrows:
         (x0, y0, w0, _), (x1, y1, w1, _) = places[start], places[end]

@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from .layout import lay_out
+
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -25,7 +27,14 @@ def clean(notebook) -> None:
                 output for output in cell.outputs if output.get("name") != "stderr"
             ]
             for output in cell.outputs:
-                output.get("metadata", {}).clear()
+                if "metadata" in output:
+                    output.metadata = alternative_text(output)
+
+
+def alternative_text(output) -> dict:
+    """An output's metadata with nothing in it but its figure's alternative text."""
+    alt = output.metadata.get("image/png", {}).get("alt")
+    return {"image/png": {"alt": alt}} if alt else {}
 
 
 def run(path) -> float:
@@ -35,6 +44,8 @@ def run(path) -> float:
     os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")
     path, start = Path(path), time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
+    if path.resolve().parent.name == "chapters" and path.name[:2].isdigit():
+        lay_out(notebook, path.resolve())
     NotebookClient(
         notebook,
         kernel_name="python3",

@@ -1,0 +1,148 @@
+"""Alternative texts: what a figure shows, in words, read from the figure itself."""
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.container import BarContainer
+
+MOST = 8  # series, bars or labels that are named one by one
+
+
+def describe(figure) -> str:
+    """The figure in words: for each pair of axes its title, what the axes measure, and
+    each curve, bar, grid and label with its values to three digits."""
+    parts = [describe_axes(ax) for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    return " ".join(part for part in parts if part) or "An empty figure."
+
+
+def describe_axes(ax) -> str:
+    title = " ".join(ax.get_title(loc) for loc in ("left", "center", "right"))
+    sentences = [sentence(title)] if title.strip() else []
+    if ax.axison:
+        sentences += [measure("Across", ax.get_xlabel(), ax.get_xscale())]
+        sentences += [measure("Up", ax.get_ylabel(), ax.get_yscale())]
+    sentences += bars(ax) + grids(ax) + lines(ax) + points(ax)
+    if not ax.axison:
+        labels = [" ".join(text.get_text().split()) for text in ax.texts]
+        labels = [label for label in labels if label]
+        if labels:
+            sentences.append(f"A drawing with the labels {listed(labels, 24)}.")
+    return " ".join(filter(None, sentences))
+
+
+def sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+def measure(direction: str, label: str, scale: str) -> str:
+    label = " ".join(label.split())
+    if not label:
+        return ""
+    return f"{direction}: {label}{' (logarithmic)' if scale == 'log' else ''}."
+
+
+def listed(items: list, most: int = MOST) -> str:
+    left = len(items) - most
+    return "; ".join(items[:most]) + (f"; and {left} more" if left > 0 else "")
+
+
+def number(value) -> str:
+    return f"{float(value):.3g}"
+
+
+def visible(label) -> str:
+    """A label of the legend, or "" for matplotlib's own ("_child3")."""
+    label = " ".join(str(label).split())
+    return "" if label.startswith("_") else label
+
+
+def tick_names(axis) -> dict:
+    """{place: the word written there}, where ticks are words rather than numbers."""
+    return {
+        float(place): " ".join(text.get_text().split())
+        for place, text in zip(axis.get_ticklocs(), axis.get_ticklabels())
+        if text.get_text()
+    }
+
+
+def bars(ax) -> list:
+    found = []
+    for container in ax.containers:
+        if not isinstance(container, BarContainer):
+            continue
+        across = container.orientation == "horizontal"
+        names = tick_names(ax.yaxis if across else ax.xaxis)
+        said = []
+        for bar in container:
+            middle = (
+                bar.get_y() + bar.get_height() / 2
+                if across
+                else bar.get_x() + bar.get_width() / 2
+            )
+            name = names.get(round(middle, 6), number(middle))
+            value = bar.get_width() if across else bar.get_height()
+            said.append(f"{name} {number(value)}")
+        label = visible(container.get_label())
+        found.append(f"Bars{f', {label}' if label else ''}: {listed(said)}.")
+    return found
+
+
+def grids(ax) -> list:
+    found = []
+    for image in ax.images:
+        values = np.ma.filled(np.ma.asarray(image.get_array(), float), np.nan)
+        size = f"{values.shape[0]} rows and {values.shape[1]} columns"
+        if values.ndim == 2 and np.isfinite(values).any():
+            least, most = number(np.nanmin(values)), number(np.nanmax(values))
+            size += f", values from {least} to {most}"
+        found.append(f"A grid of {size}.")
+    return found
+
+
+def lines(ax) -> list:
+    named, unnamed = [], 0
+    for line in ax.get_lines():
+        x, y = (np.ma.asarray(data, float) for data in line.get_data())
+        finite = np.isfinite(np.ma.filled(y, np.nan))
+        label = visible(line.get_label())
+        if not finite.any():
+            continue
+        if not label:
+            unnamed += 1
+            continue
+        y = np.asarray(y)[finite]
+        if len(y) == 1 or np.ptp(y) == 0:
+            named.append(f"{label}: {number(y[0])}")
+            continue
+        path = f"{label}: from {number(y[0])} to {number(y[-1])}"
+        if min(y) < min(y[0], y[-1]):
+            path += f", lowest {number(min(y))}"
+        if max(y) > max(y[0], y[-1]):
+            path += f", highest {number(max(y))}"
+        named.append(path)
+    said = [f"Lines: {listed(named)}."] if named else []
+    if unnamed and not named:
+        said.append("One line." if unnamed == 1 else f"{unnamed} lines.")
+    return said
+
+
+def points(ax) -> list:
+    groups = []
+    for collection in ax.collections:
+        count, label = len(collection.get_offsets()), visible(collection.get_label())
+        if label and count:
+            groups.append(f"{label} ({count})")
+    return [f"Points: {listed(groups)}."] if groups else []
+
+
+def luminance(colour) -> float:
+    """The relative luminance of a colour, 0 to 1 (WCAG 2.2)."""
+    parts = np.array(to_rgb(colour))
+    parts = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(parts @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one, other="white") -> float:
+    """The contrast of two colours, 1 to 21 (WCAG 2.2)."""
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)

@@ -1,0 +1,190 @@
+"""What every chapter has alike: links to the other chapters, solutions and plotting
+code folded for each reader, and a cell that installs the course where it is absent.
+
+python -m minipeft.course.layout chapters/*.ipynb
+
+It changes no word and runs nothing, and a second time it changes nothing. The runner of
+chapters (`minipeft.course.notebook`) does it before it runs one.
+"""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+
+from ..io import write_text
+
+# How each reader is told to fold a cell's code: JupyterLab and VS Code, the book, Colab
+FOLDED = {"source_hidden": True}, "hide-input", "form"
+INSTALL = """\
+# @title Install the course, where it is absent (in Colab, say)
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("minipeft") is None:
+    course = Path.cwd().parent
+    if not (course / "pyproject.toml").exists():
+        {fetch}
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--editable"]
+    subprocess.run([*pip, f"{{course}}[course,quant]"], check=True)
+    sys.path.insert(0, str(course))"""
+FETCH = """\
+course = Path("minipeft-course").resolve()
+        clone = ["git", "clone", "--depth", "1", "{address}", str(course)]
+        subprocess.run(clone, check=True)
+        os.chdir(course / "chapters")"""
+NOT_THERE = 'raise RuntimeError("open this chapter in the folder of the whole course")'
+MENTION = re.compile(r"[Cc]hapters? \d\d(?:(?:, | and | or | to |, and )\d\d)*\b")
+UNTOUCHED = re.compile(
+    r"```.*?```|`[^`]*`|\[[^\]]*\]\([^)]*\)|\$[^$]*\$|^#.*$", re.M | re.S
+)
+
+
+def address(root=Path(__file__).parents[2]):
+    """The course's public address, from pyproject.toml; "" while it has none."""
+    project = root / "pyproject.toml"
+    if not project.is_file():
+        return ""
+    urls = tomllib.loads(project.read_text(encoding="utf-8"))["project"].get("urls", {})
+    return urls.get("Repository", "")
+
+
+def role(cell):
+    return cell.metadata.get("minipeft", {}).get("role", "")
+
+
+def is_plumbing(cell):
+    """Is it long code that reads a record or draws a figure, without what a reader
+    came for (training, laws, claims, classes)?"""
+    figure = any("image/png" in output.get("data", {}) for output in cell.outputs)
+    record = "/benchmarks/results/" in cell.source
+    teaches = re.search(
+        r"\b(train|claim|show)\(|\bcheck\.|\bassert\b|^class ", cell.source, re.M
+    )
+    long = len(cell.source.splitlines()) > 12
+    return long and (figure or record) and not teaches
+
+
+def fold(cell):
+    jupyter, tag, view = FOLDED
+    cell.metadata["jupyter"] = cell.metadata.get("jupyter", {}) | jupyter
+    tags = cell.metadata.get("tags", [])
+    cell.metadata["tags"] = tags if tag in tags else [*tags, tag]
+    cell.metadata["cellView"] = view
+
+
+def linked(text, chapters):
+    """Markdown in which "chapter 04" is a link, outside headings, code and links.
+
+    chapters: {"04": "04_lora.ipynb"}."""
+
+    def link(match):
+        words = match[0]
+        if len(re.findall(r"\d\d", words)) == 1:
+            target = chapters.get(words[-2:])
+            return f"[{words}]({target})" if target else words
+        return re.sub(
+            r"\d\d",
+            lambda n: f"[{n[0]}]({chapters[n[0]]})" if n[0] in chapters else n[0],
+            words,
+        )
+
+    def outside(part):
+        # HTML holds no Markdown: <summary>
+        lines = part.split("\n")
+        return "\n".join(
+            line if line.lstrip().startswith("<") else MENTION.sub(link, line)
+            for line in lines
+        )
+
+    parts, at = [], 0
+    for match in UNTOUCHED.finditer(text):
+        parts += [outside(text[at : match.start()]), match[0]]
+        at = match.end()
+    return "".join([*parts, outside(text[at:])])
+
+
+def title(notebook):
+    """ "04 LoRA: the BA decomposition"."""
+    return notebook.cells[0].source.splitlines()[0].lstrip("# ")
+
+
+def beside(path):
+    """The chapters before and after this one: paths or None."""
+    chapters = sorted(path.parent.glob("[0-9][0-9]_*.ipynb"))
+    place = chapters.index(path)
+    before = chapters[place - 1] if place else None
+    return before, chapters[place + 1] if place + 1 < len(chapters) else None
+
+
+def navigation(path):
+    """The last cell: the chapter before, the list of all, the chapter after."""
+
+    def named(other):
+        return f"[{title(nbformat.read(other, as_version=4))}]({other.name})"
+
+    before, after = beside(path)
+    parts = [
+        f"← {named(before)}" if before else "",
+        "[All chapters](README.md)",
+        f"{named(after)} →" if after else "",
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def install_source(address):
+    fetch = FETCH.format(address=address) if address else NOT_THERE
+    return INSTALL.format(fetch=fetch)
+
+
+def lay_out(notebook, path):
+    """Give a chapter its links, folds, install cell and navigation, in place.
+
+    path: where it lies, among the other chapters. A cell that is added is counted as
+    executed, as it does nothing where the course is installed."""
+    path = Path(path)
+    chapters = {p.name[:2]: p.name for p in path.parent.glob("[0-9][0-9]_*.ipynb")}
+    chapters.pop(path.name[:2], None)
+    kept = [
+        cell for cell in notebook.cells if role(cell) not in ("install", "navigation")
+    ]
+    for cell in kept:
+        if cell.cell_type == "markdown":
+            cell.source = linked(cell.source, chapters)
+        elif cell.cell_type == "code" and (
+            role(cell) == "solution" or is_plumbing(cell)
+        ):
+            fold(cell)
+    install = nbformat.v4.new_code_cell(install_source(address()), id="install")
+    install.metadata = {"minipeft": {"role": "install"}}
+    fold(install)
+    last = nbformat.v4.new_markdown_cell(navigation(path), id="navigation")
+    last.metadata = {"minipeft": {"role": "navigation"}}
+    notebook.cells = [kept[0], install, *kept[1:], last]
+    if any(cell.get("execution_count") for cell in kept):
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        for count, cell in enumerate(code, 1):
+            cell.execution_count = count
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = count
+
+
+def main(names):
+    for name in names:
+        notebook = nbformat.read(name, as_version=4)
+        before = nbformat.writes(notebook)
+        lay_out(notebook, Path(name).resolve())
+        after = nbformat.writes(notebook)
+        if after != before:
+            write_text(Path(name), after + "\n")
+            print(f"{name}: laid out")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,176 @@
+"""What every chapter has alike, whatever program opens it."""
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from minipeft.course import layout
+from minipeft.course.layout import install_source, lay_out, linked, role
+
+ROOT = Path(__file__).parents[1]
+CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
+NAMES = {"04": "04_lora.ipynb", "05": "05_lora_in_practice.ipynb", "09": "09_nf4.ipynb"}
+
+
+@pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem, scope="module")
+def pair(request):
+    """A chapter as it is, and laid out."""
+    before = nbformat.read(request.param, as_version=4)
+    after = copy.deepcopy(before)
+    lay_out(after, request.param)
+    return before, after, request.param
+
+
+class TestChapters:
+    """All chapters, laid out in memory."""
+
+    def test_a_second_time_changes_nothing(self, pair):
+        _, after, path = pair
+        again = copy.deepcopy(after)
+        lay_out(again, path)
+        assert nbformat.writes(again) == nbformat.writes(after)
+        nbformat.validate(after)
+
+    def test_code_and_outputs_stay(self, pair):
+        before, after, _ = pair
+
+        def of_the_chapter(notebook):
+            return [
+                (
+                    cell.source,
+                    json.dumps([o.get("data", o.get("text")) for o in outputs]),
+                )
+                for cell in notebook.cells
+                if role(cell) != "install"
+                and (outputs := cell.get("outputs", [])) is not None
+                and cell.cell_type == "code"
+            ]
+
+        assert of_the_chapter(before) == of_the_chapter(after)
+        counts = [c.execution_count for c in after.cells if c.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))
+
+    def test_solutions_are_folded_for_every_reader(self, pair):
+        _, after, _ = pair
+        solutions = [cell for cell in after.cells if role(cell) == "solution"]
+        assert solutions
+        for cell in solutions:
+            assert cell.metadata["jupyter"]["source_hidden"] is True
+            assert "hide-input" in cell.metadata["tags"]
+            assert cell.metadata["cellView"] == "form"
+
+    def test_links_lead_to_chapters_and_on_and_back(self, pair):
+        _, after, path = pair
+        place = CHAPTERS.index(path)
+        last = after.cells[-1]
+        assert role(last) == "navigation" and "(README.md)" in last.source
+        for other in CHAPTERS:
+            near = other in CHAPTERS[max(0, place - 1) : place + 2] and other != path
+            assert (f"({other.name})" in last.source) == near
+
+    def test_the_second_cell_installs(self, pair):
+        _, after, _ = pair
+        assert role(after.cells[1]) == "install"
+        assert [role(cell) for cell in after.cells].count("install") == 1
+
+
+class TestLinks:
+    """Mentions become links, where Markdown can hold one."""
+
+    @pytest.mark.parametrize(
+        "text, expected",
+        [
+            ("see chapter 04.", "see [chapter 04](04_lora.ipynb)."),
+            ("Chapter 09", "[Chapter 09](09_nf4.ipynb)"),
+            (
+                "chapters 04 and 09",
+                "chapters [04](04_lora.ipynb) and [09](09_nf4.ipynb)",
+            ),
+            (
+                "chapters 04, 05 and 77",
+                "chapters [04](04_lora.ipynb), [05](05_lora_in_practice.ipynb) and 77",
+            ),
+            ("chapter 77", "chapter 77"),
+            ("chapter 041", "chapter 041"),
+            ("# From chapter 04\\nchapter 4", "# From chapter 04\\nchapter 4"),
+            ("`chapter 04` $chapter 04$", "`chapter 04` $chapter 04$"),
+            ("[chapter 04](04_lora.ipynb)", "[chapter 04](04_lora.ipynb)"),
+            ("```\\nchapter 04\\n```", "```\\nchapter 04\\n```"),
+            (
+                "<details><summary>chapter 04?</summary>\\n\\nIn chapter 04.",
+                "<details><summary>chapter 04?</summary>\\n\\nIn [chapter 04]"
+                "(04_lora.ipynb).",
+            ),
+        ],
+    )
+    def test_mentions(self, text, expected):
+        text, expected = text.replace("\\n", "\n"), expected.replace("\\n", "\n")
+        assert linked(text, NAMES) == expected
+        assert linked(expected, NAMES) == expected
+
+
+class TestInstall:
+    """The cell that installs the course where it is absent."""
+
+    def test_nothing_happens_where_it_is_there(self, monkeypatch):
+        monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("ran"))
+        exec(install_source(""), {})
+
+    @pytest.fixture
+    def absent(self, monkeypatch, tmp_path):
+        ran = []
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "minipeft" else 1
+        )
+        monkeypatch.setattr(subprocess, "run", lambda cmd, check: ran.append(cmd))
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        (tmp_path / "chapters").mkdir()
+        monkeypatch.chdir(tmp_path / "chapters")
+        return tmp_path, ran
+
+    def test_in_the_repository_it_installs_that(self, absent):
+        root, ran = absent
+        (root / "pyproject.toml").touch()
+        exec(install_source("https://example.org/x"), {})
+        (pip,) = ran
+        assert pip[-1] == f"{root}[course,quant]" and str(root) in sys.path
+
+    def test_alone_it_fetches_the_course(self, absent):
+        root, ran = absent
+        course = root / "chapters" / "minipeft-course"
+        (course / "chapters").mkdir(parents=True)
+        exec(install_source("https://example.org/x"), {})
+        clone, pip = ran
+        assert clone[-2:] == ["https://example.org/x", str(course)]
+        assert pip[-1] == f"{course}[course,quant]"
+        assert Path.cwd() == course / "chapters"
+
+    def test_alone_and_without_an_address_it_says_so(self, absent):
+        with pytest.raises(RuntimeError, match="folder of the whole course"):
+            exec(install_source(""), {})
+
+    def test_the_address_is_the_projects(self, tmp_path):
+        assert layout.address(tmp_path) == ""
+        file = tmp_path / "pyproject.toml"
+        file.write_text("[project]\nname = 'x'\n")
+        assert layout.address(tmp_path) == ""
+        file.write_text("[project.urls]\nRepository = 'https://example.org/x'\n")
+        assert layout.address(tmp_path) == "https://example.org/x"
+
+
+def test_files_are_laid_out(tmp_path, capsys):
+    """The command changes a file once."""
+    folder = tmp_path / "chapters"
+    folder.mkdir()
+    path = folder / CHAPTERS[0].name
+    path.write_bytes(CHAPTERS[0].read_bytes())
+    layout.main([path])
+    first = path.read_bytes()
+    layout.main([path])
+    assert path.read_bytes() == first
