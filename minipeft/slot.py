@@ -242,13 +242,24 @@ class Slot(nn.Module):
                 self.merged.append(name)
 
     def unmerge(self):
-        """Put back the very parameters from before merging: no rounding error."""
+        """Put back the very parameters from before merging: no rounding error. Where
+        the layer was moved or cast since, so are they."""
         for module, parameters, buffers in self.unmerged_params:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+            for before, now in (
+                (parameters, module._parameters),
+                (buffers, module._buffers),
+            ):
+                for name, tensor in before.items():
+                    follow(tensor, now.get(name))
+                now.update(before)
         self.merged = []
         self.unmerged_params = []
         self.quant_error = []
+
+    def _apply(self, fn, recurse=True):  # .to(), .half() ..., of a part of the model
+        for module in self.shared.values():
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def get_base_layer(self):
         return self.base_layer
@@ -363,6 +374,16 @@ MIXED_CACHES = (
     "adapters around the model have caches of different lengths: generate for one at a"
     " time"
 )
+
+
+def follow(tensor, other):
+    """Move `tensor` to the device of `other`, and cast it to its dtype, in place."""
+    if tensor is None or other is None or other.is_meta:
+        return
+    cast = tensor.is_floating_point() and other.is_floating_point()
+    dtype = other.dtype if cast else tensor.dtype
+    if (tensor.device, tensor.dtype) != (other.device, dtype):
+        tensor.data = tensor.data.to(other.device, dtype)
 
 
 class ActiveAdapters:

@@ -365,6 +365,13 @@ class TestDamagedFiles:
             ("tie_word_embeddings", "yes"),
             ("attention_bias", 2),
             ("eos_token_id", ["</s>"]),
+            ("eos_token_id", SIZES["vocab_size"]),
+            ("eos_token_id", [2, 10**12]),
+            ("eos_token_id", -1),
+            ("bos_token_id", 50256),
+            ("bos_token_id", True),
+            ("pad_token_id", -2),
+            ("pad_token_id", SIZES["vocab_size"]),
             ("model_type", ["llama"]),
             ("hidden_act", {}),
             ("quantization_config", "nf4"),
@@ -377,6 +384,17 @@ class TestDamagedFiles:
             ModelFileError, match=f"config.json: .*({field[-8:]}|rope_scaling)"
         ):
             load_pretrained(tiny)
+
+    @pytest.mark.parametrize("pad", [-1, None, 0, SIZES["vocab_size"] - 1])
+    def test_padding_as_in_old_files(self, tiny, pad):
+        """-1 in those of LLaMA-1; what has ended is filled up with the end token."""
+        edit(tiny, pad_token_id=pad)
+        model = load_pretrained(tiny)
+        ids = torch.tensor([[3, 4], [5, 9]])
+        one, other = model.generate(ids, max_new_tokens=1)[:, -1].tolist()
+        assert one != other
+        rows = model.generate(ids, max_new_tokens=3, eos_token_id=one)
+        assert rows[0, 2:].tolist() == [one] + 2 * [one if pad in (-1, None) else pad]
 
     @pytest.mark.parametrize(
         "content", [b"", b"[" * 100_000, b"null", b"\xff\xfe\x00", b'{"a": 1'[:-1]]

@@ -8,7 +8,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from bases import BASES, close, differ, inputs, run, shake
+from bases import BASES, CASES, adapted, close, differ, inputs, run, shake
 from torch import nn
 
 import minipeft
@@ -267,6 +267,26 @@ class TestMergedAndActive:
         for key, value in model.unload().state_dict().items():
             assert value.dtype == expected[key].dtype
             assert torch.equal(value, expected[key])
+
+    @pytest.mark.parametrize("move", [lambda m: m.double(), lambda m: m.bfloat16()])
+    @pytest.mark.parametrize("part", ["base_model", "get_base_model"])
+    @pytest.mark.parametrize(
+        "method, base", [case for case in CASES if case[0].mergeable]
+    )
+    @pytest.mark.filterwarnings("ignore:rounding")
+    def test_a_part_of_a_model_that_is_moved(self, method, base, part, move):
+        """What adapters share, and the old weights of merged layers, are moved too."""
+        models = [adapted(method, base) for _ in range(2)]
+        models[0].merge_adapter(lossy=True)
+        for model in models:
+            move(model.base_model if part == "base_model" else model.get_base_model())
+        models[0].unmerge_adapter()
+        found, expected = (model.state_dict() for model in models)
+        assert {key: value.dtype for key, value in found.items()} == {
+            key: value.dtype for key, value in expected.items()
+        }
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+        assert torch.equal(run(models[0]), run(models[1]))
 
     def test_a_deep_copy_of_a_merged_model(self):
         model = pair("subspace around lora")

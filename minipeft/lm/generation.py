@@ -327,7 +327,7 @@ def generate_ids(
     ends = eos_ids(model) if ends is None else set(ends)
     if pad_token_id is None:
         pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
-    if pad_token_id is None:
+    if pad_token_id in (None, -1):  # -1: LLaMA-1's files
         pad_token_id = min(ends, default=0)
     columns = []
     for new in decode(

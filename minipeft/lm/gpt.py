@@ -111,9 +111,13 @@ class GPTConfig:
             check_choice(name, getattr(self, name), (True, False))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
+            least = -1 if name == "pad_token_id" else 0  # LLaMA-1's files have pad -1
+            most = self.vocab_size - 1
             for token in ids if isinstance(ids, list) else [ids]:
                 if token is not None:
-                    check_number(name, token, whole=True)
+                    check_number(
+                        name, token, whole=True, least=least, most=most, also=", or null"
+                    )
 
     def _fill_heads(self):
         heads = self.num_attention_heads
