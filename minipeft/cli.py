@@ -17,10 +17,13 @@ import warnings
 from pathlib import Path
 
 from . import cli_options
-from .io import make_folder, replacing, write_text
+from .io import check_file, make_folder, replacing, write_text
+from .model_card import CARD, is_ours
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CURVES = ("loss.csv", "loss.png")
 VALIDATION_EXAMPLES = 100  # a look at more costs more than it tells
 LORA_PLUS_RATIO = 4
 
@@ -74,6 +77,8 @@ def run_folder(out, full, restart, *inputs):
     unfinished = (out / "training" / "latest.safetensors").exists()
     if not unfinished and not (out / "loss.csv").exists():
         return new_folder(str(out))
+    own = (*MODEL_FILES, *TOKENIZER_FILES) if full else (*ADAPTER_FILES, CARD)
+    check_places(out, *own, *CURVES)
     other = ADAPTER_FILES if full else MODEL_FILES
     if found := [name for name in other if (out / name).exists()]:
         what = "an adapter" if full else "a whole model"
@@ -89,17 +94,27 @@ def run_folder(out, full, restart, *inputs):
     return out
 
 
+def check_places(out, *names):
+    """UserError where a file of the result could not be put: a folder is there."""
+    for name in names:
+        if (out / name).exists():
+            check_file(out / name, UserError)
+
+
 @contextlib.contextmanager
 def all_or_nothing(out):
-    """A hidden folder within `out`. When the block ends, its files move to `out`; when
-    it fails, nothing is left."""
+    """A hidden folder within `out`. When the block ends, its files move to `out`, but
+    for a model card where there is one of the user's; when it fails, nothing is
+    left."""
     existed = out.exists()
     make_folder(out)
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=out) as part:
             yield Path(part)
             for file in Path(part).iterdir():
-                os.replace(file, out / file.name)
+                place = out / file.name
+                if file.name != CARD or not place.exists() or is_ours(place):
+                    os.replace(file, place)
     except BaseException:
         if not existed:
             with contextlib.suppress(OSError):
@@ -447,6 +462,7 @@ def pretrain(args):
     out = free_folder(args.out)
     if not (out / "run").is_dir() and not (out / "history.json").exists():
         new_folder(args.out)
+    check_places(out, *MODEL_FILES, *TOKENIZER_FILES, "history.json")
     make_folder(out, UserError)
     _, _, history = run(out, args.steps, args.seed, args.lr)
     print(history)

@@ -2,17 +2,22 @@
 it."""
 
 from .errors import AdapterFileError
-from .io import read_text
+from .io import read_bytes
 
 CARD = "README.md"
 OURS = "<!-- written by minipeft: remove this line to keep changes of your own -->"
+
+
+def is_ours(file):
+    """True for a card that this package wrote. Raises AdapterFileError."""
+    return OURS.encode() in read_bytes(file, AdapterFileError)
 
 
 def model_card(config, tensors, folder):
     """The card's text: base, method, parameters, how to load it. None where the folder
     has a card that somebody else has written."""
     file = folder / CARD
-    if file.exists() and OURS not in read_text(file, AdapterFileError):
+    if file.exists() and not is_ours(file):
         return None
     base = config.base_model_name_or_path
     method = type(config).__name__.removesuffix("Config")

@@ -24,6 +24,7 @@ from minipeft import PeftModel, cli, cli_options, doctor
 from minipeft.cli import main
 from minipeft.cli_methods import ALIASES, KNOWN, find_method, make_config, parse_fields
 from minipeft.config import METHODS
+from minipeft.errors import FileError
 from minipeft.lm import data, load_pretrained
 from minipeft.lm.gpt import GPT, GPTConfig
 from minipeft.lm.tokenizer import train_tokenizer
@@ -520,6 +521,16 @@ class TestFolders:
             assert code == 1 and "would lie beside the result" in err
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
+    @pytest.mark.parametrize("text", [b"My own words.", b"caf\xe9", b""])
+    def test_a_card_of_ones_own_in_a_runs_folder(
+        self, base, mine, adapter, capsys, text
+    ):
+        """It stays, also where the run is made again."""
+        assert "written by minipeft" in (adapter / "README.md").read_text()
+        (adapter / "README.md").write_bytes(text)
+        assert run(capsys, *tune(base, mine, adapter, "--restart"))[0] == 0
+        assert (adapter / "README.md").read_bytes() == text
+
     def test_a_hidden_file_is_nobodys(self, base, mine, tmp_path, capsys):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / ".DS_Store").touch()
@@ -542,6 +553,48 @@ class TestWhatWouldFailLater:
     def test_where_nothing_can_be_written(self, base, mine, capsys, place):
         code, _, err = run(capsys, *tune(base, mine, place))
         assert code == 1 and len(err.splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        "method, name",
+        [
+            ("lora", "README.md"),
+            ("lora", "adapter_config.json"),
+            ("dora", "adapter_model.safetensors"),
+            ("ia3", "loss.png"),
+            ("full", "config.json"),
+            ("full", "model.safetensors"),
+            ("full", "tokenizer.json"),
+            ("pretrain", "model.safetensors"),
+            ("pretrain", "tokenizer_config.json"),
+        ],
+    )
+    def test_a_folder_in_the_place_of_a_file(
+        self, base, mine, tmp_path, capsys, method, name
+    ):
+        out = tmp_path / "out"
+        for folder in ("run", name):
+            (out / folder).mkdir(parents=True)
+        (out / "loss.csv").touch()
+        argv = tune(base, mine, out, "--method", method, "--restart")
+        if method == "pretrain":
+            argv = ["pretrain", "--out", out]
+        code, _, err = run(capsys, *argv)
+        assert code == 1 and f"{out / name} is a folder; expected a file" in err
+
+    @pytest.mark.parametrize("name", ["latest", "best"])
+    @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+    def test_a_checkpoint_that_cannot_be_replaced(
+        self, tmp_path, monkeypatch, name, make
+    ):
+        monkeypatch.undo()
+        from minipeft.lm import train
+
+        make(tmp_path / f"{name}.safetensors")
+        model = GPT(GPTConfig(vocab_size=9, num_hidden_layers=1, hidden_size=8))
+        rows = types.SimpleNamespace(batch=lambda step: 1 / 0)  # no step is done
+        for resume in (True, False):
+            with pytest.raises(FileError, match=f"{name}.safetensors is a"):
+                train(model, rows, steps=2, lr=1, folder=tmp_path, resume=resume)
 
     def test_no_permission(self, base, mine, tmp_path, capsys, monkeypatch):
         def refuse(self, *args, **options):

@@ -116,7 +116,12 @@ class GPTConfig:
             for token in ids if isinstance(ids, list) else [ids]:
                 if token is not None:
                     check_number(
-                        name, token, whole=True, least=least, most=most, also=", or null"
+                        name,
+                        token,
+                        whole=True,
+                        least=least,
+                        most=most,
+                        also=", or null",
                     )
 
     def _fill_heads(self):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..io import check_choice, check_number, locked, remove_parts
+from ..io import check_choice, check_file, check_number, locked, remove_parts
 from ..quant import AdamW8bit, PagedAdamW
 from .checkpoint import load_checkpoint, read_metadata, save_checkpoint, trained_tensors
 from .data import Batches, check_ids, check_lengths, max_tokens
@@ -397,7 +397,10 @@ class Run:
         self.folder = folder
         self.latest = folder / "latest.safetensors"
         for name in ("latest", "best"):
-            remove_parts(folder / f"{name}.safetensors")
+            file = folder / f"{name}.safetensors"
+            remove_parts(file)
+            if file.exists():
+                check_file(file)
         self.settings = as_json(self.settings | self.facts())
         if resume and self.latest.exists():
             check_settings(self.latest, self.settings)
