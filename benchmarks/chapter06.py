@@ -26,7 +26,7 @@ import minipeft
 from minipeft import get_peft_model
 from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
-from minipeft.methods.adalora import RankAllocator
+from minipeft.methods.rank_allocator import RankAllocator
 
 STEPS, WARMUP, BATCH, SEEDS = 100, 10, 16, (0, 1, 2)
 LADDER = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)

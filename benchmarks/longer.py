@@ -48,7 +48,7 @@ from minipeft import (
 from minipeft.lm import evaluate, load_pretrained, load_tokenizer, train
 from minipeft.lm.data import Batches
 from minipeft.lm.evaluation import completion_loss
-from minipeft.methods.adalora import RankAllocator
+from minipeft.methods.rank_allocator import RankAllocator
 
 SEEDS, BATCH, VALID, TEST = (0, 1, 2), 16, 128, 300
 LADDER = tuple(

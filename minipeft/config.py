@@ -37,8 +37,10 @@ class PeftConfig(metaclass=ConfigType):
     """
 
     peft_type: ClassVar[str] = ""
-    # True: in training, each adapter's `regularization_loss()` is added to the loss
+    # True: in training, `regularization_loss(adapters)` is added to the model's loss
     regularized: ClassVar[bool] = False
+    # True for an adapter that is loaded: what a start needs is not looked up
+    from_checkpoint: ClassVar[bool] = False
     # one of TASK_HEADS; the new head of a classifier is trained and saved whole
     task_type: str | None = None
     base_model_name_or_path: str | None = None  # noted in files
@@ -65,12 +67,16 @@ class PeftConfig(metaclass=ConfigType):
                 raise ConfigError(
                     f"{field.name} = {io.brief(value)}: expected {expected}"
                 )
-        if self.task_type not in (None, *TASK_HEADS):
-            raise ConfigError(
-                f"unknown task_type {io.brief(self.task_type)}"
-                f"{io.did_you_mean(self.task_type, TASK_HEADS)}; expected one of"
-                f" {', '.join(TASK_HEADS)}"
-            )
+        self.check_choice("task_type", (None, *TASK_HEADS))
+
+    # ---- checks of fields: ConfigError names the field, its value, what is valid ----
+
+    def check_choice(self, field, valid):
+        io.check_choice(field, getattr(self, field), valid, ConfigError)
+
+    def check_number(self, field, **bounds):
+        """bounds: as in io.check_number."""
+        io.check_number(field, getattr(self, field), **bounds, error=ConfigError)
 
     def check_positive(self, *fields, **values):
         """ConfigError unless these fields, or values given by name, are positive
@@ -110,6 +116,15 @@ class PeftConfig(metaclass=ConfigType):
     def create_shared(self, bases):
         """An nn.Module that all adapters of this name share, from {path: Base}, or
         None."""
+
+    def noted(self, adapters):
+        """This configuration, or a copy that notes what a file has to say about the
+        adapters just created."""
+        return self
+
+    def regularization_loss(self, adapters):
+        """From all adapters of this name."""
+        raise NotImplementedError
 
     def on_load(self):
         """Called on a configuration from a file. Raises ConfigError where the adapter

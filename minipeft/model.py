@@ -19,8 +19,9 @@ from .config import as_config
 from .errors import ConfigError, TargetError
 from .io import brief, did_you_mean
 from .methods import lora_init
-from .methods.adalora import AdaLoraConfig, RankAllocator
+from .methods.adalora import AdaLoraConfig
 from .methods.modules_to_save import ModuleCopy
+from .methods.rank_allocator import RankAllocator
 from .recognized import recognize
 from .slot import ActiveAdapters, AdapterNameError, Base, ModelSlot, RowAdapters, Slot
 from .weights import device_and_dtype, logical_numel, undo_bnb_cpu_repacking
@@ -127,12 +128,10 @@ class PeftModel(nn.Module):
             and getattr(output, "loss", None) is not None
         ):
             for name in self.active_adapters:
-                if self.peft_config[name].regularized:
-                    output.loss = output.loss + sum(
-                        part.regularization_loss()
-                        for part in self._adapters_by_path(name).values()
-                        if hasattr(part, "regularization_loss")
-                    )
+                config = self.peft_config[name]
+                if config.regularized:
+                    adapters = self._adapters_by_path(name).values()
+                    output.loss = output.loss + config.regularization_loss(adapters)
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
@@ -277,7 +276,7 @@ class PeftModel(nn.Module):
             for adapter in adapters.values():
                 adapter.requires_grad_(False)
             self._put_in(name, adapters, slots, sites)
-            self.peft_config[name] = config
+            self.peft_config[name] = config.noted(adapters.values())
         if isinstance(config, AdaLoraConfig):  # PEFT's scripts call it there
             self.base_model.update_and_allocate = self.update_and_allocate
 

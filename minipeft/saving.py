@@ -15,7 +15,7 @@ import torch
 from . import io, targets
 from .config import CONFIG, PeftConfig, as_config, resolve_folder
 from .errors import AdapterFileError, ConfigError
-from .methods import lora_init
+from .methods.lora_conversion import as_lora
 from .model_card import CARD, model_card
 from .slot import Adapter
 
@@ -144,7 +144,7 @@ def file_content(model, name, initial=None, state_dict=None, embeddings="auto"):
         adapters = filled_copies(model, adapters, state_dict)
     tensors = {k: whole(t) for k, t in adapter_state_dict(adapters).items()}
     if initial is not None:
-        config, tensors = lora_init.as_lora(config, tensors, load(initial)[1])
+        config, tensors = as_lora(config, tensors, load(initial)[1])
     for path in embeddings_to_save(model, config, embeddings):
         module = targets.modules_by_path(model.base_model)[path]
         slotted = "base_layer." if is_slotted(model, path) else ""
@@ -246,6 +246,7 @@ def prepare_load(folder, model, is_trainable=False, config=None, **hub):
     `model`. config: used in place of the folder's."""
     config = None if config is None else copy.deepcopy(as_config(config))
     config, tensors = load(folder, config, **hub)
+    config.from_checkpoint = True
     config.on_load()
     config.inference_mode = not is_trainable
     config.drop_missing_targets(model)

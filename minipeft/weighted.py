@@ -27,7 +27,7 @@ import torch
 from . import io
 from .config import ConfigError
 from .methods.ia3 import IA3Config
-from .methods.lora import LoraConfig
+from .methods.lora_config import LoraConfig
 from .methods.modules_to_save import ModuleCopy
 from .saving import tensor_key
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import minipeft
 from minipeft import AdaLoraConfig, ConfigError, PeftModel, TargetError, get_peft_model
-from minipeft.methods.adalora import AdaLora, RankAllocator
+from minipeft.methods.adalora import AdaLora
+from minipeft.methods.rank_allocator import RankAllocator
 
 HF, LLAMA, METHOD = BASES["hf_llama"], BASES["llama"], METHODS["adalora"]
 FIELDS = dict(
@@ -155,7 +156,7 @@ class TestFilesAndConfig:
                 dict(tinit=5, tfinal=4, total_step=9),
                 r"tinit \+ tfinal = 5 \+ 4 leaves none of the total_step = 9",
             ),
-            (dict(tinit=-1, total_step=9), "leaves none"),
+            (dict(tinit=-1, total_step=9), "tinit = -1: expected a number at least 0"),
             (dict(), "total_step = None"),
             (dict(total_step=0), "total_step = 0"),
             (dict(total_step=9, init_r=0), "init_r = 0"),
@@ -166,7 +167,7 @@ class TestFilesAndConfig:
             (dict(total_step=9, orth_reg_weight=-1), "orth_reg_weight = -1"),
             (dict(total_step=9, use_dora=True), "no use_dora"),
             (dict(total_step=9, use_rslora=True), "no use_rslora"),
-            (dict(total_step=9, init_lora_weights="gaussian"), "only True and False"),
+            (dict(total_step=9, init_lora_weights="gaussian"), "one of True, False"),
             (dict(total_step=9, lora_dropout=1), "lora_dropout = 1"),
         ],
     )

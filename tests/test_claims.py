@@ -84,7 +84,7 @@ class TestCards:
 
     def test_wrong_arguments_are_named(self):
         name = next(iter(CLAIMS))
-        with pytest.raises(ValueError, match=f"nearest: '{name}'"):
+        with pytest.raises(ValueError, match=f"did you mean '{name}'"):
             claim(name + "x", "4", True)
         with pytest.raises(ValueError, match="DEPENDS must say on what"):
             claim(name, "so so", "DEPENDS")

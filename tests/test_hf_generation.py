@@ -20,7 +20,7 @@ from minipeft import (
     TargetError,
     get_peft_model,
 )
-from minipeft.methods.virtual import cache_length, cache_name
+from minipeft.methods.kv_cache import cache_length, cache_name
 
 VOCABULARY, WIDTH, HEADS, LAYERS, NEW = 40, 16, 4, 2, 4
 # a text that begins with padding, and one that does not

@@ -8,7 +8,7 @@ from torch import nn
 
 import minipeft
 from minipeft import LoraConfig, PeftModel, get_peft_model
-from minipeft.methods.lora_init import fake_quantize, loftq_factors
+from minipeft.methods.loftq import fake_quantize, loftq_factors
 from minipeft.quant import Linear4bit, dequantize_nf4, quantize_model, quantize_nf4
 from minipeft.weights import read_weight
 
@@ -121,10 +121,15 @@ class TestLoftq:
         close(run(model), run(quantize_model(BASES["llama"].make())))
 
     @pytest.mark.parametrize(
-        "wrong", [{"loftq_bits": 5}, {"loftq_iter": 0}, {"bits": 4}]
+        "wrong, message",
+        [
+            ({"loftq_bits": 5}, "unknown loftq_bits 5; expected one of 2, 3, 4, 8"),
+            ({"loftq_iter": 0}, "loftq_iter = 0: expected a whole number at least 1"),
+            ({"bits": 4}, "field of loftq_config 'bits'; expected one of loftq_bits"),
+        ],
     )
-    def test_wrong_settings(self, wrong):
-        with pytest.raises(minipeft.ConfigError, match="loftq_bits 2, 3, 4 or 8"):
+    def test_wrong_settings(self, wrong, message):
+        with pytest.raises(minipeft.ConfigError, match=message):
             get_peft_model(
                 BASES["llama"].make(),
                 LoraConfig(

@@ -330,7 +330,7 @@ class TestObjects:
         model = get_peft_model(BASE.make(), METHODS["adalora"].ours(BASE)).train()
         other = copy.deepcopy(model)
         assert other.base_model.update_and_allocate.__self__ is other
-        from minipeft.methods.adalora import RankAllocator
+        from minipeft.methods.rank_allocator import RankAllocator
 
         allocator = RankAllocator(other)
         for step in range(1, 11):

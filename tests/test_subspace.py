@@ -15,7 +15,7 @@ from torch import nn
 
 from minipeft import ConfigError, PeftModel, SubspaceConfig, TargetError, get_peft_model
 from minipeft.methods.projections import PROJECTIONS, Dense, hadamard
-from minipeft.methods.subspace import param_locations
+from minipeft.methods.subspace import param_locations, shifted_params
 
 kinds = pytest.mark.parametrize("kind", PROJECTIONS)
 
@@ -159,8 +159,8 @@ class TestSubspace:
         ]
         for i, ((_, moved), (_, by_one), p) in enumerate(
             zip(
-                aware.shifted_params(base.make()),
-                plain.shifted_params(base.make()),
+                shifted_params(base.make(), aware.steps()),
+                shifted_params(base.make(), plain.steps()),
                 old,
             )
         ):
@@ -237,7 +237,7 @@ class TestSubspace:
                 SubspaceConfig(d=wrong)
         with pytest.raises(
             ConfigError,
-            match="unknown projection 'fastfud' .nearest: 'fastfood'.; valid: 'dense'",
+            match="unknown projection 'fastfud' .did you mean 'fastfood'..; expected one of dense",
         ):
             SubspaceConfig(projection="fastfud")
         for config, says in (

@@ -21,7 +21,7 @@ from minipeft import (
     get_peft_model,
 )
 from minipeft.lm.generation import generate_ids
-from minipeft.methods.virtual import cache_name
+from minipeft.methods.kv_cache import cache_name
 
 N = 3
 KINDS = {  # (the configuration's name, its fields)
@@ -383,7 +383,7 @@ class TestSeveralAdapters:
         ]
         past = None
         if pairs:
-            from minipeft.methods.prefix import extend_cache
+            from minipeft.methods.kv_cache import extend_cache
 
             pairs = [[torch.cat(kv, 2) for kv in zip(*layer)] for layer in zip(*pairs)]
             past = extend_cache(None, pairs, model.get_base_model())

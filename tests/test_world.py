@@ -336,11 +336,11 @@ class TestGrammar:
             ("- {A} sat down.", r"t\.txt:2: \{A\}: 'A' is not declared"),
             (
                 "people: A\n- {A.hee} sat.",
-                r"t\.txt:3: \{A\.hee\}: no such form; try \{A\.he\}",
+                r"t\.txt:3: \{A\.hee\}: no form 'hee' \(did you mean 'he'\?\)",
             ),
             (
                 "people: A(bakker)\n- {A} sat.",
-                r"t\.txt:2: people: no 'bakker'; try \['baker'",
+                r"t\.txt:2: people: unknown 'bakker' \(did you mean 'baker'\?\)",
             ),
             ("people: A\n- {A} [sat|stood.", r"t\.txt:3: '\[' is never closed"),
             ("people: A\n- {A} sat] down.", r"t\.txt:3: a stray '\]'"),

@@ -1,11 +1,12 @@
 """Claims that circulate about PEFT: quoted from claims.json, computed and judged."""
 
-import difflib
 import functools
 import json
 from pathlib import Path
 
 from IPython.display import Markdown
+
+from ..io import did_you_mean
 
 SIGNS = {
     "RIGHT": "✅ RIGHT",
@@ -51,9 +52,10 @@ def claim(name: str, computed: str, verdict: bool | str, why: str = "") -> Markd
     """
     claims = load_claims()["claims"]
     if name not in claims:
-        near = difflib.get_close_matches(name, claims, n=1)
-        hint = f" (nearest: {near[0]!r})" if near else ""
-        raise ValueError(f"unknown claim {name!r}{hint}; they stand in claims.json")
+        raise ValueError(
+            f"unknown claim {name!r}{did_you_mean(name, claims)}; they stand in"
+            " claims.json"
+        )
     if isinstance(verdict, bool):
         verdict = "RIGHT" if verdict else "WRONG"
     if verdict not in SIGNS:

@@ -6,13 +6,13 @@ and what is wrong. A skeleton is a head (people, things, places, picks, what hol
 the end), lines of text and questions with answers.
 """
 
-import difflib
 import random
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..io import did_you_mean
 from . import words
 from .register import Person, register, strangers_names
 from .words import PRONOUNS, cap, with_article
@@ -298,12 +298,10 @@ def compiled(text, known, fail):
                     f" {', '.join(sorted(known)) or 'nothing'}"
                 )
             if attribute not in known[name]:
-                near = difflib.get_close_matches(attribute, known[name], 1) or sorted(
-                    filter(None, known[name])
-                )
+                forms = sorted(filter(None, known[name]))
                 fail(
-                    f"{token}: no such form; try"
-                    f" {', '.join(f'{{{name}.{form}}}' for form in near)}"
+                    f"{token}: no form {attribute!r}{did_you_mean(attribute, forms)};"
+                    f" expected one of {', '.join(forms)}"
                 )
             stack[-1][-1].append(Ref(token[1:-1]))
         else:
@@ -332,8 +330,8 @@ def add_names(current, head, rest, known, fail):
         for word in rule.split():
             if word not in rules:
                 fail(
-                    f"{head}: no '{word}'; try"
-                    f" {(difflib.get_close_matches(word, rules, 1) or rules)}"
+                    f"{head}: unknown {word!r}{did_you_mean(word, rules)}; expected"
+                    f" one of {', '.join(rules)}"
                 )
         getattr(current, head)[letter] = rule
         known[letter] = table

@@ -6,7 +6,6 @@ key, the combination of values that makes it what it is (`meta["key"]`), and the
 hash alone says which split it may be in. A test combines what training never combined.
 """
 
-import difflib
 import functools
 import json
 import os
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from ..io import check_choice
 from . import HERE, SEED, diaries, labels, phrases, queries, scoring, voices, words
 from .register import strangers_names
 
@@ -347,12 +347,7 @@ def _task(name, splits):
 
 
 def _known(name):
-    if name not in TASKS:
-        near = difflib.get_close_matches(str(name), TASKS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"no Lanternwick task {name!r}; there are {', '.join(TASKS)}{hint}"
-        )
+    check_choice("Lanternwick task", name, TASKS)
     return name
 
 

@@ -9,7 +9,7 @@ from .ia3 import IA3Config
 from .layernorm import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
-from .lora import DoraConfig, LoraConfig
+from .lora_config import DoraConfig, LoraConfig
 from .p_tuning import PromptEncoderConfig
 from .prefix import PrefixTuningConfig
 from .prompt import PromptTuningConfig

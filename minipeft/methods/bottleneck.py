@@ -22,7 +22,7 @@ Because of the non-linearity A does not modify a weight, so it cannot be merged.
 Defaults are those of the library `adapters`; Hugging Face PEFT does not have it.
 """
 
-import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,8 +32,15 @@ from torch import nn
 
 from .. import targets, weights
 from ..config import ConfigError, LayerConfig
-from ..errors import TargetError
 from ..slot import Adapter
+from .blocks import (
+    find_blocks,
+    find_sublayers,
+    first,
+    in_out_features,
+    norm_before_feed_forward,
+    with_first,
+)
 
 # placement: (where in the block, reduction factor, non-linearity, scaling)
 PLACEMENTS = {
@@ -80,19 +87,10 @@ class BottleneckConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field, valid in (
-            ("placement", PLACEMENTS),
-            ("non_linearity", ACTIVATIONS),
-            ("init", INITS),
-            ("reads", READS),
-        ):
-            if getattr(self, field) not in (
-                *valid,
-                *([None] if field == "non_linearity" else []),
-            ):
-                raise ConfigError(
-                    f"{field} = {getattr(self, field)!r}; valid: {', '.join(valid)}"
-                )
+        self.check_choice("placement", PLACEMENTS)
+        self.check_choice("non_linearity", (None, *ACTIVATIONS))
+        self.check_choice("init", INITS)
+        self.check_choice("reads", READS)
         if self.reads == "stream" and self.placement == "houlsby":
             raise ConfigError(
                 "reads = 'stream' is for pfeiffer and parallel; houlsby reads the"
@@ -104,15 +102,10 @@ class BottleneckConfig(LayerConfig):
             )
         if self.r is not None:
             self.check_positive("r")
-        if self.reduction_factor is not None and not self.reduction_factor > 0:
-            raise ConfigError(
-                f"reduction_factor = {self.reduction_factor!r}: a positive number is"
-                " expected"
-            )
-        if isinstance(self.scaling, str) and self.scaling != "learned":
-            raise ConfigError(
-                f"scaling = {self.scaling!r}: expected a number or 'learned'"
-            )
+        if self.reduction_factor is not None:
+            self.check_number("reduction_factor", above=0)
+        if self.scaling not in (None, "learned"):
+            self.check_number("scaling", also=", or 'learned'")
 
     def usual_targets(self, model, modules):
         if self.reads == "stream":
@@ -130,77 +123,16 @@ class BottleneckConfig(LayerConfig):
 
     def create(self, base, path):
         _, factor, act, scaling = PLACEMENTS[self.placement]
+        act = self.non_linearity or act
+        scaling = scaling if self.scaling is None else self.scaling
         d_in, d_out = in_out_features(base.module)
-        d = d_in if self.placement == "parallel" else d_out
-        r = self.r or max(1, int(d // (self.reduction_factor or factor)))
         parallel = self.placement == "parallel"
+        d = d_in if parallel else d_out
+        r = self.r or max(1, int(d // (self.reduction_factor or factor)))
         kind = ParallelToBlock if parallel and self.reads == "stream" else Bottleneck
-        adapter = kind(
-            d,
-            r,
-            d_out,
-            parallel,
-            self.non_linearity or act,
-            scaling if self.scaling is None else self.scaling,
-        )
+        adapter = kind(d, r, d_out, parallel, act, scaling)
         adapter.reset_parameters(self.init)
         return adapter
-
-
-def in_out_features(module):
-    """(d_in, d_out) of a linear layer, or of a module that begins and ends with one."""
-    modules = targets.bare_modules(module)
-    linear = [weights.features(m) for m in modules if weights.is_linear(m)]
-    if not linear:
-        raise TargetError(
-            f"{type(module).__name__} has no linear layers, so its width is unknown"
-        )
-    return linear[0][0], linear[-1][1]
-
-
-def find_sublayers(modules, wanted):
-    """The names, for target_modules, of each block's attention and feed-forward, found
-    by structure: children of a block with several linear layers. Feed-forward takes x
-    alone; attention also takes masks, positions and caches. An adapter after attention
-    is put at its last linear layer, which takes one tensor."""
-    names, found = {}, []
-    for path, module in modules.items():
-        block, _, name = path.rpartition(".")
-        stack = modules.get(block.rpartition(".")[0])
-        linear = [
-            p
-            for p in modules
-            if p.startswith(f"{path}.") and weights.is_linear(modules[p])
-        ]
-        if isinstance(stack, nn.ModuleList) and len(linear) > 1:
-            alone = len(inspect.signature(module.forward).parameters) == 1
-            if ("feed-forward" if alone else "attention") in wanted:
-                found.append(path if alone else linear[-1])
-                names[found[-1].removeprefix(f"{block}.")] = None
-    if not found:
-        raise TargetError(
-            "no blocks with attention and feed-forward are found in this model: say"
-            " target_modules"
-        )
-    return list(names) if targets.resolve_targets(modules, names) == found else found
-
-
-def find_blocks(modules):
-    """The paths of the blocks that have a feed-forward part."""
-    parts = targets.resolve_targets(modules, find_sublayers(modules, ("feed-forward",)))
-    return [path.rpartition(".")[0] for path in parts]
-
-
-def norm_before_feed_forward(block):
-    """The second of a block's two norms, below an adapter of its own or not."""
-    parts = [getattr(part, "base_layer", part) for part in block.children()]
-    norms = [part for part in parts if weights.is_norm(part)]
-    if len(norms) != 2:
-        raise TargetError(
-            f"{type(block).__name__} has {len(norms)} norms; a parallel adapter that"
-            " reads the stream expects two, before attention and feed-forward"
-        )
-    return norms[1]
 
 
 class Bottleneck(Adapter):
@@ -229,35 +161,43 @@ class Bottleneck(Adapter):
 
     def forward(self, base, *args, **kwargs):
         output = base(*args, **kwargs)
-        y, *rest = output if isinstance(output, tuple) else [output]
+        y = first(output)
         # Hugging Face calls attention with hidden_states=x
         x = args[0] if args else next(iter(kwargs.values()))
         y = (y + self.correction(x if self.parallel else y)).to(y.dtype)
-        return (y, *rest) if isinstance(output, tuple) else y
+        return with_first(output, y)
 
 
 class ParallelToBlock(Bottleneck):
     """Stands at a whole block, and reads what the norm before feed-forward reads."""
 
     def forward(self, base, *args, **kwargs):
-        stream = []
-        grad = torch.is_grad_enabled()
-
-        def read(norm, inputs):
-            stream.append(inputs[0] if torch.is_grad_enabled() == grad else None)
-
         norm = norm_before_feed_forward(base.module)
-        handle = norm.register_forward_pre_hook(read)
-        try:
+        with recorded_input(norm) as stream:
             output = base(*args, **kwargs)
-        finally:
-            handle.remove()
         if not stream or stream[-1] is None:
             raise RuntimeError(
                 "the residual stream cannot be read: the block's second norm did not"
                 " run, or ran without gradients, as in a reentrant checkpoint (expected"
                 " use_reentrant=False)"
             )
-        y, *rest = output if isinstance(output, tuple) else [output]
+        y = first(output)
         y = (y + self.correction(stream[-1])).to(y.dtype)
-        return (y, *rest) if isinstance(output, tuple) else y
+        return with_first(output, y)
+
+
+@contextmanager
+def recorded_input(module):
+    """Within it, the module's inputs are put into the list that it gives; None for one
+    that is read without gradients where there were some."""
+    inputs = []
+    grad = torch.is_grad_enabled()
+
+    def read(module, args):
+        inputs.append(args[0] if torch.is_grad_enabled() == grad else None)
+
+    handle = module.register_forward_pre_hook(read)
+    try:
+        yield inputs
+    finally:
+        handle.remove()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import weights
-from ..config import ConfigError, LayerConfig
+from ..config import LayerConfig
 from ..slot import LinearDelta
 from .scaling import check_alpha, check_rank
 
@@ -46,10 +46,7 @@ class DenseLoraConfig(LayerConfig):
         self.check_positive("r")
         self.check_probability("lora_dropout")
         check_alpha(lora_alpha=self.lora_alpha)
-        if self.activation not in ("gelu", "linear"):
-            raise ConfigError(
-                f"unknown activation {self.activation!r}; valid: 'gelu', 'linear'"
-            )
+        self.check_choice("activation", ("gelu", "linear"))
 
     def create_shared(self, bases):
         for base in bases.values():

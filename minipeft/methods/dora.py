@@ -23,37 +23,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import kernels, weights
-from ..slot import LinearDelta
-from . import lora_init
+from .lora import Lora
 
 
-class Dora(LinearDelta):
-    """x (..., d_in) -> (..., d_out)"""
+class Dora(Lora):
+    """x (..., d_in) -> (..., d_out). A, B and delta, the change of the direction, are
+    LoRA's."""
 
     kernel = kernels.dora
 
     def __init__(self, d_in, d_out, r, scaling, dropout=0.0):
-        super().__init__()
-        self.lora_A = nn.Linear(d_in, r, bias=False)  # weight (r, d_in)
-        self.lora_B = nn.Linear(r, d_out, bias=False)  # weight (d_out, r)
+        super().__init__(d_in, d_out, r, scaling, dropout)
         self.lora_magnitude_vector = nn.Parameter(torch.ones(d_out))  # m
-        self.scaling = scaling
-        self.dropout = dropout
 
     def reset_parameters(self, base, config):
-        lora_init.initialize(self, base, config)
+        super().reset_parameters(base, config)
         self.lora_magnitude_vector = nn.Parameter(self.norm(base))
 
-    @torch.no_grad()
     def norm(self, base):  # ||W + s B A|| of each row (d_out,)
-        s = self.scaling
-        W = weights.read_weight(base.unmerged).to(self.lora_A.weight.dtype)
-        A, B = self.lora_A.weight.to(W.device), self.lora_B.weight.to(W.device)
-        # 16 bits would be too rough
-        with torch.autocast("cpu" if W.is_meta else W.device.type, enabled=False):
-            added = (B.T * (2 * (A @ W.T) + s * (A @ A.T) @ B.T)).sum(0)
-            square = torch.linalg.vector_norm(W, dim=1).square() + s * added
-            return square.clamp(min=1e-30).sqrt()
+        W = weights.read_weight(base.unmerged)
+        return row_norms(W, *self.factors, self.scaling)
 
     def forward_plain(self, base, x):
         g = self.lora_magnitude_vector / self.norm(base)
@@ -62,14 +51,22 @@ class Dora(LinearDelta):
         Wx = y if b is None else y - b  # the magnitude is W's, not the bias's
         if self.dropout and self.training:
             Wx = F.linear(h, weights.read_weight(base.unmerged).to(h.dtype))
-        BAx = self.scaling * self.lora_B(self.lora_A(h))
-        return (y + (g - 1) * Wx + g * BAx).to(y.dtype)
-
-    def delta(self, base):  # of the direction
-        return self.scaling * self.lora_B.weight @ self.lora_A.weight
+        return (y + (g - 1) * Wx + g * self.update(base, h)).to(y.dtype)
 
     def fold(self, base):
         g, b = self.lora_magnitude_vector / self.norm(base), base.unmerged.bias
         if b is not base.bias:  # an adapter before this one has changed it
             base.bias = b + g * (base.bias - b)
         base.weight = g[:, None] * (base.weight + self.delta(base))
+
+
+@torch.no_grad()
+def row_norms(W, A, B, s):
+    """||W + s B A|| of each row (d_out,), in A's precision."""
+    W = W.to(A.dtype)
+    A, B = A.to(W.device), B.to(W.device)
+    # 16 bits would be too rough
+    with torch.autocast("cpu" if W.is_meta else W.device.type, enabled=False):
+        added = (B.T * (2 * (A @ W.T) + s * (A @ A.T) @ B.T)).sum(0)
+        square = torch.linalg.vector_norm(W, dim=1).square() + s * added
+        return square.clamp(min=1e-30).sqrt()

@@ -25,7 +25,8 @@ from .. import targets
 from ..config import ConfigError, PeftConfig
 from ..errors import TargetError
 from ..slot import Adapter, AdapterNameError, Base
-from .bottleneck import ParallelToBlock, in_out_features
+from .blocks import first, in_out_features, with_first
+from .bottleneck import ParallelToBlock
 from .modules_to_save import ModuleCopy
 
 
@@ -100,60 +101,62 @@ class FusionConfig(PeftConfig):
         return [path for path in slots if path in places[first]]
 
     def create(self, base, path):
-        d = in_out_features(base.module)[1]
-        adapter = Fusion(d, self.adapters, self.value, self.regularization)
-        adapter.reset_parameters()
+        adapter = Fusion(in_out_features(base.module)[1], self.adapters, self.value)
+        for linear in (adapter.query, adapter.key):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        if self.value:
+            nn.init.constant_(adapter.value.weight, 1e-6)
+            adapter.value.weight.data.fill_diagonal_(1.0)
         return adapter
+
+    def regularization_loss(self, adapters):
+        if not self.value:
+            return 0
+        return self.regularization * sum(a.regularization_loss() for a in adapters)
 
 
 class Fusion(Adapter):
     """(B, T, d) -> (B, T, d). The experts are peers on the same slot, not children:
     they are neither trained nor saved with it."""
 
-    def __init__(self, d, experts, value=True, regularization=0.01):
+    def __init__(self, d, experts, value=True):
         super().__init__()
-        self.query, self.key = nn.Linear(d, d), nn.Linear(d, d)
+        self.query = nn.Linear(d, d)
+        self.key = nn.Linear(d, d)
         self.value = nn.Linear(d, d, bias=False) if value else None
         self.softmax = nn.Softmax(-1)  # a module, so that a hook can read the attention
-        self.experts, self.regularization = experts, regularization
-
-    def reset_parameters(self):
-        for linear in (self.query, self.key):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-        if self.value is not None:
-            nn.init.constant_(self.value.weight, 1e-6)
-            self.value.weight.data.fill_diagonal_(1.0)
+        self.experts = experts
 
     def forward(self, base, *args, **kwargs):
-        output = base(*args, **kwargs)
-        y, *rest = output if isinstance(output, tuple) else [output]
-
-        def layer(*own, **more):  # y is known, unless the expert changes the input
-            if all(one is other for one, other in zip(own, args)):
-                return y
-            changed = base(*own, **more)
-            return changed[0] if isinstance(changed, tuple) else changed
-
-        z = [
-            base.peer(name)(Base(base.slot, name, layer), *args, **kwargs)
-            for name in self.experts
-        ]
+        output, z = run_experts(base, self.experts, args, kwargs)
+        y = first(output)  # (B, T, d)
         u = self.adapter_input(torch.stack([z_i - y for z_i in z], -2))  # (B, T, N, d)
         query = self.query(self.adapter_input(y)).unsqueeze(-1)  # (B, T, d, 1)
         scores = self.key(u) @ query  # (B, T, N, 1), not scaled
         p = self.softmax(scores.squeeze(-1))  # (B, T, N)
         u = u if self.value is None else self.value(u)
         y = (y + (p.unsqueeze(-2) @ u).squeeze(-2)).to(y.dtype)
-        return (y, *rest) if isinstance(output, tuple) else y
+        return with_first(output, y)
 
     def regularization_loss(self):
-        """regularization ||W_v - 1||^2"""
-        if self.value is None:
-            return 0.0
-        weight = self.value.weight
-        identity = torch.eye(len(weight)).to(weight)
-        return self.regularization * (weight - identity).square().sum()
+        """||W_v - 1||^2"""
+        W = self.value.weight
+        return (W - torch.eye(len(W)).to(W)).square().sum()
+
+
+def run_experts(base, names, args, kwargs):
+    """(the output without adapters, [the output with each expert alone])"""
+    output = base(*args, **kwargs)
+
+    def layer(*own, **more):  # the output is known, unless the expert changes the input
+        if all(one is other for one, other in zip(own, args)):
+            return first(output)
+        return first(base(*own, **more))
+
+    return output, [
+        base.peer(name)(Base(base.slot, name, layer), *args, **kwargs) for name in names
+    ]
 
 
 @contextmanager

@@ -60,13 +60,20 @@ class LycorisConfig(LayerConfig):
 
 
 class Lycoris(LinearDelta):
-    """The dropouts that LoHa and LoKr share: of single outputs, and of whole layers."""
+    """What LoHa and LoKr share: their start, and dropouts of single outputs and of
+    whole layers."""
 
     def __init__(self, config):
         super().__init__()
         self.rank_dropout = config.rank_dropout
         self.module_dropout = config.module_dropout
         self.rescaled = getattr(config, "rank_dropout_scale", True)
+
+    def reset_parameters(self, config):
+        for factor in self.parameters():
+            nn.init.kaiming_uniform_(factor, a=sqrt(5))  # within 1 / sqrt(columns)
+        if config.init_weights:  # one factor is zero, so the product is
+            nn.init.zeros_(self.zero_factor(config))
 
     def forward(self, base, x):
         if not (self.training and (self.rank_dropout or self.module_dropout)):
@@ -98,11 +105,8 @@ class LoHa(Lycoris):
         self.hada_w2_b = nn.Parameter(torch.empty(r, d_in))  # A2
         self.scaling = scaling
 
-    def reset_parameters(self, config):
-        for factor in self.parameters():
-            nn.init.kaiming_uniform_(factor, a=sqrt(5))  # within 1 / sqrt(columns)
-        if config.init_weights:
-            nn.init.zeros_(self.hada_w2_b)  # one factor is zero, so the product is
+    def zero_factor(self, config):
+        return self.hada_w2_b
 
     @property
     def factors(self):

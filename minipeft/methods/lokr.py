@@ -14,7 +14,7 @@ to apply it: with x read as a matrix X (m, n), (C (x) D) x is C X D^T, read as a
 """
 
 from dataclasses import dataclass
-from math import isqrt, sqrt
+from math import isqrt
 from typing import ClassVar
 
 import torch
@@ -50,13 +50,10 @@ class LoKr(Lycoris):
         add_factor(self, "lokr_w2", (q, n), r_D)
         self.scaling = scaling
 
-    def reset_parameters(self, config):
-        for factor in self.parameters():
-            nn.init.kaiming_uniform_(factor, a=sqrt(5))  # within 1 / sqrt(columns)
-        if config.init_weights:
-            lycoris = config.init_weights == "lycoris"
-            names = ("lokr_w2", "lokr_w2_b") if lycoris else ("lokr_w1", "lokr_w1_a")
-            nn.init.zeros_(next(p for n, p in self.named_parameters() if n in names))
+    def zero_factor(self, config):
+        lycoris = config.init_weights == "lycoris"
+        names = ("lokr_w2", "lokr_w2_b") if lycoris else ("lokr_w1", "lokr_w1_a")
+        return next(p for name, p in self.named_parameters() if name in names)
 
     @property
     def factors(self):
@@ -102,33 +99,21 @@ class LoKrConfig(LycorisConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        f = self.decompose_factor
-        if isinstance(f, bool) or not isinstance(f, int) or not (f == -1 or f > 0):
-            raise ConfigError(
-                f"decompose_factor = {f!r}: expected a positive integer, or -1 for"
-                " near the square root"
-            )
-        self.require_divisible = True
-        if isinstance(self.init_weights, str) and self.init_weights != "lycoris":
-            raise ConfigError(
-                f"unknown init_weights {self.init_weights!r}; valid: True, False,"
-                " 'lycoris'"
-            )
-
-    def on_load(self):  # PEFT takes the nearest divisor: so does a file
-        self.require_divisible = False
+        if self.decompose_factor != -1:
+            self.check_positive("decompose_factor")
+        self.check_choice("init_weights", (True, False, "lycoris"))
 
     def create(self, base, path):
-        for d in (
-            weights.linear_features(base.module)
-            if self.decompose_factor > 0 and self.require_divisible
-            else ()
-        ):
-            if d % self.decompose_factor:
-                fit = ", ".join(str(f) for f in range(2, d) if d % f == 0)
-                raise ConfigError(
-                    f"{path}: decompose_factor = {self.decompose_factor} does not"
-                    f" divide its size {d}"
-                    + (f" ({fit} would)" if fit else ": a prime")
-                )
+        # PEFT takes the nearest divisor: so does a file
+        if self.decompose_factor > 0 and not self.from_checkpoint:
+            for d in weights.linear_features(base.module):
+                self.check_divides(d, path)
         return super().create(base, path)
+
+    def check_divides(self, d, path):
+        if d % self.decompose_factor:
+            fit = ", ".join(str(f) for f in range(2, d) if d % f == 0)
+            raise ConfigError(
+                f"{path}: decompose_factor = {self.decompose_factor} does not"
+                f" divide its size {d}" + (f" ({fit} would)" if fit else ": a prime")
+            )

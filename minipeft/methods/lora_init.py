@@ -13,17 +13,7 @@ which is much faster (Halko, Martinsson, Tropp 2009, arXiv 0909.4061).
 OLoRA (Buyukakyuz 2024, arXiv 2406.01775): B = Q_r and A = R_r, from the decomposition
 W = Q R.
 
-LoftQ (Li et al. 2023, arXiv 2310.08659, algorithm 1): s B A is what quantisation loses.
-
-    min ||W - Q - s B A||    by turns    Q = quantise(W - s B A)
-                                         s B A = the part of W - Q of rank r
-
-Each factor gets the square roots of the singular values, over s: the start is the same
-for every alpha / r. The base becomes Q, dense: quantize_model(model,
-double_quant=False) afterwards stores the same numbers in 4 bits. With one iteration Q
-is quantise(W), so the adapter fits any base that was quantised in the same way.
-loftq_config is PEFT's: {"loftq_bits": 4, "loftq_iter": 1}, with 2, 3, 4 or 8 bits, in
-blocks of 64.
+LoftQ starts from what quantisation loses: see loftq.py.
 
 With PiSSA and OLoRA the model is as before, but its base is not: it is W_0. Without the
 adapter (disabled, unloaded) the model is W_0, and the adapter's file fits only W_0.
@@ -31,8 +21,6 @@ Loading computes W_0 from the W that it is given. A plain LoRA of rank 2r says t
 about W itself: s (B A - B_0 A_0) = s [B, -B_0] [A; A_0], with A_0, B_0 the start.
 """
 
-import dataclasses
-import difflib
 import math
 import re
 import warnings
@@ -43,13 +31,8 @@ from torch import nn
 from .. import weights
 from ..config import ConfigError
 from ..errors import TargetError
-from ..quant import (
-    dequantize_4bit,
-    dequantize_blockwise,
-    normal_float,
-    quantize_blockwise,
-    quantize_nf4,
-)
+from ..io import check_choice, check_number
+from .loftq import loftq_factors
 
 
 def initialize(adapter, base, config):
@@ -76,10 +59,7 @@ def gaussian(adapter, base, config):
 def dense_weight(adapter, base):
     """W (d_out, d_in) in 32 bits. Raises TargetError where W_0 could not be stored, or
     where W has less than r directions."""
-    if weights.storage(base.module) not in (
-        weights.DenseStorage,
-        weights.TransposedStorage,
-    ):
+    if not weights.is_dense(base.module):
         raise TargetError(
             "PiSSA and OLoRA store W - s B A in the base, and this 4-bit"
             f" {type(base.module).__name__} would round it. Make the adapter on the"
@@ -120,41 +100,16 @@ def olora(adapter, base, config):
     take_out(adapter, base, W, R[:r], Q[:, :r])
 
 
-def fake_quantize(W, bits):
-    """W as quantisation leaves it: NF4 itself, or the same quantiles for another number
-    of bits."""
-    if bits == 4:
-        return dequantize_4bit(quantize_nf4(W, double_quant=False))
-    code = normal_float(bits)
-    return dequantize_blockwise(*quantize_blockwise(W, code, 64), code, 64)
-
-
-@torch.no_grad()
-def loftq_factors(W, r, bits=4, iterations=1):
-    """W (d_out, d_in) -> Q (d_out, d_in), L (d_out, r), R (r, d_in), with Q + L R near
-    W."""
-    LR = 0
-    for _ in range(iterations):
-        Q = fake_quantize(W - LR, bits)
-        U, S, Vt = torch.linalg.svd(W - Q, full_matrices=False)
-        L, R = U[:, :r] * S[:r].sqrt(), S[:r, None].sqrt() * Vt[:r]
-        LR = L @ R
-    return Q, L, R
+LOFTQ_FIELDS = ("loftq_bits", "loftq_iter")
 
 
 def loftq(adapter, base, config):
-    given = dict(getattr(config.loftq_config, "__dict__", config.loftq_config) or {})
-    bits, iterations = given.pop("loftq_bits", 4), given.pop("loftq_iter", 1)
-    if (
-        given
-        or bits not in (2, 3, 4, 8)
-        or not isinstance(iterations, int)
-        or iterations < 1
-    ):
-        raise ConfigError(
-            f"loftq_config={config.loftq_config!r}: expected loftq_bits 2, 3, 4 or 8,"
-            " and loftq_iter of 1 or more"
-        )
+    settings = {"loftq_bits": 4, "loftq_iter": 1, **config.loftq_config}
+    bits, iterations = settings["loftq_bits"], settings["loftq_iter"]
+    for name in settings:
+        check_choice("field of loftq_config", name, LOFTQ_FIELDS, ConfigError)
+    check_choice("loftq_bits", bits, (2, 3, 4, 8), ConfigError)
+    check_number("loftq_iter", iterations, whole=True, least=1, error=ConfigError)
     if not weights.is_dense(base.module):
         torch.nn.init.zeros_(adapter.lora_B.weight)
         if not config.inference_mode:
@@ -187,12 +142,7 @@ def find(name):
     """The function of INITS that init_lora_weights=name means. Raises ConfigError."""
     known = re.sub(r"_\d+$", "_[number]", name)
     if known not in INITS:
-        near = difflib.get_close_matches(name, INITS, n=1)
-        raise ConfigError(
-            f"unknown init_lora_weights {name!r}"
-            + (f" (nearest: {near[0]!r})" if near else "")
-            + f"; valid: True, False, {', '.join(map(repr, INITS))}"
-        )
+        check_choice("init_lora_weights", name, (True, False, *INITS), ConfigError)
     return INITS[known]
 
 
@@ -200,43 +150,4 @@ def changes_base(config):
     """Is the base not the one that it was before this adapter was made?"""
     return str(getattr(config, "init_lora_weights", "")).startswith(
         ("pissa", "olora", "loftq")
-    )
-
-
-def as_lora(config, tensors, start):
-    """The adapter {key: tensor} that began as `start`, as a plain LoRA of rank 2r for
-    the base from before."""
-    if (
-        config.peft_type != "LORA"
-        or config.use_dora
-        or config.init_lora_weights == "loftq"
-    ):
-        raise ConfigError(
-            "only a PiSSA or OLoRA without use_dora can be converted to a plain LoRA of"
-            " twice the rank"
-        )
-    if differ := tensors.keys() ^ start.keys():
-        raise ConfigError(
-            "the initial adapter is another one: only one of the two has"
-            f" {', '.join(sorted(differ))}"
-        )
-    doubled = dict(tensors)
-    for key, tensor in tensors.items():
-        if "lora_A" in key or "lora_embedding_A" in key:
-            doubled[key] = torch.cat([tensor, start[key].to(tensor)], 0)  # (2r, d_in)
-        elif key.endswith("lora_B.weight") or "lora_embedding_B" in key:
-            doubled[key] = torch.cat([tensor, -start[key].to(tensor)], 1)  # (d_out, 2r)
-    times = math.sqrt(2) if config.use_rslora else 2  # of alpha, so that s stays
-    return (
-        dataclasses.replace(
-            config,
-            init_lora_weights=True,
-            r=2 * config.r,
-            lora_alpha=times * config.lora_alpha,
-            rank_pattern={path: 2 * r for path, r in config.rank_pattern.items()},
-            alpha_pattern={
-                path: times * alpha for path, alpha in config.alpha_pattern.items()
-            },
-        ),
-        doubled,
     )

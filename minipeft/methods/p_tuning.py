@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..config import ConfigError
 from .prompt import Prompt
 from .virtual import VirtualTokensConfig
 
@@ -34,11 +33,7 @@ class PromptEncoderConfig(VirtualTokensConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
-            raise ConfigError(
-                "unknown encoder_reparameterization_type"
-                f" {self.encoder_reparameterization_type!r}; valid: MLP, LSTM"
-            )
+        self.check_choice("encoder_reparameterization_type", ("MLP", "LSTM"))
         for field in ("encoder_hidden_size", "encoder_num_layers"):
             if getattr(self, field) is not None:
                 self.check_positive(field)
@@ -54,7 +49,7 @@ class PromptEncoderConfig(VirtualTokensConfig):
 
     def create(self, base, path):
         d = self.token_dim
-        h = self.encoder_hidden_size = self.encoder_hidden_size or d
+        h = self.encoder_hidden_size
         Z = torch.randn(self.num_virtual_tokens, d)
         if self.encoder_reparameterization_type == "LSTM":
             layers, dropout = self.encoder_num_layers, self.encoder_dropout

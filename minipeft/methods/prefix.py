@@ -15,25 +15,22 @@ a no-op: zero keys and values (init_weights="zero") take their share too. And n 
 virtual tokens get equal gradients, and stay equal: they learn as one.
 """
 
-import inspect
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from .. import targets
 from ..config import ConfigError
-from ..errors import TargetError
-from ..recognized import is_transformers_model
-from .virtual import (
-    VirtualTokens,
-    VirtualTokensConfig,
-    cache_length,
+from .kv_cache import (
     cache_name,
-    token_ids,
+    check_plain_cache,
+    extend_cache,
+    key_value_shape,
+    wants_cache,
+    without_cache,
 )
+from .virtual import VirtualTokens, VirtualTokensConfig, token_ids
 
 
 @dataclass(kw_only=True)
@@ -49,11 +46,8 @@ class PrefixTuningConfig(VirtualTokensConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.init_weights not in (None, "zero"):
-            raise ConfigError(
-                f"unknown init_weights {self.init_weights!r}; valid: None, 'zero'. From"
-                " a text: initialize_kv_prefix_from_text"
-            )
+        # from a text: initialize_kv_prefix_from_text
+        self.check_choice("init_weights", (None, "zero"))
         if self.encoder_hidden_size is not None:
             self.check_positive("encoder_hidden_size")
 
@@ -72,7 +66,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
         n, d = self.num_virtual_tokens, self.token_dim
         layers, heads = self.num_layers, self.num_attention_heads
         width = 2 * layers * d
-        h = self.encoder_hidden_size = self.encoder_hidden_size or d
+        h = self.encoder_hidden_size
         zero = self.init_weights == "zero"
         if not self.prefix_projection:
             flat = torch.zeros(n, width) if zero else torch.randn(n, width)
@@ -113,83 +107,6 @@ class Prefix(VirtualTokens):
         if name in inputs or wants_cache(model, inputs):
             return output
         return without_cache(output, cache)
-
-
-class KVCache(tuple):
-    """Our GPT's cache, (keys, values) a layer, which may note its prefix_length."""
-
-
-def extend_cache(cache, prefix, model):
-    """The cache, or a new one, with the prefix at its end. It notes that it holds no
-    text yet."""
-    if is_transformers_model(model):
-        if model.training and targets.uses_grad_checkpointing(model):
-            raise ValueError(
-                "a prefix does not work with gradient checkpointing: transformers then"
-                " drops the cache, and the prefix with it. Call"
-                " gradient_checkpointing_disable(), or use PromptTuningConfig"
-            )
-        if cache is None:
-            cache = sys.modules["transformers"].DynamicCache(config=model.config)
-        for layer, (keys, values) in enumerate(prefix):
-            cache.update(keys, values, layer)
-    elif cache is None:
-        cache = KVCache(prefix)
-    else:
-        pairs = zip(cache, prefix)
-        cache = KVCache([torch.cat(kv, 2) for kv in zip(*pair)] for pair in pairs)
-    cache.prefix_length = cache_length(cache)
-    return cache
-
-
-def wants_cache(model, inputs):
-    """True when the caller asks for a cache in the output."""
-    use_cache = inputs.get("use_cache")
-    return getattr(model.config, "use_cache", False) if use_cache is None else use_cache
-
-
-def without_cache(output, cache):
-    """A transformers output, less the cache that only carried the prefix."""
-    if isinstance(output, tuple):
-        return tuple(value for value in output if value is not cache)
-    if isinstance(output, dict):
-        kept = {name: value for name, value in output.items() if value is not cache}
-        return type(output)(**kept)
-    return output
-
-
-def key_value_shape(config):
-    """(heads, width of a head) of the keys in the cache."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(config, "num_key_value_heads", None):
-        heads = config.num_key_value_heads
-    elif getattr(config, "multi_query", False):
-        # Falcon's new decoder repeats its keys for all heads before it stores them
-        heads = heads if getattr(config, "new_decoder_architecture", False) else 1
-    return heads, width
-
-
-def check_plain_cache(model):
-    """Raise TargetError unless each layer of `model` caches keys and values of one
-    shape."""
-    config, problem = model.config, None
-    if cache_name(model) not in inspect.signature(model.forward).parameters:
-        problem = "its forward takes no cache"
-    elif set(getattr(config, "layer_types", None) or ()) - ATTENTION:
-        problem = "not all of its layers are attention"
-    elif getattr(config, "kv_lora_rank", None):
-        problem = "it caches compressed keys and values"
-    elif getattr(config, "num_kv_shared_layers", None):
-        problem = "some of its layers share keys and values"
-    if problem:
-        raise TargetError(
-            f"a prefix cannot stand before {type(model).__name__}: {problem}. Use"
-            " PromptTuningConfig"
-        )
-
-
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @torch.no_grad()

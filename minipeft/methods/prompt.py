@@ -16,13 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..config import ConfigError
-from .virtual import (
-    VirtualTokens,
-    VirtualTokensConfig,
-    cache_length,
-    cache_name,
-    token_ids,
-)
+from .kv_cache import cache_length, cache_name
+from .virtual import VirtualTokens, VirtualTokensConfig, token_ids
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
@@ -40,11 +35,7 @@ class PromptTuningConfig(VirtualTokensConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.prompt_tuning_init not in INITS:
-            raise ConfigError(
-                f"unknown prompt_tuning_init {self.prompt_tuning_init!r}; valid:"
-                f" {', '.join(INITS)}"
-            )
+        self.check_choice("prompt_tuning_init", INITS)
         if self.prompt_tuning_init == "TEXT" and not (
             self.prompt_tuning_init_text and self.tokenizer_name_or_path
         ):

@@ -19,7 +19,7 @@ length 1 and are (nearly) orthogonal, so the model moves as far as theta_d does.
 from a seed, and files hold d numbers.
 """
 
-import difflib
+import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,17 +32,6 @@ from ..config import ConfigError, PeftConfig
 from ..errors import TargetError
 from ..slot import Adapter
 from .projections import PROJECTIONS, fingerprint
-
-
-def param_locations(model):
-    """For each parameter of the bare model, once: [(module, name)] of all places where
-    it stands. A tied one stands in several."""
-    found = {}
-    for module in targets.bare_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append((module, name))
-    return list(found.values())
 
 
 @dataclass(kw_only=True)
@@ -59,13 +48,7 @@ class SubspaceConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_positive("d")
-        if self.projection not in PROJECTIONS:
-            near = difflib.get_close_matches(str(self.projection), PROJECTIONS, n=1)
-            raise ConfigError(
-                f"unknown projection {self.projection!r}"
-                + (f" (nearest: {near[0]!r})" if near else "")
-                + f"; valid: {', '.join(map(repr, PROJECTIONS))}"
-            )
+        self.check_choice("projection", PROJECTIONS)
 
     def create(self, base, path):
         where = param_locations(base.module)
@@ -75,6 +58,7 @@ class SubspaceConfig(PeftConfig):
                 "packed 4-bit weights cannot be moved by small steps: take the base in"
                 " 16 or 32 bits"
             )
+        shapes = [p.shape for p in parameters]
         sizes = [p.numel() for p in parameters]
         m = len(parameters) if self.structure_aware else 0
         if self.d > sum(sizes):
@@ -88,15 +72,18 @@ class SubspaceConfig(PeftConfig):
             )
         generator = torch.Generator().manual_seed(self.seed)
         P = PROJECTIONS[self.projection](sum(sizes), self.d - m, generator)
-        check = fingerprint(P, [p.shape for p in parameters])
-        if self.check not in (None, check):
+        if self.check not in (None, fingerprint(P, shapes)):
             raise ConfigError(
                 f"seed {self.seed} gives another projection here than where this"
                 " adapter was made: the model has other tensors, or PyTorch draws"
                 " other random numbers"
             )
-        self.check = check
-        return Subspace(P, self.d, sizes, m)
+        return Subspace(P, self.d, shapes, m)
+
+    def noted(self, adapters):
+        (adapter,) = adapters
+        check = fingerprint(adapter.P, adapter.shapes)
+        return dataclasses.replace(self, check=check)
 
 
 class Subspace(Adapter):
@@ -105,57 +92,77 @@ class Subspace(Adapter):
 
     mergeable = True
 
-    def __init__(self, P, d, sizes, m):
+    def __init__(self, P, d, shapes, m=0):
         super().__init__()
-        self.P, self.sizes = P, sizes
+        self.P = P
+        self.shapes = shapes
         self.theta = nn.Parameter(torch.zeros(d - m))
         self.lambdas = nn.Parameter(torch.ones(m)) if m else None
 
-    def shifted_params(self, model):
-        """[([(module, name)] of one parameter, its new value)]"""
-        steps = self.P(self.theta).split(self.sizes)
-        if self.lambdas is not None:
-            steps = [factor * step for factor, step in zip(self.lambdas, steps)]
-        shifted = []
-        for where, step in zip(param_locations(model), steps):
-            module, name = where[0]
-            old = module._parameters[name]
-            shifted.append((where, (old + step.view_as(old)).to(old.dtype)))
-        return shifted
-
-    @contextmanager
-    def swapped_in(self, model):
-        """Within it the model's parameters are the shifted ones."""
-        training = self.training and torch.is_grad_enabled()
-        if training and targets.uses_grad_checkpointing(model):
-            raise ValueError(
-                "gradient checkpointing runs layers again when the shifted weights are"
-                " gone: switch it off"
-            )
-        shifted = self.shifted_params(model)
-        old = [module._parameters[name] for ((module, name), *_), _ in shifted]
-        try:
-            put(shifted)
-            yield
-        finally:
-            put((where, value) for (where, _), value in zip(shifted, old))
+    def steps(self):  # P theta_d, (lambda_i times) a step for each parameter
+        steps = self.P(self.theta).split([shape.numel() for shape in self.shapes])
+        if self.lambdas is None:
+            return steps
+        return [factor * step for factor, step in zip(self.lambdas, steps)]
 
     def forward(self, base, *args, **kwargs):
-        with self.swapped_in(base.module):
+        with swapped_in(base.module, self.steps()):
             return base(*args, **kwargs)
 
     generate = forward  # there base is the model's own generate
 
     def fold(self, base):
-        shifted = self.shifted_params(base.module)
-        put(
-            (where, nn.Parameter(value.detach(), requires_grad=False))
-            for where, value in shifted
-        )
+        put_params(frozen(shifted_params(base.module, self.steps())))
 
 
-def put(values):
+# ---- the parameters of a model -------------------------------------------------------
+
+
+def param_locations(model):
+    """For each parameter of the bare model, once: [(module, name)] of all places where
+    it stands. A tied one stands in several."""
+    found = {}
+    for module in targets.bare_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, name))
+    return list(found.values())
+
+
+def shifted_params(model, steps):
+    """[([(module, name)] of one parameter, its value after its step)]"""
+    shifted = []
+    for where, step in zip(param_locations(model), steps):
+        module, name = where[0]
+        old = module._parameters[name]
+        shifted.append((where, (old + step.view_as(old)).to(old.dtype)))
+    return shifted
+
+
+def frozen(shifted):
+    return [(w, nn.Parameter(v.detach(), requires_grad=False)) for w, v in shifted]
+
+
+def put_params(values):
     """Set parameters: [([(module, name)], value)]."""
     for where, value in values:
         for module, name in where:
             module._parameters[name] = value
+
+
+@contextmanager
+def swapped_in(model, steps):
+    """Within it the model's parameters are the shifted ones."""
+    training = model.training and torch.is_grad_enabled()
+    if training and targets.uses_grad_checkpointing(model):
+        raise ValueError(
+            "gradient checkpointing runs layers again when the shifted weights are"
+            " gone: switch it off"
+        )
+    shifted = shifted_params(model, steps)
+    old = [(where, where[0][0]._parameters[where[0][1]]) for where, _ in shifted]
+    try:
+        put_params(shifted)
+        yield
+    finally:
+        put_params(old)

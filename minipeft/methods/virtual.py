@@ -10,18 +10,23 @@ In generation only the first step prepends them: from the second step on they ar
 the cache, and only mask and positions still count them.
 """
 
-import functools
-import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial, wraps
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..config import ConfigError, PeftConfig
-from ..errors import TargetError
 from ..slot import Adapter, Base
+from .kv_cache import cache_name, holds_text
+from .virtual_inputs import (
+    by_name,
+    check_generation,
+    check_language_model,
+    named_inputs,
+    shifted_inputs,
+)
 
 
 @dataclass(kw_only=True)
@@ -42,8 +47,6 @@ class VirtualTokensConfig(PeftConfig):
     # 2 in encoder-decoder models, which minipeft does not support
     num_transformer_submodules: int | None = None
     modules_to_save: list[str] | None = None
-    # True: the values come from a file, and there is no initial text to look up
-    from_checkpoint: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,10 +79,9 @@ class VirtualTokensConfig(PeftConfig):
                     " leave the field out"
                 )
             setattr(config, field, value)
+        if getattr(self, "encoder_hidden_size", 0) is None:
+            config.encoder_hidden_size = config.token_dim
         return config
-
-    def on_load(self):
-        self.from_checkpoint = True
 
 
 class VirtualTokens(Adapter):
@@ -103,12 +105,10 @@ class VirtualTokens(Adapter):
         return {"prompt_embeddings": self.embeddings()}
 
     def from_file(self, tensors):
-        saved, here = tensors["prompt_embeddings"], self.prompt_embeddings
         if self.encoder is None:
-            with torch.no_grad():
-                here.copy_(saved)
-            return
-        saved = saved.to(here.device, here.dtype)
+            return super().from_file(tensors)
+        here = self.prompt_embeddings
+        saved = tensors["prompt_embeddings"].to(here.device, here.dtype)
         self.prompt_embeddings = nn.Parameter(saved, here.requires_grad)
         self.encoder = None
 
@@ -119,12 +119,7 @@ class VirtualTokens(Adapter):
 
     def forward(self, base, *args, **kwargs):
         inputs = named_inputs(base.module, args, kwargs)
-        n = len(self.prompt_embeddings)
-        if "attention_mask" in inputs:  # (B, T) -> (B, n + T)
-            check_window(base.module.config, inputs["attention_mask"], n)
-            inputs["attention_mask"] = F.pad(inputs["attention_mask"], (n, 0), value=1)
-        if "position_ids" in inputs:  # (B, T)
-            inputs["position_ids"] = inputs["position_ids"] + n
+        inputs = shifted_inputs(base.module, inputs, len(self.prompt_embeddings))
         if holds_text(inputs.get(cache_name(base.module))):
             return base(**inputs)
         return self.prepend(base, inputs)
@@ -133,128 +128,23 @@ class VirtualTokens(Adapter):
         """The model's own generate, with this adapter around the model's forward."""
         model = base.module
         check_generation(model, by_name(model.generate, args, kwargs))
-        forward = model.forward
-        patched = vars(model).get("forward")
-        around = functools.partial(self, Base(base.slot, base.name, forward))
-        # wraps keeps the signature, which generate reads
-        model.forward = functools.wraps(forward)(around)
-        try:
+        forward = partial(self, Base(base.slot, base.name, model.forward))
+        with patched_forward(model, forward):
             return base(*args, **kwargs)
-        finally:
-            del model.forward
-            if patched is not None:
-                model.forward = patched
 
 
-def check_language_model(model):
-    """Raise TargetError unless `model` is a decoder-only language model."""
-    parameters = inspect.signature(model.forward).parameters
-    config = getattr(model, "config", None)
-    missing = [f"forward({name}=…)" for name in NEEDED if name not in parameters]
-    missing += [f"config.{name}" for name in SIZES if not hasattr(config, name)]
-    if not hasattr(model, "get_input_embeddings"):
-        missing.append("get_input_embeddings()")
-    if getattr(config, "is_encoder_decoder", False):
-        missing.append("a decoder alone (it has an encoder)")
-    if missing:
-        raise TargetError(
-            "virtual tokens need a decoder-only language model;"
-            f" {type(model).__name__} lacks {', '.join(missing)}"
-        )
-
-
-NEEDED = ("input_ids", "attention_mask", "inputs_embeds")
-SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers")
-
-
-def check_generation(model, options):
-    """Raise ValueError for kinds of generation whose caches virtual tokens would
-    shift."""
-    config = options.get("generation_config") or getattr(
-        model, "generation_config", None
-    )
-    for name in ("assistant_model", "prompt_lookup_num_tokens"):
-        if options.get(name, getattr(config, name, None)) is not None:
-            raise ValueError(
-                f"{name}: assisted generation cuts the cache at the length of the text,"
-                " which the virtual tokens exceed; leave it out"
-            )
-    if any(cache_length(options.get(name)) for name in ("cache", "past_key_values")):
-        raise ValueError(
-            "generate with virtual tokens starts from the text: leave out the cache of"
-            " earlier tokens, and give the whole text as input_ids"
-        )
-
-
-def by_name(function, args, kwargs):
-    """The arguments of a call of `function`, by name."""
-    return dict(zip(inspect.signature(function).parameters, args)) | kwargs
-
-
-def named_inputs(model, args, kwargs):
-    """The arguments of model.forward by name, without those that are None.
-
-    Raises ValueError for arguments that virtual tokens would not fit into.
-    """
-    inputs = by_name(model.forward, args, kwargs)
-    if "past_key_values" in inputs and cache_name(model) not in inputs:
-        inputs[cache_name(model)] = inputs.pop("past_key_values")
-    # until transformers 5.2: where the text's tokens go in the cache
-    inputs.pop("cache_position", None)
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    cache = inputs.get(cache_name(model))
-    if getattr(cache, "is_compileable", False):
-        raise ValueError(
-            f"virtual tokens do not fit into a {type(cache).__name__}, a static cache:"
-            " its size is fixed for the text alone. Leave out"
-            " cache_implementation='static'; where a model always makes such a cache,"
-            " give use_cache=False"
-        )
-    mask = inputs.get("attention_mask")
-    if mask is not None and not (torch.is_tensor(mask) and mask.dim() == 2):
-        found = tuple(mask.shape) if torch.is_tensor(mask) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask is {found}: virtual tokens need an attention_mask of"
-            " (rows, tokens)"
-        )
-    if "token_type_ids" in inputs:
-        raise ValueError("virtual tokens have no token_type_ids: leave them out")
-    return inputs
-
-
-def check_window(config, mask, n):
-    """Raise ValueError where a sliding window would count a row's left padding."""
-    window = getattr(config, "sliding_window", None)
-    if window and n + mask.shape[1] > window and not mask[:, 0].all():
-        raise ValueError(
-            f"{n} virtual tokens and {mask.shape[1]} others, padded on the left, exceed"
-            f" the sliding window of {window}, which the padding between them shifts:"
-            " pad on the right, or run rows of unequal length one at a time"
-        )
-
-
-# Caches: ours, a (keys, values) pair a layer, and Hugging Face's.
-
-
-def cache_name(model):
-    """The argument of model.forward that takes the cache, also the output's field:
-    "cache" since transformers 5.24, "past_key_values" before and in our GPT."""
-    parameters = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
-def cache_length(cache):
-    """The number of tokens in a cache, virtual ones included."""
-    if cache is None:
-        return 0
-    if isinstance(cache, tuple):
-        return cache[0][0].shape[2]
-    return int(cache.get_seq_length())
-
-
-def holds_text(cache):
-    """True when a cache holds more than a prefix, which notes its length there."""
-    return cache_length(cache) > getattr(cache, "prefix_length", 0)
+@contextmanager
+def patched_forward(model, forward):
+    """Within it `forward` stands in for the model's own, with the signature of that,
+    which generate reads."""
+    patched = vars(model).get("forward")
+    model.forward = wraps(model.forward)(forward)
+    try:
+        yield
+    finally:
+        del model.forward
+        if patched is not None:
+            model.forward = patched
 
 
 def token_ids(text, tokenizer, n):

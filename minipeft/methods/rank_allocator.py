@@ -1,0 +1,96 @@
+"""AdaLoRA's budget: which triplets are pruned while it trains. See adalora.py."""
+
+import torch
+
+from ..config import ConfigError
+from .adalora import AdaLora, AdaLoraConfig
+
+
+class RankAllocator:
+    """Prunes triplets while an AdaLoRA trains. Used like a scheduler: call `step` after
+    optimizer.step() and before zero_grad(), for it reads the gradients."""
+
+    def __init__(self, model, adapter_name="default"):
+        self.config = model.peft_config[adapter_name]
+        if not isinstance(self.config, AdaLoraConfig):
+            raise ConfigError(
+                f"{adapter_name!r} is not an AdaLoRA: {type(self.config).__name__}"
+            )
+        self.adapters = {
+            path: part
+            for path, part in model._adapters_by_path(adapter_name).items()
+            if isinstance(part, AdaLora)
+        }
+        self.sensitivity = {
+            p: torch.zeros_like(p)
+            for a in self.adapters.values()
+            for p in a.parameters()
+        }
+        self.uncertainty = {p: torch.zeros_like(p) for p in self.sensitivity}
+        self.steps = 0  # done so far
+
+    def budget(self, step):
+        """The number of triplets that all layers together may keep after `step`
+        steps."""
+        config = self.config
+        first = sum(len(adapter.lora_E) for adapter in self.adapters.values())
+        last = config.target_r * len(self.adapters)
+        steps = config.total_step - config.tfinal - config.tinit
+        rest = min(max(1 - (step - config.tinit) / steps, 0), 1)
+        return int((first - last) * rest**3 + last)
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        config, step = self.config, self.steps
+        end = config.total_step - config.tfinal
+        if step < end:
+            self.smooth()
+        if config.tinit < step <= end and (step % config.deltaT == 0 or step == end):
+            self.allocate(self.budget(step))
+        elif step > end:  # the choice is final
+            self.mask()
+
+    def smooth(self):
+        """Update sensitivity and uncertainty from the gradients."""
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        for p in self.sensitivity:
+            now = (p * (0 if p.grad is None else p.grad)).abs()
+            self.sensitivity[p].lerp_(now, 1 - beta1)
+            self.uncertainty[p].lerp_((now - self.sensitivity[p]).abs(), 1 - beta2)
+
+    def importance(self):
+        """{path: the importance of each triplet (r,)}"""
+
+        def score(p):
+            return self.sensitivity[p] * self.uncertainty[p]
+
+        return {
+            path: (
+                score(a.lora_E)[:, 0]
+                + score(a.lora_A).mean(1)
+                + score(a.lora_B).mean(0)
+            )
+            for path, a in self.adapters.items()
+        }
+
+    @torch.no_grad()
+    def allocate(self, budget):
+        """Prune all but the `budget` most important triplets of all layers."""
+        scores = self.importance()
+        worst = torch.cat(list(scores.values())).sort().values[:-budget]
+        for path, adapter in self.adapters.items():
+            adapter.kept = (
+                (scores[path] > worst[-1]).tolist()
+                if len(worst)
+                else [True] * len(adapter.lora_E)
+            )
+        self.config.rank_pattern = {
+            f"{path}.lora_E": a.pattern() for path, a in self.adapters.items()
+        }
+        self.mask()
+
+    @torch.no_grad()
+    def mask(self):
+        for adapter in self.adapters.values():
+            adapter.lora_E[~torch.tensor(adapter.kept)] = 0
