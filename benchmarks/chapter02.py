@@ -10,15 +10,13 @@ three seeds; the outermost rates, which only show where the range ends, with one
 file is written as the runs come in; those that are in it already are not run again.
 """
 
-import argparse
 import copy
 import os
 import random
 import re
-from pathlib import Path
 
 import torch
-from common import RESULTS, facts, sweep
+from common import arguments, facts, sweep
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lanternwick.documents import heldout_questions, stream
@@ -169,14 +167,8 @@ def one_run(job: dict) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+    parser = arguments(__doc__, "chapter02")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter02.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer, base = load_tokenizer(), load_pretrained()

@@ -12,17 +12,28 @@ one is run with the other seeds. The file is written as the runs come in; those 
 in it already, made on the same base, are not run again.
 """
 
-import argparse
 import json
 import os
-from functools import cache
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, found, save, sweep
+from common import (
+    RESULTS,
+    arguments,
+    count_trained,
+    curve,
+    equal_ranks,
+    facts,
+    fit,
+    found,
+    save,
+    sweep,
+    test_scores,
+    valid_loss,
+)
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import load_data, load_pretrained, load_tokenizer, train
 
 STEPS, WARMUP, SEEDS, QUESTIONS = 100, 10, (0, 1, 2), 100
 # and, on q and v, the rank of equal parameters
@@ -47,50 +58,13 @@ def one_run(job: dict) -> dict:
             r=job["r"], lora_alpha=2 * job["r"], target_modules=TARGETS[job["targets"]]
         )
         model = get_peft_model(model, config)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(
-        model,
-        sql,
-        tokenizer=tokenizer,
-        steps=STEPS,
-        lr=job["lr"],
-        warmup=WARMUP,
-        seed=job["seed"],
-        progress=False,
-    )
-    valid = evaluate(
-        model,
-        tokenizer,
-        sql,
-        split="valid",
-        limit=QUESTIONS,
-        generate=False,
-        progress=False,
-    )
-    test = evaluate(
-        model, tokenizer, sql, split="test", limit=QUESTIONS, progress=False
-    )
+    parameters = count_trained(model)
+    history = fit(model, sql, tokenizer, job, steps=STEPS, warmup=WARMUP)
     return job | {
         "parameters": parameters,
-        "valid_loss": round(valid["loss"], 4),
-        "score": round(test[sql.metric], 2),
-        "test_loss": round(test["loss"], 4),
-        "losses": " ".join(f"{loss:.3f}" for loss in history.losses),
-    }
-
-
-@cache
-def equal_ranks(budget_rank: int) -> dict:
-    """For each choice of targets, the rank that trains about as many numbers as
-    all-linear at `budget_rank`."""
-    cost = {}
-    for name, targets in TARGETS.items():
-        model = get_peft_model(
-            load_pretrained(), LoraConfig(r=1, target_modules=targets)
-        )
-        cost[name] = model.get_nb_trainable_parameters()[0]
-    return {
-        name: round(budget_rank * cost["all-linear"] / c) for name, c in cost.items()
+        "valid_loss": valid_loss(model, tokenizer, sql, QUESTIONS),
+        **test_scores(model, tokenizer, sql, QUESTIONS),
+        "losses": curve(history.losses),
     }
 
 
@@ -239,26 +213,20 @@ def draw(record: dict, path: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+    parser = arguments(__doc__, "chapter04")
     parser.add_argument(
         "--budget-rank",
         type=int,
         default=4,
         help="all-linear at this rank sets the budget",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter04.json")
     parser.add_argument("--subspaces", action="store_true")
     given = parser.parse_args()
     if given.subspaces:
         record = json.loads(given.out.read_text(encoding="utf-8"))
         save(given.out, record | {"subspaces": subspaces()})
         return
-    budget = equal_ranks(given.budget_rank)
+    budget = equal_ranks(TARGETS, given.budget_rank)
     record = facts() | {
         "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),
         "task": "sql",

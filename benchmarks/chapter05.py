@@ -11,16 +11,24 @@ questions. The file is written as the runs come in; those that are in it already
 on the same base, are not run again, so the script can be stopped and started at will.
 """
 
-import argparse
 import os
 from functools import cache
-from pathlib import Path
 
 import torch
-from common import RESULTS, facts, found, sweep
+from common import (
+    arguments,
+    count_trained,
+    curve,
+    equal_ranks,
+    facts,
+    finite,
+    fit,
+    found,
+    sweep,
+)
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer
 from minipeft.lm.data import Batches
 from minipeft.optim import create_loraplus_optimizer
 
@@ -55,18 +63,9 @@ FEW = {"n": SIZES[0]}  # where dropout is tried
 
 
 @cache
-def equal_ranks() -> dict:
-    """For each choice of places, the rank that trains about as many numbers as all
-    linear layers at BUDGET_RANK."""
-    cost = {}
-    for name, targets in TARGETS.items():
-        model = get_peft_model(
-            load_pretrained(), LoraConfig(r=1, target_modules=targets)
-        )
-        cost[name] = model.get_nb_trainable_parameters()[0]
-    return {
-        name: round(BUDGET_RANK * cost["all-linear"] / c) for name, c in cost.items()
-    }
+def budget() -> dict:
+    """The rank for each choice of places, at the cost of BUDGET_RANK everywhere."""
+    return equal_ranks(TARGETS, BUDGET_RANK)
 
 
 def cases() -> dict:
@@ -76,7 +75,7 @@ def cases() -> dict:
             {"task": "voice", "targets": targets, "r": r, "alpha": 2 * r},
             HIGH[1:4],
         )
-        for targets, r in equal_ranks().items()
+        for targets, r in budget().items()
     }
     few = {
         f"{name}, {n} examples": (what | {"n": n}, rates)
@@ -198,17 +197,10 @@ def one_run(job: dict) -> dict:
             betas=(0.9, 0.999),
             loraplus_lr_ratio=job["rate_B"] / job["lr"],
         )
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(
-        model,
-        batches(job["task"], job["n"], job["seed"]),
-        steps=STEPS,
-        lr=job["lr"],
-        warmup=WARMUP,
-        optimizer=optimizer,
-        seed=job["seed"],
-        progress=False,
-    )
+    parameters = count_trained(model)
+    data = batches(job["task"], job["n"], job["seed"])
+    more = {"steps": STEPS, "warmup": WARMUP, "optimizer": optimizer}
+    history = fit(model, data, tokenizer, job, **more)
     measured = {
         split: evaluate(
             model,
@@ -221,28 +213,17 @@ def one_run(job: dict) -> dict:
         )
         for split in ("valid", "test")
     }
-
-    # a run that went off; JSON knows no infinity
-    def finite(x):
-        return round(x, 4) if x < 100 else 100.0
-
     return job | {
         "parameters": parameters,
         "valid_loss": finite(measured["valid"]["loss"]),
         "test_loss": finite(measured["test"]["loss"]),
         "score": measured["test"].get(task.metric),
-        "losses": " ".join(f"{loss:.3f}" for loss in history.losses),
+        "losses": curve(history.losses),
     }
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter05.json")
+    parser = arguments(__doc__, "chapter05")
     given = parser.parse_args(argv)
     record = facts() | {
         "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),
@@ -255,7 +236,7 @@ def main(argv=None):
         "alphas": ALPHAS,
         "sizes": SIZES,
         "dropouts": DROPOUTS,
-        "budget": equal_ranks(),
+        "budget": budget(),
         "rates_A": RATES_A,
         "rates_B": RATES_B,
     }

@@ -13,18 +13,27 @@ are in it already, made on the same base, are not run again. Chapters 07 and 08 
 same.
 """
 
-import argparse
 import functools
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, climb, facts, finite, found, sweep
+from common import (
+    arguments,
+    climb,
+    count_trained,
+    facts,
+    finite,
+    fit,
+    found,
+    sweep,
+    test_scores,
+    valid_loss,
+)
 
 import minipeft
 from minipeft import get_peft_model
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import load_data, load_pretrained, load_tokenizer
 from minipeft.lm.data import Batches
 from minipeft.methods.rank_allocator import RankAllocator
 
@@ -79,24 +88,10 @@ def one_run(job: dict) -> dict:
                 target_modules="all-linear", **job["fields"]
             ),
         )
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = count_trained(model)
     allocator = RankAllocator(model) if job["config"] == "AdaLoraConfig" else None
-    history = train(
-        model,
-        batches(seed),
-        steps=job["steps"],
-        lr=job["lr"],
-        warmup=WARMUP,
-        seed=seed,
-        progress=False,
-        log=(lambda *_: allocator.step()) if allocator else None,
-    )
-    valid = evaluate(
-        model, tokenizer, sql, split="valid", limit=100, generate=False, progress=False
-    )["loss"]
-    test = evaluate(
-        model, tokenizer, sql, split="test", limit=job["test"], progress=False
-    )
+    log = (lambda *_: allocator.step()) if allocator else None
+    history = fit(model, batches(seed), tokenizer, job, warmup=WARMUP, log=log)
     more = (
         {"ranks": {path: sum(part.kept) for path, part in allocator.adapters.items()}}
         if allocator
@@ -108,9 +103,8 @@ def one_run(job: dict) -> dict:
         job
         | {
             "parameters": parameters,
-            "valid_loss": finite(valid),
-            "test_loss": finite(test["loss"]),
-            "score": round(test[sql.metric], 1),
+            "valid_loss": valid_loss(model, tokenizer, sql, 100),
+            **test_scores(model, tokenizer, sql, job["test"], digits=1),
             "train_loss": finite(history.recent),
         }
         | more
@@ -160,17 +154,11 @@ def again(*methods, seeds=SEEDS[1:], rate_of=None):
 
 def main(name, cases, turns, description, *, steps=STEPS, moves=False, argv=None):
     """turns: functions from the runs so far to the next (method, rate, seed)s."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+    parser = arguments(description, name)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument(
         "--test", type=int, default=128, help="questions of the test set"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     given = parser.parse_args(argv)
     more = {"steps": given.steps, "test": given.test, "moves": moves}
     record = (

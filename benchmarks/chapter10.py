@@ -12,18 +12,26 @@ here: that base holds the rounded numbers, dense. Runs that are in the file alre
 not repeated.
 """
 
-import argparse
 import os
 import warnings
-from pathlib import Path
 
 import torch
 from chapter06 import batches
-from common import RESULTS, climb, facts, finite, found, sweep
+from common import (
+    arguments,
+    facts,
+    finite,
+    fit,
+    found,
+    rates_of,
+    sweep,
+    test_scores,
+    valid_loss,
+)
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
-from minipeft.methods.lora_init import fake_quantize
+from minipeft.lm import load_data, load_pretrained, load_tokenizer
+from minipeft.methods.loftq import fake_quantize
 from minipeft.quant import quantize_model
 from minipeft.weights import write_weight
 
@@ -67,9 +75,7 @@ def make(bits=32, loftq=False, dora=False):
 
 
 def judge(model, test):
-    tokenizer, sql = load_tokenizer(), load_data("sql")
-    result = evaluate(model, tokenizer, sql, split="test", limit=test, progress=False)
-    return {"test_loss": finite(result["loss"]), "score": round(result[sql.metric], 1)}
+    return test_scores(model, load_tokenizer(), load_data("sql"), test, digits=1)
 
 
 def merged_again(model, test):
@@ -93,31 +99,11 @@ def one_run(job):
     torch.set_num_threads(1)
     torch.manual_seed(job["seed"])
     tokenizer, sql, model = load_tokenizer(), load_data("sql"), make(**WAYS[job["way"]])
-
-    def valid_loss():
-        return evaluate(
-            model,
-            tokenizer,
-            sql,
-            split="valid",
-            limit=100,
-            generate=False,
-            progress=False,
-        )["loss"]
-
-    start = valid_loss()
-    history = train(
-        model,
-        batches(job["seed"]),
-        steps=job["steps"],
-        lr=job["lr"],
-        warmup=WARMUP,
-        seed=job["seed"],
-        progress=False,
-    )
+    start = valid_loss(model, tokenizer, sql, 100)
+    history = fit(model, batches(job["seed"]), tokenizer, job, warmup=WARMUP)
     run = job | {
-        "start": finite(start),
-        "valid_loss": finite(valid_loss()),
+        "start": start,
+        "valid_loss": valid_loss(model, tokenizer, sql, 100),
         **judge(model, job["test"]),
         "train_loss": finite(history.recent),
     }
@@ -125,17 +111,11 @@ def one_run(job):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+    parser = arguments(__doc__, "chapter10")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument(
         "--test", type=int, default=100, help="questions of the test set"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter10.json")
     given = parser.parse_args(argv)
     more = {"steps": given.steps, "test": given.test}
     record = (
@@ -155,15 +135,8 @@ def main(argv=None):
 
     def jobs_of(seed, runs):
         for way in WAYS:
-            tried = {
-                run["lr"]: run["valid_loss"]
-                for run in found(runs, way=way, seed=SEEDS[0], **more)
-            }
-            for lr in (
-                climb(tried, LADDER, FIRST)
-                if seed == SEEDS[0]
-                else [min(tried, key=tried.get)]
-            ):
+            tried = found(runs, way=way, **more)
+            for lr in rates_of(seed, tried, LADDER, FIRST, SEEDS[0]):
                 yield {"way": way, "lr": lr, "seed": seed} | more
 
     runs = sweep(

@@ -12,18 +12,27 @@ those that are in it already are not run again. Latency: forward passes without
 gradients, contestants taking turns, each one's fastest.
 """
 
-import argparse
 import copy
 import os
 import time
-from pathlib import Path
 
 import torch
-from common import RESULTS, climb, facts, finite, found, sweep
+from common import (
+    arguments,
+    count_trained,
+    curve,
+    facts,
+    fit,
+    found,
+    rates_of,
+    sweep,
+    test_scores,
+    valid_loss,
+)
 from tqdm.auto import tqdm
 
 from minipeft import BottleneckConfig, LoraConfig, get_peft_model
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import load_data, load_pretrained, load_tokenizer
 
 STEPS, WARMUP, SEEDS = 100, 10, (0, 1, 2)
 # turns to climb in
@@ -70,26 +79,12 @@ def one_run(job: dict) -> dict:
     tokenizer, sql = load_tokenizer(), load_data("sql")
     torch.manual_seed(job["seed"])
     model = get_peft_model(load_pretrained(), CASES[job["case"]](job["r"]))
-    history = train(
-        model,
-        sql,
-        tokenizer=tokenizer,
-        steps=STEPS,
-        lr=job["lr"],
-        warmup=WARMUP,
-        seed=job["seed"],
-        progress=False,
-    )
-    valid = evaluate(
-        model, tokenizer, sql, split="valid", limit=64, generate=False, progress=False
-    )
-    test = evaluate(model, tokenizer, sql, split="test", limit=100, progress=False)
+    history = fit(model, sql, tokenizer, job, steps=STEPS, warmup=WARMUP)
     return job | {
-        "parameters": model.get_nb_trainable_parameters()[0],
-        "valid_loss": finite(valid["loss"]),
-        "test_loss": finite(test["loss"]),
-        "score": round(test[sql.metric], 2),
-        "losses": " ".join(f"{loss:.3f}" for loss in history.losses[:40]),
+        "parameters": count_trained(model),
+        "valid_loss": valid_loss(model, tokenizer, sql, 64),
+        **test_scores(model, tokenizer, sql, 100),
+        "losses": curve(history.losses[:40]),
     }
 
 
@@ -128,16 +123,10 @@ def latency(widths: dict, rounds: int) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+    parser = arguments(__doc__, "chapter11")
     parser.add_argument(
         "--rounds", type=int, default=40, help="rounds of the latency race"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter11.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     budget = trained("LoRA, all linear layers", 4)
@@ -157,15 +146,7 @@ def main():
 
     def jobs_of(seed, runs):
         for name in TRAINED:
-            tried = {
-                run["lr"]: run["valid_loss"]
-                for run in found(runs, case=name, seed=SEEDS[0])
-            }
-            for lr in (
-                climb(tried, LADDER, FIRST)
-                if seed == SEEDS[0]
-                else [min(tried, key=tried.get)]
-            ):
+            for lr in rates_of(seed, found(runs, case=name), LADDER, FIRST, SEEDS[0]):
                 yield {"case": name, "r": widths[name], "lr": lr, "seed": seed}
 
     for run in sweep(

@@ -16,15 +16,26 @@ come in; those that are in it already are not run again, unless the base that th
 on, or the number of steps, has changed.
 """
 
-import argparse
 import functools
 import json
 import os
-from pathlib import Path
 
 import torch
 from chapter03 import SCHOOL, school, schooling
-from common import RESULTS, climb, facts, finite, found, save, sweep, weights
+from common import (
+    arguments,
+    climb,
+    count_trained,
+    curve,
+    facts,
+    fit,
+    found,
+    save,
+    sweep,
+    test_scores,
+    valid_loss,
+    weights,
+)
 
 from minipeft import (
     LoraConfig,
@@ -34,7 +45,7 @@ from minipeft import (
     get_peft_model,
     initialize_kv_prefix_from_text,
 )
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import load_data, load_pretrained, load_tokenizer
 from minipeft.lm.data import Batches
 from minipeft.lm.pretrained import resolve
 
@@ -116,41 +127,18 @@ def one_run(job: dict) -> dict:
     torch.set_num_threads(1)
     tokenizer, data, batches = data_of(job["task"], job["seed"])
     model = make(job, load_pretrained(folder(job["base"])), tokenizer)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    history = train(
-        model,
-        batches,
-        tokenizer=tokenizer,
-        steps=job["steps"],
-        lr=job["lr"],
-        warmup=WARMUP,
-        seed=job["seed"],
-        progress=False,
-    )
+    trained = count_trained(model)
+    history = fit(model, batches, tokenizer, job, warmup=WARMUP)
     result = {
         "parameters": trained,
         "first_loss": round(history.losses[0], 3),
         "stopped": history.stopped,
-        "valid_loss": finite(
-            evaluate(
-                model,
-                tokenizer,
-                data,
-                split="valid",
-                limit=96,
-                generate=False,
-                progress=False,
-            )["loss"]
-        ),
+        "valid_loss": valid_loss(model, tokenizer, data, 96),
     }
     if job["part"] != "starts":
-        test = evaluate(model, tokenizer, data, split="test", limit=100, progress=False)
-        result["score"] = round(test[data.metric], 1)
-    return (
-        job
-        | result
-        | {"losses": " ".join(f"{loss:.3f}" for loss in history.losses[:30])}
-    )
+        test = test_scores(model, tokenizer, data, 100, digits=1)
+        result["score"] = test["score"]
+    return job | result | {"losses": curve(history.losses[:30])}
 
 
 def folder(base: str | None) -> str | None:
@@ -262,18 +250,12 @@ def jobs_of(part: str, runs: list, stage: int) -> list:
     ]
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+def main(argv=None):
+    parser = arguments(__doc__, "chapter12")
     parser.add_argument(
         "--parts", nargs="*", default=["starts", "voice", "sql", "sizes"]
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter12.json")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     record = facts() | {
         "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),

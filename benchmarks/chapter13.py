@@ -13,14 +13,24 @@ voice (others for each seed), and (IA)³ on stowaway for three times as many ste
 file is written as the runs come in; those in it are not run again.
 """
 
-import argparse
 import dataclasses
 import os
 import re
-from pathlib import Path
 
 import torch
-from common import RESULTS, climb, facts, finite, found, sweep
+from common import (
+    arguments,
+    climb,
+    count_trained,
+    curve,
+    facts,
+    finite,
+    fit,
+    found,
+    sweep,
+    test_scores,
+    valid_loss,
+)
 
 from minipeft import (
     BitFitConfig,
@@ -30,7 +40,7 @@ from minipeft import (
     get_peft_model,
 )
 from minipeft.lanternwick.voices import LEXICON
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import load_data, load_pretrained, load_tokenizer
 
 STEPS, WARMUP, SEEDS, SIZES, LONGER, ITEMS = (
     {"voice": 30, "stowaway": 60},
@@ -102,48 +112,22 @@ def one_run(job: dict) -> dict:
     torch.manual_seed(job["seed"])
     if CASES[job["case"]][0]:
         model = get_peft_model(model, CASES[job["case"]][0]())
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = count_trained(model)
     few = job["examples"]
     small = (
         dataclasses.replace(task, train=task.train[job["seed"] * few :][:few])
         if few
         else task
     )
-    history = train(
-        model,
-        small,
-        tokenizer=tokenizer,
-        steps=job["steps"],
-        lr=job["lr"],
-        warmup=WARMUP,
-        seed=job["seed"],
-        progress=False,
-    )
+    history = fit(model, small, tokenizer, job, warmup=WARMUP)
     done = {
         "parameters": parameters,
         "train_loss": finite(sum(history.losses[-10:]) / 10),
     }
     if job["trial"]:
-        loss = evaluate(
-            model,
-            tokenizer,
-            task,
-            split="valid",
-            limit=32,
-            generate=False,
-            progress=False,
-        )["loss"]
-        return job | done | {"valid_loss": finite(loss)}
-    test = evaluate(model, tokenizer, task, split="test", limit=ITEMS, progress=False)
-    return (
-        job
-        | done
-        | {
-            "test_loss": finite(test["loss"]),
-            "score": round(test[task.metric], 2),
-            "losses": " ".join(f"{loss:.3f}" for loss in history.losses[:20]),
-        }
-    )
+        return job | done | {"valid_loss": valid_loss(model, tokenizer, task, 32)}
+    done |= test_scores(model, tokenizer, task, ITEMS)
+    return job | done | {"losses": curve(history.losses[:20])}
 
 
 def jobs_of(seed: int, runs: list, trials: bool):
@@ -195,14 +179,8 @@ def jobs_of(seed: int, runs: list, trials: bool):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+    parser = arguments(__doc__, "chapter13")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter13.json")
     given = parser.parse_args()
     record = facts() | {
         "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),

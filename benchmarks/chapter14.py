@@ -12,14 +12,24 @@ the first seed climbs a ladder of rates until the best has a worse one on either
 written as the runs come in; those in it are not run again.
 """
 
-import argparse
 import itertools
 import os
 import tempfile
 from pathlib import Path
 
 import torch
-from common import RESULTS, climb, facts, finite, found, right_answers, sweep, weights
+from common import (
+    arguments,
+    climb,
+    facts,
+    finite,
+    fit,
+    found,
+    right_answers,
+    sweep,
+    valid_loss,
+    weights,
+)
 
 from minipeft import (
     BottleneckConfig,
@@ -28,7 +38,7 @@ from minipeft import (
     PeftModel,
     get_peft_model,
 )
-from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import evaluate, load_data, load_pretrained, load_tokenizer
 
 SKILLS, WIDTH, EXPERT_STEPS, EXPERT_RATE = ("voice", "records", "extract"), 32, 80, 1e-2
 STEPS, WARMUP, SEEDS, SIZES, ITEMS = 80, 10, (0, 1, 2), (24, 192), 32
@@ -65,16 +75,8 @@ def with_experts(seed: int):
             model.add_adapter(skill, expert())
         if not kept:
             model.set_adapter(skill)
-            train(
-                model,
-                load_data(skill),
-                tokenizer=tokenizer,
-                steps=EXPERT_STEPS,
-                lr=EXPERT_RATE,
-                warmup=WARMUP,
-                seed=seed,
-                progress=False,
-            )
+            job = {"steps": EXPERT_STEPS, "lr": EXPERT_RATE, "seed": seed}
+            fit(model, load_data(skill), tokenizer, job, warmup=WARMUP)
             model.save_pretrained(folder, selected_adapters=[skill])
     return model
 
@@ -130,30 +132,11 @@ def one_run(job: dict) -> dict:
         )
     }
     if job["case"] not in FREE:
-        train(
-            model,
-            mix(job["examples"]),
-            tokenizer=tokenizer,
-            steps=STEPS // 2 if job["trial"] else STEPS,
-            lr=job["lr"],
-            warmup=WARMUP,
-            seed=job["seed"],
-            progress=False,
-        )
+        steps = STEPS // 2 if job["trial"] else STEPS
+        fit(model, mix(job["examples"]), tokenizer, job, steps=steps, warmup=WARMUP)
     tasks = {skill: load_data(skill) for skill in SKILLS}
     if job["trial"]:
-        losses = [
-            evaluate(
-                model,
-                tokenizer,
-                task,
-                split="valid",
-                limit=32,
-                generate=False,
-                progress=False,
-            )["loss"]
-            for task in tasks.values()
-        ]
+        losses = [valid_loss(model, tokenizer, task, 32) for task in tasks.values()]
         return job | done | {"valid_loss": finite(sum(losses) / len(losses))}
     tests = {
         skill: evaluate(
@@ -208,14 +191,8 @@ def jobs_of(seed: int, runs: list, trials: bool):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+    parser = arguments(__doc__, "chapter14")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter14.json")
     given = parser.parse_args()
     record = facts() | {
         "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),

@@ -1,6 +1,7 @@
 """What every benchmark writes down besides its numbers, and how: in one piece, or not
 at all."""
 
+import argparse
 import datetime
 import hashlib
 import json
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minipeft.lm import load_pretrained
+from minipeft import LoraConfig, get_peft_model
+from minipeft.lm import evaluate, load_pretrained, train
 from minipeft.lm.pretrained import resolve
 
 RESULTS = Path(__file__).parent / "results"
@@ -90,6 +92,60 @@ def finite(loss: float) -> float:
     return round(min(loss, 100.0), 4) if loss == loss else 100.0
 
 
+def count_trained(model) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def fit(model, data, tokenizer, job: dict, *, warmup, **more):
+    """Train with the job's rate, seed and number of steps (more: train's arguments);
+    returns the history."""
+    options = {"steps": job.get("steps"), "lr": job["lr"], "seed": job["seed"]} | more
+    return train(
+        model, data, tokenizer=tokenizer, warmup=warmup, progress=False, **options
+    )
+
+
+def valid_loss(model, tokenizer, task, limit) -> float:
+    """The loss on the first `limit` validation examples, as it is written down."""
+    return finite(
+        evaluate(
+            model,
+            tokenizer,
+            task,
+            split="valid",
+            limit=limit,
+            generate=False,
+            progress=False,
+        )["loss"]
+    )
+
+
+def test_scores(model, tokenizer, task, limit, digits=2) -> dict:
+    """The loss and the score on the first `limit` test examples."""
+    test = evaluate(model, tokenizer, task, split="test", limit=limit, progress=False)
+    return {
+        "test_loss": finite(test["loss"]),
+        "score": round(test[task.metric], digits),
+    }
+
+
+def curve(losses: list, digits=3) -> str:
+    """A training curve as one string, as short as JSON allows."""
+    return " ".join(f"{loss:.{digits}f}" for loss in losses)
+
+
+def arguments(description: str, name: str) -> argparse.ArgumentParser:
+    """The arguments that all sweeps have; `name` is the chapter's."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    return parser
+
+
 def right_answers(predictions: list, task) -> str:
     """Which answers to the first test examples are right, as a string of 0 and 1."""
     scores = [
@@ -104,6 +160,29 @@ def climb(tried: dict, ladder, first) -> list:
     on until the best has a worse one on either side."""
     at = ladder.index(min(tried, key=tried.get) if tried else first)
     return [rate for rate in ladder[max(at - 1, 0) : at + 2] if rate not in tried]
+
+
+def equal_ranks(targets: dict, budget_rank: int) -> dict:
+    """For each choice of target_modules, the rank of a LoRA that trains about as many
+    numbers as all-linear at `budget_rank`."""
+    cost = {
+        name: count_trained(
+            get_peft_model(load_pretrained(), LoraConfig(r=1, target_modules=modules))
+        )
+        for name, modules in targets.items()
+    }
+    return {
+        name: round(budget_rank * cost["all-linear"] / c) for name, c in cost.items()
+    }
+
+
+def rates_of(seed, runs: list, ladder, first, first_seed=0) -> list:
+    """The rates to run next: those that `climb` asks for with the first seed, and the
+    best of them, by the loss on validation examples, with the others."""
+    tried = {run["lr"]: run["valid_loss"] for run in found(runs, seed=first_seed)}
+    if seed == first_seed:
+        return climb(tried, ladder, first)
+    return [min(tried, key=tried.get)]
 
 
 def weights(base: str | None = None) -> str:

@@ -15,7 +15,6 @@ are written as the runs come in, and the script goes on where it was stopped.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import time
@@ -27,7 +26,20 @@ import torch
 from chapter02 import recalled, town_text
 from chapter06 import moved
 from chapter13 import the_task
-from common import RESULTS, climb, facts, finite, found, right_answers, save, weights
+from common import (
+    RESULTS,
+    climb,
+    count_trained,
+    curve,
+    facts,
+    finite,
+    fit,
+    found,
+    right_answers,
+    save,
+    valid_loss,
+    weights,
+)
 
 from minipeft import (
     AdaLoraConfig,
@@ -45,7 +57,7 @@ from minipeft import (
     VeraConfig,
     get_peft_model,
 )
-from minipeft.lm import evaluate, load_pretrained, load_tokenizer, train
+from minipeft.lm import evaluate, load_pretrained, load_tokenizer
 from minipeft.lm.data import Batches
 from minipeft.lm.evaluation import completion_loss
 from minipeft.methods.rank_allocator import RankAllocator
@@ -363,8 +375,8 @@ def keep(run: dict, chapters: list) -> None:
 def data_of(task: str, examples, seed: int):
     """The task and its batches; of few examples, each seed has others."""
     task = the_task(task)
-    train = task.train[seed * (examples or 0) :][:examples]
-    return task, Batches(train, load_tokenizer(), BATCH, seed=seed)
+    few = task.train[seed * (examples or 0) :][:examples]
+    return task, Batches(few, load_tokenizer(), BATCH, seed=seed)
 
 
 def answers(model, tokenizer, task) -> dict:
@@ -435,38 +447,21 @@ def one_run(job: dict) -> dict:
     if job["case"] == "parallel, raw stream":
         read_raw_stream(model)
     allocator = RankAllocator(model) if job["case"].startswith("AdaLoRA") else None
-    done = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-
-    def valid():
-        examples = dataclasses.replace(task, valid=task.valid[:VALID])
-        return finite(
-            evaluate(
-                model, tokenizer, examples, "valid", generate=False, progress=False
-            )["loss"]
-        )
-
+    done = {"parameters": count_trained(model)}
     along = {}
 
     def log(step, info):
         if allocator:
             allocator.step()
         if step + 1 in LOOKS and step + 1 < job["steps"]:
-            along[step + 1] = valid()
+            along[step + 1] = valid_loss(model, tokenizer, task, VALID)
 
-    history = train(
-        model,
-        batches,
-        steps=job["steps"],
-        lr=job["lr"],
-        warmup=job["steps"] // 10,
-        seed=job["seed"],
-        progress=False,
-        log=log,
-    )
+    history = fit(model, batches, tokenizer, job, warmup=job["steps"] // 10, log=log)
     tens = [history.losses[at : at + 10] for at in range(0, len(history.losses), 10)]
-    done |= {"stopped": history.stopped, "valid_loss": valid(), "along": along}
+    done |= {"stopped": history.stopped, "along": along}
+    done["valid_loss"] = valid_loss(model, tokenizer, task, VALID)
     done |= answers(model, tokenizer, task)
-    done["losses"] = " ".join(f"{sum(ten) / len(ten):.3f}" for ten in tens)
+    done["losses"] = curve(sum(ten) / len(ten) for ten in tens)
     if allocator:
         done["ranks"] = {p: sum(part.kept) for p, part in allocator.adapters.items()}
     if job["case"] in COMPARED and job["task"] == "sql":

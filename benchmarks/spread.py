@@ -12,7 +12,7 @@ counts: on another one all runs are made again.
 import argparse
 
 import torch
-from common import RESULTS, facts, sweep
+from common import RESULTS, count_trained, facts, fit, sweep, test_scores, valid_loss
 
 from minipeft import (
     BitFitConfig,
@@ -22,7 +22,7 @@ from minipeft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from minipeft.lm import GPT, evaluate, load_data, load_pretrained, load_tokenizer, train
+from minipeft.lm import GPT, load_data, load_pretrained, load_tokenizer
 from minipeft.methods.prefix import initialize_kv_prefix_from_text
 
 STEPS, ITEMS, TOKENS = 200, 128, 10
@@ -78,31 +78,12 @@ def run(job):
     torch.manual_seed(job["seed"])
     tokenizer, task = load_tokenizer(), load_data(job["task"])
     model = adapted(job["method"], load_pretrained(), tokenizer)
-    history = train(
-        model,
-        task,
-        tokenizer=tokenizer,
-        steps=STEPS,
-        lr=job["lr"],
-        warmup=20,
-        schedule="cosine",
-        seed=job["seed"],
-        progress=False,
-    )
-    valid = evaluate(
-        model,
-        tokenizer,
-        task,
-        split="valid",
-        limit=ITEMS,
-        generate=False,
-        progress=False,
-    )["loss"]
-    score = evaluate(model, tokenizer, task, limit=ITEMS, progress=False)[task.metric]
+    more = {"steps": STEPS, "warmup": 20, "schedule": "cosine"}
+    history = fit(model, task, tokenizer, job, **more)
     return job | {
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "valid_loss": round(valid, 4),
-        "score": round(score, 1),
+        "trained": count_trained(model),
+        "valid_loss": valid_loss(model, tokenizer, task, ITEMS),
+        "score": test_scores(model, tokenizer, task, ITEMS, digits=1)["score"],
         "seconds": round(history.seconds),
     }
 

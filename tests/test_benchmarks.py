@@ -279,7 +279,7 @@ def test_chapter05s_record_holds_every_run_of_its_plan():
     assert all(len(common.found(record["runs"], **job)) == 1 for job in jobs)
     assert (
         record["steps"] == chapter05.STEPS
-        and record["budget"] == chapter05.equal_ranks()
+        and record["budget"] == chapter05.budget()
     )
 
 
