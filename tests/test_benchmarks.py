@@ -277,10 +277,7 @@ def test_chapter05s_record_holds_every_run_of_its_plan():
         for job in chapter05.jobs_of(seed, record["runs"])
     ]
     assert all(len(common.found(record["runs"], **job)) == 1 for job in jobs)
-    assert (
-        record["steps"] == chapter05.STEPS
-        and record["budget"] == chapter05.budget()
-    )
+    assert record["steps"] == chapter05.STEPS and record["budget"] == chapter05.budget()
 
 
 def test_chapter12s_record_holds_every_run_of_its_plan(monkeypatch):

@@ -311,15 +311,27 @@ class TestConfig:
     @pytest.mark.parametrize(
         "fields, message",
         [
-            (dict(placement="houlsbi"), "unknown placement 'houlsbi' .did you mean 'houlsby'.*; expected one of houlsby"),
+            (
+                dict(placement="houlsbi"),
+                "unknown placement 'houlsbi' .did you mean 'houlsby'.*; expected one of houlsby",
+            ),
             (dict(r=0), "r = 0"),
             (dict(r=-1), "r = -1"),
             (dict(r=2.5), "r = 2.5"),
             (dict(r=4, reduction_factor=2), "not both"),
             (dict(reduction_factor=0), "reduction_factor = 0"),
-            (dict(non_linearity="rulu"), "unknown non_linearity 'rulu' .did you mean 'relu'"),
-            (dict(init="zero"), "unknown init 'zero'; expected one of identity, bert, mam"),
-            (dict(reads="norm"), "unknown reads 'norm'; expected one of sublayer, stream"),
+            (
+                dict(non_linearity="rulu"),
+                "unknown non_linearity 'rulu' .did you mean 'relu'",
+            ),
+            (
+                dict(init="zero"),
+                "unknown init 'zero'; expected one of identity, bert, mam",
+            ),
+            (
+                dict(reads="norm"),
+                "unknown reads 'norm'; expected one of sublayer, stream",
+            ),
             (dict(scaling="learnt"), "'learned'"),
         ],
     )

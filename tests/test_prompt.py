@@ -67,7 +67,8 @@ class TestStart:
                     num_virtual_tokens=3, prompt_tuning_init="TEXT", **fields
                 )
         with pytest.raises(
-            minipeft.ConfigError, match="'WORDS'; expected one of RANDOM, SAMPLE_VOCAB, TEXT"
+            minipeft.ConfigError,
+            match="'WORDS'; expected one of RANDOM, SAMPLE_VOCAB, TEXT",
         ):
             PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="WORDS")
 
