@@ -236,8 +236,7 @@ class TestSubspace:
             ):
                 SubspaceConfig(d=wrong)
         with pytest.raises(
-            ConfigError,
-            match="unknown projection 'fastfud' .did you mean 'fastfood'",
+            ConfigError, match="unknown projection 'fastfud' .did you mean 'fastfood'"
         ):
             SubspaceConfig(projection="fastfud")
         for config, says in (
