@@ -313,7 +313,7 @@ class TestConfig:
         [
             (
                 dict(placement="houlsbi"),
-                "unknown placement 'houlsbi' .did you mean 'houlsby'.*; expected one of houlsby",
+                "unknown placement 'houlsbi' .did you mean 'houlsby'",
             ),
             (dict(r=0), "r = 0"),
             (dict(r=-1), "r = -1"),
