@@ -41,6 +41,7 @@ class PeftConfig(metaclass=ConfigType):
     regularized: ClassVar[bool] = False
     # True for an adapter that is loaded: what a start needs is not looked up
     from_checkpoint: ClassVar[bool] = False
+    is_prompt_learning: ClassVar[bool] = False  # PEFT's word for virtual tokens
     # one of TASK_HEADS; the new head of a classifier is trained and saved whole
     task_type: str | None = None
     base_model_name_or_path: str | None = None  # noted in files

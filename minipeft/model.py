@@ -538,7 +538,8 @@ class PeftModel(nn.Module):
                 saving.save(folder, config, tensors)
 
     def create_or_update_model_card(self, output_dir):
-        """Write the first active adapter's model card, where there is no other card."""
+        """Write the first active adapter's model card. Where there is another's, say
+        Trainer's, its metadata alone is updated."""
         config, tensors = saving.file_content(self, self.active_adapters[0])
         saving.write_card(output_dir, config, tensors)
 

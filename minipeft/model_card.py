@@ -1,8 +1,10 @@
 """The model card: a README.md beside a saved adapter, as the Hugging Face hub shows
 it."""
 
+import json
+
 from .errors import AdapterFileError
-from .io import read_bytes
+from .io import read_bytes, read_text
 
 CARD = "README.md"
 OURS = "<!-- written by minipeft: remove this line to keep changes of your own -->"
@@ -25,9 +27,11 @@ def model_card(config, tensors, folder):
     settings = config.to_dict()
     for name in ("peft_type", "base_model_name_or_path", "inference_mode"):
         settings.pop(name, None)
-    rows = "\n".join(f"| {name} | `{value}` |" for name, value in settings.items())
-    metadata = ["library_name: peft"] + ([f"base_model: {base}"] if base else [])
-    tags = "\n".join(f"- {tag}" for tag in ("minipeft", config.peft_type.lower()))
+    rows = "\n".join(f"| {name} | `{cell(v)}` |" for name, v in settings.items())
+    metadata = ["library_name: peft"]
+    if base:
+        metadata.append(f"base_model: {json.dumps(base)}")  # YAML, also of "a: b"
+    tags = "\n".join(f"- {tag}" for tag in tags_of(config))
     return f"""---
 {chr(10).join(metadata)}
 tags:
@@ -55,3 +59,32 @@ model = PeftModel.from_pretrained(base, "this folder")  # base: {base or "the mo
 |---|---|
 {rows}
 """
+
+
+def updated_card(config, folder):
+    """The text of a card that somebody else has written, say Trainer, with the
+    adapter's metadata. Raises AdapterFileError where its metadata cannot be read."""
+    from huggingface_hub import ModelCard
+
+    text = read_text(folder / CARD, AdapterFileError)
+    try:
+        card = ModelCard(text)
+    except Exception as problem:  # yaml's errors and huggingface_hub's own
+        raise AdapterFileError(
+            f"{folder / CARD}: its metadata cannot be read: {problem}"
+        ) from None
+    card.data.library_name = "peft"
+    if config.base_model_name_or_path:
+        card.data.base_model = config.base_model_name_or_path
+    tags = dict.fromkeys([*(card.data.tags or ()), *tags_of(config)])
+    card.data.tags = list(tags)
+    return str(card)
+
+
+def tags_of(config):
+    return "minipeft", config.peft_type.lower()
+
+
+def cell(value):
+    """A value as it can stand in a cell of a Markdown table."""
+    return " ".join(str(value).replace("|", "\\|").split())

@@ -16,7 +16,7 @@ from . import io, targets
 from .config import CONFIG, PeftConfig, as_config, resolve_folder
 from .errors import AdapterFileError, ConfigError
 from .methods.lora_conversion import as_lora
-from .model_card import CARD, model_card
+from .model_card import CARD, model_card, updated_card
 from .slot import Adapter
 
 TENSORS = "adapter_model.safetensors"
@@ -124,11 +124,11 @@ def save(folder, config, tensors):
 
 
 def write_card(folder, config, tensors):
-    """Write only the model card, where there is none of somebody's own."""
+    """Write only the model card. Of one that somebody else has written, the text stays,
+    and its metadata learns of the adapter."""
     folder = io.make_folder(folder, AdapterFileError)
-    card = model_card(config, tensors, folder)
-    if card:
-        io.write_text(folder / CARD, card)
+    card = model_card(config, tensors, folder) or updated_card(config, folder)
+    io.write_text(folder / CARD, card)
 
 
 def file_content(model, name, initial=None, state_dict=None, embeddings="auto"):

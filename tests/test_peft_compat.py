@@ -4,6 +4,7 @@ files."""
 import copy
 import inspect
 import json
+import re
 
 import huggingface_hub
 import peft
@@ -726,6 +727,24 @@ class TestSaving:
             first.save_pretrained(tmp_path / "c", state_dict={"x": torch.ones(1)})
         assert not (tmp_path / "c").exists()
 
+    @pytest.mark.parametrize("card", [b"---\na: [\n---\n", b"---\n- 1\n---\n", b"\xff"])
+    def test_a_card_that_cannot_be_updated(self, tmp_path, card):
+        (tmp_path / "README.md").write_bytes(card)
+        with pytest.raises(AdapterFileError, match="README.md"):
+            adapted(LORA, BASE).create_or_update_model_card(tmp_path)
+        assert (tmp_path / "README.md").read_bytes() == card
+
+    @pytest.mark.parametrize("targets", [r".*\.(q|v)_proj", r"(?x) .*\. (q | v) _proj"])
+    @pytest.mark.parametrize("base", ["a: b", "#x", "- y", "o'neill", '"', "é"])
+    def test_a_card_is_valid_whatever_stands_in_it(self, tmp_path, targets, base):
+        model = adapted(LORA, BASE, target_modules=targets)
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(tmp_path)
+        card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+        assert card.data.base_model == base
+        (row,) = [r for r in card.text.splitlines() if "| target_modules" in r]
+        assert len(re.findall(r"(?<!\\)\|", row)) == 3
+
     def test_the_card_says_base_method_parameters_and_how_to_load(self, tmp_path):
         model = adapted(LORA, BASE)
         model.save_pretrained(tmp_path)
@@ -741,6 +760,9 @@ class TestSaving:
         (tmp_path / "README.md").write_text("My own words.")
         model.save_pretrained(tmp_path)
         assert (tmp_path / "README.md").read_text() == "My own words."
+        model.create_or_update_model_card(tmp_path)
+        written = (tmp_path / "README.md").read_text()
+        assert "My own words." in written and "library_name: peft" in written
         BASE.make().save_pretrained(tmp_path / "base")
         base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         get_peft_model(base, LoraConfig(**FIELDS)).save_pretrained(tmp_path / "b")

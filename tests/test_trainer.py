@@ -8,6 +8,7 @@ import copy
 import json
 from pathlib import Path
 
+import huggingface_hub
 import peft
 import pytest
 import torch
@@ -49,7 +50,7 @@ def pair(tmp_path, base="hf_llama", method="lora", make=None):
     """(our model, PEFT's), with the same new adapter."""
     make = make or BASES[base].make
     torch.manual_seed(0)
-    config = METHODS[method](BASES[base])
+    config = (METHODS | MORE_METHODS)[method](BASES[base])
     theirs = peft.get_peft_model(make(), config).train()
     theirs.save_pretrained(tmp_path / "start")
     ours = PeftModel.from_pretrained(make(), tmp_path / "start", is_trainable=True)
@@ -91,6 +92,11 @@ def weights(model):
     """The trained parameters, one vector."""
     trained = [p.detach().float() for p in model.parameters() if p.requires_grad]
     return torch.cat([p.flatten() for p in trained])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=TEXTS[0]["input_ids"][None]).logits
 
 
 def train_both(tmp_path, models, **options):
@@ -136,6 +142,30 @@ class TestTraining:
         assert_within(losses(ours), losses(theirs), steps=18, dtype=torch.bfloat16)
 
 
+MORE_METHODS = {
+    "p-tuning": lambda base: peft.PromptEncoderConfig(
+        num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8
+    ),
+    "projected prefix": lambda base: peft.PrefixTuningConfig(
+        num_virtual_tokens=3,
+        task_type="CAUSAL_LM",
+        prefix_projection=True,
+        encoder_hidden_size=8,
+    ),
+    "vera": lambda base: peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "loha": lambda base: peft.LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]),
+    "adalora": lambda base: peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "v_proj"]
+    ),
+    "whole head": lambda base: peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    ),
+    "embeddings": lambda base: peft.LoraConfig(
+        r=4, target_modules=["q_proj", "embed_tokens"]
+    ),
+}
+
+
 class TestCheckpoints:
     @pytest.mark.parametrize("method", ["lora", "prompt"])
     def test_a_checkpoint_holds_the_adapter_alone(self, method, tmp_path):
@@ -148,8 +178,9 @@ class TestCheckpoints:
         for name in own:
             assert_within(own[name], other[name], terms=16, steps=9 * 2 * 4)
 
-    @pytest.mark.parametrize("method", ["lora", "prefix"])
+    @pytest.mark.parametrize("method", ["lora", "prefix", *MORE_METHODS])
     def test_resume(self, method, tmp_path):
+        """To the same bits; PEFT cannot where an encoder is not in its files."""
         model, _ = pair(tmp_path, method=method)
         start = copy.deepcopy(model)
         whole = trainer(model, tmp_path / "run")
@@ -158,6 +189,16 @@ class TestCheckpoints:
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
         assert torch.equal(weights(start), weights(model))
         assert torch.equal(losses(resumed), losses(whole))
+
+    @pytest.mark.parametrize("method", ["prompt", "ia3", *MORE_METHODS])
+    def test_the_best_model_of_any_method(self, method, tmp_path):
+        model, _ = pair(tmp_path, method=method)
+        run = trainer(model, tmp_path / "run", load_best_model_at_end=True)
+        run.train()
+        assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric)
+        best = run.state.best_model_checkpoint
+        again = PeftModel.from_pretrained(BASES["hf_llama"].make(), best)
+        assert torch.equal(logits(again), logits(model))
 
     def test_the_best_model_is_loaded_at_the_end(self, tmp_path):
         """Not the last: at this rate the loss rises after the second step."""
@@ -198,7 +239,134 @@ class TestCheckpoints:
             model.load_adapter(tmp_path / "start", "default")
 
 
+class TestOtherScripts:
+    """More of what people do with Trainer, beside PEFT."""
+
+    FIELDS = dict(r=4, target_modules=["q_proj", "v_proj"])
+
+    def both(self):
+        for package in (minipeft, peft):
+            torch.manual_seed(0)
+            yield package
+
+    @pytest.mark.parametrize("names", [["mine"], ["default", "b"], ["a", "default"]])
+    def test_the_last_of_some_adapters_is_trained_and_resumed(self, names, tmp_path):
+        found = []
+        for package in self.both():
+            models = []
+            for _ in range(2):
+                torch.manual_seed(0)
+                config = package.LoraConfig(**self.FIELDS)
+                base = BASES["hf_llama"].make()
+                model = package.get_peft_model(base, config, names[0])
+                for name in names[1:]:
+                    fields = dict(r=2, target_modules=["q_proj"])
+                    model.add_adapter(name, package.LoraConfig(**fields))
+                model.set_adapter(names[-1])
+                models.append(model.train())
+            whole, resumed = (trainer(m, tmp_path / package.__name__) for m in models)
+            whole.train()
+            checkpoint = tmp_path / package.__name__ / "checkpoint-2"
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+            assert torch.equal(losses(resumed), losses(whole))
+            assert models[1].active_adapters == [names[-1]]
+            assert torch.equal(weights(models[1]), weights(models[0]))
+            found.append((losses(whole), {p.name for p in checkpoint.iterdir()}))
+        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
+        # each adapter here has its card beside it
+        assert found[0][1] | {"README.md"} == found[1][1]
+
+    def test_a_classifier_with_a_metric(self, tmp_path):
+        found = []
+        for package in self.both():
+            config = copy.deepcopy(BASES["hf_llama"].make().config)
+            config.num_labels = 3
+            base = transformers.LlamaForSequenceClassification(config)
+            fields = dict(task_type="SEQ_CLS", init_lora_weights="gaussian")
+            config = package.LoraConfig(**self.FIELDS, **fields)
+            model = package.get_peft_model(base, config)
+            rows = [{**row, "labels": i % 3} for i, row in enumerate(TEXTS)]
+            options = dict(
+                load_best_model_at_end=True, metric_for_best_model="accuracy"
+            )
+            run = trainer(model, tmp_path / package.__name__, **options)
+            run.train_dataset = rows[:8]
+            run.eval_dataset = rows[8:]
+            run.compute_metrics = lambda p: {
+                "accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())
+            }
+            run.train()
+            metrics = run.predict(rows[8:]).metrics
+            found.append((losses(run), metrics["test_accuracy"]))
+        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
+        assert found[0][1] == found[1][1]
+
+    def test_an_encoder_decoder_that_generates(self, tmp_path):
+        found = []
+        for package in self.both():
+            sizes = dict(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+            config = transformers.T5Config(
+                vocab_size=40, decoder_start_token_id=0, dropout_rate=0.0, **sizes
+            )
+            base = transformers.T5ForConditionalGeneration(config)
+            fields = dict(task_type="SEQ_2_SEQ_LM", init_lora_weights="gaussian")
+            config = package.LoraConfig(r=4, target_modules=["q", "v"], **fields)
+            arguments = transformers.Seq2SeqTrainingArguments(
+                output_dir=str(tmp_path / package.__name__),
+                max_steps=4,
+                learning_rate=0.05,
+                logging_steps=1,
+                predict_with_generate=True,
+                generation_max_length=6,
+                eval_strategy="steps",
+                eval_steps=2,
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+            )
+            rows = [
+                {k: v for k, v in row.items() if k != "line_number"} for row in TEXTS
+            ]
+            run = transformers.Seq2SeqTrainer(
+                model=package.get_peft_model(base, config),
+                args=arguments,
+                train_dataset=rows[:8],
+                eval_dataset=rows[8:],
+            )
+            run.train()
+            found.append((losses(run), run.predict(rows[8:]).predictions))
+        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
+        assert (found[0][1] == found[1][1]).all()
+
+    def test_a_card_by_trainer_says_that_it_is_an_adapter(self, tmp_path):
+        BASES["hf_llama"].make().save_pretrained(tmp_path / "base: a")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base: a")
+        model = minipeft.get_peft_model(base, minipeft.LoraConfig(**self.FIELDS))
+        run = trainer(model, tmp_path / "run")
+        run.train()
+        run.save_model()
+        card = huggingface_hub.ModelCard.load(tmp_path / "run" / "README.md")
+        assert card.data.base_model == str(tmp_path / "base: a")
+        run.create_model_card(model_name="mine", tags="towns")
+        card = huggingface_hub.ModelCard.load(tmp_path / "run" / "README.md")
+        assert card.data.library_name == "peft"
+        assert {"towns", "minipeft", "lora"} <= set(card.data.tags)
+        assert card.data.base_model == str(tmp_path / "base: a")
+        assert "Training hyperparameters" in card.text
+
+
 class TestRecognition:
+    def test_configurations_say_whether_they_are_of_prompts(self):
+        for name in ("LoraConfig", "IA3Config", "LoHaConfig"):
+            ours, theirs = (getattr(package, name)() for package in (minipeft, peft))
+            assert ours.is_prompt_learning == theirs.is_prompt_learning
+        for name in ("PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"):
+            ours, theirs = (
+                getattr(package, name)(num_virtual_tokens=2)
+                for package in (minipeft, peft)
+            )
+            assert ours.is_prompt_learning == theirs.is_prompt_learning
+
     def test_it_counts_as_one_of_peft_s_but_runs_none_of_its_code(self, tmp_path):
         model, _ = pair(tmp_path)
         assert isinstance(model, peft.PeftModel) and isinstance(model, PeftModel)

@@ -13,6 +13,7 @@ the cache, and only mask and positions still count them.
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -47,6 +48,7 @@ class VirtualTokensConfig(PeftConfig):
     # 2 in encoder-decoder models, which minipeft does not support
     num_transformer_submodules: int | None = None
     modules_to_save: list[str] | None = None
+    is_prompt_learning: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
