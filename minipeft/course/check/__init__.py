@@ -22,6 +22,7 @@ from . import (
     chapter12,
     chapter13,
     chapter14,
+    chapter17,
 )
 from .chapter01 import *  # noqa: F403
 from .chapter02 import *  # noqa: F403
@@ -37,6 +38,7 @@ from .chapter11 import *  # noqa: F403
 from .chapter12 import *  # noqa: F403
 from .chapter13 import *  # noqa: F403
 from .chapter14 import *  # noqa: F403
+from .chapter17 import *  # noqa: F403
 from .teacher import Verdict
 
 __all__ = [
@@ -55,4 +57,5 @@ __all__ = [
     *chapter12.__all__,
     *chapter13.__all__,
     *chapter14.__all__,
+    *chapter17.__all__,
 ]

@@ -1,0 +1,441 @@
+"""Chapter 17, in the ecosystem: two runs compared, keys repaired, PEFT's linear merge,
+answers only, llama.cpp's rows, a choice among adapters."""
+
+import math
+import random
+
+import torch
+
+from ..comparison import compare as told_apart
+from .teacher import Wrong, checks, compare, need, same
+
+__all__ = [
+    "answers_only",
+    "choose_adapter",
+    "first_difference",
+    "gguf_lora",
+    "linear_merge",
+    "repair_keys",
+]
+
+FIELDS = ("batch", "loss", "grad_norm", "lr")
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def no_return(got):
+    need(got is not None, "Your function gives None: is there a `return` at its end?")
+
+
+# ---- 1. where two runs part ----------------------------------------------------------
+
+
+def trace(steps):
+    return {
+        "batch": [float(random.randrange(10**6)) for _ in range(steps)],
+        "loss": [3 * 0.9**t + random.random() / 10 for t in range(steps)],
+        "grad_norm": [2 + random.random() for _ in range(steps)],
+        "lr": [1e-3 * (1 - t / steps) for t in range(steps)],
+    }
+
+
+def changed(run, step, field, factor=1.01):
+    """`run` with everything from (step, field) on a little different."""
+    new = {name: list(values) for name, values in run.items()}
+    first = FIELDS.index(field)
+    for t in range(step, len(run["loss"])):
+        for place, name in enumerate(FIELDS):
+            late = t > step and name not in ("batch", "lr")
+            if late or (t, place) == (step, first):
+                new[name][t] *= factor
+    return new
+
+
+@checks(
+    "The first difference, in the order in which a step computes: that is the place."
+)
+def first_difference(function) -> None:
+    """function(ours, theirs) -> (step, field), or None; each is {field: one number a
+    step}."""
+    steps = 6
+    run = trace(steps)
+    rounded = {n: [v * (1 + 1e-7) for v in values] for n, values in run.items()}
+    rounded["batch"] = run["batch"]  # a checksum is exact
+    got = function(run, rounded)
+    need(
+        got is None,
+        "Two runs whose numbers differ by rounding (one part in ten million) are the"
+        " same run: compare with a relative tolerance of 1e-4, and return None.",
+    )
+    for factor, message in (
+        (2.0, "One side's loss is twice the other's from step 2 on: you return None."),
+        (
+            0.5,
+            "You find a difference only where one side is larger: take the absolute"
+            " value of the difference.",
+        ),
+    ):
+        need(function(run, changed(run, 2, "loss", factor)) is not None, message)
+    tiny = {n: [v * 1e-6 for v in values] for n, values in run.items()}
+    need(
+        function(tiny, changed(tiny, 2, "loss")) is not None,
+        "Small numbers that differ by a hundredth are different: your tolerance is"
+        " absolute, and learning rates are small. Take a relative one.",
+    )
+    early = changed(run, 1, "loss")  # the rows differ too, but later
+    early["batch"][4] *= 2
+    need(
+        function(run, early) != (4, "batch"),
+        "You go through all steps of one field before you look at the next. A batch"
+        " that differs at step 4 cannot explain a loss that differs at step 1: go"
+        " through the steps, and within a step through the fields.",
+    )
+    judge_place(function(run, early), 1, "loss")
+    for step, field in ((2, "loss"), (1, "lr"), (0, "grad_norm"), (3, "batch")):
+        for factor in (1.01, 0.99):
+            judge_place(function(run, changed(run, step, field, factor)), step, field)
+
+
+def judge_place(got, step, field):
+    need(
+        isinstance(got, tuple) and len(got) == 2,
+        f"Return (step, field), for example (0, 'lr'); yours is {got!r}.",
+    )
+    need(got != (field, step), "Step and field are swapped: return (step, field).")
+    need(got != (step + 1, field), "Steps count from 0.")
+    need(
+        got[0] == step,
+        f"You return {got!r}; the runs differ from (step {step}, {field}) on. What"
+        " comes later is a consequence: return the first.",
+    )
+    need(
+        got == (step, field),
+        f"The first difference is ({step}, {field!r}); yours is {got!r}. Within a step"
+        f" the order is {', '.join(FIELDS)}.",
+    )
+
+
+# ---- 2. keys -------------------------------------------------------------------------
+
+LAYERS = ("layers.0.self_attn.q_proj", "submodule.up_proj", "default_head.v_proj")
+
+
+@checks("Every tensor has the key under which PEFT looks for it.")
+def repair_keys(function) -> None:
+    """function(state) -> state with PEFT's keys."""
+    right, state = {}, {}
+    for at, layer in enumerate(LAYERS):
+        for part in ("lora_A", "lora_B"):
+            value = draw(2, 3)
+            key = f"base_model.model.model.{layer}.{part}.weight"
+            right[key] = value
+            state[spoilt(key, at)] = value
+    before = dict(state)
+    got = function(state)
+    no_return(got)
+    need(isinstance(got, dict), f"Return a dict; yours is a {type(got).__name__}.")
+    need(
+        state == before or got is not state,
+        "You change the dictionary that you were given: return a new one.",
+    )
+    for key in got:
+        name_fault(key)
+    missing = [key for key in right if key not in got]
+    need(not missing, f"No tensor has the key {missing[0] if missing else ''}.")
+    extra = [key for key in got if key not in right]
+    need(not extra, f"What is {extra[0] if extra else ''}? PEFT does not look for it.")
+    moved = [key for key in right if not same(got[key], right[key])]
+    need(not moved, "The keys are right, but a tensor stands under another one's key.")
+
+
+def spoilt(key, at):
+    """The key as somebody else's trainer writes it."""
+    bare = key.removeprefix("base_model.model.")
+    return (
+        key.replace(".weight", ".default.weight"),
+        "module." + bare,
+        "base_model.model._orig_mod." + bare.replace(".weight", ".default.weight"),
+    )[at]
+
+
+def name_fault(key):
+    faults = {
+        "`.default` names the adapter in memory; a file has no adapter's name.": (
+            ".default.weight" in key
+        ),
+        "`_orig_mod.` comes from torch.compile; it is no part of the model.": (
+            "_orig_mod" in key
+        ),
+        "`module.` at the start comes from DistributedDataParallel.": (
+            "model.module." in key or key.startswith("module.")
+        ),
+        "The prefix base_model.model. is there twice.": (
+            key.startswith("base_model.model.base_model")
+        ),
+        "`submodule` is the name of a layer here: remove `module.` only where it is a"
+        " whole part of the path, at its start.": "model.sub" in key
+        and "submodule" not in key,
+        "`default_head` is the name of a layer here: remove `.default` only behind"
+        " lora_A and lora_B.": "head" in key and "default_head" not in key,
+    }
+    for message, present in faults.items():
+        need(not present, f"{message} Yours: {key}")
+    need(
+        key.startswith("base_model.model.model."),
+        f"PEFT's keys begin with base_model.model., then comes the layer's path in the"
+        f" model. Yours: {key}",
+    )
+
+
+# ---- 3. PEFT's linear ----------------------------------------------------------------
+
+
+@checks(
+    "That is what PEFT computes: a product of two sums, with every B_i A_j in it.",
+    "A_i is (r, k), B_i (d, r), the result (d, k).",
+)
+def linear_merge(function) -> None:
+    """function(As, Bs, weights) -> (d, k)."""
+    for weights in ([0.5, 0.5], [0.7, -0.3], [1.0, 0.5, -0.25]):
+        d, k, r = random.choice([5, 7]), random.choice([6, 9]), 2
+        n = len(weights)
+        As, Bs = [draw(r, k) for _ in range(n)], [draw(d, r) for _ in range(n)]
+
+        def product(on_A, on_B):
+            A = sum(f * A for f, A in zip(on_A, As))
+            return sum(f * B for f, B in zip(on_B, Bs)) @ A
+
+        roots = [math.sqrt(abs(w)) for w in weights]
+        signed = [math.copysign(root, w) for root, w in zip(roots, weights)]
+        ones = [1.0] * n
+        exact = sum(w * B @ A for w, A, B in zip(weights, As, Bs))
+        compare(
+            function(As, Bs, weights),
+            product(signed, roots),
+            {
+                "That is the weighted sum of the updates B_i A_i, which one would want."
+                " PEFT's `linear` adds the A's and the B's apart, and multiplies"
+                " then.": exact,
+                "Both sums have the whole weight, so each update would come with w²:"
+                " PEFT gives the square root to either side.": product(
+                    weights, weights
+                ),
+                "Only one side has the weights. PEFT shares them out: a root to A and a"
+                " root to B.": product(weights, ones),
+                "Only the B's have the weights. PEFT shares them out: a root to A and a"
+                " root to B.": product(ones, weights),
+                "The signs are lost: a negative weight subtracts.": product(
+                    roots, roots
+                ),
+                "Both sides have the sign, and two minus signs make a plus.": product(
+                    signed, signed
+                ),
+                "The weights are not there.": product(ones, ones),
+            },
+            "Your update",
+        )
+
+
+# ---- 4. only the answers -------------------------------------------------------------
+
+
+def render(messages, add_generation_prompt=False):
+    text = "".join(f"<{m['role']}>{m['content']}~" for m in messages)
+    return text + ("<assistant>" if add_generation_prompt else "")
+
+
+def encode(text):
+    return [ord(letter) for letter in text]
+
+
+def conversation():
+    def words():
+        return "".join(random.choice("abcdefgh ") for _ in range(random.randint(3, 7)))
+
+    roles = ("system", "user", "assistant", "user", "assistant")
+    return [{"role": role, "content": words()} for role in roles]
+
+
+def masked(spans, ids):
+    labels = [-100] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+@checks("Only what the assistant says is learnt, its ends included.")
+def answers_only(function) -> None:
+    """function(messages, render, encode) -> (ids, labels), two lists."""
+    for _ in range(3):
+        messages = conversation()
+        ids = encode(render(messages))
+        spans, headers = [], []
+        for at, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start = len(encode(render(messages[:at], True)))
+                spans.append((start, len(encode(render(messages[: at + 1])))))
+                headers.append(len(encode(render(messages[:at]))))
+        got = function(messages, render, encode)
+        no_return(got)
+        need(
+            isinstance(got, tuple) and len(got) == 2,
+            "Return (ids, labels), two lists of equal length.",
+        )
+        given, labels = list(got[0]), list(got[1])
+        need(
+            given != encode(render(messages, True)),
+            "Your text ends with the header of one more answer: add_generation_prompt"
+            " is for writing; the text that is learnt has all its answers.",
+        )
+        need(given == ids, "The ids should be those of the whole conversation.")
+        need(len(labels) == len(ids), "One label for each id.")
+        right = masked(spans, ids)
+        every = [(0, len(ids))]
+        slips = {
+            "You learn everything, the user's words too.": masked(every, ids),
+            "You learn the last answer only: there are two.": masked(spans[-1:], ids),
+            "You learn the first answer only: there are two.": masked(spans[:1], ids),
+            "You learn the headers <assistant> too, which the template writes: an"
+            " answer begins behind them.": masked(
+                [(h, end) for h, (_, end) in zip(headers, spans)], ids
+            ),
+            "The end of an answer is not learnt: the model would never stop.": masked(
+                [(start, end - 1) for start, end in spans], ids
+            ),
+            "You learn everything but the answers.": [
+                i if label == -100 else -100 for i, label in zip(ids, right)
+            ],
+            "You shift the labels: the model does that itself.": right[1:] + [-100],
+            "What is not learnt has the label -100; 0 is a token.": [
+                0 if label == -100 else label for label in right
+            ],
+        }
+        if labels != right:
+            raise Wrong(
+                next(
+                    (message for message, slip in slips.items() if labels == slip),
+                    "The labels are not those of the answers. Print ids and labels side"
+                    " by side: an answer runs from the end of the prompt before it"
+                    " (add_generation_prompt=True) to the end of the text with it.",
+                )
+            )
+
+
+# ---- 5. llama.cpp's rows -------------------------------------------------------------
+
+
+def permuted(W, heads, back=False):
+    """llama.cpp's order of the rows of q_proj and k_proj (or back from it)."""
+    out, k = W.shape
+    half = out // heads // 2
+    shape = (heads, half, 2, k) if back else (heads, 2, half, k)
+    return W.reshape(shape).transpose(1, 2).reshape(out, k)
+
+
+@checks(
+    "The rows of B move, and A stays: (PB)A is P(BA).",
+    "A is (r, k), B (heads · head_dim, r). Return (A, B) in llama.cpp's order.",
+)
+def gguf_lora(function) -> None:
+    """function(A, B, heads) -> (A, B), the factors of q_proj in llama.cpp's order."""
+    for heads in (2, 3):
+        h = random.choice([6, 10])
+        r = random.choice([2, 4])
+        A, B = draw(r, heads * h), draw(heads * h, r)
+        got = function(A.clone(), B.clone(), heads)
+        no_return(got)
+        need(
+            isinstance(got, (tuple, list)) and len(got) == 2,
+            "Return two tensors, (A, B).",
+        )
+        need(
+            all(isinstance(part, torch.Tensor) for part in got),
+            "Return two tensors, (A, B).",
+        )
+        fine = permuted(B, heads)
+        columns = permuted(A.T, heads).T
+        need(
+            not same(got[0], columns),
+            "You move the columns of A. They belong to the layer's input, which"
+            " llama.cpp leaves alone: only the output's rows move.",
+        )
+        need(
+            not (same(got[0], fine) and same(got[1], A)),
+            "A and B are swapped: return (A, B).",
+        )
+        need(same(got[0], A), "A should stay as it is.")
+        compare(
+            got[1],
+            fine,
+            {
+                "B is as it was. llama.cpp turns neighbouring pairs, (0, 1), (2, 3)"
+                " …, where transformers turns (0, h/2), (1, h/2 + 1) …: the rows have"
+                " to move.": B,
+                "That is the way back, from llama.cpp's order to transformers'.": (
+                    permuted(B, heads, back=True)
+                ),
+                "You permute as if there were one head: each head's rows move within"
+                " the head.": permuted(B, 1),
+            },
+            "Your B",
+        )
+
+
+# ---- 6. which adapter ----------------------------------------------------------------
+
+
+def behind(one, best):
+    return told_apart(one, best).verdict == "behind"
+
+
+@checks(
+    "The smallest one within the budget that the rule does not put behind the best."
+)
+def choose_adapter(function) -> None:
+    """function(runs, budget) -> name; runs {name: {"scores": [one a seed],
+    "parameters": int}}."""
+    runs = {
+        "full": {"scores": [66.0, 66.3, 66.1], "parameters": 134_515_008},
+        "LoRA r 8": {"scores": [64.0, 64.4, 64.1], "parameters": 2_442_240},
+        "LoRA r 1": {"scores": [63.1, 64.9, 63.6], "parameters": 305_280},
+        "prompt": {"scores": [55.0, 55.6, 55.2], "parameters": 11_520},
+        "(IA)³": {"scores": [61.0, 61.3, 61.2], "parameters": 57_600},
+    }
+    one_seed = {
+        name: {"scores": run["scores"][:1], "parameters": run["parameters"]}
+        for name, run in runs.items()
+    }
+    budget = 3_000_000
+    got = function(runs, budget)
+    no_return(got)
+    need(got in runs, f"Return one of the names, {', '.join(runs)}; yours is {got!r}.")
+    need(got != "full", "That one is over the budget of parameters.")
+    slips = {
+        "LoRA r 8": "That one has the best mean within the budget. Is a smaller one"
+        " really behind it? Ask `compare`.",
+        "prompt": "That one is the smallest, and its scores are behind the best by far"
+        " more than the seeds explain.",
+        "(IA)³": "That one is behind the best, says `compare`: every seed of it is"
+        " three points lower.",
+    }
+    if got != "LoRA r 1":
+        raise Wrong(slips[got])
+    need(
+        function(one_seed, budget) != "LoRA r 8",
+        "With one seed each, nothing is told apart, and you still take the best score."
+        " Then the rule leaves the smallest.",
+    )
+    need(
+        function(one_seed, budget) == "prompt",
+        "With one seed each, `compare` tells nothing apart: no adapter is behind, so"
+        " the smallest is left.",
+    )
+    order = dict(reversed(runs.items()))
+    need(function(order, budget) == "LoRA r 1", "Your choice depends on the order.")
+    need(
+        function(runs, 200_000_000) == "full",
+        "With a budget for all of them, full fine-tuning is ahead of every other one:"
+        " nothing smaller equals it.",
+    )

@@ -1,0 +1,400 @@
+"""Chapter 17's checks accept the solution, refuse the blank stub, and name the mistake
+in what is plausibly wrong."""
+
+import math
+
+import pytest
+import torch
+from judging import accepts, rejects
+
+from minipeft.course import check, compare
+
+
+def stub(*args):
+    raise NotImplementedError
+
+
+# --------------------------------------------------------------------- first_difference
+
+FIELDS = ("batch", "loss", "grad_norm", "lr")
+
+
+def near(a, b):
+    return math.isclose(a, b, rel_tol=1e-4)
+
+
+def by_steps(ours, theirs, equal=near, fields=FIELDS):
+    for step in range(len(ours["loss"])):
+        for field in fields:
+            if not equal(ours[field][step], theirs[field][step]):
+                return step, field
+    return None
+
+
+def by_fields(ours, theirs):
+    for field in FIELDS:
+        for step, (a, b) in enumerate(zip(ours[field], theirs[field])):
+            if not near(a, b):
+                return step, field
+    return None
+
+
+def last(ours, theirs):
+    found = None
+    for step in range(len(ours["loss"])):
+        for field in FIELDS:
+            if not near(ours[field][step], theirs[field][step]):
+                found = step, field
+    return found
+
+
+def test_first_difference_solution():
+    accepts(check.first_difference, by_steps)
+
+    def one_line(ours, theirs):
+        places = [(t, f) for t in range(len(ours["lr"])) for f in FIELDS]
+        off = (p for p in places if not near(ours[p[1]][p[0]], theirs[p[1]][p[0]]))
+        return next(off, None)
+
+    accepts(check.first_difference, one_line)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("differ by rounding", lambda a, b: by_steps(a, b, lambda x, y: x == y)),
+        (
+            "tolerance is absolute",
+            lambda a, b: by_steps(a, b, lambda x, y: abs(x - y) < 1e-4),
+        ),
+        ("absolute value", lambda a, b: by_steps(a, b, lambda x, y: y < x * 1.0001)),
+        ("before you look at the next", by_fields),
+        ("What comes later is a consequence", last),
+        (
+            "Step and field are swapped",
+            lambda a, b: (by_steps(a, b) or (None,))[::-1] if by_steps(a, b) else None,
+        ),
+        (
+            "Steps count from 0",
+            lambda a, b: by_steps(a, b) and (by_steps(a, b)[0] + 1, by_steps(a, b)[1]),
+        ),
+        ("Return (step, field)", lambda a, b: by_steps(a, b) and by_steps(a, b)[0]),
+        ("you return None", lambda a, b: None),
+        ("nothing here yet", stub),
+    ],
+)
+def test_first_difference_mistakes(says, answer):
+    rejects(says, check.first_difference, answer)
+
+
+# -------------------------------------------------------------------------- repair_keys
+
+
+def repaired(key):
+    key = key.removeprefix("base_model.model.")
+    key = key.removeprefix("module.").removeprefix("_orig_mod.")
+    key = key.replace(".default.weight", ".weight")
+    return f"base_model.model.{key}"
+
+
+def keys(change):
+    return lambda state: {change(key): tensor for key, tensor in state.items()}
+
+
+def test_repair_keys_solution():
+    accepts(check.repair_keys, keys(repaired))
+
+    def by_parts(state):
+        new = {}
+        for key, tensor in state.items():
+            parts = [p for p in key.split(".") if p not in ("module", "_orig_mod")]
+            parts = [p for p in parts if p not in ("base_model", "default")]
+            new[
+                "base_model.model." + ".".join(parts[-parts[::-1].index("model") - 1 :])
+            ] = tensor
+        return new  # fmt: skip
+
+    accepts(check.repair_keys, by_parts)
+
+
+def then(old, new):
+    """The solution, with a slip after it."""
+    return keys(lambda key: repaired(key).replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("a file has no adapter's name", lambda state: dict(state)),
+        ("a file has no adapter's name", then("A.weight", "A.default.weight")),
+        ("comes from DistributedDataParallel", then("model.model.s", "model.module.s")),
+        ("comes from torch.compile", then("model.model.d", "model._orig_mod.model.d")),
+        (
+            "prefix base_model.model. is there twice",
+            then("base_", "base_model.model.base_"),
+        ),
+        ("`submodule` is the name", then("submodule.", "sub")),
+        ("`default_head` is the name", then("default_", "")),
+        ("PEFT's keys begin with", then("base_model.model.", "")),
+        (
+            "another one's key",
+            lambda state: dict(zip(keys(repaired)(state), reversed(state.values()))),
+        ),
+        (
+            "No tensor has the key",
+            lambda state: dict(list(keys(repaired)(state).items())[:4]),
+        ),
+        (
+            "PEFT does not look for it",
+            lambda state: (
+                keys(repaired)(state) | {"base_model.model.model.x": torch.zeros(1)}
+            ),
+        ),
+        ("Return a dict", lambda state: list(keys(repaired)(state))),
+        ("is there a `return`", lambda state: None),
+        ("nothing here yet", stub),
+    ],
+)
+def test_repair_keys_mistakes(says, answer):
+    rejects(says, check.repair_keys, answer)
+
+
+# ------------------------------------------------------------------------- linear_merge
+
+
+def roots(weights):
+    return [abs(w) ** 0.5 for w in weights]
+
+
+def signed(weights):
+    return [math.copysign(abs(w) ** 0.5, w) for w in weights]
+
+
+def product(As, Bs, on_A, on_B):
+    A = sum(f * A for f, A in zip(on_A, As))
+    return sum(f * B for f, B in zip(on_B, Bs)) @ A
+
+
+def test_linear_merge_solution():
+    accepts(check.linear_merge, lambda A, B, w: product(A, B, signed(w), roots(w)))
+
+    def all_pairs(As, Bs, ws):
+        return sum(
+            b * a * B @ A for b, B in zip(roots(ws), Bs) for a, A in zip(signed(ws), As)
+        )
+
+    accepts(check.linear_merge, all_pairs)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        (
+            "which one would want",
+            lambda A, B, w: sum(f * b @ a for f, a, b in zip(w, A, B)),
+        ),
+        ("come with w²", lambda A, B, w: product(A, B, w, w)),
+        ("Only one side has", lambda A, B, w: product(A, B, w, [1] * len(w))),
+        ("Only the B's have", lambda A, B, w: product(A, B, [1] * len(w), w)),
+        ("signs are lost", lambda A, B, w: product(A, B, roots(w), roots(w))),
+        ("make a plus", lambda A, B, w: product(A, B, signed(w), signed(w))),
+        ("weights are not there", lambda A, B, w: sum(B) @ sum(A)),
+        ("Two shapes do not fit", lambda A, B, w: A[0] @ B[0][:1]),
+        ("is there a `return`", lambda A, B, w: None),
+        ("nothing here yet", stub),
+    ],
+)
+def test_linear_merge_mistakes(says, answer):
+    rejects(says, check.linear_merge, answer)
+
+
+# ------------------------------------------------------------------------- answers_only
+
+
+def masked(messages, render, encode, first=True, cut=0, header=False, only=None):
+    ids = encode(render(messages))
+    labels = [-100] * len(ids)
+    places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    for i in places if only is None else [places[only]]:
+        start = len(encode(render(messages[:i], not header)))
+        end = len(encode(render(messages[: i + 1]))) - cut
+        labels[start:end] = ids[start:end]
+    return ids, labels
+
+
+def swapped(ids, labels):
+    return ids, [i if label == -100 else -100 for i, label in zip(ids, labels)]
+
+
+def test_answers_only_solution():
+    accepts(check.answers_only, masked)
+
+    def piece_by_piece(messages, render, encode):
+        ids, labels = [], []
+        for i, message in enumerate(messages):
+            whole = encode(render(messages[: i + 1]))
+            new = whole[len(ids) :]
+            header = len(encode(render(messages[:i], True))) - len(ids)
+            is_answer = message["role"] == "assistant"
+            labels += [-100] * header + new[header:] if is_answer else [-100] * len(new)
+            ids = whole
+        return ids, labels
+
+    accepts(check.answers_only, piece_by_piece)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("learn everything, the user's", lambda m, r, e: (e(r(m)), e(r(m)))),
+        ("the last answer only", lambda m, r, e: masked(m, r, e, only=-1)),
+        ("the first answer only", lambda m, r, e: masked(m, r, e, only=0)),
+        ("learn the headers", lambda m, r, e: masked(m, r, e, header=True)),
+        ("would never stop", lambda m, r, e: masked(m, r, e, cut=1)),
+        ("everything but the answers", lambda m, r, e: swapped(*masked(m, r, e))),
+        (
+            "shift the labels",
+            lambda m, r, e: (e(r(m)), masked(m, r, e)[1][1:] + [-100]),
+        ),
+        (
+            "0 is a token",
+            lambda m, r, e: (
+                e(r(m)),
+                [0 if i == -100 else i for i in masked(m, r, e)[1]],
+            ),
+        ),
+        ("one more answer", lambda m, r, e: (e(r(m, True)), masked(m, r, e)[1])),
+        ("One label for each id", lambda m, r, e: (e(r(m)), masked(m, r, e)[1][:-1])),
+        ("ids side", lambda m, r, e: (e(r(m)), [-100] * len(e(r(m))))),
+        ("the whole conversation", lambda m, r, e: (e(r(m[:2])), [])),
+        ("Return (ids, labels)", lambda m, r, e: masked(m, r, e)[1]),
+        ("is there a `return`", lambda m, r, e: None),
+        ("nothing here yet", stub),
+    ],
+)
+def test_answers_only_mistakes(says, answer):
+    says = "Print ids and labels" if says == "ids side" else says
+    rejects(says, check.answers_only, answer)
+
+
+# ---------------------------------------------------------------------------- gguf_lora
+
+
+def rows(W, heads, back=False):
+    half = W.shape[0] // heads // 2
+    shape = (heads, half, 2, -1) if back else (heads, 2, half, W.shape[1])
+    return W.reshape(shape).swapaxes(1, 2).reshape(W.shape)
+
+
+def test_gguf_lora_solution():
+    accepts(check.gguf_lora, lambda A, B, heads: (A, rows(B, heads)))
+
+    def by_index(A, B, heads):
+        h = len(B) // heads
+        order = [
+            n * h + i + half * (h // 2)
+            for n in range(heads)
+            for i in range(h // 2)
+            for half in (0, 1)
+        ]
+        return A, B[order]
+
+    accepts(check.gguf_lora, by_index)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("the rows have to move", lambda A, B, heads: (A, B)),
+        ("the columns of A", lambda A, B, heads: (rows(A.T, heads).T, B)),
+        ("the columns of A", lambda A, B, heads: (rows(A.T, heads).T, rows(B, heads))),
+        ("the way back", lambda A, B, heads: (A, rows(B, heads, back=True))),
+        ("as if there were one head", lambda A, B, heads: (A, rows(B, 1))),
+        ("are swapped", lambda A, B, heads: (rows(B, heads), A)),
+        ("A should stay", lambda A, B, heads: (2 * A, rows(B, heads))),
+        ("Return two tensors", lambda A, B, heads: rows(B, heads)),
+        ("is there a `return`", lambda A, B, heads: None),
+        ("nothing here yet", stub),
+    ],
+)
+def test_gguf_lora_mistakes(says, answer):
+    rejects(says, check.gguf_lora, answer)
+
+
+# ----------------------------------------------------------------------- choose_adapter
+
+
+def mean(run):
+    return sum(run["scores"]) / len(run["scores"])
+
+
+def within(runs, budget):
+    return {n: run for n, run in runs.items() if run["parameters"] <= budget}
+
+
+def smallest(runs):
+    return min(runs, key=lambda name: runs[name]["parameters"])
+
+
+def best(runs):
+    return max(runs, key=lambda name: mean(runs[name]))
+
+
+def chosen(runs, budget, among=within):
+    fits = among(runs, budget)
+    top = fits[best(fits)]["scores"]
+    left = {
+        name: run
+        for name, run in fits.items()
+        if compare(run["scores"], top).verdict != "behind"
+    }
+    return smallest(left)
+
+
+def test_choose_adapter_solution():
+    accepts(check.choose_adapter, chosen)
+
+    def in_order(runs, budget):
+        fits = within(runs, budget)
+        top = fits[best(fits)]["scores"]
+        for name in sorted(fits, key=lambda name: fits[name]["parameters"]):
+            if compare(top, fits[name]["scores"]).verdict != "ahead":
+                return name
+
+    accepts(check.choose_adapter, in_order)
+
+
+def near_the_best(points):
+    def choose(runs, budget):
+        fits = within(runs, budget)
+        top = mean(fits[best(fits)])
+        return smallest({n: r for n, r in fits.items() if mean(r) >= top - points})
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("over the budget", lambda runs, budget: best(runs)),
+        ("best mean within", lambda runs, budget: best(within(runs, budget))),
+        ("is the smallest", lambda runs, budget: smallest(runs)),
+        ("three points lower", near_the_best(4)),
+        ("nothing apart", near_the_best(1)),
+        (
+            "Your choice depends on the order",
+            lambda runs, budget: (
+                chosen(runs, budget) if list(runs)[0] == "full" else list(runs)[0]
+            ),
+        ),
+        (
+            "full fine-tuning is ahead",
+            lambda runs, budget: chosen(runs, min(budget, 3_000_000)),
+        ),
+        ("Return one of the names", lambda runs, budget: chosen(runs, budget).upper()),
+        ("is there a `return`", lambda runs, budget: None),
+        ("nothing here yet", stub),
+    ],
+)
+def test_choose_adapter_mistakes(says, answer):
+    rejects(says, check.choose_adapter, answer)
