@@ -344,3 +344,18 @@ def test_the_best_rates_of_chapters_06_to_08_lie_between_worse_ones(name):
             [run["lr"] for run in common.found(runs, method=method)],
         )
         assert min(tried) < at < max(tried), method
+
+
+RECORDS = sorted(common.RESULTS.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_says_how_it_was_made(path):
+    """Command, machine, date and versions stand once; steps and seed, where something
+    was trained, in the record or with each run."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert {"command", "machine", "date", "versions"} <= record.keys()
+    for run in record.get("runs", []):
+        if "lr" in run:
+            assert "steps" in run or "steps" in record, run
+            assert "seed" in run or "seeds" in record, run
