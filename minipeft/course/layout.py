@@ -21,7 +21,6 @@ FOLDED = {"source_hidden": True}, "hide-input", "form"
 INSTALL = """\
 # @title Install the course, where it is absent (in Colab, say)
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,9 @@ if importlib.util.find_spec("minipeft") is None:
     subprocess.run([*pip, f"{{course}}[course,quant]"], check=True)
     sys.path.insert(0, str(course))"""
 FETCH = """\
-course = Path("minipeft-course").resolve()
+import os
+
+        course = Path("minipeft-course").resolve()
         clone = ["git", "clone", "--depth", "1", "{address}", str(course)]
         subprocess.run(clone, check=True)
         os.chdir(course / "chapters")"""
