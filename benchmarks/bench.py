@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from minipeft import LoraConfig, NotMergeableError, get_peft_model
 from minipeft.course.measuring import peak_bytes
+from minipeft.io import check_choice
 from minipeft.lm import (
     GPT,
     GPTConfig,
@@ -477,6 +478,76 @@ def small_costs(rounds, size="full"):
     yield row("forward of LoRA unmerged / base", times["unmerged"], "s", times["base"])
 
 
+def serving(rounds, size="full"):
+    """16 rows, each with an adapter of its own: LoRAs of rank 8 on all linear layers of
+    a Hugging Face Llama. A prompt of 32 tokens a row, and one token a row."""
+    names = [f"adapter {number}" for number in range(16)]
+    models = {name: many_loras(name, names, size) for name in ("minipeft", "peft")}
+    for length in (32, 1):
+        ids = torch.randint(0, 64, (len(names), length))
+        contestants = {}
+        for library, model in models.items():
+            contestants[library, "one"] = lambda model=model: model(input_ids=ids)
+            contestants[library, "mixed"] = lambda model=model: model(
+                input_ids=ids, adapter_names=names
+            )
+            contestants[library, "swap"] = lambda model=model: swap(model, names, ids)
+        with torch.no_grad():
+            times = race(contestants, rounds)
+        end = f"16 x {length} tokens"
+        for library, who in (("minipeft", ""), ("peft", "peft's: ")):
+            mixed = times[library, "mixed"]
+            yield row(
+                f"{who}16 adapters in a batch / one adapter for all rows, {end}",
+                mixed,
+                "s",
+                times[library, "one"],
+                goal=1.5 if (library, length) == ("minipeft", 32) else None,
+            )
+            yield row(
+                f"{who}16 adapters in a batch / swapping merged weights, {end}",
+                mixed,
+                "s",
+                times[library, "swap"],
+                goal=0.25 if library == "minipeft" else None,
+            )
+
+
+def many_loras(library, names, size):
+    """A Llama of hidden size 256 and 4 layers with a LoRA of each name, none zero."""
+    import transformers
+
+    d, layers = (32, 2) if size == "tiny" else (256, 4)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=512,
+            hidden_size=d,
+            intermediate_size=2 * d,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+        )
+    ).eval()
+    package = importlib.import_module(library)
+    config = package.LoraConfig(
+        r=8, lora_alpha=16, target_modules=TARGETS["llama"], init_lora_weights=False
+    )
+    model = package.get_peft_model(model, config, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    return model.eval()
+
+
+def swap(model, names, ids):
+    """Each row through weights into which its adapter is merged."""
+    for name, one in zip(names, ids):
+        model.set_adapter(name)
+        model.merge_adapter()
+        model(input_ids=one[None])
+        model.unmerge_adapter()
+    model.set_adapter(names[0])
+
+
 def imports(times=3):
     code = (
         "import time, torch; t = time.process_time(); import {};"
@@ -562,11 +633,27 @@ def markdown(record):
         ),
     ]
     lines += [
+        f"\nThe rows of “{name}”: `{how['command']}`, {how['date']}, {how['machine']}."
+        for name, how in record.get("again", {}).items()
+    ]
+    lines += [
         f"\n{why}"
         for what, why in WHY.items()
         if any(r["met"] is False and r["what"].startswith(what) for r in record["rows"])
     ]
     return ", ".join(where) + ".\n\n" + "\n".join(lines) + "\n"
+
+
+def replaced(out, name, parts):
+    """The record in `out` with one part's rows measured again, and how under
+    "again"."""
+    check_choice("--only", name, parts)
+    record = json.loads(out.read_text(encoding="utf-8"))
+    rows = list(parts[name]())
+    measured = {row["what"] for row in rows}
+    kept = [row for row in record["rows"] if row["what"] not in measured]
+    again = record.get("again", {}) | {name: facts()}
+    return record | {"rows": kept + rows, "again": again}
 
 
 def main(argv=None):
@@ -578,6 +665,9 @@ def main(argv=None):
     )
     parser.add_argument(
         "--tiny", action="store_true", help="toy networks: does it work at all?"
+    )
+    parser.add_argument(
+        "--only", metavar="PART", help="measure one part, keep the record's other rows"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "bench.json")
     given = parser.parse_args(argv)
@@ -601,17 +691,21 @@ def main(argv=None):
     parts["latency"] = lambda: latencies(rounds, size)
     parts |= {
         "small costs": lambda: small_costs(rounds, size),
+        "serving": lambda: serving(rounds, size),
         "imports": lambda: imports(5 if given.full else 3),
     }
     parts["training"] = lambda: training_speed(
         2 if given.tiny else 60 if given.full else 20
     )
-    rows, progress = [], tqdm(parts.items())
     torch.set_num_threads(1)
-    for name, part in progress:
-        progress.set_description(name)
-        rows += part()
-    record = facts() | {"batch": [batch, length], "rows": rows}
+    if given.only:
+        record = replaced(given.out, given.only, parts)
+    else:
+        rows, progress = [], tqdm(parts.items())
+        for name, part in progress:
+            progress.set_description(name)
+            rows += part()
+        record = facts() | {"batch": [batch, length], "rows": rows}
     save(given.out, record)
     given.out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
     print(markdown(record))

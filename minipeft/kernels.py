@@ -3,8 +3,10 @@
 A method names its fused form as its class attribute `kernel`, and LinearDelta.forward,
 the one place that chooses, calls it first. A kernel returns the layer's output, or None
 where it would not pay: then the plain equation runs. A subclass does not inherit it,
-for its equation may be another. tests/test_kernels.py holds every kernel equal to the
-plain form, in outputs and gradients.
+for its equation may be another. `rows_kernel` likewise is for a batch whose rows have
+different adapters; Slot.forward_fused_rows chooses it, else the rows are split.
+tests/test_kernels.py and tests/test_mixed_rows.py hold every kernel equal to the plain
+form, in outputs and gradients.
 """
 
 import torch
@@ -39,6 +41,60 @@ def add_low_rank(adapter, base, x):
         alpha=adapter.scaling,
     )
     return out.view(y.shape).to(y.dtype)
+
+
+def add_low_rank_rows(adapters, base, x):
+    """y_i + s_i B_i (A_i x_i), i over the rows of x (or groups of consecutive rows):
+    every row has its own LoRA, and two batched products serve all. The factors of each
+    row are gathered, smaller ranks padded with zeros. Punica (Chen et al. 2023, arXiv
+    2310.18547) and S-LoRA (Sheng et al. 2023, arXiv 2311.03285) do so on the GPU.
+
+    adapters: one for each row or group, None for none. Returns None where their
+    equations are not plain: a bias on B, dropout in training, hooks, several
+    precisions."""
+    if not can_stack(adapters):
+        return None
+    factors = [None if adapter is None else adapter.factors for adapter in adapters]
+    A, B = stack_factors(factors)
+    y = base(x)
+    first = next(adapter for adapter in adapters if adapter is not None)
+    rows = first.adapter_input(x).reshape(len(adapters), -1, A.shape[2])
+    h = rows @ A.transpose(1, 2)  # (n, T, r)
+    scaling = [0.0 if adapter is None else adapter.scaling for adapter in adapters]
+    h = h * torch.tensor(scaling, dtype=h.dtype, device=h.device).view(-1, 1, 1)
+    y_rows = y.reshape(len(adapters), -1, B.shape[1]).to(h.dtype)
+    out = torch.baddbmm(y_rows, h, B.transpose(1, 2))  # (n, T, d_out)
+    return out.view(y.shape).to(y.dtype)
+
+
+def can_stack(adapters):
+    """True where adapters, None among them, are plain LoRAs of one precision."""
+    distinct = {id(a): a for a in adapters if a is not None}.values()
+    kinds = {(A.dtype, A.device, B.dtype) for A, B in (a.factors for a in distinct)}
+    return len(kinds) == 1 and not any(
+        a.lora_B.bias is not None
+        or (a.dropout and a.training)
+        or a._forward_hooks
+        or a._forward_pre_hooks
+        for a in distinct
+    )
+
+
+def stack_factors(factors):
+    """(n, r, d_in), (n, d_out, r) of n pairs A (r_i, d_in) and B (d_out, r_i), or None;
+    r is the largest r_i. What is missing is zero."""
+    pairs = {id(pair[0]): pair for pair in factors if pair is not None}
+    r = max(len(A) for A, _ in pairs.values())
+    for key, (A, B) in pairs.items():
+        if len(A) < r:
+            missing = r - len(A)
+            pairs[key] = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+    A, B = next(iter(pairs.values()))
+    none = None
+    if None in factors:
+        none = torch.zeros_like(A), torch.zeros_like(B)
+    padded = [none if pair is None else pairs[id(pair[0])] for pair in factors]
+    return tuple(torch.stack(parts) for parts in zip(*padded))
 
 
 # DoRA

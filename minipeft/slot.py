@@ -146,10 +146,12 @@ class LinearDelta(Adapter):
 
     mergeable = True
     kernel = None  # a fused form of `forward`, from kernels.py
+    rows_kernel = None  # one of a batch whose rows have different adapters
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls.kernel = vars(cls).get("kernel")  # not inherited: it is for one equation
+        for name in ("kernel", "rows_kernel"):  # not inherited: for one equation only
+            setattr(cls, name, vars(cls).get(name))
 
     def delta(self, base):
         """(d_out, d_in)"""
@@ -223,12 +225,25 @@ class Slot(nn.Module):
                 " adapters at its last linear layer instead"
             )
         (x,) = args
-        outputs = []
         groups, order = rows.group(x.shape[0], x.device)
+        fused = self.forward_fused_rows(rows.names, x)
+        if fused is not None:
+            return fused
+        outputs = []
         for name, index in groups:
             with self.active.only(name):  # slots inside this layer see these rows only
                 outputs.append(self.forward_stacked([name], x[index]))
         return torch.cat(outputs)[order]
+
+    def forward_fused_rows(self, names, x):
+        """All rows at once, where their adapters are of one kind that can do so; or
+        None."""
+        adapters = [self.adapters[n] if n in self.adapters else None for n in names]
+        kinds = {type(adapter) for adapter in adapters if adapter is not None}
+        kernel = getattr(kinds.pop(), "rows_kernel", None)
+        if kernel is None or kinds:
+            return None
+        return kernel(adapters, self.base_layer, x)
 
     def merge(self, names, lossy=False):
         """Write adapters into the weights, and keep the parameters from before."""

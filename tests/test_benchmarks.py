@@ -211,6 +211,23 @@ def test_verdicts_of_every_chapter_that_has_runs(capsys, monkeypatch):
     assert "the only one tried" in said and "not told apart" in said
 
 
+def test_bench_serves_many_adapters(tmp_path):
+    """Its rows, and a part measured again beside the record's other rows."""
+    record = {"rows": [bench.row("kept", 1.0, "s")], "batch": [1, 4]} | common.facts()
+    common.save(tmp_path / "bench.json", record)
+    parts = {"serving": lambda: bench.serving(1, "tiny")}
+    for _ in range(2):  # the second time its own rows are replaced
+        again = bench.replaced(tmp_path / "bench.json", "serving", parts)
+        assert again["rows"][0]["what"] == "kept" and len(again["rows"]) == 9
+        common.save(tmp_path / "bench.json", again)
+    goals = [row["goal"] for row in again["rows"][1:]]
+    assert goals == [1.5, 0.25, None, None, None, 0.25, None, None]
+    assert again["again"]["serving"]["machine"] == record["machine"]
+    assert "The rows of “serving”" in bench.markdown(again)
+    with pytest.raises(ValueError, match="unknown --only 'serve'.*serving"):
+        bench.replaced(tmp_path / "bench.json", "serve", parts)
+
+
 def test_bench_measures_and_judges(tmp_path):
     rows = [
         *bench.steps_against_peft("ours", 1, 1, 4, "tiny"),

@@ -26,6 +26,7 @@ class Lora(LinearDelta):
     """x (..., d_in) -> (..., d_out)"""
 
     kernel = kernels.add_low_rank
+    rows_kernel = kernels.add_low_rank_rows
 
     def __init__(self, d_in, d_out, r, scaling, dropout=0.0, bias=False):
         super().__init__()

@@ -1,0 +1,253 @@
+"""A batch whose rows have different LoRAs, by two batched products: equal to the batch
+split by rows, in outputs and all gradients; and split where the equation is another."""
+
+import pytest
+import torch
+from bases import BASES, close, run
+from tolerance import assert_within, size
+from torch import nn
+
+from minipeft import LoraConfig, get_peft_model
+from minipeft.methods.lora import Lora
+
+D_IN, D_OUT, T = 24, 32, 5
+# (dtype of the layer, dtype of x, autocast, bias of the layer)
+SETTINGS = {
+    "fp32": (torch.float32, torch.float32, False, True),
+    "fp64, no bias": (torch.float64, torch.float64, False, False),
+    "bf16 layer, fp32 adapters": (torch.bfloat16, torch.bfloat16, False, True),
+    "autocast": (torch.float32, torch.float32, True, True),
+}
+BATCHES = {
+    "each row its own": ["a", "b", "c"],
+    "in another order": ["c", "a", "b"],
+    "rows without": ["__base__", "b", "__base__", "a"],
+    "repeated": ["b", "b", "a", "b"],
+    "one row": ["c"],
+    "elsewhere": ["a", "elsewhere", "b"],
+}
+CONFIGS = {
+    "a": dict(r=4, lora_alpha=12),
+    "b": dict(r=1, lora_alpha=2),
+    "c": dict(r=6, lora_alpha=3, use_rslora=True),
+}
+
+
+def make(dtype=torch.float32, bias=True, change=None):
+    """A model of two layers with adapters of three ranks and scalings on the first, and
+    one on the other layer alone; all numbers of the adapters moved."""
+    torch.manual_seed(0)
+    layers = nn.Linear(D_IN, D_OUT, bias=bias), nn.Linear(D_OUT, D_OUT)
+    model = nn.Sequential(*layers).to(dtype)
+    fields = {name: dict(CONFIGS[name]) for name in CONFIGS}
+    for name in fields:
+        fields[name] |= dict(target_modules=["0"]) | (change or {}).get(name, {})
+    peft_model = get_peft_model(model, LoraConfig(**fields["a"]), "a")
+    for name in ("b", "c"):
+        peft_model.add_adapter(name, LoraConfig(**fields[name]))
+    peft_model.add_adapter("elsewhere", LoraConfig(r=2, target_modules=["1"]))
+    if dtype == torch.float64:
+        peft_model.double()
+    with torch.no_grad():
+        for name, p in peft_model.named_parameters():
+            if ".adapters." in name:
+                p += 0.3 * torch.randn_like(p)
+                p.requires_grad_()
+    peft_model.set_adapter(["a", "b", "c", "elsewhere"])
+    return peft_model
+
+
+def outputs_and_gradients(model, names, dtype, autocast, shape=(T, D_IN)):
+    """(y, {name: gradient}), x's among them; None where there is no gradient."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(names), *shape, generator=generator).to(dtype)
+    x.requires_grad_()
+    leaves = {n: p for n, p in model.named_parameters() if p.requires_grad} | {"x": x}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x, adapter_names=names)
+    upstream = torch.randn(y.shape, generator=generator)
+    loss = (y.float() * upstream).sum()
+    found = torch.autograd.grad(loss, leaves.values(), allow_unused=True)
+    return y, dict(zip(leaves, found))
+
+
+class Counted:
+    """The kernel, and how often it gave a result."""
+
+    def __init__(self):
+        self.kernel = vars(Lora)["rows_kernel"]
+        self.used = 0
+
+    def __call__(self, *given):
+        y = self.kernel(*given)
+        self.used += y is not None
+        return y
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    counter = Counted()
+    monkeypatch.setattr(Lora, "rows_kernel", staticmethod(counter))
+    return counter
+
+
+def split(monkeypatch):
+    monkeypatch.setattr(Lora, "rows_kernel", None)
+
+
+class TestGroupedEqualsSplit:
+    @pytest.mark.parametrize("setting", SETTINGS)
+    @pytest.mark.parametrize("batch", BATCHES)
+    def test_outputs_and_gradients(self, batch, setting, counted, monkeypatch):
+        layer, dtype, autocast, bias = SETTINGS[setting]
+        names = BATCHES[batch]
+        model = make(layer, bias)
+        y, gradients = outputs_and_gradients(model, names, dtype, autocast)
+        assert counted.used == 1 + ("elsewhere" in names)
+        split(monkeypatch)
+        expected, right = outputs_and_gradients(model, names, dtype, autocast)
+        assert y.dtype == expected.dtype
+        coarse = torch.bfloat16 if autocast else layer
+        # bf16: each of a chain of four products is rounded; else sums of up to
+        # D_OUT terms, two layers deep, or over the tokens of all rows
+        chain = dict(steps=4) if coarse == torch.bfloat16 else dict(terms=64, steps=4)
+        assert_within(y, expected, dtype=coarse, **chain)
+        for name, gradient in right.items():
+            other = gradients[name]
+            if gradient is None:  # stacked all the same, and gets zero
+                assert other is None or not other.any(), name
+            else:
+                assert gradient.abs().max() > 0, name
+                assert_within(other, gradient, dtype=coarse, **chain)
+
+    def test_each_row_is_what_its_adapter_gives_alone(self):
+        model = make(torch.float64)
+        names = ["a", "__base__", "c", "b", "c"]
+        x = torch.randn(5, T, D_IN, dtype=torch.float64)
+        mixed = model(x, adapter_names=names)
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(x[row : row + 1])
+            else:
+                model.set_adapter(name)
+                alone = model(x[row : row + 1])
+            assert_within(mixed[row : row + 1], alone, terms=D_OUT, steps=4)
+
+    @pytest.mark.parametrize("shape", [(D_IN,), (2, T, D_IN), (0, D_IN)])
+    def test_any_number_of_dimensions(self, shape, counted, monkeypatch):
+        model = make(torch.float64)
+        given = torch.randn(3, *shape, dtype=torch.float64)
+        y = model(given, adapter_names=["a", "b", "c"])
+        assert counted.used == 1
+        split(monkeypatch)
+        expected = model(given, adapter_names=["a", "b", "c"])
+        assert y.shape == expected.shape
+        if expected.numel():
+            assert_within(y, expected, terms=D_OUT, steps=4)
+
+    def test_several_rows_for_a_name_as_in_beam_search(self, counted, monkeypatch):
+        slot = make(torch.float64).get_base_model()[0]
+        from minipeft.slot import RowAdapters
+
+        x = torch.randn(6, T, D_IN, dtype=torch.float64)
+        for names in (["a", "c"], ["b", "__base__", "a"]):
+            y = slot.forward_mixed_batch(RowAdapters(names), x)
+            each = 6 // len(names)
+            for row in range(6):
+                slot.active.names = [names[row // each]]
+                assert_within(y[row], slot(x[row]), terms=D_OUT, steps=2)
+        assert counted.used == 2
+        with pytest.raises(ValueError, match="4 adapter_names for a batch of 6 rows"):
+            slot.forward_mixed_batch(RowAdapters(["a"] * 4), x)
+
+    @pytest.mark.parametrize("kind", ["llama", "hf_gpt2"])
+    def test_whole_models_and_ranks_by_pattern(self, kind, counted, monkeypatch):
+        base = BASES[kind]
+        torch.manual_seed(0)
+        field = {"target_modules": "all-linear", "init_lora_weights": False}
+        model = get_peft_model(base.make(), LoraConfig(r=3, **field), "a")
+        pattern = {"q_proj": 7} if kind == "llama" else {"c_attn": 5}
+        model.add_adapter("b", LoraConfig(r=2, rank_pattern=pattern, **field))
+        names = ["b", "__base__", "a"]
+        grouped = run(model, adapter_names=names)
+        assert counted.used > 4
+        split(monkeypatch)
+        close(grouped, run(model, adapter_names=names))
+
+
+class TestWhereItIsSplit:
+    def used(self, model, counted, names=("a", "b", "c")):
+        before = counted.used
+        x = torch.randn(len(names), T, D_IN)
+        y = model(x, adapter_names=list(names))
+        for row, name in enumerate(names):  # and right all the same
+            if not model.training:
+                model.set_adapter(name)
+                close(y[row], model(x[row : row + 1])[0])
+        return counted.used > before
+
+    def test_dropout_in_training(self, counted):
+        model = make(change={"b": dict(lora_dropout=0.5)})
+        assert not self.used(model.train(), counted)
+        assert self.used(model, counted, ["a", "c"])  # these two have none
+        assert self.used(model.eval(), counted)
+
+    def test_dora(self, counted):
+        model = make(change={"c": dict(use_dora=True)}).eval()
+        assert not self.used(model, counted)
+        assert self.used(model, counted, ["a", "b", "b"])
+
+    def test_a_bias_on_B(self, counted):
+        model = make(change={"a": dict(lora_bias=True)}).eval()
+        assert not self.used(model, counted)
+        assert self.used(model, counted, ["b", "c"])
+
+    def test_a_hook_that_wants_to_see_the_rows(self, counted):
+        model = make().eval()
+        seen = []
+        adapter = model.get_base_model()[0].adapters["b"]
+        hook = adapter.register_forward_hook(lambda m, x, y: seen.append(y.shape))
+        assert not self.used(model, counted)
+        assert seen
+        hook.remove()
+        assert self.used(model, counted)
+
+    def test_adapters_of_several_precisions(self, counted):
+        model = make().eval()
+        model.get_base_model()[0].adapters["c"].double()
+        model(torch.randn(3, T, D_IN), adapter_names=["a", "b", "c"])
+        assert counted.used == 0
+
+    def test_a_subclass_has_its_own_equation(self, counted):
+        class Doubled(Lora):
+            def update(self, base, x):
+                return 2 * super().update(base, x)
+
+        model = make().eval()
+        model.get_base_model()[0].adapters["b"].__class__ = Doubled
+        assert Doubled.rows_kernel is None
+        assert not self.used(model, counted)
+
+    def test_embeddings(self, counted):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 6))
+        field = dict(target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(model, LoraConfig(r=2, **field), "a")
+        model.add_adapter("b", LoraConfig(r=3, **field))
+        ids = torch.tensor([[1, 2], [3, 4]])
+        y = model(ids, adapter_names=["a", "b"])
+        assert counted.used == 0
+        model.set_adapter("b")
+        close(y[1], model(ids)[1])
+
+
+def test_values_far_apart_do_not_leak_into_other_rows():
+    model = make().eval()
+    x = torch.randn(3, T, D_IN)
+    quiet = model(x, adapter_names=["a", "b", "__base__"])
+    loud = x.clone()
+    loud[0] = 1e6
+    heard = model(loud, adapter_names=["a", "b", "__base__"])
+    assert_within(heard[1:], quiet[1:], terms=D_OUT, steps=4)
+    assert size(heard[0]) > 1e4
