@@ -197,10 +197,13 @@ def finetune(args):
         f"{base}, {name}: {trained:,} of {everything:,} parameters are trained, rate"
         f" {args.lr:g}, {len(task.train):,} examples"
     )
+    budget = rank_allocator(model, method)
     with tempfile.TemporaryDirectory() as folder:
         options = saving_options(model, config, tokenizer, folder)
-        history = run_training(args, model, tokenizer, task, out, method, writer)
-        kept = save_run(args, model, out, history, options)
+        history = run_training(
+            args, model, tokenizer, task, out, method, writer, budget
+        )
+        kept = save_run(args, model, out, history, options, budget)
     result = {
         "base": base,
         "data": args.data,
@@ -293,7 +296,14 @@ def parameter_counts(model):
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
-def run_training(args, model, tokenizer, task, out, method, writer):
+def rank_allocator(model, method):
+    """What takes ranks away while an AdaLoRA trains; None for other methods."""
+    from .methods.rank_allocator import RankAllocator
+
+    return RankAllocator(model) if method and method.kind == "ADALORA" else None
+
+
+def run_training(args, model, tokenizer, task, out, method, writer, budget):
     import torch
 
     from .lm import train
@@ -328,6 +338,7 @@ def run_training(args, model, tokenizer, task, out, method, writer):
             folder=out / "training",
             resume=not args.restart,
             log=writer and (lambda step, values: log_step(writer, step, values)),
+            after_step=budget,
         )
     except ValueError as error:
         if "resume=False" in str(error):
@@ -378,14 +389,14 @@ def saving_options(model, config, tokenizer, folder):
     return {"path_initial_model_for_weight_conversion": folder}
 
 
-def save_run(args, model, out, history, options):
+def save_run(args, model, out, history, options, budget):
     """Save the best weights and the curves; returns the step they are of."""
     from .lm.checkpoint import load_checkpoint
 
     kept = history.steps
     best = out / "training" / "best.safetensors"
     if history.best and not history.stopped and best.exists():
-        load_checkpoint(best, model)
+        load_checkpoint(best, model, after_step=budget)
         kept = history.best[0]
     with all_or_nothing(out) as part:
         model.save_pretrained(part, **options)

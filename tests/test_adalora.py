@@ -8,9 +8,11 @@ import pytest
 import torch
 from bases import BASES, METHODS, close, differ, inputs, run, shake
 from safetensors.torch import load_file
+from tolerance import assert_within
 
 import minipeft
 from minipeft import AdaLoraConfig, ConfigError, PeftModel, TargetError, get_peft_model
+from minipeft.lm import train
 from minipeft.methods.adalora import AdaLora
 from minipeft.methods.rank_allocator import RankAllocator
 
@@ -330,3 +332,81 @@ class TestAllocator:
         close(run(PeftModel.from_pretrained(HF.make(), tmp_path)), expected)
         close(run(peft.PeftModel.from_pretrained(HF.make(), str(tmp_path))), expected)
         close(run(model.merge_and_unload()), expected)
+
+
+class Rows:
+    """Batches of random ids; of `size` rows, the same rows whatever the size."""
+
+    def __init__(self, size):
+        self.size = size
+        self.ids = torch.randint(3, 40, (96, 6), generator=torch.Generator())
+
+    def batch(self, step):
+        ids = self.ids[step * self.size : (step + 1) * self.size]
+        return {"input_ids": ids, "labels": ids}
+
+
+class TestInTheTrainingLoop:
+    """lm.train(after_step=RankAllocator(model))"""
+
+    def new(self):
+        torch.manual_seed(0)
+        fields = {k: v for k, v in FIELDS.items() if k != "task_type"}
+        model = get_peft_model(LLAMA.make(), AdaLoraConfig(**fields))
+        return model, RankAllocator(model)
+
+    def train(self, model, allocator, rows, **options):
+        options = dict(steps=14, lr=0.5, optimizer="sgd", progress=False) | options
+        return train(model, rows, after_step=allocator, **options)
+
+    def test_the_budget_is_reached(self):
+        model, allocator = self.new()
+        self.train(model, allocator, Rows(4))
+        ranks = [
+            sum(kept) for kept in model.peft_config["default"].rank_pattern.values()
+        ]
+        assert sum(ranks) == 2 * 6 and len(set(ranks)) > 1
+
+    @pytest.mark.parametrize("parts", [2, 3, 4])
+    def test_accumulated_batches_are_one_large_batch(self, parts):
+        """Gradients are sums in another order: of at most 72 tokens, through two
+        layers and 14 steps; penalty and sensitivity are counted once a step."""
+        (one, its), (other, others) = self.new(), self.new()
+        self.train(one, its, Rows(12 // parts), accumulate=parts, steps=8)
+        self.train(other, others, Rows(12), steps=8)
+        assert its.config.rank_pattern == others.config.rank_pattern
+        for path, adapter in its.adapters.items():
+            for name, p in adapter.named_parameters():
+                twin = others.adapters[path].get_parameter(name)
+                assert_within(p, twin, terms=72, steps=9 * 2 * 8)
+                sensitivity = its.sensitivity[p], others.sensitivity[twin]
+                assert_within(*sensitivity, terms=72, steps=9 * 2 * 8)
+
+    @pytest.mark.parametrize("stop", [1, 4, 7, 12])
+    def test_a_stopped_run_goes_on_to_the_same_bits(self, tmp_path, stop):
+        def cut(step, facts):
+            if step == stop:
+                raise MemoryError("a power cut")
+
+        (whole, _), (parts, allocator) = self.new(), self.new()
+        self.train(whole, _, Rows(4))
+        options = dict(folder=tmp_path, save_every=1)
+        with pytest.raises(MemoryError):
+            self.train(parts, allocator, Rows(4), log=cut, **options)
+        again, allocator = self.new()
+        self.train(again, allocator, Rows(4), **options)
+        assert allocator.steps == 14
+        ours, theirs = (m.peft_config["default"].rank_pattern for m in (again, whole))
+        assert ours == theirs
+        for p, q in zip(again.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+    def test_the_state_of_another_allocator_is_refused(self):
+        _, allocator = self.new()
+        fields = dict(init_r=4, target_r=2, total_step=14)
+        for more in ({"target_modules": ["q_proj"]}, {"init_r": 3}):
+            config = AdaLoraConfig(**{**fields, "target_modules": ["up_proj"], **more})
+            other = RankAllocator(get_peft_model(LLAMA.make(), config))
+            with pytest.raises(ValueError, match="not the state of an allocator"):
+                allocator.load_state_dict(other.state_dict())
+        allocator.load_state_dict(allocator.state_dict())

@@ -422,6 +422,34 @@ class TestMethods:
         loss = json.loads(run(capsys, *argv)[1])["loss"]
         assert loss == pytest.approx(trained["loss"], rel=1e-4)
 
+    @pytest.mark.parametrize("more", [[], ["--accumulate", 3], ["--set", "target_r=2"]])
+    def test_adalora_takes_ranks_away_also_when_stopped(
+        self, base, mine, tmp_path, capsys, monkeypatch, more
+    ):
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        options = ["--method", "adalora", "--evaluate-every", 0, "--set", "init_r=10"]
+
+        def argv(out):
+            return tune(base, mine, out, *options, *more)
+
+        assert run(capsys, *argv(whole))[0] == 0
+        config = json.loads((whole / "adapter_config.json").read_text())
+        ranks = [sum(kept) for kept in config["rank_pattern"].values()]
+        assert sum(ranks) == config["target_r"] * len(ranks) < 10 * len(ranks)
+        batch = data.Batches.batch
+
+        def interrupted(self, step):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch(self, step)
+
+        monkeypatch.setattr(data.Batches, "batch", interrupted)
+        assert run(capsys, *argv(parts))[0] == 130
+        monkeypatch.undo()
+        assert run(capsys, *argv(parts))[0] == 0
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
     def test_the_list(self, capsys):
         code, out, _ = run(capsys, "methods")
         lines = out.splitlines()

@@ -1,9 +1,9 @@
 """Checkpoints of a training run: one safetensors file, written beside its place and
 renamed, so there is always a whole one.
 
-Its tensors are the trained weights ("model.*"), the optimizer's state ("optimizer.*")
-and the random state ("rng.*"). Everything else is JSON in its header. No pickle:
-opening a checkpoint never runs code.
+Its tensors are the trained weights ("model.*"), the optimizer's state ("optimizer.*"),
+that of what runs after each step ("after.*"), and the random state ("rng.*").
+Everything else is JSON in its header. No pickle: opening a checkpoint never runs code.
 """
 
 import json
@@ -45,11 +45,14 @@ def drop_shared(tensors):
     }
 
 
-def save_checkpoint(path, model, optimizer=None, **metadata):
+def save_checkpoint(path, model, optimizer=None, after_step=None, **metadata):
     """Write the trained weights to `path`; with an optimizer also its state and the
-    random state. metadata: any JSON."""
+    random state. after_step: see train. metadata: any JSON."""
     weights = drop_shared(trained_tensors(model))
     tensors = {f"model.{name}": t for name, t in weights.items()}
+    if after_step is not None:
+        state = after_step.state_dict()
+        tensors |= {f"after.{name}": t.contiguous() for name, t in state.items()}
     if optimizer is not None:
         # torch's own: bitsandbytes' nests its state
         state = torch.optim.Optimizer.state_dict(optimizer)
@@ -83,9 +86,9 @@ def parse_metadata(path, header):
     return parse_json(header["minipeft"], f"the header of {path}")
 
 
-def load_checkpoint(path, model, optimizer=None):
-    """Put what `path` holds into `model` (with an optimizer: also into that, and the
-    random state); returns the metadata."""
+def load_checkpoint(path, model, optimizer=None, after_step=None):
+    """Put what `path` holds into `model` (also into the optimizer, with the random
+    state, and into after_step, where they are given); returns the metadata."""
     saved, header = read_safetensors(path)
     metadata = parse_metadata(path, header)
     found = {
@@ -94,6 +97,9 @@ def load_checkpoint(path, model, optimizer=None):
         if name.startswith("model.")
     }
     check_fits(path, found, drop_shared(trained_tensors(model)))
+    if after_step is not None:
+        kept = {k: t for k, t in saved.items() if k.startswith("after.")}
+        after_step.load_state_dict({k.removeprefix("after."): kept[k] for k in kept})
     for name, tensor in trained_tensors(model).items():
         if name in found:
             tensor.detach().copy_(found[name])

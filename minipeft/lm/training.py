@@ -290,6 +290,7 @@ def train(
     resume=True,
     progress=True,
     log=None,
+    after_step=None,
 ):
     """Train the parameters of `model` that require a gradient; returns a History.
 
@@ -310,6 +311,8 @@ def train(
                 writes there
     log         called as log(step, {"loss", "lr", "grad_norm"}) after each step, the
                 gradients still in place
+    after_step  likewise, by its .step(), such as an AdaLoRA's RankAllocator. Its
+                state_dict(), tensors by name, is part of the checkpoints
     """
     valid = getattr(data, "valid", None) if valid is None else valid
     check_arguments(model, schedule, steps, accumulate, evaluate_every, valid)
@@ -332,6 +335,7 @@ def train(
     run = Run(model, batches, optimizer, settings, tokenizer, valid, evaluate_every)
     run.save_every = save_every or evaluate_every or max(1, steps // 10)
     run.log = log
+    run.after_step = after_step
     device = next(model.parameters()).device
     with contextlib.ExitStack() as stack:
         # the caller's random numbers stay as they were
@@ -391,6 +395,8 @@ class Run:
         self.rates = [group["initial_lr"] for group in optimizer.param_groups]
         self.folder = None
         self.latest = None
+        self.log = None
+        self.after_step = None
 
     def open(self, folder, resume):
         """Take the folder for checkpoints, and go on from the one there, if any."""
@@ -404,7 +410,9 @@ class Run:
         self.settings = as_json(self.settings | self.facts())
         if resume and self.latest.exists():
             check_settings(self.latest, self.settings)
-            saved = load_checkpoint(self.latest, self.model, self.optimizer)
+            saved = load_checkpoint(
+                self.latest, self.model, self.optimizer, self.after_step
+            )
             self.history = History(**saved["history"])
             self.history.stopped = None
 
@@ -483,6 +491,8 @@ class Run:
         history.grad_norm.append(norm)
         history.tokens += sum(count_tokens(batch) for batch in batches)
         history.seconds += time.perf_counter() - started
+        if self.after_step:
+            self.after_step.step()
         if self.log:
             self.log(step, {"loss": loss, "lr": history.lr[-1], "grad_norm": norm})
         return True
@@ -503,7 +513,7 @@ class Run:
                 history.stopped = "diverged"  # the file keeps the last good weights
             elif self.latest:
                 metadata = {"settings": self.settings, "history": asdict(history)}
-                save_checkpoint(self.latest, self.model, self.optimizer, **metadata)
+                self.save(self.latest, self.optimizer, **metadata)
 
     def evaluate(self, done):
         loss = completion_loss(
@@ -518,8 +528,10 @@ class Run:
         if math.isfinite(loss) and (best is None or loss < best[1]):
             self.history.best = [done, loss]
             if self.folder:
-                best_file = self.folder / "best.safetensors"
-                save_checkpoint(best_file, self.model, step=done, loss=loss)
+                self.save(self.folder / "best.safetensors", step=done, loss=loss)
+
+    def save(self, file, optimizer=None, **metadata):
+        save_checkpoint(file, self.model, optimizer, self.after_step, **metadata)
 
 
 def count_tokens(batch):

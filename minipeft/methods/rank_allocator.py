@@ -29,6 +29,38 @@ class RankAllocator:
         self.uncertainty = {p: torch.zeros_like(p) for p in self.sensitivity}
         self.steps = 0  # done so far
 
+    def state_dict(self):
+        """All that a training that was stopped needs to go on, as tensors."""
+        state = {"steps": torch.tensor(self.steps)}
+        for path, adapter in self.adapters.items():
+            state[f"{path}.kept"] = torch.tensor(adapter.kept)
+            for name, p in adapter.named_parameters():
+                state[f"{path}.{name}.sensitivity"] = self.sensitivity[p]
+                state[f"{path}.{name}.uncertainty"] = self.uncertainty[p]
+        return state
+
+    def load_state_dict(self, state):
+        """What state_dict gave, into an allocator of the same model. Raises ValueError
+        where it is not of the same adapters."""
+        here = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        if here != {name: tensor.shape for name, tensor in state.items()}:
+            raise ValueError(
+                "this is not the state of an allocator of these layers and ranks"
+            )
+        self.steps = int(state["steps"])
+        for path, adapter in self.adapters.items():
+            adapter.kept = state[f"{path}.kept"].tolist()
+            for name, p in adapter.named_parameters():
+                self.sensitivity[p].copy_(state[f"{path}.{name}.sensitivity"])
+                self.uncertainty[p].copy_(state[f"{path}.{name}.uncertainty"])
+        self.note()
+
+    def note(self):
+        """What is kept, as PEFT's configuration notes it."""
+        self.config.rank_pattern = {
+            f"{path}.lora_E": a.pattern() for path, a in self.adapters.items()
+        }
+
     def budget(self, step):
         """The number of triplets that all layers together may keep after `step`
         steps."""
@@ -85,9 +117,7 @@ class RankAllocator:
                 if len(worst)
                 else [True] * len(adapter.lora_E)
             )
-        self.config.rank_pattern = {
-            f"{path}.lora_E": a.pattern() for path, a in self.adapters.items()
-        }
+        self.note()
         self.mask()
 
     @torch.no_grad()
