@@ -5,7 +5,7 @@ READY := .venv/ready
 # Extra arguments, say: make test ARGS="-x -k lora", make lab ARGS="--no-browser --port 9000"
 ARGS ?=
 
-.PHONY: help lab test lint test-latest fuzz lock demo pretrain results chapters bench clean
+.PHONY: help lab test lint test-latest fuzz lock demo pretrain results chapters book book-test bench clean
 
 help:
 	@echo "make lab       open your copy of the course, work/, in JupyterLab (the first time it sets up .venv)"
@@ -16,6 +16,8 @@ help:
 	@echo "make lock      write constraints.txt from pyproject.toml (all newest: ARGS=--upgrade)"
 	@echo "make demo      fine-tune the shipped model with LoRA, in about a minute"
 	@echo "make chapters  run all chapters again and save their outputs"
+	@echo "make book      the course as web pages: book/_build/html/index.html"
+	@echo "make book-test open every page of the book in Chromium and look for faults"
 	@echo "make pretrain  train the base model from nothing"
 	@echo "make results   measure again what the chapters show from files"
 	@echo "make bench     measure speed and memory"
@@ -52,7 +54,7 @@ fuzz: $(READY)
 # Without ARGS it keeps what is locked and adds what is new.
 lock: $(READY)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/python -m uv pip compile pyproject.toml --extra all --universal --python-version 3.11 \
+	$(BIN)/python -m uv pip compile pyproject.toml book/requirements.txt --extra all --universal --python-version 3.11 \
 		--fork-strategy fewest --no-annotate --custom-compile-command "make lock" \
 		--output-file constraints.txt $(ARGS)
 
@@ -66,6 +68,16 @@ chapters: $(READY)
 	$(BIN)/python -m minipeft.course.notebook chapters/*.ipynb
 	$(BIN)/python -c "from minipeft.course.claims import write_page; write_page()"
 
+# From the committed outputs: nothing is executed. What it needs comes on top of .venv.
+book: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement book/requirements.txt
+	$(BIN)/python book/gather.py book/_build/source
+	$(BIN)/python -m sphinx --quiet --builder html --conf-dir book book/_build/source book/_build/html
+	@echo "book/_build/html/index.html"
+
+book-test: book
+	$(BIN)/python -m pytest -n 2 --dist loadscope book $(ARGS)
+
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py
 
@@ -75,5 +87,5 @@ results: $(READY)
 		chapter10 chapter11 chapter12 chapter13 chapter14; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
-	rm -rf .venv .venv-latest build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf .venv .venv-latest book/_build build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

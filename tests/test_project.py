@@ -73,6 +73,17 @@ def test_lock_holds_all_requirements_in_their_ranges():
         assert only_version(locked[name]) in allowed, f"{name}: make lock"
 
 
+def test_lock_holds_what_the_book_needs():
+    """Besides [all], which neither learners nor the package's tests need to install."""
+    lines = (ROOT / "book" / "requirements.txt").read_text().splitlines()
+    asked = [Requirement(line) for line in lines if not line.startswith("#")]
+    locked = constraints()
+    for one in asked:
+        name = canonicalize_name(one.name)
+        assert name not in requirements("all")
+        assert only_version(locked[name]) in one.specifier, f"{name}: make lock"
+
+
 def test_lock_serves_the_cpu_and_the_cuda_build():
     """A version without a local part (+cpu, +cu130) admits every build of it."""
     for name, specifier in constraints().items():
@@ -158,6 +169,8 @@ def test_make_help_names_every_target():
         "pretrain",
         "results",
         "chapters",
+        "book",
+        "book-test",
         "bench",
         "clean",
     }
@@ -185,6 +198,7 @@ def test_style_is_checked_first():
 
 def test_ci_runs_what_a_learner_runs():
     assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert re.search(r"^make book-test$", (ROOT / ".ci" / "run").read_text(), re.M)
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
 
 

@@ -1,0 +1,134 @@
+"""Sphinx's settings for the book (`make book`)."""
+
+import importlib.util
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from myst_nb.core.render import NbElementRenderer
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+project = "minipeft"
+author = "the authors of minipeft"
+copyright = "MIT licence"
+root_doc = "index"
+language = "en"
+smartquotes = False  # quotation marks in queries and code stay as they are
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
+
+# ---- text and notebooks --------------------------------------------------------------
+
+nb_execution_mode = "off"  # the committed outputs
+nb_render_markdown_format = "myst"  # tables and formulas in outputs
+nb_merge_streams = True
+myst_enable_extensions = ["dollarmath"]
+myst_dmath_double_inline = True
+myst_heading_anchors = 4
+suppress_warnings = ["myst.header", "misc.highlighting_failure"]
+
+# ---- the look ------------------------------------------------------------------------
+
+html_theme = "furo"
+html_title = "minipeft"
+html_static_path = [str(HERE / "static")]
+html_css_files = ["book.css"]
+html_js_files = ["book.js"]
+html_copy_source = False
+html_show_sphinx = False
+html_last_updated_fmt = None
+pygments_style = "a11y-high-contrast-light"
+pygments_dark_style = "a11y-high-contrast-dark"
+
+# ---- formulas, without the network ---------------------------------------------------
+
+mathjax_path = "mathjax/tex-chtml.js"
+mathjax3_config = {"options": {"enableMenu": False}, "chtml": {"scale": 0.95}}
+
+
+def copy_mathjax(app, error):
+    """MathJax and its fonts, from the package that carries them."""
+    if error or app.builder.format != "html":
+        return
+    package = importlib.util.find_spec("sphinx-mathjax-offline")
+    source = Path(package.origin).parent / "static" / "mathjax"
+    target = Path(app.outdir) / "_static" / "mathjax"
+    fonts = "output/chtml/fonts/woff-v2"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "tex-chtml.js", target)
+    shutil.copytree(source / fonts, target / fonts, dirs_exist_ok=True)
+
+
+# ---- figures -------------------------------------------------------------------------
+
+render_image = NbElementRenderer.render_image
+
+
+def with_alternative_text(self, data):
+    """A figure's alternative text stands in its output's metadata."""
+    found = render_image(self, data)
+    alt = data.output_metadata.get(data.mime_type, {}).get("alt")
+    for image in found:
+        image["alt"] = alt or "A figure."
+    return found
+
+
+NbElementRenderer.render_image = with_alternative_text
+
+# ---- the API reference, from docstrings ----------------------------------------------
+
+autodoc_default_options = {
+    "members": True,
+    "show-inheritance": True,
+    "member-order": "groupwise",
+}
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_display_short_literal_types = True
+add_module_names = False
+default_role = "literal"
+
+
+def as_text(line):
+    """A line of plain text with `code` as reStructuredText."""
+    parts = re.split(r"(`[^`]*`)", line)
+    parts[::2] = [re.sub(r"([*|_\\])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [f"`{part}`" for part in parts[1::2]]
+    return "".join(parts)
+
+
+def plain_text(app, what, name, obj, options, lines):
+    """Docstrings are plain text: paragraphs, and blocks whose lines are laid out
+    (formulas, columns), which are shown as they stand."""
+    blocks = "\n".join(lines).split("\n\n")
+    lines[:] = []
+    for block in filter(str.strip, blocks):
+        rows = block.strip("\n").split("\n")
+        if any(re.search(r"^\s|\S   +\S|^- |^\d\. ", row) for row in rows):
+            lines += ["::", "", *("   " + row for row in rows), ""]
+        else:
+            lines += [*map(as_text, rows), ""]
+
+
+def levelled(app, page, template, context, doctree):
+    """For those who listen: the level of the sidebar's headings, which Sphinx leaves
+    out; and a folded part is called as its words say, not "Toggle hidden content"."""
+    tree = context.get("furo_navigation_tree")
+    if tree:
+        level = 'role="heading" aria-level="2"'
+        context["furo_navigation_tree"] = tree.replace('role="heading"', level)
+    label = ' aria-label="Toggle hidden content"'
+    context["body"] = context.get("body", "").replace(label, "")
+
+
+def setup(app):
+    app.connect("build-finished", copy_mathjax)
+    app.connect("html-page-context", levelled, priority=900)  # after the theme
+    app.connect("autodoc-process-docstring", plain_text)

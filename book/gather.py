@@ -1,0 +1,216 @@
+"""Gathers the book's pages: README, chapters, claims, guides and an API reference, as
+they lie in the repository, in the form that Sphinx reads.
+
+python book/gather.py book/_build/source
+
+Nothing is executed: outputs are those that are committed. The pages keep their places
+in the repository, so that their links to each other hold. Links to other files lead to
+the repository's public address, or are left out while it has none.
+"""
+
+import importlib
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+
+from minipeft.course.layout import address, lay_out, linked, role
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "data/base/README.md"]
+PAGES += ["chapters/README.md", "chapters/instructor.md", "chapters/claims.md"]
+PAGES += ["chapters/claims.ipynb", "chapters/which_one.md"]
+# Names in the book: its first page; and two pages that differ in their suffix alone
+RENAMED = {
+    "README.md": "index.md",
+    "chapters/claims.ipynb": "chapters/further_claims.ipynb",
+}
+API = [
+    ("minipeft", "Models, configurations, adapters"),
+    ("minipeft.lm", "The language model: files, data, training, generation"),
+    ("minipeft.quant", "Four bits"),
+    ("minipeft.optim", "LoRA+"),
+    ("minipeft.course", "What notebooks use"),
+    ("minipeft.course.figures", "Figures"),
+    ("minipeft.lanternwick", "The town and its tasks"),
+]
+LINK = re.compile(r"(?<!\!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
+IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"```.*?```|`[^`\n]*`", re.S)
+
+
+def chapters():
+    return sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
+
+
+def pages():
+    """The paths of the pages that exist, relative to the repository."""
+    names = [name for name in PAGES if (ROOT / name).is_file()]
+    names += [path.relative_to(ROOT).as_posix() for path in chapters()]
+    return names
+
+
+def relinked(text, page, known):
+    """The page's Markdown with links that hold in the book.
+
+    page, known: paths relative to the repository."""
+
+    def link(match):
+        words, target = match[1], match[2]
+        if not target or re.match(r"\w+:", target):
+            return match[0]
+        path = os.path.normpath(Path(page).parent / target).replace(os.sep, "/")
+        if (ROOT / path).is_dir():
+            path = f"{path}/README.md"
+        if path in known:
+            place = os.path.relpath(RENAMED.get(path, path), Path(page).parent)
+            return f"[{words}]({place.replace(os.sep, '/')}{match[3] or ''})"
+        if address():
+            return f"[{words}]({address()}/blob/main/{path})"
+        return words
+
+    parts, at = [], 0
+    for match in CODE.finditer(text):
+        # code is left alone, but for a link whose words are code
+        if match[0].startswith("```"):
+            parts += [LINK.sub(link, text[at : match.start()]), match[0]]
+            at = match.end()
+    return "".join([*parts, LINK.sub(link, text[at:])])
+
+
+def take_images_along(text, page, out):
+    for target in IMAGE.findall(text):
+        source = ROOT / Path(page).parent / target
+        if source.is_file():
+            (out / page).parent.joinpath(target).parent.mkdir(
+                parents=True, exist_ok=True
+            )
+            shutil.copyfile(source, (out / page).parent / target)
+
+
+def words_of(markdown, most=300):
+    """The first words of a Markdown text, plain."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
+    plain = " ".join(re.sub(r"[*`#>$]|<[^>]+>", "", plain).split())
+    plain = plain.removeprefix("What to see").lstrip(":, ")
+    return plain if len(plain) <= most else plain[:most].rsplit(" ", 1)[0] + " …"
+
+
+def describe_figures(cells):
+    """A figure without an alternative text gets the words that follow it."""
+    for at, cell in enumerate(cells):
+        for output in cell.get("outputs", []):
+            if "image/png" not in output.get("data", {}):
+                continue
+            told = output.setdefault("metadata", {}).setdefault("image/png", {})
+            after = [c.source for c in cells[at + 1 :] if c.cell_type == "markdown"]
+            told.setdefault("alt", words_of(after[0]) if after else "A figure.")
+
+
+def prepare_notebook(path, known, out):
+    page = path.relative_to(ROOT).as_posix()
+    notebook = nbformat.read(path, as_version=4)
+    if path in chapters():
+        lay_out(notebook, path)
+    # the book has its own way to the next page, and nothing to install
+    drop = ("install", "navigation")
+    notebook.cells = [cell for cell in notebook.cells if role(cell) not in drop]
+    describe_figures(notebook.cells)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            take_images_along(cell.source, page, out)
+            cell.source = relinked(cell.source, page, known)
+        elif "hide-input" in cell.metadata.get("tags", []):
+            what = "solution" if role(cell) == "solution" else "code"
+            cell.metadata["mystnb"] = {
+                "code_prompt_show": f"Show the {what}",
+                "code_prompt_hide": f"Hide the {what}",
+            }
+    nbformat.write(notebook, out / RENAMED.get(page, page))
+
+
+def prepare_text(page, known, out):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = {path.name[:2]: path.name for path in chapters()}
+    if page.startswith("chapters/"):
+        text = linked(text, names)
+    take_images_along(text, page, out)
+    text = relinked(text, page, known)
+    if page == "README.md":
+        text += "\n\n" + contents(known)
+    (out / RENAMED.get(page, page)).write_text(text, encoding="utf-8")
+
+
+def contents(known):
+    """README's hidden tables of contents: the order of the pages."""
+
+    def toctree(caption, names):
+        here = [
+            RENAMED.get(name, name)
+            for name in names
+            if name in known or name.startswith("api/")
+        ]
+        lines = ["```{toctree}", ":hidden:", f":caption: {caption}", "", *here, "```"]
+        return "\n".join(lines)
+
+    numbered = [path.relative_to(ROOT).as_posix() for path in chapters()]
+    course = ["chapters/README.md", *numbered, "chapters/which_one.md"]
+    claims = ["chapters/claims.md", "chapters/claims.ipynb"]
+    api = [f"api/{module}.md" for module, _ in API]
+    return "\n\n".join(
+        [
+            toctree("The course", course),
+            toctree("Claims", claims),
+            toctree("For instructors", ["chapters/instructor.md"]),
+            toctree(
+                "How it is built",
+                ["ARCHITECTURE.md", "CONTRIBUTING.md", "data/base/README.md"],
+            ),
+            toctree("Reference", api),
+        ]
+    )
+
+
+def write_api(out):
+    """One page a module: its public names, with their docstrings, each once."""
+    (out / "api").mkdir()
+    seen = []
+    for name, what in API:
+        module, listed = importlib.import_module(name), False
+        public = getattr(module, "__all__", None)
+        if public is None:
+            public = [n for n, o in vars(module).items() if is_own(n, o, module)]
+        else:
+            listed = True
+        members = [n for n in public if getattr(module, n) not in seen]
+        seen += [getattr(module, n) for n in members]
+        text = f"# `{name}`: {what[0].lower()}{what[1:]}\n\n```{{eval-rst}}\n"
+        text += f".. automodule:: {name}\n   :members: {', '.join(members)}\n"
+        text += "   :imported-members:\n```\n" if listed else "```\n"
+        (out / "api" / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def is_own(name, thing, module):
+    """Is it a public function or class that the module defines?"""
+    own = getattr(thing, "__module__", None) == module.__name__
+    return own and callable(thing) and not name.startswith("_")
+
+
+def gather(out):
+    """Write all pages to the folder `out`, which is made anew."""
+    shutil.rmtree(out, ignore_errors=True)
+    known = set(pages())
+    for page in sorted(known):
+        (out / page).parent.mkdir(parents=True, exist_ok=True)
+        if page.endswith(".ipynb"):
+            prepare_notebook(ROOT / page, known, out)
+        else:
+            prepare_text(page, known, out)
+    write_api(out)
+
+
+if __name__ == "__main__":
+    gather(Path(sys.argv[1]))

@@ -1,0 +1,232 @@
+"""The book in a browser: `make book-test`. Needs Chromium and its driver (Debian:
+apt-get install chromium chromium-driver); without them everything is skipped."""
+
+import functools
+import http.server
+import re
+import shutil
+import subprocess
+import tarfile
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+pytest.importorskip("selenium", reason="pip install -r book/requirements.txt")
+
+from bs4 import BeautifulSoup  # noqa: E402
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+HTML = HERE / "_build" / "html"
+PAGES = sorted(
+    page.relative_to(HTML).as_posix()
+    for page in HTML.rglob("*.html")
+    if page.relative_to(HTML).parts[0] not in ("_modules", "_static")
+)
+CHAPTERS = [page for page in PAGES if re.match(r"chapters/\d\d_", page)]
+AXE = "axe-core@4.14.1"
+WIDTHS = [1280, 390]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *message):
+        pass
+
+
+@pytest.fixture(scope="session")
+def site():
+    """The address of the built book on this machine."""
+    if not PAGES:
+        pytest.skip("the book is not built: make book")
+    handler = functools.partial(Quiet, directory=HTML)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver = shutil.which("chromedriver")
+    if None in (found, driver):
+        pytest.skip("no Chromium: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = found
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(driver)
+    driver = webdriver.Chrome(options=options, service=service)
+    driver.set_page_load_timeout(120)
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session")
+def axe():
+    """axe-core's source, from npm."""
+    folder = HERE / "_build" / "axe"
+    if not (folder / "package" / "axe.min.js").exists():
+        if not shutil.which("npm"):
+            pytest.skip("no npm, which brings axe-core")
+        folder.mkdir(exist_ok=True)
+        done = subprocess.run(["npm", "pack", AXE], cwd=folder, capture_output=True)
+        if done.returncode:
+            pytest.skip(f"npm does not bring {AXE}")
+        with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+            archive.extractall(folder, filter="data")
+    return (folder / "package" / "axe.min.js").read_text(encoding="utf-8")
+
+
+def resize(browser, width):
+    """The width of the page itself: a headless window has a smallest one."""
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def open_page(browser, address):
+    """The page in the light, once its formulas are set."""
+    in_scheme(browser, "light")
+    resize(browser, WIDTHS[0])
+    browser.get(address)
+    browser.execute_async_script(
+        "const done = arguments[0];"
+        "const typeset = window.MathJax?.startup?.promise ?? Promise.resolve();"
+        "typeset.then(() => requestAnimationFrame(() => done()))"
+    )
+
+
+def in_scheme(browser, scheme):
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
+@pytest.fixture(scope="session", params=PAGES)
+def page(request, site, browser):
+    """Each page in turn, opened."""
+    browser.get_log("browser")
+    open_page(browser, site + request.param)
+    return request.param
+
+
+class TestEachPage:
+    def test_opens_without_an_error_and_without_the_network(self, page, site, browser):
+        errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+        errors = [e for e in errors if "favicon" not in e["message"]]
+        assert not errors, errors
+        loaded = browser.execute_script(
+            "return performance.getEntriesByType('resource').map(e => e.name)"
+        )
+        assert all(name.startswith((site, "data:")) for name in loaded), loaded
+
+    def test_figures_tables_and_formulas(self, page, browser):
+        images = browser.execute_script(
+            "return [...document.querySelectorAll('article img')].map(i => i.alt)"
+        )
+        assert all(len(alt) > 9 for alt in images), images
+        text = text_of(browser, "innerText")
+        assert "|---" not in text and "| ---" not in text, "a table as raw text"
+        assert not browser.find_elements(By.CSS_SELECTOR, "mjx-merror")
+
+    def test_needs_no_scrolling_sideways(self, page, browser):
+        for width in WIDTHS:
+            resize(browser, width)
+            wide = browser.execute_script(
+                "return document.documentElement.scrollWidth - innerWidth"
+            )
+            assert wide <= 0, f"{wide} pixels too wide at {width}"
+
+    def test_axe_finds_no_serious_fault(self, page, browser, axe):
+        """In the light at a desk's width, in the dark at a telephone's."""
+        browser.execute_script(axe)
+        for width, scheme in zip(WIDTHS, ("light", "dark")):
+            resize(browser, width)
+            in_scheme(browser, scheme)
+            found = browser.execute_async_script(
+                "const done = arguments[0];"
+                "axe.run(document, {resultTypes: ['violations']})"
+                ".then(result => done(result.violations))"
+            )
+            serious = [
+                (fault["id"], [node["html"][:160] for node in fault["nodes"][:4]])
+                for fault in found
+                if fault["impact"] in ("serious", "critical")
+            ]
+            assert not serious, (width, scheme, serious)
+
+    def test_solutions_are_closed_until_clicked(self, page, browser):
+        if page not in CHAPTERS:
+            assert "BEGIN SOLUTION" not in text_of(browser, "innerText")
+            return
+        resize(browser, WIDTHS[0])
+        assert "BEGIN SOLUTION" not in text_of(browser, "innerText")
+        solutions = [
+            details
+            for details in browser.find_elements(By.CSS_SELECTOR, "article details")
+            if "BEGIN SOLUTION" in details.get_attribute("textContent")
+        ]
+        everywhere = text_of(browser, "textContent").count("BEGIN SOLUTION")
+        assert len(solutions) == everywhere > 0
+        for details in solutions:
+            summary = details.find_element(By.TAG_NAME, "summary")
+            browser.execute_script("arguments[0].click()", summary)
+        assert text_of(browser, "innerText").count("BEGIN SOLUTION") == everywhere
+
+    def test_links_hold(self, page):
+        soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")
+        for link in soup.select("article a[href]"):
+            target, anchor = map(unquote, urldefrag(link["href"]))
+            if ":" in target.partition("/")[0]:
+                continue
+            file = (HTML / page).parent / target if target else HTML / page
+            assert file.is_file(), link["href"]
+
+
+def text_of(browser, kind):
+    """The page's innerText, which is what one sees, or its textContent."""
+    return browser.execute_script(
+        f"return (document.querySelector('article') ?? document.body).{kind}"
+    )
+
+
+def test_chapters_lead_to_each_other(site, browser):
+    """From the list of chapters by "next" through all of them, in their order."""
+    open_page(browser, site + "chapters/README.html")
+    seen = []
+    while len(seen) < len(CHAPTERS):
+        follow(browser, "a.next-page")
+        seen.append(browser.current_url.removeprefix(site).partition("#")[0])
+    assert seen == CHAPTERS
+    follow(browser, "a.prev-page")
+    assert browser.current_url == site + CHAPTERS[-2]
+
+
+def follow(browser, selector):
+    link = browser.find_element(By.CSS_SELECTOR, selector)
+    browser.get(link.get_attribute("href"))
+
+
+@pytest.mark.parametrize("word", ["NF4", "AdapterFusion"])
+def test_search(site, browser, word):
+    open_page(browser, f"{site}search.html?q={word}")
+    WebDriverWait(browser, 60).until(
+        lambda b: b.find_elements(By.CSS_SELECTOR, "#search-results li a")
+    )
+    assert word in browser.find_element(By.ID, "search-results").text
+
+
+def test_every_page_of_the_course_is_there():
+    """Whatever chapters/ holds is in the book."""
+    folder = HERE.parent / "chapters"
+    for chapter in folder.glob("[0-9][0-9]_*.ipynb"):
+        assert f"chapters/{chapter.stem}.html" in CHAPTERS
+    for page in ("index.html", "chapters/claims.html", "chapters/instructor.html"):
+        assert page in PAGES
+    assert ("chapters/which_one.html" in PAGES) == (folder / "which_one.md").exists()
