@@ -4,8 +4,6 @@ What touches several layers at once is done for all of them or for none.
 """
 
 import dataclasses
-import inspect
-import tempfile
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -15,16 +13,17 @@ import torch
 from torch import nn
 
 from . import merging, saving, status, targets, weighted
+from .adding import adding
 from .config import as_config
 from .errors import ConfigError, TargetError
+from .hf_methods import HFMethods
 from .io import brief, did_you_mean
-from .methods import lora_init
 from .methods.adalora import AdaLoraConfig
 from .methods.modules_to_save import ModuleCopy
 from .methods.rank_allocator import RankAllocator
 from .recognized import recognize
-from .slot import ActiveAdapters, AdapterNameError, Base, ModelSlot, RowAdapters, Slot
-from .weights import device_and_dtype, logical_numel, undo_bnb_cpu_repacking
+from .slot import ActiveAdapters, AdapterNameError, ModelSlot, RowAdapters, Slot
+from .weights import logical_numel, undo_bnb_cpu_repacking
 
 # what the base has and a PeftModel must not: it would work on slots and adapters
 REFUSED = {
@@ -35,8 +34,6 @@ REFUSED = {
     "initialize_weights": "overwrite the adapters: call it on the base, before adapters"
     " are added",
 }
-# fields of a configuration that say nothing about the adapter's tensors
-NOT_COMPARED = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
 def get_peft_model(
@@ -62,7 +59,7 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
 
 
-class PeftModel(nn.Module):
+class PeftModel(HFMethods):
     """A frozen model with named adapters. The names of its methods, and what they do,
     are Hugging Face PEFT's."""
 
@@ -89,7 +86,7 @@ class PeftModel(nn.Module):
         self.shared = nn.ModuleDict()
         self.peft_config = {}
         self._allocators = {}  # {name of an AdaLoRA: its RankAllocator}
-        with self._adding(adapter_name, peft_config, autocast_adapter_dtype) as new:
+        with adding(self, adapter_name, peft_config, autocast_adapter_dtype) as new:
             if tensors is not None:
                 saving.load_tensors(new, tensors)
         undo_bnb_cpu_repacking(model).requires_grad_(False)
@@ -221,114 +218,6 @@ class PeftModel(nn.Module):
                 )
         return names
 
-    def _check_new_name(self, name):
-        """Adapters' names become names of modules and of folders."""
-        if not isinstance(name, str) or not name or hasattr(nn.ModuleDict, name):
-            impossible = True
-        else:
-            impossible = name == "__base__" or not {".", "/", "\\", "\0"}.isdisjoint(
-                name
-            )
-        if impossible:
-            raise AdapterNameError(
-                f"{brief(name)} cannot name an adapter: expected a string without dots"
-                " and slashes, which is neither '__base__' nor the name of a method of"
-                " torch's ModuleDict"
-            )
-        if name in self.peft_config:
-            raise AdapterNameError(
-                f"there is an adapter {name!r} already; delete it first, or take"
-                " another name"
-            )
-
-    @contextmanager
-    def _adding(self, name, config, autocast_adapter_dtype=True):
-        """Create adapter `name` and yield {path: adapter}; what they share has the path
-        None. When the block ends it is put in, frozen and inactive; when it fails the
-        model is as before."""
-        self._check_new_name(name)
-        config = as_config(config).resolve(self.get_base_model())
-        if not config.base_model_name_or_path:
-            base_name = getattr(self.get_base_model(), "name_or_path", None)
-            config.base_model_name_or_path = base_name or None
-        if self.peft_config and lora_init.changes_base(config):
-            raise ConfigError(
-                f"{config.init_lora_weights!r} changes the base, on which"
-                f" {', '.join(self.peft_config)} stand: make it on a model without"
-                " adapters, or load it converted to a plain LoRA"
-            )
-        with merging.unmerged(self):  # a start may read the base's weights
-            sites = self._sites()
-            slots, copied = self._slots_for(config, sites)
-            bases = {
-                p: Base(slots[p], name, lossy=True) for p in slots if p not in copied
-            }
-            before = [(b.module, dict(b.module._parameters)) for b in bases.values()]
-            try:
-                adapters = self._create(config, bases, autocast_adapter_dtype)
-                for path in copied:
-                    adapters[path] = ModuleCopy(slots[path].base_layer)
-                yield adapters
-            except BaseException:  # an initialisation may have changed weights
-                for module, parameters in before:
-                    module._parameters.update(parameters)
-                raise
-            for adapter in adapters.values():
-                adapter.requires_grad_(False)
-            self._put_in(name, adapters, slots, sites)
-            self.peft_config[name] = config.noted(adapters.values())
-        if isinstance(config, AdaLoraConfig):  # PEFT's scripts call it there
-            self.base_model.update_and_allocate = self.update_and_allocate
-
-    def _put_in(self, name, adapters, slots, sites):
-        shared = adapters.get(None)
-        if shared is not None:
-            self.shared[name] = shared
-        for path, slot in slots.items():
-            slot.training = slot.base_layer.training
-            slot.adapters[name] = adapters[path].train(slot.training)
-            if shared is not None:
-                slot.shared[name] = shared
-            module, replace = sites[path]
-            if slot is not module:
-                replace(slot)
-
-    def _slots_for(self, config, sites):
-        """({path: the slot there, or a new one}, the paths of modules_to_save)"""
-        selected = config.select(self.get_base_model())
-        copied = targets.resolve_targets(
-            sites,
-            getattr(config, "modules_to_save", None) or (),
-            "modules_to_save",
-            targets.ends_with,
-        )
-        slots = {}
-        for path in [*selected, *copied]:
-            module, _ = sites[path]
-            if not isinstance(module, Slot):
-                module = Slot(module, self.base_model.active)
-            slots[path] = module
-        for path in copied:
-            inside = slots[path].base_layer.modules()
-            if any(isinstance(module, Slot) for module in inside):
-                raise TargetError(f"modules_to_save: {path} holds adapters")
-        return slots, copied
-
-    def _create(self, config, bases, autocast_adapter_dtype):
-        """{path: a new adapter}; what they share has the path None."""
-        adapters = {}
-        shared = config.create_shared(bases)
-        if shared is not None:
-            first = next(iter(bases.values())).module
-            adapters[None] = shared.to(*device_and_dtype(first, autocast_adapter_dtype))
-        for path, base in targets.progress(list(bases.items()), "making adapters"):
-            like = device_and_dtype(base.module, autocast_adapter_dtype)
-            try:
-                adapters[path] = config.create(base, path).to(*like)
-            except TargetError as error:
-                raise TargetError(f"{path}: {error}") from None
-        return adapters
-
     def add_adapter(
         self,
         adapter_name,
@@ -338,7 +227,7 @@ class PeftModel(nn.Module):
     ):
         """One more adapter, inactive until `set_adapter`. Any method can stand beside
         any other. low_cpu_mem_usage has no effect."""
-        with self._adding(adapter_name, peft_config, autocast_adapter_dtype):
+        with adding(self, adapter_name, peft_config, autocast_adapter_dtype):
             pass
         if not self.active_adapters:
             self.set_adapter(adapter_name)
@@ -482,9 +371,7 @@ class PeftModel(nn.Module):
         self.peft_config.clear()
         self.base_model.active.names = []
         self.base_model.active.merged = []
-        hooks = getattr(self._embeddings(), "_forward_hooks", {})
-        for key in [key for key, hook in hooks.items() if hook is _require_grad]:
-            del hooks[key]
+        self._remove_grad_hook()
         return self.get_base_model()
 
     # ---- files and combinations ----
@@ -518,24 +405,18 @@ class PeftModel(nn.Module):
                 " safetensors only"
             )
         if is_main_process is None:
-            is_main_process = is_first_process()
+            is_main_process = saving.is_first_process()
         initial = path_initial_model_for_weight_conversion
         names = self.peft_config if selected_adapters is None else selected_adapters
         for name in self._check_names(names):
-            if initial is None and lora_init.changes_base(self.peft_config[name]):
-                warnings.warn(
-                    f"{name!r} began as {self.peft_config[name].init_lora_weights!r},"
-                    " which changed the base: what is saved fits only a base that was"
-                    " changed likewise. For a plain LoRA, which fits the base from"
-                    " before, give path_initial_model_for_weight_conversion",
-                    stacklevel=2,
-                )
-            config, tensors = saving.file_content(
+            if initial is None:
+                saving.warn_of_changed_base(name, self.peft_config[name])
+            content = saving.file_content(
                 self, name, initial, state_dict, save_embedding_layers
             )
             if is_main_process:
                 folder = Path(save_directory) / ("" if name == "default" else name)
-                saving.save(folder, config, tensors)
+                saving.save(folder, *content)
 
     def create_or_update_model_card(self, output_dir):
         """Write the first active adapter's model card. Where there is another's, say
@@ -549,20 +430,7 @@ class PeftModel(nn.Module):
         """Upload the adapters, as `save_pretrained` writes them, to a repository of the
         Hugging Face hub. more: arguments of HfApi.upload_folder (revision, create_pr),
         or of save_pretrained (selected_adapters). Returns the hub's CommitInfo."""
-        from huggingface_hub import HfApi
-
-        saved = inspect.signature(self.save_pretrained).parameters
-        with tempfile.TemporaryDirectory() as folder:
-            options = {name: more.pop(name) for name in saved.keys() & more.keys()}
-            self.save_pretrained(folder, **options)
-            api = HfApi(token=token)
-            repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(
-                repo_id=repo.repo_id,
-                folder_path=folder,
-                commit_message=commit_message or "Upload adapter",
-                **more,
-            )
+        return saving.push_to_hub(self, repo_id, commit_message, private, token, **more)
 
     @classmethod
     def from_pretrained(
@@ -615,7 +483,7 @@ class PeftModel(nn.Module):
         if adapter_name in self.peft_config:
             self._reload(adapter_name, config, tensors)
         else:
-            with self._adding(adapter_name, config, autocast_adapter_dtype) as new:
+            with adding(self, adapter_name, config, autocast_adapter_dtype) as new:
                 saving.load_tensors(new, tensors)
         if not self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=not is_trainable)
@@ -628,18 +496,8 @@ class PeftModel(nn.Module):
             raise AdapterNameError(
                 f"{name!r} is merged: call unmerge_adapter() before loading into it"
             )
-        found = config.resolve(self.get_base_model()).to_dict()
-        here = self.peft_config[name].to_dict()
-        for field in NOT_COMPARED:
-            found.pop(field, None)
-            here.pop(field, None)
-        for field in sorted(found.keys() | here.keys()):
-            if found.get(field) != here.get(field):
-                raise AdapterNameError(
-                    f"there is an adapter {name!r} already, with {field} ="
-                    f" {brief(here.get(field))}, in the file {brief(found.get(field))}:"
-                    " delete it first, or take another name"
-                )
+        found = config.resolve(self.get_base_model())
+        saving.check_same_config(name, self.peft_config[name], found)
         saving.load_tensors(self._adapters_by_path(name), tensors)
 
     def add_weighted_adapter(
@@ -672,7 +530,7 @@ class PeftModel(nn.Module):
             density=density,
             majority=majority_sign_method,
         )
-        with self._adding(adapter_name, plan.config) as new:
+        with adding(self, adapter_name, plan.config) as new:
             saving.load_tensors(new, plan.tensors())
 
     # ---- counting, and what a trainer asks of a model ----
@@ -709,75 +567,9 @@ class PeftModel(nn.Module):
                 self._allocators[name].steps = global_step - 1
                 self._allocators[name].step()
 
-    def gradient_checkpointing_enable(self, *args, **kwargs):
-        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
-        self.enable_input_require_grads()
-
-    def activation_checkpointing_enable(self, *args, **kwargs):
-        """gradient_checkpointing_enable, as transformers calls it since 5.24."""
-        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)
-        self.enable_input_require_grads()
-
-    def enable_input_require_grads(self):
-        """Reentrant checkpointing gives no gradients where no input asks for one, as
-        behind a frozen embedding."""
-        embeddings = self._embeddings()
-        disable = getattr(self.get_base_model(), "disable_input_require_grads", None)
-        if disable and embeddings is not self.get_base_model().get_input_embeddings():
-            disable()  # transformers' hook is on the slot, and would go with it
-        if (
-            embeddings is not None
-            and _require_grad not in embeddings._forward_hooks.values()
-        ):
-            embeddings.register_forward_hook(_require_grad)
-
-    def _embeddings(self):
-        """The base's input embeddings, without their slot; None where it has none."""
-        try:
-            return targets.unwrap_slot(self.get_base_model().get_input_embeddings())
-        except (AttributeError, NotImplementedError):
-            return None
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        """The base's own. Raises TargetError where an embedding carries an adapter,
-        whose shape would no longer fit."""
-        self._check_embeddings_are_bare("resize_token_embeddings")
-        return self.get_base_model().resize_token_embeddings(*args, **kwargs)
-
-    def tie_weights(self, *args, **kwargs):
-        """The base's own. Raises TargetError where an embedding carries an adapter."""
-        self._check_embeddings_are_bare("tie_weights")
-        return self.get_base_model().tie_weights(*args, **kwargs)
-
-    def set_input_embeddings(self, *args, **kwargs):
-        """The base's own. Raises TargetError where an embedding carries an adapter,
-        which would be lost."""
-        self._check_embeddings_are_bare("set_input_embeddings")
-        return self.get_base_model().set_input_embeddings(*args, **kwargs)
-
-    def set_output_embeddings(self, *args, **kwargs):
-        """The base's own. Raises TargetError where an embedding carries an adapter,
-        which would be lost."""
-        self._check_embeddings_are_bare("set_output_embeddings")
-        return self.get_base_model().set_output_embeddings(*args, **kwargs)
-
-    def _check_embeddings_are_bare(self, what):
-        for name, adapter in self.base_model.adapters.items():
-            if adapter.mergeable:
-                raise TargetError(
-                    f"{what}: {name!r} changes every weight, the embeddings among them."
-                    " Do it on the base, before adapters are added"
-                )
-        for path in saving.embedding_paths(self.get_base_model()):
-            if saving.is_slotted(self, path):
-                raise TargetError(
-                    f"{what}: {path} carries an adapter. Do it on the base, before"
-                    " adapters are added"
-                )
-
     def __getattr__(self, name):  # config, device ...: the base's
         try:
-            return nn.Module.__getattr__(self, name)
+            return super().__getattr__(name)
         except AttributeError:
             if name == "base_model":
                 raise
@@ -791,15 +583,3 @@ class PeftModel(nn.Module):
                 f"neither {type(self).__name__} nor its base has an attribute"
                 f" {name!r}{hint}"
             ) from None
-
-
-def is_first_process():
-    """True in the only process, or in the first of torch.distributed's."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_rank() == 0
-
-
-def _require_grad(module, args, output):
-    output.requires_grad_(True)

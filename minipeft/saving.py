@@ -6,7 +6,10 @@ adapter. The adapter's own name is not in it: it is chosen again on loading.
 """
 
 import copy
+import inspect
 import json
+import tempfile
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,8 +19,9 @@ from . import io, targets
 from .config import CONFIG, PeftConfig, as_config, resolve_folder
 from .errors import AdapterFileError, ConfigError
 from .methods.lora_conversion import as_lora
+from .methods.lora_init import changes_base
 from .model_card import CARD, model_card, updated_card
-from .slot import Adapter
+from .slot import Adapter, AdapterNameError
 
 TENSORS = "adapter_model.safetensors"
 # what adapters' files hold: 8-bit floats mean nothing without their scales
@@ -121,6 +125,43 @@ def save(folder, config, tensors):
                 part[CARD].write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"cannot write into {folder}: {error}") from None
+
+
+def is_first_process():
+    """True in the only process, or in the first of torch.distributed's."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0
+
+
+def warn_of_changed_base(name, config):
+    if changes_base(config):
+        warnings.warn(
+            f"{name!r} began as {config.init_lora_weights!r}, which changed the base:"
+            " what is saved fits only a base that was changed likewise. For a plain"
+            " LoRA, which fits the base from before, give"
+            " path_initial_model_for_weight_conversion",
+            stacklevel=3,
+        )
+
+
+def push_to_hub(model, repo_id, commit_message, private, token, **more):
+    """See PeftModel.push_to_hub."""
+    from huggingface_hub import HfApi
+
+    saved = inspect.signature(model.save_pretrained).parameters
+    with tempfile.TemporaryDirectory() as folder:
+        options = {name: more.pop(name) for name in saved.keys() & more.keys()}
+        model.save_pretrained(folder, **options)
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload adapter",
+            **more,
+        )
 
 
 def write_card(folder, config, tensors):
@@ -253,6 +294,23 @@ def prepare_load(folder, model, is_trainable=False, config=None, **hub):
     drop_base_weights(tensors, model)
     add_saved_embeddings(config, tensors, model)
     return config, tensors
+
+
+# fields of a configuration that say nothing about the adapter's tensors
+NOT_COMPARED = {"base_model_name_or_path", "revision", "inference_mode", "task_type"}
+
+
+def check_same_config(name, here, found):
+    """Raise AdapterNameError where the configuration of adapter `name` is not the one
+    found in a file."""
+    here, found = here.to_dict(), found.to_dict()
+    for field in sorted((found.keys() | here.keys()) - NOT_COMPARED):
+        if found.get(field) != here.get(field):
+            raise AdapterNameError(
+                f"there is an adapter {name!r} already, with {field} ="
+                f" {io.brief(here.get(field))}, in the file"
+                f" {io.brief(found.get(field))}: delete it first, or take another name"
+            )
 
 
 def drop_base_weights(tensors, model):

@@ -21,6 +21,7 @@ FLOORS = [
     ["methods", "optim"],
     ["saving"],
     ["weighted", "merging"],
+    ["adding", "hf_methods"],
     ["model"],
     ["compat"],
 ]

@@ -1,0 +1,125 @@
+"""Adding an adapter to a PeftModel: all of it is created, then all of it is put in; or
+nothing happens."""
+
+from contextlib import contextmanager
+
+from torch import nn
+
+from . import merging, targets
+from .config import as_config
+from .errors import ConfigError, TargetError
+from .io import brief
+from .methods import lora_init
+from .methods.adalora import AdaLoraConfig
+from .methods.modules_to_save import ModuleCopy
+from .slot import AdapterNameError, Base, Slot
+from .weights import device_and_dtype
+
+
+def check_new_name(model, name):
+    """Adapters' names become names of modules and of folders."""
+    if not isinstance(name, str) or not name or hasattr(nn.ModuleDict, name):
+        impossible = True
+    else:
+        impossible = name == "__base__" or not {".", "/", "\\", "\0"}.isdisjoint(name)
+    if impossible:
+        raise AdapterNameError(
+            f"{brief(name)} cannot name an adapter: expected a string without dots"
+            " and slashes, which is neither '__base__' nor the name of a method of"
+            " torch's ModuleDict"
+        )
+    if name in model.peft_config:
+        raise AdapterNameError(
+            f"there is an adapter {name!r} already; delete it first, or take"
+            " another name"
+        )
+
+
+@contextmanager
+def adding(model, name, config, autocast_adapter_dtype=True):
+    """Create adapter `name` and yield {path: adapter}; what they share has the path
+    None. When the block ends it is put in, frozen and inactive; when it fails the
+    model is as before."""
+    check_new_name(model, name)
+    config = as_config(config).resolve(model.get_base_model())
+    if not config.base_model_name_or_path:
+        base_name = getattr(model.get_base_model(), "name_or_path", None)
+        config.base_model_name_or_path = base_name or None
+    if model.peft_config and lora_init.changes_base(config):
+        raise ConfigError(
+            f"{config.init_lora_weights!r} changes the base, on which"
+            f" {', '.join(model.peft_config)} stand: make it on a model without"
+            " adapters, or load it converted to a plain LoRA"
+        )
+    with merging.unmerged(model):  # a start may read the base's weights
+        sites = model._sites()
+        slots, copied = slots_for(model, config, sites)
+        bases = {p: Base(slots[p], name, lossy=True) for p in slots if p not in copied}
+        before = [(b.module, dict(b.module._parameters)) for b in bases.values()]
+        try:
+            adapters = create(config, bases, autocast_adapter_dtype)
+            for path in copied:
+                adapters[path] = ModuleCopy(slots[path].base_layer)
+            yield adapters
+        except BaseException:  # an initialisation may have changed weights
+            for module, parameters in before:
+                module._parameters.update(parameters)
+            raise
+        for adapter in adapters.values():
+            adapter.requires_grad_(False)
+        put_in(model, name, adapters, slots, sites)
+        model.peft_config[name] = config.noted(adapters.values())
+    if isinstance(config, AdaLoraConfig):  # PEFT's scripts call it there
+        model.base_model.update_and_allocate = model.update_and_allocate
+
+
+def put_in(model, name, adapters, slots, sites):
+    shared = adapters.get(None)
+    if shared is not None:
+        model.shared[name] = shared
+    for path, slot in slots.items():
+        slot.training = slot.base_layer.training
+        slot.adapters[name] = adapters[path].train(slot.training)
+        if shared is not None:
+            slot.shared[name] = shared
+        module, replace = sites[path]
+        if slot is not module:
+            replace(slot)
+
+
+def slots_for(model, config, sites):
+    """({path: the slot there, or a new one}, the paths of modules_to_save)"""
+    selected = config.select(model.get_base_model())
+    copied = targets.resolve_targets(
+        sites,
+        getattr(config, "modules_to_save", None) or (),
+        "modules_to_save",
+        targets.ends_with,
+    )
+    slots = {}
+    for path in [*selected, *copied]:
+        module, _ = sites[path]
+        if not isinstance(module, Slot):
+            module = Slot(module, model.base_model.active)
+        slots[path] = module
+    for path in copied:
+        inside = slots[path].base_layer.modules()
+        if any(isinstance(module, Slot) for module in inside):
+            raise TargetError(f"modules_to_save: {path} holds adapters")
+    return slots, copied
+
+
+def create(config, bases, autocast_adapter_dtype):
+    """{path: a new adapter}; what they share has the path None."""
+    adapters = {}
+    shared = config.create_shared(bases)
+    if shared is not None:
+        first = next(iter(bases.values())).module
+        adapters[None] = shared.to(*device_and_dtype(first, autocast_adapter_dtype))
+    for path, base in targets.progress(list(bases.items()), "making adapters"):
+        like = device_and_dtype(base.module, autocast_adapter_dtype)
+        try:
+            adapters[path] = config.create(base, path).to(*like)
+        except TargetError as error:
+            raise TargetError(f"{path}: {error}") from None
+    return adapters

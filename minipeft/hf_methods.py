@@ -1,0 +1,84 @@
+"""What transformers and its Trainer ask of a model besides running it: gradient
+checkpointing, and changes of the embeddings."""
+
+from functools import partial
+
+from torch import nn
+
+from . import saving, targets
+from .errors import TargetError
+
+# the base's own; TargetError where an embedding carries an adapter, which would no
+# longer fit, or be lost
+CHANGES_OF_EMBEDDINGS = (
+    "resize_token_embeddings",
+    "tie_weights",
+    "set_input_embeddings",
+    "set_output_embeddings",
+)
+
+
+class HFMethods(nn.Module):
+    """A PeftModel's methods of this kind."""
+
+    def gradient_checkpointing_enable(self, *args, **kwargs):
+        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)
+        self.enable_input_require_grads()
+
+    def activation_checkpointing_enable(self, *args, **kwargs):
+        """gradient_checkpointing_enable, as transformers calls it since 5.24."""
+        self.get_base_model().activation_checkpointing_enable(*args, **kwargs)
+        self.enable_input_require_grads()
+
+    def enable_input_require_grads(self):
+        """Reentrant checkpointing gives no gradients where no input asks for one, as
+        behind a frozen embedding."""
+        embeddings = self._embeddings()
+        disable = getattr(self.get_base_model(), "disable_input_require_grads", None)
+        if disable and embeddings is not self.get_base_model().get_input_embeddings():
+            disable()  # transformers' hook is on the slot, and would go with it
+        if (
+            embeddings is not None
+            and _require_grad not in embeddings._forward_hooks.values()
+        ):
+            embeddings.register_forward_hook(_require_grad)
+
+    def _remove_grad_hook(self):
+        hooks = getattr(self._embeddings(), "_forward_hooks", {})
+        for key in [key for key, hook in hooks.items() if hook is _require_grad]:
+            del hooks[key]
+
+    def _embeddings(self):
+        """The base's input embeddings, without their slot; None where it has none."""
+        try:
+            return targets.unwrap_slot(self.get_base_model().get_input_embeddings())
+        except (AttributeError, NotImplementedError):
+            return None
+
+    def _change_embeddings(self, what, *args, **kwargs):
+        """Call the base's method `what`, one of CHANGES_OF_EMBEDDINGS."""
+        self._check_embeddings_are_bare(what)
+        return getattr(self.get_base_model(), what)(*args, **kwargs)
+
+    def _check_embeddings_are_bare(self, what):
+        for name, adapter in self.base_model.adapters.items():
+            if adapter.mergeable:
+                raise TargetError(
+                    f"{what}: {name!r} changes every weight, the embeddings among them."
+                    " Do it on the base, before adapters are added"
+                )
+        for path in saving.embedding_paths(self.get_base_model()):
+            if saving.is_slotted(self, path):
+                raise TargetError(
+                    f"{what}: {path} carries an adapter. Do it on the base, before"
+                    " adapters are added"
+                )
+
+    def __getattr__(self, name):
+        if name in CHANGES_OF_EMBEDDINGS and hasattr(self.get_base_model(), name):
+            return partial(self._change_embeddings, name)
+        return super().__getattr__(name)
+
+
+def _require_grad(module, args, output):
+    output.requires_grad_(True)
