@@ -202,6 +202,14 @@ class TestReadableByEverybody:
         assert said == "title. Lines: late: from 5 to 6. Points: seeds (2)."
         figures.plt.close("all")
 
+    @pytest.mark.parametrize("names", ["ab", ["LoRA\nattention", "none"], ["2", "1"]])
+    def test_lines_over_names_are_described(self, names):
+        """matplotlib hands categories back as they were given."""
+        ax = figures.axes("title")
+        ax.plot(list(names), [3, 4], label="score")
+        assert "score: from 3 to 4" in describe(ax.figure)
+        figures.plt.close("all")
+
     def test_many_series_are_counted(self):
         ax = figures.axes("title")
         for number in range(12):

@@ -102,7 +102,7 @@ def grids(ax) -> list:
 def lines(ax) -> list:
     named, unnamed = [], 0
     for line in ax.get_lines():
-        x, y = (np.ma.asarray(data, float) for data in line.get_data())
+        x, y = (np.ma.asarray(data, float) for data in line.get_data(orig=False))
         finite = np.isfinite(np.ma.filled(y, np.nan))
         label = visible(line.get_label())
         if not finite.any():
