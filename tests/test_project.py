@@ -136,7 +136,7 @@ def imported(tree):
 def test_every_import_is_a_declared_dependency():
     """Outside functions the library imports what it needs, and `minipeft.course` what
     the extra [course] brings; inside functions anything of [all]."""
-    brought = {"filelock", "jinja2", "packaging"}  # by torch, by torch, by pooch
+    brought = {"jinja2", "packaging"}  # by torch, by pooch
     brought_to_course = {"ipython", "nbconvert"}  # by jupyterlab
 
     def modules(*extras):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -155,3 +156,23 @@ def test_the_wheels_commands_run(installed):
     done = installed("-m", "minipeft", "doctor", "--json")
     assert "Traceback" not in done.stderr and '"base' in done.stdout, done.stderr
     assert installed("-m", "minipeft", "finetune", "--help").returncode == 0
+
+
+def test_the_wheel_is_used_as_readme_says(installed, tmp_path):
+    """From a person's own file to a text, with words that are true there."""
+    mine, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    rows = [{"prompt": f"say {i}", "completion": f"{i}"} for i in range(30)]
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    version = installed("-m", "minipeft", "--version")
+    assert version.stdout == f"minipeft {PROJECT['version']}\n", version.stderr
+    listed = installed("-m", "minipeft", "methods").stdout.splitlines()
+    assert any(line.startswith("lora ") for line in listed)
+    finetune = "-m minipeft finetune --steps 4 --limit 2 --data".split()
+    done = installed(*finetune, mine, "--out", out)
+    assert done.returncode == 0 and f"saved in {out}" in done.stdout, done.stderr
+    done = installed("-m", "minipeft", "generate", "say 3", "--adapter", out)
+    assert done.returncode == 0 and done.stdout.startswith("say 3"), done.stderr
+    done = installed("-m", "minipeft", "student", "--all", "--out", tmp_path / "s")
+    assert done.returncode == 1 and "not in the installed package" in done.stderr
+    words = installed("-m", "minipeft", "doctor").stdout
+    assert "make " not in words and "constraints.txt" not in words, words
