@@ -128,8 +128,12 @@ def all_or_nothing(out):
 def device(args):
     import torch
 
+    from .lm.distributed import own_gpu, processes
+
     if not args.device:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and processes() > 1:
+        args.device = own_gpu()
     try:
         torch.empty(1, device=args.device).item()
     # unknown, or not on this machine
@@ -172,10 +176,12 @@ def finetune(args):
 
     from . import get_peft_model
     from .cli_methods import find_method
-    from .lm import load_data, load_tokenizer
+    from .lm import distributed, load_data, load_tokenizer
     from .lm.pretrained import resolve
 
     name, method = find_method(args.method)
+    if args.fsdp:
+        check_fsdp(method, distributed.processes())
     if method is None:
         refuse_adapter_options(args)
     config = None if method is None else configuration(args, name, method)
@@ -191,15 +197,18 @@ def finetune(args):
         check_memory(model, config)
         model = get_peft_model(model, config)
     check_disk(out, model)
-    writer = summary_writer(args.log)
+    writer = summary_writer(args.log) if distributed.is_first() else None
     trained, everything = parameter_counts(model)
     print(
         f"{base}, {name}: {trained:,} of {everything:,} parameters are trained, rate"
-        f" {args.lr:g}, {len(task.train):,} examples"
+        f" {args.lr:g}, {len(task.train):,} examples{several(args)}"
     )
     budget = rank_allocator(model, method)
     with tempfile.TemporaryDirectory() as folder:
         options = saving_options(model, config, tokenizer, folder)
+        if args.fsdp:
+            distributed.shard(model)
+        distributed.wait()  # all have looked at --out before anything is written there
         history = run_training(
             args, model, tokenizer, task, out, method, writer, budget
         )
@@ -223,6 +232,31 @@ def finetune(args):
     if args.limit and not history.stopped:
         result["test"] = test_scores(args, model, tokenizer, task)
     return result, 130 if history.stopped else 0
+
+
+def check_fsdp(method, processes):
+    if processes == 1:
+        raise UserError(
+            "--fsdp shards the model over several processes: start them with torchrun"
+            " --standalone --nproc-per-node 2 -m minipeft finetune ..."
+        )
+    if method is not None and method.kind == "ADALORA":
+        raise UserError(
+            "--fsdp: adalora's penalty and its budget look at all layers' matrices at"
+            " once, and each process has a part of them. Leave --fsdp out (DDP), or"
+            " take --method lora"
+        )
+
+
+def several(args):
+    """How many processes train, where it is more than one."""
+    from .lm.distributed import processes
+
+    if processes() == 1:
+        return ""
+    engine = "FSDP2" if args.fsdp else "DDP"
+    rows = processes() * args.batch_size
+    return f", {processes()} processes ({engine}), {rows} rows a batch"
 
 
 def refuse_adapter_options(args):
@@ -307,6 +341,7 @@ def run_training(args, model, tokenizer, task, out, method, writer, budget):
     import torch
 
     from .lm import train
+    from .lm.distributed import is_first
     from .optim import create_loraplus_optimizer
 
     optimizer = "adamw"
@@ -318,7 +353,7 @@ def run_training(args, model, tokenizer, task, out, method, writer, budget):
     if every is None:
         every = max(1, args.steps // 10)
     make_folder(out, UserError)
-    if args.restart:
+    if args.restart and is_first():
         shutil.rmtree(out / "training", ignore_errors=True)
     try:
         history = train(
@@ -392,12 +427,17 @@ def saving_options(model, config, tokenizer, folder):
 def save_run(args, model, out, history, options, budget):
     """Save the best weights and the curves; returns the step they are of."""
     from .lm.checkpoint import load_checkpoint
+    from .lm.distributed import is_first, wait
 
     kept = history.steps
     best = out / "training" / "best.safetensors"
     if history.best and not history.stopped and best.exists():
         load_checkpoint(best, model, after_step=budget)
         kept = history.best[0]
+    wait()  # all have read what the first process removes below
+    if not is_first():
+        model.save_pretrained(out, **options)  # gathers its parts, and writes nothing
+        return kept
     with all_or_nothing(out) as part:
         model.save_pretrained(part, **options)
         title = f"{args.method} on {Path(args.data).name}"
@@ -660,6 +700,11 @@ COMMANDS = {
 
 # ---- errors --------------------------------------------------------------------------
 
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+)
 NO_MEMORY = ("out of memory", "can't allocate", "not enough memory")
 
 
@@ -673,6 +718,8 @@ def sentence(error):
     memory = isinstance(error, RuntimeError) and any(w in text for w in NO_MEMORY)
     if memory or isinstance(error, MemoryError):
         return "not enough memory: a smaller --batch-size, --r or base needs less"
+    if isinstance(error, RuntimeError) and any(w in text for w in LOST):
+        return "another process of the run has ended, and this one with it"
     if isinstance(error, (ValueError, OSError, ImportError)):
         # advice for those who call from Python
         return text.partition(", or pass truncate=True")[0]
@@ -685,24 +732,51 @@ def main(argv=None):
     """Returns the exit code: 0 done; 1 something to mend, in one sentence on stderr; 2
     wrong usage; 130 Ctrl-C."""
     args = argparse.Namespace(traceback=True, json=False)
+    several = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun has started this process
     try:
-        args = cli_options.parse(sys.argv[1:] if argv is None else argv)
-        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-            result, code = COMMANDS[args.command](args)
-        if args.json:
-            print(json.dumps(result))
-        return code
+        with together() if several else contextlib.nullcontext():
+            args = cli_options.parse(sys.argv[1:] if argv is None else argv)
+            if several and args.command != "finetune":
+                raise UserError(
+                    f"torchrun is for finetune: start {args.command} as `minipeft"
+                    f" {args.command} ...`"
+                )
+            return run(args)
     except KeyboardInterrupt:
-        print("\nminipeft: stopped", file=sys.stderr)
+        if not several or may_report():
+            print("\nminipeft: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `minipeft ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if several and not may_report():
+            return 1  # another process has said what is wrong
         if args.traceback or (text := sentence(error)) is None:
             raise
         print(f"minipeft: {text}", file=sys.stderr)
         return 1
+
+
+def run(args):
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        result, code = COMMANDS[args.command](args)
+    if args.json:
+        print(json.dumps(result))
+    return code
+
+
+def together():
+    """The processes of torchrun as a group."""
+    from .lm.distributed import process_group
+
+    return process_group()
+
+
+def may_report():
+    from .lm import distributed
+
+    return distributed.may_report()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,13 @@ A tenth of your file is for validation and a tenth for the score at the end. The
 with the lowest validation loss are kept. loss.csv and loss.png are saved beside them.
 
 Ctrl-C stops and saves. The same command goes on where it stopped and comes to the same
-weights as without the stop."""
+weights as without the stop.
+
+Several processes, one for each GPU:
+  torchrun --standalone --nproc-per-node 2 -m minipeft finetune --data sql --out x
+Each computes --batch-size rows of a batch and holds the whole model (DDP), or with
+--fsdp a part of every weight (FSDP2). The first one prints and writes to --out. Two
+processes with 4 rows give the weights of one with 8, up to rounding."""
 
 FINETUNE_EXAMPLES = """examples:
   minipeft finetune --data sql --out sql-lora
@@ -204,6 +210,7 @@ def add_finetune(commands):
     tune.add_argument("--out", required=True, help="a new folder for the result")
     add_method_options(tune)
     add_training_options(tune)
+    add_parallel_options(tune)
     add_result_options(tune)
 
 
@@ -256,7 +263,7 @@ def add_training_options(tune):
         "--batch-size",
         type=COUNT,
         default=16,
-        help="rows in a batch (default: %(default)s)",
+        help="rows in a batch, of each process (default: %(default)s)",
     )
     tune.add_argument(
         "--accumulate",
@@ -274,6 +281,15 @@ def add_training_options(tune):
         type=SEED,
         default=0,
         help="the same seed gives the same result (default: %(default)s)",
+    )
+
+
+def add_parallel_options(tune):
+    tune.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="with torchrun: shard every weight, the frozen base's too, over the"
+        " processes (FSDP2)",
     )
 
 

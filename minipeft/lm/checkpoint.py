@@ -2,8 +2,9 @@
 renamed, so there is always a whole one.
 
 Its tensors are the trained weights ("model.*"), the optimizer's state ("optimizer.*"),
-that of what runs after each step ("after.*"), and the random state ("rng.*").
-Everything else is JSON in its header. No pickle: opening a checkpoint never runs code.
+that of what runs after each step ("after.*"), and the random state ("rng.*"; of several
+processes, a row each). Everything else is JSON in its header. No pickle: opening a
+checkpoint never runs code.
 """
 
 import json
@@ -14,6 +15,7 @@ import torch
 from ..errors import FileError
 from ..io import open_safetensors, parse_json, read_safetensors, write_safetensors
 from ..quant.optimizers import load_uncast
+from .distributed import is_first, like, my_row, stacked, whole
 
 
 def trained_tensors(model):
@@ -36,10 +38,10 @@ def trained_tensors(model):
 
 def drop_shared(tensors):
     """safetensors refuses shared memory: the first name of each tensor alone (a tied
-    head is its embedding)."""
+    head is its embedding). Sharded ones whole."""
     seen = {}
     return {
-        name: t.detach().contiguous()
+        name: whole(t.detach()).contiguous()
         for name, t in tensors.items()
         if seen.setdefault(id(t), name) == name
     }
@@ -47,7 +49,8 @@ def drop_shared(tensors):
 
 def save_checkpoint(path, model, optimizer=None, after_step=None, **metadata):
     """Write the trained weights to `path`; with an optimizer also its state and the
-    random state. after_step: see train. metadata: any JSON."""
+    random state. after_step: see train. metadata: any JSON. All processes call it; the
+    first one writes."""
     weights = drop_shared(trained_tensors(model))
     tensors = {f"model.{name}": t for name, t in weights.items()}
     if after_step is not None:
@@ -60,14 +63,17 @@ def save_checkpoint(path, model, optimizer=None, after_step=None, **metadata):
         for i, values in state["state"].items():
             for name, value in values.items():
                 if torch.is_tensor(value):
-                    tensors[f"optimizer.{i}.{name}"] = value.detach().contiguous()
+                    value = whole(value.detach())
+                    tensors[f"optimizer.{i}.{name}"] = value.contiguous()
                 else:
                     scalars[f"{i}.{name}"] = value
         groups = state["param_groups"]
         metadata["optimizer"] = {"scalars": scalars, "groups": groups}
-        tensors["rng.cpu"] = torch.get_rng_state()
+        tensors["rng.cpu"] = stacked(torch.get_rng_state())
         if (kind := next(model.parameters()).device.type) in ("cuda", "mps"):
-            tensors["rng.device"] = getattr(torch, kind).get_rng_state()
+            tensors["rng.device"] = stacked(getattr(torch, kind).get_rng_state())
+    if not is_first():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, tensors, {"minipeft": json.dumps(metadata)})
@@ -102,13 +108,19 @@ def load_checkpoint(path, model, optimizer=None, after_step=None):
         after_step.load_state_dict({k.removeprefix("after."): kept[k] for k in kept})
     for name, tensor in trained_tensors(model).items():
         if name in found:
-            tensor.detach().copy_(found[name])
+            tensor.detach().copy_(like(found[name], tensor))
     if optimizer is not None:
-        load_uncast(optimizer, optimizer_state(saved, metadata["optimizer"]))
-        torch.set_rng_state(saved["rng.cpu"])
+        state = optimizer_state(saved, metadata["optimizer"])
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, values in state["state"].items():
+            for name, value in values.items():
+                if torch.is_tensor(value):
+                    values[name] = like(value, params[i])
+        load_uncast(optimizer, state)
+        torch.set_rng_state(my_row(saved["rng.cpu"]))
         if "rng.device" in saved:
             device = next(model.parameters()).device.type
-            getattr(torch, device).set_rng_state(saved["rng.device"])
+            getattr(torch, device).set_rng_state(my_row(saved["rng.device"]))
     return metadata
 
 

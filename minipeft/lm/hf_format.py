@@ -22,6 +22,7 @@ from ..io import (
     write_safetensors,
 )
 from ..quant.linear4bit import BitsAndBytesConfig, Linear4bit, is_4bit
+from .distributed import is_first, whole
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -260,7 +261,8 @@ def save_pretrained(model, folder, tokenizer=None):
     """Write config.json, model.safetensors and the tokenizer's files, if given; each
     whole or not at all. ValueError: the model is adapted.
 
-    Layers in 4 bits are written as bitsandbytes and transformers store them."""
+    Of several processes all call it, and the first one writes. Layers in 4 bits are
+    written as bitsandbytes and transformers store them."""
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     config = replace(model.config, tie_word_embeddings=tied)
     packed = {path: m for path, m in model.named_modules() if is_4bit(m)}
@@ -272,7 +274,7 @@ def save_pretrained(model, folder, tokenizer=None):
     with torch.device("meta"):
         plain = type(model)(config)
     check_plain(model, plain, packed)
-    have = {name: p.detach() for name, p in model.named_parameters()}
+    have = {name: whole(p.detach()) for name, p in model.named_parameters()}
     tensors = {
         key: pack(key, [have[name] for name in names], config).contiguous()
         for key, names in file_layout(plain).items()
@@ -281,8 +283,10 @@ def save_pretrained(model, folder, tokenizer=None):
     if packed:
         for key, tensor in model.state_dict().items():
             if ".weight." in key:  # what stands beside a packed weight
-                tensors[key] = tensor.contiguous()
+                tensors[key] = whole(tensor).contiguous()
         theirs["quantization_config"] = quantization_config(packed)
+    if not is_first():
+        return
     folder = make_folder(folder)
     # both are whole before either is renamed
     with replacing(folder / CONFIG) as config_file:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..io import check_choice, check_file, check_number, locked, remove_parts
 from ..quant import AdamW8bit, PagedAdamW
+from . import distributed
 from .checkpoint import load_checkpoint, read_metadata, save_checkpoint, trained_tensors
 from .data import Batches, check_ids, check_lengths, max_tokens
 from .evaluation import completion_loss, fast_loss
@@ -35,6 +36,7 @@ OPTIMIZERS = {
     "paged_adamw": PagedAdamW,
     "paged_adamw8bit": partial(PagedAdamW, optim_bits=8),
 }
+SHARDED = ("adamw", "adam", "sgd")  # optimizers that know sharded tensors
 SCHEDULES = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "constant": lambda done: 1.0,
@@ -122,7 +124,13 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
     check_choice("optimizer", optimizer, OPTIMIZERS)
     extra = {} if optimizer == "sgd" else {"betas": betas}
     on = params[0].device.type
-    if optimizer in ("adamw", "adam", "sgd") and on in ("cpu", "cuda"):
+    sharded = distributed.is_part(params[0])
+    if sharded:
+        # 8-bit states are blocks of a whole tensor
+        check_choice("optimizer of a sharded model", optimizer, SHARDED)
+    # torch has no fused SGD for sharded tensors
+    fused = ("adamw", "adam") if sharded else ("adamw", "adam", "sgd")
+    if optimizer in fused and on in ("cpu", "cuda"):
         # one kernel for all tensors: an adapter has many tiny ones
         extra["fused"] = True
     return OPTIMIZERS[optimizer](groups, lr=lr, **extra)
@@ -130,23 +138,28 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
 
 def accumulate_grads(model, batches, bf16=False):
     """Add the gradients of the mean loss over all labels of `batches`; returns that
-    loss.
+    loss. Of several processes each computes with its own rows.
 
-    Each batch weighs by its labels. A mean of the batches' means would favour the
-    tokens of short completions."""
+    Each part weighs by its labels. A mean of the parts' means would favour the tokens
+    of short completions."""
     device = next(model.parameters()).device
-    extra = fast_loss(model)
-    labels = [(batch["labels"][:, 1:] != -100).sum().item() for batch in batches]
+    extra = fast_loss(distributed.model_of(model))
+    labels = sum(count_labels(batch) for batch in batches)
+    # DDP and FSDP2 divide the sum of the processes' gradients by their number
+    scale = distributed.processes() / max(1, labels)
     loss = 0.0
-    for batch, count in zip(batches, labels):
-        if count:
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    for i, batch in enumerate(batches, 1):
+        batch = distributed.my_rows(batch)
+        count = count_labels(batch)
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with distributed.sync(model, last=i == len(batches)):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 mean = model(**batch, **extra).loss
-            part = mean * (count / sum(labels))
+            # without labels the mean is nan, and other processes wait for the zeros
+            part = (mean if count else mean.nan_to_num(0.0)) * (count * scale)
             part.backward()
-            loss += part.item()
-    return loss
+        loss += part.item()
+    return distributed.total(loss) / distributed.processes()
 
 
 @contextmanager
@@ -176,15 +189,15 @@ def finish_step_on_interrupt():
 
 def frozen_checksum(model):
     """CRC-32 of every tensor that is not trained (the base's weights), and of all
-    names, shapes and dtypes."""
+    names, shapes and dtypes; the sum of all processes'."""
     trained = trained_tensors(model)
     crc = 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         text = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
         crc = zlib.crc32(text.encode(), crc)
         if name not in trained and not tensor.is_meta:
-            crc = crc_of(tensor, crc)
-    return crc
+            crc = crc_of(distributed.local(tensor), crc)
+    return distributed.total(crc)
 
 
 def model_settings(model):
@@ -249,7 +262,7 @@ def as_json(settings):
 
 def check_settings(path, settings):
     """ValueError that names what differs between a checkpoint's settings and these."""
-    saved = read_metadata(path).get("settings", {})
+    saved = {"processes": 1} | read_metadata(path).get("settings", {})
     names = [*settings, *(name for name in saved if name not in settings)]
     other = [
         f"{name} {saved.get(name)} (now {settings.get(name)})"
@@ -294,8 +307,12 @@ def train(
 ):
     """Train the parameters of `model` that require a gradient; returns a History.
 
+    In a process group (torchrun) all processes call it alike: DDP, or FSDP2 if `model`
+    is sharded (distributed.shard). The gradient is that of one large batch.
+
     data        a Task, a list of Examples (both need tokenizer=), or any object with
                 .batch(step) -> model's arguments
+    batch_size  rows a process
     lr          the peak rate (a ready optimizer brings its own, one a group)
     warmup      steps of rising rate, or a fraction of all steps if below 1
     optimizer   "adamw", "adamw8bit" (states in 8 bits), "paged_adamw" (states in pages,
@@ -308,15 +325,16 @@ def train(
     folder      for checkpoints: latest.safetensors every `save_every` steps (default:
                 as evaluate_every, else ten times), at the end and on Ctrl-C. The same
                 call again goes on there; resume=False starts again. One run at a time
-                writes there
+                writes there, in the first process; all must be able to read it
     log         called as log(step, {"loss", "lr", "grad_norm"}) after each step, the
-                gradients still in place
-    after_step  likewise, by its .step(), such as an AdaLoRA's RankAllocator. Its
-                state_dict(), tensors by name, is part of the checkpoints
+                gradients still in place; in the first process
+    after_step  likewise, by its .step(), such as an AdaLoRA's RankAllocator; in every
+                process. Its state_dict(), tensors by name, is part of the checkpoints
     """
     valid = getattr(data, "valid", None) if valid is None else valid
     check_arguments(model, schedule, steps, accumulate, evaluate_every, valid)
-    batches = make_batches(model, data, tokenizer, batch_size, seed, valid)
+    rows = batch_size * distributed.processes()
+    batches = make_batches(model, data, tokenizer, rows, seed, valid)
     warmup = round(warmup * steps) if warmup < 1 else int(warmup)
     optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
     for group in optimizer.param_groups:
@@ -331,6 +349,7 @@ def train(
         "accumulate": accumulate,
         "bf16": bf16,
         "seed": seed,
+        "processes": describe_processes(model),
     }
     run = Run(model, batches, optimizer, settings, tokenizer, valid, evaluate_every)
     run.save_every = save_every or evaluate_every or max(1, steps // 10)
@@ -342,9 +361,10 @@ def train(
         devices = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices))
         stop = stack.enter_context(finish_step_on_interrupt())
-        torch.manual_seed(seed)
-        if folder:
+        torch.manual_seed(seed + distributed.rank())  # each drops out its own
+        if folder and distributed.is_first():
             stack.enter_context(locked(folder))
+        if folder:
             run.open(Path(folder), resume)
         return run.loop(stop, progress)
 
@@ -359,6 +379,14 @@ def check_arguments(model, schedule, steps, accumulate, evaluate_every, valid):
         )
     if evaluate_every and not valid:
         raise ValueError("evaluate_every needs valid=, a list of examples")
+
+
+def describe_processes(model):
+    """1, "2, ddp" or "2, fsdp2": part of the settings, for it decides the last bits."""
+    count = distributed.processes()
+    if count == 1:
+        return count
+    return f"{count}, {'fsdp2' if distributed.is_sharded(model) else 'ddp'}"
 
 
 def make_batches(model, data, tokenizer, batch_size, seed, valid):
@@ -384,6 +412,7 @@ class Run:
         self, model, data, optimizer, settings, tokenizer, valid, evaluate_every
     ):
         self.model = model
+        self.parallel = distributed.parallel(model)  # the forward pass in training
         self.data = data
         self.optimizer = optimizer
         self.settings = settings
@@ -404,7 +433,8 @@ class Run:
         self.latest = folder / "latest.safetensors"
         for name in ("latest", "best"):
             file = folder / f"{name}.safetensors"
-            remove_parts(file)
+            if distributed.is_first():
+                remove_parts(file)
             if file.exists():
                 check_file(file)
         self.settings = as_json(self.settings | self.facts())
@@ -445,7 +475,7 @@ class Run:
         bar = tqdm(
             total=steps,
             initial=first,
-            disable=not progress,
+            disable=not (progress and distributed.is_first()),
             unit="step",
             mininterval=0.5,
         )
@@ -479,9 +509,10 @@ class Run:
             group["lr"] = peak * factor
         batches = [self.data.batch(step * accumulate + i) for i in range(accumulate)]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = accumulate_grads(self.model, batches, self.settings["bf16"])
+        loss = accumulate_grads(self.parallel, batches, self.settings["bf16"])
         clip = self.settings["clip"] or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.params, clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.params, clip)
+        norm = distributed.whole(norm).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             return False
         self.optimizer.step()
@@ -493,7 +524,7 @@ class Run:
         history.seconds += time.perf_counter() - started
         if self.after_step:
             self.after_step.step()
-        if self.log:
+        if self.log and distributed.is_first():
             self.log(step, {"loss": loss, "lr": history.lr[-1], "grad_norm": norm})
         return True
 
@@ -504,18 +535,22 @@ class Run:
         is_last = done == steps
         if self.evaluate_every and (done % self.evaluate_every == 0 or is_last):
             self.evaluate(done)
-        if stop.is_set() and not is_last:
+        # Ctrl-C may reach the processes at different steps
+        if distributed.total(stop.is_set()) and not is_last:
             history.stopped = "interrupted"
         if done % self.save_every == 0 or is_last or history.stopped:
-            if not all(
-                t.isfinite().all() for t in trained_tensors(self.model).values()
-            ):
+            if not self.is_finite():
                 history.stopped = "diverged"  # the file keeps the last good weights
             elif self.latest:
                 metadata = {"settings": self.settings, "history": asdict(history)}
                 self.save(self.latest, self.optimizer, **metadata)
 
+    def is_finite(self):
+        held = map(distributed.local, trained_tensors(self.model).values())
+        return not distributed.total(not all(t.isfinite().all() for t in held))
+
     def evaluate(self, done):
+        """Every process evaluates all of `valid`; the first one's result counts."""
         loss = completion_loss(
             self.model,
             self.tokenizer,
@@ -523,6 +558,7 @@ class Run:
             batch_size=4 * self.settings["batch_size"],
             bf16=self.settings["bf16"],
         )["loss"]
+        loss = distributed.total(loss if distributed.is_first() else 0.0)
         self.history.eval_loss.append([done, loss])
         best = self.history.best
         if math.isfinite(loss) and (best is None or loss < best[1]):
@@ -532,6 +568,11 @@ class Run:
 
     def save(self, file, optimizer=None, **metadata):
         save_checkpoint(file, self.model, optimizer, self.after_step, **metadata)
+
+
+def count_labels(batch):
+    """Labels of a batch that count: all but -100, and none for the first token."""
+    return (batch["labels"][:, 1:] != -100).sum().item()
 
 
 def count_tokens(batch):
