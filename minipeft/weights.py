@@ -79,12 +79,23 @@ class Bitsandbytes4bitStorage:  # packed: two weights to a byte
             layer.quant_state = layer.weight.quant_state
 
 
-# {class: its storage}, by name, so that nothing is imported for it. quant/linear4bit.py
-# adds its own. None: not adaptable.
+class Linear4bitStorage:  # packed, by quant/linear4bit.py
+    @staticmethod
+    def read(layer):
+        return layer.dense_weight()
+
+    @staticmethod
+    def write(layer, weight):  # new tensors, so that the old ones can be put back
+        layer.set_weight(weight.to(layer.weight.device, layer.dtype))
+
+
+# {class: its storage}, by name, so that nothing is imported for it. None: not
+# adaptable.
 STORAGE = {
     "torch.nn.modules.linear.Linear": DenseStorage,
     "torch.nn.modules.sparse.Embedding": TransposedStorage,
     "transformers.pytorch_utils.Conv1D": TransposedStorage,
+    "minipeft.quant.linear4bit.Linear4bit": Linear4bitStorage,
     "bitsandbytes.nn.modules.Linear4bit": Bitsandbytes4bitStorage,
     # attention reads its weight, never calls it
     "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": None,

@@ -114,6 +114,10 @@ class Linear4bit(nn.Linear):
             self.offset,
         )
 
+    def dense_weight(self):
+        """The weight as it is used, (d_out, d_in)."""
+        return dequantize_4bit(self.quantized)
+
     def forward(self, x):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -201,19 +205,6 @@ def quantized_tensors(layer):
 
 # what stands beside a packed weight, in bitsandbytes' names
 BESIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.")
-
-
-class Linear4bitStorage:
-    """How weights.py reads and writes the weight of a Linear4bit."""
-
-    def read(layer):
-        return dequantize_4bit(layer.quantized)
-
-    def write(layer, weight):  # new tensors, so that the old ones can be put back
-        layer.set_weight(weight.to(layer.weight.device, layer.dtype))
-
-
-weights.STORAGE["minipeft.quant.linear4bit.Linear4bit"] = Linear4bitStorage
 
 
 # Models
