@@ -7,6 +7,7 @@ import pytest
 
 from minipeft.course import approx, figures, notebook, show, table
 from minipeft.course.alt_text import contrast, describe
+from minipeft.course.records import at_best_rate, matching
 from minipeft.course.show import source
 
 matplotlib.use("Agg")
@@ -317,3 +318,27 @@ class TestChecks:
         assert len(check.__all__) == len(set(check.__all__)), (
             "the later one would hide the earlier"
         )
+
+
+class TestRecords:
+    RUNS = [
+        {"case": case, "lr": lr, "seed": seed, "valid_loss": loss}
+        for case, lr, seed, loss in (
+            ("a", 0.1, 2, 0.1),  # lower, but of another seed
+            ("a", 0.1, 0, 0.5),
+            ("a", 0.2, 1, 0.9),
+            ("a", 0.2, 0, 0.4),
+            ("b", 0.3, 0, 0.2),
+        )
+    ]
+
+    def test_runs_at_the_best_rate_of_the_first_seed(self):
+        assert at_best_rate(self.RUNS, case="a") == [self.RUNS[3], self.RUNS[2]]
+        assert at_best_rate(self.RUNS, case="b") == [self.RUNS[4]]
+        assert at_best_rate(self.RUNS[:1]) == [self.RUNS[0]]
+
+    def test_matching_asks_for_every_value(self):
+        assert matching(self.RUNS, case="a", seed=0) == [self.RUNS[1], self.RUNS[3]]
+        assert matching(self.RUNS) == self.RUNS
+        with pytest.raises(KeyError):
+            matching(self.RUNS, method="a")

@@ -22,6 +22,17 @@ from . import check, figures  # noqa: E402
 from .claims import claim  # noqa: E402
 from .comparison import compare  # noqa: E402
 from .figures import approx, table  # noqa: E402
+from .records import at_best_rate, matching  # noqa: E402
 from .show import show  # noqa: E402
 
-__all__ = ["approx", "check", "claim", "compare", "figures", "show", "table"]
+__all__ = [
+    "approx",
+    "at_best_rate",
+    "check",
+    "claim",
+    "compare",
+    "figures",
+    "matching",
+    "show",
+    "table",
+]
