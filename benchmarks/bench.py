@@ -591,6 +591,19 @@ def training_speed(steps=20):
             )
 
 
+def real_rows(rounds):
+    import bench_real  # it needs this file
+
+    return bench_real.rows(rounds)
+
+
+def peak_of_loading(folder, quantized):
+    """For `child`: a process that only loads the model."""
+    import bench_real
+
+    return bench_real.peak_of_loading(folder, quantized)
+
+
 def show(number):
     return (
         ""
@@ -697,6 +710,7 @@ def main(argv=None):
     parts["training"] = lambda: training_speed(
         2 if given.tiny else 60 if given.full else 20
     )
+    parts["a real model"] = lambda: real_rows(2 if given.tiny else 5)
     torch.set_num_threads(1)
     if given.only:
         record = replaced(given.out, given.only, parts)

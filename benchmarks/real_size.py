@@ -60,6 +60,7 @@ OUT = RESULTS / "real_size.json"
 BATCH, STEPS, TRIAL = 8, 100, 20
 TRAIN, VALID, TEST = 2400, 40, 80  # texts, records, records
 NEW_TOKENS = 48
+LARGEST = (1, 8, 64)  # directions of ΔW
 ALL = {"target_modules": "all-linear"}
 NF4 = {
     "load_in_4bit": True,
@@ -264,8 +265,8 @@ def measured(model, tokenizer, test):
 
 
 def spectrum(model, base):
-    """Of ΔW, for some layers: the share of its squared length in its 1, 8 and 64
-    largest directions, and how many directions hold nine tenths of that length."""
+    """Of ΔW, for some layers: the share of its squared length in its LARGEST
+    directions, and how many directions hold nine tenths of that length."""
     before = dict(load_pretrained(base).named_parameters())
     rows = {}
     for name, weight in model.named_parameters():
@@ -276,7 +277,7 @@ def spectrum(model, base):
         squares = torch.linalg.svdvals(delta).square()
         held = (squares.cumsum(0) / squares.sum()).tolist()
         rows[name.removeprefix("model.layers.").removesuffix(".weight")] = {
-            "share": [round(held[k - 1], 4) for k in (1, 8, 64)],
+            "share": [round(held[k - 1], 4) for k in LARGEST],
             "d90": sum(share < 0.9 for share in held) + 1,
             "of": len(held),
         }

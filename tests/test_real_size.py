@@ -1,0 +1,145 @@
+"""The benchmarks on a real model run, at a toy size, and say so where it is absent."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minipeft.lanternwick.tasks import Example, Task
+from minipeft.lm import GPT, GPTConfig
+from minipeft.lm.tokenizer import train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench  # noqa: E402
+import bench_real  # noqa: E402
+import real_size  # noqa: E402
+
+ABSENT = "nobody/has-this-model"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    text = "Record: name: Ann\nText: Ann is a pub. User: Assistant: Review: sad"
+    tokenizer = train_tokenizer([text] * 3, 450)
+    torch.manual_seed(0)
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    GPT(GPTConfig(vocab_size=len(tokenizer), **config)).save_pretrained(
+        folder, tokenizer
+    )
+    return str(folder)
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """The task of five records; few steps; the record in a folder of its own."""
+    examples = [
+        Example(
+            f"Record: name: {name}\nText:", f" {name} is a pub.", {"references": [name]}
+        )
+        for name in ("Ann", "Bob", "Cat", "Dan", "Eve")
+    ]
+    task = Task("toy", "pubs", examples * 4, examples, examples, "bleu", 0.0, None)
+    monkeypatch.setattr(real_size, "load_data", lambda name: task)
+    for name, value in {
+        "TRAIN": 16,
+        "VALID": 2,
+        "TEST": 3,
+        "STEPS": 10,
+        "TRIAL": 2,
+        "NEW_TOKENS": 3,
+        "INSTRUCTIONS": ("Who?",),
+        "OUT": tmp_path / "real_size.json",
+    }.items():
+        monkeypatch.setattr(real_size, name, value)
+    real_size.data.cache_clear()
+    yield tmp_path / "real_size.json"
+    real_size.data.cache_clear()
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["real_size.py", *arguments])
+    real_size.main()
+
+
+class TestRecord:
+    def test_runs_are_written_as_they_come_in_and_not_made_twice(
+        self, folder, toy, monkeypatch
+    ):
+        cases = ["before", "LoRA r 8", "(IA)³", "QLoRA r 8", "LoRA r 8, chat"]
+        run(monkeypatch, "--model", folder, "--cases", *cases)
+        record = json.loads(toy.read_text())
+        assert {"command", "machine", "date", "commit", "weights"} <= record.keys()
+        assert [r["case"] for r in record["runs"]] == cases
+        # two rates were tried, by the loss on validation records
+        tried = {r["lr"]: r["valid_loss"] for r in record["trials"]}
+        chosen = next(r for r in record["runs"] if r["case"] == "(IA)³")
+        assert set(tried) == {1e-2, 5e-2} and tried[chosen["lr"]] == min(tried.values())
+        for r in record["runs"]:
+            assert len(r["texts"]) == 3 and len(r["answers"]) == 1
+            assert 0 <= r["bleu"] <= 100 and r["shakespeare"] > 0
+            assert ("losses" in r) == (r["case"] != "before")
+        before, lora, _, qlora, _ = record["runs"]
+        assert qlora["megabytes"] < lora["megabytes"] and before["parameters"] == 0
+        monkeypatch.setattr(
+            real_size, "one_run", lambda *a, **k: pytest.fail("it was done already")
+        )
+        run(monkeypatch, "--model", folder, "--cases", *cases)
+        assert json.loads(toy.read_text())["runs"] == record["runs"]
+
+    def test_the_spectrum_of_what_full_training_changed(self, folder, monkeypatch):
+        base = real_size.load_pretrained(folder)
+        model = real_size.load_pretrained(folder)
+        weight = model.model.layers[0].self_attn.q_proj.weight
+        with torch.no_grad():
+            weight += torch.outer(
+                torch.randn(len(weight)), torch.randn(weight.shape[1])
+            )
+        for p, q in zip(model.parameters(), base.parameters()):
+            if p is not weight:
+                p.data += 1e-3 * torch.randn_like(p)
+        monkeypatch.setattr(real_size, "LARGEST", (1, 8))
+        rows = real_size.spectrum(model, folder)
+        assert rows["0.self_attn.q_proj"]["d90"] == 1  # an outer product has one
+        assert rows["0.self_attn.q_proj"]["share"][0] == pytest.approx(1, abs=1e-3)
+        assert rows["0.mlp.up_proj"]["d90"] > 8
+
+
+class TestAbsent:
+    """No network here: a hub's name that no cache has is absent."""
+
+    @pytest.fixture(autouse=True)
+    def offline(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path))
+
+        def refuse(name, **more):
+            raise OSError("offline")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+    def test_real_size_says_that_it_is_skipped(self, toy, monkeypatch, capsys):
+        run(monkeypatch, "--model", ABSENT)
+        assert f"skipped: no model {ABSENT}" in capsys.readouterr().out
+        assert not toy.exists()
+
+    def test_bench_has_a_row_that_says_so(self, monkeypatch):
+        monkeypatch.setattr(bench_real, "MODEL", ABSENT)
+        (row,) = bench_real.rows(1)
+        assert "skipped" in row["what"] and row["met"] is None
+        assert "skipped" in bench.markdown(real_size.facts() | {"rows": [row]})
+
+
+def test_bench_measures_every_row_at_a_toy_size(folder):
+    rows = [*bench_real.rows(1, folder, batch=2, length=8, new_tokens=4)]
+    named = " ".join(row["what"] for row in rows)
+    for part in (
+        "step, fp32 / peft's",
+        "passed through",
+        "generating",
+        "loading",
+        "NF4",
+    ):
+        assert part in named
+    assert all(row["value"] > 0 and row["ratio"] > 0 for row in rows)
