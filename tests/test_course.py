@@ -4,6 +4,7 @@ saves chapters."""
 import matplotlib
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from minipeft.course import approx, figures, notebook, show, table
 from minipeft.course.alt_text import contrast, describe
@@ -263,6 +264,27 @@ class TestReadableByEverybody:
 
 class TestRunner:
     """Chapters are run and saved clean."""
+
+    def test_progress_goes_to_stdout_in_a_kernel(self, monkeypatch):
+        monkeypatch.delenv("TQDM_DISABLE", raising=False)
+        code = (
+            "import minipeft.course\nfrom tqdm import tqdm\n"
+            "from tqdm.auto import tqdm as other, trange\n"
+            "for bar in (tqdm, other):\n    list(bar(range(3)))"
+        )
+        cells = [nbformat.v4.new_code_cell(code)]
+        done = NotebookClient(nbformat.v4.new_notebook(cells=cells)).execute()
+        outputs = done.cells[0].outputs
+        assert {output.name for output in outputs} == {"stdout"}
+        assert "".join(output.text for output in outputs).count("3/3") == 2
+
+    def test_noise_is_named_once(self, tmp_path, capsys):
+        noisy = "import warnings, sys\nprint('Failed to load', file=sys.stderr)"
+        cells = [nbformat.v4.new_code_cell(noisy) for _ in range(2)]
+        path = tmp_path / "00_x.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        notebook.run(path)
+        assert capsys.readouterr().out.count("stderr: Failed to load") == 1
 
     def test_a_chapter_is_run_and_saved_clean(self, tmp_path):
         cells = [

@@ -1,11 +1,15 @@
 """What the notebooks use: live source, figures, claims, checks of a learner's code.
 Nothing below imports this."""
 
+import functools
+import logging
+import os
+import sys
 import warnings
 
 try:
-    import IPython  # noqa: F401
     import matplotlib  # noqa: F401
+    from IPython import get_ipython
 except ImportError as error:
     raise ImportError(
         f"minipeft.course needs {error.name}: pip install 'minipeft[course]'"
@@ -17,6 +21,14 @@ except ImportError as error:
 with warnings.catch_warnings(action="ignore"):
     import tqdm.auto  # noqa: E402
 tqdm.auto.tqdm = tqdm.tqdm
+if get_ipython() is not None and "TQDM_DISABLE" not in os.environ:
+    # for a reader: stderr is a red band under the cell. The runner of chapters and the
+    # tests set TQDM_DISABLE, and leave out what is still drawn on stderr
+    init = functools.partialmethod(tqdm.tqdm.__init__, file=sys.stdout)
+    tqdm.tqdm.__init__ = init
+
+# "Failed to load CPU gemm_4bit_forward": a kernel that nobody here asked for
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from . import check, figures  # noqa: E402
 from .claims import claim  # noqa: E402

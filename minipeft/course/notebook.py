@@ -31,6 +31,20 @@ def clean(notebook) -> None:
                     output.metadata = alternative_text(output)
 
 
+def print_noise(notebook) -> None:
+    """What a reader would see in red, each line once: warnings, other libraries'."""
+    noise = [
+        line
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.get("name") == "stderr"
+        for line in output.text.splitlines()
+        if line.strip()
+    ]
+    for line in dict.fromkeys(noise):
+        print("\n    stderr:", line[:200], end="", flush=True)
+
+
 def alternative_text(output) -> dict:
     """An output's metadata with nothing in it but its figure's alternative text."""
     alt = output.metadata.get("image/png", {}).get("alt")
@@ -54,6 +68,7 @@ def run(path) -> float:
         coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
     ).execute()
+    print_noise(notebook)
     clean(notebook)
     nbformat.validate(notebook)
     beside = path.with_suffix(".partial")
