@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,73 @@ def test_files_are_laid_out(tmp_path, capsys):
     first = path.read_bytes()
     layout.main([path])
     assert path.read_bytes() == first
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ADDRESSES = ["https://github.com/me/course", "https://git.example.org/me/course"]
+
+
+class TestAddress:
+    """One value of pyproject.toml; what needs it is left out while it is empty."""
+
+    def test_readme_says_what_pyproject_says(self):
+        assert layout.with_public_links(README, layout.address()) == README
+
+    def test_without_an_address_nothing_pretends_to_have_one(self):
+        plain = layout.with_public_links(README, "")
+        for word in ("git clone", "colab", "github.io", "badge.svg", "OWNER"):
+            assert word not in plain
+
+    @pytest.mark.parametrize("address", ADDRESSES)
+    def test_with_an_address_and_back(self, address):
+        full = layout.with_public_links(README, address)
+        assert f"git clone {address}\n" in full
+        assert ("https://me.github.io/course/" in full) == ("github.com" in address)
+        assert layout.with_public_links(full, "") == README
+        assert layout.with_public_links(full, address) == full
+
+    def test_chapters_open_in_colab(self, monkeypatch):
+        assert "Colab" not in layout.navigation(CHAPTERS[1])
+        monkeypatch.setattr(layout, "address", lambda: ADDRESSES[0])
+        link = "colab.research.google.com/github/me/course/blob/main/chapters/02_"
+        assert link in layout.navigation(CHAPTERS[1])
+        monkeypatch.setattr(layout, "address", lambda: ADDRESSES[1])
+        assert "Colab" not in layout.navigation(CHAPTERS[1])
+
+
+class TestReadme:
+    """What README promises a newcomer."""
+
+    def test_three_lines_for_windows(self):
+        block = README.split("Windows, or no `make`")[1].split("```")[1]
+        commands = [line.split("  ")[0] for line in block.strip().splitlines()]
+        assert commands == [
+            "py setup_env.py",
+            r".venv\Scripts\minipeft doctor",
+            r".venv\Scripts\python lab.py",
+        ]
+        assert (ROOT / "setup_env.py").exists() and (ROOT / "lab.py").exists()
+
+    def test_sizes_are_those_of_the_setup(self):
+        import setup_env
+
+        for size in (*setup_env.DOWNLOAD.values(), *setup_env.ON_DISK.values()):
+            assert f"{size:g} GB" in README
+
+    def test_hours_are_those_of_the_chapters(self):
+        minutes = []
+        for path in CHAPTERS:
+            first = nbformat.read(path, as_version=4).cells[0].source
+            minutes.append(sum(map(int, re.findall(r"(\d+) minutes?", first))))
+        hours = sum(minutes) / len(minutes) / 60
+        assert 1.75 < hours < 2.25, "README says: about two hours a chapter"
+        assert 32 < 18 * hours < 38, "README says: some 35 hours for all eighteen"
+
+    def test_the_container_runs_what_is_there(self):
+        for name in ("Dockerfile", ".devcontainer/devcontainer.json"):
+            text = (ROOT / name).read_text()
+            assert "python setup_env.py" in text and "lab.py" in text
+        docker = (ROOT / "Dockerfile").read_text()
+        command = json.loads(re.search(r"^CMD (.+)$", docker, re.M)[1])
+        assert command[:2] == [".venv/bin/python", "lab.py"]
+        json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())

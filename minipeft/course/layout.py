@@ -1,7 +1,7 @@
 """What every chapter has alike: links to the other chapters, solutions and plotting
 code folded for each reader, and a cell that installs the course where it is absent.
 
-python -m minipeft.course.layout chapters/*.ipynb
+python -m minipeft.course.layout README.md chapters/*.ipynb
 
 It changes no word and runs nothing, and a second time it changes nothing. The runner of
 chapters (`minipeft.course.notebook`) does it before it runs one.
@@ -53,6 +53,48 @@ def address(root=Path(__file__).parents[2]):
         return ""
     urls = tomllib.loads(project.read_text(encoding="utf-8"))["project"].get("urls", {})
     return urls.get("Repository", "")
+
+
+def repository(address):
+    """("owner", "name") of a repository on GitHub, or None."""
+    found = re.fullmatch(r"https://github\.com/([^/]+)/([^/]+?)(\.git)?/?", address)
+    return found and (found[1], found[2])
+
+
+def in_colab(address, name):
+    """The link that opens a chapter in Colab, which reads GitHub; "" elsewhere."""
+    if not (found := repository(address)):
+        return ""
+    colab = "https://colab.research.google.com/github"
+    return f"[Open in Colab]({colab}/{'/'.join(found)}/blob/main/chapters/{name})"
+
+
+def public_links(address):
+    """README's lines that need an address: badge, book, Colab, clone."""
+    if not address:
+        return ""
+    lines = []
+    if found := repository(address):
+        tests = f"{address}/actions/workflows/test.yml"
+        lines += [
+            f"[![tests]({tests}/badge.svg)]({tests})",
+            f"[The book](https://{found[0]}.github.io/{found[1]}/)",
+            in_colab(address, "04_lora.ipynb"),
+        ]
+    clone = f"```\ngit clone {address}\n```"
+    return "\n\n".join(filter(None, [" · ".join(lines), clone]))
+
+
+def with_public_links(readme, address):
+    """README's text with these lines between their two marks."""
+    lines = public_links(address)
+    block = f"{lines}\n\n" if lines else ""
+    return re.sub(
+        r"(?<=<!-- the address of pyproject\.toml -->\n).*?(?=<!-- end -->)",
+        lambda match: block,
+        readme,
+        flags=re.S,
+    )
 
 
 def role(cell):
@@ -133,6 +175,7 @@ def navigation(path):
     parts = [
         f"← {named(before)}" if before else "",
         "[All chapters](README.md)",
+        in_colab(address(), path.name),
         f"{named(after)} →" if after else "",
     ]
     return " · ".join(filter(None, parts))
@@ -178,6 +221,10 @@ def lay_out(notebook, path):
 
 def main(names):
     for name in names:
+        if Path(name).suffix == ".md":
+            text = Path(name).read_text(encoding="utf-8")
+            write_text(Path(name), with_public_links(text, address()))
+            continue
         notebook = nbformat.read(name, as_version=4)
         before = nbformat.writes(notebook)
         lay_out(notebook, Path(name).resolve())
