@@ -94,8 +94,8 @@ A Llama-style language model of {parameters:,} parameters that was pretrained on
 | time | {history["minutes"]:g} minutes on one core of {history["machine"]} |
 | loss | {sum(history["loss"][-100:]) / 100:.3f} nats per label over the last 100 steps; {loss:.3f} per token on 400 fresh documents, every token counted |
 
-![Warm-up](warmup.png)
-![Loss](curve.png)
+![The warm-up: how often copying and recall are right, step by step](warmup.png)
+![The loss of the pretraining, step by step](curve.png)
 
 First a warm-up on random tokens (upper figure), which two hand-written pairs of heads begin. Then 9 % of the steps on people and stories of which only
 the answers, and what was named before, are scored; until 17 % nearly all text demands copying; then all kinds are mixed, and from 75 % on there are

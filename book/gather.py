@@ -107,7 +107,10 @@ def describe_figures(cells):
                 continue
             told = output.setdefault("metadata", {}).setdefault("image/png", {})
             after = [c.source for c in cells[at + 1 :] if c.cell_type == "markdown"]
-            told.setdefault("alt", words_of(after[0]) if after else "A figure.")
+            words = words_of(after[0]) if after else ""
+            told.setdefault(
+                "alt", words if len(words) > 20 else "A figure of this chapter."
+            )
 
 
 def prepare_notebook(path, known, out):

@@ -163,8 +163,7 @@ class TestEachPage:
 
     def test_solutions_are_closed_until_clicked(self, page, browser):
         if page not in CHAPTERS:
-            assert "BEGIN SOLUTION" not in text_of(browser, "innerText")
-            return
+            return  # no exercises
         resize(browser, WIDTHS[0])
         assert "BEGIN SOLUTION" not in text_of(browser, "innerText")
         solutions = [

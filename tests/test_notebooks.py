@@ -2,6 +2,7 @@
 runs them)."""
 
 import ast
+import copy
 import importlib
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import nbformat
 import pytest
 
 from minipeft.course import check
+from minipeft.course.layout import lay_out
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
@@ -192,6 +194,15 @@ def test_images_have_alternative_texts(chapter):
     if not any(alts):
         pytest.skip("executed before figures had alternative texts: make chapters")
     assert all(len(alt) > 20 for alt in alts), alts
+
+
+def test_laid_out(path, chapter):
+    if chapter.cells[1].metadata.get("minipeft", {}).get("role") != "install":
+        pytest.skip("executed before chapters were laid out: make chapters")
+    again = copy.deepcopy(chapter)
+    lay_out(again, path)
+    words = f"python -m minipeft.course.layout chapters/{path.name}"
+    assert nbformat.writes(again) == nbformat.writes(chapter), words
 
 
 def test_links_to_files_hold(path, chapter):
