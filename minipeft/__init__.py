@@ -4,6 +4,11 @@ import importlib
 
 from .compat import (
     AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
     LoftQConfig,
     PeftType,
     PromptTuningInit,
@@ -11,6 +16,7 @@ from .compat import (
     get_peft_config,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    load_peft_weights,
     set_peft_model_state_dict,
 )
 from .config import LayerConfig, PeftConfig
@@ -46,6 +52,11 @@ __all__ = [
     "AdapterFileError",
     "AdapterNameError",
     "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "Base",
     "BitFitConfig",
     "BottleneckConfig",
@@ -81,6 +92,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "initialize_kv_prefix_from_text",
     "inject_adapter_in_model",
+    "load_peft_weights",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]

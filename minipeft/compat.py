@@ -61,24 +61,39 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default"):
     return model
 
 
-class AutoPeftModelForCausalLM:
+def load_peft_weights(model_id, device="cpu", **hub):
+    """{key: tensor} of the adapter in folder `model_id`, or of that name on the hub."""
+    tensors = saving.load(model_id, **saving.hub_arguments(hub))[1]
+    return {key: tensor.to(device) for key, tensor in tensors.items()}
+
+
+class BaseAutoPeftModel:
     """Loads an adapter together with its base, by transformers."""
+
+    task_type = None
+    base_class = None  # the name of transformers' class
 
     @classmethod
     def from_pretrained(
         cls, model_id, adapter_name="default", is_trainable=False, config=None, **more
     ):
         """The PeftModel of the adapter in folder `model_id`, or of that name on the
-        hub, on the base that its configuration names. more: arguments of transformers'
-        AutoModelForCausalLM.from_pretrained, such as dtype, and of
-        PeftModel.from_pretrained, such as subfolder or revision of the adapter."""
-        from transformers import AutoModelForCausalLM
+        hub, on the base that its configuration names. more: arguments of the
+        from_pretrained of transformers' class, such as dtype, and of
+        PeftModel.from_pretrained, such as subfolder or revision of the adapter. Raises
+        ConfigError for an adapter of another task."""
+        import transformers
 
         hub_names = {"revision", "subfolder", "token", "cache_dir", "local_files_only"}
         hub = {name: more.pop(name) for name in hub_names & more.keys()}
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub)
         config = as_config(config)
+        if config.task_type not in (None, cls.task_type):
+            raise ConfigError(
+                f"{model_id} is an adapter for {config.task_type}, {cls.__name__} for"
+                f" {cls.task_type}"
+            )
         if not config.base_model_name_or_path:
             raise TargetError(
                 f"{model_id} does not say which base it is for: load that, and call"
@@ -86,9 +101,39 @@ class AutoPeftModelForCausalLM:
             )
         if "token" in hub:
             more["token"] = hub["token"]
-        base = AutoModelForCausalLM.from_pretrained(
+        base = getattr(transformers, cls.base_class).from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **more
         )
         return PeftModel.from_pretrained(
             base, model_id, adapter_name, is_trainable, config, **hub
         )
+
+
+class AutoPeftModelForCausalLM(BaseAutoPeftModel):
+    task_type = "CAUSAL_LM"
+    base_class = "AutoModelForCausalLM"
+
+
+class AutoPeftModelForSeq2SeqLM(BaseAutoPeftModel):
+    task_type = "SEQ_2_SEQ_LM"
+    base_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPeftModelForSequenceClassification(BaseAutoPeftModel):
+    task_type = "SEQ_CLS"
+    base_class = "AutoModelForSequenceClassification"
+
+
+class AutoPeftModelForTokenClassification(BaseAutoPeftModel):
+    task_type = "TOKEN_CLS"
+    base_class = "AutoModelForTokenClassification"
+
+
+class AutoPeftModelForQuestionAnswering(BaseAutoPeftModel):
+    task_type = "QUESTION_ANS"
+    base_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPeftModelForFeatureExtraction(BaseAutoPeftModel):
+    task_type = "FEATURE_EXTRACTION"
+    base_class = "AutoModel"

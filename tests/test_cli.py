@@ -707,14 +707,24 @@ class TestDiskFull:
         assert len(done.stderr.splitlines()) == 1
         assert not out.exists()
 
-    @pytest.mark.parametrize("method", ["lora", "full"])
-    def test_finetune(self, base, mine, tmp_path, method):
+    @pytest.mark.parametrize(
+        "method, kilobytes",
+        [("lora", 4), ("full", 4), ("ia3", 0), ("prompt", 1), ("full", 33)],
+    )
+    def test_finetune(self, base, mine, tmp_path, method, kilobytes):
+        """The checkpoint, the first file, the model after its checkpoints."""
         argv = tune(base, mine, tmp_path / "out", "--method", method)
-        done = self.limited(4, *argv)
+        done = self.limited(kilobytes, *argv)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.splitlines()[-1].startswith("minipeft: ")
         assert not [*tmp_path.rglob("*.safetensors")]
         assert not [*tmp_path.rglob("*.json")]
+
+    def test_a_students_edition(self, tmp_path):
+        done = self.limited(9, "student", "--all", "--out", tmp_path / "out")
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert not [*tmp_path.rglob("*.ipynb")]
 
 
 class TestMistakes:

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from tolerance import assert_within
 
 from minipeft import (
+    IA3Config,
+    LNTuningConfig,
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
@@ -30,6 +33,10 @@ CONFIGS = {
     "prompt": lambda: PromptTuningConfig(num_virtual_tokens=3),
     "p-tuning": lambda: PromptEncoderConfig(num_virtual_tokens=3),
     "lora, 4 bits": lambda: LoraConfig(r=4),
+    "ia3": lambda: IA3Config(),
+    "norms": lambda: LNTuningConfig(),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=3),
+    "head": lambda: LoraConfig(r=4, modules_to_save=["lm_head"]),
 }
 CASES = [
     ("ddp", "lora"),
@@ -40,6 +47,12 @@ CASES = [
     ("fsdp", "dora"),
     ("fsdp", "prompt"),
     ("fsdp", "p-tuning"),
+    ("ddp", "ia3"),
+    ("ddp", "head"),
+    ("fsdp", "ia3"),
+    ("fsdp", "norms"),
+    ("fsdp", "prefix"),
+    ("fsdp", "head"),
 ]
 
 

@@ -457,6 +457,51 @@ class TestForwardsOfTheirOwn:
             get_peft_model(base, config)
         assert base[0] is layer
 
+    @pytest.mark.parametrize("factor", [0.5, -1.0, 1.01])
+    @pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: ByHand(8, 8)])
+    def test_a_forward_of_one_object(self, make, factor):
+        layer = make()
+        layer.forward = lambda x: factor * type(layer).forward(layer, x)
+        base = nn.Sequential(layer)
+        with pytest.raises(TargetError, match="forward of its own"):
+            get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        assert base[0] is layer
+
+    def test_hooks_of_accelerate(self):
+        """They give a forward to the object, which computes the same."""
+        from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+        torch.manual_seed(0)
+        base = nn.Sequential(
+            add_hook_to_module(nn.Linear(8, 6), AlignDevicesHook("cpu"))
+        )
+        x = torch.randn(3, 8)
+        model = shake(get_peft_model(base, LoraConfig(r=2, target_modules=["0"])))
+        apart = model(x).detach()
+        differ(apart, base[0].base_layer(x))
+        model.merge_adapter()
+        close(model(x), apart, 1e-5)
+        close(model.merge_and_unload()(x), apart, 1e-5)
+
+    @pytest.mark.parametrize("scale", [1.0, 3.0])
+    def test_a_transposed_layer_with_a_forward_of_its_own(self, scale):
+        from transformers.pytorch_utils import Conv1D
+
+        class Scaled(Conv1D):
+            def forward(self, x):
+                return scale * super().forward(x)
+
+        torch.manual_seed(0)
+        base = nn.Sequential(Scaled(6, 8))
+        config = LoraConfig(r=2, target_modules=["0"])
+        if scale != 1:
+            with pytest.raises(TargetError, match="forward of its own"):
+                get_peft_model(base, config)
+            return
+        model, x = shake(get_peft_model(base, config)), torch.randn(3, 8)
+        apart = model(x).detach()
+        close(model.merge_and_unload()(x), apart, 1e-5)
+
     def test_one_that_computes_the_same_is_adapted(self):
         torch.manual_seed(0)
         x = torch.randn(3, 8)
@@ -564,6 +609,55 @@ class TestThreads:
         for thread in threads:
             thread.join()
         assert wrong == []
+
+    @pytest.mark.parametrize("name", ["hf_llama", "llama"])
+    def test_prompts_and_generation_in_threads(self, name):
+        """Adapters around the model and inside it, asked for in turn."""
+        base = BASES[name]
+        model = get_peft_model(base.make(), LoraConfig(r=2), "a")
+        prompt = minipeft.PromptTuningConfig(num_virtual_tokens=3)
+        model.add_adapter("p", prompt)
+        shake(shake(model, "a"), "p")
+        ids = inputs()["input_ids"]
+        options = dict(max_new_tokens=4, do_sample=False)
+
+        def ask(i):
+            if i % 2:
+                return model.generate(input_ids=ids, adapter_names=["a"] * 3, **options)
+            rows = ["p"] * 3 if i % 4 else ["__base__", "a", "a"]
+            return model(input_ids=ids, adapter_names=rows).logits
+
+        def serve(i):
+            for _ in range(5):
+                with torch.no_grad():
+                    if not torch.equal(ask(i), expected[i]):
+                        wrong.append(i)
+
+        with torch.no_grad():
+            expected = [ask(i) for i in range(4)]
+        wrong = []
+        threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+    def test_a_call_that_fails_lets_the_next_thread_in(self):
+        model = pair("two on one layer")
+        ids = inputs()["input_ids"]
+        for wrong in (["a"], ["x", "a", "b"]):
+            with pytest.raises(ValueError):
+                model(ids, adapter_names=wrong)
+        with pytest.raises(Exception):  # noqa: B017
+            model(ids, no_such_argument=1)
+        done = []
+        thread = threading.Thread(
+            target=lambda: done.append(model(ids, adapter_names=["a", "b", "a"]))
+        )
+        thread.start()
+        thread.join(timeout=60)
+        assert len(done) == 1
 
     def test_a_mixed_batch_does_not_walk_the_model(self, monkeypatch):
         model = pair("two on one layer")

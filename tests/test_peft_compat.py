@@ -34,6 +34,12 @@ class TestNames:
         "name",
         [
             "AutoPeftModelForCausalLM",
+            "AutoPeftModelForFeatureExtraction",
+            "AutoPeftModelForQuestionAnswering",
+            "AutoPeftModelForSeq2SeqLM",
+            "AutoPeftModelForSequenceClassification",
+            "AutoPeftModelForTokenClassification",
+            "load_peft_weights",
             "LoftQConfig",
             "PeftType",
             "PromptTuningInit",
@@ -585,6 +591,45 @@ class TestLoading:
         adapted(LORA, BASE).save_pretrained(tmp_path / "nameless")
         with pytest.raises(TargetError, match="which base"):
             minipeft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "nameless")
+
+
+class TestBaseAndAdapterOfATask:
+    """AutoPeftModelFor…, against PEFT's."""
+
+    KINDS = [
+        ("SequenceClassification", "SEQ_CLS", "LlamaForSequenceClassification"),
+        ("TokenClassification", "TOKEN_CLS", "LlamaForTokenClassification"),
+        ("QuestionAnswering", "QUESTION_ANS", "LlamaForQuestionAnswering"),
+        ("FeatureExtraction", "FEATURE_EXTRACTION", "LlamaModel"),
+    ]
+
+    @pytest.mark.parametrize("name, task, base", KINDS)
+    def test_both_load_the_same(self, tmp_path, name, task, base):
+        torch.manual_seed(0)
+        config = copy.deepcopy(BASE.make().config)
+        getattr(transformers, base)(config).save_pretrained(tmp_path / "base")
+        base = getattr(transformers, base).from_pretrained(tmp_path / "base")
+        fields = dict(**FIELDS, init_lora_weights=False, task_type=task)
+        model = get_peft_model(base, LoraConfig(**fields)).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        with torch.no_grad():
+            wanted = model(**inputs())[0]
+            for package in (minipeft, peft):
+                auto = getattr(package, f"AutoPeftModelFor{name}")
+                again = auto.from_pretrained(str(tmp_path / "adapter")).eval()
+                close(again(**inputs())[0], wanted)
+        with pytest.raises(ConfigError, match=f"for {task}, AutoPeftModelForCausalLM"):
+            minipeft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        with pytest.raises(ValueError):
+            peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+
+    @pytest.mark.parametrize("name", ["lora", "ia3", "vera", "prompt"])
+    def test_tensors_alone(self, tmp_path, name):
+        adapted(METHODS[name], BASE).save_pretrained(tmp_path)
+        ours = minipeft.load_peft_weights(tmp_path)
+        theirs = peft.load_peft_weights(str(tmp_path), device="cpu")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 class TestFilesOfPeft:

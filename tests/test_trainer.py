@@ -415,11 +415,12 @@ class TestFourBits:
 
 
 class TestAccelerate:
-    def test_a_loop(self, tmp_path):
+    @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "whole head"])
+    def test_a_loop(self, tmp_path, method):
         from accelerate import Accelerator
 
         found = []
-        for model in pair(tmp_path):
+        for model in pair(tmp_path, method=method):
             accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
             optimizer = torch.optim.SGD(
                 [p for p in model.parameters() if p.requires_grad], lr=0.5

@@ -3,6 +3,8 @@ step."""
 
 import os
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -516,6 +518,31 @@ class TestDivergence:
         load_checkpoint(tmp_path / "latest.safetensors", kept)
         assert all(p.isfinite().all() for p in kept.parameters())
 
+    @pytest.mark.parametrize(
+        "options, at",
+        [
+            (dict(accumulate=2), 6),  # the second batch of the third step
+            (dict(accumulate=3), 7),  # the first of three
+            (dict(bf16=True), 3),
+            (dict(optimizer="adamw8bit"), 3),
+            (dict(evaluate_every=1, valid=examples(3)), 3),
+        ],
+        ids=str,
+    )
+    def test_wherever_it_comes_from(self, tmp_path, options, at):
+        options = dict(common, steps=5, save_every=1, folder=tmp_path) | options
+        history = train(trapped(float("nan"), at=at), examples(), **options)
+        assert history.stopped == "diverged" and history.steps == 2
+        for name in {"latest", "best"} & {p.stem for p in tmp_path.iterdir()}:
+            kept = tiny()
+            load_checkpoint(tmp_path / f"{name}.safetensors", kept)
+            assert all(p.isfinite().all() for p in kept.parameters())
+        straight = tmp_path / "straight"
+        whole, mended = trapped(1.0), trapped(1.0)
+        train(whole, examples(), **options | dict(folder=straight))
+        assert train(mended, examples(), **options).steps == 5
+        assert equal(whole, mended)  # nothing of it is left
+
     def test_the_first_step(self, tmp_path):
         options = dict(common, steps=5, save_every=1, folder=tmp_path)
         assert train(trapped(float("nan"), at=1), examples(), **options).steps == 0
@@ -642,6 +669,18 @@ class TestSettings:
         assert self.resumed(folder, adapted(lora_alpha=99)).steps == 4
 
 
+def save_often(what, folder, value):
+    """What one of two processes does."""
+    model = adapted() if what != "model" else tiny()
+    for p in model.parameters():
+        p.data.fill_(value)
+    for _ in range(30):
+        if what == "checkpoint":
+            save_checkpoint(os.path.join(folder, "latest.safetensors"), model)
+        else:
+            model.save_pretrained(folder)
+
+
 class TestFolder:
     def test_a_second_writer_is_refused(self, tmp_path):
         from minipeft.errors import FileError
@@ -651,6 +690,50 @@ class TestFolder:
                 train(tiny(), examples(), steps=2, folder=tmp_path, **common)
 
         train(tiny(), examples(), steps=2, folder=tmp_path, log=log, **common)
+
+    @pytest.mark.parametrize("how", ["link", "dots", "relative", "new"])
+    def test_the_same_folder_by_another_name(self, tmp_path, monkeypatch, how):
+        from minipeft.errors import FileError
+
+        folder = tmp_path / "run"
+        if how != "new":
+            folder.mkdir()
+        (tmp_path / "link").symlink_to(folder)
+        monkeypatch.chdir(tmp_path)
+        other = {"link": tmp_path / "link", "dots": folder / ".." / "run"}
+        other = other.get(how, "run")
+
+        def log(step, facts):
+            with pytest.raises(FileError, match="is in use"):
+                train(tiny(), examples(), steps=2, folder=other, **common)
+
+        train(tiny(), examples(), steps=2, folder=folder, log=log, **common)
+        assert train(tiny(), examples(), steps=2, folder=other, **common).steps == 2
+
+    @pytest.mark.parametrize("what", ["checkpoint", "adapter", "model"])
+    def test_processes_that_save_to_one_place(self, tmp_path, what):
+        """Each file is one writer's, whole, and nobody fails."""
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[3]); import test_training;"
+            "test_training.save_often(sys.argv[1], sys.argv[2], float(sys.argv[4]))"
+        )
+        here = os.path.dirname(__file__)
+        writers = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, what, str(tmp_path), here, str(value)],
+                stderr=subprocess.PIPE,
+            )
+            for value in (1.0, 2.0)
+        ]
+        for writer in writers:
+            assert writer.wait() == 0, writer.stderr.read().decode()
+        for file in tmp_path.glob("*.safetensors"):
+            from safetensors.torch import load_file
+
+            tensors = load_file(file)
+            values = {float(t.mean()) for k, t in tensors.items() if "rng" not in k}
+            assert values in ({1.0}, {2.0})
+        assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*.part"))
 
     @pytest.mark.parametrize(
         "damage", ["empty", "cut", "junk", "no metadata", "folder"]
