@@ -709,7 +709,7 @@ class TestDiskFull:
 
     @pytest.mark.parametrize(
         "method, kilobytes",
-        [("lora", 4), ("full", 4), ("ia3", 0), ("prompt", 1), ("full", 33)],
+        [("lora", 4), ("full", 4), ("ia3", 0), ("prompt", 0), ("full", 33)],
     )
     def test_finetune(self, base, mine, tmp_path, method, kilobytes):
         """The checkpoint, the first file, the model after its checkpoints."""
