@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 from minipeft.course import approx, figures, notebook, show, table
 from minipeft.course.alt_text import contrast, describe
-from minipeft.course.records import at_best_rate, matching
+from minipeft.course.records import at_best_rate, matching, real_size
 from minipeft.course.show import source
 
 matplotlib.use("Agg")
@@ -364,3 +364,26 @@ class TestRecords:
         assert matching(self.RUNS) == self.RUNS
         with pytest.raises(KeyError):
             matching(self.RUNS, method="a")
+
+
+def test_a_table_of_the_runs_at_real_size():
+    run = {"case": "LoRA r 8", "parameters": 2442240, "lr": 1e-3, "steps": 100}
+    runs = [
+        {
+            "case": "before",
+            "parameters": 0,
+            "lr": None,
+            "steps": 0,
+            "seed": 0,
+            "bleu": 9,
+        },
+        *(run | {"seed": seed, "bleu": 53.456 + seed} for seed in (0, 1)),
+    ]
+    lines = real_size({"runs": runs}, {"BLEU": "bleu"}).data.splitlines()
+    assert lines[2:] == [
+        "| before | 0 |  | 0, 0 | 9 |",
+        "| LoRA r 8 | 2,442,240 | 0.001 | 100, 0 | 53.46 |",
+        "| LoRA r 8 | 2,442,240 | 0.001 | 100, 1 | 54.46 |",
+    ]
+    few = real_size({"runs": runs}, {"BLEU": "bleu"}, ["full", "before"]).data
+    assert few.splitlines()[2:] == ["| full | not run |  |  |  |", lines[2]]

@@ -34,7 +34,7 @@ from . import check, figures  # noqa: E402
 from .claims import claim  # noqa: E402
 from .comparison import compare  # noqa: E402
 from .figures import approx, table  # noqa: E402
-from .records import at_best_rate, matching  # noqa: E402
+from .records import at_best_rate, matching, real_size  # noqa: E402
 from .show import show  # noqa: E402
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "compare",
     "figures",
     "matching",
+    "real_size",
     "show",
     "table",
 ]

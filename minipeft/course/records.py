@@ -1,6 +1,8 @@
 """Recorded runs, as the benchmarks write them: one dict a run, with its learning rate
 "lr", its "seed", its losses and whatever tells it from the others."""
 
+from .figures import table
+
 
 def matching(runs: list, **wanted) -> list:
     """The runs that have these values."""
@@ -16,3 +18,24 @@ def at_best_rate(runs: list, **wanted) -> list:
     first = matching(runs, seed=min(run["seed"] for run in runs))
     best = min(first, key=lambda run: run["valid_loss"])["lr"]
     return sorted(matching(runs, lr=best), key=lambda run: run["seed"])
+
+
+def real_size(record: dict, columns: dict, cases=None):
+    """A table of runs on SmolLM2 (benchmarks/results/real_size.json), one line a run.
+
+    columns: {heading: a run's key}; a value with a fraction is written with two
+    decimals. cases: only these, in this order; None: all. A case that was not run gets
+    a line that says so."""
+    cases = cases or [run["case"] for run in record["runs"]]
+    rows = []
+    for case in dict.fromkeys(cases):
+        runs = matching(record["runs"], case=case)
+        if not runs:
+            rows.append([case, "not run", *[""] * (2 + len(columns))])
+        for run in runs:
+            lr = "" if run["lr"] is None else f"{run['lr']:g}"
+            settings = [f"{run['parameters']:,}", lr, f"{run['steps']}, {run['seed']}"]
+            values = [run[key] for key in columns.values()]
+            shown = [f"{v:.2f}" if isinstance(v, float) else f"{v:,}" for v in values]
+            rows.append([case, *settings, *shown])
+    return table(rows, ["", "parameters", "rate", "steps, seed", *columns])
