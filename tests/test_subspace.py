@@ -159,8 +159,8 @@ class TestSubspace:
         ]
         for i, ((_, moved), (_, by_one), p) in enumerate(
             zip(
-                shifted_params(base.make(), aware.steps()),
-                shifted_params(base.make(), plain.steps()),
+                shifted_params(base.make(), aware.shifts()),
+                shifted_params(base.make(), plain.shifts()),
                 old,
             )
         ):

@@ -99,20 +99,20 @@ class Subspace(Adapter):
         self.theta = nn.Parameter(torch.zeros(d - m))
         self.lambdas = nn.Parameter(torch.ones(m)) if m else None
 
-    def steps(self):  # P theta_d, (lambda_i times) a step for each parameter
-        steps = self.P(self.theta).split([shape.numel() for shape in self.shapes])
+    def shifts(self):  # P theta_d, in parts: lambda_i (P theta_d)_i of each parameter
+        shifts = self.P(self.theta).split([shape.numel() for shape in self.shapes])
         if self.lambdas is None:
-            return steps
-        return [factor * step for factor, step in zip(self.lambdas, steps)]
+            return shifts
+        return [factor * shift for factor, shift in zip(self.lambdas, shifts)]
 
     def forward(self, base, *args, **kwargs):
-        with swapped_in(base.module, self.steps()):
+        with swapped_in(base.module, self.shifts()):
             return base(*args, **kwargs)
 
     generate = forward  # there base is the model's own generate
 
     def fold(self, base):
-        put_params(frozen(shifted_params(base.module, self.steps())))
+        put_params(frozen(shifted_params(base.module, self.shifts())))
 
 
 # ---- the parameters of a model -------------------------------------------------------
@@ -129,17 +129,18 @@ def param_locations(model):
     return list(found.values())
 
 
-def shifted_params(model, steps):
-    """[([(module, name)] of one parameter, its value after its step)]"""
+def shifted_params(model, shifts):
+    """[([(module, name)] of one parameter, its shifted value)]"""
     shifted = []
-    for where, step in zip(param_locations(model), steps):
+    for where, shift in zip(param_locations(model), shifts):
         module, name = where[0]
         old = module._parameters[name]
-        shifted.append((where, (old + step.view_as(old)).to(old.dtype)))
+        shifted.append((where, (old + shift.view_as(old)).to(old.dtype)))
     return shifted
 
 
 def frozen(shifted):
+    """The same, as parameters that are not trained."""
     return [(w, nn.Parameter(v.detach(), requires_grad=False)) for w, v in shifted]
 
 
@@ -151,7 +152,7 @@ def put_params(values):
 
 
 @contextmanager
-def swapped_in(model, steps):
+def swapped_in(model, shifts):
     """Within it the model's parameters are the shifted ones."""
     training = model.training and torch.is_grad_enabled()
     if training and targets.uses_grad_checkpointing(model):
@@ -159,7 +160,7 @@ def swapped_in(model, steps):
             "gradient checkpointing runs layers again when the shifted weights are"
             " gone: switch it off"
         )
-    shifted = shifted_params(model, steps)
+    shifted = shifted_params(model, shifts)
     old = [(where, where[0][0]._parameters[where[0][1]]) for where, _ in shifted]
     try:
         put_params(shifted)

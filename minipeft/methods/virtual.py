@@ -86,10 +86,10 @@ class VirtualTokensConfig(PeftConfig):
         return config
 
 
-class VirtualTokens(Adapter):
-    """n virtual tokens before the text, around the whole model. Files hold
-    `prompt_embeddings`, (n, width). In training an encoder may compute them; saving
-    stores its output and drops it."""
+class LearnedEmbeddings(Adapter):
+    """n virtual tokens, (n, width), that are trained: themselves, or an encoder that
+    computes them. Files hold `prompt_embeddings`, what the encoder gives; whoever loads
+    it needs no encoder."""
 
     def __init__(self, prompt_embeddings, encoder=None):
         super().__init__()
@@ -113,6 +113,10 @@ class VirtualTokens(Adapter):
         saved = tensors["prompt_embeddings"].to(here.device, here.dtype)
         self.prompt_embeddings = nn.Parameter(saved, here.requires_grad)
         self.encoder = None
+
+
+class VirtualTokens(LearnedEmbeddings):
+    """n virtual tokens before the text, around the whole model."""
 
     def prepend(self, base, inputs):
         """The output of `base` for virtual tokens and text. Mask and positions in
