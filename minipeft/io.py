@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 import math
+import operator
 import os
 import secrets
 import stat
@@ -63,25 +64,25 @@ def check_number(
     """Raise `error` unless `value` is a finite number (whole: an int) within the
     bounds: least and most may be reached, above and below may not. True is not a
     number. also: appended to what is expected, such as ", or None"."""
-    good = isinstance(value, int if whole else (int, float))
-    good = good and not isinstance(value, bool) and abs(value) < math.inf
-    good = (
-        good and (least is None or value >= least) and (most is None or value <= most)
-    )
-    good = (
-        good and (above is None or value > above) and (below is None or value < below)
-    )
-    if not good:
-        bounds = [("at least", least), ("above", above), ("at most", most)]
-        bounds += [("below", below)]
-        text = " and ".join(
-            f"{word} {bound}" for word, bound in bounds if bound is not None
-        )
-        if least is not None and most is not None:
-            text = f"from {least} to {most}"
-        kind = "a whole number" if whole else "a number"
-        expected = f"{kind} {text}".rstrip()
-        raise error(f"{name} = {brief(value)}: expected {expected}{also}")
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    bounds = {word: bound for word, bound in bounds.items() if bound is not None}
+    is_number = isinstance(value, int if whole else (int, float))
+    is_number = is_number and not isinstance(value, bool) and abs(value) < math.inf
+    if is_number and all(WITHIN[word](value, bounds[word]) for word in bounds):
+        return
+    text = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+    if least is not None and most is not None:
+        text = f"from {least} to {most}"
+    expected = f"{'a whole number' if whole else 'a number'} {text}".rstrip()
+    raise error(f"{name} = {brief(value)}: expected {expected}{also}")
+
+
+WITHIN = {
+    "at least": operator.ge,
+    "above": operator.gt,
+    "at most": operator.le,
+    "below": operator.lt,
+}
 
 
 # ---- reading -------------------------------------------------------------------------

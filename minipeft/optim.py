@@ -12,6 +12,7 @@ beside those it needs. Only the optimizer changes.
 from torch import nn
 
 from .config import ConfigError
+from .io import check_number
 
 
 def create_loraplus_optimizer(
@@ -35,8 +36,7 @@ def create_loraplus_optimizer(
         ("loraplus_lr_ratio", loraplus_lr_ratio),
         ("loraplus_lr_embedding", loraplus_lr_embedding),
     ):
-        if not value > 0:
-            raise ConfigError(f"{name} = {value!r}: expected a positive number")
+        check_number(name, value, above=0, error=ConfigError)
     matrices, embeddings, fast, undecayed = [], [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -11,19 +11,3 @@ from .pretrained import load_pretrained
 from .shapes import SHAPES, on_paper
 from .tokenizer import Tokenizer, load_tokenizer
 from .training import train
-
-__all__ = [
-    "GPT",
-    "GPTConfig",
-    "SHAPES",
-    "Tokenizer",
-    "evaluate",
-    "generate",
-    "load_data",
-    "load_pretrained",
-    "load_tokenizer",
-    "memory_ledger",
-    "on_paper",
-    "save_pretrained",
-    "train",
-]

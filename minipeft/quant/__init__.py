@@ -19,30 +19,3 @@ from .nf4 import (
     quantize_nf4,
 )
 from .optimizers import AdamW8bit, PagedAdamW
-
-__all__ = [
-    "AdamW8bit",
-    "BitsAndBytesConfig",
-    "FP4_CODE",
-    "INT4_CODE",
-    "Linear4bit",
-    "NF4_CODE",
-    "PagedAdamW",
-    "QTensor",
-    "dequantize_4bit",
-    "dequantize_blockwise",
-    "dequantize_fp4",
-    "dequantize_int4",
-    "dequantize_model",
-    "dequantize_nf4",
-    "dynamic_map",
-    "linear_map",
-    "normal_float",
-    "quantize_4bit",
-    "quantize_blocks",
-    "quantize_blockwise",
-    "quantize_fp4",
-    "quantize_int4",
-    "quantize_model",
-    "quantize_nf4",
-]
