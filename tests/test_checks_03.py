@@ -107,7 +107,7 @@ def test_fast_hadamard_solutions():
         ("the way back", lambda x: fast(x) / len(x)),
         ("build a matrix", dense),
         ("not fast", four_calls),
-        ("on the way", in_place),
+        ("in place", in_place),
         ("is there a `return`", lambda x: None),
         ("fit", lambda x: torch.ones(3, 3) @ x),
     ],

@@ -34,7 +34,7 @@ def test_lora_delta_solution():
         ("none of the usual slips", lambda A, B, alpha, r: alpha / r * B @ A + 1),
         ("the shape", lambda A, B, alpha, r: alpha / r * (B @ A)[:, :2]),
         (
-            "leave them as they are",
+            "leave the arguments as they are",
             lambda A, B, alpha, r: alpha / r * B.data.mul_(2) @ A / 2,
         ),
     ],
@@ -274,7 +274,7 @@ class BlankLora(nn.Module):
             ),
         ),
         (
-            "has no gradient",
+            "lost touch with A",
             with_forward(
                 lambda self, x: (
                     self.linear(x) + self.scale * x @ self.A.T.detach() @ self.B.T

@@ -269,7 +269,7 @@ def test_pissa_start_solution():
             "Subtract s B A, with s",
             lambda W, r, s: pissa(W, r, s, rest=lambda W, s, BA: W + s * BA),
         ),
-        ("changed W itself", in_place),
+        ("You changed `W` in place", in_place),
         ("three tensors", lambda W, r, s: pissa(W, r, s)[:2]),
         ("nothing here yet", stub),
     ],

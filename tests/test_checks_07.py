@@ -54,7 +54,7 @@ def test_orthogonality_solution():
         ),
         ("identity is missing", lambda A, B: norm(A @ A.T) + norm(B.T @ B)),
         (
-            "no gradient",
+            "lost touch with A and B",
             lambda A, B: (
                 norm(A @ A.T - eye(len(A))) + norm(B.T @ B - eye(len(A)))
             ).detach(),

@@ -47,7 +47,7 @@ def test_loha_delta_solution():
         ),
         ("crossed", lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A2) * (B2 @ A1)),
         (
-            "do not get through",
+            "lost touch with B1 and A1",
             lambda B1, A1, B2, A2, alpha, r: (
                 alpha / r * ((B1 @ A1) * (B2 @ A2)).detach()
             ),
@@ -176,7 +176,10 @@ def test_vera_forward_solution():
         ("B's last rows", lambda x, A, B, d, b: vera(x, A, B[-len(b) :], d, b)),
         ("no such scale", lambda x, A, B, d, b: vera(x, A, B, d, b) / len(d)),
         ("Two shapes do not fit", lambda x, A, B, d, b: b * ((d * (x @ A.T)) @ B.T)),
-        ("d and b get no gradient", lambda x, A, B, d, b: vera(x, A, B, d, b).detach()),
+        (
+            "lost touch with x and d and b",
+            lambda x, A, B, d, b: vera(x, A, B, d, b).detach(),
+        ),
         (
             "A and B are trained too",
             lambda x, A, B, d, b: (
@@ -184,7 +187,7 @@ def test_vera_forward_solution():
             ),
         ),
         ("d is applied twice", lambda x, A, B, d, b: vera(x, A, B, d * d, b)),
-        ("d or b gets no gradient", lambda x, A, B, d, b: vera(x, A, B, d.detach(), b)),
+        ("no gradient reaches d", lambda x, A, B, d, b: vera(x, A, B, d.detach(), b)),
         (
             "b and d are added",
             lambda x, A, B, d, b: (

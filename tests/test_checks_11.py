@@ -75,7 +75,7 @@ def test_sequential_solution():
             lambda h, D, b, U, c, act: h.detach() + act(h.detach() @ D.T + b) @ U.T + c,
         ),
         (
-            "changed h in place",
+            "changed `h` in place",
             lambda h, D, b, U, c, act: h.add_(act(h.clone() @ D.T + b) @ U.T + c),
         ),
         (

@@ -85,10 +85,7 @@ def test_soft_prompt_solutions():
             with_x(lambda p, x: torch.cat((p, x[:, p.shape[1] :]), 1)),
         ),
         ("reversed order", with_x(lambda p, x: torch.cat((p.flip(1), x), 1))),
-        (
-            "lost touch with the prompt",
-            with_x(lambda p, x: torch.cat((p.detach(), x), 1)),
-        ),
+        ("lost touch", with_x(lambda p, x: torch.cat((p.detach(), x), 1))),
         ("the shape", with_x(lambda p, x: x[:, 1:])),
         ("mask hides the prompt", with_mask(lambda mask, n: F.pad(mask, (n, 0)))),
         (

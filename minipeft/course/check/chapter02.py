@@ -94,14 +94,9 @@ def adamw_step(function) -> None:
             0.02,
             random.uniform(0.1, 0.4),
         )
-        given = [x.clone() for x in (p, g, m, v)]
         got = function(p, g, m, v, t, lr, b1, b2, eps, decay)
         need(
             got is not None, "Your function gives None: is there a `return` at its end?"
-        )
-        need(
-            all(torch.equal(x, before) for x, before in zip((p, g, m, v), given)),
-            "You changed p, g, m or v in place: give new tensors.",
         )
         need(
             isinstance(got, (tuple, list)) and len(got) == 3,
@@ -223,14 +218,9 @@ def accumulated(function) -> None:
     count = random.choice([3, 4])
     grads = [torch.randn(3, 4, dtype=torch.float64) for _ in range(count)]
     labels = random.sample(range(2, 40), count)
-    before = [g.clone() for g in grads]
     got = function(grads, labels)
-    need(
-        all(torch.equal(g, old) for g, old in zip(grads, before)),
-        "You changed the gradients in place: add up into a new one.",
-    )
     stack, n = (
-        torch.stack(before),
+        torch.stack(grads),
         torch.tensor(labels, dtype=torch.float64)[:, None, None],
     )
     compare(
@@ -284,7 +274,8 @@ def kept_numbers(function) -> None:
         [False] * layers,
     ]
     for trained in patterns:
-        widths = random.sample(range(5, 60), layers + 1)
+        # any two together are larger than a third, so that no two slips agree
+        widths = random.sample(range(50, 95), layers + 1)
         got = function(list(widths), list(trained))
         need(
             got is not None, "Your function gives None: is there a `return` at its end?"

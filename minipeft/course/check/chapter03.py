@@ -6,7 +6,8 @@ import random
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .teacher import Wrong, checks, compare, need
+from .sandbox import package_calls, unwatched
+from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
     "d90",
@@ -66,7 +67,7 @@ class Largest(TorchDispatchMode):
     """Sees the size of the largest tensor that is made while it is on; stops what takes
     far too many operations."""
 
-    numel = operations = 0
+    numel = operations = work = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
@@ -80,6 +81,7 @@ class Largest(TorchDispatchMode):
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self.numel = max(self.numel, tensor.numel())
+                self.work += tensor.numel()
         return out
 
 
@@ -104,10 +106,7 @@ def fast_hadamard(function) -> None:
         i = torch.arange(n)
         ones = sum(((i[:, None] & i[None]) >> bit) & 1 for bit in range(k))
         H, x = (1 - 2 * (ones % 2)).double(), torch.randn(n, dtype=torch.float64)
-        before, got, right = x.clone(), function(x), H @ x
-        need(
-            torch.equal(x, before), "You changed the input on the way: work on a copy."
-        )
+        got, right = function(x), H @ x
         powers = [2**j for j in range(k)]
         reverse = torch.tensor([int(f"{j:0{k}b}"[::-1], 2) for j in range(n)])
         compare(
@@ -136,12 +135,24 @@ def fast_hadamard(function) -> None:
             },
             "Your transform",
         )
+    borrowed = package_calls(function, torch.randn(8))
+    need(
+        not borrowed,
+        f"You call the course's own {borrowed[:1]}: the exercise is to write it.",
+    )
+    n = 1024
     with Largest() as seen:
-        function(torch.randn(1024))
+        unwatched(function)(torch.randn(n))
     need(
         seen.numel < 1024**2 / 8,
         "Right numbers, but on the way you build a matrix of n² entries. For n = 4096"
         " it would have 16 million: add and subtract instead, in log₂ n stages.",
+    )
+    need(
+        seen.work < n**2 / 2,
+        f"Right numbers, but not fast: for n = {n} you make {seen.work:,} entries in"
+        f" all, as many as n² = {n**2:,} has; n log₂ n = {10 * n:,} are enough, a few"
+        " times over.",
     )
 
 
@@ -162,7 +173,7 @@ def hash_project(function) -> None:
         sign = torch.randint(2, (D,)).float() * 2 - 1
         theta = torch.randn(d, requires_grad=True)
         count = torch.bincount(index).float()
-        value, got = theta.detach(), function(theta, index, sign)
+        value, got = theta, function(theta, index, sign)
         right = value[index] * sign / count.sqrt()[index]
         need(
             not (isinstance(got, torch.Tensor) and got.shape == (d,)),
@@ -195,11 +206,6 @@ def hash_project(function) -> None:
             },
             "Your P θ",
         )
-        need(
-            got.requires_grad,
-            "The numbers are right, but the result has lost touch with theta: nothing"
-            " could be learnt through it.",
-        )
 
 
 @checks(
@@ -218,7 +224,7 @@ def structure_aware(function) -> None:
         sizes = [torch.Size(shape).numel() for shape in shapes]
         flat = torch.randn(sum(sizes), dtype=torch.float64)
         lambdas = torch.randn(3, dtype=torch.float64, requires_grad=True)
-        got, factors = function(flat, lambdas, shapes), lambdas.detach()
+        got, factors = function(flat, lambdas, shapes), lambdas
         parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes)]
         right = [factor * part for factor, part in zip(factors, parts)]
         need(got is not None, "Your answer is None: is there a `return` at the end?")
@@ -264,14 +270,9 @@ def structure_aware(function) -> None:
                 mistakes = {
                     message: wrong
                     for message, wrong in mistakes.items()
-                    if not torch.allclose(wrong, expected)
+                    if not same(wrong, expected)
                 }
             compare(mine, expected, mistakes, f"Tensor {i}")
-        need(
-            all(part.requires_grad for part in got),
-            "The numbers are right, but the result has lost touch with the λ: they are"
-            " trained too.",
-        )
 
 
 @checks("You count gain, from where training starts to where full fine-tuning ends.")
@@ -325,6 +326,28 @@ def d90(function) -> None:
         full,
         None,
         {"None of them reaches 90 % of the gain: give None, not the largest.": 128},
+    )
+    ask(  # the sums are exact: d = 4 has 9 of 10
+        {2: 2.0, 4: 1.0, 16: 0.5},
+        10.0,
+        0.0,
+        4,
+        {"Exactly 90 % is enough: the smallest d with *at least* 90 %.": 16},
+    )
+    share = "The bar is 90 % of the whole gain, 0.9 · (start - full)"
+    ask(  # the bar lies at 1.3; 0.9 · start - full and full + 0.1 · start are at 1.4
+        {8: 1.35, 64: 1.2},
+        start,
+        full,
+        64,
+        {f"{share}: full is multiplied by 0.9 as well.": 8},
+    )
+    ask(  # the bar lies at 3.1, and 0.9 · start at 3.6
+        {8: 3.4, 64: 3.05},
+        4.0,
+        3.0,
+        64,
+        {f"{share}, and not a share of the loss itself.": 8},
     )
     ask(
         {4: 1.5, 16: 0.9},

@@ -60,11 +60,6 @@ def orthogonality(function) -> None:
             },
             "Your penalty",
         )
-        need(
-            got.requires_grad,
-            "The number is right, but it has no gradient: it could not pull at A"
-            " and B.",
-        )
 
 
 @checks("Smoothed sensitivity times smoothed uncertainty.")
@@ -235,6 +230,20 @@ def rank_budget(function) -> None:
             )
 
 
+def check_budget(function, scores, budget: int) -> None:
+    """Nothing, one triplet, or all of them."""
+    got = function(dict(scores), budget)
+    every = torch.cat([torch.as_tensor(got[name]).flatten() for name in scores])
+    best = torch.cat(list(scores.values())).argsort(descending=True)[:budget]
+    wanted = torch.zeros(len(every), dtype=torch.bool)
+    wanted[best] = True
+    need(
+        torch.equal(every.bool(), wanted),
+        f"With a budget of {budget} (of {len(every)} triplets) {budget} are kept, the"
+        f" best ones; you keep {int(every.bool().sum())}.",
+    )
+
+
 @checks(
     "The best triplets of all matrices together, and exactly as many as the budget"
     " allows."
@@ -252,7 +261,7 @@ def allocate(function) -> None:
         budget = sum(sizes) // 3
         got = function({name: score.clone() for name, score in scores.items()}, budget)
         need(
-            isinstance(got, dict) and list(got) == list(scores),
+            isinstance(got, dict) and set(got) == set(scores),
             "Return a dictionary with the same names.",
         )
         need(
@@ -260,7 +269,7 @@ def allocate(function) -> None:
             "Booleans are expected, True for a triplet that is kept: you return other"
             " numbers.",
         )
-        kept = {name: [bool(one) for one in mask] for name, mask in got.items()}
+        kept = {name: [bool(one) for one in got[name]] for name in scores}
         need(
             all(len(kept[name]) == len(scores[name]) for name in scores),
             "One boolean for each triplet is expected.",
@@ -271,6 +280,8 @@ def allocate(function) -> None:
             for name, score in scores.items()
         }
         if kept == right:
+            for some in (0, 1, sum(sizes)):
+                check_budget(function, scores, some)
             continue
         count = sum(map(sum, kept.values()))
         need(

@@ -132,6 +132,9 @@ class Tiny(nn.Module):
     def get_input_embeddings(self):
         return self.embed
 
+    def enable_input_require_grads(self):
+        self.embed.register_forward_hook(lambda _, given, out: out.requires_grad_(True))
+
     def forward(self, ids, adapter):
         def block(x):
             return x + adapter(self.norm(x.to(self.norm.weight.dtype)).float()).to(
@@ -308,7 +311,9 @@ def adam_8bit_step(function) -> None:
     )
     for step in (1, 4, 30):
         p, g, m = (torch.randn(9, dtype=torch.float64) for _ in range(3))
-        v, lr = torch.rand(9, dtype=torch.float64) + 0.1, 0.01
+        v, lr = torch.rand(9, dtype=torch.float64) + 0.1, 0.1
+        # one tiny gradient, without a past: its step depends on ε, and on its place
+        g[0], m[0], v[0] = 1e-8, 0.0, 0.0
         m1, v1 = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         c1, c2 = 1 - b1**step, 1 - b2**step
 
@@ -338,6 +343,19 @@ def adam_8bit_step(function) -> None:
                 "You round the means before the update. Update first, in full"
                 " precision, and put them away afterwards.": update(
                     keep_m(m1), keep_v(v1)
+                ),
+                "ε is missing: it is added to the root, so that nothing is divided by"
+                " zero.": update(m1, v1, eps=0.0),
+                "ε stands under the root: it is added after the root is taken.": (
+                    p - lr * (m1 / c1) / (v1 / c2 + eps).sqrt()
+                ),
+                "Your ε is another one: here it is 1e-8.": next(
+                    (
+                        wrong
+                        for other in (1e-4, 1e-5, 1e-6, 1e-7, 1e-9, 1e-10, 1e-12)
+                        if same(new_p, wrong := update(m1, v1, eps=other))
+                    ),
+                    None,
                 ),
                 "You forget the square root of v.": (
                     p - lr * (m1 / c1) / (v1 / c2 + eps)

@@ -45,10 +45,7 @@ def sequential_adapter(function) -> None:
         ]
         lent = given[0] * 1.0  # as from a layer below: changing it in place is allowed
         got = function(lent, *given[1:], act)
-        need(
-            torch.equal(lent, h),
-            "You changed h in place: whoever gave it to you may still need it.",
-        )
+        h, down, b_down, up, b_up = given
         z = h @ down.T + b_down
         a = act(z) @ up.T + b_up
         bent = {"relu": torch.relu, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu}
@@ -90,19 +87,7 @@ def sequential_adapter(function) -> None:
                 ),
             },
             "Your output",
-        )
-        names = ("h", "W_down", "b_down", "W_up", "b_up")
-        reached = (
-            torch.autograd.grad(got.sum(), given, allow_unused=True)
-            if got.requires_grad
-            else [None] * 5
-        )
-        lost = [name for name, gradient in zip(names, reached) if gradient is None]
-        need(
-            not lost,
-            f"The numbers are right, but no gradient reaches {', '.join(lost)}"
-            " (.detach(), .data or no_grad?): nothing could be learnt there, or"
-            " below.",
+            dict(zip(("h", "W_down", "b_down", "W_up", "b_up"), given)),
         )
 
 
@@ -181,7 +166,7 @@ def adapter_layer(layer_class) -> None:
                 torch.relu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
             ).detach()
 
-        z, right = adapter(x), y + scaling * adapter(x)
+        z, right = adapter(x), y + scaling * up(torch.relu(down(x)))
         compare(
             layer(x),
             right,
@@ -224,6 +209,11 @@ def adapter_layer(layer_class) -> None:
                 ),
             },
             "Your output",
+            {
+                f"{name}.{kind}": getattr(one, kind)
+                for name, one in (("down", down), ("up", up))
+                for kind in ("weight", "bias")
+            },
         )
         below, straight = x.clone().requires_grad_(), x.clone().requires_grad_()
         layer(below).square().sum().backward()

@@ -20,6 +20,10 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def leaf(*shape):
+    return draw(*shape).requires_grad_()
+
+
 @checks(
     "Each token asks, each expert answers, and their answers are weighed and added.",
     SHAPES,
@@ -28,8 +32,8 @@ def fuse(function) -> None:
     """function(y, updates, W_q, W_k, W_v) -> (B, T, d)."""
     for N in (2, 3):
         B, T, d = 2, random.choice([4, 5]), random.choice([7, 9])
-        y, u = draw(B, T, d), draw(N, B, T, d)
-        W_q, W_k, W_v = (draw(d, d) / d**0.5 for _ in range(3))
+        y, u = leaf(B, T, d), leaf(N, B, T, d)
+        W_q, W_k, W_v = ((draw(d, d) / d**0.5).requires_grad_() for _ in range(3))
 
         def out(
             key=u,
@@ -134,6 +138,11 @@ def fusion_module(module_class) -> None:
         " key and value learn.",
     )
     need(
+        not any(p.requires_grad for expert in experts for p in expert.parameters()),
+        "The experts are not frozen: whoever trains the model would train them too"
+        " (expert.requires_grad_(False)).",
+    )
+    need(
         not theirs & {id(p) for p in module.parameters()},
         "The experts are children of your module: frozen, but saved a second time with"
         " it. Keep them where PyTorch does not register them: in a plain list, not in"
@@ -157,6 +166,14 @@ def fusion_module(module_class) -> None:
         name for name in trained.values() if name.partition(".")[0] not in expected
     ]
     need(not extra, f"Something else would be trained too: {', '.join(extra)}.")
+    wanted = {name for name, _ in module.named_parameters() if name[-1:]}
+    wanted = {name for name in wanted if name.partition(".")[0] in expected}
+    frozen = sorted(wanted - set(trained.values()))
+    need(
+        not frozen,
+        f"{', '.join(frozen)}: frozen (requires_grad is False), and it is what fusion"
+        " trains.",
+    )
     y = torch.randn(4, 5, d)
 
     def right(y=y, scale=1.0, over=0, swapped=False, speak=None):
@@ -218,6 +235,9 @@ def fusion_module(module_class) -> None:
         " must still be passed by it: freeze its parameters (requires_grad_(False));"
         " no_grad() and detach() would cut the way.",
     )
+    parameters = dict(module.named_parameters())
+    own = {name: parameters[name] for name in sorted(wanted)}
+    compare(module(y), right(), {}, "Your output", own)
     need(
         all(
             torch.equal(expert.weight, before) for expert, before in zip(experts, kept)
@@ -232,11 +252,8 @@ def fusion_penalty(function) -> None:
     for strength in (0.01, 0.3):
         d = random.choice([5, 8])
         W = (torch.eye(d, dtype=torch.float64) + 0.3 * draw(d, d)).requires_grad_()
-        got, W = function(W, strength), W.detach()
+        got = function(W, strength)
         off = W - torch.eye(d, dtype=torch.float64)
-        touch = isinstance(got, torch.Tensor) and got.requires_grad
-        if isinstance(got, float):
-            got = torch.tensor(got, dtype=torch.float64)
         compare(
             got,
             strength * off.square().sum(),
@@ -264,12 +281,6 @@ def fusion_penalty(function) -> None:
                 "That is each entry's part: sum them.": strength * off.square(),
             },
             "Your penalty",
-        )
-        need(
-            touch,
-            "The number is right, but it has lost touch with W_v: added to the loss, it"
-            " would teach nothing. Give the tensor itself, without .item() or"
-            " .detach().",
         )
 
 

@@ -1,10 +1,18 @@
-"""What all checks share: the verdict, naming a mistake by what it computes, and a word
-on errors."""
+"""What all checks share: the verdict, comparing values and gradients, naming a mistake
+by what it computes, and a word on errors."""
 
 import functools
 from pathlib import Path
 
 import torch
+
+from . import sandbox
+from .sandbox import NOTHING, TooLong, Watch, Wrong, guarded
+
+# what 32 bits leave of a result of our sizes: 168 times their rounding, relative to the
+# largest entry. A learner may compute in 32 bits where a check computes in 64.
+TOLERANCE = 2e-5
+watch = Watch()  # of the check that runs
 
 
 class Verdict:
@@ -25,42 +33,90 @@ class Verdict:
         return ("✅ **Right.** " if self.right else "❌ **Not yet.** ") + self.message
 
 
-class Wrong(Exception):
-    """Raised inside a check; its text is the message."""
-
-
-def checks(praise: str, shapes: str = ""):
+def checks(praise: str, shapes: str = "", in_place: bool = False):
     """Turn a function that raises Wrong into a check that returns a Verdict.
 
     shapes: what to say of the task's shapes when the learner's do not fit together.
+    in_place: whether the exercise asks to change an argument.
     """
 
     def decorate(function):
         @functools.wraps(function)
         def check(*answers) -> Verdict:
+            global watch
+            watch = Watch()
+            answers = [watch.wrap(answer, in_place) for answer in answers]
             try:
-                function(*answers)
-            except Wrong as wrong:
-                return Verdict(False, str(wrong))
-            except NotImplementedError:
-                return Verdict(
-                    False,
-                    "There is nothing here yet: put your own lines in the place of "
-                    "`raise NotImplementedError`.",
-                )
-            except Exception as error:
-                return Verdict(False, explain(error, shapes))
-            return Verdict(True, praise)
+                with guarded(function.__name__, sandbox.LIMIT) as guard:
+                    message = failure(function, answers, shapes, guard)
+            except TooLong:  # it came between two lines of the check itself
+                message = too_long()
+            if guard.changed:
+                message = changed_settings(guard.changed)
+            return Verdict(not message, message or praise)
 
         return check
 
     return decorate
 
 
-def explain(error: Exception, shapes: str) -> str:
-    """An error in the learner's code: what, where, and the usual reason."""
-    text, where, trace = str(error), "", error.__traceback__
-    while trace is not None:  # the deepest line that is neither ours nor a library's
+def failure(function, answers, shapes: str, guard) -> str:
+    """What is wrong with the answers, or nothing; no error leaves, but the user's own
+    interrupt does."""
+    try:
+        function(*answers)
+    except Wrong as wrong:
+        return str(wrong)
+    except NotImplementedError:
+        return (
+            "There is nothing here yet: put your own lines in the place of `raise"
+            " NotImplementedError`."
+        )
+    except TooLong:
+        return too_long()
+    except SystemExit:
+        return (
+            "Your code calls exit() (SystemExit), which would end the whole notebook:"
+            " `return` the result instead."
+        )
+    except BaseException as error:
+        if guard.interrupted:
+            raise
+        return explain(error, shapes, function.__doc__)
+    return ""
+
+
+def too_long() -> str:
+    return (
+        f"Your code had not ended after {sandbox.LIMIT:g} seconds, and was stopped."
+        " Does a loop never end (a `while` whose condition never changes), or does"
+        " the function call itself for ever?"
+    )
+
+
+def changed_settings(names) -> str:
+    return (
+        f"Your code changes a setting of the whole process ({', '.join(names)}): all"
+        " cells after it would run with it. The check has put it back. Use a block"
+        " that ends, such as `with torch.no_grad():`, or a `dtype=` of one tensor."
+    )
+
+
+def explain(error: BaseException, shapes: str, form: str) -> str:
+    """An error in the learner's code: what, where, and the usual reason. form: the
+    check's docstring, which says what an answer looks like."""
+    where = line_of(error)
+    if not where and watch.returned is not NOTHING:
+        return unusable(form)
+    text = str(error)
+    kind = type(error).__name__
+    return f"Your code stopped with {kind}: {text}{where}.{hint(text, shapes)}"
+
+
+def line_of(error: BaseException) -> str:
+    """The deepest line that is neither the course's nor a library's."""
+    where, trace = "", error.__traceback__
+    while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         if (
             Path(file).parent != Path(__file__).parent
@@ -69,28 +125,50 @@ def explain(error: Exception, shapes: str) -> str:
         ):
             where = f" (line {trace.tb_lineno} of your cell)"
         trace = trace.tb_next
-    hint = ""
-    if any(
-        words in text
-        for words in (
-            "cannot be multiplied",
-            "must match",
-            "size mismatch",
-            "broadcast",
-        )
-    ):
-        hint = " Two shapes do not fit. " + shapes
-    elif "cannot assign" in text and "parameter" in text:
-        hint = (
+    return where
+
+
+def unusable(form: str) -> str:
+    """The answer ran, and the check cannot work with what it returned."""
+    form = " ".join((form or "").split())
+    return (
+        f"I cannot work with {described(watch.returned)}. The exercise asks for {form}"
+    )
+
+
+def described(value) -> str:
+    """What a learner's function returned, in a few words."""
+    if value is None:
+        return "None (is there a `return` at the end?)"
+    kind = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+    text = repr(value)
+    said = f": {text}" if len(text) < 60 else ""
+    article = "an" if kind[0] in "aeio" else "a"
+    if isinstance(value, list | tuple):
+        inside = ", ".join(sorted({type(part).__name__ for part in value}))
+        return f"{article} {kind} of {len(value)} ({inside})"
+    return f"{article} {kind}{said}"
+
+
+def hint(text: str, shapes: str) -> str:
+    """The usual reason of an error with this text."""
+    misfit = "cannot be multiplied", "must match", "size mismatch", "broadcast"
+    misfit += "Sizes of tensors", "same number of dimensions"
+    if any(words in text for words in misfit):
+        return " Two shapes do not fit. " + shapes
+    if "cannot assign" in text and "parameter" in text:
+        return (
             " A Parameter cannot be replaced by a tensor: change it in place, under"
             " torch.no_grad()."
         )
-    elif any(words in text for words in ("leaf", "in-place", "inplace")):
-        hint = (
+    if any(words in text for words in ("leaf", "in-place", "inplace")):
+        return (
             " Changing a weight by hand is no part of the graph: do it under"
             " torch.no_grad()."
         )
-    return f"Your code stopped with {type(error).__name__}: {text}{where}.{hint}"
+    return ""
 
 
 def need(condition: bool, message: str) -> None:
@@ -99,34 +177,138 @@ def need(condition: bool, message: str) -> None:
 
 
 def same(a, b) -> bool:
-    """Equal up to rounding, for the precision of the numbers."""
+    """Equal up to rounding in 32 bits, relative to the largest entry of b; exactly
+    where b has whole numbers or booleans."""
     if not isinstance(a, torch.Tensor) or b is None or a.shape != b.shape:
         return False
-    tolerance = 1e-8 if a.dtype == torch.float64 else 2e-4
-    return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
+    if not b.numel():
+        return True
+    a, b = a.detach(), b.detach()
+    if not b.is_floating_point():
+        return bool((a == b).all())
+    distance = (a.to(torch.float64) - b.to(torch.float64)).abs().max()
+    return bool(distance <= TOLERANCE * b.abs().max().clamp(min=1e-2))
 
 
-def compare(got, right, mistakes: dict, what: str) -> None:
+def compare(
+    got,
+    right,
+    mistakes: dict,
+    what: str,
+    learnt: dict | None = None,
+    same_values: dict | None = None,
+) -> None:
     """Raise the message of the known mistake that gives what the learner got; mistakes:
-    {message: the wrong result}."""
+    {message: the wrong result}.
+
+    The gradients are compared too, for every leaf of the graph of `right` that the
+    learner's function was given, or for those of learnt: {name: leaf}. same_values:
+    {message: a result with the right values and the wrong gradients}."""
     need(got is not None, f"{what} is None: is there a `return` at the end?")
+    if isinstance(got, int | float) and not isinstance(got, bool) and not right.dim():
+        need(
+            not right.requires_grad,
+            f"{what} should be a tensor; yours is a {type(got).__name__}, which has"
+            " lost touch with what it was computed from (.item() or float()?): nothing"
+            " could be learnt through it.",
+        )
+        got = torch.tensor(got, dtype=right.dtype)
     need(
         isinstance(got, torch.Tensor),
         f"{what} should be a tensor; yours is a {type(got).__name__}.",
     )
     if same(got, right):
+        compare_gradients(got, right, what, learnt, same_values or {})
         return
     for message, wrong in mistakes.items():
         if same(got, wrong):
             raise Wrong(message)
     need(
         got.shape == right.shape,
-        f"{what} has the shape {tuple(got.shape)}, and should have"
-        f" {tuple(right.shape)}.",
+        f"{what} has the shape {tuple(got.shape)}; expected {tuple(right.shape)}.",
     )
-    error = ((got - right).norm() / right.norm()).item()
+    raise Wrong(difference(got, right, what))
+
+
+def difference(got, right, what: str) -> str:
+    """The values differ, by no known mistake: how far, and how to look for it."""
+    if got.is_floating_point() and not got.isfinite().all():
+        found = "nan" if got.isnan().any() else "inf"
+        return (
+            f"{what} contains {found}, for inputs where the formula is finite: a"
+            " division by zero, a root or a logarithm of something that is not"
+            " positive, or exp of a large number?"
+        )
+    error = (got.detach().double() - right.detach().double()).abs().max()
+    size = right.detach().double().abs().max()
+    return (
+        f"{what} has the right shape, but differs from the formula (an entry is off by"
+        f" {error:.2g}, where the largest is {size:.2g}), and it is none of the usual"
+        " slips. Work out one entry by hand, in the smallest case."
+    )
+
+
+def leaves_of(tensor) -> list:
+    """The leaves of a tensor's graph."""
+    found, seen, todo = [], set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo += [before for before, _ in node.next_functions]
+    return found
+
+
+def given_leaves(right) -> dict:
+    """{name: leaf} of those that the learner's function was given, in its order."""
+    leaves = {id(leaf): leaf for leaf in leaves_of(right)}
+    return {name: leaves[key] for key, name in watch.names.items() if key in leaves}
+
+
+def compare_gradients(got, right, what: str, learnt, same_values: dict) -> None:
+    """The gradients of a random weighted sum of `got`, for every leaf in learnt."""
+    learnt = given_leaves(right) if learnt is None else learnt
+    if not learnt:
+        return
+    need(
+        got.requires_grad,
+        f"{what} has the right values, but it has lost touch with"
+        f" {' and '.join(learnt)} (.detach(), .data, .item() or no_grad?): nothing"
+        " could be learnt through it.",
+    )
+    weights = torch.randn(right.shape, dtype=torch.float64)
+    own = gradients(got, weights, learnt)
+    wanted = gradients(right, weights, learnt)
+    if all(map(alike, own, wanted)):
+        return
+    for message, wrong in same_values.items():
+        need(not all(map(alike, own, gradients(wrong, weights, learnt))), message)
+    lost = [name for name, mine in zip(learnt, own) if mine is None]
+    need(
+        not lost,
+        f"{what} has the right values, but no gradient reaches {', '.join(lost)}: it"
+        " has lost touch (.detach(), .data or no_grad on the way?).",
+    )
+    off = [name for name, a, b in zip(learnt, own, wanted) if not alike(a, b)]
     raise Wrong(
-        f"{what} has the right shape, but differs from the formula (relative error"
-        f" {error:.0%}), and it is none of the usual slips. Work out one entry by hand,"
-        " in the smallest case."
+        f"{what} has the right values, but not the right gradient of {', '.join(off)}:"
+        " something on the way is detached, under no_grad, or rounded."
     )
+
+
+def gradients(result, weights, learnt: dict) -> tuple:
+    """Those of (weights · result).sum(), for each leaf in learnt; None for no way."""
+    loss = (weights.to(result.dtype) * result).sum()
+    leaves = list(learnt.values())
+    return torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+
+
+def alike(mine, wanted) -> bool:
+    """Whether two gradients are the same; None is as good as zeros."""
+    if mine is None or wanted is None:
+        other = wanted if mine is None else mine
+        return other is None or not bool(other.any())
+    return same(mine, wanted)
