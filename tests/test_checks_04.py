@@ -274,7 +274,7 @@ class BlankLora(nn.Module):
             ),
         ),
         (
-            "lost touch with A",
+            "no gradient reaches A",
             with_forward(
                 lambda self, x: (
                     self.linear(x) + self.scale * x @ self.A.T.detach() @ self.B.T

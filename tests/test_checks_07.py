@@ -257,9 +257,8 @@ def test_rank_budget_mistakes(says, answer):
 
 
 def allocate(scores, budget, off=0):
-    threshold = (
-        torch.cat(list(scores.values())).sort(descending=True).values[budget - 1 + off]
-    )
+    order = torch.cat(list(scores.values())).sort(descending=True).values
+    threshold = order[budget - 1 + off] if budget else torch.inf
     return {name: (score >= threshold).tolist() for name, score in scores.items()}
 
 

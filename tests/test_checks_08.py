@@ -247,7 +247,7 @@ def test_trainable_numbers_solution():
         (
             "is not shared",
             lambda s, r: numbers(
-                s, r, denselora=numbers(s, r)["denselora"] - r * r * (len(s) - 3)
+                s, r, denselora=numbers(s, r)["denselora"] - r * r * (len(s) - 4)
             ),
         ),
         ("a dictionary", lambda s, r: 5),

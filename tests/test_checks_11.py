@@ -67,11 +67,11 @@ def test_sequential_solution():
         ),
         ("it is added", lambda h, D, b, U, c, act: h - act(h @ D.T + b) @ U.T - c),
         (
-            "no gradient reaches h, W_down, b_down, W_up, b_up",
+            "lost touch with h and W_down and b_down and W_up and b_up",
             lambda h, D, b, U, c, act: (h + act(h @ D.T + b) @ U.T + c).detach(),
         ),
         (
-            "no gradient reaches h (",
+            "no gradient reaches h:",
             lambda h, D, b, U, c, act: h.detach() + act(h.detach() @ D.T + b) @ U.T + c,
         ),
         (

@@ -73,8 +73,8 @@ class Largest(TorchDispatchMode):
         out = function(*args, **kwargs or {})
         self.operations += 1
         need(
-            self.operations < 200_000,
-            "Right numbers, but not fast: for 1,024 of them you need more than 200,000"
+            self.operations < 60_000,
+            "Right numbers, but not fast: for 512 of them you need more than 60,000"
             " operations. If your function calls itself, twice is enough: keep H a and"
             " H b, or transform a + b and a - b.",
         )
@@ -140,18 +140,18 @@ def fast_hadamard(function) -> None:
         not borrowed,
         f"You call the course's own {borrowed[:1]}: the exercise is to write it.",
     )
-    n = 1024
+    n = 512
     with Largest() as seen:
         unwatched(function)(torch.randn(n))
     need(
-        seen.numel < 1024**2 / 8,
+        seen.numel < n**2 / 8,
         "Right numbers, but on the way you build a matrix of n² entries. For n = 4096"
         " it would have 16 million: add and subtract instead, in log₂ n stages.",
     )
     need(
         seen.work < n**2 / 2,
         f"Right numbers, but not fast: for n = {n} you make {seen.work:,} entries in"
-        f" all, as many as n² = {n**2:,} has; n log₂ n = {10 * n:,} are enough, a few"
+        f" all, as many as n² = {n**2:,} has; n log₂ n = {9 * n:,} are enough, a few"
         " times over.",
     )
 

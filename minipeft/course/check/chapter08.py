@@ -170,8 +170,8 @@ def trainable_numbers(function) -> None:
             random.choice([4, 8]),
             {
                 "q": (64, 48),
-                "k": (16, 48),
-                "v": (16, 48),  # another kind than k, though of the same shape
+                "k": (20, 48),
+                "v": (20, 48),  # another kind than k, though of the same shape
                 "down": (48, random.choice([80, 96])),
             },
         )

@@ -311,9 +311,9 @@ def adam_8bit_step(function) -> None:
     )
     for step in (1, 4, 30):
         p, g, m = (torch.randn(9, dtype=torch.float64) for _ in range(3))
-        v, lr = torch.rand(9, dtype=torch.float64) + 0.1, 0.1
+        v, lr = 0.02 * torch.rand(9, dtype=torch.float64) + 0.002, 0.1
         # one tiny gradient, without a past: its step depends on ε, and on its place
-        g[0], m[0], v[0] = 1e-8, 0.0, 0.0
+        g[0], m[0], v[0] = 3e-8, 0.0, 0.0
         m1, v1 = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         c1, c2 = 1 - b1**step, 1 - b2**step
 
@@ -344,6 +344,9 @@ def adam_8bit_step(function) -> None:
                 " precision, and put them away afterwards.": update(
                     keep_m(m1), keep_v(v1)
                 ),
+                "v takes in g, not g squared.": update(
+                    m1, (b2 * v + (1 - b2) * g).abs()
+                ),
                 "ε is missing: it is added to the root, so that nothing is divided by"
                 " zero.": update(m1, v1, eps=0.0),
                 "ε stands under the root: it is added after the root is taken.": (
@@ -364,9 +367,6 @@ def adam_8bit_step(function) -> None:
                     update(m, v)
                 ),
                 "You add the step; it is subtracted.": 2 * p - update(m1, v1),
-                "v takes in g, not g squared.": update(
-                    m1, (b2 * v + (1 - b2) * g).abs()
-                ),
                 "You use the plain gradient, not its running mean.": update(g * c1, v1),
                 "The learning rate is missing.": p - (p - update(m1, v1)) / lr,
                 "You have let the weight decay; here there is no decay.": (
