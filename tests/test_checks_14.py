@@ -268,8 +268,8 @@ def test_penalty_solution():
         ("diagonal only", lambda W, s: s * (W - eye(W)).diagonal().square().sum()),
         ("strength is squared too", lambda W, s: (s * (W - eye(W))).square().sum()),
         ("sum them", lambda W, s: s * (W - eye(W)) ** 2),
-        ("lost touch with W_v", lambda W, s: s * (W - eye(W)).square().sum().item()),
-        ("lost touch with W_v", lambda W, s: s * (W.detach() - eye(W)).square().sum()),
+        ("lost touch with", lambda W, s: s * (W - eye(W)).square().sum().item()),
+        ("lost touch with", lambda W, s: s * (W.detach() - eye(W)).square().sum()),
         ("nothing here yet", stub),
     ],
 )

@@ -290,7 +290,7 @@ def compare_gradients(got, right, what: str, learnt, same_values: dict) -> None:
     need(
         not lost,
         f"{what} has the right values, but no gradient reaches {', '.join(lost)}: it"
-        " has lost touch (.detach(), .data or no_grad on the way?).",
+        " has lost touch (.detach(), .data, a new Parameter or no_grad on the way?).",
     )
     off = [name for name, fits in zip(learnt, alike_each(own, wanted)) if not fits]
     raise Wrong(
