@@ -1,8 +1,8 @@
 """The bake-off of chapter 16: every method on every task, with the same number of
 trials.
 
-    python benchmarks/chapter16.py            # adds to benchmarks/results/chapter16.json
-    python benchmarks/chapter16.py --tasks mood voice          # these tasks only
+    python benchmarks/chapter16.py        # adds to benchmarks/results/chapter16.json
+    python benchmarks/chapter16.py --tasks mood voice        # these tasks only
 
 For each task and method, seed 0 tries four learning rates for 100 steps: one from the
 chapters before, its two neighbours, and a fourth, beyond the best where that one is at
@@ -14,14 +14,16 @@ untrained, with and without examples in its prompt, and what a step of each meth
 costs. After it: other numbers of training examples, and 1,000 steps.
 
 The plan begins with new facts, trained or not, and goes on task by task and, within a
-task, method by method, so that a record that was cut has complete methods. Every run is written when it ends. Several processes may
-write to the same record. "seconds" are seconds of processor time.
+task, method by method, so that a record that was cut has complete methods. Every run is
+written when it ends. Several processes may write to the same record. "seconds" are
+seconds of processor time.
 """
 
 import argparse
-import fcntl
+import contextlib
 import functools
 import json
+import os
 import time
 from pathlib import Path
 
@@ -253,6 +255,20 @@ def costs(rounds=8, shape=(BATCH, 48)) -> dict:
 # ------------------------------------------------------------------------ the record
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    """Within it no other process is: a lock on the folder itself."""
+    import fcntl  # not on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 class Record:
     """The file. Every change reads it again under a lock, so that processes can
     share it."""
@@ -288,9 +304,7 @@ class Record:
 
     def change(self, part: str, value) -> None:
         """Append `value` to a list of the record, or set it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone_in(self.path.parent):
             record = self.read()
             listed = isinstance(record.get(part), list)
             record[part] = [*record[part], value] if listed else value

@@ -14,6 +14,7 @@ from minipeft.lm.tokenizer import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench  # noqa: E402
+import chapter16  # noqa: E402
 import common  # noqa: E402
 import demo  # noqa: E402
 import e2e_nlg  # noqa: E402
@@ -376,3 +377,46 @@ def test_a_record_says_how_it_was_made(path):
         if "lr" in run:
             assert "steps" in run or "steps" in record, run
             assert "seed" in run or "seeds" in record, run
+
+
+class TestBakeOff:
+    """Every method of chapter 16 gets the same number of trials."""
+
+    @pytest.mark.parametrize("best", [3e-3, 1e-2, 3e-2])
+    def test_four_rates_and_no_more(self, best):
+        tried = {}
+        while rates := chapter16.next_rates(tried, 1e-2):
+            tried |= {lr: abs(lr - best) for lr in rates}
+        assert len(tried) == chapter16.TRIALS
+        assert {3e-3, 1e-2, 3e-2} < set(tried)
+        (fourth,) = set(tried) - {3e-3, 1e-2, 3e-2}
+        # beyond the best at an edge, else between it and its better neighbour
+        assert {3e-3: fourth == 1e-3, 3e-2: fourth == 0.1}.get(
+            best, 3e-3 < fourth < 3e-2
+        )
+
+    def test_the_first_rates_leave_room_on_either_side(self):
+        for case, (_, first) in chapter16.METHODS.items():
+            at = chapter16.LADDER.index(first)
+            assert 2 <= at <= len(chapter16.LADDER) - 3, case
+
+    def test_the_other_seeds_wait_for_the_trials(self):
+        runs = []
+        while jobs := chapter16.next_jobs(runs, "sql", "full", None, 300):
+            kinds = {job["trial"] for job in jobs}
+            assert len(kinds) == 1
+            runs += [job | {"valid_loss": job["lr"]} for job in jobs]
+        trials = [run for run in runs if run["trial"]]
+        rest = [run for run in runs if not run["trial"]]
+        assert len(trials) == chapter16.TRIALS and len(rest) == len(chapter16.SEEDS)
+        assert {run["lr"] for run in rest} == {min(run["lr"] for run in trials)}
+
+    def test_two_records_of_one_file_lose_nothing(self, tmp_path):
+        path = tmp_path / "record.json"
+        one, other = chapter16.Record(path), chapter16.Record(path)
+        one.change("runs", {"case": "a"})
+        other.change("runs", {"case": "b"})
+        one.change("costs", {"full": 1})
+        record = other.read()
+        assert [run["case"] for run in record["runs"]] == ["a", "b"]
+        assert record["costs"] == {"full": 1}

@@ -22,6 +22,7 @@ from . import (
     chapter12,
     chapter13,
     chapter14,
+    chapter16,
     chapter17,
 )
 from .chapter01 import *  # noqa: F403
@@ -38,6 +39,7 @@ from .chapter11 import *  # noqa: F403
 from .chapter12 import *  # noqa: F403
 from .chapter13 import *  # noqa: F403
 from .chapter14 import *  # noqa: F403
+from .chapter16 import *  # noqa: F403
 from .chapter17 import *  # noqa: F403
 from .teacher import Verdict
 
@@ -57,5 +59,6 @@ __all__ = [
     *chapter12.__all__,
     *chapter13.__all__,
     *chapter14.__all__,
+    *chapter16.__all__,
     *chapter17.__all__,
 ]

@@ -1,0 +1,512 @@
+"""Chapter 16, the bake-off: a fair search, leaked questions, how many questions, seeds
+against questions, verdicts said beforehand, and a method of one's own."""
+
+import math
+import random
+import re
+import string
+
+import torch
+
+from ...config import LayerConfig
+from ...lm import GPT, GPTConfig
+from ...model import get_peft_model
+from ..comparison import compare as told_apart
+from .teacher import Wrong, checks, need
+
+__all__ = [
+    "best_split",
+    "fair_search",
+    "items_needed",
+    "leaked",
+    "own_entry",
+    "said_beforehand",
+]
+
+VERDICTS = ("ahead", "behind", "not told apart")
+
+
+def no_return(got):
+    need(got is not None, "Your function gives None: is there a `return` at its end?")
+
+
+def is_whole(number):
+    return hasattr(number, "__index__") and not isinstance(number, bool)
+
+
+def named(got, right, mistakes):
+    """Raise the message of the mistake that gives what the learner got."""
+    if got == right:
+        return
+    for message, wrong in mistakes.items():
+        if got == wrong:
+            raise Wrong(message)
+    raise Wrong(f"You get {got!r}; I get {right!r}.")
+
+
+# ---- 1. a search that is fair --------------------------------------------------------
+
+
+class Runs:
+    """A run(method, lr, seed) whose results are drawn once, and who was asked what."""
+
+    def __init__(self, methods, rates, seeds):
+        self.asked = []
+        self.results = {}
+        for method in methods:
+            order = random.sample(rates, len(rates))
+            for place, lr in enumerate(order):  # from the best on validation on
+                # the best on test is the second best there
+                score = (70, 80, 60)[place] + random.random()
+                for seed in seeds:
+                    self.results[method, lr, seed] = {
+                        "valid_loss": 0.1 + 0.1 * place + seed / 1000,
+                        "test_score": score + seed,
+                    }
+
+    def __call__(self, method, lr, seed):
+        self.asked.append((method, lr, seed))
+        return dict(self.results[method, lr, seed])
+
+    def best(self, method, rates, seed, key, pick):
+        return pick(rates, key=lambda lr: self.results[method, lr, seed][key])
+
+
+def searched(runs, methods, chosen, seeds):
+    """What a search returns that chose these rates."""
+    return {
+        method: {
+            "lr": chosen[method],
+            "scores": [
+                runs.results[method, chosen[method], seed]["test_score"]
+                for seed in seeds
+            ],
+        }
+        for method in methods
+    }
+
+
+@checks(
+    "The same trials for each method, the rate by validation loss, and a test score"
+    " for each seed, looked at once."
+)
+def fair_search(function) -> None:
+    """function(run, methods, rates, seeds) -> {method: {"lr", "scores"}}."""
+    methods, rates, seeds = ["LoRA", "prefix", "full"], [1e-3, 3e-3, 1e-2], [0, 1, 2]
+    random.shuffle(rates)
+    for diverges in (False, True):
+        runs = Runs(methods, rates, seeds)
+        if diverges:  # min() keeps a nan that comes first
+            runs.results["full", rates[0], 0]["valid_loss"] = math.nan
+        got = function(runs, list(methods), list(rates), list(seeds))
+        no_return(got)
+        need(
+            isinstance(got, dict) and sorted(got) == sorted(methods),
+            "Give a dictionary with an entry for each method.",
+        )
+        for method, entry in got.items():
+            need(
+                isinstance(entry, dict) and {"lr", "scores"} <= set(entry),
+                f'The entry of {method} needs "lr" and "scores".',
+            )
+        look_at_search(got, runs, methods, rates, seeds, diverges)
+
+
+def look_at_search(got, runs, methods, rates, seeds, diverges):
+    usable = {
+        method: [
+            lr
+            for lr in rates
+            if not math.isnan(runs.results[method, lr, seeds[0]]["valid_loss"])
+        ]
+        for method in methods
+    }
+
+    def chosen(key, pick, seed=seeds[0]):
+        return {m: runs.best(m, usable[m], seed, key, pick) for m in methods}
+
+    right = chosen("valid_loss", min)
+    rate = {method: entry["lr"] for method, entry in got.items()}
+    if diverges:
+        need(
+            rate["full"] in usable["full"],
+            "A run that diverged has the validation loss nan. Every comparison with nan"
+            " is false, so min() may keep it: leave such rates out.",
+        )
+    need(
+        rate == right or rate != chosen("test_score", max),
+        "You choose the rate by the test score. Then the test has been fitted to, and"
+        " its score says too much: choose by validation loss.",
+    )
+    need(
+        rate != chosen("valid_loss", max),
+        "You take the rate with the largest validation loss: less is better.",
+    )
+    need(
+        len(set(rate.values())) > 1 or len(set(right.values())) == 1,
+        "All methods get the same rate. Each has its own best one.",
+    )
+    need(rate == right, f"The rates should be {right}; yours are {rate}.")
+    for method, entry in got.items():
+        asked = [lr for name, lr, seed in runs.asked if name == method]
+        scores = entry["scores"]
+        need(
+            isinstance(scores, (list, tuple)) and len(scores) == len(seeds),
+            f'"scores" of {method} should have {len(seeds)} numbers, one for each'
+            " seed, at the chosen rate.",
+        )
+        need(
+            len(asked) <= len(rates) + len(seeds),
+            f"You make {len(asked)} runs for {method}: with the first seed try each"
+            " rate, and with the other seeds only the best one.",
+        )
+    wanted = searched(runs, methods, right, seeds)
+    losses = {
+        m: [runs.results[m, right[m], s]["valid_loss"] for s in seeds] for m in methods
+    }
+    need(
+        {m: list(entry["scores"]) for m, entry in got.items()} != losses,
+        "You report validation losses. Choose by them, and report the test scores.",
+    )
+    for method in methods:
+        need(
+            list(got[method]["scores"]) == wanted[method]["scores"],
+            f"The scores of {method} are not the test scores of seeds {seeds} at the"
+            " chosen rate, in this order.",
+        )
+
+
+# ---- 2. leaked questions -------------------------------------------------------------
+
+
+def plain(text):
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def a_question():
+    return " ".join(
+        "".join(random.choices(string.ascii_lowercase, k=random.randint(3, 7)))
+        for _ in range(random.randint(5, 8))
+    )
+
+
+@checks("You find what leaked, though it was written a little differently.")
+def leaked(function) -> None:
+    """function(train, test) -> the indices of the test prompts that stand in train."""
+    test = [f"{a_question().capitalize()}?" for _ in range(9)]
+    hidden = [1, 4, 5, 7]
+    disguised = [
+        test[1],
+        test[4].upper(),
+        test[5].replace(" ", "  ", 2) + "\n",
+        test[7].rstrip("?").replace(" ", ", ", 1),
+    ]
+    # holds the whole of a test question, and is another question
+    longer = f"{test[2].rstrip('?')} and {a_question()}?"
+    train = [a_question() + "?" for _ in range(12)] + disguised + [longer]
+    random.shuffle(train)
+    got = function(list(train), list(test))
+    no_return(got)
+    need(
+        isinstance(got, (list, tuple, set)),
+        f"Give a list of indices into test; yours is a {type(got).__name__}.",
+    )
+    need(
+        all(is_whole(index) for index in got),
+        "Give indices into test (whole numbers), not the questions themselves.",
+    )
+    got = sorted(int(index) for index in got)
+    in_train = [i for i, text in enumerate(train) if plain(text) in map(plain, test)]
+    named(
+        got,
+        hidden,
+        {
+            "You find only what is equal letter by letter. Small and capital letters,"
+            " spaces and punctuation make no other question.": [1],
+            "Capital letters still hide a question.": [1, 5, 7],
+            "Spaces, line ends or punctuation still hide a question: compare the words"
+            " alone.": [1, 4],
+            "Punctuation still hides a question.": [1, 4, 5],
+            "Spaces and line ends still hide a question.": [1, 4, 7],
+            "A question that stands *within* a longer one is another question.": [
+                1,
+                2,
+                4,
+                5,
+                7,
+            ],
+            "You give the indices in train: what is thrown out are test questions.": (
+                in_train
+            ),
+            "You give those that did not leak.": [0, 2, 3, 6, 8],
+        },
+    )
+
+
+# ---- 3. how many questions -----------------------------------------------------------
+
+
+@checks("So many questions, and four times as many for half of the difference.")
+def items_needed(function) -> None:
+    """function(share, difference) -> the smallest n with 1.96 sqrt(2 p(1-p)/n) <=
+    difference."""
+    cases = [(0.5, 0.1)] + [
+        (random.randint(12, 44) / 100, random.randint(23, 97) / 1000) for _ in range(3)
+    ]
+    for p, gap in cases:
+        got = function(p, gap)
+        no_return(got)
+        need(
+            is_whole(got),
+            f"A number of questions is a whole number: yours is {got!r}. Round up.",
+        )
+        exact = 2 * 1.96**2 * p * (1 - p) / gap**2
+        named(
+            int(got),
+            math.ceil(exact),
+            {
+                "You round down: then the margin is still a little too wide.": (
+                    math.floor(exact)
+                ),
+                "That is for one method alone. Of a difference the variances of both"
+                " add up: 2 p (1 - p) / n.": math.ceil(exact / 2),
+                "The 1.96 is missing: 95 % of the draws lie within 1.96 standard"
+                " errors.": (math.ceil(exact / 1.96**2)),
+                "1.96 is squared too, for n stands below a root.": (
+                    math.ceil(exact / 1.96)
+                ),
+                "The difference is squared: half of it needs four times as many.": (
+                    math.ceil(exact * gap)
+                ),
+                "1.645 leaves 5 % on one side; both sides count here, so 1.96.": (
+                    math.ceil(exact * 1.645**2 / 1.96**2)
+                ),
+                "The variance of an answer is p (1 - p), not p.": (
+                    math.ceil(exact / (1 - p))
+                ),
+            },
+        )
+
+
+# ---- 4. seeds or questions -----------------------------------------------------------
+
+
+def error_of(seeds, items, spread_seed, spread_item):
+    return math.sqrt(spread_seed**2 / seeds + spread_item**2 / items)
+
+
+def splits(budget, train, item, most):
+    """All (seeds, items) that the budget allows, with as many items as fit."""
+    for seeds in range(2, int(budget / train) + 1):
+        items = min(most, int((budget / seeds - train) / item + 1e-9))
+        if items >= 1:
+            yield seeds, items
+
+
+@checks("The least error that the budget buys.")
+def best_split(function) -> None:
+    """function(budget, train, item, spread_seed, spread_item, most) -> (seeds,
+    items)."""
+    cases = [
+        (600, 30, 0.25, 6.0, 48.0, 300),
+        (600, 30, 0.25, 0.5, 48.0, 2000),
+        (900, 40, 0.5, 12.0, 40.0, 300),
+    ]
+    for case in cases:
+        budget, train, item, spread_seed, spread_item, most = case
+        got = function(*case)
+        no_return(got)
+        need(
+            isinstance(got, (tuple, list))
+            and len(got) == 2
+            and all(map(is_whole, got)),
+            f"Give two whole numbers, (seeds, items); yours is {got!r}.",
+        )
+        seeds, items = int(got[0]), int(got[1])
+        need(
+            seeds >= 2,
+            "With one seed nothing is known of how seeds differ, and `compare` tells"
+            " nothing apart: two at the least.",
+        )
+        need(1 <= items <= most, f"There are {most} questions: you ask {items}.")
+        spent = seeds * (train + items * item)
+        need(
+            spent <= budget + 1e-6,
+            f"{seeds} seeds and {items} questions take {spent:g} s of {budget} s: each"
+            " seed is trained *and* answers all questions.",
+        )
+        best = min(
+            splits(budget, train, item, most), key=lambda s: error_of(*s, *case[3:5])
+        )
+        mine, least = error_of(seeds, items, *case[3:5]), error_of(*best, *case[3:5])
+        if mine > least * 1.001:
+            hint = (
+                "More seeds and fewer questions would be better."
+                if seeds < best[0]
+                else "Fewer seeds and more questions would be better."
+                if seeds > best[0]
+                else "There is money left for more questions."
+            )
+            raise Wrong(
+                f"Your error is {mine:.2f} points, and {least:.2f} can be had. {hint}"
+                " Try all numbers of seeds, each with as many questions as then fit."
+            )
+
+
+# ---- 5. verdicts said beforehand -----------------------------------------------------
+
+
+@checks("You have seen before the verdict what three seeds can tell apart.")
+def said_beforehand(answer, runs) -> None:
+    """answer: {(a, b): verdict}; runs: {method: {seed: loss}}."""
+    need(answer is not None, "There is nothing here yet: write down your verdicts.")
+    need(isinstance(answer, dict) and answer, "Give a dictionary {(a, b): verdict}.")
+    need(len(answer) >= 4, f"Judge at least four pairs; yours are {len(answer)}.")
+    for pair, said in answer.items():
+        need(
+            isinstance(pair, tuple) and len(pair) == 2 and set(pair) <= set(runs),
+            f"{pair!r} is not a pair of methods; there are {', '.join(runs)}.",
+        )
+        need(pair[0] != pair[1], f"{pair!r} is one method, against itself.")
+        need(said in VERDICTS, f"{said!r} is not one of {', '.join(VERDICTS)}.")
+    found = {pair: told_apart(*map(runs.get, pair), loss=True) for pair in answer}
+    for pair, said in answer.items():
+        judge_prediction(pair, said, found[pair], runs)
+    need(
+        len({result.verdict for result in found.values()}) > 1,
+        "All your pairs have the same verdict: take at least one that is told apart,"
+        " and one that is not.",
+    )
+
+
+def judge_prediction(pair, said, result, runs):
+    if said == result.verdict:
+        return
+    a, b = pair
+    means = " and ".join(
+        f"{sum(runs[name].values()) / len(runs[name]):.4f}" for name in pair
+    )
+    begin = f"{a} against {b}, mean losses {means}: `compare` says {result}."
+    if result.verdict == "not told apart":
+        raise Wrong(
+            f"{begin} A difference of means alone is no verdict: look at how much the"
+            " seeds of each differ."
+        )
+    if said == "not told apart":
+        raise Wrong(
+            f"{begin} The difference is larger than the seeds explain: look at whether"
+            " it has the same sign, and about the same size, with each seed."
+        )
+    raise Wrong(f"{begin} These are losses: less is better.")
+
+
+# ---- 6. a method of one's own --------------------------------------------------------
+
+
+def small_model():
+    torch.manual_seed(random.randrange(10**6))
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    return GPT(GPTConfig(vocab_size=64, **shape, **heads))
+
+
+@checks("One class for the configuration, one for the equation: it trains, as any.")
+def own_entry(config_class) -> None:
+    """config_class(target_modules=...): y = scale * base(x) + shift, per output."""
+    need(
+        isinstance(config_class, type) and issubclass(config_class, LayerConfig),
+        "Give me the configuration's class itself, a subclass of LayerConfig.",
+    )
+    base = small_model()
+    ids = torch.randint(64, (2, 7))
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+    outputs = base.model.layers[0].mlp.up_proj.out_features
+    # create is called here: what is not written yet says so
+    model = get_peft_model(base, config_class(target_modules=["up_proj"]))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    need(trained, "Nothing is trained: scale and shift must be nn.Parameters.")
+    look_at_count(sum(p.numel() for p in trained.values()), outputs)
+    with torch.no_grad():
+        start = model(input_ids=ids).logits
+    need(
+        torch.allclose(start, before, atol=1e-5),
+        "At the start the model is no longer the base: scale begins at one, shift at"
+        " zero.",
+    )
+    look_at_equation(model, trained, outputs)
+    model = get_peft_model(small_model(), config_class(target_modules=["up_proj"]))
+    look_at_training(model, ids)
+
+
+def look_at_count(count, outputs):
+    layers = 2
+    right = layers * 2 * outputs
+    need(
+        count != layers * outputs,
+        "Only one number per output is trained: scale and shift are two.",
+    )
+    need(
+        count != layers * 2,
+        "One scale and one shift for the whole layer: each output has its own.",
+    )
+    need(
+        count == right,
+        f"On two layers of {outputs} outputs each you train {count} parameters:"
+        f" {right} are scale and shift of each output. (The inputs have none.)",
+    )
+
+
+def look_at_equation(model, trained, outputs):
+    slot = next(m for m in model.modules() if hasattr(m, "adapters") and m.adapters)
+    layer = slot.base_layer
+    x = torch.randn(3, 4, 16)
+    numbers = [p for p in slot.adapters["default"].parameters()]
+    with torch.no_grad():
+        plain_y = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        scale = 1 + torch.rand(outputs)
+        shift = torch.randn(outputs)
+        for p in numbers:
+            is_scale = bool(p.detach().mean() > 0.5)
+            p.copy_((scale if is_scale else shift).view(p.shape))
+        got = slot(x)
+    for message, wrong in {
+        "You shift before you scale: y = scale * base(x) + shift.": scale
+        * (plain_y + shift),
+        "The scale is added to one: scale itself begins at one.": (1 + scale) * plain_y
+        + shift,
+        "base(x) goes on beside the scaled one: y = scale * base(x) + shift.": plain_y
+        + scale * plain_y
+        + shift,
+        "The shift is taken away instead of added.": scale * plain_y - shift,
+        "The shift has no effect.": scale * plain_y,
+        "The scale has no effect.": plain_y + shift,
+    }.items():
+        need(not torch.allclose(got, wrong, atol=1e-4), message)
+    need(
+        torch.allclose(got, scale * plain_y + shift, atol=1e-4),
+        "With other scales and shifts the layer does not give scale * base(x) + shift.",
+    )
+
+
+def look_at_training(model, ids):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(input_ids=ids, labels=ids).loss.backward()
+    for p in trained:
+        need(
+            p.grad is not None and bool(p.grad.abs().sum() > 0),
+            "A parameter gets no gradient: is it detached, or used under no_grad()?",
+        )
+    embedding = model.get_base_model().get_input_embeddings().weight
+    embedding.requires_grad_(True)
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    with_adapter = embedding.grad.clone()
+    with model.disable_adapter():
+        embedding.grad = None
+        model(input_ids=ids, labels=ids).loss.backward()
+    need(
+        torch.allclose(with_adapter, embedding.grad, atol=1e-5),
+        "The way down is cut: at the start the gradient of the layers below must be the"
+        " base's. Do not run base(x) under no_grad(), and detach nothing.",
+    )
