@@ -57,7 +57,6 @@ class TestInterrupts:
             "would end the whole notebook" in check.d90(lambda *a: sys.exit()).message
         )
         assert "SystemExit" in check.count_gpt(raises(SystemExit(3))).message
-        assert "SystemExit" in check.families.__wrapped__.__name__ or True
 
     def test_an_interrupt_of_the_answer_is_no_interrupt_of_the_user(self):
         verdict = check.d90(raises(KeyboardInterrupt()))
@@ -190,21 +189,16 @@ def test_the_same_answer_gets_the_same_message(name):
 class TestNumbers:
     """numpy's and torch's are right where the value is."""
 
-    @pytest.mark.parametrize("kind", [np.int64, np.int32, float, torch.tensor])
+    @pytest.mark.parametrize("kind", [np.int64, torch.tensor])
     def test_counts(self, kind):
         def bill(total, trained):
             return kind(2 * (total - trained) + 16 * trained)
 
-        if kind is not np.int32:  # which overflows
-            assert check.step_bytes(bill)
-        assert (
-            check.rank_at_budget(
-                lambda shapes, layers, targets, budget: kind(
-                    budget // (layers * sum(sum(shapes[name]) for name in targets))
-                )
-            )
-            or kind is float
-        )
+        def rank(shapes, layers, targets, budget):
+            return kind(budget // (layers * sum(sum(shapes[name]) for name in targets)))
+
+        assert check.step_bytes(bill)
+        assert check.rank_at_budget(rank)
 
     def test_arrays(self):
         def halves(weight, heads):
