@@ -2,7 +2,7 @@
 + bitsandbytes.
 
     python benchmarks/gpu_qlora.py                                  # Llama-3-8B's shape
-      and LLaMA-65B's, all three sides
+      and Llama-3-70B's, all three sides
     python benchmarks/gpu_qlora.py --shapes tiny --steps 3          # seconds, on a CPU
       too: does it run?
 
@@ -175,7 +175,7 @@ def main():
     parser.add_argument(
         "--shapes",
         nargs="+",
-        default=["llama-3-8b", "llama-65b"],
+        default=["llama-3-8b", "llama-3-70b"],
         choices=["tiny", *SHAPES],
     )
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))

@@ -238,7 +238,7 @@ def check_fsdp(method, processes):
     if processes == 1:
         raise UserError(
             "--fsdp shards the model over several processes: start them with torchrun"
-            " --standalone --nproc-per-node 2 -m minipeft finetune ..."
+            " --standalone --nproc-per-node 2 -m -- minipeft finetune ..."
         )
     if method is not None and method.kind == "ADALORA":
         raise UserError(

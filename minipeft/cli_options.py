@@ -34,10 +34,11 @@ Ctrl-C stops and saves. The same command goes on where it stopped and comes to t
 weights as without the stop.
 
 Several processes, one for each GPU:
-  torchrun --standalone --nproc-per-node 2 -m minipeft finetune --data sql --out x
-Each computes --batch-size rows of a batch and holds the whole model (DDP), or with
---fsdp a part of every weight (FSDP2). The first one prints and writes to --out. Two
-processes with 4 rows give the weights of one with 8, up to rounding."""
+  torchrun --standalone --nproc-per-node 2 -m -- minipeft finetune --data sql --out x
+(Without the -- torchrun reads --r and --log as its own.) Each process computes
+--batch-size rows of a batch and holds the whole model (DDP), or with --fsdp a part of
+every weight (FSDP2). The first one prints and writes to --out. Two processes with 4
+rows give the weights of one with 8, up to rounding."""
 
 FINETUNE_EXAMPLES = """examples:
   minipeft finetune --data sql --out sql-lora

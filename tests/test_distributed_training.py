@@ -225,7 +225,8 @@ def test_fewer_rows_than_processes(monkeypatch):
 
 def torchrun(*arguments):
     """(exit code, stdout, what the processes themselves print on stderr)"""
-    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m minipeft"
+    # without the -- torchrun takes --r and --log for options of its own
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m -- minipeft"
     done = subprocess.run(
         [sys.executable, *command.split(), *map(str, arguments)],
         capture_output=True,
@@ -239,7 +240,7 @@ def torchrun(*arguments):
 def test_finetune_in_two_processes(tmp_path):
     code, out, _ = torchrun(
         *"finetune --data mood --method qlora --fsdp --steps 2 --batch-size 2".split(),
-        *f"--limit 0 --json --out {tmp_path}/x".split(),
+        *f"--limit 0 --r 4 --json --out {tmp_path}/x".split(),
     )
     assert code == 0
     result = json.loads(out)  # one object: one process prints

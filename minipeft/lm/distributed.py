@@ -1,6 +1,6 @@
 """One training run in several processes: torch's own engine, told what is whose.
 
-`torchrun --nproc-per-node 2 -m minipeft finetune ...` starts the same program twice.
+`torchrun --nproc-per-node 2 -m -- minipeft finetune ...` starts the same program twice.
 Each process computes with its own rows; the first one (rank 0) prints and writes.
 
     DDP     each process holds the whole model. After the backward pass the gradients of

@@ -24,6 +24,7 @@ from . import (
     chapter14,
     chapter16,
     chapter17,
+    chapter18,
 )
 from .chapter01 import *  # noqa: F403
 from .chapter02 import *  # noqa: F403
@@ -41,6 +42,7 @@ from .chapter13 import *  # noqa: F403
 from .chapter14 import *  # noqa: F403
 from .chapter16 import *  # noqa: F403
 from .chapter17 import *  # noqa: F403
+from .chapter18 import *  # noqa: F403
 from .teacher import Verdict
 
 __all__ = [
@@ -61,4 +63,5 @@ __all__ = [
     *chapter14.__all__,
     *chapter16.__all__,
     *chapter17.__all__,
+    *chapter18.__all__,
 ]

@@ -1,0 +1,392 @@
+"""Chapter 18, scaling up: a global batch's gradient, the ring, what is sent, what fits,
+and why a run hangs."""
+
+import random
+
+import torch
+
+from .teacher import Wrong, checks, compare, need
+
+__all__ = [
+    "card_count",
+    "combined_gradient",
+    "first_mismatch",
+    "ring_all_reduce",
+    "step_cost",
+    "traffic_order",
+]
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@checks(
+    "Each process weighs by its share of all labels, so two processes with 4 rows learn"
+    " what one with 8 learns.",
+    "Each gradient is a tensor of one shape; labels is a list of whole numbers.",
+)
+def combined_gradient(function) -> None:
+    """function(gradients, labels) -> the gradient of the mean loss over all labels."""
+    for processes in (2, 3):
+        labels = sorted(random.sample(range(1, 30), processes))
+        gradients = [draw(3, 4) for _ in labels]
+        given = [g.clone() for g in gradients]
+        got = function(given, list(labels))
+        need(
+            all(torch.equal(a, b) for a, b in zip(given, gradients)),
+            "You change the gradients that you are given: a process still needs its"
+            " own. Make a new tensor.",
+        )
+        weighted = sum(g * n for g, n in zip(gradients, labels))
+        total = sum(labels)
+        compare(
+            got,
+            weighted / total,
+            {
+                "That is the mean of the processes' means: the fault itself. A process"
+                " with few labels counts as much as one with many.": (
+                    sum(gradients) / processes
+                ),
+                "The sum of the processes' means: divide, and weigh by labels.": sum(
+                    gradients
+                ),
+                "You weigh by labels, but divide by the number of processes: divide by"
+                " all labels.": weighted / processes,
+                "You weigh by labels, but do not divide by their sum.": weighted,
+                "You weigh by labels and divide twice: by all labels, and by the number"
+                " of processes.": weighted / total / processes,
+                "You divide each mean by its labels: it is a mean already. Multiply,"
+                " which makes it a sum again.": (
+                    sum(g / n for g, n in zip(gradients, labels))
+                ),
+                "You divide the sum of the means by all labels.": (
+                    sum(gradients) / total
+                ),
+                "Only the first process counts.": gradients[0],
+                "You take the process with the most labels: all of them count.": (
+                    gradients[labels.index(max(labels))]
+                ),
+            },
+            "Your gradient",
+        )
+
+
+@checks(
+    "Every process has the sum, sent 2 (W − 1) / W of the buffer, and spoke to one"
+    " neighbour only: what NCCL and gloo do.",
+    "Each buffer is a flat tensor whose length is a multiple of W.",
+)
+def ring_all_reduce(function) -> None:
+    """function(buffers, send) -> list of W tensors, each the sum; send(source, target,
+    tensor) -> the tensor as it arrives."""
+    for W in (2, 3, 4):
+        buffers = [draw(3 * W) for _ in range(W)]
+        sent = [0] * W
+        pairs = set()
+
+        def send(source, target, tensor):
+            need(
+                source in range(W) and target in range(W),
+                f"send(source, target, tensor): processes are 0 to {W - 1}; the"
+                f" neighbour of the last one is 0. You have {source} and {target}.",
+            )
+            sent[source] += tensor.numel()
+            pairs.add((source, target))
+            return tensor.clone()
+
+        got = function([b.clone() for b in buffers], send)
+        check_sums(got, buffers, W)
+        need(
+            sum(sent) > 0,
+            "Nothing was sent: processes share no memory. What one needs from another"
+            " goes through send(source, target, tensor).",
+        )
+        need(
+            len({(b - a) % W for a, b in pairs}) == 1,
+            "Somebody sends to more than one neighbour: in a ring, process i sends to"
+            " i + 1 (the last one to 0) in every round.",
+        )
+        need(
+            max(sent) <= 2 * (W - 1) * 3,
+            f"A process sent {max(sent)} numbers of a buffer of {3 * W}, and"
+            f" 2 (W − 1) / W of it, {2 * (W - 1) * 3}, are enough: send chunks of 1/W,"
+            " first to add up, then to hand round.",
+        )
+
+
+def check_sums(got, buffers, W):
+    need(got is not None, "Your answer is None: is there a `return` at the end?")
+    need(
+        isinstance(got, (list, tuple)) and len(got) == W,
+        f"Return a list of {W} tensors, one a process.",
+    )
+    right = sum(buffers)
+    first = got[0]
+    same = [isinstance(g, torch.Tensor) and g.shape == right.shape for g in got]
+    need(all(same), "Each process ends with a tensor of the buffer's shape.")
+    for rank, tensor in enumerate(got):
+        if torch.allclose(tensor, right):
+            continue
+        if torch.allclose(tensor, right / W):
+            raise Wrong("You divide by W: all-reduce gives the sum here.")
+        whole = [torch.allclose(g, right) for g in got]
+        if sum(whole):
+            raise Wrong(
+                f"Process {whole.index(True)} has the sum, process {rank} has not: the"
+                " second half of the ring hands the sums round."
+            )
+        if torch.allclose(tensor, buffers[rank]):
+            raise Wrong(f"Process {rank} ends with what it began with.")
+        parts = [
+            torch.allclose(mine, theirs)
+            for mine, theirs in zip(tensor.chunk(W), right.chunk(W))
+        ]
+        if sum(parts) == 1:
+            raise Wrong(
+                "Each process has the sum of one chunk only: that is a reduce-scatter."
+                " W − 1 more rounds hand the sums round (all-gather)."
+            )
+        raise Wrong(
+            f"Process {rank} ends with other numbers than the sum"
+            f" (first {tensor[0]:.3f}, expected {right[0]:.3f}). Which chunk does"
+            " process i send in round k? The one it received in the round before."
+        )
+    need(first is not None, "Your answer is None.")
+
+
+ORDER = ["DDP, LoRA", "FSDP2, QLoRA", "DDP, full", "FSDP2, LoRA", "FSDP2, full"]
+
+
+@checks(
+    "DDP sends the gradients of what is trained; FSDP2 gathers what is stored, twice,"
+    " and the gradients come on top."
+)
+def traffic_order(names) -> None:
+    """names: the five ways, the one that sends least first."""
+    need(names is not None, "There is nothing here yet: give a list of the five names.")
+    need(
+        isinstance(names, (list, tuple)) and sorted(map(str, names)) == sorted(ORDER),
+        f"Give each of these once: {', '.join(sorted(ORDER))}.",
+    )
+    names = list(names)
+    place = {name: names.index(name) for name in ORDER}
+    need(
+        names != ORDER[::-1],
+        "That is the reverse: begin with the one that sends least.",
+    )
+    need(
+        place["DDP, LoRA"] == 0,
+        "The least is sent where only an adapter's gradients travel. Does a frozen"
+        " weight travel under DDP? Under FSDP2?",
+    )
+    need(
+        place["FSDP2, LoRA"] > place["DDP, full"],
+        "FSDP2 with LoRA sends more than DDP with all gradients: it gathers every"
+        " frozen weight once forward and once backward.",
+    )
+    need(
+        place["FSDP2, QLoRA"] < place["DDP, full"],
+        "In 4 bits a weight is an eighth of 32: gathered twice it is still less than"
+        " its gradient in 32 bits, sent round the ring (2 (W − 1) / W).",
+    )
+    need(
+        place["FSDP2, full"] == 4,
+        "FSDP2 with all weights trained gathers as much as with LoRA, and its gradients"
+        " come on top.",
+    )
+    need(names == ORDER, "One pair is still the wrong way round: compute the bytes.")
+
+
+@checks(
+    "Forward, backward to the inputs, backward to the weights, and once more forward"
+    " for checkpointing: 3, 4, 2 and 3 forwards."
+)
+def step_cost(function) -> None:
+    """function(frozen, checkpointing) -> cost of a step in forward passes."""
+    right = {(False, False): 3, (False, True): 4, (True, False): 2, (True, True): 3}
+    got = {given: function(*given) for given in right}
+    need(
+        all(value is not None for value in got.values()),
+        "Your cost is None: is there a `return` at the end?",
+    )
+    for given, value in got.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        need(number, f"Your cost is a {type(value).__name__}; expected a number.")
+    slips = {
+        "A frozen base still sends gradients to its inputs: one forward's cost, not"
+        " none.": {**right, (True, False): 1, (True, True): 2},
+        "The backward pass of a trained model is two products for each of the forward"
+        " pass: to the inputs and to the weights.": {
+            **right,
+            (False, False): 2,
+            (False, True): 3,
+        },
+        "A frozen base costs less: the products that make weight gradients are not"
+        " computed.": {**right, (True, False): 3, (True, True): 4},
+        "Checkpointing computes the forward pass once more, frozen or not.": {
+            **right,
+            (False, True): 3,
+            (True, True): 2,
+        },
+        "Checkpointing computes the forward pass a second time, not the whole step.": {
+            **right,
+            (False, True): 6,
+            (True, True): 4,
+        },
+        "Count in forward passes, not in FLOPs a parameter (a forward pass is 2).": {
+            given: 2 * cost for given, cost in right.items()
+        },
+        "Give the cost beside a forward pass, not beside full fine-tuning.": {
+            given: cost / 3 for given, cost in right.items()
+        },
+    }
+    for message, wrong in slips.items():
+        if all(abs(got[given] - wrong[given]) < 1e-9 for given in right):
+            raise Wrong(message)
+    for (frozen, checkpointing), expected in right.items():
+        value = got[frozen, checkpointing]
+        need(
+            abs(value - expected) < 1e-9,
+            f"frozen={frozen}, checkpointing={checkpointing}: I count {expected}"
+            f" forward passes, you {value:g}. Which products are computed?",
+        )
+
+
+def cards_needed(sharded, whole, card, sizes, ddp=False):
+    for count in sizes:
+        if (sharded if ddp else sharded / count) + whole <= card:
+            return count
+    return None
+
+
+@checks(
+    "What is sharded is divided, what each card needs for itself is not; and if no"
+    " number is enough, you say so."
+)
+def card_count(function) -> None:
+    """function(sharded, whole, card, sizes) -> the fewest cards that are enough, or
+    None."""
+    cases = [
+        (100.0, 10.0, 24.0, (1, 2, 4, 8)),
+        (40.0, 5.0, 80.0, (1, 2, 4, 8)),
+        (28.0, 10.0, 24.0, (1, 2, 4, 8)),  # exactly full
+        (400.0, 30.0, 24.0, (1, 2, 4, 8)),  # never
+        (300.0, 4.0, 24.0, (1, 2, 4, 8)),  # too large for eight
+        (60.0, 3.0, 24.0, (8, 4, 2, 1)),  # not sorted
+        (70.0, 1.0, 24.0, (1, 3, 6)),
+        (94.0, 3.0, 24.0, (1, 2, 4, 8)),
+        (10.0, 40.0, 24.0, (1, 2, 4, 8)),  # what each needs is too large
+    ]
+    right = [cards_needed(a, b, c, sorted(sizes)) for a, b, c, sizes in cases]
+    got = [function(*case) for case in cases]
+    slips = {
+        "You divide everything by the number of cards: activations and the gathered"
+        " block are there on each card.": [
+            cards_needed(a + b, 0, c, sorted(s)) for a, b, c, s in cases
+        ],
+        "You divide nothing: FSDP2 shards, DDP does not.": [
+            cards_needed(a, b, c, sorted(s), ddp=True) for a, b, c, s in cases
+        ],
+        "You forget what each card needs for itself.": [
+            cards_needed(a, 0, c, sorted(s)) for a, b, c, s in cases
+        ],
+        "You divide what each card needs for itself, and not what is sharded.": [
+            next((n for n in sorted(s) if a + b / n <= c), None) for a, b, c, s in cases
+        ],
+        "You give the most cards that fit: the fewest are asked for.": [
+            cards_needed(a, b, c, sorted(s, reverse=True)) for a, b, c, s in cases
+        ],
+        "You take the sizes in their order: they need not be sorted.": [
+            cards_needed(a, b, c, s) for a, b, c, s in cases
+        ],
+        "A card that is exactly full is enough.": [
+            cards_needed(a, b, c - 1e-6, sorted(s)) for a, b, c, s in cases
+        ],
+        "Where no number is enough, return None, not the largest.": [
+            cards_needed(a, b, c, sorted(s)) or max(s) for a, b, c, s in cases
+        ],
+        "Where no number is enough, return None, not 0.": [
+            cards_needed(a, b, c, sorted(s)) or 0 for a, b, c, s in cases
+        ],
+        "Only numbers of cards in `sizes` can be had.": [
+            cards_needed(a, b, c, range(1, 1000)) for a, b, c, s in cases
+        ],
+    }
+    need(got != [None] * len(got), "Your answer is None for every case.")
+    if got == right:
+        return
+    for message, wrong in slips.items():
+        if got == wrong:
+            raise Wrong(message)
+    for case, mine, expected in zip(cases, got, right):
+        need(
+            mine == expected,
+            "sharded={}, whole={}, card={}, sizes={}: ".format(*case)
+            + f"I find {expected}, you {mine}.",
+        )
+
+
+@checks(
+    "The first call that differs is where all wait for each other, and a list that ends"
+    " early is a difference too."
+)
+def first_mismatch(function) -> None:
+    """function(calls) -> (index, {rank: name or None}) of the first collective in which
+    the processes differ, or None."""
+    good = ["all-gather", "all-reduce", "all-reduce", "reduce-scatter"]
+    cases = [
+        ([good, good], None),
+        ([good, good, good], None),
+        (
+            [good, [*good[:2], "broadcast", good[3]]],
+            (2, {0: "all-reduce", 1: "broadcast"}),
+        ),
+        ([good, good[:3]], (3, {0: "reduce-scatter", 1: None})),
+        ([good[:3], good], (3, {0: None, 1: "reduce-scatter"})),
+        (
+            [good, good, ["broadcast", *good[1:2], "barrier"]],
+            (0, {0: "all-gather", 1: "all-gather", 2: "broadcast"}),
+        ),
+        ([[], good], (0, {0: None, 1: "all-gather"})),
+    ]
+    got = [function([list(one) for one in calls]) for calls, _ in cases]
+    need(
+        got != [None] * len(got),
+        "Your answer is None for every run: two of them are fine, five hang.",
+    )
+    shortest = [got[i] for i in (3, 4, 6)]
+    need(
+        shortest != [None, None, None],
+        "You stop where the shortest list ends: a process that makes no further call"
+        " lets the others wait. zip is too short here.",
+    )
+    need(
+        got[5] is not None,
+        "You compare the first two processes only: there may be more.",
+    )
+    for answer, (calls, right) in zip(got, cases):
+        if answer == right:
+            continue
+        need(right is not None, "You find a difference in a run where all calls agree.")
+        need(answer is not None, f"You find no difference in {calls}.")
+        need(
+            isinstance(answer, tuple) and len(answer) == 2,
+            "Return (index, {rank: name}), or None.",
+        )
+        index, names = answer
+        need(index != right[0] + 1, "You count from 1: the first call has index 0.")
+        need(
+            index == right[0],
+            f"You name call {index}, the first difference is in call {right[0]}: what"
+            " comes after it is never reached.",
+        )
+        need(
+            isinstance(names, dict) and set(names) == set(right[1]),
+            "Name what every process calls there, the ones that agree too:"
+            " {rank: name}.",
+        )
+        raise Wrong(
+            f"In call {index} I find {right[1]}, you {names}. A process that makes no"
+            " call any more has None."
+        )
