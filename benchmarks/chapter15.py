@@ -135,11 +135,12 @@ def keep(model, adapter: str, name: str, seed: int):
     model.save_pretrained(folder, selected_adapters=[adapter])
 
 
-def with_adapters(names, seed: int, config=lora):
-    """A PeftModel with adapters trained before."""
+def with_adapters(names, seed: int, apart=False):
+    """A PeftModel with adapters trained before; apart: from a seed each."""
     model = None
-    for name in names:
-        folder = kept(name, seed) / "new"
+    for number, name in enumerate(names):
+        from_seed = SEEDS[(seed + number) % len(SEEDS)] if apart else seed
+        folder = kept(name, from_seed) / "new"
         if model is None:
             model = PeftModel.from_pretrained(load_pretrained(), folder, name)
         else:
@@ -202,9 +203,11 @@ def rescale(model, name, by):
 
 
 def merge(job):
-    """One combination type, its weight chosen by the loss on 24 examples."""
+    """One combination type, its weight chosen by the loss on 24 examples. "merge":
+    the three LoRAs began with the same A. "apart": they come from three seeds."""
     names = [f"LoRA {skill}" for skill in SKILLS]
-    model = with_adapters(names, job["seed"])
+    together = job["case"].startswith("merge")
+    model = with_adapters(names, job["seed"], apart=not together)
     kind = job["case"].split()[-1]
     torch.manual_seed(job["seed"])
     model.add_weighted_adapter(
@@ -293,6 +296,7 @@ RUN = {
     "mix": train_mix,
     "fusion": train_fusion,
     "merge": merge,
+    "apart": merge,
     "searched": merge_searched,
     "minus": negate,
     "all": negate,
@@ -353,6 +357,7 @@ def stages():
     need."""
     yield trained(EXPERTS, LORA_RATE, STEPS), True
     yield untrained([f"merge {kind}" for kind in MERGES]), True
+    yield untrained([f"apart {kind}" for kind in ("linear", "cat", "ties_svd")]), True
     yield trained(["one adapter", "stacked"], LORA_RATE, STEPS), True
     yield trials(LARGE, FEW_RATES, FEW_STEPS // 2, FEW), False
     yield at_best_rate(LARGE, FEW_STEPS, FEW), True

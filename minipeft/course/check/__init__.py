@@ -22,6 +22,7 @@ from . import (
     chapter12,
     chapter13,
     chapter14,
+    chapter15,
     chapter16,
     chapter17,
     chapter18,
@@ -40,6 +41,7 @@ from .chapter11 import *  # noqa: F403
 from .chapter12 import *  # noqa: F403
 from .chapter13 import *  # noqa: F403
 from .chapter14 import *  # noqa: F403
+from .chapter15 import *  # noqa: F403
 from .chapter16 import *  # noqa: F403
 from .chapter17 import *  # noqa: F403
 from .chapter18 import *  # noqa: F403
@@ -61,6 +63,7 @@ __all__ = [
     *chapter12.__all__,
     *chapter13.__all__,
     *chapter14.__all__,
+    *chapter15.__all__,
     *chapter16.__all__,
     *chapter17.__all__,
     *chapter18.__all__,

@@ -1,0 +1,642 @@
+"""Chapter 15, many adapters on one base: a batch served, the factor trap predicted, a
+merge chosen, the best merge without a dense matrix, a learnt merge, and what somebody
+merged into a weight."""
+
+import copy
+import math
+import random
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ... import Base, LayerConfig, LinearDelta, LoraConfig, get_peft_model
+from ..comparison import compare as told_apart
+from .teacher import Wrong, checks, compare, need, same
+
+__all__ = [
+    "best_merge",
+    "choose_merge",
+    "learnt_merge",
+    "predict_factors",
+    "serve",
+    "who_is_in_it",
+]
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def no_return(got):
+    need(got is not None, "Your function gives None: is there a `return` at its end?")
+
+
+# ---- 1. serve a batch ----------------------------------------------------------------
+
+
+@checks(
+    "Every row gets its own adapter, once, and comes back in its own place; gradients"
+    " find their way.",
+    "x is (n, T, d_in), base(x) is (n, T, d_out), and so is updates[name](x).",
+)
+def serve(function) -> None:
+    """function(base, updates, names, x) -> (n, T, d_out); updates: {name: function}."""
+    W = draw(5, 4)
+    deltas = {name: draw(5, 4).requires_grad_() for name in ("mia", "ben", "zoe")}
+    updates = {
+        name: lambda x, delta=delta: x @ delta.T for name, delta in deltas.items()
+    }
+    for names in (
+        ["ben", "zoe", "mia", "ben"],
+        ["mia", "mia"],
+        ["ben", "none", "zoe", "mia", "none"],
+        ["zoe", "mia", "ben", "none", "mia", "zoe", "ben"],
+    ):
+        x = draw(len(names), 3, 4).requires_grad_()
+        one_batch(function, W, deltas, updates, names, x)
+
+
+def one_batch(function, W, deltas, updates, names, x):
+    seen = []
+
+    def base(rows):
+        seen.append(len(rows))
+        return rows @ W.T
+
+    before = x.detach().clone()
+    got = function(base, dict(updates), list(names), x)
+    with torch.no_grad():
+        every = {name: before @ delta.T for name, delta in deltas.items()}
+        every["none"] = torch.zeros_like(every["mia"])
+        own = torch.stack([every[name][i] for i, name in enumerate(names)])
+        y = before @ W.T
+        last = [every["none" if name == "none" else "zoe"] for name in names]
+        groups = sorted(set(names)), list(dict.fromkeys(names))
+        orders = [
+            torch.tensor([i for g in group for i, n in enumerate(names) if n == g])
+            for group in groups
+        ]
+        mistakes = {
+            "Your rows come back sorted by adapter: put them into the order in which"
+            " they came.": [(y + own)[order] for order in orders],
+            "You reorder, but the wrong way round: the list of places says where each"
+            " row came *from*; you need where it goes *to* (argsort, or write into an"
+            " empty tensor at these places).": [
+                (y + own)[order][order] for order in orders
+            ],
+            "Every row gets the last adapter of the dictionary. A function made in a"
+            " loop looks its variable up when it is *called*, and then the loop has"
+            " ended (late binding).": [
+                y + torch.stack([rows[i] for i, rows in enumerate(last)]),
+                y + every["zoe"],
+            ],
+            "Every row gets the first row's adapter.": [y + every[names[0]]],
+            "You add up all adapters for every row: a row has one of its own.": [
+                y + sum(every[name] for name in deltas),
+                y + sum(every[name] for name in set(names)),
+            ],
+            "The base's own output is missing: an adapter adds to it.": [own],
+            "The base's output is in it twice.": [2 * y + own],
+            "The update is in it twice.": [y + 2 * own],
+            "The adapters are missing: that is the base alone.": [y],
+        }
+    need(got is not None, "Your output is None: is there a `return` at the end?")
+    trouble = "none" in names and isinstance(got, torch.Tensor) and len(got) < len(x)
+    need(not trouble, 'Rows whose name is "none" are lost: they get the base alone.')
+    flat = {
+        message + " " * i: wrong
+        for message, wrongs in mistakes.items()
+        for i, wrong in enumerate(wrongs)
+        if not same(wrong, y + own)
+    }
+    compare(got, y + own, flat, "Your output")
+    need(torch.equal(x.detach(), before), "You write into x: its owner still needs it.")
+    need(
+        sum(seen) == len(names),
+        f"The base ran for {sum(seen)} rows in a batch of {len(names)}. It is by far"
+        " the dearest part: let it run once for each row.",
+    )
+    gradients_of_batch(got, y.shape, W, deltas, names, x)
+
+
+def gradients_of_batch(got, shape, W, deltas, names, x):
+    upstream = draw(*shape)
+    used = {name: delta for name, delta in deltas.items() if name in names}
+    lost = (
+        "The output is right, but it has lost touch with {}: without gradients no"
+        " adapter can be trained in such a batch. Use no detach(), no_grad() or .data."
+    )
+    need(got.requires_grad, lost.format("x and the adapters"))
+    asked = {"x": x, **used}
+    found = torch.autograd.grad(
+        (got * upstream).sum(), asked.values(), allow_unused=True
+    )
+    right = {"x": torch.zeros_like(x)}
+    right |= {name: torch.zeros_like(delta) for name, delta in used.items()}
+    with torch.no_grad():
+        for i, name in enumerate(names):
+            W_row = W + (deltas[name] if name in deltas else 0)
+            right["x"][i] = upstream[i] @ W_row
+            if name in deltas:
+                right[name] += upstream[i].T @ x[i]
+    whom = {name: f"the adapter {name!r}" for name in used} | {"x": "x"}
+    for name, gradient in zip(right, found):
+        need(gradient is not None, lost.format(whom[name]))
+    for (name, expected), gradient in zip(right.items(), found):
+        need(
+            same(gradient, expected),
+            f"The output is right, but the gradient of {whom[name]} is not: a part of the"
+            " way to it is cut (detach, no_grad).",
+        )
+
+
+# ---- 2. the factor trap, predicted ---------------------------------------------------
+
+CASES = {
+    "sum of 2": "the cross terms B_i A_j with i ≠ j: 2 of them beside 2 right ones,"
+    " all of the same size and at right angles",
+    "sum of 5": "count the cross terms: 5 · 4 of them beside 5 right ones; lengths of"
+    " things at right angles add up as squares do",
+    "mean of 2": "(B₁+B₂)(A₁+A₂)/4 against (B₁A₁+B₂A₂)/2: half of the right terms is"
+    " missing *and* the cross terms come in, and the two errors are at right angles",
+    "sum of 2 equal": "2B · 2A is 4 BA, and 2 BA was wanted",
+    "sum of 2, same A": "(B₁+B₂)(2A) is 2 (B₁A + B₂A): twice what was wanted",
+    "mean of 2, same A": "(B₁+B₂)/2 · A is the mean itself",
+}
+
+
+def factor_error(case):
+    """||what the factors give - what is wanted|| / ||what is wanted||, by
+    simulation."""
+    d, r, n = 400, 4, 5 if "5" in case else 2
+    As = [draw(r, d) for _ in range(n)]
+    Bs = [draw(d, r) for _ in range(n)]
+    if "equal" in case:
+        As[1], Bs[1] = As[0], Bs[0]
+    if "same A" in case:
+        As = [As[0]] * n
+    share = 1 / n if case.startswith("mean") else 1.0
+    wanted = share * sum(B @ A for A, B in zip(As, Bs))
+    made = share * sum(Bs) @ (share * sum(As))
+    return ((made - wanted).norm() / wanted.norm()).item()
+
+
+@checks(
+    "All six, within a tenth. What decides is whether the factors point in the same"
+    " direction: unrelated ones bring cross terms, equal ones a wrong scale."
+)
+def predict_factors(predicted) -> None:
+    """predicted: {case: relative error}."""
+    need(
+        predicted is not None,
+        "There is nothing here yet: put your six numbers in the place of None.",
+    )
+    need(
+        isinstance(predicted, dict),
+        f"Give a dictionary {{case: error}}; yours is a {type(predicted).__name__}.",
+    )
+    missing = [case for case in CASES if case not in predicted]
+    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    for case, why in CASES.items():
+        got = predicted[case]
+        need(
+            got is not None,
+            "There is nothing here yet: put your numbers in the place of None.",
+        )
+        wanted = f"{case!r}: a number is wanted, you have {got!r}."
+        need(not isinstance(got, (str, bool)), wanted)
+        try:
+            got = float(got)
+        except (TypeError, ValueError) as error:
+            raise Wrong(wanted) from error
+        true = factor_error(case)
+        need(
+            abs(got - true) <= 0.1 * max(true, 0.5),
+            f"{case!r}: you say {got:.3g}, and it is {true:.2f}. Think of {why}.",
+        )
+
+
+# ---- 3. choose a merge ---------------------------------------------------------------
+
+
+@checks(
+    "Chosen on validation, judged once on the test, and by all seeds: an honest choice."
+)
+def choose_merge(function) -> None:
+    """function(valid_loss, right, plain) -> (name, verdict)."""
+    for seed, kind in enumerate(("clear", "trap", "tie", "behind", "one seed better")):
+        valid, right = merges_drawn(random.Random(seed), kind)
+        got = function(copy.deepcopy(valid), copy.deepcopy(right), "cat")
+        no_return(got)
+        judge_choice(got, valid, right, "cat")
+
+
+def merges_drawn(rng, kind):
+    """{merge: [a loss a seed]}, {merge: [a string of 0 and 1 a seed]}."""
+    names = ["cat", "linear", "svd", "ties"]
+    rng.shuffle(names)
+    share = dict.fromkeys(names, 0.5)
+    valid = {name: [0.5 + 0.01 * rng.random() for _ in range(3)] for name in names}
+    chosen = rng.choice([name for name in names if name != "cat"])
+    other = next(n for n in names if n not in ("cat", chosen))
+    valid[chosen] = [loss - 0.2 for loss in valid[chosen]]
+    share[chosen] = {"clear": 0.95, "behind": 0.1}.get(kind, 0.5)
+    if kind == "trap":  # the best on the test is not the best in validation
+        share[other], share[chosen] = 0.95, 0.4
+    if kind == "one seed better":  # lowest once, and bad twice
+        valid[other] = [0.05, 0.9, 0.9]
+        share[chosen] = 0.9
+    if kind == "tie":
+        valid[other] = [0.9, 0.9, 0.9]
+    right = {
+        name: [
+            "".join("1" if rng.random() < share[name] else "0" for _ in range(60))
+            for _ in range(3)
+        ]
+        for name in names
+    }
+    return valid, right
+
+
+def judge_choice(got, valid, right, plain):
+    need(
+        isinstance(got, (tuple, list)) and len(got) == 2,
+        f"Return two things, the name and the verdict; you return {got!r}.",
+    )
+    name, verdict = got
+    means = {key: sum(losses) / len(losses) for key, losses in valid.items()}
+    wanted = min(means, key=means.get)
+    score = {key: sum(s.count("1") for s in strings) for key, strings in right.items()}
+    if name != wanted:
+        best_seed = min(valid, key=lambda key: min(valid[key]))
+        slips = {
+            max(score, key=score.get): "You choose on the test. Then its score is too"
+            " good: it was the best of four because it had luck too. Choose by the"
+            " validation loss, and look at the test once.",
+            max(means, key=means.get): "You take the largest loss: lower is better.",
+            best_seed: "You take the one with the lowest loss in any seed. One lucky"
+            " seed is no reason: take the mean over the seeds.",
+            plain: "You return the plain merge: the question is what you choose.",
+        }
+        raise Wrong(
+            slips.get(name, f"You choose {name!r}; by the mean validation loss it is")
+            + ("" if name in slips else f" {wanted!r}.")
+        )
+    right_verdict = told_apart(right[wanted], right[plain]).verdict
+    if isinstance(verdict, str) and verdict == right_verdict:
+        return
+    need(
+        isinstance(verdict, str),
+        "The verdict is a word: `compare(…).verdict`. You return"
+        f" {type(verdict).__name__}.",
+    )
+    swapped = {"ahead": "behind", "behind": "ahead"}
+    raise Wrong(
+        "Your verdict is turned round: compare(a, b) says whether *a* is ahead of b,"
+        " and right answers are not a loss."
+        if swapped.get(right_verdict) == verdict
+        else f"You say {verdict!r}; the course's rule says {right_verdict!r} of"
+        f" {wanted!r} against {plain!r}. Give `compare` the strings of all seeds, so"
+        " that it sees every answer."
+    )
+
+
+# ---- 4. the best merge, without the dense matrix -------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Within it, the largest number of entries that an operation gave."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(part, torch.Tensor):
+                self.entries = max(self.entries, part.numel())
+        return result
+
+
+@checks(
+    "The nearest matrix of that rank to the weighted sum, and nothing of W's size was"
+    " ever formed.",
+    "A is (r_i, d_in), B (d_out, r_i): the ranks differ.",
+)
+def best_merge(function) -> None:
+    """function(adapters, weights, r) -> (A, B); adapters: [(A, B, scaling)]."""
+    for d_in, d_out, ranks, r in (
+        (40, 56, (2, 3), 3),
+        (64, 48, (1, 4, 2), 2),
+        (50, 50, (3, 3), 6),
+        (48, 60, (4,), 1),
+    ):
+        adapters = [
+            (draw(n, d_in), draw(d_out, n), (2.0, 0.5, 3.0)[i])
+            for i, n in enumerate(ranks)
+        ]
+        weights = [(-0.5, 0.7, 1.3)[i] for i in range(len(ranks))]
+        one_merge(function, adapters, weights, r, d_out * d_in)
+
+
+def nearest(M, r):
+    U, S, V = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :r] * S[:r] @ V[:r]
+
+
+def one_merge(function, adapters, weights, r, dense):
+    kept = copy.deepcopy(adapters)
+    with Largest() as watched:
+        got = function(adapters, weights, r)
+    no_return(got)
+    need(
+        isinstance(got, (tuple, list))
+        and len(got) == 2
+        and all(isinstance(part, torch.Tensor) for part in got),
+        "Return two tensors: A (r, d_in) and B (d_out, r).",
+    )
+    A, B = got
+    d_in, d_out = adapters[0][0].shape[1], len(adapters[0][1])
+    if A.shape == (d_out, r) and B.shape == (r, d_in):
+        raise Wrong("You return (B, A): A comes first.")
+    need(
+        A.shape == (r, d_in) and B.shape == (d_out, r),
+        f"A should be {(r, d_in)} and B {(d_out, r)}; yours are {tuple(A.shape)} and"
+        f" {tuple(B.shape)}. Keep the r largest singular values.",
+    )
+    sums = {
+        "all": sum(w * s * b @ a for (a, b, s), w in zip(kept, weights)),
+        "no scaling": sum(w * b @ a for (a, b, s), w in zip(kept, weights)),
+        "no weights": sum(s * b @ a for a, b, s in kept),
+        "no signs": sum(abs(w) * s * b @ a for (a, b, s), w in zip(kept, weights)),
+    }
+    right = nearest(sums["all"], r)
+    each = sum(w * s * nearest(b @ a, r) for (a, b, s), w in zip(kept, weights))
+    U, S, V = torch.linalg.svd(sums["all"], full_matrices=False)
+    mistakes = {
+        "The scaling s_i of each adapter is missing.": nearest(sums["no scaling"], r),
+        "The weights are missing.": nearest(sums["no weights"], r),
+        "A negative weight has lost its sign.": nearest(sums["no signs"], r),
+        "The singular values are missing: U and V alone have the right directions and"
+        " the wrong lengths.": U[:, :r] @ V[:r],
+        "The singular values are in it twice (in A and in B): put them into one, or"
+        " their root into each.": U[:, :r] * S[:r] ** 2 @ V[:r],
+        "Only the root of the singular values is in it.": U[:, :r]
+        * S[:r] ** 0.5
+        @ V[:r],
+        "You compress each adapter and then add: that has a larger rank, or forgets"
+        " what they have in common.": each,
+        "You keep the *smallest* singular values.": U[:, -r:] * S[-r:] @ V[-r:],
+    }
+    mistakes = {m: wrong for m, wrong in mistakes.items() if not same(wrong, right)}
+    compare(B @ A, right, mistakes, "B A")
+    need(
+        all(
+            torch.equal(p, q)
+            for one, other in zip(adapters, kept)
+            for p, q in zip(one[:2], other[:2])
+        ),
+        "You change the adapters that you were given.",
+    )
+    need(
+        watched.entries < dense,
+        f"Right, but a tensor of {watched.entries:,} entries was formed, and W has"
+        f" {dense:,}. With 4096 × 4096 and a rank of 16 that is a hundred times what"
+        " is needed. The sum is (one tall matrix) · (one wide matrix): the QR of each"
+        " leaves a small matrix in the middle, and its SVD is cheap.",
+    )
+
+
+# ---- 5. a merge that learns its weights ----------------------------------------------
+
+
+def experts_on(d_in, d_out):
+    """(slot, names): a linear layer with two trained LoRAs of different ranks."""
+    model = nn.Sequential(nn.Linear(d_in, d_out))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]), "one")
+    more = LoraConfig(r=3, lora_alpha=9, target_modules=["0"])
+    model.add_adapter("two", more)
+    model.double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".adapters." in name:
+                p.copy_(torch.randn_like(p))
+    return model
+
+
+@checks(
+    "N numbers a layer, started at the mean, with the experts frozen and not saved"
+    " again; and it merges, because it says what its delta is.",
+    "delta(base) is (d_out, d_in), update(base, x) is (..., d_out).",
+)
+def learnt_merge(adapter_class) -> None:
+    """adapter_class(names), a LinearDelta with the Parameter `weights` (N,)."""
+    need(
+        isinstance(adapter_class, type) and issubclass(adapter_class, LinearDelta),
+        "Give me the class itself, a subclass of LinearDelta.",
+    )
+    names = ["one", "two"]
+    mixture = adapter_class(names)
+    p = getattr(mixture, "weights", None)
+    need(
+        isinstance(p, nn.Parameter),
+        "I look for an nn.Parameter as self.weights: a plain tensor is neither trained"
+        " nor saved.",
+    )
+    need(p.shape == (2,), f"weights should have the shape (2,), not {tuple(p.shape)}.")
+    need(p.requires_grad, "The weights are frozen: they are all that learns.")
+    extra = [name for name in mixture.state_dict() if name != "weights"]
+    need(not extra, f"It would save more than its weights: {', '.join(extra)}.")
+    need(
+        bool((p.detach() - 0.5).abs().max() < 1e-6),
+        "The weights should start at the mean, 1/N each: at 0 the experts are silent"
+        " at first, and at 1 each they shout all at once.",
+    )
+    d_in, d_out = random.choice([6, 8]), 7
+    model = experts_on(d_in, d_out)
+    config = one_layer_config(adapter_class, names)
+    model.add_adapter("mixture", config)
+    model.double()
+    model.set_adapter("mixture")
+    compare_mixture(model, draw(5, 3, d_in))
+
+
+def one_layer_config(adapter_class, names):
+    """A configuration that creates the learner's adapter on the layer "0"."""
+
+    class Configured(LayerConfig):
+        def create(self, base, path):
+            return adapter_class(list(names))
+
+    return Configured(target_modules=["0"])
+
+
+def compare_mixture(model, x):
+    slot = model.get_base_model()[0]
+    mixture = slot.adapters["mixture"]
+    parts = [slot.adapters[name] for name in ("one", "two")]
+    with torch.no_grad():
+        mixture.weights.copy_(torch.tensor([0.8, -0.3]))
+    for trial in range(2):
+        w = mixture.weights.detach().clone()
+        deltas = [
+            part.scaling * (part.lora_B.weight @ part.lora_A.weight).detach()
+            for part in parts
+        ]
+        y = slot.base_layer(x).detach()
+        right = y + sum(w_i * x @ delta.T for w_i, delta in zip(w, deltas))
+        plain = [delta / part.scaling for delta, part in zip(deltas, parts)]
+        mistakes = {
+            "The experts' scaling α/r is missing: a peer knows its own delta and"
+            " update, so ask it.": y
+            + sum(w_i * x @ delta.T for w_i, delta in zip(w, plain)),
+            "The weights have no effect.": y + sum(x @ delta.T for delta in deltas),
+            "You take the mean, whatever the weights are.": y
+            + sum(x @ delta.T for delta in deltas) / 2,
+            "You normalise the weights with a softmax: then they can neither be"
+            " negative nor sum to more than one.": y
+            + sum(s * x @ d.T for s, d in zip(w.softmax(0), deltas)),
+            "The base is in it twice: `update` is only what is added.": right + y,
+            "Only the first expert is heard.": y + w[0] * x @ deltas[0].T,
+            "The experts have changed places.": y
+            + w[1] * x @ deltas[0].T
+            + w[0] * x @ deltas[1].T,
+        }
+        compare(slot(x), right, mistakes, "The layer's output")
+        base = Base(slot, "mixture")
+        compare(
+            mixture.delta(base),
+            sum(w_i * delta for w_i, delta in zip(w, deltas)),
+            {"delta misses the scaling α/r.": sum(map(torch.mul, w, plain))},
+            "delta(base)",
+        )
+        gradients_of_mixture(slot, mixture, deltas, x)
+        with torch.no_grad():
+            mixture.weights.copy_(torch.tensor([-0.4, 1.7]))
+            parts[0].lora_B.weight.mul_(1.5)
+    model.merge_adapter()
+    merged = slot(x)
+    model.unmerge_adapter()
+    need(same(merged, slot(x)), "Merged, the layer gives something else.")
+
+
+def gradients_of_mixture(slot, mixture, deltas, x):
+    x = x.clone().requires_grad_()
+    out = slot(x)
+    need(out.requires_grad, "The output has lost touch with the weights.")
+    upstream = draw(*out.shape)
+    wanted = torch.stack([(upstream * (x @ d.T)).sum() for d in deltas]).detach()
+    w, at_x = torch.autograd.grad(
+        (out * upstream).sum(), (mixture.weights, x), allow_unused=True
+    )
+    need(
+        w is not None and same(w, wanted),
+        "The output is right, but not the gradient of the weights: they are detached,"
+        " or read with .item() or .data, so nothing would be learnt.",
+    )
+    total = slot.base_layer.weight + sum(map(torch.mul, mixture.weights, deltas))
+    need(
+        at_x is not None and same(at_x, (upstream @ total).detach()),
+        "The gradient that goes down to x is not right: freeze the experts, but let"
+        " the gradient pass through them to the layers below (no detach, no_grad).",
+    )
+
+
+# ---- 6. what is in the weights -------------------------------------------------------
+
+
+@checks(
+    "Every adapter counted, also those that overlap, and those taken out too often."
+)
+def who_is_in_it(function) -> None:
+    """function(W_now, W_base, adapters) -> {name: whole number}."""
+    for counts, alike in (
+        ((1, 2, 0), False),
+        ((0, 1, -1), False),
+        ((3, 0, 1), True),
+        ((0, 0, 0), True),
+        ((-1, 1, 2), True),
+    ):
+        adapters = {}
+        shared = draw(2, 9)
+        for number, name in enumerate(("voice", "records", "extract")):
+            A = shared + 0.3 * draw(2, 9) if alike else draw(2, 9)
+            B = draw(12, 2) if not alike else torch.ones(12, 2).double() + draw(12, 2)
+            adapters[name] = (A, B, (0.5, 2.0, 1.0)[number])
+        deltas = {name: s * B @ A for name, (A, B, s) in adapters.items()}
+        W = 40 * draw(12, 9)
+        now = W + sum(n * deltas[name] for n, name in zip(counts, deltas))
+        now = now + 1e-6 * draw(12, 9)  # what rounding leaves
+        right = dict(zip(adapters, counts))
+        got = function(now.clone(), W.clone(), copy.deepcopy(adapters))
+        judge_counts(got, right, now - W, now, adapters)
+
+
+def judge_counts(got, right, change, now, adapters):
+    no_return(got)
+    need(
+        isinstance(got, dict) and got.keys() == right.keys(),
+        "Return a dictionary with each adapter's name and how often it is in the"
+        f" weight; yours is {got!r}.",
+    )
+    deltas = {name: s * B @ A for name, (A, B, s) in adapters.items()}
+
+    def alone(change):
+        return {
+            name: round(((change * d).sum() / d.square().sum()).item())
+            for name, d in deltas.items()
+        }
+
+    def together(parts, change):
+        M = torch.stack([d.flatten() for d in parts.values()], 1)
+        found = torch.linalg.lstsq(M, change.flatten()[:, None]).solution.flatten()
+        return dict(zip(parts, found.tolist()))
+
+    unscaled = {name: B @ A for name, (A, B, s) in adapters.items()}
+    slips = [
+        (
+            "You look at each adapter alone. Adapters of one base overlap, and one"
+            " then shows in the other's place: ask for all together (least squares).",
+            alone(change),
+        ),
+        (
+            "The scaling of the adapters is missing.",
+            {n: round(v) for n, v in together(unscaled, change).items()},
+        ),
+        (
+            "You look at W_now itself: what counts is its difference from the base.",
+            {n: round(v) for n, v in together(deltas, now).items()},
+        ),
+        (
+            "The signs are turned round: W_now less W_base.",
+            {name: -n for name, n in right.items()},
+        ),
+        (
+            "An adapter that was taken out once too often counts -1: you lose the"
+            " sign.",
+            {name: abs(n) for name, n in right.items()},
+        ),
+        (
+            "You count whether it is there, not how often: merged twice is a fault"
+            " of its own.",
+            {name: int(n != 0) for name, n in right.items()},
+        ),
+        (
+            "An adapter that was taken out once too often counts -1; you say 0.",
+            {name: max(n, 0) for name, n in right.items()},
+        ),
+    ]
+    strange = f"Counts are whole numbers; you have {got!r}."
+    need(not any(isinstance(n, str) for n in got.values()), strange)
+    try:
+        values = {name: float(n) for name, n in got.items()}
+    except (TypeError, ValueError) as error:
+        raise Wrong(strange) from error
+    if values == right:
+        return
+    if all(math.isclose(values[n], right[n], abs_tol=1e-3) for n in right):
+        raise Wrong("Nearly: round to whole numbers, and to the nearest (int cuts).")
+    for message, wrong in slips:
+        if values == wrong and wrong != right:
+            raise Wrong(message)
+    raise Wrong(f"You find {got}; it is {right}. Small remainders are rounding.")
