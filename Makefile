@@ -85,7 +85,7 @@ bench: $(READY)
 # Every recorded result that depends on the base: after a new one. Hours; each script goes on where it was stopped.
 results: $(READY)
 	for script in gates spread base_card e2e_nlg chapter01 chapter02 chapter03 chapter04 chapter05 chapter06 chapter07 chapter08 \
-		chapter10 chapter11 chapter12 chapter13 chapter14 chapter16; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+		chapter10 chapter11 chapter12 chapter13 chapter14 chapter15 chapter16; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf .venv .venv-latest book/_build build dist *.egg-info .pytest_cache .hypothesis

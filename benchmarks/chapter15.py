@@ -8,16 +8,15 @@ merging      every combination type, its one weight found on 24 examples
 negation     one skill subtracted, from the base and from a LoRA that has all three
 in a row     the three skills one after the other: in one adapter, and stacked
 the mix      what learns from all three at once: one LoRA with as many parameters as
-             the three together, from all training examples in as many steps, or from
-             24 examples; and a fusion of three bottleneck adapters, each as large as
-             one of the LoRAs, from the same 24 examples
+             the three together, from all training examples in the steps of one of
+             them, or from 24 examples; and a fusion of three bottleneck adapters, each
+             as large as one of the LoRAs, from the same 24 examples
 
 What learns from 24 examples has the best rate of three, by the validation loss of the
 first seed after half of the steps ("trial"); the others have the rates that earlier
 chapters found. The file is written as the runs come in; those in it are not run again.
 """
 
-import argparse
 import itertools
 import os
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import torch
 from chapter02 import town_text
-from common import RESULTS, facts, finite, found, right_answers, sweep, weights
+from common import arguments, facts, finite, found, right_answers, sweep, weights
 
 from minipeft import (
     BottleneckConfig,
@@ -358,26 +357,21 @@ def stages():
     yield trained(EXPERTS, LORA_RATE, STEPS), True
     yield untrained([f"merge {kind}" for kind in MERGES]), True
     yield untrained([f"apart {kind}" for kind in ("linear", "cat", "ties_svd")]), True
-    yield trained(["one adapter", "stacked"], LORA_RATE, STEPS), True
+    yield untrained(["searched cat", "minus voice"]), True
     yield trials(LARGE, FEW_RATES, FEW_STEPS // 2, FEW), False
     yield at_best_rate(LARGE, FEW_STEPS, FEW), True
-    yield untrained(["searched cat", "minus voice"]), True
-    yield trained([LARGE], LORA_RATE, 3 * STEPS), True
+    yield trained(["one adapter", "stacked"], LORA_RATE, STEPS), False
+    yield trained([LARGE], LORA_RATE, STEPS), True
     yield untrained(["all three minus voice"]), True
+    yield trained(["one adapter", "stacked"], LORA_RATE, STEPS), True
     yield trained(BOTTLENECKS, BOTTLENECK_RATE, STEPS), True
     yield trials("fusion", FUSION_RATES, FEW_STEPS // 2, FEW), False
     yield at_best_rate("fusion", FEW_STEPS, FEW), True
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, each with one thread"
-    )
+    parser = arguments(__doc__, "chapter15")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--out", type=Path, default=RESULTS / "chapter15.json")
     given = parser.parse_args()
     record = facts() | {
         "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),

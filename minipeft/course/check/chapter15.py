@@ -146,8 +146,8 @@ def gradients_of_batch(got, shape, W, deltas, names, x):
     for (name, expected), gradient in zip(right.items(), found):
         need(
             same(gradient, expected),
-            f"The output is right, but the gradient of {whom[name]} is not: a part of the"
-            " way to it is cut (detach, no_grad).",
+            f"The output is right, but the gradient of {whom[name]} is not: a part of"
+            " the way to it is cut (detach, no_grad).",
         )
 
 
