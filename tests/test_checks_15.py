@@ -110,7 +110,7 @@ def test_serve_right_answers():
         ("update is in it twice", lambda b, u, n, x: 2 * by_place(b, u, n, x) - b(x)),
         ("base alone", lambda b, u, n, x: b(x)),
         ("are lost", lost_rows),
-        ("write into x", writes),
+        ("You changed `x` in place", writes),
         ("The base ran for", lambda b, u, n, x: masked(b, u, n, x) + 0 * b(x)),
         (
             "lost touch with x and the adapters",

@@ -50,7 +50,7 @@ def in_place(gradients, labels):
         ("sum of the means by all labels", lambda g, n: sum(g) / sum(n)),
         ("Only the first", lambda g, n: g[0]),
         ("most labels", lambda g, n: g[n.index(max(n))]),
-        ("You change the gradients", in_place),
+        ("You changed `gradients` in place", in_place),
         ("shape", lambda g, n: combined(g, n).sum()),
         ("should be a tensor", lambda g, n: combined(g, n).tolist()),
         ("is there a `return`", lambda g, n: None),

@@ -595,11 +595,6 @@ def judge_counts(got, right, change, now, adapters):
     unscaled = {name: B @ A for name, (A, B, s) in adapters.items()}
     slips = [
         (
-            "You look at each adapter alone. Adapters of one base overlap, and one"
-            " then shows in the other's place: ask for all together (least squares).",
-            alone(change),
-        ),
-        (
             "The scaling of the adapters is missing.",
             {n: round(v) for n, v in together(unscaled, change).items()},
         ),
@@ -624,6 +619,11 @@ def judge_counts(got, right, change, now, adapters):
         (
             "An adapter that was taken out once too often counts -1; you say 0.",
             {name: max(n, 0) for name, n in right.items()},
+        ),
+        (
+            "You look at each adapter alone. Adapters of one base overlap, and one"
+            " then shows in the other's place: ask for all together (least squares).",
+            alone(change),
         ),
     ]
     strange = f"Counts are whole numbers; you have {got!r}."

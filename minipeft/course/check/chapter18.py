@@ -76,6 +76,7 @@ def combined_gradient(function) -> None:
     "Every process has the sum, sent 2 (W − 1) / W of the buffer, and spoke to one"
     " neighbour only: what NCCL and gloo do.",
     "Each buffer is a flat tensor whose length is a multiple of W.",
+    in_place=True,
 )
 def ring_all_reduce(function) -> None:
     """function(buffers, send) -> list of W tensors, each the sum; send(source, target,
