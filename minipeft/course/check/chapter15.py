@@ -551,7 +551,7 @@ def gradients_of_mixture(slot, mixture, deltas, x):
 def who_is_in_it(function) -> None:
     """function(W_now, W_base, adapters) -> {name: whole number}."""
     for counts, alike in (
-        ((3, 0, 1), True),  # first what tells most slips apart
+        ((4, 0, 1), True),  # first what tells most slips apart
         ((1, 2, 0), False),
         ((0, 1, -1), False),
         ((0, 0, 0), True),
