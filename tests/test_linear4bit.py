@@ -661,3 +661,17 @@ def test_importing_it_greets_nobody():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("saved", ["mlp", "down_proj", "layers.1", "self_attn"])
+def test_a_quantised_module_cannot_be_saved_whole(saved):
+    """It has no floats to train: refused, and the model is as before."""
+    model = quantize_model(BASES["llama"].make())
+    before, names = run(model), [name for name, _ in model.named_modules()]
+    config = minipeft.LoraConfig(target_modules=["q_proj"], modules_to_save=[saved])
+    if saved != "down_proj":
+        config.target_modules = ["embed_tokens"]
+    with pytest.raises(minipeft.TargetError, match="is quantised"):
+        minipeft.get_peft_model(model, config)
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(run(model), before)

@@ -6,6 +6,7 @@ import copy
 from torch import nn
 
 from .. import targets
+from ..errors import TargetError
 from ..slot import Adapter
 
 
@@ -17,6 +18,13 @@ class ModuleCopy(Adapter):
 
     def __init__(self, module):
         super().__init__()
+        packed = [n for n, p in module.named_parameters() if not p.is_floating_point()]
+        if packed:
+            raise TargetError(
+                f"modules_to_save: {packed[0]} of this {type(module).__name__} is"
+                " quantised, so a copy of it cannot be trained. Leave it out of"
+                " quantisation, or put a LoRA on it"
+            )
         self.module = copy.deepcopy(module)
 
     def forward(self, base, *args, **kwargs):
