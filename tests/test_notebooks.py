@@ -122,6 +122,16 @@ def test_outputs_are_there_and_clean(chapter):
         )
 
 
+PLACEHOLDER = re.compile(r"\b[A-Z]+(?:_[A-Z]+){2,}\b|\bTODO\b|@@")
+
+
+def test_no_sentence_is_left_to_be_filled_in(chapter):
+    for cell in chapter.cells:
+        if cell.cell_type == "markdown":
+            prose = re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S)
+            assert not PLACEHOLDER.search(prose), cell.source
+
+
 def test_no_paths_of_a_machine(chapter):
     for cell in chapter.cells:
         for text in [cell.source] + [
