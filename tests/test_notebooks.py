@@ -369,9 +369,9 @@ def test_every_check_has_wrong_answers():
             for part in text.split("@pytest.mark.parametrize(")
             if re.search(rf"rejects\(\s*says,\s*check\.{name},", part)
         ]
-        assert len(tables) == 1, name
         # four, and the blank stub: each opens a bracket at the depth of the list
-        assert len(re.findall(r"^        \(", tables[0], re.M)) >= 5, name
+        answers = [len(re.findall(r"^        \(", table, re.M)) for table in tables]
+        assert max(answers, default=0) >= 5, name
 
 
 def test_practice_and_summary(chapter):
