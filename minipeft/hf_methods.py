@@ -77,7 +77,8 @@ class HFMethods(nn.Module):
     def __getattr__(self, name):
         if name in CHANGES_OF_EMBEDDINGS and hasattr(self.get_base_model(), name):
             return partial(self._change_embeddings, name)
-        return super().__getattr__(name)
+        # not super(): PEFT's own class, which may follow, would ask the base
+        return nn.Module.__getattr__(self, name)
 
 
 def _require_grad(module, args, output):
