@@ -201,14 +201,10 @@ def test_images_have_alternative_texts(chapter):
         picture.metadata.get("image/png", {}).get("alt", "")
         for picture in pictures(chapter.cells)
     ]
-    if not any(alts):
-        pytest.skip("executed before figures had alternative texts: make chapters")
     assert all(len(alt) > 20 for alt in alts), alts
 
 
 def test_laid_out(path, chapter):
-    if chapter.cells[1].metadata.get("minipeft", {}).get("role") != "install":
-        pytest.skip("executed before chapters were laid out: make chapters")
     again = copy.deepcopy(chapter)
     lay_out(again, path)
     words = f"python -m minipeft.course.layout chapters/{path.name}"
