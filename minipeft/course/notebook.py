@@ -58,7 +58,8 @@ def run(path) -> float:
     os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")
     path, start = Path(path), time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
-    if path.resolve().parent.name == "chapters" and path.name[:2].isdigit():
+    is_chapter = path.resolve().parent.name == "chapters" and path.name[:2].isdigit()
+    if is_chapter:
         lay_out(notebook, path.resolve())
     NotebookClient(
         notebook,
@@ -70,6 +71,8 @@ def run(path) -> float:
     ).execute()
     print_noise(notebook)
     clean(notebook)
+    if is_chapter:  # once more: whether a cell draws is seen in its outputs
+        lay_out(notebook, path.resolve())
     nbformat.validate(notebook)
     beside = path.with_suffix(".partial")
     nbformat.write(notebook, beside)
