@@ -106,6 +106,18 @@ def tune(base, mine, out, *more):
     ]
 
 
+def interrupt(monkeypatch, at):
+    """Ctrl-C when training asks for the batch of that step."""
+    batch = data.Batches.batch
+
+    def interrupted(self, step):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, step)
+
+    monkeypatch.setattr(data.Batches, "batch", interrupted)
+
+
 class TestFinetune:
     """Training, stopping, going on, and what is saved."""
 
@@ -193,14 +205,7 @@ class TestFinetune:
     ):
         straight, stopped = tmp_path / "straight", tmp_path / "stopped"
         assert run(capsys, *tune(base, mine, straight))[0] == 0
-        batch = data.Batches.batch
-
-        def interrupted(self, step):
-            if step == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-            return batch(self, step)
-
-        monkeypatch.setattr(data.Batches, "batch", interrupted)
+        interrupt(monkeypatch, at=5)
         code, out, err = run(capsys, *tune(base, mine, stopped, "--json"))
         assert (
             code == 130
@@ -436,14 +441,7 @@ class TestMethods:
         config = json.loads((whole / "adapter_config.json").read_text())
         ranks = [sum(kept) for kept in config["rank_pattern"].values()]
         assert sum(ranks) == config["target_r"] * len(ranks) < 10 * len(ranks)
-        batch = data.Batches.batch
-
-        def interrupted(self, step):
-            if step == 5:
-                os.kill(os.getpid(), signal.SIGINT)
-            return batch(self, step)
-
-        monkeypatch.setattr(data.Batches, "batch", interrupted)
+        interrupt(monkeypatch, at=5)
         assert run(capsys, *argv(parts))[0] == 130
         monkeypatch.undo()
         assert run(capsys, *argv(parts))[0] == 0

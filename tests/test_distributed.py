@@ -4,14 +4,13 @@ All cases run in one pair of processes, on the CPU with gloo. Each process takes
 every batch. The parent does the same alone with whole batches.
 """
 
-import datetime
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
 from tolerance import assert_within
+from two_processes import join
 
 from minipeft import (
     IA3Config,
@@ -104,14 +103,7 @@ def distribute(kind, model):
 
 def work(rank, folder):
     """One of the two processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
+    join(rank, folder, seconds=120)
     for kind, method in CASES:
         model = make(method)
         wrapped = distribute(kind, model)

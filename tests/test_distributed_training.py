@@ -4,7 +4,6 @@ writer, one sentence for an error, and the same bits after a stop.
 All cases of `train` run in one pair of processes, on the CPU with gloo.
 """
 
-import datetime
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
 from test_training import Letters, examples, tiny
+from two_processes import join
 
 from minipeft import get_peft_model
 from minipeft.cli import main
@@ -89,14 +89,7 @@ class InterruptOne:
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=240),
-    )
+    join(rank, folder)
     problems = {}
     for engine, name in CASES:
         model = make(name)

@@ -163,6 +163,15 @@ class TestNestedSlots:
             assert torch.equal(run(model), before) and model.merged_adapters == merged
 
 
+def in_threads(serve, threads=4):
+    """serve(i) in each of as many threads, at once."""
+    started = [threading.Thread(target=serve, args=(i,)) for i in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+
+
 class TestDisabled:
     def test_merging_is_refused(self):
         model = pair("two on one layer")
@@ -603,11 +612,7 @@ class TestThreads:
                 if not torch.equal(y, expected[i]):
                     wrong.append(i)
 
-        threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(serve)
         assert wrong == []
 
     @pytest.mark.parametrize("name", ["hf_llama", "llama"])
@@ -636,11 +641,7 @@ class TestThreads:
         with torch.no_grad():
             expected = [ask(i) for i in range(4)]
         wrong = []
-        threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(serve)
         assert wrong == []
 
     def test_a_call_that_fails_lets_the_next_thread_in(self):
