@@ -72,6 +72,7 @@ chapters: $(READY)
 # From the committed outputs: nothing is executed. What it needs comes on top of .venv.
 book: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement book/requirements.txt
+	rm -rf book/_build/html
 	$(BIN)/python book/gather.py book/_build/source
 	$(BIN)/python -m sphinx --quiet --builder html --conf-dir book book/_build/source book/_build/html
 	@echo "book/_build/html/index.html"
