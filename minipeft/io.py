@@ -175,6 +175,22 @@ def read_safetensors(path, error=FileError):
 # ---- writing -------------------------------------------------------------------------
 
 
+def is_first_process():
+    """True in the only process, or in the first of torch.distributed's: the one that
+    writes."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return True
+    return distributed.get_rank() == 0
+
+
+def whole(tensor):
+    """A tensor, gathered from all processes where FSDP has sharded it; every process
+    must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 @contextlib.contextmanager
 def replacing(path):
     """The path of a new file beside `path`; renamed to it when the block ends, removed

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import merging, saving, status, targets, weighted
+from . import io, merging, saving, status, targets, weighted
 from .adding import adding
 from .config import as_config
 from .errors import ConfigError, TargetError
@@ -405,7 +405,7 @@ class PeftModel(HFMethods):
                 " safetensors only"
             )
         if is_main_process is None:
-            is_main_process = saving.is_first_process()
+            is_main_process = io.is_first_process()
         initial = path_initial_model_for_weight_conversion
         names = self.peft_config if selected_adapters is None else selected_adapters
         for name in self._check_names(names):

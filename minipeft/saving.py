@@ -18,6 +18,7 @@ import torch
 from . import io, targets
 from .config import CONFIG, PeftConfig, as_config, resolve_folder
 from .errors import AdapterFileError, ConfigError
+from .io import whole
 from .methods.lora_conversion import as_lora
 from .methods.lora_init import changes_base
 from .model_card import CARD, model_card, updated_card
@@ -127,14 +128,6 @@ def save(folder, config, tensors):
         raise AdapterFileError(f"cannot write into {folder}: {error}") from None
 
 
-def is_first_process():
-    """True in the only process, or in the first of torch.distributed's."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return True
-    return distributed.get_rank() == 0
-
-
 def warn_of_changed_base(name, config):
     if changes_base(config):
         warnings.warn(
@@ -193,11 +186,6 @@ def file_content(model, name, initial=None, state_dict=None, embeddings="auto"):
             key = tensor_key(path, slotted + tensor_name)
             tensors.setdefault(key, whole(tensor))
     return config, tensors
-
-
-def whole(tensor):
-    """A tensor, gathered from all processes where FSDP has sharded it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def filled_copies(model, adapters, state_dict):

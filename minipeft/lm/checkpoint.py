@@ -13,9 +13,15 @@ from pathlib import Path
 import torch
 
 from ..errors import FileError
-from ..io import open_safetensors, parse_json, read_safetensors, write_safetensors
+from ..io import (
+    open_safetensors,
+    parse_json,
+    read_safetensors,
+    whole,
+    write_safetensors,
+)
 from ..quant.optimizers import load_uncast
-from .distributed import is_first, like, my_row, stacked, whole
+from .distributed import is_first, like, my_row, stacked
 
 
 def trained_tensors(model):

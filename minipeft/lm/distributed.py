@@ -19,6 +19,9 @@ import os
 import torch
 import torch.distributed as dist
 
+# the one process that prints and writes
+from ..io import is_first_process as is_first
+
 store = None  # what the processes of torchrun share: a small key-value server
 
 
@@ -31,11 +34,6 @@ def processes():
 def rank():
     """This process's number, from 0."""
     return dist.get_rank() if processes() > 1 else 0
-
-
-def is_first():
-    """True for the one process that prints and writes."""
-    return rank() == 0
 
 
 # ---- processes -----------------------------------------------------------------------
@@ -191,11 +189,6 @@ def is_part(tensor):
 def local(tensor):
     """What this process holds of a tensor."""
     return tensor.to_local() if is_part(tensor) else tensor
-
-
-def whole(tensor):
-    """The whole of a sharded tensor; every process must call it."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def like(tensor, other):

@@ -19,10 +19,11 @@ from ..io import (
     open_safetensors,
     read_json,
     replacing,
+    whole,
     write_safetensors,
 )
 from ..quant.linear4bit import BitsAndBytesConfig, Linear4bit, is_4bit
-from .distributed import is_first, whole
+from .distributed import is_first
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..io import check_choice, check_file, check_number, locked, remove_parts
+from ..io import check_choice, check_file, check_number, locked, remove_parts, whole
 from ..quant import AdamW8bit, PagedAdamW
 from . import distributed
 from .checkpoint import load_checkpoint, read_metadata, save_checkpoint, trained_tensors
@@ -512,7 +512,7 @@ class Run:
         loss = accumulate_grads(self.parallel, batches, self.settings["bf16"])
         clip = self.settings["clip"] or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.params, clip)
-        norm = distributed.whole(norm).item()
+        norm = whole(norm).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             return False
         self.optimizer.step()
