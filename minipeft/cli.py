@@ -651,7 +651,7 @@ def student(args):
     from .course.student import write_all
 
     free_folder(args.out)
-    made = write_all(chapters(args), args.out, args.nbgrader, args.force)
+    made = write_all(chapters(args), args.out, args.nbgrader, args.force, args.variant)
     print(*made, sep="\n")
     if args.nbgrader:
         print(f"now: cd {args.out} && nbgrader generate_assignment {made[0].stem}")

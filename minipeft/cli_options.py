@@ -437,6 +437,14 @@ def add_student(commands):
     student.add_argument(
         "--force", action="store_true", help="replace editions that are there already"
     )
+    student.add_argument(
+        "--variant",
+        type=number(int, least=0),
+        default=0,
+        metavar="N",
+        help="the class that it is for: classes 0, 1, 2 … get other numbers and other"
+        " faults in exercises that have variants (default: 0, as in the chapters)",
+    )
 
 
 def add_doctor(commands):

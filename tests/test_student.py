@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 from minipeft.cli import main
-from minipeft.course import layout
+from minipeft.course import layout, variants
 from minipeft.course.student import (
     StudentError,
     exercises,
@@ -141,17 +141,10 @@ class TestStudentsEdition:
         """The stubs of the student's edition are refused, the solutions in their place
         accepted."""
         full = read(path)
-        scope, mine = {}, exercises(student_edition(full))
+        scope = {}
         exec(imports_of(full).source, scope)
-        for name, cells in exercises(full).items():
-            call = re.search(r"check\.\w+\(.*\)", mine[name]["check"].source)[0]
-            for source, right in (
-                (mine[name]["stub"].source, False),
-                (SOLUTION.search(cells["solution"].source)[1], True),
-            ):
-                exec(source, scope)
-                verdict = eval(call, scope)
-                assert bool(verdict) == right, (name, str(verdict))
+        for number in range(variants.how_many(full)):
+            check_exercises(variants.of_class(full, number), scope)
 
     def test_stubs_say_what_to_do_when_they_are_called(self):
         stub = exercises(student_edition(read(LORA)))["lora_delta"]["stub"].source
@@ -162,6 +155,86 @@ class TestStudentsEdition:
             match="Exercise 1: the update. Write your answer here, then run the check",
         ):
             scope["lora_delta"](1, 2, 3, 4)
+
+
+def check_exercises(full, scope):
+    mine = exercises(student_edition(full))
+    for name, cells in exercises(full).items():
+        call = re.search(r"check\.\w+\(.*\)", mine[name]["check"].source)[0]
+        for source, right in (
+            (mine[name]["stub"].source, False),
+            (SOLUTION.search(cells["solution"].source)[1], True),
+        ):
+            exec(source, scope)
+            verdict = eval(call, scope)
+            assert bool(verdict) == right, (name, str(verdict))
+
+
+ASKED = "Give BA, not B, of 17171 rows."
+
+
+def with_variants(*listed):
+    """A change of a chapter: its first exercise has these variants."""
+
+    def change(cells, notebook):
+        question = next(iter(cells.values()))["question"]
+        question.source += f" {ASKED}"
+        question.metadata["minipeft"]["variants"] = list(listed)
+
+    return change
+
+
+class TestVariants:
+    """Two classes do not share their answers."""
+
+    @pytest.fixture
+    def varied(self, chapter, tmp_path):
+        change = with_variants({"BA": "AB", "B, of": "C, of"}, {"17171": "31313"})
+        return changed(chapter, tmp_path, change)
+
+    def test_classes_take_them_in_turn(self, varied, tmp_path):
+        def handed(number):
+            made = read(write(varied, tmp_path / str(number), variant=number))
+            return [cell.source for cell in made.cells]
+
+        plain, first, second, third = map(handed, range(4))
+        assert plain == third
+        assert second == [text.replace("17171", "31313") for text in plain]
+        assert ASKED in "".join(plain)
+        assert "Give AB, not C, of 17171 rows." in "".join(first)
+
+    @pytest.mark.parametrize("nbgrader", (False, True))
+    def test_other_classes_are_not_told(self, varied, tmp_path, nbgrader):
+        made = write(varied, tmp_path / "out", nbgrader=nbgrader, variant=1)
+        assert "variants" not in made.read_text(encoding="utf-8")
+        assert "31313 rows" not in made.read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("variant", "message"),
+        (
+            ({"no such text": "x"}, "replaces 'no such text', which stands in none"),
+            ({}, "must be a list of"),
+            ({"BA": 3}, "must be a list of"),
+            ({"": "x"}, "must be a list of"),
+            ("BA", "must be a list of"),
+        ),
+    )
+    def test_one_that_cannot_be_made_is_refused(
+        self, chapter, tmp_path, variant, message
+    ):
+        path = changed(chapter, tmp_path, with_variants(variant))
+        with pytest.raises(StudentError, match=message):
+            write(path, tmp_path / "out", variant=1)
+        assert not (tmp_path / "out").exists()
+
+    def test_by_the_command(self, varied, tmp_path, capsys):
+        out = tmp_path / "class"
+        argv = ["student", str(varied), "--out", str(out), "--variant", "2"]
+        assert main(argv) == 0
+        assert "31313 rows" in (out / varied.name).read_text(encoding="utf-8")
+        with pytest.raises(SystemExit):
+            main([*argv[:-1], "-1"])
+        assert "--variant" in capsys.readouterr().err
 
 
 class TestWriting:

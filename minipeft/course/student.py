@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 
 from ..io import brief, read_text, write_text
+from . import variants
 
 ROLES = ("question", "stub", "check", "hint", "solution")
 NEEDED = {"question", "stub", "check", "solution"}
@@ -170,6 +171,8 @@ def merged(notebook):
                 f"a solution stands outside an exercise's cell for it, in the cell"
                 f" {cell.source[:80]!r}"
             )
+        if part(cell)[0]:
+            cell.metadata["minipeft"].pop("variants", None)  # other classes' exercises
         if part(cell)[1] == "stub":
             cell.source = answers[part(cell)[0]]
     for cell in notebook.cells:
@@ -266,11 +269,14 @@ class Edition:
     target: Path
 
 
-def prepare(path, out, nbgrader=False, force=False) -> Edition:
+def prepare(path, out, nbgrader=False, force=False, variant=0) -> Edition:
     """Make one chapter's edition without writing anything. StudentError: it cannot be
     made, or the target exists, maybe with somebody's work in it."""
     path, out = Path(path), Path(out)
-    notebook = read_chapter(path)
+    try:
+        notebook = variants.of_class(read_chapter(path), variant)
+    except variants.VariantError as error:
+        raise StudentError(f"{path}: {error}") from None
     folder = out / "source" / path.stem if nbgrader else out
     target = folder / path.name
     if target.exists() and target.samefile(path):
@@ -290,10 +296,10 @@ def prepare(path, out, nbgrader=False, force=False) -> Edition:
     return Edition(edition, path, target)
 
 
-def write_all(paths, out, nbgrader=False, force=False) -> list:
+def write_all(paths, out, nbgrader=False, force=False, variant=0) -> list:
     """Write editions of chapters, all or, on a StudentError, none; returns their
-    paths."""
-    editions = [prepare(path, out, nbgrader, force) for path in paths]
+    paths. variant: the class they are for (variants.of_class)."""
+    editions = [prepare(path, out, nbgrader, force, variant) for path in paths]
     targets = [edition.target for edition in editions]
     if twice := [target for target in targets if targets.count(target) > 1]:
         raise StudentError(f"two chapters would become {twice[0]}")
@@ -307,9 +313,9 @@ def write_all(paths, out, nbgrader=False, force=False) -> list:
     return targets
 
 
-def write(path, out, nbgrader=False, force=False) -> Path:
+def write(path, out, nbgrader=False, force=False, variant=0) -> Path:
     """Write one chapter's edition; returns its path."""
-    return write_all([path], out, nbgrader, force)[0]
+    return write_all([path], out, nbgrader, force, variant)[0]
 
 
 def repository(folder: Path) -> Path:
