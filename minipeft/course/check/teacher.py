@@ -42,13 +42,13 @@ def checks(praise: str, shapes: str = "", in_place: bool = False):
 
     def decorate(function):
         @functools.wraps(function)
-        def check(*answers) -> Verdict:
+        def check(*answers, **numbers) -> Verdict:
             global watch
             watch = Watch()
             answers = [watch.wrap(answer, in_place) for answer in answers]
             try:
                 with guarded(function.__name__, sandbox.LIMIT) as guard:
-                    message = failure(function, answers, shapes, guard)
+                    message = failure(function, answers, numbers, shapes, guard)
             except TooLong:  # it came between two lines of the check itself
                 message = too_long()
             if guard.changed:
@@ -60,11 +60,11 @@ def checks(praise: str, shapes: str = "", in_place: bool = False):
     return decorate
 
 
-def failure(function, answers, shapes: str, guard) -> str:
+def failure(function, answers, numbers: dict, shapes: str, guard) -> str:
     """What is wrong with the answers, or nothing; no error leaves, but the user's own
-    interrupt does."""
+    interrupt does. numbers: what differs between the variants of an exercise."""
     try:
-        function(*answers)
+        function(*answers, **numbers)
     except Wrong as wrong:
         return str(wrong)
     except NotImplementedError:
