@@ -2,13 +2,25 @@
 mistake in what is plausibly wrong."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from judging import accepts, judge, rejects
 from torch import nn
 
-from minipeft.course import check
+from minipeft import LayerConfig, LinearDelta, LoraConfig
+from minipeft.course import check, compare
+from minipeft.course.check import practice
+from minipeft.course.check.sandbox import Wrong
+from minipeft.weights import linear_features
+
+
+def stub(*args):
+    raise NotImplementedError
+
 
 # --------------------------------------------------------------------------- lora_delta
 
@@ -291,270 +303,320 @@ def test_lora_layer_mistakes(says, answer):
     rejects(says, check.lora_layer, answer)
 
 
-# ------------------------------------------------------------------------------ merging
+# ------------------------------------------------------------------- predict_first_step
 
 
-@torch.no_grad()
-def merge(layer):
-    if not layer.merged:
-        layer.linear.weight += layer.alpha / layer.r * layer.B @ layer.A
-        layer.merged = True
+def steps(factor=3):
+    """The right predictions."""
+    n = f"{factor:g}"
+    return {
+        f"SGD, s × {n}": factor**2,
+        f"Adam, s × {n}": factor,
+        f"Adam, s and lr / {n}": 1,
+        f"SGD, A × {n}": factor**2,
+        f"Adam, A × {n}": factor,
+        f"SGD, loss × {n}": factor,
+        f"Adam, loss × {n}": 1,
+    }
 
 
-@torch.no_grad()
-def unmerge(layer):
-    if layer.merged:
-        layer.linear.weight -= layer.alpha / layer.r * layer.B @ layer.A
-        layer.merged = False
-
-
-def merge_with(weight=None, then=lambda layer: None, once=True, flag=True):
-    @torch.no_grad()
-    def wrong(layer):
-        if not (once and layer.merged):
-            update = (
-                layer.alpha / layer.r * layer.B @ layer.A
-                if weight is None
-                else weight(layer)
-            )
-            layer.linear.weight += update
-            then(layer)
-            layer.merged = flag
-
-    return wrong
-
-
-def with_graph(layer):
-    layer.linear.weight.add_(layer.alpha / layer.r * layer.B @ layer.A)
-    layer.merged = True
-
-
-def with_graph_and_assignment(layer):
-    layer.linear.weight += layer.alpha / layer.r * layer.B @ layer.A
-    layer.merged = True
-
-
-def replaces(layer):
-    layer.linear.weight = (
-        layer.linear.weight + layer.alpha / layer.r * layer.B @ layer.A
-    )
-
-
-@torch.no_grad()
-def scales_B_first(layer):
-    layer.B *= layer.alpha / layer.r
-    layer.linear.weight += layer.alpha / layer.r * layer.B @ layer.A
-    layer.merged = True
-
-
-@torch.no_grad()
-def adds_again(layer):
-    if layer.merged:
-        layer.linear.weight += layer.alpha / layer.r * layer.B @ layer.A
-        layer.merged = False
-
-
-@torch.no_grad()
-def always_subtracts(layer):
-    layer.linear.weight -= layer.alpha / layer.r * layer.B @ layer.A
-    layer.merged = False
-
-
-@torch.no_grad()
-def keeps_the_flag(layer):
-    if layer.merged:
-        layer.linear.weight -= layer.alpha / layer.r * layer.B @ layer.A
-
-
-def stub(*arguments):
-    raise NotImplementedError
-
-
-def test_merging_solution():
-    accepts(check.merging, merge, unmerge)
-
-
-@pytest.mark.parametrize(
-    "says, answers",
-    [
-        (
-            "folded in twice",
-            (merge_with(lambda s: (s.alpha / s.r) ** 2 * s.B @ s.A), unmerge),
-        ),
-        ("forget to divide by r", (merge_with(lambda s: s.alpha * s.B @ s.A), unmerge)),
-        ("alpha / r is missing", (merge_with(lambda s: s.B @ s.A), unmerge)),
-        ("scale counts twice", (scales_B_first, unmerge)),
-        (
-            "bias would count twice",
-            (merge_with(then=lambda s: s.linear.bias.mul_(2)), unmerge),
-        ),
-        ("forward adds the update a second time", (merge_with(flag=False), unmerge)),
-        ("Called a second time", (merge_with(once=False), unmerge)),
-        ("by the graph", (with_graph, unmerge)),
-        ("do it under torch.no_grad()", (with_graph_and_assignment, unmerge)),
-        ("in place, under torch.no_grad()", (replaces, unmerge)),
-        ("in this order", (merge_with(lambda s: s.alpha / s.r * s.A @ s.B), unmerge)),
-        ("has not changed", (merge_with(lambda s: 0.0), unmerge)),
-        (
-            "add it to the old weight",
-            (
-                merge_with(lambda s: s.alpha / s.r * s.B @ s.A - s.linear.weight),
-                unmerge,
-            ),
-        ),
-        ("has to subtract", (merge, adds_again)),
-        ("leaves the merged weight", (merge, lambda layer: None)),
-        ("must do nothing", (merge, always_subtracts)),
-        ("set layer.merged to False", (merge, keeps_the_flag)),
-        ("nothing here yet", (stub, stub)),
-        ("nothing here yet", (merge, stub)),
-    ],
-)
-def test_merging_mistakes(says, answers):
-    rejects(says, check.merging, *answers)
-
-
-# --------------------------------------------------------------------- count_parameters
-
-
-def test_count_solution():
-    accepts(
-        check.count_parameters,
-        lambda shapes, layers, r, targets: (
-            layers * r * sum(sum(shapes[name]) for name in targets)
-        ),
-    )
+@pytest.mark.parametrize("factor", [2, 3, 5])
+def test_first_steps_right_answers(factor):
+    judged = partial(check.predict_first_step, factor=factor)
+    accepts(judged, steps(factor))
+    accepts(judged, {case: np.float32(v) for case, v in steps(factor).items()})
+    accepts(judged, {case: torch.tensor(float(v)) for case, v in steps(factor).items()})
+    accepts(judged, dict(reversed(steps(factor).items())))
+    rejects("Think of this", judged, dict.fromkeys(steps(factor), 1.0))
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
-        (
-            "only the targets",
-            lambda shapes, layers, r, targets: (
-                layers * r * sum(sum(shape) for shape in shapes.values())
-            ),
-        ),
-        (
-            "one layer",
-            lambda shapes, layers, r, targets: (
-                r * sum(sum(shapes[name]) for name in targets)
-            ),
-        ),
-        (
-            "rank is missing",
-            lambda shapes, layers, r, targets: (
-                layers * sum(sum(shapes[name]) for name in targets)
-            ),
-        ),
-        (
-            "counts A alone",
-            lambda shapes, layers, r, targets: (
-                layers * r * sum(shapes[name][1] for name in targets)
-            ),
-        ),
-        (
-            "counts B alone",
-            lambda shapes, layers, r, targets: (
-                layers * r * sum(shapes[name][0] for name in targets)
-            ),
-        ),
-        (
-            "grouped queries",
-            lambda shapes, layers, r, targets: (
-                layers * r * sum(2 * shapes[name][1] for name in targets)
-            ),
-        ),
-        (
-            "2 · r · d_out",
-            lambda shapes, layers, r, targets: (
-                layers * r * sum(2 * shapes[name][0] for name in targets)
-            ),
-        ),
-        (
-            "sizes add",
-            lambda shapes, layers, r, targets: (
-                layers * r * sum(math.prod(shapes[name]) for name in targets)
-            ),
-        ),
-        (
-            "frozen weights",
-            lambda shapes, layers, r, targets: (
-                layers * sum(math.prod(shapes[n]) + r * sum(shapes[n]) for n in targets)
-            ),
-        ),
-        (
-            "two thin factors",
-            lambda shapes, layers, r, targets: (
-                layers * sum(math.prod(shapes[name]) for name in targets)
-            ),
-        ),
-        ("I count", lambda shapes, layers, r, targets: 6_815_744),
-        ("is there a `return`", lambda shapes, layers, r, targets: None),
-        ("nothing here yet", stub),
+        ("'SGD, s × 3': you say 3, and the run gives 9", {"SGD, s × 3": 3}),
+        ("only the s before B A is left", {"Adam, s × 3": 9}),
+        ("only the s before B A is left", {"Adam, s × 3": 1}),
+        ("the smaller step of B loses", {"Adam, s and lr / 3": 3}),
+        ("contains A, and so does B A", {"SGD, A × 3": 3}),
+        ("the A in B A is left", {"Adam, A × 3": 1}),
+        ("that of the loss, once", {"SGD, loss × 3": 9}),
+        ("by its own size", {"Adam, loss × 3": 3}),
+        ("expected a number, found '9'", {"SGD, s × 3": "9"}),
+        ("expected a number", {"SGD, s × 3": float("nan")}),
+        ("write your prediction", {"SGD, s × 3": None}),
+        ("is not one of", {"SGD, s": 9}),
     ],
 )
-def test_count_mistakes(says, answer):
-    rejects(says, check.count_parameters, answer)
+def test_first_steps_mistakes(says, answer):
+    rejects(says, check.predict_first_step, steps() | answer)
 
 
-# ---------------------------------------------------------------------- first_gradients
+def test_first_steps_that_are_not_all_there():
+    some = {case: v for case, v in steps().items() if "loss" not in case}
+    rejects("no prediction for 'SGD, loss × 3'", check.predict_first_step, some)
+    rejects("as a dictionary", check.predict_first_step, list(steps().values()))
+    rejects("nothing here yet", check.predict_first_step, None)
 
 
-def gradients(x, g, A, B, alpha, r):
-    return alpha / r * B.T @ g.T @ x, alpha / r * g.T @ x @ A.T
+# -------------------------------------------------------------------------- choose_rank
 
 
-def changed(change):
-    return lambda x, g, A, B, alpha, r: change(
-        *gradients(x, g, A, B, alpha, r), alpha, r, x
-    )
+def mean(values):
+    return sum(values) / len(values)
 
 
-def test_gradients_solution():
-    accepts(check.first_gradients, gradients)
+def chosen(
+    runs, budget, key="valid_loss", join=mean, pick=min, judge=None, largest=False
+):
+    """The rule; each mistake below changes one of its parts."""
+    judge = judge or (lambda a, b: compare(a, b, loss=True).verdict != "behind")
+    found = {}
+    for run in runs:
+        if budget is None or run["parameters"] <= budget:
+            by_rate = found.setdefault(run["r"], {})
+            by_rate.setdefault(run["lr"], {})[run["seed"]] = run
+
+    def size(by_seed, key):
+        return join([run[key] for run in by_seed.values()])
+
+    own = {
+        r: pick(rates, key=lambda lr: size(rates[lr], key))
+        for r, rates in found.items()
+    }
+    shown = "valid_score" if "score" in key else "valid_loss"
+    losses = {
+        r: {seed: run[shown] for seed, run in found[r][own[r]].items()} for r in own
+    }
+    best = pick(losses, key=lambda r: mean(losses[r].values()))
+    good = [r for r in sorted(losses) if judge(losses[r], losses[best])]
+    r = good[-1] if largest else good[0]
+    return r, own[r]
 
 
-def test_gradients_oracle_is_autograd():
-    x, g, A, B = (
-        torch.randn(5, 7),
-        torch.randn(5, 9),
-        torch.randn(3, 7, requires_grad=True),
-        torch.randn(9, 3, requires_grad=True),
-    )
-    (4 / 3 * x @ A.T @ B.T * g).sum().backward()
-    for mine, autograd in zip(
-        gradients(x, g, A.detach(), B.detach(), 4, 3), (A.grad, B.grad)
-    ):
-        torch.testing.assert_close(mine, autograd)
+def in_order(runs, budget):
+    """With lists, sorted by seed."""
+    runs = sorted(runs, key=lambda run: run["seed"])
+    groups = {}
+    for run in runs:
+        if run["parameters"] <= budget:
+            groups.setdefault((run["r"], run["lr"]), []).append(run["valid_loss"])
+    own = {}
+    for key in sorted(groups):
+        if key[0] not in own or mean(groups[key]) < mean(groups[own[key[0]]]):
+            own[key[0]] = key
+    best = min(own.values(), key=lambda key: mean(groups[key]))
+    for r in sorted(own):
+        if compare(groups[own[r]], groups[best], loss=True).verdict != "behind":
+            return np.int64(r), np.float64(own[r][1])
+
+
+def for_scores(runs, budget, **changes):
+    ahead = {"judge": lambda a, b: compare(a, b).verdict != "behind"}
+    settings = {"key": "valid_score", "pick": max} | ahead | changes
+    return chosen(runs, budget, **settings)
+
+
+def test_choose_rank_right_answers():
+    accepts(check.choose_rank, chosen)
+    accepts(check.choose_rank, in_order)
+    accepts(check.choose_rank, lambda *given: list(chosen(*given)))
+    accepts(partial(check.choose_rank, metric="score"), for_scores)
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
+        ("by the test loss", lambda *g: chosen(*g, key="test_loss")),
+        ("one lucky seed is no reason", lambda *g: chosen(*g, join=min)),
+        ("the lowest is the best", lambda *g: chosen(*g, pick=max)),
         (
-            "lacks the scale",
-            changed(lambda a, b, alpha, r, x: (a * r / alpha, b * r / alpha)),
+            "lowest mean. A smaller one is not told apart",
+            lambda *g: chosen(*g, judge=lambda a, b: a is b),
         ),
-        ("scale is alpha", changed(lambda a, b, alpha, r, x: (a * r, b * r))),
         (
-            "scale twice",
-            changed(lambda a, b, alpha, r, x: (a * alpha / r, b * alpha / r)),
+            "compare the wrong way round",
+            lambda *g: chosen(*g, judge=lambda a, b: compare(a, b).verdict != "behind"),
         ),
-        ("swapped", changed(lambda a, b, alpha, r, x: (b, a))),
-        ("transposed", changed(lambda a, b, alpha, r, x: (a.T, b.T))),
-        (
-            "mean over the rows",
-            changed(lambda a, b, alpha, r, x: (a / len(x), b / len(x))),
-        ),
-        ("wrong sign", changed(lambda a, b, alpha, r, x: (-a, -b))),
-        ("grad_A is zero", changed(lambda a, b, alpha, r, x: (0 * a, b))),
-        ("two tensors", changed(lambda a, b, alpha, r, x: a)),
+        ("more than the budget", lambda runs, budget: chosen(runs, None)),
+        ("the smallest rank that is not behind", lambda *g: chosen(*g, largest=True)),
+        ("its own best rate", lambda *g: (chosen(*g)[0], 3e-4)),
+        ("There is no run with", lambda *g: chosen(*g)[::-1]),
+        ("Return two numbers", lambda *g: chosen(*g)[0]),
+        ("is there a `return`", lambda *g: None),
         ("nothing here yet", stub),
     ],
 )
-def test_gradient_mistakes(says, answer):
-    rejects(says, check.first_gradients, answer)
+def test_choose_rank_mistakes(says, answer):
+    rejects(says, check.choose_rank, answer)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("by the test score", lambda *g: for_scores(*g, key="test_score")),
+        ("highest score of any seed", lambda *g: for_scores(*g, join=max)),
+        ("the highest is the best", lambda *g: for_scores(*g, pick=min)),
+        ("highest mean", lambda *g: for_scores(*g, judge=lambda a, b: a is b)),
+        ("its own best rate", lambda *g: (for_scores(*g)[0], 3e-4)),
+    ],
+)
+def test_choose_rank_by_scores(says, answer):
+    rejects(says, partial(check.choose_rank, metric="score"), answer)
+
+
+# ------------------------------------------------------------------------------ my_lora
+
+
+class Own(LinearDelta):
+    """The solution; each mistake below changes one part of it."""
+
+    def __init__(self, d_in, d_out, r, alpha):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(r, d_in) / d_in**0.5)
+        self.B = nn.Parameter(torch.zeros(d_out, r))
+        self.scale = alpha / r
+        self.r = r
+        self.alpha = alpha
+        self.finish()
+
+    def finish(self):
+        pass
+
+    def delta(self, base):
+        return self.scale * self.B @ self.A
+
+    def update(self, base, x):
+        return self.scale * (x @ self.A.T) @ self.B.T
+
+
+class OwnByLinears(LinearDelta):
+    def __init__(self, d_in, d_out, r, alpha):
+        super().__init__()
+        self.A = nn.Linear(d_in, r, bias=False)
+        self.B = nn.Linear(r, d_out, bias=False)
+        nn.init.zeros_(self.B.weight)
+        self.scale = alpha / r
+
+    def delta(self, base):
+        return torch.einsum("or,ri->oi", self.scale * self.B.weight, self.A.weight)
+
+    def update(self, base, x):
+        return self.B(self.scale * self.A(x))
+
+
+def own(adapter=Own, **methods):
+    """A configuration whose adapters have these methods in the place of the right
+    ones."""
+    adapter = type("Changed", (adapter,), methods)
+
+    @dataclass(kw_only=True)
+    class Config(LayerConfig):
+        r: int = 8
+        alpha: float = 16
+
+        def create(self, base, path):
+            return adapter(*linear_features(base.module), self.r, self.alpha)
+
+    return Config
+
+
+class Dense(Own):
+    """`update` is left to LinearDelta, which forms the matrix."""
+
+    update = LinearDelta.update
+
+
+@dataclass(kw_only=True)
+class Forgetful(LayerConfig):
+    """Takes the fields, and does not use them."""
+
+    r: int = 8
+    alpha: float = 16
+
+    def create(self, base, path):
+        return Own(*linear_features(base.module), 3, 12)
+
+
+@dataclass(kw_only=True)
+class Swapped(LayerConfig):
+    r: int = 8
+    alpha: float = 16
+
+    def create(self, base, path):
+        return Own(*linear_features(base.module)[::-1], self.r, self.alpha)
+
+
+@dataclass(kw_only=True)
+class Blank(LayerConfig):
+    r: int = 8
+    alpha: float = 16
+
+    def create(self, base, path):
+        raise NotImplementedError
+
+
+def parameters(**made):
+    def finish(self):
+        for name, value in made.items():
+            setattr(self, name, nn.Parameter(value(self)))
+
+    return finish
+
+
+@pytest.mark.parametrize("answer", [own(), own(OwnByLinears)], ids=["plain", "linears"])
+def test_my_lora_right_answers(answer):
+    for verdict in judge(check.my_lora, answer, variants=2):
+        assert verdict, verdict
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("divide by r", own(finish=lambda s: setattr(s, "scale", s.alpha))),
+        ("alpha / r is missing", own(finish=lambda s: setattr(s, "scale", 1.0))),
+        ("rsLoRA", own(finish=lambda s: setattr(s, "scale", s.alpha / s.r**0.5))),
+        (
+            "update holds the base's output",
+            own(update=lambda s, b, x: b(x) + Own.update(s, b, x)),
+        ),
+        (
+            "never reaches the output",
+            own(update=lambda s, b, x: 0 * Own.update(s, b, x)),
+        ),
+        (
+            "no gradient reaches A",
+            own(update=lambda s, b, x: s.scale * x @ s.A.detach().T @ s.B.T),
+        ),
+        ("gradient of x", own(update=lambda s, b, x: Own.update(s, b, x.detach()))),
+        ("matrix of the weight's size is formed", own(Dense)),
+        (
+            "matrix of the weight's size is formed",
+            own(update=lambda s, b, x: x @ s.delta(b).T),
+        ),
+        ("delta lies on its side", own(delta=lambda s, b: Own.delta(s, b).T)),
+        ("alpha / r is missing", own(delta=lambda s, b: s.B @ s.A)),
+        ("both zero", own(finish=parameters(A=lambda s: torch.zeros_like(s.A)))),
+        ("B is random", own(finish=parameters(B=lambda s: torch.ones_like(s.B)))),
+        ("more than A and B", own(finish=parameters(bias=lambda s: torch.zeros(3)))),
+        ("A has the shape", Swapped),
+        ("A has the shape", Forgetful),
+        (
+            "should be a LinearDelta",
+            own(nn.Linear, __init__=lambda s, i, o, r, a: nn.Linear.__init__(s, i, o)),
+        ),
+        ("class itself", Own),
+        ("class itself", own()(target_modules=["up_proj"])),
+        ("nothing here yet", Blank),
+    ],
+)
+def test_my_lora_mistakes(says, answer):
+    verdict, *_ = judge(check.my_lora, answer, variants=1)
+    assert not verdict and says in verdict.message, verdict.message
+
+
+def test_a_method_that_does_not_learn_is_not_accepted():
+    with pytest.raises(Wrong, match="learns too little"):
+        practice.needs_to_learn(LoraConfig(target_modules=["q_proj"]), steps=3, lr=0.0)
 
 
 # -------------------------------------------------------------------------- six_million

@@ -1,20 +1,25 @@
-"""Chapter 04, LoRA: the update, the layer, merging, counting, the gradients, and a
-detective's question."""
+"""Chapter 04, LoRA: the update, a layer with faults, the first step predicted, a rank
+chosen, a detective's question, and LoRA as a method of one's own."""
 
 import copy
+import math
 import random
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ... import Base, LayerConfig, LinearDelta, get_peft_model
+from ..comparison import compare as told_apart
+from .practice import SEEDS, chains, needs_to_learn, numbers, small_gpt
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
-    "count_parameters",
-    "first_gradients",
+    "choose_rank",
     "lora_delta",
     "lora_layer",
-    "merging",
+    "my_lora",
+    "predict_first_step",
     "six_million",
 ]
 
@@ -328,107 +333,6 @@ def check_rate(layer_class, alpha) -> None:
         )
 
 
-class AdaptedLinear(nn.Module):
-    """What the merging exercise works on; the chapter's toy has the same attributes."""
-
-    def __init__(self, d_in, d_out, r, alpha):
-        super().__init__()
-        self.linear = nn.Linear(d_in, d_out).double().requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, d_in, dtype=torch.float64))
-        self.B = nn.Parameter(torch.randn(d_out, r, dtype=torch.float64))
-        self.r, self.alpha, self.merged = r, alpha, False
-
-    def forward(self, x):
-        y = self.linear(x)
-        return y if self.merged else y + self.alpha / self.r * x @ self.A.T @ self.B.T
-
-
-@checks(
-    "Merged = unmerged, twice is once, the bias is untouched, and unmerging brings the"
-    " old weight back.",
-    SHAPES,
-)
-def merging(merge, unmerge) -> None:
-    """merge(layer) and unmerge(layer), in place, on a layer with .linear, .A, .B,
-    .alpha, .r and .merged."""
-    r, d_in, d_out, alpha = draw()
-    layer = AdaptedLinear(d_in, d_out, r, alpha)
-    x = torch.randn(6, d_in, dtype=torch.float64)
-    weight, bias, A, B = (
-        t.detach().clone()
-        for t in (layer.linear.weight, layer.linear.bias, layer.A, layer.B)
-    )
-    output, product = layer(x).detach(), B @ A
-    right = weight + alpha / r * product
-    merge(layer)
-    got = layer.linear.weight
-    need(
-        isinstance(got, nn.Parameter) and not got.requires_grad and got.grad_fn is None,
-        "Your merged weight still hangs on A and B by the graph: merge under"
-        " torch.no_grad(), in place.",
-    )
-    need(
-        same(layer.A, A) and same(layer.B, B),
-        "Merging changed A or B (is a scale folded into them?): then nobody can"
-        " unmerge, and the scale counts twice. Leave them as they are.",
-    )
-    need(
-        layer.linear.bias is not None and same(layer.linear.bias, bias),
-        "You changed the bias. LoRA's update has none: so the base's bias would count"
-        " twice.",
-    )
-    mistakes = {
-        message: weight + wrong
-        for message, wrong in wrong_scales(product, alpha, r).items()
-    }
-    mistakes |= {
-        "merge has not changed layer.linear.weight.": weight,
-        "You replaced the weight by the update: add it to the old weight.": (
-            alpha / r * product
-        ),
-    }
-    compare(got.detach(), right, mistakes, "The merged weight")
-    need(
-        layer.merged is True,
-        "The weight is right, but layer.merged is still False: so forward adds the"
-        " update a second time.",
-    )
-    need(
-        same(layer(x), output),
-        "The merged layer gives another output than the unmerged one.",
-    )
-    merge(layer)
-    need(
-        same(layer.linear.weight, right),
-        "Called a second time, merge adds the update again: look at layer.merged"
-        " first.",
-    )
-    unmerge(layer)
-    need(
-        not same(layer.linear.weight, right + alpha / r * product),
-        "unmerge adds the update again: it has to subtract it.",
-    )
-    need(
-        not same(layer.linear.weight, right),
-        "unmerge leaves the merged weight as it is.",
-    )
-    need(
-        same(layer.linear.weight, weight),
-        "unmerge does not bring the old weight back: subtract exactly what merge"
-        " added.",
-    )
-    need(
-        layer.merged is False,
-        "unmerge must set layer.merged to False: now forward would leave the update"
-        " out.",
-    )
-    unmerge(layer)
-    need(
-        same(layer.linear.weight, weight),
-        "Called on a layer that is not merged, unmerge must do nothing.",
-    )
-
-
 LLAMA3_8B = {
     "q_proj": (4096, 4096),
     "k_proj": (1024, 4096),
@@ -439,129 +343,6 @@ LLAMA3_8B = {
     "up_proj": (14336, 4096),
     "down_proj": (4096, 14336),
 }
-
-
-@checks("The count is right, for Llama-3-8B too.")
-def count_parameters(function) -> None:
-    """function(shapes, layers, r, targets) -> int; shapes: {"q_proj": (d_out, d_in),
-    ...} of one layer."""
-    d, f = random.randint(40, 90), random.randint(100, 190)
-    small = {
-        "q_proj": (d, d),
-        "k_proj": (d // 4, d),
-        "v_proj": (d // 4, d),
-        "o_proj": (d, d),
-        "up_proj": (f, d),
-        "down_proj": (d, f),
-    }
-    for sizes, layers, r, targets in (
-        (small, 3, 5, ["q_proj", "v_proj"]),
-        (small, 7, 2, ["k_proj", "down_proj"]),
-        (LLAMA3_8B, 32, 16, ["q_proj", "k_proj", "v_proj", "o_proj"]),
-    ):
-        got, chosen = (
-            function(sizes, layers, r, targets),
-            [sizes[name] for name in targets],
-        )
-        need(
-            got is not None, "Your function gives None: is there a `return` at its end?"
-        )
-        right = layers * r * sum(o + i for o, i in chosen)
-        slips = {
-            "You count every linear layer: only the targets get an adapter.": (
-                layers * r * sum(o + i for o, i in sizes.values())
-            ),
-            "You count one layer of the model: there are `layers` of them.": (
-                r * sum(o + i for o, i in chosen)
-            ),
-            "The rank is missing: A has r rows and B has r columns.": (
-                layers * sum(o + i for o, i in chosen)
-            ),
-            "That counts A alone: B has d_out · r numbers more.": (
-                layers * r * sum(i for o, i in chosen)
-            ),
-            "That counts B alone: A has r · d_in numbers more.": (
-                layers * r * sum(o for o, i in chosen)
-            ),
-            "That is 2 · r · d_in for each target, right only for square matrices."
-            " With grouped queries k_proj and v_proj are narrower, and the MLP is"
-            " wider: r (d_in + d_out).": (layers * r * sum(2 * i for o, i in chosen)),
-            "That is 2 · r · d_out for each target, right only for square matrices: r"
-            " (d_in + d_out).": (layers * r * sum(2 * o for o, i in chosen)),
-            "You count the frozen weights, d_in · d_out, with the adapters.": (
-                layers * sum(o * i + r * (o + i) for o, i in chosen)
-            ),
-            "That is r · d_in · d_out. A and B stand beside each other, their sizes"
-            " add: r (d_in + d_out).": (layers * r * sum(o * i for o, i in chosen)),
-            "You count B A, which has d_in · d_out numbers; what is trained and kept"
-            " are its two thin factors.": (layers * sum(o * i for o, i in chosen)),
-        }
-        if got != right:
-            raise Wrong(
-                next(
-                    (message for message, wrong in slips.items() if got == wrong),
-                    f"For {len(targets)} targets in {layers} layers at r = {r} you get"
-                    f" {got:,}; I count {right:,}.",
-                )
-            )
-
-
-@checks(
-    "These are the gradients that autograd finds. Look at grad_A: it contains B, so at"
-    " the first step it is zero.",
-    "A gradient has the shape of its parameter: grad_A (r, d_in), grad_B (d_out, r)."
-    " Let that tell you the order.",
-)
-def first_gradients(function) -> None:
-    """function(x, grad_y, A, B, alpha, r) -> (grad_A, grad_B); x (n, d_in), grad_y (n,
-    d_out) = dLoss/dy."""
-    for at_zero in (False, True):
-        r, d_in, d_out, alpha = draw()
-        n, s = random.randint(18, 24), alpha / r
-        x, g = (
-            torch.randn(n, d_in, dtype=torch.float64),
-            torch.randn(n, d_out, dtype=torch.float64),
-        )
-        A = torch.randn(r, d_in, dtype=torch.float64)
-        B = torch.randn(d_out, r, dtype=torch.float64) * (not at_zero)
-        got = function(x, g, A, B, alpha, r)
-        need(
-            isinstance(got, (tuple, list)) and len(got) == 2,
-            "Give me two tensors: return grad_A, grad_B.",
-        )
-        right_A, right_B = s * B.T @ g.T @ x, s * g.T @ x @ A.T  # (r, d_in), (d_out, r)
-        grad_A, grad_B = got
-        if isinstance(grad_A, torch.Tensor) and isinstance(grad_B, torch.Tensor):
-            pair = tuple(grad_A.shape), tuple(grad_B.shape)
-            need(
-                pair != ((d_out, r), (r, d_in)),
-                "The two are swapped: grad_A, of A's shape, comes first.",
-            )
-            need(
-                pair != ((d_in, r), (r, d_out)),
-                "Both gradients are transposed: a gradient has the shape of its"
-                " parameter.",
-            )
-        for name, other, gradient, right in (
-            ("grad_A", "B", grad_A, right_A),
-            ("grad_B", "A", grad_B, right_B),
-        ):
-            mistakes = {
-                f"{name} lacks the scale: alpha / r stands before B A, so it stands"
-                f" before the gradient.": right / s,
-                f"In {name} the scale is alpha: it should be alpha / r.": right * r,
-                f"{name} has the scale twice: it passes through alpha / r only once.": (
-                    right * s
-                ),
-                f"{name} is the mean over the rows: the loss adds them up, so sum.": (
-                    right / n
-                ),
-                f"{name} has the wrong sign: the step goes down the gradient, the"
-                f" gradient itself does not.": -right,
-                f"{name} is zero, though {other} is not: have you taken the first"
-                f" step's answer for every step?": (0 * right),
-            }
-            compare(gradient, right, mistakes if right.any() else {}, name)
 
 
 @checks(
@@ -617,3 +398,328 @@ def six_million(answer) -> None:
     need(
         len(found) > 1, "That is right, and it is one configuration: there is another."
     )
+
+
+# ---- the first step, predicted -------------------------------------------------------
+
+# {case: (optimizer, factors of s, A's start, the loss and the rate, why)}
+FIRST_STEPS = {
+    "SGD, s": ("SGD", (1, 0, 0, 0), "s scales B's gradient, and then B A"),
+    "Adam, s": (
+        "Adam",
+        (1, 0, 0, 0),
+        "Adam's first step of B has one length, lr, for"
+        " each entry; only the s before B A is left",
+    ),
+    "Adam, s and lr / {}": (
+        "Adam",
+        (1, 0, 0, -1),
+        "what s gains in B A, the smaller step of B loses",
+    ),
+    "SGD, A": ("SGD", (0, 1, 0, 0), "the gradient of B contains A, and so does B A"),
+    "Adam, A": (
+        "Adam",
+        (0, 1, 0, 0),
+        "the gradient's size is divided out; the A in B A is left",
+    ),
+    "SGD, loss": ("SGD", (0, 0, 1, 0), "the gradient of B is that of the loss, once"),
+    "Adam, loss": ("Adam", (0, 0, 1, 0), "Adam divides each gradient by its own size"),
+}
+
+
+def case_name(case: str, factor) -> str:
+    return case.format(f"{factor:g}") if "{}" in case else f"{case} × {factor:g}"
+
+
+def first_step(optimizer, s=1.0, a=1.0, loss=1.0, lr=1.0) -> float:
+    """The size of s B A after one step from B = 0."""
+    torch.manual_seed(5)
+    X, target = torch.randn(2, 30, 9, dtype=torch.float64)
+    A = nn.Parameter(a * torch.randn(4, 9, dtype=torch.float64))
+    B = nn.Parameter(torch.zeros(9, 4, dtype=torch.float64))
+    step = getattr(torch.optim, optimizer)([A, B], lr=1e-3 * lr)
+    (loss * (s * X @ A.T @ B.T - target).square().mean()).backward()
+    step.step()
+    return (s * B @ A).norm().item()
+
+
+@checks(
+    "All seven. Gradient descent counts a factor as often as it stands in the gradient"
+    " of B and in B A; Adam forgets those in the gradient."
+)
+def predict_first_step(predicted, factor=3) -> None:
+    """predicted: {case: how many times the first ΔW is longer}."""
+    cases = {case_name(case, factor): row for case, row in FIRST_STEPS.items()}
+    said = numbers(predicted, cases)
+    for case, (optimizer, powers, why) in cases.items():
+        changed = first_step(optimizer, *(float(factor) ** power for power in powers))
+        true = changed / first_step(optimizer)
+        need(
+            abs(said[case] - true) <= 0.02 * true,
+            f"{case!r}: you say {said[case]:.3g}, and the run gives {true:.3g}. Think"
+            f" of this: {why}.",
+        )
+
+
+# ---- a rank, chosen ------------------------------------------------------------------
+
+
+SPLITS = "valid", "test"
+
+
+def sweep_drawn(rng, kind):
+    """Runs of a sweep, in random order. Rank 8 is no better than rank 4, but for
+    luck; rank 64 is better, and too large; the test disagrees."""
+    rates = {2: 3e-2, 4: 1e-2, 8: 3e-3, 16: 1e-3, 64: 3e-4}
+    loss = {2: 0.40, 4: 0.30, 8: 0.295, 16: 0.31, 64: 0.20}
+    if kind == "rank counts":
+        loss |= {4: 0.34, 8: 0.22, 16: 0.215}
+    if kind == "all alike":
+        loss |= {2: 0.301}
+    runs = []
+    for r in loss:
+        for lr in (3e-2, 1e-2, 3e-3, 1e-3, 3e-4):
+            for seed in SEEDS:
+                away = abs(math.log10(lr / rates[r]))
+                noise = rng.uniform(-0.004, 0.004) + (0.004, -0.005, 0.001)[seed]
+                valid = loss[r] + 0.1 * away + noise + 0.002 * seed
+                # one lucky seed at a rate that is bad otherwise
+                if kind == "lucky" and r == 4 and lr == 3e-2:
+                    valid = (0.15, 0.55, 0.60)[seed]
+                test = 0.5 - valid / 2 + rng.uniform(-0.01, 0.01)
+                runs.append(
+                    {"r": r, "lr": lr, "seed": seed, "parameters": 1000 * r}
+                    | {"valid_loss": valid, "test_loss": test}
+                )
+    rng.shuffle(runs)
+    return runs
+
+
+def losses_of(runs, r, lr):
+    return {run["seed"]: run["valid_loss"] for run in runs if at(run, r, lr)}
+
+
+def at(run, r, lr):
+    return (run["r"], run["lr"]) == (r, lr)
+
+
+def rate_of(runs, r, key="valid_loss", join=None):
+    """The rate of rank r with the lowest loss, by default in the mean of the seeds."""
+    join = join or (lambda losses: sum(losses) / len(losses))
+    found = {}
+    for run in runs:
+        if run["r"] == r:
+            found.setdefault(run["lr"], []).append(run[key])
+    return min(found, key=lambda lr: join(found[lr]))
+
+
+def rank_by_rule(runs, budget, rate=rate_of, alike=None):
+    """The smallest rank within the budget that is not behind the best there."""
+    alike = alike or (lambda a, b: told_apart(a, b, loss=True).verdict != "behind")
+    ranks = sorted({run["r"] for run in runs if run["parameters"] <= budget})
+    losses = {r: losses_of(runs, r, rate(runs, r)) for r in ranks}
+    best = min(ranks, key=lambda r: sum(losses[r].values()))
+    r = next(r for r in ranks if alike(losses[r], losses[best]))
+    return r, rate(runs, r)
+
+
+@checks(
+    "Each rank at its own best rate, by validation and by all seeds; and no more rank"
+    " than the seeds can tell apart."
+)
+def choose_rank(function, metric="loss") -> None:
+    """function(runs, budget) -> (r, lr)."""
+    for number, kind in enumerate(("plain", "rank counts", "lucky", "all alike")):
+        runs = sweep_drawn(random.Random(number), kind)
+        for budget in (20_000, 16_000, 5_000):
+            got = function([shown(run, metric) for run in runs], budget)
+            judge_rank(got, runs, budget, metric)
+
+
+def shown(run, metric):
+    """The run as the learner gets it; metric "score": higher is better."""
+    if metric == "loss":
+        return dict(run)
+    scores = {f"{part}_score": 100 - 100 * run[f"{part}_loss"] for part in SPLITS}
+    return {key: run[key] for key in ("r", "lr", "seed", "parameters")} | scores
+
+
+def judge_rank(got, runs, budget, metric):
+    need(got is not None, "Your function gives None: is there a `return` at its end?")
+    need(
+        isinstance(got, (tuple, list)) and len(got) == 2,
+        f"Return two numbers, (r, lr); you return {got!r}.",
+    )
+    r, lr = got
+    right = rank_by_rule(runs, budget)
+    if (r, lr) == right:
+        return
+    need(
+        any(at(run, r, lr) for run in runs),
+        f"There is no run with r = {r!r} and lr = {lr!r}: return (r, lr).",
+    )
+    small = [run for run in runs if run["parameters"] <= budget]
+    need(
+        any(run["r"] == r for run in small),
+        f"r = {r} trains {1000 * r:,} parameters: more than the budget of {budget:,}.",
+    )
+
+    def by_test(runs, r):
+        return rate_of(runs, r, "test_loss")
+
+    def lucky(runs, r):
+        return rate_of(runs, r, join=min)
+
+    def largest(runs, r):
+        return rate_of(runs, r, join=lambda losses: -sum(losses))
+
+    def never(a, b):
+        return a == b
+
+    smallest = min(run["r"] for run in runs)
+    best = "lowest" if metric == "loss" else "highest"
+    slips = {
+        f"You choose by the test {metric}: then nothing is left that would judge the"
+        f" choice. The validation {metric} chooses.": [
+            rank_by_rule(runs, budget, by_test)
+        ],
+        f"You take the rate with the {best} {metric} of any seed: one lucky seed is no"
+        " reason. Take the mean over the seeds.": [
+            rank_by_rule(runs, budget, lucky),
+            rank_by_rule(runs, budget, lucky, never),
+        ],
+        f"You take the rate with the worst {metric}: the {best} is the best.": [
+            rank_by_rule(runs, budget, largest),
+            (smallest, largest(runs, smallest)),
+        ],
+        f"That is the rank with the {best} mean. A smaller one is not told apart from"
+        " it by `compare`: take the smallest that is not behind.": [
+            rank_by_rule(runs, budget, alike=never)
+        ],
+        "You compare the wrong way round: for losses lower is better, and"
+        " `compare(..., loss=True)` says so; for scores higher is.": [
+            rank_by_rule(
+                runs, budget, alike=lambda a, b: told_apart(a, b).verdict != "behind"
+            )
+        ],
+    }
+    for message, wrong in slips.items():
+        need((r, lr) not in wrong, message)
+    need(
+        r == right[0],
+        f"You choose r = {r}; the smallest rank that is not behind the best within the"
+        f" budget, each at its own rate, is {right[0]}. Are the runs paired by seed?",
+    )
+    raise Wrong(
+        f"r = {r} is right, but its own best rate, by the mean validation {metric}, is"
+        f" {right[1]:g}, not {lr:g}."
+    )
+
+
+# ---- LoRA as a method of one's own ---------------------------------------------------
+
+
+class LargestProduct(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(part, torch.Tensor):
+                self.entries = max(self.entries, part.numel())
+        return result
+
+
+@checks(
+    "Start, equation, both gradients and the merge are LoRA's, no dense matrix is"
+    " formed on the way, and it learns: trained on a small task with three seeds it is"
+    " ahead of the frozen base by the course's rule.",
+    SHAPES,
+)
+def my_lora(config_class) -> None:
+    """config_class(r=..., alpha=..., target_modules=[...]), a LayerConfig whose
+    adapters are LinearDeltas with the parameters A (r, d_in) and B (d_out, r)."""
+    need(
+        isinstance(config_class, type) and issubclass(config_class, LayerConfig),
+        "Give me the configuration's class itself, a subclass of LayerConfig.",
+    )
+    model = plugged_in(config_class, r=3, alpha=12, names=["up_proj", "down_proj"])
+    slots = [layer.mlp for layer in model.get_base_model().model.layers]
+    slots = [slot for mlp in slots for slot in (mlp.up_proj, mlp.down_proj)]
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    for slot in slots:
+        adapter = slot.adapters["default"]
+        need(
+            isinstance(adapter, LinearDelta),
+            f"create gives a {type(adapter).__name__}: the adapter should be a"
+            " LinearDelta, which makes forward and merging of your update.",
+        )
+        A, B = (matrix(adapter, name) for name in "AB")
+        d_out, d_in = slot.base_layer.weight.shape
+        check_shapes(A, B, 3, d_in, d_out)
+        check_start(A, B)
+        trained -= {id(A), id(B)}
+        more = [n for n, p in adapter.named_parameters() if p is not A and p is not B]
+        need(not more, f"The adapter has more than A and B: {', '.join(more)}.")
+    need(not trained, "Something else would train beside A and B.")
+    for slot in slots[:2]:
+        look_at_layer(slot, r=3, alpha=12)
+    slot = plugged_in(config_class, r=2, alpha=5, names=["up_proj"])
+    look_at_layer(slot.get_base_model().model.layers[0].mlp.up_proj, r=2, alpha=5)
+    look_at_merge(model)
+    config = config_class(r=4, alpha=8, target_modules=["q_proj", "up_proj"])
+    needs_to_learn(config)
+
+
+def plugged_in(config_class, r, alpha, names):
+    base = small_gpt(random.randrange(10**6))
+    return get_peft_model(base, config_class(r=r, alpha=alpha, target_modules=names))
+
+
+def look_at_layer(slot, r, alpha):
+    adapter = slot.adapters["default"].double()
+    slot.base_layer.double()
+    A, B = (matrix(adapter, name) for name in "AB")
+    d_out, d_in = slot.base_layer.weight.shape
+    check_shapes(A, B, r, d_in, d_out)
+    x = torch.randn(2, 5, d_in, dtype=torch.float64, requires_grad=True)
+    y = slot.base_layer(x)
+    start = slot(x)
+    twice = "update holds the base's output too: LinearDelta adds it."
+    need(not same(start, 2 * y), twice)
+    need(same(start, y), at_start(start, y, torch.zeros(d_out)))
+    with torch.no_grad():
+        A.copy_(torch.randn(A.shape))
+        B.copy_(torch.randn(B.shape))
+    low = x @ A.T @ B.T
+    wrong = {m: y + w for m, w in wrong_scales(low, alpha, r).items()}
+    wrong |= {twice: 2 * y + alpha / r * low, "The update never reaches the output.": y}
+    right = y + alpha / r * low
+    compare(slot(x), right, wrong, "The layer's output", {"A": A, "B": B, "x": x})
+    base = Base(slot, "default")
+    with torch.no_grad(), LargestProduct() as watched:
+        slot.adapters["default"].update(base, x)
+    need(
+        watched.entries < d_out * d_in,
+        "On the way to the update a matrix of the weight's size is formed. Write"
+        " `update(base, x)`: x meets A first, then B.",
+    )
+    delta = slot.adapters["default"].delta(base)
+    need(
+        not (isinstance(delta, torch.Tensor) and delta.shape == (d_in, d_out)),
+        "delta lies on its side: a weight is (d_out, d_in), and so is B @ A.",
+    )
+    product = B @ A
+    compare(delta, alpha / r * product, wrong_scales(product, alpha, r), "delta(base)")
+
+
+def look_at_merge(model):
+    ids = chains(3, 5)
+    model.double().eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        model.merge_adapter()
+        merged = model(input_ids=ids).logits
+    need(same(merged, before), "Merged, the model gives other logits.")

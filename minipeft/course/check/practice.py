@@ -1,0 +1,105 @@
+"""What several chapters' checks need: a small model and a small task to train a
+learner's own method on, and predictions that were written down."""
+
+import copy
+
+import torch
+
+from ...lm import GPT, GPTConfig
+from ...model import get_peft_model
+from ..comparison import compare as told_apart
+from .teacher import need
+
+SEEDS = 0, 1, 2
+VOCABULARY = 24
+
+
+def small_gpt(seed: int = 0, layers: int = 2) -> GPT:
+    """A Llama-style network of 16 channels, with grouped keys and values."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return GPT(GPTConfig(vocab_size=VOCABULARY, **shape, **heads))
+
+
+def chains(rows: int, seed: int, length: int = 10) -> torch.Tensor:
+    """Token ids (rows, length): each token has one successor, and only the first of a
+    row is drawn."""
+    successor = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(9))
+    draws = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(VOCABULARY, (rows,), generator=draws)]
+    for _ in range(length - 1):
+        ids.append(successor[ids[-1]])
+    return torch.stack(ids, 1)
+
+
+def train_small(model, steps: int, lr: float, seed: int) -> None:
+    """AdamW on what requires a gradient, 8 new rows a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    for step in range(steps):
+        ids = chains(8, 1000 * seed + step)
+        loss = model(input_ids=ids, labels=ids).loss
+        need(
+            bool(loss.isfinite()),
+            f"Trained on a small task, the loss is {loss.item()} at step {step + 1}.",
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def loss_on_new(model) -> float:
+    ids = chains(64, 999_999)
+    return model.eval()(input_ids=ids, labels=ids).loss.item()
+
+
+def needs_to_learn(config, steps: int = 60, lr: float = 3e-2) -> None:
+    """Train a method of the learner's own on a small task with three seeds: by the
+    course's rule it has to be ahead of the frozen base."""
+    own, frozen = {}, {}
+    for seed in SEEDS:
+        base = small_gpt(seed, layers=1)
+        frozen[seed] = loss_on_new(base)
+        torch.manual_seed(seed)
+        model = get_peft_model(base, copy.deepcopy(config)).train()
+        train_small(model, steps, lr, seed)
+        own[seed] = loss_on_new(model)
+    result = told_apart(own, frozen, loss=True)
+    need(
+        result.verdict == "ahead",
+        f"Trained on a small task for {steps} steps with three seeds, your method is"
+        f" {result} of the untouched base in loss: it learns too little.",
+    )
+
+
+def numbers(predicted, cases) -> dict:
+    """{case: the learner's number}, for a prediction that has all of them."""
+    need(
+        predicted is not None,
+        "There is nothing here yet: write your prediction in the place of None.",
+    )
+    need(
+        isinstance(predicted, dict),
+        "Write the prediction as a dictionary {case: number}; yours is a"
+        f" {type(predicted).__name__}.",
+    )
+    missing = [case for case in cases if case not in predicted]
+    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    unknown = [case for case in predicted if case not in cases]
+    need(not unknown, f"{unknown[:1]!r} is not one of {', '.join(map(repr, cases))}.")
+    return {case: number(case, predicted[case]) for case in cases}
+
+
+def number(case, value) -> float:
+    need(
+        value is not None,
+        "There is nothing here yet: write your prediction in the place of None.",
+    )
+    try:
+        usable = not isinstance(value, (str, bool)) and float(value) == float(value)
+    except (TypeError, ValueError):
+        usable = False
+    need(usable, f"{case!r}: expected a number, found {value!r}.")
+    return float(value)
