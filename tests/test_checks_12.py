@@ -1,12 +1,17 @@
 """Chapter 12's checks accept the solution, refuse the blank stub kindly, and name the
 mistakes that are plausible."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from judging import accepts, rejects
+from torch import nn
 
-from minipeft.course import check
+from minipeft.course import check, compare
+from minipeft.slot import Adapter
 
 
 def blank(*args):
@@ -246,167 +251,6 @@ def test_places_mistakes(says, answer):
     rejects(says, check.places, answer)
 
 
-# --------------------------------------------------------------------- prefix_attention
-
-
-def prefix_attention(q, k, v, prefix_k, prefix_v):
-    T, n = len(q), len(prefix_k)
-    scores = q @ torch.cat((prefix_k, k)).T / q.shape[-1] ** 0.5
-    mask = torch.cat((torch.ones(T, n), torch.ones(T, T).tril()), 1).bool()
-    return torch.softmax(scores.masked_fill(~mask, -torch.inf), -1) @ torch.cat(
-        (prefix_v, v)
-    )
-
-
-def plain(q, k, v):
-    return prefix_attention(q, k, v, k[:0], v[:0])
-
-
-def free(q, k, v):
-    return torch.softmax(q @ k.T / q.shape[-1] ** 0.5, -1) @ v
-
-
-def masked(mask_of):
-    def answer(q, k, v, pk, pv):
-        scores = q @ torch.cat((pk, k)).T / q.shape[-1] ** 0.5
-        return torch.softmax(
-            scores.masked_fill(~mask_of(len(q), len(pk)).bool(), -torch.inf), -1
-        ) @ torch.cat((pv, v))
-
-    return answer
-
-
-def by_the_gate(q, k, v, pk, pv):
-    g = prefix_gate(q, k, pk)[:, None]
-    return g * free(q, pk, pv) + (1 - g) * plain(q, k, v)
-
-
-def scores_and_mask(q, k, pk):
-    return (
-        q @ torch.cat((pk, k)).T / q.shape[-1] ** 0.5,
-        torch.cat(
-            (torch.ones(len(q), len(pk)), torch.ones(len(q), len(q)).tril()), 1
-        ).bool(),
-    )
-
-
-def zeroed(q, k, v, pk, pv):
-    scores, mask = scores_and_mask(q, k, pk)
-    return torch.softmax(scores * mask, 1) @ torch.cat((pv, v))
-
-
-def masked_late(q, k, v, pk, pv):
-    scores, mask = scores_and_mask(q, k, pk)
-    return (torch.softmax(scores, 1) * mask) @ torch.cat((pv, v))
-
-
-def over_queries(q, k, v, pk, pv):
-    scores, mask = scores_and_mask(q, k, pk)
-    return torch.softmax(scores.masked_fill(~mask, -torch.inf), 0) @ torch.cat((pv, v))
-
-
-def behind(keys, values):
-    def answer(q, k, v, pk, pv):
-        mask = scores_and_mask(q, k, pk)[1]
-        scores = q @ torch.cat((k, pk) if keys else (pk, k)).T / q.shape[-1] ** 0.5
-        return torch.softmax(scores.masked_fill(~mask, -torch.inf), 1) @ torch.cat(
-            (v, pv) if values else (pv, v)
-        )
-
-    return answer
-
-
-def longer(short, long):
-    return F.pad(short, (0, 0, 0, len(long) - len(short)))
-
-
-def with_queries(q, k, v, pk, pv):
-    return plain(torch.cat((pk, q)), torch.cat((pk, k)), torch.cat((pv, v)))
-
-
-def test_prefix_attention_solutions():
-    accepts(check.prefix_attention, prefix_attention)
-    accepts(check.prefix_attention, by_the_gate)
-    accepts(
-        check.prefix_attention,
-        lambda q, k, v, pk, pv: with_queries(q, k, v, pk, pv)[len(pk) :],
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("prefix is not used", lambda q, k, v, pk, pv: plain(q, k, v)),
-        (
-            "mask is not causal",
-            lambda q, k, v, pk, pv: free(q, torch.cat((pk, k)), torch.cat((pv, v))),
-        ),
-        ("covers the prefix too", masked(lambda T, n: torch.ones(T, n + T).tril())),
-        (
-            "Your prefix is causal",
-            masked(
-                lambda T, n: torch.cat(
-                    (torch.ones(T, n).tril(), torch.ones(T, T).tril()), 1
-                )
-            ),
-        ),
-        (
-            "add the prefix to the keys and values",
-            lambda q, k, v, pk, pv: plain(q, k + longer(pk, k), v + longer(pv, v)),
-        ),
-        (
-            "add the prefix to the queries",
-            lambda q, k, v, pk, pv: plain(q + longer(pk, q), k, v),
-        ),
-        (
-            "not divided",
-            lambda q, k, v, pk, pv: prefix_attention(
-                q * q.shape[-1] ** 0.5, k, v, pk, pv
-            ),
-        ),
-        ("swapped", lambda q, k, v, pk, pv: prefix_attention(q, k, v, pv, pk)),
-        (
-            "add two attentions",
-            lambda q, k, v, pk, pv: plain(q, k, v) + free(q, pk, pv),
-        ),
-        (
-            "average two attentions",
-            lambda q, k, v, pk, pv: (plain(q, k, v) + free(q, pk, pv)) / 2,
-        ),
-        ("n rows too many", with_queries),
-        (
-            "cut off the wrong end",
-            lambda q, k, v, pk, pv: with_queries(q, k, v, pk, pv)[: len(q)],
-        ),
-        ("not in the same order", behind(True, False)),
-        ("not in the same order", behind(False, True)),
-        ("your mask has it in front", behind(True, True)),
-        (
-            "divide by h:",
-            lambda q, k, v, pk, pv: prefix_attention(
-                q / q.shape[-1] ** 0.5, k, v, pk, pv
-            ),
-        ),
-        (
-            "root of a number of tokens",
-            lambda q, k, v, pk, pv: prefix_attention(
-                q * (q.shape[-1] / len(q)) ** 0.5, k, v, pk, pv
-            ),
-        ),
-        ("masked scores to zero", zeroed),
-        ("mask after the softmax", masked_late),
-        ("runs over the queries", over_queries),
-        (
-            "the scores (T, n + T)",
-            lambda q, k, v, pk, pv: torch.softmax(q @ torch.cat((pk, k)).T, -1) @ v,
-        ),
-    ],
-)
-def test_prefix_attention_mistakes(says, answer):
-    rejects(says, check.prefix_attention, answer)
-
-
 # -------------------------------------------------------------------------- prefix_gate
 
 
@@ -507,87 +351,356 @@ def test_prefix_gate_mistakes(says, answer):
     rejects(says, check.prefix_gate, answer)
 
 
-# ------------------------------------------------------------------------ count_virtual
+# ------------------------------------------------------------------------- predict_gate
+
+e = math.e
+GATES = {
+    "zero keys": 0.25,
+    "score 2": e**2 / (e**2 + 3),
+    "all up by 3": e**2 / (e**2 + 3),
+    "query doubled": e**4 / (e**4 + 3),
+    "stands twice": 0.4,
+    "spread": e**0.5 / (e**0.5 + 3),
+    "what is left": 0.75,
+}
 
 
-def count_virtual(kind, n, layers, width, heads, kv_heads):
-    return (
-        n * width if kind == "prompt" else 2 * layers * n * (width // heads * kv_heads)
-    )
+def test_predict_gate_right_answers():
+    accepts(check.predict_gate, GATES)
+    accepts(check.predict_gate, {k: np.float32(v) for k, v in GATES.items()}, 10, 30)
+    accepts(check.predict_gate, {k: torch.tensor(v) for k, v in GATES.items()})
+    accepts(check.predict_gate, {k: round(v, 2) for k, v in reversed(GATES.items())})
 
 
-def either(prompt=count_virtual, prefix=count_virtual):
-    return lambda kind, *sizes: (prompt if kind == "prompt" else prefix)(kind, *sizes)
+def test_predict_gate_with_other_numbers():
+    other = {
+        "zero keys": 5 / 50,
+        "score 2": 5 * e**2 / (5 * e**2 + 45),
+        "all up by 3": 5 * e**2 / (5 * e**2 + 45),
+        "query doubled": 5 * e**4 / (5 * e**4 + 45),
+        "stands twice": 10 / 55,
+        "spread": 5 * e**0.5 / (5 * e**0.5 + 45),
+        "what is left": 0.9,
+    }
+    accepts(check.predict_gate, other, 5, 45)
+    rejects("count the keys", check.predict_gate, GATES, 5, 45)
 
 
-def test_count_virtual_solution():
-    accepts(check.count_virtual, count_virtual)
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", None),
+        ("Give a dictionary", [0.25]),
+        (
+            "no prediction for 'spread'",
+            {k: v for k, v in GATES.items() if k != "spread"},
+        ),
+        ("a number is wanted", GATES | {"score 2": "0.7"}),
+        ("a number is wanted", GATES | {"score 2": None}),
+        ("count the keys", GATES | {"zero keys": 0.0}),
+        ("count the keys", GATES | {"zero keys": 1 / 3}),
+        ("between 0 and 1", GATES | {"zero keys": 25}),
+        ("e⁰ = 1 for each", GATES | {"score 2": 0.4}),
+        ("added to all scores alike", GATES | {"all up by 3": 0.98}),
+        ("e⁴ and e⁰", GATES | {"query doubled": GATES["score 2"]}),
+        ("20 keys beside 30", GATES | {"stands twice": 0.25}),
+        ("mean of e^s", GATES | {"spread": 0.25}),
+        ("weakened by 1 - g", GATES | {"what is left": 1.0}),
+    ],
+)
+def test_predict_gate_mistakes(says, answer):
+    rejects(says, check.predict_gate, answer)
+
+
+# ---------------------------------------------------------------------------- search_on
+
+
+def searched(losses, really=None, pick=None):
+    finite = {r: each for r, each in losses.items() if np.isfinite(each).all()}
+    best = min(finite, key=pick or (lambda rate: np.mean(finite[rate])))
+
+    def worse(rate):
+        if rate not in finite:
+            return True
+        return compare(finite[best], finite[rate], loss=True).verdict == "ahead"
+
+    def ends(rate):
+        return really(losses, best, rate, worse) if really else worse(rate)
+
+    sides = set()
+    if not any(rate < best and ends(rate) for rate in losses):
+        sides.add("smaller")
+    if not any(rate > best and ends(rate) for rate in losses):
+        sides.add("larger")
+    return best, sides
+
+
+def in_loops(losses):
+    """Another style: lists, and two sorted halves."""
+    rates = sorted(losses)
+    mean = [np.mean(losses[rate]) for rate in rates]
+    best = int(np.nanargmin(mean))
+    open_to = []
+    for side, others in (("smaller", rates[:best]), ("larger", rates[best + 1 :])):
+        done = False
+        for rate in others:
+            if not np.isfinite(np.mean(losses[rate])):
+                done = True
+            elif (
+                compare(losses[rate], losses[rates[best]], loss=True).verdict
+                == "behind"
+            ):
+                done = True
+        if not done:
+            open_to.append(side)
+    return [rates[best], open_to]
+
+
+def only_next(losses, best, rate, worse):
+    rates = sorted(losses)
+    return abs(rates.index(rate) - rates.index(best)) == 1 and worse(rate)
+
+
+def diverged_is_unknown(losses, best, rate, worse):
+    return bool(np.isfinite(losses[rate]).all()) and worse(rate)
+
+
+def without_the_nan(losses):
+    kept = {rate: [x for x in each if x == x] for rate, each in losses.items()}
+    kept = {rate: each for rate, each in kept.items() if each}
+    return min(kept, key=lambda rate: np.mean(kept[rate])), searched(losses)[1]
+
+
+def test_search_on_right_answers():
+    accepts(check.search_on, searched)
+    accepts(check.search_on, in_loops)
+
+
+def test_search_on_may_ask_for_the_other_sides():
+    def done(losses):
+        best, sides = searched(losses)
+        return best, {"smaller", "larger"} - sides
+
+    accepts(check.search_on, done, "done")
+    rejects("name those that are done", check.search_on, searched, "done")
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
         ("nothing here yet", blank),
-        ("is there a `return`", lambda *sizes: None),
+        ("is there a `return`", lambda losses: None),
+        ("Return two things", lambda losses: searched(losses)[0]),
+        ("should be one of", lambda losses: ("0.1", set())),
+        ("are a set of", lambda losses: (searched(losses)[0], "larger")),
+        ("are a set of", lambda losses: (searched(losses)[0], {"up"})),
         (
-            "has no part in the layers",
-            either(prompt=lambda kind, n, layers, width, heads, kv: layers * n * width),
+            "largest mean",
+            lambda losses: searched(losses, pick=lambda rate: -np.mean(losses[rate])),
         ),
         (
-            "That is a prefix's count",
-            either(prompt=lambda kind, *sizes: count_virtual("prefix", *sizes)),
+            "One lucky seed",
+            lambda losses: searched(losses, pick=lambda rate: min(losses[rate])),
         ),
+        ("a seed has diverged", without_the_nan),
         (
-            "a prompt has neither",
-            either(prompt=lambda kind, n, layers, width, heads, kv: 2 * n * width),
-        ),
-        (
-            "That is one vector",
-            either(prompt=lambda kind, n, layers, width, heads, kv: width),
-        ),
-        (
-            "as wide as the model, not",
-            either(prompt=lambda kind, n, l, width, heads, kv: n * width // heads * kv),
-        ),
-        (
-            "keys and values to be as wide",
-            either(
-                prefix=lambda kind, n, layers, width, heads, kv: 2 * layers * n * width
+            "Comparisons with nan",
+            lambda losses: (
+                min(losses, key=lambda rate: np.mean(losses[rate])),
+                searched(losses)[1],
             ),
         ),
         (
-            "a factor of 2",
-            either(prefix=lambda kind, *sizes: count_virtual("prefix", *sizes) // 2),
+            "higher by chance",
+            lambda losses: searched(losses, lambda losses, best, rate, worse: True),
         ),
+        ("one further on may be", lambda losses: searched(losses, only_next)),
+        ("no need to search", lambda losses: searched(losses, diverged_is_unknown)),
         (
-            "one layer's prefix",
-            either(
-                prefix=lambda kind, n, layers, *sizes: count_virtual(
-                    "prefix", n, 1, *sizes
-                )
+            "turned round",
+            lambda losses: (
+                searched(losses)[0],
+                {
+                    {"smaller": "larger", "larger": "smaller"}[s]
+                    for s in searched(losses)[1]
+                },
             ),
         ),
         (
-            "for one token",
-            either(prefix=lambda kind, n, *sizes: count_virtual("prefix", 1, *sizes)),
-        ),
-        (
-            "one head's keys",
-            either(
-                prefix=lambda kind, n, layers, width, heads, kv: (
-                    2 * layers * n * (width // heads)
-                )
+            "name those on which to go on",
+            lambda losses: (
+                searched(losses)[0],
+                {"smaller", "larger"} - searched(losses)[1],
             ),
-        ),
-        (
-            "That is a prompt's count",
-            either(prefix=lambda kind, *sizes: count_virtual("prompt", *sizes)),
-        ),
-        (
-            "I count",
-            either(prefix=lambda kind, *sizes: count_virtual("prefix", *sizes) + 1),
         ),
     ],
 )
-def test_count_virtual_mistakes(says, answer):
-    rejects(says, check.count_virtual, answer)
+def test_search_on_mistakes(says, answer):
+    rejects(says, check.search_on, answer)
+
+
+# ---------------------------------------------------------------------- low_rank_prompt
+
+
+class LowRank(Adapter):
+    """The solution; each mistake below changes one line of it."""
+
+    def __init__(self, start, r):
+        super().__init__()
+        self.register_buffer("start", start)
+        self.A = nn.Parameter(torch.randn(len(start), r))
+        self.B = nn.Parameter(torch.zeros(r, start.shape[1]))
+
+    def prompt(self):
+        return self.start + self.A @ self.B
+
+    def embedded(self, base, ids):
+        x = base.module.get_input_embeddings()(ids)
+        return torch.cat((self.prompt().expand(len(x), -1, -1), x), 1)
+
+    def mask(self, mask, n):
+        return F.pad(mask, (n, 0), value=1)
+
+    def labels(self, labels, n):
+        return F.pad(labels, (n, 0), value=-100)
+
+    def forward(self, base, input_ids, attention_mask=None, labels=None, **others):
+        n = len(self.start)
+        if attention_mask is not None:
+            attention_mask = self.mask(attention_mask, n)
+        if labels is not None:
+            labels = self.labels(labels, n)
+        return base(
+            inputs_embeds=self.embedded(base, input_ids),
+            attention_mask=attention_mask,
+            labels=labels,
+            **others,
+        )
+
+
+def low_rank(**methods):
+    return type("Changed", (LowRank,), methods)
+
+
+def starting(change):
+    class Changed(LowRank):
+        def __init__(self, start, r):
+            super().__init__(start, r)
+            change(self, start, r)
+
+    return Changed
+
+
+class WithKwargs(LowRank):
+    """Another style: all arguments by name, einsum."""
+
+    def forward(self, base, **given):
+        P = self.start + torch.einsum("nr,rd->nd", self.A, self.B)
+        ids = given.pop("input_ids")
+        x = base.module.get_input_embeddings()(ids)
+        rows = P[None].repeat(len(x), 1, 1)
+        if given.get("attention_mask") is not None:
+            ones = torch.ones(len(x), len(P), dtype=torch.long)
+            given["attention_mask"] = torch.cat((ones, given["attention_mask"]), 1)
+        if given.get("labels") is not None:
+            none = torch.full((len(x), len(P)), -100)
+            given["labels"] = torch.cat((none, given["labels"]), 1)
+        return base(inputs_embeds=torch.cat((rows, x), 1), **given)
+
+
+class Blank(Adapter):
+    def __init__(self, start, r):
+        super().__init__()
+        raise NotImplementedError
+
+
+def forgetting(self, base, input_ids, attention_mask=None, labels=None, **others):
+    return LowRank.forward(self, base, input_ids, attention_mask, labels)
+
+
+def behind(self, base, ids):
+    n = len(self.start)
+    x = LowRank.embedded(self, base, ids)
+    return torch.cat((x[:, n:], x[:, :n]), 1)
+
+
+def zeros_for_A(self, start, r):
+    nn.init.zeros_(self.A)
+
+
+def trained_start(self, start, r):
+    del self.start
+    self.start = nn.Parameter(start)
+
+
+def frozen_start(self, start, r):
+    del self.start
+    self.start = nn.Parameter(start, requires_grad=False)
+
+
+def test_low_rank_prompt_right_answers():
+    accepts(check.low_rank_prompt, LowRank)
+    accepts(check.low_rank_prompt, WithKwargs)
+    accepts(
+        check.low_rank_prompt,
+        starting(lambda s, start, r: (nn.init.zeros_(s.A), nn.init.normal_(s.B))),
+    )
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", Blank),
+        ("class itself", nn.Linear),
+        ("class itself", 3),
+        ("both start at zero", starting(zeros_for_A)),
+        ("More is trained", starting(trained_start)),
+        ("More is trained", starting(frozen_start)),
+        (
+            "I look for an nn.Parameter as self.A",
+            starting(lambda s, start, r: (delattr(s, "A"), setattr(s, "A", start))),
+        ),
+        (
+            "A should have the shape",
+            starting(
+                lambda s, start, r: setattr(
+                    s, "A", nn.Parameter(torch.randn(r, len(start)))
+                )
+            ),
+        ),
+        (
+            "not the words in `start`",
+            starting(lambda s, start, r: nn.init.normal_(s.B)),
+        ),
+        ("`start` is missing", low_rank(prompt=lambda s: s.A @ s.B)),
+        ("A B is missing", low_rank(prompt=lambda s: s.start + 0 * (s.A @ s.B))),
+        (
+            "a factor too many",
+            low_rank(prompt=lambda s: s.start + s.A @ s.B / s.A.shape[1]),
+        ),
+        ("stands behind the text", low_rank(embedded=behind)),
+        ("Your mask hides", low_rank(mask=lambda s, mask, n: F.pad(mask, (n, 0)))),
+        (
+            "padding has become visible",
+            low_rank(mask=lambda s, mask, n: torch.ones_like(F.pad(mask, (n, 0)))),
+        ),
+        ("padding has become visible", low_rank(mask=lambda s, mask, n: None)),
+        ("0 is a token", low_rank(labels=lambda s, labels, n: F.pad(labels, (n, 0)))),
+        (
+            "no gradient reaches A",
+            low_rank(prompt=lambda s: s.start + s.A.detach() @ s.B),
+        ),
+        ("lost touch", low_rank(prompt=lambda s: (s.start + s.A @ s.B).detach())),
+        ("does not reach the model", low_rank(forward=forgetting)),
+        (
+            "no output of the model",
+            low_rank(
+                forward=lambda s, base, *a, **k: (
+                    LowRank.forward(s, base, *a, **k).logits
+                )
+            ),
+        ),
+    ],
+)
+def test_low_rank_prompt_mistakes(says, answer):
+    rejects(says, check.low_rank_prompt, answer)

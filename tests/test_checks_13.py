@@ -1,89 +1,20 @@
 """Chapter 13's checks accept the solution, refuse the blank stub, and name the mistake
 in what is plausibly wrong."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from judging import accepts, rejects
-from torch.nn.functional import linear
+from torch import nn
 
-from minipeft.course import check
+from minipeft.course import check, compare
+from minipeft.slot import Adapter
 
 
 def stub(*args):
     raise NotImplementedError
-
-
-# ---------------------------------------------------------------------------- ia3_layer
-
-
-def layer(x, W, b, l, ff):
-    return (x * l) @ W.T + b if ff else (x @ W.T + b) * l
-
-
-def test_layer_solution():
-    accepts(check.ia3_layer, layer)
-    accepts(
-        check.ia3_layer,
-        lambda x, W, b, l, ff: (
-            linear(x, W * l, b) if ff else linear(x, W * l[:, None], b * l)
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        (
-            "scale the output; it is the *input*",
-            lambda x, W, b, l, ff: (x @ W.T + b) * (l.mean() if ff else l),
-        ),
-        (
-            "The bias is not scaled",
-            lambda x, W, b, l, ff: (x * l) @ W.T + b if ff else (x @ W.T) * l + b,
-        ),
-        (
-            "scaled twice",
-            lambda x, W, b, l, ff: (x * l) @ W.T + b if ff else (x @ W.T + b * l) * l,
-        ),
-        (
-            "the factor itself",
-            lambda x, W, b, l, ff: (
-                (x * (1 + l)) @ W.T + b if ff else (x @ W.T + b) * (1 + l)
-            ),
-        ),
-        ("b is missing", lambda x, W, b, l, ff: (x * l) @ W.T if ff else (x @ W.T) * l),
-        ("did nothing", lambda x, W, b, l, ff: x @ W.T + b),
-        (
-            "You divide",
-            lambda x, W, b, l, ff: (x / l) @ W.T + b if ff else (x @ W.T + b) / l,
-        ),
-        ("Adding is BitFit", lambda x, W, b, l, ff: x @ W.T + b + l),
-        (
-            "You add l to the input",
-            lambda x, W, b, l, ff: (x + l) @ W.T + b if ff else layer(x, W, b, l, ff),
-        ),
-        ("lost touch", lambda x, W, b, l, ff: layer(x, W, b, l.detach(), ff)),
-        (
-            "the columns of W, not both",
-            lambda x, W, b, l, ff: (
-                (x * l) @ (W * l).T + b if ff else layer(x, W, b, l, ff)
-            ),
-        ),
-        (
-            "the rows of W, not both",
-            lambda x, W, b, l, ff: layer(x, W, b, l, ff) * (1 if ff else l),
-        ),
-        ("Two shapes do not fit", lambda x, W, b, l, ff: (x @ W.T + b) * l),
-        (
-            "d_in for an input",
-            lambda x, W, b, l, ff: (x @ W.T + b) * l if ff else (x * l) @ W.T + b,
-        ),
-        ("is there a `return`", lambda x, W, b, l, ff: None),
-        ("nothing here yet", stub),
-    ],
-)
-def test_layer_mistakes(says, answer):
-    rejects(says, check.ia3_layer, answer)
 
 
 # ----------------------------------------------------------------------------- fold_ia3
@@ -267,39 +198,309 @@ def test_gradient_mistakes(says, answer):
     rejects(says, check.bias_gradient, answer)
 
 
-# ---------------------------------------------------------------------------- count_ia3
+# ------------------------------------------------------------------------ predict_reach
+
+ROOT = math.sqrt(0.5)
+REACH = {
+    "all doubled": (0.0, math.sqrt(0.99)),
+    "negated": (0.0, ROOT),
+    "exchanged": (ROOT, 0.0),
+    "one added": (1.0, 0.0),
+}
 
 
-def test_count_solution():
-    accepts(check.count_ia3, lambda L, H, K, h, w: L * (2 * K * h + w))
+def test_reach_right_answers():
+    accepts(check.predict_reach, REACH)
+    accepts(check.predict_reach, {k: list(np.float32(v)) for k, v in REACH.items()}, 2)
+    accepts(check.predict_reach, REACH | {"all doubled": (0, 1)})
+    three = {"negated": (0.0, math.sqrt(2 / 3)), "exchanged": (ROOT, ROOT)}
+    accepts(check.predict_reach, REACH | three, 3)
+    four = {"negated": (0.0, math.sqrt(3 / 4)), "exchanged": (ROOT, ROOT)}
+    accepts(check.predict_reach, REACH | four, 4)
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
-        ("kv_heads · head_dim", lambda L, H, K, h, w: L * (2 * H * h + w)),
-        ("one layer", lambda L, H, K, h, w: 2 * K * h + w),
-        ("keys or values", lambda L, H, K, h, w: L * (K * h + w)),
-        ("vector is missing", lambda L, H, K, h, w: L * 2 * K * h),
-        ("not the model's width", lambda L, H, K, h, w: L * (2 * K * h + H * h)),
-        ("queries are not scaled", lambda L, H, K, h, w: L * (2 * K * h + H * h + w)),
-        ("one vector, at the second", lambda L, H, K, h, w: L * (2 * K * h + 2 * w)),
-        ("one head", lambda L, H, K, h, w: L * (2 * h + w)),
-        ("one number for each head", lambda L, H, K, h, w: L * (2 * K + w)),
-        ("as narrow as the keys", lambda L, H, K, h, w: L * (K * h + H * h + w)),
+        ("nothing here yet", None),
+        ("Give a dictionary", [0.0]),
         (
-            "how many queries share a key",
-            lambda L, H, K, h, w: L * (2 * (H // K) * h + w),
+            "no prediction for 'negated'",
+            {k: v for k, v in REACH.items() if k != "negated"},
         ),
-        ("you count three", lambda L, H, K, h, w: L * (3 * K * h + w)),
-        (
-            "You count the matrices",
-            lambda L, H, K, h, w: L * (2 * K * h * H * h + H * h * w),
-        ),
-        ("I count", lambda L, H, K, h, w: 5),
-        ("is there a `return`", lambda L, H, K, h, w: None),
-        ("nothing here yet", stub),
+        ("two numbers are wanted", REACH | {"negated": 0.0}),
+        ("a number is wanted", REACH | {"negated": (0.0, "0.7")}),
+        ("every row gets the factor 2", REACH | {"all doubled": (0.5, 0.99)}),
+        ("full rank", REACH | {"all doubled": (0.0, 0.0)}),
+        ("factor -1", REACH | {"negated": (1.0, ROOT)}),
+        ("one direction takes one", REACH | {"negated": (0.0, 0.0)}),
+        ("one direction takes one", REACH | {"negated": (0.0, 0.5)}),
+        ("the best factor is zero", REACH | {"exchanged": (1.0, 0.0)}),
+        ("its rows are differences", REACH | {"exchanged": (ROOT, ROOT)}),
+        ("no factor of a row", REACH | {"one added": (0.0, 0.0)}),
+        ("one and the same direction", REACH | {"one added": (1.0, 1.0)}),
     ],
 )
-def test_count_mistakes(says, answer):
-    rejects(says, check.count_ia3, answer)
+def test_reach_mistakes(says, answer):
+    rejects(says, check.predict_reach, answer)
+
+
+# ----------------------------------------------------------------------- without_trials
+
+
+def finite(losses):
+    value = float(np.mean(losses))
+    return value if math.isfinite(value) else math.inf
+
+
+def trials(losses, tuned=None, blind=None, verdict=None):
+    def worst(name):
+        return max(finite(each) for each in losses[name].values())
+
+    def best(name):
+        return min(finite(each) for each in losses[name].values())
+
+    tuned = min(losses, key=tuned(losses) if tuned else best)
+    blind = min(losses, key=blind(losses) if blind else worst)
+    a, b = (min(losses[name].values(), key=finite) for name in (tuned, blind))
+    return tuned, blind, (verdict or judged)(a, b)
+
+
+def judged(a, b):
+    return compare(a, b, loss=True).verdict
+
+
+def in_arrays(losses):
+    """Another style: one array for each method."""
+    names = list(losses)
+    means = np.array([[np.mean(each) for each in losses[n].values()] for n in names])
+    means = np.nan_to_num(means, nan=np.inf)
+    tuned, blind = int(means.min(1).argmin()), int(means.max(1).argmin())
+    runs = [list(losses[names[i]].values())[means[i].argmin()] for i in (tuned, blind)]
+    return [names[tuned], names[blind], compare(*runs, loss=True).verdict]
+
+
+def by_the_mean(losses):
+    return lambda name: sum(min(finite(each), 1e9) for each in losses[name].values())
+
+
+def forgetting_nan(losses):
+    def worst(name):
+        return max(np.nanmean(each) for each in losses[name].values())
+
+    return worst
+
+
+def by_the_best(losses):
+    return lambda name: min(finite(each) for each in losses[name].values())
+
+
+def by_one_seed(losses):
+    return lambda name: min(np.nanmin(each) for each in losses[name].values())
+
+
+def test_trials_right_answers():
+    accepts(check.without_trials, trials)
+    accepts(check.without_trials, in_arrays)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", stub),
+        ("is there a `return`", lambda losses: None),
+        ("Return three things", lambda losses: trials(losses)[:2]),
+        ("one of the methods", lambda losses: ("none", *trials(losses)[1:])),
+        (
+            "lower is better",
+            lambda losses: trials(losses, lambda x: lambda n: -by_the_best(x)(n)),
+        ),
+        ("take the mean over the seeds", lambda losses: trials(losses, by_one_seed)),
+        ("mean over the rates", lambda losses: trials(losses, blind=by_the_mean)),
+        ("nan counts as infinite", lambda losses: trials(losses, blind=forgetting_nan)),
+        ("nobody tells you", lambda losses: trials(losses, blind=by_the_best)),
+        (
+            "the *least* bad",
+            lambda losses: trials(
+                losses, blind=lambda x: lambda n: -max(map(finite, x[n].values()))
+            ),
+        ),
+        (
+            "turned round",
+            lambda losses: trials(losses, verdict=lambda a, b: compare(a, b).verdict),
+        ),
+        (
+            "the course's rule says 'not told apart'",
+            lambda losses: trials(
+                losses,
+                verdict=lambda a, b: "ahead" if finite(a) < finite(b) else judged(a, b),
+            ),
+        ),
+        (
+            "verdict is a word",
+            lambda losses: trials(losses, verdict=lambda a, b: compare(a, b)),
+        ),
+    ],
+)
+def test_trials_mistakes(says, answer):
+    rejects(says, check.without_trials, answer)
+
+
+# -------------------------------------------------------------------------- ia3_adapter
+
+
+class Scales(Adapter):
+    """The solution; each mistake below changes one line of it."""
+
+    mergeable = True
+
+    def __init__(self, d_in, d_out, feedforward):
+        super().__init__()
+        self.feedforward = feedforward
+        self.l = nn.Parameter(torch.ones(d_in if feedforward else d_out))
+
+    def forward(self, base, x):
+        return base(x * self.l) if self.feedforward else base(x) * self.l
+
+    def fold(self, base):
+        if self.feedforward:
+            base.weight = base.weight * self.l
+            return
+        base.weight = base.weight * self.l[:, None]
+        if base.bias is not None:
+            base.bias = base.bias * self.l
+
+
+class AsColumns(Adapter):
+    """Another style: l as the file keeps it, (d_out, 1) or (1, d_in)."""
+
+    mergeable = True
+
+    def __init__(self, d_in, d_out, feedforward):
+        super().__init__()
+        self.rows = not feedforward
+        self.l = nn.Parameter(torch.ones((d_out, 1) if self.rows else (1, d_in)))
+
+    def forward(self, base, x):
+        l = self.l.flatten()
+        return torch.mul(base(x), l) if self.rows else base(x.mul(l))
+
+    def fold(self, base):
+        W, b = base.weight, base.bias
+        base.weight = self.l * W
+        if self.rows and b is not None:
+            base.bias = self.l.flatten() * b
+
+
+def scales(**methods):
+    return type("Changed", (Scales,), methods)
+
+
+def beginning(change):
+    class Changed(Scales):
+        def __init__(self, d_in, d_out, feedforward):
+            super().__init__(d_in, d_out, feedforward)
+            change(self, d_in, d_out)
+
+    return Changed
+
+
+class BlankAdapter(Adapter):
+    def __init__(self, d_in, d_out, feedforward):
+        super().__init__()
+        raise NotImplementedError
+
+
+def by_shape(self, base, x):
+    return base(x * self.l) if len(self.l) == x.shape[-1] else base(x) * self.l
+
+
+def bias_left(self, base, x):
+    if self.feedforward:
+        return base(x * self.l)
+    b = 0 if base.bias is None else base.bias
+    return (base(x) - b) * self.l + b
+
+
+def cut(self, base, x):
+    with torch.no_grad():
+        y = base(x)
+    return base(x * self.l) if self.feedforward else y * self.l
+
+
+def folding(rows=True, bias=True, weight=True, both=False):
+    def fold(self, base):
+        l = self.l
+        if weight:
+            columns = self.feedforward if rows else not self.feedforward
+            base.weight = base.weight * (l if columns else l[:, None])
+        if base.bias is not None and bias and not self.feedforward:
+            base.bias = base.bias * l
+
+    return fold
+
+
+def fold_without_none(self, base):
+    base.weight = base.weight * (self.l if self.feedforward else self.l[:, None])
+    if not self.feedforward:
+        base.bias = base.bias * self.l
+
+
+def fold_the_bias_too(self, base):
+    Scales.fold(self, base)
+    if self.feedforward and base.bias is not None:
+        base.bias = base.bias * self.l.mean()
+
+
+def test_adapter_right_answers():
+    accepts(check.ia3_adapter, Scales)
+    accepts(check.ia3_adapter, AsColumns)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", BlankAdapter),
+        ("class itself", nn.Linear),
+        ("class itself", 3),
+        ("l begins at one", beginning(lambda s, i, o: nn.init.zeros_(s.l))),
+        (
+            "an nn.Parameter as self.l",
+            beginning(
+                lambda s, i, o: (delattr(s, "l"), setattr(s, "l", torch.ones(o)))
+            ),
+        ),
+        (
+            "channels; yours",
+            beginning(lambda s, i, o: setattr(s, "l", nn.Parameter(torch.ones(1)))),
+        ),
+        (
+            "channels; yours",
+            beginning(lambda s, i, o: setattr(s, "l", nn.Parameter(torch.ones(o)))),
+        ),
+        ("saves more", beginning(lambda s, i, o: setattr(s, "more", nn.Linear(2, 2)))),
+        ("`feedforward` says", scales(forward=by_shape)),
+        ("bias is not scaled", scales(forward=bias_left)),
+        ("l did nothing", scales(forward=lambda s, base, x: base(x) + 0 * s.l.sum())),
+        ("gradient", scales(forward=cut)),
+        (
+            "gradient",
+            scales(forward=lambda s, base, x: Scales.forward(s, base, x.detach())),
+        ),
+        (
+            "no gradient reaches l",
+            scales(
+                forward=lambda s, base, x: (
+                    base(x * s.l.detach()) if s.feedforward else base(x) * s.l.detach()
+                )
+            ),
+        ),
+        ("cannot be merged", scales(mergeable=False)),
+        ("leaves the weight", scales(fold=folding(weight=False))),
+        ("it is part of the output", scales(fold=folding(bias=False))),
+        ("NoneType", scales(fold=fold_without_none)),
+        ("where the input is scaled, it stays", scales(fold=fold_the_bias_too)),
+    ],
+)
+def test_adapter_mistakes(says, answer):
+    rejects(says, check.ia3_adapter, answer)

@@ -1,13 +1,27 @@
-"""Chapter 12, prompts and prefixes: the input with a prompt, places, attention with a
-prefix, its gate, counting."""
+"""Chapter 12, prompts and prefixes: a soft prompt and a prefix's places repaired, the
+gate predicted and computed, a search over rates that has to go on, and a prompt of low
+rank."""
 
+import math
 import random
 
 import torch
 
+from ...config import PeftConfig
+from ...lm import GPT, GPTConfig
+from ...model import get_peft_model
+from ...slot import Adapter
+from ..comparison import compare as told_apart
 from .teacher import Wrong, checks, compare, need, same
 
-__all__ = ["count_virtual", "places", "prefix_attention", "prefix_gate", "soft_prompt"]
+__all__ = [
+    "low_rank_prompt",
+    "places",
+    "predict_gate",
+    "prefix_gate",
+    "search_on",
+    "soft_prompt",
+]
 
 
 def sizes():
@@ -206,132 +220,6 @@ def places(function) -> None:
         )
 
 
-def leaf(*shape):
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-
-def attention(q, k, v, mask):
-    scores = q @ k.T / q.shape[-1] ** 0.5
-    return torch.softmax(scores.masked_fill(~mask, -torch.inf), -1) @ v
-
-
-@checks(
-    "Every token sees the whole prefix and, of the text, itself and what came"
-    " before it.",
-    "With the prefix in front, keys and values are (n + T, h), the scores (T, n + T).",
-)
-def prefix_attention(function) -> None:
-    """function(q, k, v, prefix_k, prefix_v) -> (T, h): one head; q, k, v (T, h),
-    prefix_k and prefix_v (n, h)."""
-    n, T, h = sizes()
-    q, k, v = (leaf(T, h) for _ in range(3))
-    pk, pv = (leaf(n, h) for _ in range(2))
-    causal, seen = torch.ones(T, T).tril().bool(), torch.ones(T, n).bool()
-    K, V, mask = torch.cat((pk, k)), torch.cat((pv, v)), torch.cat((seen, causal), 1)
-    queries, square = torch.cat((pk, q)), torch.ones(n + T, n + T).tril().bool()
-    got = function(q, k, v, pk, pv)
-    need(
-        not (isinstance(got, torch.Tensor) and got.shape == (n + T, h)),
-        "Your output has n rows too many: you gave the prefix queries as well. A prefix"
-        " is keys and values; it asks nothing.",
-    )
-    compare(
-        got,
-        attention(q, K, V, mask),
-        {
-            "Your output is that of the text alone: the prefix is not used.": attention(
-                q, k, v, causal
-            ),
-            "Your tokens do not see themselves: the mask's triangle holds the diagonal"
-            " too, tril() and not tril(-1).": attention(
-                q, K, V, torch.cat((seen, causal.tril(-1)), 1)
-            ),
-            "Your mask is turned round: each token sees itself and what comes after it."
-            " What came before it is tril, not triu.": attention(
-                q, K, V, torch.cat((seen, causal.T), 1)
-            ),
-            "Your mask is not causal: each token sees the tokens after it.": attention(
-                q, K, V, torch.ones_like(mask)
-            ),
-            "Your causal mask covers the prefix too: the first token sees only the"
-            " first vector of it. All of the prefix is past for everyone.": attention(
-                q, K, V, torch.ones(T, n + T).tril().bool()
-            ),
-            "Your prefix is causal, as though it began where the text begins: all of"
-            " it is past for everyone.": attention(
-                q, K, V, torch.cat((torch.ones(T, n).tril().bool(), causal), 1)
-            ),
-            "You add the prefix to the keys and values of the first tokens: it stands"
-            " before them, as more keys and values.": attention(
-                q,
-                torch.cat((k[:n] + pk, k[n:])),
-                torch.cat((v[:n] + pv, v[n:])),
-                causal,
-            ),
-            "The scores are not divided by √h.": attention(q * h**0.5, K, V, mask),
-            "You have swapped the prefix's keys and values.": attention(
-                q, torch.cat((pv, k)), torch.cat((pk, v)), mask
-            ),
-            "You add the prefix to the queries. It has no queries: it is looked at,"
-            " and does not look.": attention(
-                torch.cat((q[:n] + pk, q[n:])), k, v, causal
-            ),
-            "You add two attentions, that of the text and that of the prefix, each"
-            " with a softmax of its own. There is one softmax over both: the two"
-            " shares sum to 1.": (
-                attention(q, k, v, causal) + attention(q, pk, pv, seen)
-            ),
-            "You average two attentions. The weights are no halves: one softmax over"
-            " both decides.": (
-                (attention(q, k, v, causal) + attention(q, pk, pv, seen)) / 2
-            ),
-            "You gave the prefix queries as well and cut off the wrong end.": attention(
-                queries, K, V, square
-            )[:T],
-            "Keys and values are not in the same order: the prefix is in front in"
-            " one, and behind in the other.": next(
-                (
-                    wrong
-                    for keys, values in (
-                        (K, torch.cat((v, pv))),
-                        (torch.cat((k, pk)), V),
-                    )
-                    if same(got, wrong := attention(q, keys, values, mask))
-                ),
-                None,
-            ),
-            "Your prefix is behind the text, but your mask has it in front.": attention(
-                q, torch.cat((k, pk)), torch.cat((v, pv)), mask
-            ),
-            "You divide by h: the scores are divided by its root.": attention(
-                q / h**0.5, K, V, mask
-            ),
-            "You divide by the root of a number of tokens. It is the root of h, the"
-            " width of a query.": next(
-                (
-                    wrong
-                    for count in (T, n, n + T)
-                    if same(got, wrong := attention(q * (h / count) ** 0.5, K, V, mask))
-                ),
-                None,
-            ),
-            "You set the masked scores to zero. A score of zero still gets a share,"
-            " as e⁰ = 1: masked scores are -inf.": (
-                torch.softmax(q @ K.T / h**0.5 * mask, 1) @ V
-            ),
-            "You mask after the softmax: the shares that are left no longer sum to 1."
-            " Mask the scores, with -inf.": (
-                (torch.softmax(q @ K.T / h**0.5, 1) * mask) @ V
-            ),
-            "Your softmax runs over the queries: it belongs along the keys, the last"
-            " dimension.": (
-                torch.softmax((q @ K.T / h**0.5).masked_fill(~mask, -torch.inf), 0) @ V
-            ),
-        },
-        "Your output",
-    )
-
-
 @checks(
     "This is the gate: each token's share of attention that falls on the prefix. It"
     " lies between 0 and 1 and depends on the token's query.",
@@ -429,67 +317,425 @@ def prefix_gate(function) -> None:
         compare(got, right, slips, "Your gate")
 
 
-@checks("The counts are right, with grouped queries too.")
-def count_virtual(function) -> None:
-    """function(kind, n, layers, width, heads, kv_heads) -> int; kind is "prompt" or
-    "prefix"."""
-    small = (
-        random.choice([7, 9, 11]),
-        random.choice([5, 8]),
-        24 * random.randint(2, 4),
-        12,
-        3,
+# ---- the gate, predicted -------------------------------------------------------------
+
+
+def gate_cases(n, T):
+    """{case: (what the gate is by simulation, why)} for one query, a prefix of n keys
+    and a text of T."""
+    zero, two = torch.zeros(n), torch.full((n,), 2.0)
+    text = torch.zeros(T)
+    many = torch.randn(10_000 * n, dtype=torch.float64)
+    plenty = torch.zeros(10_000 * T, dtype=torch.float64)
+    return {
+        "zero keys": (
+            share_of(zero, text),
+            "a score of zero gets a share like any other: count the keys",
+        ),
+        "score 2": (
+            share_of(two, text),
+            f"the weights are e² for each of {n} keys, and e⁰ = 1 for each of {T}",
+        ),
+        "all up by 3": (
+            share_of(two + 3, text + 3),
+            "a softmax does not see what is added to all scores alike",
+        ),
+        "query doubled": (
+            share_of(2 * two, 2 * text),
+            "twice the query is twice each score: e⁴ and e⁰",
+        ),
+        "stands twice": (
+            share_of(torch.cat((zero, zero)), text),
+            f"equal vectors each get a share: {2 * n} keys beside {T}",
+        ),
+        "spread": (
+            share_of(many, plenty),
+            "the mean of e^s is not e^(mean of s): for s of N(0, 1) it is e^(1/2)",
+        ),
+        "what is left": (
+            1 - share_of(zero, text),
+            "all that is read from the text is weakened by 1 - g",
+        ),
+    }
+
+
+def share_of(prefix, text):
+    """The share of a softmax over both scores that falls on `prefix`."""
+    return torch.softmax(torch.cat((prefix, text)), 0)[: len(prefix)].sum().item()
+
+
+@checks(
+    "All seven, within a hundredth or two. The gate counts keys, weighed by e^score;"
+    " what all scores have in common it does not see."
+)
+def predict_gate(predicted, n=10, T=30) -> None:
+    """predicted: {case: number}; n keys in the prefix, T in the text."""
+    need(
+        predicted is not None,
+        "There is nothing here yet: put your seven numbers in the place of None.",
     )
-    for n, layers, width, heads, kv_heads in (
-        small,
-        (20, 32, 4096, 32, 8),
-        (5, 24, 1024, 16, 16),
-    ):
-        narrow = width // heads * kv_heads  # d_kv: all keys of one token in one layer
-        for kind, right in (("prompt", n * width), ("prefix", 2 * layers * n * narrow)):
-            got = function(kind, n, layers, width, heads, kv_heads)
-            need(
-                got is not None,
-                "Your function gives None: is there a `return` at its end?",
-            )
-            slips = {
-                "prompt": {
-                    "A prompt stands in the input alone: it has no part in the"
-                    " layers.": layers * n * width,
-                    "That is a prefix's count: the prompt has n vectors of the"
-                    " model's width, and nothing else.": 2 * layers * n * narrow,
-                    "That is one vector: there are n of them.": width,
-                    "You count a key and a value for each: a prompt has neither, it"
-                    " is n vectors in the input.": 2 * n * width,
-                    "The prompt's vectors are as wide as the model, not as its keys.": (
-                        n * narrow
-                    ),
-                },
-                "prefix": {
-                    "You take keys and values to be as wide as the model. With"
-                    " grouped queries they are narrower: width / heads · kv_heads.": (
-                        2 * layers * n * width
-                    ),
-                    "Keys or values? A prefix has both: a factor of 2 is missing.": (
-                        layers * n * narrow
-                    ),
-                    "That is one layer's prefix: every layer has its own.": (
-                        2 * n * narrow
-                    ),
-                    "That is for one token: there are n.": 2 * layers * narrow,
-                    "That is one head's keys: there are kv_heads of them.": (
-                        2 * layers * n * (width // heads)
-                    ),
-                    "That is a prompt's count: n vectors in the input. A prefix has"
-                    " keys and values in every layer.": n * width,
-                },
-            }[kind]
-            if got != right:
-                raise Wrong(
-                    next(
-                        (message for message, wrong in slips.items() if got == wrong),
-                        f"For a {kind} of {n} in a model of {layers} layers, {width}"
-                        f" wide, with {heads} heads and {kv_heads} key-value heads you"
-                        f" get {got:,}; I count {right:,}.",
-                    )
-                )
+    need(
+        isinstance(predicted, dict),
+        f"Give a dictionary {{case: number}}; yours is a {type(predicted).__name__}.",
+    )
+    cases = gate_cases(n, T)
+    missing = [case for case in cases if case not in predicted]
+    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    for case, (true, why) in cases.items():
+        got = as_number(predicted[case], case)
+        need(
+            0 <= got <= 1,
+            f"{case!r}: a share lies between 0 and 1; yours is {got:.3g}.",
+        )
+        need(
+            abs(got - true) <= 0.02,
+            f"{case!r}: you say {got:.3g}, and it is {true:.3f}. Think of this: {why}.",
+        )
+
+
+def as_number(value, case):
+    wanted = f"{case!r}: a number is wanted, you have {value!r}."
+    need(value is not None and not isinstance(value, (str, bool)), wanted)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise Wrong(wanted) from error
+
+
+# ---- a search over rates -------------------------------------------------------------
+
+LADDER = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+SEARCHES = {  # for each rate of a ladder, the mean loss; noise: how far seeds differ
+    "done": ((0.9, 0.6, 0.2, 0.5, 0.8), 0.005),
+    "best at the top": ((0.9, 0.8, 0.6, 0.4, 0.2), 0.005),
+    "best at the bottom": ((0.2, 0.4, 0.5, 0.7, 0.9), 0.005),
+    "neighbour not told apart": ((0.9, 0.7, 0.6, 0.2, 0.21), 0.03),
+    "told apart further on": ((0.9, 0.7, 0.2, 0.21, 0.8), 0.03),
+    "diverges above": ((0.9, 0.7, 0.5, 0.2, math.nan), 0.005),
+    "one seed diverges": ((0.9, 0.7, 0.5, 0.2, 0.1), 0.005),
+    "one lucky seed": ((0.9, 0.5, 0.2, 0.3, 0.9), 0.005),
+    "one rate": ((0.4,), 0.01),
+}
+
+
+def ladder_of(kind):
+    """{rate: [a loss a seed]}, in any order; nan where a run has diverged."""
+    means, noise = SEARCHES[kind]
+    pattern = [1.0, -0.4, -0.6] if random.random() < 0.5 else [-0.7, 1.0, -0.3]
+    losses = {}
+    for at, mean in enumerate(means):
+        signs = pattern if at % 2 else pattern[::-1]
+        losses[LADDER[at]] = [mean + noise * sign for sign in signs]
+    if kind == "one seed diverges":
+        losses[LADDER[4]][random.randrange(3)] = math.nan
+    if kind == "one lucky seed":
+        losses[LADDER[3]] = [0.05, 0.5, 0.5]
+    order = sorted(losses, key=lambda rate: random.random())
+    if kind == "diverges above":  # min() keeps a nan that comes first
+        order = sorted(losses, reverse=True)
+    return {rate: losses[rate] for rate in order}
+
+
+def diverged(losses):
+    return any(not math.isfinite(loss) for loss in losses)
+
+
+def means_of(losses):
+    return {
+        rate: sum(each) / len(each)
+        for rate, each in losses.items()
+        if not diverged(each)
+    }
+
+
+def open_sides(losses, best, worse):
+    """The sides on which no rate is worse(rate) than the best."""
+    below = [rate for rate in losses if rate < best]
+    above = [rate for rate in losses if rate > best]
+    sides = {"smaller": below, "larger": above}
+    return {name for name, rates in sides.items() if not any(map(worse, rates))}
+
+
+def next_to(losses, best):
+    rates = sorted(losses)
+    at = rates.index(best)
+    return rates[max(at - 1, 0) : at] + rates[at + 1 : at + 2]
+
+
+@checks(
+    "The best rate by all seeds, and a search that ends only where something worse"
+    " than the best, by the course's rule, stands on either side."
+)
+def search_on(function, asked="open") -> None:
+    """function(losses) -> (rate, sides), sides a set of "smaller" and "larger".
+    asked: "open" for the sides on which to go on, "done" for the others."""
+    for kind in SEARCHES:
+        losses = ladder_of(kind)
+        given = {rate: list(each) for rate, each in losses.items()}
+        judge_search(function(given), losses, asked)
+
+
+def judge_search(got, losses, asked):
+    need(got is not None, "Your function gives None: is there a `return` at its end?")
+    need(
+        isinstance(got, (tuple, list)) and len(got) == 2,
+        f"Return two things, the rate and the sides; you return {got!r}.",
+    )
+    rate, sides = got
+    means = means_of(losses)
+    best = min(means, key=means.get)
+    need(
+        isinstance(rate, int | float) and rate in losses,
+        f"The rate should be one of {sorted(losses)}; yours is {rate!r}.",
+    )
+    need(
+        not diverged(losses[rate]),
+        "You choose a rate of which a seed has diverged (nan). Comparisons with nan are"
+        " all false, so min() may keep it; and a mean without that seed is too good.",
+    )
+    finite = {rate: each for rate, each in losses.items() if rate in means}
+    need(
+        rate == best or rate != min(finite, key=lambda rate: min(finite[rate])),
+        "You take the rate with the lowest loss of any seed. One lucky seed is no"
+        " reason: take the mean over the seeds.",
+    )
+    need(
+        rate == best or rate != max(means, key=means.get),
+        "You take the largest mean: these are losses.",
+    )
+    need(rate == best, f"By the mean over seeds the rate is {best:g}; you say {rate}.")
+    judge_sides(sides, losses, best, asked)
+
+
+def judge_sides(sides, losses, best, asked):
+    need(
+        isinstance(sides, (set, frozenset, list, tuple))
+        and all(isinstance(side, str) for side in sides)
+        and {*sides} <= {"smaller", "larger"},
+        'The sides are a set of "smaller" and "larger", perhaps empty; yours is'
+        f" {sides!r}.",
+    )
+    both = {"smaller", "larger"}
+    found = {*sides} if asked == "open" else both - {*sides}
+
+    def really(rate):
+        result = told_apart(losses[best], losses[rate], loss=True)
+        return diverged(losses[rate]) or result.verdict == "ahead"
+
+    right = open_sides(losses, best, really)
+    if found == right:
+        return
+    near = next_to(losses, best)
+    other = {"smaller": "larger", "larger": "smaller"}
+    slips = {
+        "You stop where a rate has been tried on either side. Its loss may be higher by"
+        " chance: is it really worse? Ask `compare`.": open_sides(
+            losses, best, lambda rate: True
+        ),
+        "You look at the next rate alone. If that one is not told apart from the best,"
+        " one further on may be.": open_sides(
+            losses, best, lambda rate: rate in near and really(rate)
+        ),
+        "A rate at which a seed diverged is worse than the best: no need to search"
+        " beyond it.": open_sides(
+            losses, best, lambda rate: not diverged(losses[rate]) and really(rate)
+        ),
+        "The sides are turned round: a side is done where something worse stands.": {
+            other[side] for side in right
+        },
+        "You name the sides that are done: name those on which to go on."
+        if asked == "open"
+        else "You name the sides on which to go on: name those that are done.": (
+            both - right
+        ),
+    }
+    shown = {rate: [round(loss, 3) for loss in losses[rate]] for rate in sorted(losses)}
+    for message, wrong in slips.items():
+        need(found != wrong, f"{message} The losses were {shown}.")
+    raise Wrong(
+        f"Of {shown} you say {sorted(sides)}; the search has to go on at"
+        f" {' and '.join(sorted(right)) or 'neither side'}."
+    )
+
+
+# ---- a prompt of low rank ------------------------------------------------------------
+
+
+def small_model():
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return GPT(GPTConfig(vocab_size=40, **shape, **heads)).double()
+
+
+def around(model, adapter_class, start, r):
+    """`model` with the learner's adapter around it, in 64 bits."""
+
+    class Configured(PeftConfig):
+        def create(self, base, path):
+            return adapter_class(start.clone(), r)
+
+    return get_peft_model(model, Configured()).double()
+
+
+def padded_batch():
+    """ids, mask, labels (3, T): a row padded on the left, one on the right."""
+    T = random.choice([6, 7])
+    ids = torch.randint(1, 40, (3, T))
+    mask = torch.ones(3, T, dtype=torch.long)
+    mask[0, :2] = mask[1, -2:] = 0
+    return ids, mask, ids.masked_fill(mask == 0, -100)
+
+
+def read_with(
+    model, P, ids, mask, labels, behind=False, value=1, no_loss=-100, mask_behind=None
+):
+    """(logits at real places of the text, loss) of the text with P in front."""
+    x = model.get_input_embeddings()(ids)
+    each = P.expand(len(x), -1, -1)
+    n = len(P)
+    pad = torch.nn.functional.pad
+    sides = (0, n) if behind else (n, 0)
+    mask_sides = sides if mask_behind is None else (0, n) if mask_behind else (n, 0)
+    out = model(
+        inputs_embeds=torch.cat((x, each) if behind else (each, x), 1),
+        attention_mask=pad(mask, mask_sides, value=value),
+        labels=pad(labels, sides, value=no_loss),
+    )
+    return out.logits[:, :-n] if behind else out.logits[:, n:], out.loss
+
+
+@checks(
+    "The prompt starts as the words, r (n + d) parameters change it, mask and labels"
+    " know of it, and gradients reach both factors.",
+    "start is (n, d), A (n, r), B (r, d), the embeddings (B, T, d).",
+)
+def low_rank_prompt(adapter_class) -> None:
+    """adapter_class(start, r), an Adapter with the Parameters A (n, r) and B (r, d)."""
+    need(
+        isinstance(adapter_class, type) and issubclass(adapter_class, Adapter),
+        "Give me the class itself, a subclass of Adapter.",
+    )
+    n, r, d = random.choice([3, 4]), 2, 16
+    start = torch.randn(n, d, dtype=torch.float64)
+    model = around(small_model(), adapter_class, start, r)
+    adapter = model.base_model.adapters["default"]
+    look_at_factors(adapter, start, r)
+    batch = padded_batch()
+    base = model.get_base_model()
+    with torch.no_grad():
+        need(
+            not (adapter.A @ adapter.B).any(),
+            "At the start the prompt is not the words in `start`: A B must be zero"
+            " then, so that P = start.",
+        )
+        adapter.A.normal_()
+        adapter.B.normal_()
+    compare_prompts(model, adapter, base, start, batch)
+
+
+def run(model, ids, mask, labels):
+    return model(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def look_at_factors(adapter, start, r):
+    n, d = start.shape
+    for name, shape in (("A", (n, r)), ("B", (r, d))):
+        p = getattr(adapter, name, None)
+        need(
+            isinstance(p, torch.nn.Parameter),
+            f"I look for an nn.Parameter as self.{name}: a plain tensor is neither"
+            " trained nor saved.",
+        )
+        need(
+            p.shape == shape,
+            f"{name} should have the shape {shape}, not {tuple(p.shape)}.",
+        )
+    trained = {name for name, p in adapter.named_parameters() if p.requires_grad}
+    need(
+        trained == {"A", "B"},
+        "More is trained than A and B:"
+        f" {', '.join(sorted(trained - {'A', 'B'}))}. `start` is a constant: keep it"
+        " as a buffer, since `get_peft_model` trains every Parameter of an adapter.",
+    )
+    zero = [name for name in "AB" if not getattr(adapter, name).detach().any()]
+    need(
+        zero != ["A", "B"],
+        "A and B both start at zero: then neither gets a gradient, as in chapter 04."
+        " One of them is random.",
+    )
+
+
+def compare_prompts(model, adapter, base, start, batch):
+    ids, mask, labels = batch
+    n = len(start)
+    P = start + adapter.A @ adapter.B
+    out = run(model, *batch)
+    need(
+        out is not None and hasattr(out, "logits"),
+        "forward gives no output of the model: return what base(...) returns.",
+    )
+    T = ids.shape[1]
+    need(
+        out.logits.shape[1] == n + T,
+        f"{T} tokens and {n} virtual ones go in, so {n + T} logits come out; yours are"
+        f" {out.logits.shape[1]}.",
+    )
+    real = mask.bool()
+    logits, loss = read_with(base, P, *batch)
+    only = adapter.A @ adapter.B
+    wrong = {
+        "`start` is missing: P = start + A B.": read_with(base, only, *batch)[0],
+        "A B is missing: that is the prompt of the words.": read_with(
+            base, start, *batch
+        )[0],
+        "Your mask hides the prompt: 1 means that a place is seen.": read_with(
+            base, P, *batch, value=0
+        )[0],
+        "Your mask is 1 everywhere, or gone: the padding has become visible.": (
+            read_with(base, P, ids, torch.ones_like(mask), labels)[0]
+        ),
+        "The product has a factor too many: P = start + A B.": read_with(
+            base, start + only / adapter.A.shape[1], *batch
+        )[0],
+    }
+    behind = [
+        read_with(base, P, *batch, behind=True, mask_behind=side)[0][real]
+        for side in (False, True)
+    ]
+    need(
+        not any(same(out.logits[:, :T][real], wrong) for wrong in behind),
+        "Your prompt stands behind the text. Tokens see only what comes before them: so"
+        " nothing sees it.",
+    )
+    learnt = {"A": adapter.A, "B": adapter.B}
+    compare(
+        out.logits[:, n:][real],
+        logits[real],
+        {message: each[real] for message, each in wrong.items()},
+        "The logits of the text",
+        learnt,
+    )
+    compare(
+        out.loss,
+        loss,
+        {
+            "The prompt's labels are 0, and 0 is a token: no loss is -100.": read_with(
+                base, P, *batch, no_loss=0
+            )[1]
+        },
+        "The loss",
+        learnt,
+    )
+    few = model(
+        input_ids=ids, attention_mask=mask, labels=labels, labels_only=True
+    ).logits
+    need(
+        few.dim() == 2,
+        "`labels_only=True` does not reach the model: hand on whatever other arguments"
+        " come (**others).",
+    )
+    plain = model(input_ids=ids).logits
+    need(
+        same(plain[:, n:], read_with(base, P, ids, torch.ones_like(mask), ids)[0]),
+        "Without mask and labels the logits are wrong: leave both None then.",
+    )

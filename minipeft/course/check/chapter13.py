@@ -1,14 +1,27 @@
-"""Chapter 13, (IA)3 and BitFit: scaling, folding, finding the scales, the gradient of a
-bias, counting."""
+"""Chapter 13, (IA)3 and BitFit: a fold repaired, what scaling reaches predicted, the
+scales found, the gradient of a bias, a method for one trial, and (IA)3 built."""
 
+import math
 import random
 from itertools import product
 
 import torch
+from torch import nn
 
+from ...config import LayerConfig
+from ...model import get_peft_model
+from ...slot import Adapter
+from ..comparison import compare as told_apart
 from .teacher import Wrong, checks, compare, need, same
 
-__all__ = ["bias_gradient", "count_ia3", "find_scales", "fold_ia3", "ia3_layer"]
+__all__ = [
+    "bias_gradient",
+    "find_scales",
+    "fold_ia3",
+    "ia3_adapter",
+    "predict_reach",
+    "without_trials",
+]
 
 BY_SHAPE = (
     "For a square W you scale the wrong side: `feedforward` says whether the input or"
@@ -30,75 +43,6 @@ def draw(square=False):
         return torch.randn(*shape, dtype=torch.float64)
 
     return d_in, d_out, randn(3, 4, d_in), randn(d_out, d_in), randn(d_out)
-
-
-@checks(
-    "Outputs of k and v are scaled, bias and all; of the feed-forward's second matrix"
-    " the input is, and its bias is left alone. Gradients reach l.",
-    SHAPES,
-)
-def ia3_layer(function) -> None:
-    """function(x, W, b, l, feedforward) -> (..., d_out)."""
-    for feedforward, square in product((False, True), repeat=2):
-        d_in, d_out, x, W, b = draw(square)
-        x.requires_grad_()
-        l = torch.rand(d_in if feedforward else d_out, dtype=torch.float64) + 0.3
-        l.requires_grad_()
-        got, v = function(x, W, b, l, feedforward), l
-        y = x @ W.T
-        if feedforward:
-            right = (x * v) @ W.T + b
-            mistakes = {
-                BY_SHAPE: (y + b) * v if square else None,
-                "l did nothing.": y + b,
-                "You multiply by 1 + l: l starts at one, and is the factor itself.": (
-                    (x * (1 + v)) @ W.T + b
-                ),
-                "b is missing.": right - b,
-                "You divide by l.": (x / v) @ W.T + b,
-                "You add l to the input: it is multiplied.": (x + v) @ W.T + b,
-                "l is in it twice: scale the input, or the columns of W, not both.": (
-                    (x * v * v) @ W.T + b
-                ),
-            }
-            need(
-                not (
-                    isinstance(got, torch.Tensor)
-                    and got.shape == right.shape
-                    and same(
-                        (got.detach() / (y + b)).std(0), torch.zeros_like(right[0])
-                    )
-                )
-                or same(got, y + b),
-                "For feed-forward you scale the output; it is the *input* of the second"
-                " matrix that is scaled.",
-            )
-        else:
-            right = (y + b) * v
-            mistakes = {
-                BY_SHAPE: (x * v) @ W.T + b if square else None,
-                "The bias is not scaled: what is scaled is the layer's whole output,"
-                " W x + b.": y * v + b,
-                "l did nothing.": y + b,
-                "You multiply by 1 + l: l starts at one, and is the factor itself.": (
-                    (y + b) * (1 + v)
-                ),
-                "b is missing.": y * v,
-                "The bias is scaled twice.": (y + b * v) * v,
-                "You divide by l.": (y + b) / v,
-                "You add l to the output: it is multiplied. Adding is BitFit.": (
-                    y + b + v
-                ),
-                "l is in it twice: scale the output, or the rows of W, not both.": (
-                    (y + b) * v * v
-                ),
-            }
-        compare(
-            got,
-            right,
-            mistakes,
-            "Your output, with feedforward=" + str(feedforward) + ",",
-        )
 
 
 @checks("Folded: the layer alone now does what layer and scales did.", SHAPES)
@@ -300,59 +244,393 @@ def bias_gradient(function) -> None:
     )
 
 
-@checks("The count is right, for Llama-3-8B and for Llama-2-7B too.")
-def count_ia3(function) -> None:
-    """function(layers, heads, kv_heads, head_dim, wide) -> int: IA3 on keys, values and
-    the feed-forward's middle."""
-    small = dict(
-        layers=random.choice([3, 5]),
-        heads=12,
-        kv_heads=3,
-        head_dim=random.choice([4, 7]),
-        wide=random.randint(50, 90),
+# ---- what scaling and one direction reach, predicted ---------------------------------
+
+WHY = {
+    ("all doubled", 0): "every row gets the factor 2",
+    ("all doubled", 1): (
+        "the change is W itself, of full rank and with equal singular values: one"
+        " direction holds a hundredth of its square"
+    ),
+    ("negated", 0): "these rows get the factor -1",
+    ("negated", 1): (
+        "the change is that many rows at right angles and of one length: one direction"
+        " takes one of them"
+    ),
+    ("exchanged", 0): (
+        "a row is to become another one at right angles to it: the best factor is zero,"
+        " which is off by one length where the untouched row is off by √2"
+    ),
+    ("exchanged", 1): (
+        "write the change down: its rows are differences. Of what rank is it, and how"
+        " long are its directions?"
+    ),
+    ("one added", 0): "no factor of a row makes a part of another row out of it",
+    ("one added", 1): "all rows change along one and the same direction",
+}
+
+
+def wanted_weights(W, count):
+    """{change: W_new}"""
+    negated, exchanged, added = W.clone(), W.clone(), W.clone()
+    negated[:count] *= -1
+    exchanged[:count] = W[:count].roll(1, 0)
+    added[1:] += W[0]
+    return {
+        "all doubled": 2 * W,
+        "negated": negated,
+        "exchanged": exchanged,
+        "one added": added,
+    }
+
+
+def error_left(W, wanted):
+    """What the best factors for the rows, and the best matrix of rank 1, leave of the
+    change, relative to its norm."""
+    change = wanted - W
+    l = (W * wanted).sum(1, keepdim=True) / W.square().sum(1, keepdim=True)
+    S = torch.linalg.svdvals(change)
+    left = (l * W - wanted).norm(), S[1:].norm()
+    return [(part / change.norm()).item() for part in left]
+
+
+@checks(
+    "All eight. Exchanging two outputs looks harder than negating two, and for one"
+    " direction it is the easier: what counts is the rank of the change."
+)
+def predict_reach(predicted, count=2) -> None:
+    """predicted: {change: (error left by (IA)3, error left by LoRA of rank 1)}."""
+    need(
+        predicted is not None,
+        "There is nothing here yet: put your eight numbers in the place of None.",
     )
-    for shape in (
-        small,
-        dict(layers=32, heads=32, kv_heads=8, head_dim=128, wide=14336),
-        dict(layers=32, heads=32, kv_heads=32, head_dim=128, wide=11008),
-    ):
-        layers, heads, kv_heads, h, wide = shape.values()
-        got, d, kv = function(*shape.values()), heads * h, kv_heads * h
+    need(
+        isinstance(predicted, dict),
+        f"Give a dictionary {{change: (number, number)}}; yours is a"
+        f" {type(predicted).__name__}.",
+    )
+    W, _ = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64))
+    changes = wanted_weights(W, count)
+    missing = [name for name in changes if name not in predicted]
+    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    for name, wanted in changes.items():
+        pair = predicted[name]
         need(
-            got is not None, "Your function gives None: is there a `return` at its end?"
+            isinstance(pair, (tuple, list)) and len(pair) == 2,
+            f"{name!r}: two numbers are wanted, for (IA)³ and for rank 1; you have"
+            f" {pair!r}.",
         )
-        right = layers * (2 * kv + wide)
-        slips = {
-            "With grouped queries keys and values are narrower than the model:"
-            " kv_heads · head_dim.": (layers * (2 * d + wide)),
-            "You count one layer.": 2 * kv + wide,
-            "One of the two, keys or values, is missing.": layers * (kv + wide),
-            "The feed-forward's vector is missing.": layers * 2 * kv,
-            "The feed-forward's vector scales its middle, which is `wide` long, not"
-            " the model's width.": (layers * (2 * kv + d)),
-            "The queries are not scaled.": layers * (2 * kv + d + wide),
-            "The feed-forward has one vector, at the second matrix.": (
-                layers * (2 * kv + 2 * wide)
-            ),
-            "You count one head: each has numbers of its own.": layers * (2 * h + wide),
-            "You count one number for each head: each of its channels has one.": (
-                layers * (2 * kv_heads + wide)
-            ),
-            "The values are as narrow as the keys: kv_heads of them, too.": (
-                layers * (kv + d + wide)
-            ),
-            "heads // kv_heads says how many queries share a key. How many keys there"
-            " are is kv_heads.": (layers * (2 * (heads // kv_heads) * h + wide)),
-            "Two vectors in attention, for keys and values: you count three.": (
-                layers * (3 * kv + wide)
-            ),
-            "You count the matrices: (IA)³ trains one number for each of their"
-            " channels.": (layers * (2 * kv * d + d * wide)),
-        }
-        if got != right:
-            raise Wrong(
-                next(
-                    (message for message, wrong in slips.items() if got == wrong),
-                    f"For {shape} you get {got:,}; I count {right:,}.",
-                )
+        for at, (got, true) in enumerate(zip(pair, error_left(W, wanted))):
+            got = as_number(got, name)
+            method = ("(IA)³", "LoRA, r = 1")[at]
+            need(
+                abs(got - true) <= 0.04,
+                f"{name!r}, {method}: you say {got:.3g}, and it is {true:.2f}. Think"
+                f" of this: {WHY[name, at]}.",
             )
+
+
+def as_number(value, name):
+    wanted = f"{name!r}: a number is wanted, you have {value!r}."
+    need(value is not None and not isinstance(value, (str, bool)), wanted)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise Wrong(wanted) from error
+
+
+# ---- one trial -----------------------------------------------------------------------
+
+nan = math.nan
+TRIALS = {  # {method: the mean loss at 0.1, 1 and 10 times its best rate}
+    "forgiving": {"A": (0.6, 0.1, 3.0), "B": (0.4, 0.3, 0.5), "C": (0.9, 0.35, 4.0)},
+    "worst is nan": {"A": (0.5, 0.1, nan), "B": (0.7, 0.4, 0.8), "C": (2.0, 0.3, 0.6)},
+    "best in the mean": {"A": (0.1, 0.2, 1.0), "B": (0.7, 0.6, 0.8)},
+    "same": {"A": (0.2, 0.1, 0.3), "B": (0.5, 0.4, 0.6), "C": (0.5, 0.2, 2.0)},
+    "not told apart": {"A": (0.9, 0.30, 2.0), "B": (0.5, 0.32, 0.6)},
+}
+
+
+def trials_drawn(kind):
+    """{method: {rate: [a loss a seed]}}; the rates are each method's own."""
+    noise = 0.06 if kind == "not told apart" else 0.004
+    names = random.sample(["(IA)³", "BitFit", "LoRA", "prompt"], len(TRIALS[kind]))
+    signs = random.sample([1.0, -0.4, -0.6], 3)
+    drawn = {}
+    for at, (name, means) in enumerate(zip(names, TRIALS[kind].values())):
+        own = signs[at:] + signs[:at]  # no two methods have the same good seed
+        best = random.choice([1e-3, 1e-2, 1e-1])
+        drawn[name] = {
+            best * factor: [mean + noise * sign for sign in own]
+            for factor, mean in zip((0.1, 1, 10), means)
+        }
+    if kind == "same":  # another method's lowest single loss, at its best rate
+        name = names[1]
+        rate = min(drawn[name], key=lambda rate: sum(drawn[name][rate]))
+        drawn[name][rate] = [0.05, 0.6, 0.55]
+    if kind == "worst is nan":  # one seed of three diverges, in the middle of the list
+        rate = max(drawn[names[0]])
+        drawn[names[0]][rate] = [0.2, math.nan, 0.2]
+    return dict(sorted(drawn.items(), key=lambda item: random.random()))
+
+
+def mean_loss(losses):
+    mean = sum(losses) / len(losses)
+    return mean if math.isfinite(mean) else math.inf
+
+
+@checks(
+    "With trials the best of the best, without them the best of the worst; and the"
+    " course's rule says whether the trials are worth it."
+)
+def without_trials(function) -> None:
+    """function(losses) -> (tuned, blind, verdict)."""
+    for kind in TRIALS:
+        losses = trials_drawn(kind)
+        given = {
+            name: {rate: list(each) for rate, each in rates.items()}
+            for name, rates in losses.items()
+        }
+        judge_trials(function(given), losses)
+
+
+def judge_trials(got, losses):
+    need(got is not None, "Your function gives None: is there a `return` at its end?")
+    need(
+        isinstance(got, (tuple, list)) and len(got) == 3,
+        f"Return three things: tuned, blind, verdict; you return {got!r}.",
+    )
+    tuned, blind, verdict = got
+    for what, name in (("tuned", tuned), ("blind", blind)):
+        need(
+            isinstance(name, str) and name in losses,
+            f"{what} should be one of the methods, {sorted(losses)}; it is {name!r}.",
+        )
+    means = {
+        name: [mean_loss(each) for each in rates.values()]
+        for name, rates in losses.items()
+    }
+    shown = {
+        name: {f"{rate:g}": [round(x, 3) for x in rates[rate]] for rate in rates}
+        for name, rates in losses.items()
+    }
+    shown = f" The losses were {shown}."
+    judge_tuned(tuned, means, losses, shown)
+    judge_blind(blind, means, losses, shown)
+    best = {name: min(losses[name].values(), key=mean_loss) for name in (tuned, blind)}
+    right = told_apart(best[tuned], best[blind], loss=True).verdict
+    need(
+        isinstance(verdict, str),
+        "The verdict is a word: `compare(…).verdict`. You return"
+        f" {type(verdict).__name__}.",
+    )
+    need(
+        {"ahead": "behind", "behind": "ahead"}.get(right) != verdict,
+        "Your verdict is turned round: these are losses (loss=True), and it is of tuned"
+        " against blind.",
+    )
+    need(
+        verdict == right,
+        f"You say {verdict!r}; of {tuned!r} against {blind!r}, each at its best rate,"
+        f" the course's rule says {right!r}.{shown}",
+    )
+
+
+def judge_tuned(got, means, losses, shown):
+    right = min(means, key=lambda name: min(means[name]))
+
+    def lowest(name):
+        return min(x for each in losses[name].values() for x in each if x == x)
+
+    slips = {
+        "You take the method with the lowest loss of any seed: take the mean over the"
+        " seeds.": min(means, key=lowest),
+        "You take the largest loss: lower is better.": max(
+            means, key=lambda name: min(means[name])
+        ),
+    }
+    for message, wrong in slips.items():
+        need(got == right or got != wrong, message + shown)
+    need(
+        got == right,
+        f"With trials {right!r} has the lowest mean loss at its best rate; you say"
+        f" {got!r}.{shown}",
+    )
+
+
+def judge_blind(got, means, losses, shown):
+    right = min(means, key=lambda name: max(means[name]))
+
+    def without_nan(name):
+        kept = [[x for x in each if x == x] for each in losses[name].values()]
+        return max(sum(each) / len(each) for each in kept if each)
+
+    slips = {
+        "A run that diverged is the worst that can happen: nan counts as infinite,"
+        " though max() may pass it by.": min(means, key=without_nan),
+        "You take the mean over the rates. Without trials you may land at the worst of"
+        " them: look at each method's worst.": min(
+            means, key=lambda name: sum(min(x, 1e9) for x in means[name])
+        ),
+        "You take the method with the best rate again. Without trials nobody tells you"
+        " that rate.": min(means, key=lambda name: min(means[name])),
+        "You take the method that fares worst of all: the *least* bad is wanted.": max(
+            means, key=lambda name: max(means[name])
+        ),
+    }
+    for message, wrong in slips.items():
+        need(got == right or got != wrong, message + shown)
+    need(
+        got == right,
+        f"At its worst rate {right!r} has the lowest mean loss; you say {got!r}."
+        f"{shown}",
+    )
+
+
+# ---- (IA)3, built --------------------------------------------------------------------
+
+
+def layer_with(adapter_class, linear, feedforward):
+    """A PeftModel around one linear layer, with the learner's adapter on it."""
+
+    class Configured(LayerConfig):
+        def create(self, base, path):
+            d_out, d_in = base.weight.shape
+            return adapter_class(d_in, d_out, feedforward)
+
+    model = nn.Sequential(linear)
+    return get_peft_model(model, Configured(target_modules=["0"])).double()
+
+
+@checks(
+    "It scales the right side, starts as the base, folds into weight and bias, and"
+    " comes out again without a trace.",
+    SHAPES,
+)
+def ia3_adapter(adapter_class) -> None:
+    """adapter_class(d_in, d_out, feedforward), an Adapter with the Parameter l."""
+    need(
+        isinstance(adapter_class, type) and issubclass(adapter_class, Adapter),
+        "Give me the class itself, a subclass of Adapter.",
+    )
+    for feedforward, bias, square in (
+        (False, True, False),
+        (True, True, False),
+        (False, False, False),
+        (True, False, True),
+        (False, True, True),
+    ):
+        d_in = random.randint(5, 7)
+        d_out = d_in if square else random.randint(9, 12)
+        linear = nn.Linear(d_in, d_out, bias=bias)
+        model = layer_with(adapter_class, linear, feedforward)
+        slot = model.get_base_model()[0]
+        adapter = slot.adapters["default"]
+        look_at_l(adapter, d_in if feedforward else d_out, feedforward)
+        x = torch.randn(2, 3, d_in, dtype=torch.float64)
+        need(
+            same(slot(x), slot.base_layer(x)),
+            "At the start the layer is not the base's: l begins at one.",
+        )
+        with torch.no_grad():
+            adapter.l.copy_(torch.randn_like(adapter.l))
+            adapter.l.view(-1)[0] = 0.0  # a channel that is silenced
+        compare_layer(slot, adapter, x.requires_grad_(), feedforward, square)
+        fold_and_unfold(model, slot, x.detach(), feedforward)
+
+
+def look_at_l(adapter, length, feedforward):
+    p = getattr(adapter, "l", None)
+    need(
+        isinstance(p, nn.Parameter),
+        "I look for an nn.Parameter as self.l: a plain tensor is neither trained nor"
+        " saved.",
+    )
+    side = "the input, d_in" if feedforward else "the output, d_out"
+    need(
+        p.numel() == length,
+        f"With feedforward={feedforward} l scales {side} = {length} channels; yours"
+        f" has {p.numel()} entries.",
+    )
+    more = [name for name in adapter.state_dict() if name != "l"]
+    need(not more, f"It saves more than l: {', '.join(more)}.")
+
+
+def compare_layer(slot, adapter, x, feedforward, square):
+    W, b = slot.base_layer.weight, slot.base_layer.bias
+    l = adapter.l
+    flat = l.reshape(-1)
+    b = torch.zeros(len(W), dtype=W.dtype) if b is None else b
+    y = x @ W.T
+    if feedforward:
+        right = (x * flat) @ W.T + b
+        mistakes = {
+            BY_SHAPE: (y + b) * flat if square else None,
+            "You multiply by 1 + l: l starts at one, and is the factor itself.": (
+                right + y
+            ),
+        }
+    else:
+        right = (y + b) * flat
+        mistakes = {
+            BY_SHAPE: (x * flat) @ W.T + b if square else None,
+            "The bias is not scaled: what is scaled is the layer's whole output,"
+            " W x + b.": y * flat + b,
+            "You multiply by 1 + l: l starts at one, and is the factor itself.": (
+                (y + b) * (1 + flat)
+            ),
+        }
+    mistakes |= {
+        "l did nothing.": y + b,
+        "base(x) goes on beside the scaled one: (IA)³ replaces it, it adds nothing.": (
+            right + y + b
+        ),
+    }
+    mistakes = {
+        message: wrong
+        for message, wrong in mistakes.items()
+        if wrong is not None and not same(wrong, right)
+    }
+    what = f"Your output, with feedforward={feedforward},"
+    compare(slot(x), right, mistakes, what, {"l": l, "x": x})
+
+
+def fold_and_unfold(model, slot, x, feedforward):
+    where = f"feedforward={feedforward}, bias={slot.base_layer.bias is not None}"
+    layer = slot.base_layer
+    l = slot.adapters["default"].l.detach().reshape(-1)
+    before = slot(x).detach()
+    parts = {"W": layer.weight.detach().clone(), "b": layer.bias}
+    need(
+        slot.adapters["default"].mergeable,
+        "It cannot be merged: set `mergeable = True` and write `fold(base)`.",
+    )
+    model.merge_adapter()
+    merged = slot(x).detach()
+    W, b = layer.weight.detach(), layer.bias
+    model.unmerge_adapter()
+    need(
+        same(slot(x).detach(), before),
+        "Merged and unmerged, the layer is another: assign base.weight = … and"
+        " base.bias = …, and change neither in place.",
+    )
+    if same(merged, before):
+        return
+    right = parts["W"] * l if feedforward else parts["W"] * l[:, None]
+    need(
+        not torch.equal(W, parts["W"]), f"`fold` leaves the weight as it was ({where})."
+    )
+    need(
+        same(W, right),
+        f"Merged, the weight is not the folded one ({where}): an input's scale goes"
+        " into the columns, an output's into the rows.",
+    )
+    scaled = not torch.equal(b, parts["b"]) if b is not None else False
+    raise Wrong(
+        f"The weight is folded rightly, the bias is not ({where}):"
+        + (
+            " where the input is scaled, it stays."
+            if feedforward and scaled
+            else " it is part of the output, and scaled with it."
+        )
+    )
