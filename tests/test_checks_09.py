@@ -1,186 +1,78 @@
 """Chapter 09's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+import math
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 from judging import accepts, rejects
 
-from minipeft.course import check
+from minipeft import LinearDelta
+from minipeft.course import check, compare
 
 
 def blank(*_):
     raise NotImplementedError
 
 
-# ------------------------------------------------------------------------- absmax_round
+# ------------------------------------------------------------------------- pack_nibbles
 
 
-def rounding(
-    m=lambda bits: 2 ** (bits - 1) - 1,
-    size=lambda w: w.abs().max(),
-    to=torch.round,
-    back=True,
-):
-    def function(w, bits):
-        step = size(w) / m(bits)
-        return to(w / step) * (step if back else 1)
-
-    return function
+def pack(codes):
+    return (codes[::2] << 4) | codes[1::2]
 
 
-def affine(w, bits):
-    step = (w.max() - w.min()) / (2**bits - 1)
-    return ((w - w.min()) / step).round() * step + w.min()
+def unpack(packed):
+    return torch.stack([packed >> 4, packed & 15], -1).flatten()
 
 
-def by_hand(w, bits):
-    m, top = 2 ** (bits - 1) - 1, max(abs(float(x)) for x in w.flatten())
-    return torch.tensor(
-        [[round(float(x) * m / top) * top / m for x in row] for row in w], dtype=w.dtype
+def test_pack_nibbles_solution():
+    accepts(check.pack_nibbles, pack, unpack)
+    accepts(
+        check.pack_nibbles,
+        lambda c: c[::2] * 16 + c[1::2],
+        lambda p: torch.stack([p // 16, p % 16], 1).view(-1),
     )
 
 
-def test_absmax_round_solution():
-    accepts(check.absmax_round, rounding())
-    accepts(check.absmax_round, by_hand)
-
-
 @pytest.mark.parametrize(
     "says, answer",
     [
-        ("nothing here yet", blank),
-        ("multiply by the step again", rounding(back=False)),
-        ("take abs() first", rounding(size=lambda w: w.max())),
-        ("one whole number too many", rounding(m=lambda bits: 2 ** (bits - 1))),
-        ("One bit is the sign", rounding(m=lambda bits: 2**bits - 1)),
-        ("cut off instead of rounding", rounding(to=torch.trunc)),
-        ("cut off instead of rounding", rounding(to=torch.floor)),
-        ("one absmax a row", rounding(size=lambda w: w.abs().amax(1, keepdim=True))),
-        ("one absmax a column", rounding(size=lambda w: w.abs().amax(0, keepdim=True))),
-        ("zero need not be among them", affine),
-        ("You round w itself", lambda w, bits: w.round()),
-        ("Your step is the absmax itself", rounding(m=lambda bits: 1)),
-        ("is there a `return`", lambda w, bits: None),
+        ("nothing here yet", (blank, blank)),
+        (
+            "halves of each byte are swapped",
+            (lambda c: (c[1::2] << 4) | c[::2], unpack),
+        ),
+        (
+            "first half of the tensor",
+            (lambda c: (c[: len(c) // 2] << 4) | c[len(c) // 2 :], unpack),
+        ),
+        ("cannot be told apart", (lambda c: c[::2] + c[1::2], unpack)),
+        ("not uint8", (lambda c: (c[::2].int() << 4) | c[1::2], unpack)),
+        ("two go into each", (lambda c: c, lambda p: p)),
+        ("none in common", (lambda c: (c[::2] << 4) & c[1::2], unpack)),
+        ("have to alternate", (pack, lambda p: torch.cat([p >> 4, p & 15]))),
+        (
+            "unpack(pack(codes)) is not codes",
+            (pack, lambda p: torch.stack([p & 15, p >> 4], -1).flatten()),
+        ),
+        ("is there a `return`", (lambda c: None, unpack)),
+        (
+            "one row of bytes",
+            (lambda c: pack(c)[:, None], lambda p: unpack(p.flatten())),
+        ),
+        (
+            "byte & 15 keeps the low half",
+            (pack, lambda p: torch.stack([p >> 4, p], -1).flatten()),
+        ),
+        ("and should give back", (pack, lambda p: torch.stack([p >> 4, p & 15], -1))),
+        ("15 · 16 + 2", (lambda c: (c[::2] << 3) | c[1::2], unpack)),
     ],
 )
-def test_absmax_round_mistakes(says, answer):
-    rejects(says, check.absmax_round, answer)
-
-
-# -------------------------------------------------------------------- blockwise_nearest
-
-
-def nearest(y, code):
-    return code[(y[..., None] - code).abs().argmin(-1)]
-
-
-def blocks(
-    scale=lambda rows: rows.abs().amax(1, keepdim=True),
-    rows=lambda x, size: x.reshape(-1, size),
-    look=nearest,
-    back=True,
-    shape=True,
-):
-    def function(x, code, size):
-        found = rows(x, size)
-        absmax = scale(found)
-        y = look(found / absmax, code) * (absmax if back else 1)
-        return y.reshape(x.shape) if shape else y
-
-    return function
-
-
-def test_blockwise_nearest_solution():
-    accepts(check.blockwise_nearest, blocks())
-
-    def middles(y, code):
-        return code[torch.bucketize(y, (code[1:] + code[:-1]) / 2)]
-
-    accepts(check.blockwise_nearest, blocks(look=middles))
-
-    def one_by_one(x, code, size):
-        parts = []
-        for block in x.flatten().split(size):
-            top = block.abs().max()
-            parts += [
-                min(code.tolist(), key=lambda c: abs(c - float(number / top))) * top
-                for number in block
-            ]
-        return torch.stack(parts).view(x.shape)
-
-    accepts(check.blockwise_nearest, one_by_one)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        (
-            "one absmax for the whole tensor",
-            blocks(scale=lambda rows: rows.abs().max()),
-        ),
-        (
-            "along the wrong axis",
-            blocks(scale=lambda rows: rows.abs().amax(0, keepdim=True)),
-        ),
-        (
-            "down the columns",
-            lambda x, code, size: blocks(
-                lambda r: r.abs().amax(0, keepdim=True), lambda x, s: x.reshape(s, -1)
-            )(x, code, size),
-        ),
-        ("multiply each block by its absmax", blocks(back=False)),
-        (
-            "the code below",
-            blocks(
-                look=lambda y, code: code[
-                    (torch.searchsorted(code, y.contiguous(), right=True) - 1).clamp(
-                        0, 7
-                    )
-                ]
-            ),
-        ),
-        (
-            "the code above",
-            blocks(
-                look=lambda y, code: code[
-                    torch.searchsorted(code, y.contiguous()).clamp(0, 7)
-                ]
-            ),
-        ),
-        (
-            "largest number of a block, not the largest in size",
-            blocks(scale=lambda rows: rows.max(1, keepdim=True).values),
-        ),
-        ("standard deviation", blocks(scale=lambda rows: rows.std(1, keepdim=True))),
-        (
-            "at equal distances",
-            blocks(
-                look=lambda y, code: code[
-                    ((y + 1) / 2 * (len(code) - 1)).round().long()
-                ]
-            ),
-        ),
-        ("The signs are lost", blocks(look=lambda y, code: nearest(y.abs(), code))),
-        (
-            "without dividing",
-            lambda x, code, size: (
-                nearest(x.reshape(-1, size), code)
-                * x.reshape(-1, size).abs().amax(1, keepdim=True)
-            ).reshape(x.shape),
-        ),
-        ("mean size", blocks(scale=lambda rows: rows.abs().mean(1, keepdim=True))),
-        (
-            "indices of the codes",
-            lambda x, code, size: (x.view(-1, size)[..., None] - code).abs().argmin(-1),
-        ),
-        ("not the shape", blocks(shape=False)),
-    ],
-)
-def test_blockwise_nearest_mistakes(says, answer):
-    rejects(says, check.blockwise_nearest, answer)
+def test_pack_nibbles_mistakes(says, answer):
+    rejects(says, check.pack_nibbles, *answer)
 
 
 # ---------------------------------------------------------------------- normal_codebook
@@ -260,182 +152,270 @@ def test_normal_codebook_mistakes(says, answer):
     rejects(says, check.normal_codebook, answer)
 
 
-# ------------------------------------------------------------------------- pack_nibbles
+# ----------------------------------------------------------------------- predict_errors
+
+RIGHT = {
+    "W times 8": 1.0,
+    "rounded twice": 1.0,
+    "rows times factors": 1.0,
+    "8 to 9 bits": 0.25,
+    "outlier, one scale": 0.5,
+    "outlier, blocks of 64": 0.012,
+    "bits": 5.0,
+    "bits, double": 4.254,
+}
 
 
-def pack(codes):
-    return (codes[::2] << 4) | codes[1::2]
-
-
-def unpack(packed):
-    return torch.stack([packed >> 4, packed & 15], -1).flatten()
-
-
-def test_pack_nibbles_solution():
-    accepts(check.pack_nibbles, pack, unpack)
+def test_predict_errors_solution():
+    accepts(check.predict_errors, RIGHT)
     accepts(
-        check.pack_nibbles,
-        lambda c: c[::2] * 16 + c[1::2],
-        lambda p: torch.stack([p // 16, p % 16], 1).view(-1),
+        check.predict_errors,
+        {key: np.float32(RIGHT[key]) for key in sorted(RIGHT)},
+        outlier=64.0,
+        block=32,
     )
+    more = {"outlier, one scale": 0.2, "outlier, blocks of 64": 0.005}
+    more |= {"bits": 4.25, "bits, double": 4.0635}
+    accepts(check.predict_errors, RIGHT | more, outlier=128.0, block=128)
+    rejects("it is 4.25", check.predict_errors, RIGHT, block=128)
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
-        ("nothing here yet", (blank, blank)),
-        (
-            "halves of each byte are swapped",
-            (lambda c: (c[1::2] << 4) | c[::2], unpack),
-        ),
-        (
-            "first half of the tensor",
-            (lambda c: (c[: len(c) // 2] << 4) | c[len(c) // 2 :], unpack),
-        ),
-        ("cannot be told apart", (lambda c: c[::2] + c[1::2], unpack)),
-        ("not uint8", (lambda c: (c[::2].int() << 4) | c[1::2], unpack)),
-        ("two go into each", (lambda c: c, lambda p: p)),
-        ("none in common", (lambda c: (c[::2] << 4) & c[1::2], unpack)),
-        ("have to alternate", (pack, lambda p: torch.cat([p >> 4, p & 15]))),
-        (
-            "unpack(pack(codes)) is not codes",
-            (pack, lambda p: torch.stack([p & 15, p >> 4], -1).flatten()),
-        ),
-        ("is there a `return`", (lambda c: None, unpack)),
-        (
-            "one row of bytes",
-            (lambda c: pack(c)[:, None], lambda p: unpack(p.flatten())),
-        ),
-        (
-            "byte & 15 keeps the low half",
-            (pack, lambda p: torch.stack([p >> 4, p], -1).flatten()),
-        ),
-        ("and should give back", (pack, lambda p: torch.stack([p >> 4, p & 15], -1))),
-        ("15 · 16 + 2", (lambda c: (c[::2] << 3) | c[1::2], unpack)),
+        ("nothing here yet", None),
+        ("Give a dictionary", [1.0] * 8),
+        ("no prediction for 'bits'", {k: v for k, v in RIGHT.items() if k != "bits"}),
+        ("the codes stay as they are", RIGHT | {"W times 8": 8.0}),
+        ("changes nothing", RIGHT | {"rounded twice": 2.0}),
+        ("cancels in the relative error", RIGHT | {"rows times factors": 10.0}),
+        ("goes with its square", RIGHT | {"8 to 9 bits": 0.5}),
+        ("all other weights round to zero", RIGHT | {"outlier, one scale": 1.0}),
+        ("all other weights round to zero", RIGHT | {"outlier, one scale": 0.016}),
+        ("only the 63 weights", RIGHT | {"outlier, blocks of 64": 0.5}),
+        ("only the 63 weights", RIGHT | {"outlier, blocks of 64": 0.0}),
+        ("one scale of 32 bits", RIGHT | {"bits": 4.0}),
+        ("one scale of 32 bits", RIGHT | {"bits": 4.5}),
+        ("share another one", RIGHT | {"bits, double": 4.25}),
+        ("share another one", RIGHT | {"bits, double": 4.127}),
+        ("a number is wanted", RIGHT | {"bits": "five"}),
+        ("a number is wanted", RIGHT | {"bits": None}),
     ],
 )
-def test_pack_nibbles_mistakes(says, answer):
-    rejects(says, check.pack_nibbles, *answer)
+def test_predict_errors_mistakes(says, answer):
+    rejects(says, check.predict_errors, answer)
 
 
-# ---------------------------------------------------------------------- double_quantize
+# ------------------------------------------------------------------------ choose_format
 
 
-def double(subtract=torch.mean, add=torch.mean, whole=False):
-    def function(absmax, code, size):
-        less, more = (f(absmax) if f else 0 for f in (subtract, add))
-        rows = (absmax - less).view(-1, len(absmax) if whole else size)
-        scale = rows.abs().amax(1, keepdim=True)
-        return (nearest(rows / scale, code) * scale).view(-1) + more
+def nearest(y, code):
+    return code[(y[..., None] - code).abs().argmin(-1)]
+
+
+def choosing(
+    scale=32,
+    relative=True,
+    over=sum,
+    whole=True,
+    turned=False,
+    steps="int",
+    budget=None,
+    word=True,
+):
+    def error(w, code, size):
+        rows = w.reshape(-1, size)
+        top = rows.abs().amax(1, keepdim=True)
+        near = (nearest(rows / top, code) * top).reshape(w.shape)
+        return float(
+            (w - near).square().mean() / (w.square().mean() if relative else 1)
+        )
+
+    def function(weights, codes, sizes, most):
+        errors = {}
+        for name, code in codes.items():
+            for size in sizes:
+                bits = math.log2(len(code))
+                bits = (math.ceil(bits) if whole else bits) + scale / size
+                if bits <= (budget or most):
+                    errors[name, size] = [error(w, code, size) for w in weights]
+        best = min(errors, key=lambda key: over(errors[key]))
+        even = [key for key in errors if key[0].startswith(steps)]
+        pair = [errors[best], errors[min(even, key=lambda key: sum(errors[key]))]]
+        result = compare(*(pair[::-1] if turned else pair), loss=True)
+        return *best, result.verdict if word else result
 
     return function
 
 
-def double_codes(absmax, code, size):
-    rows = (absmax - absmax.mean()).view(-1, size)
-    return nearest(rows / rows.abs().amax(1, keepdim=True), code).view(-1)
+def test_choose_format_solution():
+    accepts(check.choose_format, choosing())
+    accepts(check.choose_format, choosing(), scale_bits=32)
+    accepts(check.choose_format, choosing(scale=16), scale_bits=16)
 
+    def in_numpy(weights, codes, sizes, budget):
+        name, size, verdict = choosing()(weights, codes, sizes, budget)
+        return [name, np.int64(size), verdict]
 
-def test_double_quantize_solution():
-    accepts(check.double_quantize, double())
+    accepts(check.choose_format, in_numpy)
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
         ("nothing here yet", blank),
-        ("The mean is missing", double(None, None)),
-        ("do not add it again", double(add=None)),
-        ("never subtracted", double(subtract=None)),
-        ("one scale for all", double(whole=True)),
-        ("the smallest, not the mean", double(torch.min, torch.min)),
-        ("Nothing has been rounded", lambda absmax, code, size: absmax),
+        ("bits a weight, more than", choosing(scale=0)),
+        ("bits a weight, more than", choosing(scale=16)),
+        ("bits a weight, more than", choosing(budget=99)),
+        ("is allowed too", choosing(scale=40)),
+        ("the largest matrix decides", choosing(relative=False)),
+        ("first matrix only", choosing(over=lambda found: found[0])),
+        ("is allowed too", choosing(over=lambda found: -sum(found))),
+        ("turned round", choosing(turned=True)),
+        ("the best allowed format of equal", choosing(steps="nf")),
+        ("The verdict is a word", choosing(word=False)),
+        ("three things", lambda *given: choosing()(*given)[:2]),
+        ("is not one of the formats", lambda *given: ("nf4", 7, "ahead")),
+        ("gives None", lambda *given: None),
+    ],
+)
+def test_choose_format_mistakes(says, answer):
+    rejects(says, check.choose_format, answer)
+
+
+# --------------------------------------------------------------------- four_bit_adapter
+
+
+class FourBit(LinearDelta):
+    """The solution; the answers below change one line of it."""
+
+    def __init__(self, W, code, block_size):
+        super().__init__()
+        rows = W.reshape(-1, block_size)
+        scale = self.scale_of(rows)
+        index = self.index_of(rows / torch.where(scale == 0, 1.0, scale), code)
+        packed = self.pack(index.flatten().to(torch.uint8))
+        self.keep(packed, scale, code, W)
+
+    def scale_of(self, rows):
+        return rows.abs().amax(1, keepdim=True)
+
+    def index_of(self, y, code):
+        return torch.bucketize(y, (code[1:] + code[:-1]) / 2)
+
+    def pack(self, index):
+        return (index[::2] << 4) | index[1::2]
+
+    def unpack(self, packed):
+        return torch.stack([packed >> 4, packed & 15], -1)
+
+    def keep(self, packed, scale, code, W):
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("code", code)
+
+    def dense(self, base):
+        index = self.unpack(self.packed).int()
+        rows = self.code[index].view(len(self.scale), -1) * self.scale
+        return rows.view(base.weight.shape)
+
+    def delta(self, base):
+        return self.dense(base) - base.weight
+
+
+def four(**methods):
+    return type("Mine", (FourBit,), methods)
+
+
+class LowFirst(LinearDelta):
+    """The other half first, as its own unpack has it; the update without delta."""
+
+    def __init__(self, W, code, block_size):
+        super().__init__()
+        blocks = W.flatten().split(block_size)
+        top = torch.stack([block.abs().max() for block in blocks])
+        y = torch.stack([b / (t if t else 1) for b, t in zip(blocks, top)])
+        index = (y[..., None] - code).abs().argmin(-1).flatten().byte()
+        self.register_buffer("bytes", index[::2] + 16 * index[1::2])
+        self.register_buffer("top", top)
+        self.code = code
+
+    def delta(self, base):
+        index = torch.stack([self.bytes % 16, self.bytes // 16], 1).long()
+        y = self.code[index].reshape(len(self.top), -1) * self.top[:, None]
+        return y.reshape(base.weight.shape) - base.weight
+
+
+def keep_dense(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.W = W
+
+
+def keep_dense_buffer(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.register_buffer("W", W)
+
+
+def keep_trained(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.more = torch.nn.Parameter(torch.zeros(3))
+
+
+def keep_plain(self, packed, scale, code, W):
+    self.packed, self.scale, self.code = packed, scale, code
+
+
+def test_four_bit_adapter_solution():
+    accepts(check.four_bit_adapter, FourBit)
+    accepts(check.four_bit_adapter, LowFirst)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", four(__init__=blank)),
+        ("nothing here yet", four(delta=blank)),
+        ("the class itself", lambda W, code, size: FourBit(W, code, size)),
+        ("return Ŵ itself", four(delta=FourBit.dense)),
         (
-            "a mean from each block",
-            lambda absmax, code, size: (
-                lambda rows: torch.cat(
-                    [
-                        nearest((r - r.mean()) / (r - r.mean()).abs().max(), code)
-                        * (r - r.mean()).abs().max()
-                        + r.mean()
-                        for r in rows
-                    ]
+            "The sign is turned round",
+            four(delta=lambda self, base: base.weight - self.dense(base)),
+        ),
+        ("Two go into a byte", four(pack=lambda self, i: i, unpack=lambda self, p: p)),
+        ("keep the dense weight", four(keep=keep_dense)),
+        ("keep the dense weight", four(keep=keep_dense_buffer)),
+        ("rounding has no gradient", four(keep=keep_trained)),
+        ("saves nothing", four(keep=keep_plain)),
+        (
+            "One scale for the whole weight",
+            four(scale_of=lambda self, rows: rows.abs().max().expand(len(rows), 1)),
+        ),
+        (
+            "each other's place",
+            four(unpack=lambda self, p: torch.stack([p & 15, p >> 4], -1)),
+        ),
+        (
+            "before all second ones",
+            four(unpack=lambda self, p: torch.cat([p >> 4, p & 15])),
+        ),
+        (
+            "the code below",
+            four(
+                index_of=lambda self, y, code: (
+                    torch.searchsorted(code, y.contiguous(), right=True) - 1
+                ).clamp(0)
+            ),
+        ),
+        (
+            "contains nan",
+            four(
+                scale_of=lambda self, rows: (
+                    rows.abs().amax(1, keepdim=True)
+                    / (rows.abs().amax(1, keepdim=True) > 0)
                 )
-            )(absmax.view(-1, size)),
-        ),
-        (
-            "abs() first",
-            lambda absmax, code, size: (
-                (
-                    lambda rows: (
-                        nearest(rows / rows.amax(1, keepdim=True), code)
-                        * rows.amax(1, keepdim=True)
-                    ).view(-1)
-                )((absmax - absmax.mean()).view(-1, size))
-                + absmax.mean()
             ),
         ),
-        (
-            "by its own scale first",
-            lambda absmax, code, size: double_codes(absmax, code, size) + absmax.mean(),
-        ),
-        (
-            "neither scale nor mean",
-            lambda absmax, code, size: double_codes(absmax, code, size),
-        ),
-        ("is there a `return`", lambda absmax, code, size: None),
     ],
 )
-def test_double_quantize_mistakes(says, answer):
-    rejects(says, check.double_quantize, answer)
-
-
-# ---------------------------------------------------------------------- bits_per_weight
-
-
-def bits(bits, size, double=None):
-    return bits + (32 / size if double is None else 8 / size + 32 / (size * double))
-
-
-def test_bits_per_weight_solution():
-    accepts(check.bits_per_weight, bits)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("scales are missing", lambda b, size, double=None: b),
-        ("a whole scale", lambda b, size, double=None: b + 32),
-        ("upside down", lambda b, size, double=None: b + size / 32),
-        ("as 16 bits", lambda b, size, double=None: b + 16 / size),
-        ("8 bits, not 32", lambda b, size, double=None: b + 32 / size),
-        (
-            "scales of the scales",
-            lambda b, size, double=None: b + (8 if double else 32) / size,
-        ),
-        (
-            "block_size · double_block",
-            lambda b, size, double=None: (
-                b + (8 / size + 32 / double if double else 32 / size)
-            ),
-        ),
-        ("That is in bytes", lambda b, size, double=None: bits(b, size, double) / 8),
-        ("the scales alone", lambda b, size, double=None: bits(b, size, double) - b),
-        (
-            "second scale stays in 32 bits",
-            lambda b, size, double=None: (
-                b + (8 / size + 8 / (size * double) if double else 32 / size)
-            ),
-        ),
-        (
-            "count the first scales twice",
-            lambda b, size, double=None: (
-                b + 32 / size + (8 / size + 32 / (size * double) if double else 0)
-            ),
-        ),
-        ("is there a `return`", lambda b, size, double=None: None),
-    ],
-)
-def test_bits_per_weight_mistakes(says, answer):
-    rejects(says, check.bits_per_weight, answer)
+def test_four_bit_adapter_mistakes(says, answer):
+    rejects(says, check.four_bit_adapter, answer)

@@ -1,174 +1,117 @@
-"""Chapter 09, four bits: rounding, blocks, the codebook, packing, double quantisation,
-and what it all costs."""
+"""Chapter 09, four bits: the faults in a packer and in a codebook, errors and bits said
+beforehand, a format under a budget, and four bits as an adapter."""
 
+import copy
+import functools
+import math
 import random
 from statistics import NormalDist
 
 import torch
+from torch import nn
 
-from .teacher import checks, compare, need, same
+from ... import LayerConfig, LinearDelta, LoraConfig, get_peft_model
+from ...slot import Base
+from ..comparison import compare as told_apart
+from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
-    "absmax_round",
-    "bits_per_weight",
-    "blockwise_nearest",
-    "double_quantize",
+    "choose_format",
+    "four_bit_adapter",
     "normal_codebook",
     "pack_nibbles",
+    "predict_errors",
 ]
 
 
-@checks(
-    "Whole numbers from -m to m, m = 2^(bits - 1) - 1, times one step for the whole"
-    " tensor: absmax rounding."
-)
-def absmax_round(function) -> None:
-    """function(w, bits) -> w rounded to equal steps, a tensor of w's shape."""
-    for bits in (8, 4, 3):
-        w = torch.randn(random.randint(5, 9), 11, dtype=torch.float64)
-        w.view(-1)[0] = -4.5  # the largest in size is negative
-        m, absmax = 2 ** (bits - 1) - 1, w.abs().max()
-        step = absmax / m
-        mistakes = {
-            "You return the whole numbers themselves: multiply by the step again, so"
-            " that the result stands for w.": ((w / step).round()),
-            "Your step comes from the largest number, not from the largest in *size*:"
-            " take abs() first. Here the largest in size is negative, and it does not"
-            " survive.": ((w / (w.max() / m)).round() * (w.max() / m)),
-            "You have 2^(bits - 1) steps on each side: with the zero that is one"
-            " whole number too many for so few bits. It is 2^(bits - 1) - 1.": (
-                (w / (absmax / (m + 1))).round() * (absmax / (m + 1))
-            ),
-            "You have 2^bits - 1 steps on each side: twice as many whole numbers as"
-            " there are codes. One bit is the sign.": (
-                (w / (absmax / (2**bits - 1))).round() * (absmax / (2**bits - 1))
-            ),
-            "You cut off instead of rounding (int, trunc or floor): then the error is"
-            " up to a whole step, not half a one.": ((w / step).trunc() * step),
-            "You take one absmax a row. That is better than one for all, and section"
-            " 2.2 comes to it; here it is one.": (
-                (w / (w.abs().amax(1, keepdim=True) / m)).round()
-                * (w.abs().amax(1, keepdim=True) / m)
-            ),
-        }
-        mistakes[
-            "You cut off instead of rounding (int, trunc or floor): the error is up to"
-            " a whole step."
-        ] = (w / step).floor() * step
-        low, wide = w.min(), (w.max() - w.min()) / (2**bits - 1)
-        mistakes |= {
-            "You spread the steps from the smallest to the largest number: then zero"
-            " need not be among them. Here the steps start at zero, and the largest"
-            " *size* is m of them.": (((w - low) / wide).round() * wide + low),
-            "You take one absmax a column. Here it is one for the whole tensor.": (
-                (w / (w.abs().amax(0, keepdim=True) / m)).round()
-                * (w.abs().amax(0, keepdim=True) / m)
-            ),
-            "You round w itself, so that the step is 1: divide by the step first, and"
-            " multiply by it afterwards.": (w.round()),
-            "Your step is the absmax itself: it is the absmax divided by m.": (
-                (w / absmax).round() * absmax
-            ),
-        }
-        compare(
-            function(w.clone(), bits),
-            (w / step).round() * step,
-            mistakes,
-            "Your result",
-        )
-
-
-def nearest(y, code):
-    return code[(y[..., None] - code).abs().argmin(-1)]
+# ---- 1. two to a byte ----------------------------------------------------------------
 
 
 @checks(
-    "The nearest code in every block, times the block's own absmax, in the tensor's"
-    " shape. This is block-wise quantisation with any codebook.",
-    "x has blocks · block_size entries: x.view(-1, block_size) has a block a row.",
+    "Neighbours share a byte, the first in the high half, and unpacking gives back"
+    " every code."
 )
-def blockwise_nearest(function) -> None:
-    """function(x, code, block_size) -> x as quantisation leaves it. code: sorted, from
-    -1 to 1."""
+def pack_nibbles(pack, unpack) -> None:
+    """pack(codes) -> bytes, half as many, uint8; unpack(bytes) -> codes. codes: (n,)
+    uint8 below 16, n even."""
     for _ in range(3):
-        size, blocks = random.choice([4, 8]), random.randint(6, 9)
-        x = torch.randn(2, blocks * size // 2, dtype=torch.float64)
-        x = x * torch.logspace(-1, 1, x.numel(), dtype=torch.float64).view(x.shape)
-        code = torch.tensor(
-            [-1.0, -0.55, -0.2, 0.0, 0.15, 0.4, 0.7, 1.0], dtype=torch.float64
-        )
-        rows = x.reshape(-1, size)
-        absmax = rows.abs().amax(1, keepdim=True)
-        y = rows / absmax
-        columns = x.reshape(size, -1)
-        by_column = columns.abs().amax(0, keepdim=True)
-        spread = rows.std(1, keepdim=True)
-        even = code[((y + 1) / 2 * (len(code) - 1)).round().long()]
-        floor = code[
-            (torch.searchsorted(code, y.contiguous(), right=True) - 1).clamp(0, 7)
-        ]
-        ceiling = code[torch.searchsorted(code, y.contiguous()).clamp(0, 7)]
-        top = rows.max(1, keepdim=True).values
-        mistakes = {
-            "You use one absmax for the whole tensor: each block needs its own.": (
-                nearest(x / x.abs().max(), code) * x.abs().max()
-            ),
-            "Your absmax runs along the wrong axis: a block is block_size"
-            " *neighbours*, a row of x.view(-1, block_size).": (
-                nearest(rows / rows.abs().amax(0, keepdim=True), code)
-                * rows.abs().amax(0, keepdim=True)
-            ),
-            "Your blocks run down the columns: neighbours in memory belong together,"
-            " x.view(-1, block_size).": (
-                nearest(columns / by_column, code) * by_column
-            ),
-            "You return numbers between -1 and 1: multiply each block by its absmax"
-            " again.": nearest(y, code),
-            "You take the code below, not the nearest one: compare with the middles"
-            " between codes.": floor * absmax,
-            "You take the code above, not the nearest one: compare with the middles"
-            " between codes.": ceiling * absmax,
-            "You scale by the largest number of a block, not the largest in size:"
-            " take abs() first.": (nearest(rows / top, code) * top),
-            "You scale by the mean size of a block: then what is larger is cut off."
-            " It is the largest.": (
-                nearest(rows / rows.abs().mean(1, keepdim=True), code)
-                * rows.abs().mean(1, keepdim=True)
-            ),
-            "You scale by the standard deviation of a block: then what is larger is"
-            " cut off. It is the largest.": (nearest(rows / spread, code) * spread),
-            "You find the index as if the codes stood at equal distances. They do"
-            " not: compare with the middles between neighbours.": even * absmax,
-            "The signs are lost: divide the numbers themselves by the absmax, not"
-            " their sizes.": (nearest(y.abs(), code) * absmax),
-            "You look for the nearest code without dividing by the absmax first.": (
-                nearest(rows, code) * absmax
-            ),
-        }
-        mistakes = {
-            message: wrong.reshape(x.shape) for message, wrong in mistakes.items()
-        }
-        got = function(x.clone(), code.clone(), size)
+        codes = torch.randint(0, 16, (2 * random.randint(5, 9),), dtype=torch.uint8)
+        codes[:2] = torch.tensor([15, 2])
+        packed = pack(codes.clone())
         need(
-            not (isinstance(got, torch.Tensor) and not got.is_floating_point()),
-            "You return the indices of the codes: look the codes up, code[index], and"
-            " multiply by the absmax.",
+            isinstance(packed, torch.Tensor),
+            "pack should return a tensor: is there a `return`?",
         )
-        if (
-            isinstance(got, torch.Tensor)
-            and got.shape != x.shape
-            and got.numel() == x.numel()
-        ):
-            need(
-                not same(
-                    got.reshape(x.shape), (nearest(y, code) * absmax).reshape(x.shape)
-                ),
-                "The numbers are right, but not the shape: bring the blocks back into"
-                " x's shape at the end.",
-            )
-        compare(
-            got, (nearest(y, code) * absmax).reshape(x.shape), mistakes, "Your result"
+        need(
+            packed.dim() == 1,
+            f"Your bytes have the shape {tuple(packed.shape)}: one row of bytes is"
+            " wanted, (n / 2,).",
         )
+        need(
+            len(packed) == len(codes) // 2,
+            f"{len(codes)} codes became {len(packed)} bytes; two go into each, so it"
+            f" should be {len(codes) // 2}.",
+        )
+        need(
+            packed.dtype == torch.uint8,
+            f"Your bytes are {packed.dtype}, not uint8: then nothing is saved. Keep the"
+            " dtype, or convert at the end.",
+        )
+        high, low = codes[::2], codes[1::2]
+        half = len(codes) // 2
+        need(
+            not torch.equal(packed, (low << 4) | high),
+            "The two halves of each byte are swapped: the *first* code belongs into "
+            "the high half, as in bitsandbytes.",
+        )
+        need(
+            not torch.equal(packed, (codes[:half] << 4) | codes[half:]),
+            "You pair the first half of the tensor with the second: "
+            "*neighbours* share a byte, codes[::2] and codes[1::2].",
+        )
+        need(
+            not torch.equal(packed, high + low),
+            "You add the two codes: then they cannot be told apart. Shift the first one"
+            " up by four bits (times 16).",
+        )
+        need(
+            not torch.equal(packed, (high << 4) & low),
+            "& keeps the bits that both have, and after the shift they have none in "
+            "common: use | or +.",
+        )
+        need(
+            torch.equal(packed, (high << 4) | low),
+            "Your bytes are not the codes side by side: for the codes 15, 2 the byte is"
+            " 15 · 16 + 2 = 242.",
+        )
+        back = unpack(packed.clone())
+        need(
+            isinstance(back, torch.Tensor),
+            "unpack should return a tensor: is there a `return`?",
+        )
+        need(
+            not torch.equal(back, torch.cat([high, low])),
+            "unpack puts all first codes before all second ones: they have to "
+            "alternate again (torch.stack along a new last axis, then flatten).",
+        )
+        need(
+            back.shape == codes.shape,
+            f"unpack gives the shape {tuple(back.shape)}, and should give back"
+            f" {tuple(codes.shape)}, two codes for each byte, flat.",
+        )
+        need(
+            not torch.equal(back[1::2].to(torch.uint8), packed),
+            "The second code still has the first one in its high half: "
+            "byte & 15 keeps the low half alone.",
+        )
+        need(
+            torch.equal(back.to(torch.uint8), codes),
+            "unpack(pack(codes)) is not codes. byte >> 4 is the first code, byte & 15"
+            " the second.",
+        )
+
+
+# ---- 2. the codebook for any number of bits ------------------------------------------
 
 
 def quantiles(bits, outermost=None, positive=None, negative=None):
@@ -267,211 +210,458 @@ def normal_codebook(function) -> None:
         compare(got, right, mistakes, "Your codebook")
 
 
-@checks(
-    "Neighbours share a byte, the first in the high half, and unpacking gives back"
-    " every code."
-)
-def pack_nibbles(pack, unpack) -> None:
-    """pack(codes) -> bytes, half as many, uint8; unpack(bytes) -> codes. codes: (n,)
-    uint8 below 16, n even."""
-    for _ in range(3):
-        codes = torch.randint(0, 16, (2 * random.randint(5, 9),), dtype=torch.uint8)
-        codes[:2] = torch.tensor([15, 2])
-        packed = pack(codes.clone())
-        need(
-            isinstance(packed, torch.Tensor),
-            "pack should return a tensor: is there a `return`?",
-        )
-        need(
-            packed.dim() == 1,
-            f"Your bytes have the shape {tuple(packed.shape)}: one row of bytes is"
-            " wanted, (n / 2,).",
-        )
-        need(
-            len(packed) == len(codes) // 2,
-            f"{len(codes)} codes became {len(packed)} bytes; two go into each, so it"
-            f" should be {len(codes) // 2}.",
-        )
-        need(
-            packed.dtype == torch.uint8,
-            f"Your bytes are {packed.dtype}, not uint8: then nothing is saved. Keep the"
-            " dtype, or convert at the end.",
-        )
-        high, low = codes[::2], codes[1::2]
-        half = len(codes) // 2
-        need(
-            not torch.equal(packed, (low << 4) | high),
-            "The two halves of each byte are swapped: the *first* code belongs into "
-            "the high half, as in bitsandbytes.",
-        )
-        need(
-            not torch.equal(packed, (codes[:half] << 4) | codes[half:]),
-            "You pair the first half of the tensor with the second: "
-            "*neighbours* share a byte, codes[::2] and codes[1::2].",
-        )
-        need(
-            not torch.equal(packed, high + low),
-            "You add the two codes: then they cannot be told apart. Shift the first one"
-            " up by four bits (times 16).",
-        )
-        need(
-            not torch.equal(packed, (high << 4) & low),
-            "& keeps the bits that both have, and after the shift they have none in "
-            "common: use | or +.",
-        )
-        need(
-            torch.equal(packed, (high << 4) | low),
-            "Your bytes are not the codes side by side: for the codes 15, 2 the byte is"
-            " 15 · 16 + 2 = 242.",
-        )
-        back = unpack(packed.clone())
-        need(
-            isinstance(back, torch.Tensor),
-            "unpack should return a tensor: is there a `return`?",
-        )
-        need(
-            not torch.equal(back, torch.cat([high, low])),
-            "unpack puts all first codes before all second ones: they have to "
-            "alternate again (torch.stack along a new last axis, then flatten).",
-        )
-        need(
-            back.shape == codes.shape,
-            f"unpack gives the shape {tuple(back.shape)}, and should give back"
-            f" {tuple(codes.shape)}, two codes for each byte, flat.",
-        )
-        need(
-            not torch.equal(back[1::2].to(torch.uint8), packed),
-            "The second code still has the first one in its high half: "
-            "byte & 15 keeps the low half alone.",
-        )
-        need(
-            torch.equal(back.to(torch.uint8), codes),
-            "unpack(pack(codes)) is not codes. byte >> 4 is the first code, byte & 15"
-            " the second.",
-        )
+# ---- 3. errors and bits, said beforehand ---------------------------------------------
+
+
+def in_blocks(w, code, size: int):
+    """w rounded to the nearest code, each block of `size` neighbours times its
+    absmax."""
+    rows = w.reshape(-1, size)
+    scale = rows.abs().amax(1, keepdim=True)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    index = torch.bucketize(rows / scale, (code[1:] + code[:-1]) / 2)
+    return (code[index] * scale).reshape(w.shape)
+
+
+def relative_error(w, w_hat) -> float:
+    return float((w - w_hat).square().mean() / w.square().mean())
+
+
+def equal_steps(bits: int):
+    """2^bits - 1 numbers from -1 to 1, zero among them."""
+    m = 2 ** (bits - 1) - 1
+    return torch.arange(-m, m + 1, dtype=torch.float64) / m
+
+
+def normal_code(bits: int = 4):
+    numbers = torch.tensor(quantiles(bits), dtype=torch.float64)
+    return numbers / numbers.max()
+
+
+WHY = {
+    "W times 8": "each block's absmax grows with its weights, so the codes stay as they"
+    " are",
+    "rounded twice": "every weight is already one of the block's sixteen numbers, and"
+    " the absmax is among them: the second rounding changes nothing",
+    "rows times factors": "a block lies within one row, so a row's factor is part of"
+    " its scales, and cancels in the relative error of the row",
+    "8 to 9 bits": "one bit more halves the step (nearly), and the squared error goes"
+    " with its square",
+    "outlier, one scale": "one step is a seventh of the outlier: all other weights"
+    " round to zero and are lost. How large is their mean square beside that of all,"
+    " the outlier included?",
+    "outlier, blocks of 64": "only the 63 weights beside the outlier round to zero; all"
+    " others keep NF4's error. Both are small beside the outlier's own square",
+    "bits": "the code has 4, and each block pays for one scale of 32 bits",
+    "bits, double": "the code has 4, each block pays for a scale of 8 bits, and 256"
+    " blocks share another one of 32 bits",
+}
+
+
+def true_numbers(outlier: float, block: int) -> dict:
+    """What the predictions are compared with, by rounding 2^18 normal numbers."""
+    code, side = normal_code(), 512
+    w = torch.randn(side, side, dtype=torch.float64)
+    plain = relative_error(w, in_blocks(w, code, 64))
+    factors = torch.logspace(-1, 1, side, dtype=torch.float64)[:, None]
+    hit = torch.randn(4096, dtype=torch.float64)
+    hit[1234] = outlier
+    once = in_blocks(w, code, 64)
+    eight, nine = (
+        relative_error(w, in_blocks(w, equal_steps(bits), 64)) for bits in (8, 9)
+    )
+    by_rows = w * factors
+    return {
+        "W times 8": relative_error(8 * w, in_blocks(8 * w, code, 64)) / plain,
+        "rounded twice": relative_error(w, in_blocks(once, code, 64)) / plain,
+        "rows times factors": relative_error(by_rows, in_blocks(by_rows, code, 64))
+        / plain,
+        "8 to 9 bits": nine / eight,
+        "outlier, one scale": relative_error(hit, in_blocks(hit, equal_steps(4), 4096)),
+        "outlier, blocks of 64": relative_error(hit, in_blocks(hit, code, 64)),
+        "bits": 4 + 32 / block,
+        "bits, double": 4 + 8 / block + 32 / (block * 256),
+    }
 
 
 @checks(
-    "Less the mean, blocks of their own, 8 bits each, and the mean added at the end:"
-    " double quantisation."
+    "All eight. The scale of a block takes with it what its weights share; what they do"
+    " not share, an outlier, costs its neighbours."
 )
-def double_quantize(function) -> None:
-    """function(absmax, code, block_size) -> the scales as double quantisation leaves
-    them."""
-    code = torch.linspace(-1, 1, 255, dtype=torch.float64)
-    for _ in range(3):
-        size = 16
-        absmax = (
-            0.05
-            + 0.01 * torch.randn(size * random.randint(4, 7), dtype=torch.float64).abs()
-        )
-        absmax[3] *= 6  # one block holds an outlier
+def predict_errors(predicted, outlier=64.0, block=32) -> None:
+    """predicted: {situation: a number}."""
+    need(
+        predicted is not None,
+        "There is nothing here yet: put your eight numbers in the place of None.",
+    )
+    need(
+        isinstance(predicted, dict),
+        "Give a dictionary {situation: number}; yours is a"
+        f" {type(predicted).__name__}.",
+    )
+    missing = [case for case in WHY if case not in predicted]
+    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    for case, true in true_numbers(outlier, block).items():
+        one_number(case, predicted[case], true)
 
-        def rounded(x, size=size):
-            rows = x.view(-1, size)
-            scale = rows.abs().amax(1, keepdim=True)
-            return (nearest(rows / scale, code) * scale).view(-1)
 
-        mean = absmax.mean()
-        right = rounded(absmax - mean) + mean
-        got = function(absmax.clone(), code.clone(), size)
-        mistakes = {
-            "The mean is missing: scales are all positive, so without it half of the"
-            " codes are never used, and the error is larger. Subtract it first and"
-            " add it at the end.": rounded(absmax),
-            "You subtract the mean, but do not add it again at the end.": rounded(
-                absmax - mean
-            ),
-            "You add a mean that you never subtracted.": rounded(absmax) + mean,
-            "You use one scale for all of them: the outlier among them spoils the"
-            " rest. They come in blocks too.": (
-                rounded(absmax - mean, len(absmax)) + mean
-            ),
-            "You subtract the smallest, not the mean: then half of the signed codes"
-            " are never used.": (rounded(absmax - absmax.min()) + absmax.min()),
-            "Nothing has been rounded: the scales came back as they were.": absmax,
-        }
-        rows = absmax.view(-1, size)
-        own = rows.mean(1, keepdim=True)
-        less = rows - mean
-        signed = less.amax(1, keepdim=True)
-        scale = less.abs().amax(1, keepdim=True)
-        mistakes |= {
-            "You subtract a mean from each block: there is one for all scales, and"
-            " only it is stored.": (
-                rounded((rows - own).view(-1)) + own.expand_as(rows).reshape(-1)
-            ),
-            "You scale by the largest of a block, not by the largest in size. Less"
-            " the mean, there are negative ones: abs() first.": (
-                (nearest(less / signed, code) * signed).view(-1) + mean
-            ),
-            "You add the mean to numbers between -1 and 1: multiply each block by its"
-            " own scale first.": (nearest(less / scale, code).view(-1) + mean),
-            "The code you return is the rounded one of each block, and neither scale"
-            " nor mean has come back.": (nearest(less / scale, code).view(-1)),
-        }
-        compare(got, right, mistakes, "Your scales")
+def one_number(case: str, said, true: float) -> None:
+    wanted = f"{case!r}: a number is wanted, you have {said!r}."
+    need(not isinstance(said, str | bool), wanted)
+    try:
+        said = float(said)
+    except (TypeError, ValueError) as error:
+        raise Wrong(wanted) from error
+    near = {"outlier, blocks of 64": 0.6, "bits": 3e-4, "bits, double": 3e-4}
+    need(
+        abs(said - true) <= near.get(case, 0.1) * true,
+        f"{case!r}: you say {said:.4g}, and it is {true:.4g}. Think again:"
+        f" {WHY[case]}.",
+    )
+
+
+# ---- 4. a format under a budget ------------------------------------------------------
+
+
+def bits_of(code, size: int, scale_bits: int) -> float:
+    return math.ceil(math.log2(len(code))) + scale_bits / size
+
+
+def matrices(kind: str) -> list:
+    """Three weights (8, 256): all normal, all uniform, or one of them uniform."""
+    uniform = {"uniform": (0, 1, 2), "first": (0,), "large": (1,)}.get(kind, ())
+    found = []
+    for place in range(3):
+        w = torch.randn(8, 256, dtype=torch.float64)
+        if place in uniform:
+            w = 2 * torch.rand(8, 256, dtype=torch.float64) - 1
+        if kind == "outliers":
+            w[:, ::64] *= 40
+        if kind == "large" and place == 1:
+            w = 50 * w
+        found.append(w)
+    return found
+
+
+def formats_drawn() -> dict:
+    return {
+        "nf4": normal_code(),
+        "int4": equal_steps(4),
+        "nf3": normal_code(3),
+        "int3": equal_steps(3),
+        "int5": equal_steps(5),
+    }
 
 
 @checks(
-    "The codes, the scales in 8 bits, and the scales of the scales: for NF4's numbers"
-    " it is 4.127."
+    "The smallest mean of the relative errors that the budget of bits buys, scales"
+    " counted, and a verdict by the course's rule."
 )
-def bits_per_weight(function) -> None:
-    """function(bits, block_size, double_block=None) -> bits for each weight;
-    double_block None: scales in 32 bits."""
-    for bits, size, double in ((4, 64, 256), (4, 32, 128), (3, 128, 512), (8, 256, 64)):
-        for outer in (None, double):
-            right = (
-                bits + 32 / size
-                if outer is None
-                else bits + 8 / size + 32 / (size * outer)
-            )
-            mistakes = {
-                "The scales are missing: each block has one, and each weight pays its"
-                " share of it.": bits,
-                "You charge every weight a whole scale. A block of block_size weights"
-                " shares it.": bits + 32,
-                "Your share is upside down: block_size / 32 instead of 32 /"
-                " block_size.": bits + size / 32,
-                "That is in bytes; bits are asked for.": right / 8,
-                "Those are the scales alone: the code itself takes `bits` more.": (
-                    right - bits
-                ),
-            }
-            if outer is None:
-                mistakes["You count a scale as 16 bits; it is kept in 32."] = (
-                    bits + 16 / size
-                )
-            else:
-                mistakes |= {
-                    "With double quantisation a scale has 8 bits, not 32.": (
-                        bits + 32 / size
-                    ),
-                    "The scales of the scales are missing: they cost 32 bits for"
-                    " double_block blocks.": bits + 8 / size,
-                    "The second scale is shared by double_block *blocks*, so by"
-                    " block_size · double_block weights.": (
-                        bits + 8 / size + 32 / outer
-                    ),
-                    "The second scale stays in 32 bits; only the first becomes 8.": (
-                        bits + 8 / size + 8 / (size * outer)
-                    ),
-                    "You count the first scales twice, in 32 bits and in 8: the 8-bit"
-                    " codes replace them.": (
-                        bits + 32 / size + 8 / size + 32 / (size * outer)
-                    ),
-                }
-            got = function(bits, size) if outer is None else function(bits, size, outer)
-            need(
-                got is not None, "Your result is None: is there a `return` at the end?"
-            )
-            compare(
-                torch.tensor(float(got), dtype=torch.float64),
-                torch.tensor(float(right), dtype=torch.float64),
-                {
-                    m: torch.tensor(float(v), dtype=torch.float64)
-                    for m, v in mistakes.items()
-                },
-                "Your count",
-            )
+def choose_format(function, scale_bits=32) -> None:
+    """function(weights, codes, sizes, budget) -> (code's name, block size, verdict)."""
+    for kind, budget, sizes in (
+        ("large", 4.3, [256, 128, 64, 32]),
+        ("normal", 4.5, [256, 16, 64]),
+        ("normal", 4.0, [16, 64, 128, 256]),
+        ("uniform", 4.3, [256, 128, 64]),
+        ("outliers", 5.0, [256, 64, 32, 16]),
+        ("first", 4.3, [256, 128, 64, 32]),
+        ("normal", 3.2, [64, 256]),
+    ):
+        weights, codes = matrices(kind), formats_drawn()
+        given = [w.clone() for w in weights], copy.deepcopy(codes), list(sizes), budget
+        got = function(*given)
+        need(got is not None, "Your function gives None: is there a `return`?")
+        judge_format(got, weights, codes, sizes, budget, scale_bits)
+
+
+def errors_of(weights, codes, sizes) -> dict:
+    """{(code's name, size): the three relative errors}"""
+    return {
+        (name, size): [relative_error(w, in_blocks(w, code, size)) for w in weights]
+        for name, code in codes.items()
+        for size in sizes
+    }
+
+
+def judge_format(got, weights, codes, sizes, budget, scale_bits):
+    need(
+        isinstance(got, tuple | list) and len(got) == 3,
+        f"Return three things: a name, a block size, a verdict; you return {got!r}.",
+    )
+    name, size, verdict = got
+    need(
+        isinstance(name, str) and name in codes and size in sizes,
+        f"({name!r}, {size!r}) is not one of the formats: a name out of {list(codes)}"
+        f" and a size out of {sizes}.",
+    )
+    errors = errors_of(weights, codes, sizes)
+    mean = {key: sum(found) for key, found in errors.items()}
+    allowed = [
+        key for key in errors if bits_of(codes[key[0]], key[1], scale_bits) <= budget
+    ]
+    right = min(allowed, key=mean.get)
+    if (name, size) != right:
+        needed = bits_of(codes[name], size, scale_bits)
+        raise Wrong(wrong_format((name, size), right, needed, errors, weights, budget))
+    plain = min(
+        (key for key in allowed if key[0].startswith("int")), key=mean.get, default=None
+    )
+    wanted = told_apart(errors[right], errors[plain], loss=True).verdict
+    need(
+        isinstance(verdict, str),
+        "The verdict is a word: `compare(…).verdict`. You return a"
+        f" {type(verdict).__name__}.",
+    )
+    turned = {"ahead": "behind", "behind": "ahead"}
+    need(
+        verdict == wanted or turned.get(wanted) != verdict,
+        "Your verdict is turned round: compare(a, b, loss=True) says whether *a* is"
+        " ahead of b, and smaller errors are better.",
+    )
+    need(
+        verdict == wanted,
+        f"You say {verdict!r}; the course's rule says {wanted!r} of {right} against"
+        f" {plain}, the best allowed format of equal steps.",
+    )
+
+
+def wrong_format(key, right, needed, errors, weights, budget) -> str:
+    if needed > budget:
+        return (
+            f"{key} needs {needed:g} bits a weight, more than {budget:g}: the code's"
+            " bits and each weight's share of its block's scale."
+        )
+    sizes = [w.square().mean().item() for w in weights]
+    absolute = {
+        one: sum(e * s for e, s in zip(found, sizes)) for one, found in errors.items()
+    }
+    if absolute[key] < absolute[right]:
+        return (
+            "You add up squared errors as they are: then the largest matrix decides"
+            " alone. Divide each by its matrix's mean square."
+        )
+    if errors[key][0] < errors[right][0]:
+        return "You look at the first matrix only: take the mean over all of them."
+    return (
+        f"You choose {key}, with a mean relative error of"
+        f" {sum(errors[key]) / len(weights):.4f}; {right} is allowed too, and has"
+        f" {sum(errors[right]) / len(weights):.4f}."
+    )
+
+
+# ---- 5. four bits as an adapter ------------------------------------------------------
+
+
+@checks(
+    "Packed bytes and scales, nothing dense, and W's gradient goes through to x. A LoRA"
+    " beside it trains for 40 steps with three seeds: that is QLoRA, in two adapters.",
+    "delta(base) and base.weight are (d_out, d_in).",
+)
+def four_bit_adapter(adapter_class) -> None:
+    """adapter_class(W, code, block_size), a LinearDelta: delta = W in four bits - W."""
+    need(
+        isinstance(adapter_class, type) and issubclass(adapter_class, LinearDelta),
+        "Give me the class itself, a subclass of LinearDelta.",
+    )
+    for d_out, d_in, size, code in (
+        (6, 16, 8, normal_code()),
+        (4, 12, 16, equal_steps(4)),
+        (8, 8, 8, normal_code()),
+    ):
+        W = torch.randn(d_out, d_in, dtype=torch.float64)
+        W = W * torch.logspace(-1, 1, d_out, dtype=torch.float64)[:, None]
+        if size == d_in:
+            W[0] = 0  # a block of zeros
+        one_layer_in_four_bits(adapter_class, W, code, size)
+    result = told_apart(
+        [trained_beside(adapter_class, seed) for seed in range(3)],
+        reference_losses(),
+        loss=True,
+    )
+    need(
+        abs(result.difference) < 1e-3,
+        "A LoRA trained beside yours does not end where it ends beside the same weights"
+        f" kept dense: {result}.",
+    )
+
+
+def one_layer_in_four_bits(adapter_class, W, code, size):
+    layer = nn.Linear(*W.T.shape, dtype=W.dtype)
+    layer.weight.data.copy_(W)
+    adapter = adapter_class(W.clone(), code.clone(), size)
+    kept_in_four_bits(adapter, W, size)
+    model = nn.Sequential(layer)
+    config = configured(lambda base: adapter)
+    model = get_peft_model(model, config(target_modules=["0"]))
+    slot = model.get_base_model()[0]
+    base = Base(slot, "default")
+    right = in_blocks(W, code, size)
+    compare(
+        slot.adapters["default"].delta(base).detach(),
+        right - W,
+        slips_of_rounding(W, code, size, right),
+        "delta(base)",
+    )
+    x = torch.randn(2, 3, W.shape[1], dtype=W.dtype, requires_grad=True)
+    y = x @ right.T + layer.bias
+    mistakes = {
+        "The base's weight is in it twice: the layer below computes x Wᵀ already, so"
+        " delta is Ŵ - W.": (y + x @ W.T).detach()
+    }
+    compare(slot(x), y, mistakes, "The layer's output", {"x": x})
+    model.merge_adapter()
+    need(
+        same(slot.base_layer.weight.detach(), right),
+        "Merged, the layer's weight is not W in four bits.",
+    )
+
+
+def kept_in_four_bits(adapter, W, size):
+    kept = adapter.state_dict()
+    loose = [name for name, p in adapter.named_parameters() if p.requires_grad]
+    need(
+        not loose,
+        f"{', '.join(loose)} would be trained: rounding has no gradient. Use"
+        " register_buffer.",
+    )
+    need(
+        kept,
+        "Your adapter saves nothing: keep bytes and scales by register_buffer, so that"
+        " they move and are saved with the model.",
+    )
+    codes = [t for t in kept.values() if t.dtype == torch.uint8]
+    need(
+        codes,
+        "I find no uint8 among what is kept: the codes are to be packed, two to a"
+        " byte.",
+    )
+    count = sum(t.numel() for t in codes)
+    need(
+        count != W.numel(),
+        f"You keep {count} bytes for {W.numel()} codes: that is eight bits each. Two"
+        " go into a byte.",
+    )
+    need(
+        count == W.numel() // 2,
+        f"You keep {count} bytes; {W.numel()} codes of four bits are {W.numel() // 2}.",
+    )
+    rest = sum(t.numel() for t in kept.values() if t.is_floating_point())
+    allowed = W.numel() // size + 16
+    hidden = [
+        name
+        for name, value in vars(adapter).items()
+        if isinstance(value, torch.Tensor) and value.numel() >= W.numel()
+    ]
+    need(
+        rest < W.numel() and not hidden,
+        "You keep the dense weight, W or Ŵ: make it again from bytes and scales, each"
+        " time that delta is called.",
+    )
+    need(
+        rest <= allowed,
+        f"You keep {rest} numbers beside the bytes; {W.numel() // size} scales, and"
+        " perhaps the 16 of the codebook, are all that is needed.",
+    )
+
+
+def slips_of_rounding(W, code, size, right) -> dict:
+    rows = W.reshape(-1, size)
+    scale = rows.abs().amax(1, keepdim=True)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    y = rows / scale
+    middles = (code[1:] + code[:-1]) / 2
+    index = torch.bucketize(y, middles)
+    below = (torch.searchsorted(code, y.contiguous(), right=True) - 1).clamp(0)
+    swapped = index.flatten().view(-1, 2).flip(1).reshape(index.shape)
+    halves = index.flatten().view(-1, 2).T.reshape(index.shape)
+    high = torch.where(torch.tensor([True, False]).repeat(size // 2), index, 0)
+    wrong = {
+        "You return Ŵ itself. The layer below adds x Wᵀ, so the change is Ŵ - W.": (
+            right + W
+        ),
+        "The sign is turned round: the change is Ŵ - W.": 2 * W - right,
+        "One scale for the whole weight: each block has its own.": in_blocks(
+            W, code, W.numel()
+        ),
+        "One scale a row: a block is `block_size` neighbours.": in_blocks(
+            W, code, W.shape[1]
+        ),
+        "The scales are missing: multiply each block by its own.": code[index],
+        "You take the code below, not the nearest one: compare with the middles.": (
+            code[below] * scale
+        ),
+        "The two codes of each byte come back in each other's place.": (
+            code[swapped] * scale
+        ),
+        "unpack puts all first codes before all second ones: they have to alternate.": (
+            code[halves] * scale
+        ),
+        "The second code of each byte is lost.": code[high] * scale,
+    }
+    wrong = {message: w_hat.reshape(W.shape) for message, w_hat in wrong.items()}
+    return {
+        message: w_hat - W
+        for message, w_hat in wrong.items()
+        if not same(w_hat - W, right - W)
+    }
+
+
+def configured(make):
+    """A configuration whose adapter of a layer is make(base)."""
+
+    class Configured(LayerConfig):
+        def create(self, base, path):
+            return make(base)
+
+    return Configured
+
+
+@functools.cache
+def reference_losses() -> list:
+    return [trained_beside(None, seed) for seed in range(3)]
+
+
+def trained_beside(adapter_class, seed: int) -> float:
+    """The loss of a LoRA after 40 steps beside two layers in four bits, whose task is
+    the dense network with a change of rank one. adapter_class: None for dense weights
+    that hold the rounded values."""
+    generator = torch.Generator().manual_seed(seed)
+    code = normal_code().float()
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    layers = nn.Linear(32, 24, bias=False), nn.Linear(24, 16, bias=False)
+    for layer in layers:
+        layer.weight.data.copy_(draw(*layer.weight.shape) / layer.in_features**0.5)
+    W1, W2 = (layer.weight.detach().clone() for layer in layers)
+    task = W1 + 0.5 * draw(24, 1) @ draw(1, 32) / 32**0.5
+    if adapter_class is None:
+        for layer in layers:
+            layer.weight.data.copy_(in_blocks(layer.weight.data, code, 16))
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=4, target_modules=["0", "2"])
+    model = get_peft_model(model, lora, adapter_name="lora")
+    if adapter_class is not None:
+
+        def make(base):
+            weight = getattr(base, "module", base).weight.detach()
+            return adapter_class(weight.clone(), code, 16)
+
+        four = configured(make)(target_modules=["0", "2"])
+        model.add_adapter("four", four)
+        model.set_adapter(["four", "lora"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+
+    def loss(x):
+        return (model(x) - torch.relu(x @ task.T) @ W2.T).square().mean()
+
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss(draw(32, 32)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return loss(draw(256, 32)).item()
