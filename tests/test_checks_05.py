@@ -1,11 +1,16 @@
 """Chapter 05's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from judging import accepts, judge, rejects
+from torch import nn
 
-from minipeft.course import check
+from minipeft import LayerConfig, LinearDelta
+from minipeft.course import check, compare
 from minipeft.course.check.chapter05 import FOUND, PATIENTS, patient
 
 
@@ -165,253 +170,6 @@ def test_rank_at_budget_mistakes(says, answer):
 # -------------------------------------------------------------------------- pissa_start
 
 
-def pissa(
-    W,
-    r,
-    s,
-    part=lambda r: slice(r),
-    value=lambda S, s: (S / s).sqrt(),
-    rest=lambda W, s, BA: W - s * BA,
-):
-    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-    root, one = value(S, s)[part(r)], part(r)
-    A, B = root[:, None] * Vt[one], U[:, one] * root
-    return A, B, rest(W, s, B @ A)
-
-
-def uneven(W, r, s):
-    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-    A, B = Vt[:r], U[:, :r] * S[:r] / s
-    return A, B, W - s * B @ A
-
-
-def in_place(W, r, s):
-    A, B, rest = pissa(W, r, s)
-    W.copy_(rest)
-    return A, B, W
-
-
-def rows_of_V(W, r, s):
-    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-    root = (S[:r] / s).sqrt()
-    A, B = root[:, None] * Vt.T[:r], U[:, :r] * root
-    return A, B, W - s * B @ A
-
-
-def roots_at_columns(W, r, s):
-    U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-    A, B = ((S / s).sqrt() * Vt)[:r], (U * (S / s).sqrt())[:, :r]
-    return A, B, W - s * B @ A
-
-
-def olora(W, r, s):
-    Q, R = torch.linalg.qr(W)
-    return R[:r], Q[:, :r], W - s * Q[:, :r] @ R[:r]
-
-
-def by_eigenvectors(W, r, s):
-    """The solution by another way, signs and all."""
-    values, V = torch.linalg.eigh(W.T @ W)
-    V, S = V.flip(1)[:, :r], values.flip(0)[:r].sqrt()
-    root = torch.diag((S / s).sqrt())
-    A, B = root @ V.T, W @ V / S @ root
-    return [torch.nn.Parameter(A), torch.nn.Parameter(B), W - s * B @ A]
-
-
-def test_pissa_start_solution():
-    accepts(check.pissa_start, pissa)
-    accepts(check.pissa_start, by_eigenvectors)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("divide by s", lambda W, r, s: pissa(W, r, s, value=lambda S, s: S.sqrt())),
-        (
-            "s counts twice",
-            lambda W, r, s: pissa(W, r, s, value=lambda S, s: S.sqrt() / s),
-        ),
-        (
-            "has their squares",
-            lambda W, r, s: pissa(W, r, s, value=lambda S, s: S / s**0.5),
-        ),
-        (
-            "smallest singular values",
-            lambda W, r, s: pissa(W, r, s, part=lambda r: slice(-r, None)),
-        ),
-        ("W_res is W", lambda W, r, s: pissa(W, r, s, rest=lambda W, s, BA: W.clone())),
-        (
-            "Subtract s B A, with s",
-            lambda W, r, s: pissa(W, r, s, rest=lambda W, s, BA: W - BA),
-        ),
-        (
-            "directions only",
-            lambda W, r, s: pissa(W, r, s, value=lambda S, s: torch.ones_like(S)),
-        ),
-        ("unevenly", uneven),
-        ("swapped", lambda W, r, s: (lambda A, B, rest: (B, A, rest))(*pissa(W, r, s))),
-        (
-            "have the shapes",
-            lambda W, r, s: (lambda A, B, rest: (A.T, B, rest))(*pissa(W, r, s)),
-        ),
-        ("rows of V", rows_of_V),
-        ("stand at the columns", roots_at_columns),
-        ("OLoRA's start", olora),
-        (
-            "multiply by s before the root",
-            lambda W, r, s: pissa(W, r, s, value=lambda S, s: (S * s).sqrt()),
-        ),
-        (
-            "unevenly",
-            lambda W, r, s: (lambda A, B, rest: (A / s, B * s, rest))(*pissa(W, r, s)),
-        ),
-        (
-            "Subtract s B A, with s",
-            lambda W, r, s: pissa(W, r, s, rest=lambda W, s, BA: W + s * BA),
-        ),
-        ("You changed `W` in place", in_place),
-        ("three tensors", lambda W, r, s: pissa(W, r, s)[:2]),
-        ("nothing here yet", stub),
-    ],
-)
-def test_pissa_start_mistakes(says, answer):
-    rejects(says, check.pissa_start, answer)
-
-
-# ---------------------------------------------------------------------- loraplus_groups
-
-
-def groups(
-    named,
-    lr,
-    ratio,
-    fast=lambda name, p: "lora_B" in name or p.ndim == 1,
-    slow_rate=lambda lr, ratio: lr,
-    fast_rate=lambda lr, ratio: lr * ratio,
-    keep=lambda name, p: p.requires_grad,
-):
-    named = [(name, p) for name, p in named if keep(name, p)]
-    return [
-        {
-            "params": [p for name, p in named if not fast(name, p)],
-            "lr": slow_rate(lr, ratio),
-        },
-        {
-            "params": [p for name, p in named if fast(name, p)],
-            "lr": fast_rate(lr, ratio),
-        },
-    ]
-
-
-def one_each(named, lr, ratio):
-    return tuple(
-        {"params": p, "lr": lr * ratio if "lora_B" in name or p.ndim == 1 else lr}
-        for name, p in named
-        if p.requires_grad
-    )
-
-
-def test_loraplus_groups_solution():
-    accepts(check.loraplus_groups, groups)
-    accepts(check.loraplus_groups, one_each)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        (
-            "swapped",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, fast=lambda name, p: "lora_A" in name
-            ),
-        ),
-        (
-            "frozen weights",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, keep=lambda name, p: True
-            ),
-        ),
-        (
-            "plain LoRA",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, fast_rate=lambda lr, ratio: lr
-            ),
-        ),
-        (
-            "slow A down",
-            lambda named, lr, ratio: groups(
-                named,
-                lr,
-                ratio,
-                slow_rate=lambda lr, ratio: lr / ratio,
-                fast_rate=lambda lr, ratio: lr,
-            ),
-        ),
-        (
-            "multiply",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, fast_rate=lambda lr, ratio: lr + ratio
-            ),
-        ),
-        (
-            "never trained",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, keep=lambda name, p: "lora" in name
-            ),
-        ),
-        ("two groups", lambda named, lr, ratio: groups(named, lr, ratio) * 2),
-        (
-            "such as a head",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, fast=lambda name, p: "lora_A" not in name
-            ),
-        ),
-        (
-            "norm.weight has one dimension",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, fast=lambda name, p: "lora_B" in name
-            ),
-        ),
-        (
-            "no lr of its own",
-            lambda named, lr, ratio: [
-                {"params": group["params"]} if group["lr"] == lr else group
-                for group in groups(named, lr, ratio)
-            ],
-        ),
-        (
-            "That is an optimizer",
-            lambda named, lr, ratio: torch.optim.AdamW(groups(named, lr, ratio)),
-        ),
-        (
-            "divide by the ratio",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, fast_rate=lambda lr, ratio: lr / ratio
-            ),
-        ),
-        (
-            "bias of a lora_B",
-            lambda named, lr, ratio: groups(
-                named, lr, ratio, fast=lambda name, p: "lora_B.weight" in name
-            ),
-        ),
-        (
-            "not their names",
-            lambda named, lr, ratio: [
-                {"params": [name for name, _ in named], "lr": lr}
-            ],
-        ),
-        ("list of groups", lambda named, lr, ratio: {"A": lr, "B": lr * ratio}),
-        ("nothing here yet", stub),
-    ],
-)
-def test_loraplus_groups_mistakes(says, answer):
-    rejects(says, check.loraplus_groups, answer)
-
-
-# ----------------------------------------------------------------------------- diagnose
-
-
 def diagnose(layer, optimizer, skip=None):
     x = torch.randn(4, layer.linear.in_features)
     rate = {
@@ -560,3 +318,269 @@ def test_patients_have_what_they_are_said_to_have():
         layer, optimizer = patient(disease, trained, other)
         assert diagnose(layer, optimizer) == disease
         assert bool(layer.B.any()) == trained
+
+
+def test_a_variant_has_other_words():
+    def other(layer, optimizer):
+        word = diagnose(layer, optimizer)
+        return {"dead": "both zero", "twice": "doubled"}.get(word, word)
+
+    assert check.diagnose(other, dead="both zero", twice="doubled")
+    said = check.diagnose(diagnose, dead="both zero", twice="doubled").message
+    assert "is none of the words" in said
+
+
+# ------------------------------------------------------------------------ predict_dials
+
+
+def factors(c=4):
+    return {
+        "α, Adam": c,
+        "α, SGD": c**2,
+        "rank, α/r, Adam": 1,
+        "rank, α/√r, Adam": c**0.5,
+        "rank, α/r, SGD": 1 / c,
+        "loss, Adam": 1,
+        "loss, SGD": c,
+    }
+
+
+def test_predict_dials_right_answers():
+    accepts(check.predict_dials, factors())
+    accepts(check.predict_dials, {k: torch.tensor(v) for k, v in factors().items()})
+    accepts(check.predict_dials, {k: float(v) for k, v in factors().items()})
+    assert check.predict_dials(factors(9), c=9)
+    assert check.predict_dials(factors(2), c=2)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", None),
+        ("Give a dictionary", [4]),
+        ("whatever its gradient", factors() | {"α, Adam": 16}),
+        ("what B then adds", factors() | {"α, SGD": 4}),
+        ("s falls by c, and c times", factors() | {"rank, α/r, Adam": 0.25}),
+        ("s falls by √c", factors() | {"rank, α/√r, Adam": 1}),
+        ("s enters twice", factors() | {"rank, α/r, SGD": 1}),
+        ("divides a gradient", factors() | {"loss, Adam": 4}),
+        ("gradient times the rate", factors() | {"loss, SGD": 1}),
+        ("expected a number", factors() | {"loss, SGD": "4"}),
+    ],
+)
+def test_predict_dials_mistakes(says, answer):
+    rejects(says, check.predict_dials, answer)
+
+
+# -------------------------------------------------------------------------- judge_sweep
+
+
+def planned(runs, one, other, by="valid_loss", key="test_loss", edges=True, loss=True):
+    losses = []
+    for case in (one, other):
+        mine = [run for run in runs if run["case"] == case]
+        rates = sorted({run["lr"] for run in mine})
+        best = min((r for r in mine if r["seed"] == 0), key=lambda run: run[by])["lr"]
+        if edges and best in (rates[0], rates[-1]):
+            return "extend", case, "down" if best == rates[0] else "up"
+        losses.append({r["seed"]: r[key] for r in mine if r["lr"] == best})
+    return "verdict", compare(*losses, loss=loss).verdict
+
+
+def turned(runs, one, other):
+    got = planned(runs, one, other)
+    swap = {"up": "down", "down": "up"}
+    return (*got[:-1], swap.get(got[-1], got[-1]))
+
+
+def unpaired(runs, one, other):
+    got = planned(runs, one, other)
+    if got[0] == "extend":
+        return got
+    means = []
+    for case in (one, other):
+        mine = [run for run in runs if run["case"] == case]
+        best = min((r for r in mine if r["seed"] == 0), key=lambda r: r["valid_loss"])
+        at = [r["test_loss"] for r in mine if r["lr"] == best["lr"]]
+        means.append(sum(at) / len(at))
+    return "verdict", "ahead" if means[0] < means[1] else "behind"
+
+
+def test_judge_sweep_right_answers():
+    accepts(check.judge_sweep, planned)
+    accepts(check.judge_sweep, lambda *given: list(planned(*given)))
+    accepts(check.judge_sweep, lambda runs, *rest: planned(runs[::-1], *rest))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", stub),
+        ("nobody knows", lambda *given: planned(*given, edges=False)),
+        ("choose by the test loss", lambda *given: planned(*given, by="test_loss")),
+        ("lower is better", lambda *given: planned(*given, loss=False)),
+        ("direction is turned", turned),
+        ("the course's rule says", unpaired),
+        ("Return (", lambda *given: planned(*given)[-1]),
+        ("the course's rule says", lambda *given: ("verdict", "not told apart")),
+        ("can be compared", lambda *given: ("extend", "one", "up")),
+    ],
+)
+def test_judge_sweep_mistakes(says, answer):
+    rejects(says, check.judge_sweep, answer)
+
+
+# ------------------------------------------------------------------------ pissa_adapter
+
+
+class Pissa(LinearDelta):
+    """The solution; each mistake below changes one line of it."""
+
+    def __init__(self, W, r, alpha):
+        super().__init__()
+        self.s = alpha / r
+        U, S, Vt = torch.linalg.svd(W.detach(), full_matrices=False)
+        root = (S[:r] / self.s).sqrt()
+        self.A = nn.Parameter(root[:, None] * Vt[:r])
+        self.B = nn.Parameter(U[:, :r] * root)
+        self.register_buffer("start", (self.B @ self.A).detach().clone())
+
+    def delta(self, base):
+        return self.s * (self.B @ self.A - self.start)
+
+
+class OfRankTwoR(Pissa):
+    """As PEFT converts it: a LoRA of rank 2 r, whose second half is the start."""
+
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
+
+    def delta(self, base):
+        B = torch.cat([self.B, -self.B0], 1)
+        return self.s * B @ torch.cat([self.A, self.A0])
+
+    def update(self, base, x):
+        low = x @ torch.cat([self.A, self.A0]).T
+        return self.s * low @ torch.cat([self.B, -self.B0], 1).T
+
+
+def configured(adapter):
+    @dataclass(kw_only=True)
+    class Configured(LayerConfig):
+        peft_type: ClassVar[str] = "TEST_PISSA"
+        r: int = 8
+        lora_alpha: int = 16
+
+        def create(self, base, path):
+            return adapter(base.weight, self.r, self.lora_alpha)
+
+    return Configured
+
+
+def with_delta(change):
+    return configured(type("Changed", (Pissa,), {"delta": change}))
+
+
+def starting(factors):
+    """A and B are what factors(W, U, S, Vt, r, s) gives."""
+
+    class Changed(Pissa):
+        def __init__(self, W, r, alpha):
+            super().__init__(W, r, alpha)
+            U, S, Vt = torch.linalg.svd(W.detach(), full_matrices=False)
+            A, B = factors(U, S, Vt, r, self.s)
+            self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+            self.start = (B @ A).clone()
+
+    return configured(Changed)
+
+
+class Referring(Pissa):
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        self.A0, self.B0 = self.A.detach(), self.B.detach()
+
+    def delta(self, base):
+        return self.s * (self.B @ self.A - self.B0 @ self.A0)
+
+
+class Unwritten(LinearDelta):
+    def __init__(self, W, r, alpha):
+        super().__init__()
+        raise NotImplementedError
+
+
+class Residual(Pissa):
+    """As the paper has it: W_res in the place of W."""
+
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        W.data -= self.s * self.start
+
+    def delta(self, base):
+        return self.s * self.B @ self.A
+
+
+def test_pissa_adapter_right_answers():
+    accepts(check.pissa_adapter, configured(Pissa))
+    accepts(check.pissa_adapter, configured(OfRankTwoR))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", configured(Unwritten)),
+        ("configuration's class itself", Pissa),
+        ("not a reference", configured(Referring)),
+        ("change the base's weight", configured(Residual)),
+        ("has to be zero at the start", with_delta(lambda a, b: a.s * a.B @ a.A)),
+        ("The scale is missing", with_delta(lambda a, b: a.B @ a.A - a.start)),
+        (
+            "not the right gradient",
+            with_delta(lambda a, b: a.s * ((2 * a.B - a.B.detach()) @ a.A - a.start)),
+        ),
+        (
+            "no gradient reaches A, B",
+            with_delta(lambda a, b: a.s * (a.B.detach() @ a.A.detach() - a.start)),
+        ),
+        (
+            "that is LoRA's",
+            starting(lambda U, S, Vt, r, s: (torch.randn(r, len(Vt[0])), 0 * U[:, :r])),
+        ),
+        (
+            "divide the singular values by s",
+            starting(
+                lambda U, S, Vt, r, s: (
+                    S[:r].sqrt()[:, None] * Vt[:r],
+                    U[:, :r] * S[:r].sqrt(),
+                )
+            ),
+        ),
+        (
+            "directions only",
+            starting(lambda U, S, Vt, r, s: (Vt[:r].clone(), U[:, :r].clone())),
+        ),
+        (
+            "share it unevenly",
+            starting(
+                lambda U, S, Vt, r, s: ((S[:r] / s)[:, None] * Vt[:r], U[:, :r].clone())
+            ),
+        ),
+        (
+            "smallest singular values",
+            starting(
+                lambda U, S, Vt, r, s: (
+                    (S[-r:] / s).sqrt()[:, None] * Vt[-r:],
+                    U[:, -r:] * (S[-r:] / s).sqrt(),
+                )
+            ),
+        ),
+        (
+            "have the shape",
+            starting(lambda U, S, Vt, r, s: (Vt[: r + 1], U[:, : r + 1])),
+        ),
+    ],
+)
+def test_pissa_adapter_mistakes(says, answer):
+    rejects(says, check.pissa_adapter, answer)

@@ -1,14 +1,23 @@
-"""Chapter 05, LoRA in practice: one run by other knobs, equal budgets, PiSSA's start,
-LoRA+'s groups, and a diagnosis."""
+"""Chapter 05, LoRA in practice: equal budgets, one run by other knobs, the first step
+predicted, a sweep judged, a diagnosis, and a PiSSA that leaves the base as it is."""
 
 import random
 
 import torch
 from torch import nn
 
-from .teacher import checks, need, same
+from ..comparison import compare as told_apart
+from .kinds import Built, judge_numbers
+from .teacher import Wrong, checks, need, same
 
-__all__ = ["diagnose", "loraplus_groups", "pissa_start", "rank_at_budget", "same_run"]
+__all__ = [
+    "diagnose",
+    "judge_sweep",
+    "pissa_adapter",
+    "predict_dials",
+    "rank_at_budget",
+    "same_run",
+]
 
 
 def near(a, b) -> bool:
@@ -172,232 +181,252 @@ def a_budget(function, shapes, layers, targets, both, right, budget) -> None:
     )
 
 
-@checks(
-    "W = W_res + s B A, s B A is the best part of rank r, and A and B share its size"
-    " evenly. This is PiSSA.",
-    "W is (d_out, d_in), so A is (r, d_in) and B is (d_out, r); torch.linalg.svd gives"
-    " V transposed already.",
-)
-def pissa_start(function) -> None:
-    """function(W, r, s) -> A (r, d_in), B (d_out, r), W_res (d_out, d_in)."""
-    for _ in range(3):
-        d_out, d_in, r, s = (
-            random.randint(12, 16),
-            random.randint(7, 10),
-            random.choice([2, 3]),
-            random.choice([0.5, 3.0]),
-        )
-        W = torch.randn(d_out, d_in, dtype=torch.float64)
-        got = function(W, r, s)
-        need(
-            isinstance(got, tuple | list) and len(got) == 3,
-            "Give me three tensors: return A, B, W_res.",
-        )
-        A, B, rest = got
-        shapes = tuple(A.shape), tuple(B.shape)
-        need(
-            shapes != ((d_out, r), (r, d_in)),
-            "A and B are swapped: A reads, (r, d_in); B writes, (d_out, r).",
-        )
-        need(
-            shapes == ((r, d_in), (d_out, r)),
-            f"A and B have the shapes {shapes[0]} and {shapes[1]}; they should have "
-            f"{(r, d_in)} and {(d_out, r)}.",
-        )
-        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-        best, worst = (
-            U[:, part] * S[part] @ Vt[part] for part in (slice(r), slice(-r, None))
-        )
-        product = B @ A
-        need(
-            not same(rest, W),
-            "W_res is W: then the main part of W is there twice, once frozen and once"
-            " in B A.",
-        )
-        need(
-            not same(s * product, worst),
-            "You took the smallest singular values: PiSSA trains the largest.",
-        )
-        need(
-            not same(product, best),
-            "B A is the best part of rank r, but the layer computes s B A: divide by s "
-            "before you take the root.",
-        )
-        need(
-            not same(s * s * product, best),
-            "You divide A and B by s each: then s counts twice. Divide the singular "
-            "values by s, once.",
-        )
-        need(
-            not same(s * product, U[:, :r] * S[:r].square() @ Vt[:r]),
-            "The singular values are in A and in B in full, so B A has their squares:"
-            " give each the root.",
-        )
-        need(
-            not same(product, U[:, :r] @ Vt[:r]),
-            "The singular values are missing: A and B hold directions only.",
-        )
-        root = (S / s).sqrt()
-        need(
-            not same(A, root[:r, None] * Vt.T[:r]),
-            "A is made of the rows of V. linalg.svd returns V transposed, and its rows "
-            "are the directions: take the first r rows of what it returns.",
-        )
-        need(
-            not same(A, (root * Vt)[:r]),
-            "In A the roots stand at the columns. The i-th row of V transposed belongs"
-            " to the i-th value: root[:, None] * Vt.",
-        )
-        need(
-            not same(product, s * best),
-            "You multiply by s before the root: the layer multiplies by s once more."
-            " Divide.",
-        )
-        Q, R = torch.linalg.qr(W)
-        need(
-            not same(product, Q[:, :r] @ R[:r])
-            and not same(s * product, Q[:, :r] @ R[:r]),
-            "This is OLoRA's start, from W = Q R. PiSSA takes the singular value"
-            " decomposition.",
-        )
-        need(
-            same(s * product, best),
-            "s B A is not the best approximation of W of rank r: it should be the first"
-            " r singular directions with their values.",
-        )
-        need(
-            same(rest + s * product, W),
-            "W_res + s B A is not W: the model would have changed. Subtract s B A,"
-            " with s.",
-        )
-        sizes = A.square().sum(1)  # the directions may come in any order
-        need(
-            same(sizes.sort(descending=True).values, S[:r] / s)
-            and same(A @ A.T, torch.diag(sizes))
-            and same(B.T @ B, torch.diag(sizes)),
-            "The product is right, but A and B share it unevenly: PiSSA gives each the"
-            " root of S / s.",
-        )
+# ---- predictions ---------------------------------------------------------------------
 
 
 @checks(
-    "Every trained number is in one group, B and the vectors learn at lr · ratio, the"
-    " rest at lr."
+    "All of them. Under Adam only s and the number of terms that pull together count;"
+    " under gradient descent s enters twice, and the size of the loss once."
 )
-def loraplus_groups(function) -> None:
-    """function(named, lr, ratio) -> [{"params": [...], "lr": ...}, ...]; named: [(name,
-    parameter), ...]."""
-    names = {
-        "layers.0.lora_A.weight": (2, 5),
-        "layers.0.lora_B.weight": (4, 2),
-        "layers.0.lora_B.bias": (4,),
-        "layers.1.lora_A.weight": (2, 4),
-        "layers.1.lora_B.weight": (5, 2),
-        "norm.weight": (5,),
-        "head.weight": (3, 5),
+def predict_dials(predicted, c=4) -> None:
+    """predicted: {case: factor}; c is the factor in the question."""
+    judge_numbers(predicted, dial_cases(c), near=0.06)
+
+
+def first_move(optimizer, r=4096, s=1.0, loss=1.0) -> float:
+    """How far the output for one input moves in the first step, from B = 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        d = 32
+        x, pull = torch.randn(d).double(), torch.randn(d).double()
+        A = (torch.randn(r, d).double() / d**0.5).requires_grad_()
+        B = torch.zeros(d, r, dtype=torch.float64, requires_grad=True)
+    extra = {"eps": 1e-30} if optimizer is torch.optim.Adam else {}
+    step = optimizer([A, B], lr=1e-3, **extra)
+    (loss * pull @ (s * B @ (A @ x))).backward()
+    step.step()
+    return (s * B @ (A @ x)).norm().item()
+
+
+def dial_cases(c: float) -> dict:
+    """{case: (factor, what to think of)}, by making the steps."""
+    adam, sgd, r = torch.optim.Adam, torch.optim.SGD, 4096
+
+    def factor(optimizer, **changed):
+        return first_move(optimizer, **changed) / first_move(optimizer)
+
+    wide = round(c * r)
+    return {
+        "α, Adam": (
+            factor(adam, s=c),
+            "A step of B is about η, whatever its gradient; s multiplies it once.",
+        ),
+        "α, SGD": (
+            factor(sgd, s=c),
+            "s multiplies B's gradient, and what B then adds.",
+        ),
+        "rank, α/r, Adam": (
+            factor(adam, r=wide, s=1 / c),
+            "s falls by c, and c times as many terms pull the same way.",
+        ),
+        "rank, α/√r, Adam": (
+            factor(adam, r=wide, s=c**-0.5),
+            "s falls by √c, and c times as many terms pull the same way.",
+        ),
+        "rank, α/r, SGD": (
+            factor(sgd, r=wide, s=1 / c),
+            "s enters twice, and falls by c; the number of terms enters once.",
+        ),
+        "loss, Adam": (
+            factor(adam, loss=c),
+            "Adam divides a gradient by its own size.",
+        ),
+        "loss, SGD": (factor(sgd, loss=c), "The step is the gradient times the rate."),
     }
-    for _ in range(2):
-        named = [
-            (name, nn.Parameter(torch.randn(shape))) for name, shape in names.items()
-        ]
-        frozen = [
-            (f"layers.{i}.weight", nn.Parameter(torch.randn(4, 5), requires_grad=False))
-            for i in range(2)
-        ]
-        everything = named + frozen
-        random.shuffle(everything)
-        lr, ratio = random.choice([0.001, 0.002]), random.choice([4.0, 16.0])
-        groups = function(everything, lr, ratio)
-        need(
-            not isinstance(groups, torch.optim.Optimizer),
-            "That is an optimizer. Return the groups that you gave it.",
-        )
-        need(
-            isinstance(groups, list | tuple)
-            and all(isinstance(group, dict) and "params" in group for group in groups),
-            'Give me a list of groups, as an optimizer takes them: [{"params": [...],'
-            ' "lr": ...}, ...].',
-        )
-        need(
-            all("lr" in group for group in groups),
-            "A group has no lr of its own. An optimizer would give it its default: "
-            "write the rate into each group.",
-        )
 
-        def alone(group):
-            return (
-                [group["params"]]
-                if isinstance(group["params"], torch.Tensor)
-                else list(group["params"])
-            )
 
-        groups = [group | {"params": alone(group)} for group in groups]
-        rates, name_of = {}, {id(parameter): name for name, parameter in everything}
-        for group in groups:
-            for parameter in group["params"]:
-                name = name_of.get(id(parameter))
-                need(
-                    name is not None,
-                    "A group holds something that is none of the parameters: put the"
-                    " parameters in, not their names and no copies.",
+# ---- choosing a rate -----------------------------------------------------------------
+
+LADDER = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+EDGES = {
+    "trap": (3, 1),
+    "inside": (2, 1),
+    "tie": (1, 3),
+    "behind": (2, 3),
+    "first up": (4, 2),
+    "second down": (2, 0),
+}  # where the best rate of either case lies on the ladder
+
+
+@checks(
+    "A comparison only where either rate has a worse one on both sides; chosen on"
+    " validation, judged on the test, seed by seed."
+)
+def judge_sweep(function, extend="extend", up="up", down="down") -> None:
+    """function(runs, one, other) -> ("extend", case, "up" or "down"), or ("verdict",
+    word)."""
+    words = {extend: "extend", up: "up", down: "down"}
+    for kind in EDGES:
+        runs, wanted = sweep_drawn(kind)
+        got = function([dict(run) for run in runs], "one", "other")
+        need(
+            isinstance(got, tuple | list) and len(got) in (2, 3),
+            f'Return ("{extend}", case, "{up}" or "{down}"), or ("verdict", word); you'
+            f" return {got!r}.",
+        )
+        got = tuple(words.get(part, part) for part in got)
+        judge_plan(got, wanted)
+
+
+def sweep_drawn(kind: str):
+    """(runs in any order, what is right to return)"""
+    runs = []
+    for case, at in zip(("one", "other"), EDGES[kind]):
+        gain = {"inside": 0.1, "trap": 0.1, "behind": -0.1}.get(kind, 0.0)
+        for number, lr in enumerate(LADDER):
+            for seed in range(3 if number == at else 1):
+                valid = 0.3 + 0.05 * abs(number - at) + random.uniform(-0.01, 0.01)
+                test = 0.5 + 0.05 * abs(number - at) + random.uniform(-0.005, 0.005)
+                if kind == "tie":
+                    test += (0.06, -0.06, 0)[seed] * (1 if case == "one" else -1)
+                if kind == "trap" and number == 4:  # lucky on the test, at an edge
+                    test -= 0.4
+                if case == "one":
+                    test -= gain
+                runs.append(
+                    dict(case=case, lr=lr, seed=seed, valid_loss=valid, test_loss=test)
                 )
-                need(
-                    name not in rates,
-                    f"{name} is in two groups: an optimizer refuses that.",
-                )
-                rates[name] = group["lr"]
+    random.shuffle(runs)
+    if kind == "first up":
+        return runs, ("extend", "one", "up")
+    if kind == "second down":
+        return runs, ("extend", "other", "down")
+    losses = [
+        at_rate(runs, case, at) for case, at in zip(("one", "other"), EDGES[kind])
+    ]
+    return runs, ("verdict", told_apart(*losses, loss=True).verdict)
+
+
+def at_rate(runs, case: str, at: int) -> dict:
+    return {
+        run["seed"]: run["test_loss"]
+        for run in runs
+        if run["case"] == case and run["lr"] == LADDER[at]
+    }
+
+
+def judge_plan(got, wanted) -> None:
+    if got == wanted:
+        return
+    swap = {"up": "down", "down": "up", "ahead": "behind", "behind": "ahead"}
+    if wanted[0] == "extend":
         need(
-            not any(name in rates for name, _ in frozen),
-            "The frozen weights of the base are in your groups: take only "
-            "what requires a gradient.",
-        )
-        missing = [name for name, _ in named if name not in rates]
-        need(not missing, f"{', '.join(missing)}: in no group, so never trained.")
-        rate = {kind: rates[f"layers.0.lora_{kind}.weight"] for kind in "AB"}
-        need(
-            not near(rate["A"], rate["B"]),
-            "A and B have the same rate: that is plain LoRA.",
-        )
-        need(
-            not near(rate["A"], lr * ratio),
-            "A and B are swapped: it is B that learns faster.",
-        )
-        need(
-            not near(rate["A"], lr / ratio),
-            "You slow A down by the ratio. The convention, PEFT's too, is to leave A at"
-            " lr and to give B lr · ratio.",
-        )
-        need(not near(rate["B"], lr + ratio), "You add the ratio: multiply.")
-        need(
-            not near(rate["B"], lr / ratio),
-            "You divide by the ratio, and B gets the smaller rate: it is to learn"
-            " faster.",
+            got[0] == "extend",
+            f"The best rate of {wanted[1]!r} is the last one that was tried: nobody"
+            " knows whether the next is better. Ask for it before you compare.",
         )
         need(
-            near(rate["A"], lr) and near(rate["B"], lr * ratio),
-            f"A should learn at {lr:g} and B at {lr * ratio:g}; "
-            f"yours learn at {rate['A']:g} and {rate['B']:g}.",
+            got[1:] != (wanted[1], swap[wanted[2]]),
+            "The direction is turned round: a best rate at the upper end asks for a"
+            " larger one.",
         )
-        need(
-            near(rates["layers.0.lora_B.bias"], lr * ratio),
-            "The bias of a lora_B goes with B, at lr · ratio.",
-        )
-        need(
-            near(rates["norm.weight"], lr * ratio),
-            "norm.weight has one dimension, so it goes with B, at lr · ratio, whatever "
-            "its name.",
-        )
-        need(
-            near(rates["head.weight"], lr),
-            "Matrices that are no lora_B, such as a head, learn at lr.",
-        )
-        for name, parameter in named:
-            fast = "lora_B" in name or parameter.dim() == 1
-            need(
-                near(rates[name], lr * ratio if fast else lr),
-                f"{name} learns at {rates[name]:g}: the rule is the same in every"
-                " layer.",
-            )
+        raise Wrong(f"You return {got!r}; {wanted!r} is right.")
+    need(
+        got[0] == "verdict",
+        "Both best rates have a worse one on either side, by the validation loss with"
+        " seed 0, so they can be compared. Do you choose by the test loss?",
+    )
+    need(
+        got[1] != swap.get(wanted[1]),
+        "Your verdict is turned round: these are losses, and lower is better"
+        " (loss=True).",
+    )
+    raise Wrong(
+        f"You say {got[1]!r}; the course's rule says {wanted[1]!r}. Give `compare` the"
+        " test losses of all seeds at each best rate, {seed: loss}, so that it pairs"
+        " them."
+    )
+
+
+# ---- PiSSA without touching the base -------------------------------------------------
+
+
+@checks(
+    "The start of PiSSA, and a base that stays what it was: what is added is the change"
+    " since the start.",
+    "W is (d_out, d_in), A is (r, d_in), B is (d_out, r); torch.linalg.svd gives V"
+    " transposed already.",
+)
+def pissa_adapter(config_class) -> None:
+    """config_class(target_modules=..., r=..., lora_alpha=...), a LayerConfig."""
+    for d_in, d_out, r, alpha in ((9, 7, 2, 6), (6, 8, 3, 3), (7, 7, 2, 1)):
+        built = Built(config_class, d_in, d_out, r=r, lora_alpha=alpha)
+        built.check_parameters({"A": (r, d_in), "B": (d_out, r)})
+        built.check_start()
+        s, A, B = alpha / r, built.adapter.A, built.adapter.B
+        U, S, Vt = torch.linalg.svd(built.W, full_matrices=False)
+        best = U[:, :r] * S[:r] @ Vt[:r]
+        check_pissa_start(A.detach(), B.detach(), s, U, S, Vt)
+        built.fill()
+        mistakes = {
+            "Your start moves along with what is learnt, so that the change is always"
+            " zero: keep a copy of it (detach().clone()), not a reference.": 0 * B @ A,
+            "The start is not taken off: what is added is s B A minus what it was at"
+            " first.": s * B @ A,
+            "The scale is missing: s (B A - B₀ A₀).": B @ A - best / s,
+            "You multiply by α: divide by r.": alpha * B @ A - alpha / s * best,
+            "The start is taken off without its scale.": s * B @ A - best / s,
+            "delta is the new weight itself: return what is added to W.": built.W
+            + s * B @ A
+            - best,
+        }
+        right = s * B @ A - best
+        built.compare(right, {m: w for m, w in mistakes.items() if not same(w, right)})
+    Built(config_class, 8, 10, r=2, lora_alpha=4).check_learning()
+
+
+def check_pissa_start(A, B, s, U, S, Vt) -> None:
+    """A and B are PiSSA's, up to the order and signs of the directions."""
+    r, product = len(A), B @ A
+    best = U[:, :r] * S[:r] @ Vt[:r]
+    need(
+        bool(product.abs().max() > 1e-6),
+        "B A is zero at the start: that is LoRA's. PiSSA's A and B are the largest"
+        " singular directions of W.",
+    )
+    need(
+        not same(s * product, U[:, -r:] * S[-r:] @ Vt[-r:]),
+        "You took the smallest singular values: PiSSA trains the largest.",
+    )
+    need(
+        not same(product, best) or same(s * product, best),
+        "B A is the best part of rank r, but the layer computes s B A: divide the"
+        " singular values by s before you take the root.",
+    )
+    need(
+        not same(s * product, U[:, :r] * S[:r] ** 2 @ Vt[:r]),
+        "The singular values are in A and in B in full, so B A has their squares: give"
+        " each the root.",
+    )
+    need(
+        not same(product, U[:, :r] @ Vt[:r]),
+        "The singular values are missing: A and B hold directions only.",
+    )
+    need(
+        same(s * product, best),
+        "s B A is not the best approximation of W of rank r: it should be the first r"
+        " singular directions with their values.",
+    )
+    sizes = A.square().sum(1)
+    need(
+        same(sizes.sort(descending=True).values, S[:r] / s)
+        and same(B.square().sum(0), sizes),
+        "The product is right, but A and B share it unevenly: PiSSA gives each the root"
+        " of S / s.",
+    )
+
+
+# ---- a diagnosis ---------------------------------------------------------------------
 
 
 class Patient(nn.Module):
@@ -486,8 +515,11 @@ PATIENTS += [
 
 
 @checks("Every patient was found out, and the healthy ones were sent home.")
-def diagnose(function) -> None:
-    """function(layer, optimizer) -> one of the words of FOUND."""
+def diagnose(function, dead="dead", twice="twice") -> None:
+    """function(layer, optimizer) -> one of the words of FOUND; of two of them a variant
+    of the exercise has others."""
+    words = {name: name for name in FOUND} | {"dead": dead, "twice": twice}
+    names = {word: name for name, word in words.items()}
     # every kind, in any order
     for disease, trained, other in random.sample(PATIENTS, len(PATIENTS)):
         layer, optimizer = patient(disease, trained, other)
@@ -508,16 +540,17 @@ def diagnose(function) -> None:
             + ": return a word in every case.",
         )
         need(
-            said in FOUND,
-            f"{said!r} is none of the words: {', '.join(FOUND)}. (In small letters.)",
+            isinstance(said, str) and said in names,
+            f"{said!r} is none of the words: {', '.join(names)}. (In small letters.)",
         )
+        word, said = said, names[said]
         need(
             not (
                 disease == "healthy"
                 and not trained
                 and said not in ("healthy", "twice")
             ),
-            f"You called a healthy one {said!r}: its B is zero because it has not been"
+            f"You called a healthy one {word!r}: its B is zero because it has not been"
             " trained yet, and that is as it should be. Only with A zero too is it"
             " dead.",
         )
@@ -528,9 +561,9 @@ def diagnose(function) -> None:
         )
         need(
             not (disease == "healthy" and said == "twice"),
-            "You called a healthy one 'twice': being merged is no disease. Look whether"
-            " its output differs from layer.linear's, though the weight holds the"
-            " update already.",
+            f"You called a healthy one {word!r}: being merged is no disease. Look"
+            " whether its output differs from layer.linear's, though the weight holds"
+            " the update already.",
         )
         need(
             not (disease == "healthy" and said == "disabled"),
@@ -539,5 +572,5 @@ def diagnose(function) -> None:
         )
         need(
             said == disease,
-            f"There was a patient that {FOUND[disease]}, and you said {said!r}.",
+            f"There was a patient that {FOUND[disease]}, and you said {word!r}.",
         )
