@@ -1,5 +1,6 @@
 """Sphinx's settings for the book (`make book`)."""
 
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -13,7 +14,7 @@ sys.path.insert(0, str(HERE.parent))
 
 project = "minipeft"
 author = "the authors of minipeft"
-copyright = "MIT licence"
+copyright = "the authors of minipeft. MIT licence"
 root_doc = "index"
 language = "en"
 smartquotes = False  # quotation marks in queries and code stay as they are
@@ -97,6 +98,28 @@ add_module_names = False
 default_role = "literal"
 
 
+def without_catch_all(app, what, name, obj, options, signature, annotation):
+    """(*args, **kwargs) says nothing: the fields stand below."""
+    if what == "class" and dataclasses.is_dataclass(obj):
+        return "", annotation
+
+
+def fields_of(config):
+    """A line for each field that the dataclass adds to those it inherits."""
+    lines = []
+    for field in dataclasses.fields(config):
+        if field.name not in vars(config).get("__annotations__", {}):
+            continue
+        kind = getattr(field.type, "__name__", None) or str(field.type)
+        line = f"{field.name}: {kind if kind != 'UnionType' else field.type}"
+        if field.default is not dataclasses.MISSING:
+            line += f" = {field.default!r}"
+        elif field.default_factory is not dataclasses.MISSING:
+            line += f" = {field.default_factory()!r}"
+        lines.append(line)
+    return lines
+
+
 def as_text(line):
     """A line of plain text with `code` as reStructuredText."""
     parts = re.split(r"(`[^`]*`)", line)
@@ -108,7 +131,11 @@ def as_text(line):
 def plain_text(app, what, name, obj, options, lines):
     """Docstrings are plain text: paragraphs, and blocks whose lines are laid out
     (formulas, columns), which are shown as they stand."""
+    if lines and lines[0].startswith("Define the computation performed at every call"):
+        lines[:] = []  # torch's words, of a method that has none
     blocks = "\n".join(lines).split("\n\n")
+    if what == "class" and dataclasses.is_dataclass(obj):
+        blocks.append("\n".join(f"  {line}" for line in fields_of(obj)))
     lines[:] = []
     for block in filter(str.strip, blocks):
         rows = block.strip("\n").split("\n")
@@ -133,3 +160,4 @@ def setup(app):
     app.connect("build-finished", copy_mathjax)
     app.connect("html-page-context", levelled, priority=900)  # after the theme
     app.connect("autodoc-process-docstring", plain_text)
+    app.connect("autodoc-process-signature", without_catch_all)

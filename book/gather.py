@@ -8,6 +8,7 @@ in the repository, so that their links to each other hold. Links to other files 
 the repository's public address, or are left out while it has none.
 """
 
+import ast
 import importlib
 import os
 import re
@@ -40,6 +41,19 @@ API = [
 LINK = re.compile(r"(?<!\!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.S)
+SCREEN = 40  # lines: a cell of more is folded
+# A verdict's class and sign; the notebooks' emoji need a font that not every reader has
+VERDICTS = {
+    "RIGHT": ("right", "✔\N{VARIATION SELECTOR-15}"),
+    "Right": ("right", "✔\N{VARIATION SELECTOR-15}"),
+    "WRONG": ("wrong", "✘"),
+    "DEPENDS": ("depends", "◐"),
+    "UNTESTED": ("open", "○"),
+    "Not yet": ("open", "○"),
+}
+VERDICT = re.compile(
+    rf"(?:\*\*)?(?:✅|❌|⚖️|◻️) (?:\*\*)?({'|'.join(VERDICTS)})(?:\.?\*\*)?"
+)
 
 
 def chapters():
@@ -113,6 +127,52 @@ def describe_figures(cells):
             )
 
 
+def badge(match):
+    kind, sign = VERDICTS[match[1]]
+    sign = f'<span aria-hidden="true">{sign}</span>'
+    return f'<span class="verdict {kind}">{sign} {match[1]}</span>'
+
+
+def set_output(markdown):
+    """An output's Markdown with verdicts as badges, and numbers that stay in one line
+    with what belongs to them."""
+    markdown = re.sub(r"≈ (?=[\d−-])", "≈\N{NO-BREAK SPACE}", markdown)
+    markdown = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", markdown)
+    return VERDICT.sub(badge, markdown)
+
+
+def is_imports(source):
+    """Is most of this code imports?"""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # IPython's own
+        return False
+    imports = [s for s in statements if isinstance(s, (ast.Import, ast.ImportFrom))]
+    lines = sum(s.end_lineno - s.lineno + 1 for s in imports)
+    return 2 * lines > len(source.splitlines())
+
+
+def fold(cell):
+    """Fold solutions, what the chapter folds, long imports, and code of more than a
+    screen; and say how much it is."""
+    lines, tags = len(cell.source.splitlines()), cell.metadata.get("tags", [])
+    imports = lines > 12 and is_imports(cell.source)
+    if imports or lines > SCREEN:
+        tags = [*tags, "hide-input"]
+    if "hide-input" not in tags:
+        return
+    what = f"code ({lines} lines)"
+    if role(cell) == "solution":
+        what = "solution"
+    elif imports:
+        what = "imports"
+    cell.metadata["tags"] = list(dict.fromkeys(tags))
+    cell.metadata["mystnb"] = {
+        "code_prompt_show": f"Show the {what}",
+        "code_prompt_hide": f"Hide the {what}",
+    }
+
+
 def prepare_notebook(path, known, out):
     page = path.relative_to(ROOT).as_posix()
     notebook = nbformat.read(path, as_version=4)
@@ -126,12 +186,11 @@ def prepare_notebook(path, known, out):
         if cell.cell_type == "markdown":
             take_images_along(cell.source, page, out)
             cell.source = relinked(cell.source, page, known)
-        elif "hide-input" in cell.metadata.get("tags", []):
-            what = "solution" if role(cell) == "solution" else "code"
-            cell.metadata["mystnb"] = {
-                "code_prompt_show": f"Show the {what}",
-                "code_prompt_hide": f"Hide the {what}",
-            }
+        elif cell.cell_type == "code":
+            fold(cell)
+            for output in cell.outputs:
+                if markdown := output.get("data", {}).get("text/markdown"):
+                    output.data["text/markdown"] = set_output(markdown)
     nbformat.write(notebook, out / RENAMED.get(page, page))
 
 
@@ -139,7 +198,7 @@ def prepare_text(page, known, out):
     text = (ROOT / page).read_text(encoding="utf-8")
     names = {path.name[:2]: path.name for path in chapters()}
     if page.startswith("chapters/"):
-        text = linked(text, names)
+        text = VERDICT.sub(badge, linked(text, names))
     take_images_along(text, page, out)
     text = relinked(text, page, known)
     if page == "README.md":

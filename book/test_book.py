@@ -161,6 +161,31 @@ class TestEachPage:
             ]
             assert not serious, (width, scheme, serious)
 
+    def test_no_code_is_longer_than_a_screen(self, page, browser):
+        """What is longer is folded, as imports are."""
+        if page not in CHAPTERS:
+            return
+        code = browser.execute_script(
+            "return [...document.querySelectorAll('article .cell_input pre')]"
+            ".filter(e => e.offsetParent).map(e => e.innerText)"
+        )
+        assert code and max(len(text.strip().splitlines()) for text in code) <= 40
+        assert not any(text.count("import ") > 12 for text in code)
+
+    def test_verdicts_are_badges(self, page, browser):
+        """No sign needs a font of emoji; each kind has a colour of its own."""
+        text = text_of(browser, "innerText")
+        assert not re.search("[✅❌⚖◻]", text)
+        if page in CHAPTERS:
+            badges = browser.execute_script(
+                "return [...document.querySelectorAll('.verdict')].map(e =>"
+                "[e.innerText.slice(2).trim(), getComputedStyle(e).backgroundColor])"
+            )
+            kinds = dict(badges)
+            assert {"Right", "Not yet"} <= set(kinds) and len(kinds) > 2
+            claims = [kinds[k] for k in ("RIGHT", "WRONG", "DEPENDS") if k in kinds]
+            assert len(set(claims)) == len(claims)
+
     def test_solutions_are_closed_until_clicked(self, page, browser):
         if page not in CHAPTERS:
             return  # no exercises

@@ -138,10 +138,20 @@ def device(args):
         torch.empty(1, device=args.device).item()
     # unknown, or not on this machine
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"--device {args.device}: {str(error).splitlines()[0]}"
-        ) from None
+        here = devices()
+        reason = f"no such device here; expected {' or '.join(here)}"
+        if args.device.partition(":")[0] in here:
+            reason = str(error).splitlines()[0]
+        raise UserError(f"--device {args.device}: {reason}") from None
     return args.device
+
+
+def devices():
+    """The devices of this machine that its build of torch can use."""
+    import torch
+
+    gpus = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    return ["cpu", *(name for name, gpu in gpus.items() if gpu.is_available())]
 
 
 def base_of(args):
@@ -381,11 +391,14 @@ def run_training(args, model, tokenizer, task, out, method, writer, budget):
             raise UserError(text.replace("another folder", "another --out")) from None
         raise
     finally:
+        if is_first() and not (out / "training" / "latest.safetensors").exists():
+            # nothing is there to go on from
+            shutil.rmtree(out / "training", ignore_errors=True)
         with contextlib.suppress(OSError):
             out.rmdir()  # if nothing was written
     if history.stopped == "diverged":
         raise UserError(
-            f"the loss became infinite after {history.steps} steps, and nothing is"
+            f"the loss became infinite after step {history.steps}, and nothing is"
             " saved: try a smaller --lr, with --restart"
         )
     for step, loss in history.eval_loss if writer else []:
@@ -397,11 +410,11 @@ def summary_writer(folder):
     """TensorBoard's writer for --log, or None."""
     if folder is None:
         return None
-    make_folder(folder, UserError)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--log needs TensorBoard: pip install tensorboard") from None
+    make_folder(folder, UserError)
     return SummaryWriter(folder)
 
 

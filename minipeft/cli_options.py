@@ -3,6 +3,9 @@
 import argparse
 import importlib.metadata
 import math
+import re
+
+from .io import did_you_mean
 
 ABOUT = """Fine-tune a small language model on your own machine: the course's methods
 from the command line.
@@ -64,7 +67,7 @@ def number(kind, least=-math.inf, above=-math.inf, most=math.inf):
     wrong usage, in words that name the bounds."""
     bounds = {"at least": least, "above": above, "at most": most}
     words = " and ".join(
-        f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)
+        f"{word} {bound:,}" for word, bound in bounds.items() if math.isfinite(bound)
     )
     expected = f"{'a whole number' if kind is int else 'a number'} {words}".rstrip()
 
@@ -117,14 +120,23 @@ def parser():
         add_doctor,
     ):
         add(commands)
+    top.commands = list(commands.choices)
     return top
 
 
 def parse(argv):
     """The arguments; what a subcommand does not know is answered by its own usage."""
-    arguments, unknown = parser().parse_known_args(argv)
+    top = parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in top.commands:
+        near = did_you_mean(argv[0], top.commands)
+        names = ", ".join(top.commands)
+        top.error(f"no command {argv[0]!r}{near}: expected one of {names}")
+    arguments, unknown = top.parse_known_args(argv)
     if unknown:
-        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        own = arguments.parser
+        options = re.findall(r"--[\w-]+", own.format_usage())
+        near = did_you_mean(unknown[0].partition("=")[0], options)
+        own.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     return arguments
 
 
@@ -132,7 +144,7 @@ def add_command(commands, name, help, description=None, epilog=None):
     command = commands.add_parser(
         name,
         help=help,
-        description=description or help,
+        description=description or f"{help[0].upper()}{help[1:]}.",
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -329,7 +341,9 @@ def add_generate(commands):
         'Continue a prompt, or what comes from stdin. "\\n" in it is a new line.',
     )
     add_model_options(text)
-    text.add_argument("prompt", nargs="?")
+    text.add_argument(
+        "prompt", nargs="?", help="the text to continue; default: what stdin gives"
+    )
     text.add_argument("--adapter", help="folder of an adapter")
     text.add_argument(
         "--chat",
@@ -340,7 +354,7 @@ def add_generate(commands):
         "--max-new-tokens",
         type=number(int, least=1, most=1_000_000),
         default=100,
-        help="at most so many (default: %(default)s)",
+        help="how many tokens to write at most (default: %(default)s)",
     )
     text.add_argument(
         "--temperature",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 # GB on disk of everything that the course installs, by the build of torch
-SIZES = {"CUDA": 5.5, "CPU": 1.7}
+SIZES = {"CUDA": 5.7, "CPU": 1.9}
 
 
 def in_repository():
@@ -178,7 +178,7 @@ def machine():
     cores = os.cpu_count() or 1
     yield (
         threads <= cores,
-        f"{threads} threads on {cores} processors",
+        f"threads: {threads}, processors: {cores}",
         f"more threads than processors slow each other down: set"
         f" OMP_NUM_THREADS={cores}",
     )

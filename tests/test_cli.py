@@ -250,6 +250,39 @@ class TestFinetune:
         assert code == 1 and "the loss became infinite" in err and "--restart" in err
         assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--lr", "1e30"),  # before anything is saved
+            ("--lr", "1e30", "--accumulate", "2"),
+            ("--lr", "1e30", "--method", "full"),
+        ],
+    )
+    def test_a_run_that_kept_nothing_leaves_nothing(
+        self, base, mine, tmp_path, capsys, options
+    ):
+        out = tmp_path / "out"
+        # diverges before a checkpoint is due
+        argv = tune(base, mine, out, "--steps", 200, *options)
+        assert run(capsys, *argv)[0] == 1
+        assert not out.exists()
+        # as the message advises
+        code, _, err = run(capsys, *tune(base, mine, out, "--restart"))
+        assert code == 0, err
+
+    def test_an_error_in_training_leaves_nothing(
+        self, base, mine, tmp_path, capsys, monkeypatch
+    ):
+        from minipeft.lm import training
+
+        def fail(*args, **options):
+            raise ValueError("a fault of the data")
+
+        monkeypatch.setattr(training, "accumulate_grads", fail)
+        code, _, err = run(capsys, *tune(base, mine, tmp_path / "out"))
+        assert code == 1 and "a fault of the data" in err
+        assert not (tmp_path / "out").exists()
+
     def test_what_is_left_beside_the_adapter(self, base, mine, tmp_path, capsys):
         out = tmp_path / "out"
         assert run(capsys, *tune(base, mine, out))[0] == 0
@@ -323,6 +356,9 @@ class TestFinetune:
         code, _, err = run(capsys, *tune(base, mine, tmp_path / "b", "--log", log))
         assert code == 1 and "pip install tensorboard" in err
         assert not (tmp_path / "b").exists()
+        log = str(tmp_path / "another")
+        run(capsys, *tune(base, mine, tmp_path / "b", "--log", log))
+        assert not Path(log).exists()
 
     @pytest.mark.parametrize("kind", ["instruction", "messages", "csv"])
     def test_other_records(self, base, tmp_path, capsys, kind):
@@ -754,8 +790,9 @@ class TestMistakes:
                 ("--method", "full", "--r", "4"),
                 "--r, --alpha, --targets, --set and --load-in-4bit are for adapters",
             ),
-            (("--device", "abacus"), "--device abacus: "),
-            (("--device", "meta"), "--device meta: "),
+            (("--device", "abacus"), "--device abacus: no such device here; expected"),
+            (("--device", "meta"), "--device meta: no such device here; expected cpu"),
+            (("--device", "cpu:0:0"), "--device cpu:0:0: "),
         ],
     )
     def test_a_users_mistake_is_one_line_and_exit_code_1(
@@ -974,6 +1011,23 @@ class TestUsage:
         assert stop.value.code == 2 and f"usage: minipeft {command} [-h]" in err
         assert f"unrecognized arguments: {option}=1" in err
 
+    @pytest.mark.parametrize(
+        "argv, near",
+        [
+            (["finetun", "--data", "sql"], "no command 'finetun' (did you mean"),
+            (["Merge"], "(did you mean 'merge'?)"),
+            (["method"], "(did you mean 'methods'?)"),
+            (["sing"], "expected one of pretrain, finetune, generate"),
+            (["generate", "x", "--temprature", "1"], "(did you mean '--temperature'?)"),
+            (["evaluate", "--data", "sql", "--spilt=test"], "mean '--split'?)"),
+            (["student", "--out", "x", "--nb-grader"], "mean '--nbgrader'?)"),
+        ],
+    )
+    def test_the_nearest_command_or_option(self, capsys, argv, near):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2 and near in capsys.readouterr().err
+
     def test_version(self, capsys):
         with pytest.raises(SystemExit) as stop:
             main(["--version"])
@@ -1116,7 +1170,7 @@ class TestDoctor:
     def test_this_machine(self):
         assert all(good for good, *_ in [*doctor.machine(), *doctor.disk()])
 
-    @pytest.mark.parametrize("build, size", [("13.0", "5.5 GB"), (None, "1.7 GB")])
+    @pytest.mark.parametrize("build, size", [("13.0", "5.7 GB"), (None, "1.9 GB")])
     def test_true_sizes(self, monkeypatch, build, size):
         monkeypatch.setattr(torch.version, "cuda", build)
         assert f"take about {size}" in next(iter(doctor.disk()))[1]

@@ -1,9 +1,12 @@
 """What the notebooks use: live source, claims, tables, figures, and the runner that
 saves chapters."""
 
+import io
+
 import matplotlib
 import nbformat
 import pytest
+import tqdm
 from nbclient import NotebookClient
 
 from minipeft.course import approx, figures, notebook, show, table
@@ -212,6 +215,42 @@ class TestReadableByEverybody:
         assert "score: from 3 to 4" in describe(ax.figure)
         figures.plt.close("all")
 
+    @pytest.mark.parametrize("across", [False, True])
+    def test_stacked_bars_are_described_series_by_series(self, across):
+        """Drawn one by one, and labelled once, with names or with none at the axis."""
+        ax = figures.axes("title")
+        draw = ax.barh if across else ax.bar
+        for row, name in enumerate(["full", "LoRA"]):
+            below = 0
+            for part, colour in {"weights": figures.BLUE, "Adam": figures.PINK}.items():
+                value = 4 if part == "weights" else 9 - 8 * row
+                start = {"left" if across else "bottom": below}
+                label = part if row == 0 else None
+                draw(row, value, color=colour, label=label, **start)
+                below += value
+        assert "weights: 0 4; 1 4. Bars, Adam: 0 9; 1 1." in describe(ax.figure)
+        ticks = ax.set_yticks if across else ax.set_xticks
+        ticks([0, 1], ["full", "LoRA"])
+        said = describe(ax.figure)
+        assert "weights: full 4; LoRA 4. Bars, Adam: full 9; LoRA 1." in said
+        figures.plt.close("all")
+
+    @pytest.mark.parametrize("shift", [0.2, -0.4])
+    def test_bars_side_by_side_are_called_as_their_group(self, shift):
+        ax = figures.axes("title")
+        ax.bar([0 - shift, 1 - shift], [5, 6], width=0.4, label="one")
+        ax.bar([0 + shift, 1 + shift], [7, 8], width=0.4, label="other")
+        ax.set_xticks([0, 1], ["a", "b"])
+        assert "one: a 5; b 6. Bars, other: a 7; b 8." in describe(ax.figure)
+        figures.plt.close("all")
+
+    def test_bars_without_labels_or_of_several_numbers(self):
+        ax = figures.axes("title")
+        ax.bar([0, 1], [5, 6], color=figures.BLUE)
+        ax.bar([3], [2], color=figures.PINK)
+        assert describe(ax.figure) == "title. Bars: 0 5; 1 6; 3 2."
+        figures.plt.close("all")
+
     def test_many_series_are_counted(self):
         ax = figures.axes("title")
         for number in range(12):
@@ -285,6 +324,19 @@ class TestRunner:
         nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
         notebook.run(path)
         assert capsys.readouterr().out.count("stderr: Failed to load") == 1
+
+    @pytest.mark.parametrize("total", [3, None])
+    def test_a_progress_bar_is_no_noise(self, capsys, total):
+        """tqdm's lines, with and without an end, as they come: parted by returns."""
+        drawn = io.StringIO()
+        for _ in tqdm.tqdm(range(3), total=total, file=drawn, disable=False):
+            pass
+        text = drawn.getvalue() + "\na warning\n"
+        output = nbformat.v4.new_output("stream", name="stderr", text=text)
+        cell = nbformat.v4.new_code_cell(outputs=[output])
+        notebook.print_noise(nbformat.v4.new_notebook(cells=[cell]))
+        said = capsys.readouterr().out.split("stderr: ")
+        assert said[1:] == ["a warning"]
 
     def test_a_chapter_is_run_and_saved_clean(self, tmp_path):
         cells = [

@@ -173,14 +173,14 @@ class TestSetUp:
         index = f"{indexes}/cpu"
         assert set_up(monkeypatch, index, tmp_path / "env") == f"{VERSION}+cpu"
         said = capfd.readouterr().out
-        assert "0.5 GB to download" in said and "1.7 GB on disk" in said
+        assert "0.5 GB to download" in said and "1.9 GB on disk" in said
         settings = tmp_path / "env" / "share" / "jupyter" / "lab" / "settings"
         assert (settings / "overrides.json").read_text() == "{}"
 
     def test_without_that_index_from_pypi(self, project, monkeypatch, capfd, tmp_path):
         assert set_up(monkeypatch, closed_port(), tmp_path / "env") == VERSION
         said = capfd.readouterr().out
-        assert "does not answer" in said and "5.5 GB on disk" in said
+        assert "does not answer" in said and "5.7 GB on disk" in said
 
     def test_an_index_that_breaks_off_is_replaced_by_pypi(
         self, project, indexes, monkeypatch, capfd, tmp_path

@@ -58,33 +58,65 @@ def visible(label) -> str:
 
 def tick_names(axis) -> dict:
     """{place: the word written there}, where ticks are words rather than numbers."""
-    return {
-        float(place): " ".join(text.get_text().split())
-        for place, text in zip(axis.get_ticklocs(), axis.get_ticklabels())
-        if text.get_text()
-    }
+    names = {}
+    for place, text in zip(axis.get_ticklocs(), axis.get_ticklabels()):
+        word = " ".join(text.get_text().split())
+        if word and not says(word, place):
+            names[float(place)] = word
+    return names
+
+
+def says(word: str, place: float) -> bool:
+    """Is the word the number of its place?"""
+    try:
+        return float(word.replace("\N{MINUS SIGN}", "-")) == place
+    except ValueError:
+        return False
 
 
 def bars(ax) -> list:
-    found = []
-    for container in ax.containers:
-        if not isinstance(container, BarContainer):
-            continue
+    """A sentence for each series of bars. Stacked bars are often drawn one by one, and
+    labelled once: then their colour says which series they belong to."""
+    containers = [each for each in ax.containers if isinstance(each, BarContainer)]
+    labels = {
+        bar.get_facecolor(): visible(container.get_label())
+        for container in reversed(containers)
+        for bar in container
+        if visible(container.get_label())
+    }
+    series = {}
+    for container, places in zip(containers, bar_places(containers)):
         across = container.orientation == "horizontal"
         names = tick_names(ax.yaxis if across else ax.xaxis)
-        said = []
-        for bar in container:
-            middle = (
-                bar.get_y() + bar.get_height() / 2
-                if across
-                else bar.get_x() + bar.get_width() / 2
-            )
-            name = names.get(round(middle, 6), number(middle))
+        for bar, place in zip(container, places):
+            label = visible(container.get_label())
+            label = label or labels.get(bar.get_facecolor(), "")
             value = bar.get_width() if across else bar.get_height()
-            said.append(f"{name} {number(value)}")
-        label = visible(container.get_label())
-        found.append(f"Bars{f', {label}' if label else ''}: {listed(said)}.")
-    return found
+            name = names.get(round(place, 6), number(place))
+            series.setdefault(label, []).append(f"{name} {number(value)}")
+    return [
+        f"Bars{f', {label}' if label else ''}: {listed(said)}."
+        for label, said in series.items()
+    ]
+
+
+def bar_places(containers) -> list:
+    """Where the bars stand, a list for each container. Bars of several series side by
+    side stand where the middle of their group is, as the ticks do."""
+
+    def middle(bar, across):
+        if across:
+            return bar.get_y() + bar.get_height() / 2
+        return bar.get_x() + bar.get_width() / 2
+
+    places = [
+        [middle(bar, container.orientation == "horizontal") for bar in container]
+        for container in containers
+    ]
+    if len({len(each) for each in places}) == 1 and len(places[0]) > 1:
+        middles = [sum(group) / len(group) for group in zip(*places)]
+        return [middles] * len(places)
+    return places
 
 
 def grids(ax) -> list:

@@ -4,6 +4,7 @@ python -m minipeft.course.notebook chapters/04_lora.ipynb
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from nbclient import NotebookClient
 
 from .layout import lay_out
 
+PROGRESS = re.compile(r"\[\d+:\d\d(:\d\d)?[<,]")  # of a tqdm bar
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -32,14 +34,15 @@ def clean(notebook) -> None:
 
 
 def print_noise(notebook) -> None:
-    """What a reader would see in red, each line once: warnings, other libraries'."""
+    """What a reader would see in red, each line once: warnings, other libraries'.
+    A progress bar is none: for a reader it is drawn on stdout."""
     noise = [
         line
         for cell in notebook.cells
         for output in cell.get("outputs", [])
         if output.get("name") == "stderr"
         for line in output.text.splitlines()
-        if line.strip()
+        if line.strip() and not PROGRESS.search(line)
     ]
     for line in dict.fromkeys(noise):
         print("\n    stderr:", line[:200], end="", flush=True)

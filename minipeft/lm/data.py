@@ -189,9 +189,10 @@ def load_file(path, tokenizer=None):
             Example(prompt, completion, {"file": str(path), "line": number})
         )
     if len(groups) < 3:
+        what = "text or prompt" if len(groups) == 1 else "texts or prompts"
         raise DataError(
-            f"{path}: only {len(groups)} different texts or prompts; train, valid and"
-            " test need one each"
+            f"{path}: only {len(groups)} different {what}; expected at least 3, one"
+            " each for train, valid and test"
         )
     judged = ("exact", 0.0, exact) if records[0][0] else PLAIN_TEXT
     return Task(
