@@ -1,13 +1,17 @@
 """Chapter 06's checks accept the solution, and name the mistake in what is plausibly
 wrong."""
 
+from dataclasses import dataclass
 from statistics import mean
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from judging import accepts, rejects
+from torch import nn
 
+from minipeft import LayerConfig, LinearDelta
 from minipeft.course import check
 
 
@@ -25,62 +29,6 @@ def gram(W, A, B, s, middle=2, power=2):
         1
     )
     return (torch.linalg.vector_norm(W, dim=1) ** 2 + inner).clamp(min=0).sqrt()
-
-
-def test_row_norms_solution():
-    accepts(check.row_norms, norms)
-    accepts(
-        check.row_norms,
-        lambda W, A, B, s: torch.stack(
-            [(w + s * b @ A).detach().norm() for w, b in zip(W, B)]
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        (
-            "without keepdim",
-            lambda W, A, B, s: (W + s * B @ A).detach().norm(dim=1, keepdim=True),
-        ),
-        ("nothing here yet", blank),
-        (
-            "norms are those of the columns",
-            lambda W, A, B, s: (W + s * B @ A).detach().norm(dim=0),
-        ),
-        ("not detached", lambda W, A, B, s: (W + s * B @ A).norm(dim=1)),
-        ("the whole matrix", lambda W, A, B, s: (W + s * B @ A).detach().norm()),
-        (
-            "the root is missing",
-            lambda W, A, B, s: (W + s * B @ A).detach().square().sum(1),
-        ),
-        ("without the update", lambda W, A, B, s: W.norm(dim=1)),
-        ("lost its scale", lambda W, A, B, s: (W + B @ A).detach().norm(dim=1)),
-        (
-            "Two shapes do not fit",
-            lambda W, A, B, s: (W + s * A @ B).detach().norm(dim=1),
-        ),
-        (
-            "sum of the norms",
-            lambda W, A, B, s: W.norm(dim=1) + (s * B @ A).detach().norm(dim=1),
-        ),
-        (
-            "holds that already",
-            lambda W, A, B, s: (W + s / len(A) * B @ A).detach().norm(dim=1),
-        ),
-        ("unit rows", lambda W, A, B, s: F.normalize((W + s * B @ A).detach(), dim=1)),
-        (
-            "root of the mean square",
-            lambda W, A, B, s: (W + s * B @ A).detach().square().mean(1).sqrt(),
-        ),
-        ("absolute values", lambda W, A, B, s: (W + s * B @ A).detach().abs().sum(1)),
-        ("W is missing", lambda W, A, B, s: (s * B @ A).detach().norm(dim=1)),
-        ("not detached", lambda W, A, B, s: (W.detach() + s * B @ A).norm(dim=1)),
-    ],
-)
-def test_row_norms_mistakes(says, answer):
-    rejects(says, check.row_norms, answer)
 
 
 def columns(W, A, B, s):
@@ -138,208 +86,6 @@ def test_gram_norms_solution():
 )
 def test_gram_norms_mistakes(says, answer):
     rejects(says, check.gram_norms, answer)
-
-
-def forward(x, W, b, A, B, m, s):
-    return m / norms(W, A, B, s) * (x @ W.T + s * x @ A.T @ B.T) + b
-
-
-def test_dora_forward_solution():
-    accepts(check.dora_forward, forward)
-    accepts(
-        check.dora_forward,
-        lambda x, W, b, A, B, m, s: F.linear(
-            x, (m / norms(W, A, B, s))[:, None] * (W + s * B @ A), b
-        ),
-    )
-    accepts(
-        check.dora_forward,
-        lambda x, W, b, A, B, m, s: (
-            F.linear(x, W, b)
-            + (m / norms(W, A, B, s) - 1) * F.linear(x, W)
-            + (m / norms(W, A, B, s) * (s * x @ A.T @ B.T))
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        (
-            "norm is not detached",
-            lambda x, W, b, A, B, m, s: (
-                m / (W + s * B @ A).norm(dim=1) * (x @ (W + s * B @ A).T) + b
-            ),
-        ),
-        (
-            "bias is scaled too",
-            lambda x, W, b, A, B, m, s: (
-                m / norms(W, A, B, s) * (x @ (W + s * B @ A).T + b)
-            ),
-        ),
-        (
-            "bias is missing",
-            lambda x, W, b, A, B, m, s: m / norms(W, A, B, s) * (x @ (W + s * B @ A).T),
-        ),
-        ("That is LoRA", lambda x, W, b, A, B, m, s: x @ (W + s * B @ A).T + b),
-        ("do not divide", lambda x, W, b, A, B, m, s: m * (x @ (W + s * B @ A).T) + b),
-        (
-            "norm is that of W alone",
-            lambda x, W, b, A, B, m, s: m / W.norm(dim=1) * (x @ (W + s * B @ A).T) + b,
-        ),
-        (
-            "Only W x is scaled",
-            lambda x, W, b, A, B, m, s: (
-                m / norms(W, A, B, s) * (x @ W.T) + s * x @ A.T @ B.T + b
-            ),
-        ),
-        (
-            "no gradient",
-            lambda x, W, b, A, B, m, s: (
-                m / norms(W, A, B, s) * (x @ (W + s * B @ A).T).detach() + b
-            ),
-        ),
-        (
-            "bias is scaled too",
-            lambda x, W, b, A, B, m, s: (
-                F.linear(x, W, b)
-                + (m / norms(W, A, B, s) - 1) * F.linear(x, W, b)
-                + m / norms(W, A, B, s) * (s * x @ A.T @ B.T)
-            ),
-        ),
-        (
-            "own length",
-            lambda x, W, b, A, B, m, s: (
-                m * F.normalize(x @ (W + s * B @ A).T, dim=-1) + b
-            ),
-        ),
-        (
-            "no gradient",
-            lambda x, W, b, A, B, m, s: forward(x, W, b, A, B, m.detach(), s),
-        ),
-        (
-            "no gradient",
-            lambda x, W, b, A, B, m, s: F.linear(
-                x, m[:, None] * F.normalize(W + s * B @ A, dim=1).detach(), b
-            ),
-        ),
-        (
-            "stands on its head",
-            lambda x, W, b, A, B, m, s: (
-                norms(W, A, B, s) / m * (x @ (W + s * B @ A).T) + b
-            ),
-        ),
-        (
-            "lost its scale",
-            lambda x, W, b, A, B, m, s: m / norms(W, A, B, s) * (x @ (W + B @ A).T) + b,
-        ),
-        (
-            "Two shapes do not fit",
-            lambda x, W, b, A, B, m, s: m / W.norm(dim=0) * (x @ (W + s * B @ A).T) + b,
-        ),
-    ],
-)
-def test_dora_forward_mistakes(says, answer):
-    rejects(says, check.dora_forward, answer)
-
-
-def moved(new, old, dim=1):
-    return (new.norm(dim=dim) - old.norm(dim=dim)).abs().mean(), (
-        1 - F.cosine_similarity(new, old, dim=dim)
-    ).mean()
-
-
-def test_length_and_direction_solution():
-    accepts(check.length_and_direction, moved)
-    accepts(
-        check.length_and_direction,
-        lambda new, old: tuple(value.item() for value in moved(new, old)),
-    )
-    accepts(
-        check.length_and_direction,
-        lambda new, old: [
-            ((new**2).sum(1).sqrt() - (old**2).sum(1).sqrt()).abs().mean(),
-            1 - (F.normalize(new) * F.normalize(old)).sum(1).mean(),
-        ],
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("over columns", lambda new, old: moved(new, old, 0)),
-        ("two are swapped", lambda new, old: moved(new, old)[::-1]),
-        (
-            "up and down cancel",
-            lambda new, old: (
-                (new.norm(dim=1) - old.norm(dim=1)).mean(),
-                moved(new, old)[1],
-            ),
-        ),
-        (
-            "holds the turn as well",
-            lambda new, old: ((new - old).norm(dim=1).mean(), moved(new, old)[1]),
-        ),
-        (
-            "cosine itself",
-            lambda new, old: (
-                moved(new, old)[0],
-                F.cosine_similarity(new, old, dim=1).mean(),
-            ),
-        ),
-        ("two numbers", lambda new, old: moved(new, old)[0]),
-        (
-            "one number for each row",
-            lambda new, old: (
-                (new.norm(dim=1) - old.norm(dim=1)).abs(),
-                moved(new, old)[1],
-            ),
-        ),
-        (
-            "relative",
-            lambda new, old: (
-                ((new.norm(dim=1) - old.norm(dim=1)).abs() / old.norm(dim=1)).mean(),
-                moved(new, old)[1],
-            ),
-        ),
-        (
-            "one long vector",
-            lambda new, old: ((new.norm() - old.norm()).abs(), moved(new, old)[1]),
-        ),
-        (
-            "directions of their own",
-            lambda new, old: (
-                moved(new, old)[0],
-                1 - F.cosine_similarity(new.flatten(), old.flatten(), dim=0),
-            ),
-        ),
-        (
-            "an angle",
-            lambda new, old: (
-                moved(new, old)[0],
-                F.cosine_similarity(new, old, dim=1).acos().mean(),
-            ),
-        ),
-        (
-            "compares the change",
-            lambda new, old: (
-                moved(new, old)[0],
-                (1 - F.cosine_similarity(new - old, old, dim=1)).mean(),
-            ),
-        ),
-        (
-            "ΔM is squared",
-            lambda new, old: (
-                (new.norm(dim=1) - old.norm(dim=1)).square().mean(),
-                moved(new, old)[1],
-            ),
-        ),
-    ],
-)
-def test_length_and_direction_mistakes(says, answer):
-    rejects(says, check.length_and_direction, answer)
 
 
 def gaps(runs, key="test_loss", by="valid_loss", over=mean, rates=None):
@@ -410,3 +156,379 @@ def test_fair_gap_solution():
 )
 def test_fair_gap_mistakes(says, answer):
     rejects(says, check.fair_gap, answer)
+
+
+def test_fair_gap_of_other_methods():
+    def answer(runs, one="full", other="DoRA"):
+        names = {one: "LoRA", other: "DoRA"}
+        return verdict(gaps([run | {"method": names[run["method"]]} for run in runs]))
+
+    assert check.fair_gap(answer, one="full", other="DoRA")
+    wrong = check.fair_gap(
+        lambda runs: (-answer(runs)[0], answer(runs)[1]), one="full", other="DoRA"
+    )
+    assert "That is DoRA minus full" in wrong.message
+
+
+# -------------------------------------------------------------------------- dora_output
+
+
+def output(y, x, W, b, A, B, m, s):
+    bias = 0 if b is None else b
+    return m / norms(W, A, B, s) * (y - bias + s * (x @ A.T) @ B.T) + bias
+
+
+def added(y, x, W, b, A, B, m, s):
+    """In the other form, as a sum to what is there."""
+    g = m / gram(W, A, B, s)
+    Wx = y if b is None else y - b
+    return y + (g - 1) * Wx + g * (s * torch.einsum("...i,ri,or->...o", x, A, B))
+
+
+def with_norm(norm, detach=True):
+    def answer(y, x, W, b, A, B, m, s):
+        n = norm(W + s * B @ A)
+        g = m / (n.detach() if detach else n)
+        bias = 0 if b is None else b
+        return g * (y - bias + s * (x @ A.T) @ B.T) + bias
+
+    return answer
+
+
+def the_planted(y, x, W, b, A, B, m, s):
+    norm = (W + s * B @ A).norm(dim=0)
+    return m / norm * (y + s * (x @ A.T) @ B.T)
+
+
+def the_other_planted(y, x, W, b, A, B, m, s):
+    g = (m / W.norm(dim=1)).detach()
+    Wx = y if b is None else y - b
+    return y + (g - 1) * Wx + s * (x @ A.T) @ B.T
+
+
+def test_dora_output_right_answers():
+    accepts(check.dora_output, output)
+    accepts(check.dora_output, added)
+    accepts(check.dora_output, with_norm(lambda V: V.square().sum(1).sqrt()))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", blank),
+        ("more than one fault", the_planted),
+        ("both faults of the scale", the_other_planted),
+        ("not detached", with_norm(lambda V: V.norm(dim=1), detach=False)),
+        ("of the columns, one for each", with_norm(lambda V: V.norm(dim=0))),
+        (
+            "bias is scaled too",
+            lambda y, x, W, b, A, B, m, s: (
+                m / norms(W, A, B, s) * (y + s * (x @ A.T) @ B.T)
+            ),
+        ),
+        (
+            "bias is lost",
+            lambda y, x, W, b, A, B, m, s: (
+                output(y, x, W, b, A, B, m, s) - (0 if b is None else b)
+            ),
+        ),
+        (
+            "You compute W x + b again",
+            lambda y, x, W, b, A, B, m, s: output(
+                F.linear(x, W, b) + 0 * y, x, W, b, A, B, m, s
+            ),
+        ),
+        ("that is a LoRA", lambda y, x, W, b, A, B, m, s: y + s * (x @ A.T) @ B.T),
+        (
+            "norm is that of W alone",
+            lambda y, x, W, b, A, B, m, s: output(
+                y, x, W, b, A, B, m * norms(W, A, B, s) / W.norm(dim=1), s
+            ),
+        ),
+        (
+            "update s B A x has to be scaled",
+            lambda y, x, W, b, A, B, m, s: (
+                output(y, x, W, b, A, 0 * B, m * W.norm(dim=1) / norms(W, A, B, s), s)
+                + s * (x @ A.T) @ B.T
+            ),
+        ),
+        (
+            "m gets no gradient",
+            lambda y, x, W, b, A, B, m, s: output(y, x, W, b, A, B, m.detach(), s),
+        ),
+        (
+            "no gradient reaches x",
+            lambda y, x, W, b, A, B, m, s: output(y, x.detach(), W, b, A, B, m, s),
+        ),
+        (
+            "no gradient reaches y",
+            lambda y, x, W, b, A, B, m, s: output(y.detach(), x, W, b, A, B, m, s),
+        ),
+        (
+            "stopped with TypeError",
+            lambda y, x, W, b, A, B, m, s: output(y - b + b, x, W, b, A, B, m, s),
+        ),
+    ],
+)
+def test_dora_output_mistakes(says, answer):
+    rejects(says, check.dora_output, answer)
+
+
+# ------------------------------------------------------------------------- predict_dora
+
+
+def numbers(c=2):
+    return {
+        "stretched": 1,
+        "reversed": -1,
+        "turned": 1 / (1 + c**2) ** 0.5,
+        "late checkpoint": 1 / c,
+        "gradient, m larger": c,
+        "gradient, stretched": 1 / c,
+        "gradient of m": 1,
+    }
+
+
+def test_predict_dora_right_answers():
+    accepts(check.predict_dora, numbers())
+    accepts(check.predict_dora, {k: torch.tensor(v) for k, v in numbers().items()})
+    accepts(check.predict_dora, numbers() | {"turned": 0.45})
+    assert check.predict_dora(numbers(3), c=3)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", None),
+        ("Give a dictionary", [1.0]),
+        ("'stretched': you say 2", numbers() | {"stretched": 2.0}),
+        ("norm is positive", numbers() | {"reversed": 1.0}),
+        ("right triangle", numbers() | {"turned": 0.5}),
+        ("rows of the old lengths", numbers() | {"late checkpoint": 1.0}),
+        ("everything behind it is LoRA's", numbers() | {"gradient, m larger": 1.0}),
+        ("are c times as long", numbers() | {"gradient, stretched": 1.0}),
+        ("linear in m", numbers() | {"gradient of m": 2.0}),
+        ("expected a number", numbers() | {"gradient of m": "1"}),
+        ("put your numbers", numbers() | {"gradient of m": None}),
+        (
+            "no prediction for 'turned'",
+            {k: v for k, v in numbers().items() if k != "turned"},
+        ),
+    ],
+)
+def test_predict_dora_mistakes(says, answer):
+    rejects(says, check.predict_dora, answer)
+
+
+# ------------------------------------------------------------------------ dora_backward
+
+
+def backward(x, W, A, B, m, s, G, knob=True):
+    norm = (W + s * B @ A).norm(dim=1)
+    scaled = G * m / norm if knob else G
+    z = x @ W.T + s * (x @ A.T) @ B.T
+    dx = scaled @ W + s * (scaled @ B) @ A
+    dA = s * (scaled @ B).T @ x
+    dB = s * scaled.T @ (x @ A.T)
+    return dx, dA, dB, (G * z / norm).sum(0)
+
+
+def with_autograd(x, W, A, B, m, s, G, detach=True):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, A, B, m)]
+    x, A, B, m = leaves
+    with torch.enable_grad():
+        V = W + s * B @ A
+        norm = V.norm(dim=1)
+        y = m / (norm.detach() if detach else norm) * (x @ V.T)
+        return torch.autograd.grad((y * G).sum(), leaves)
+
+
+def part(at, change):
+    """One of the four is changed."""
+
+    def answer(*given):
+        parts = list(backward(*given))
+        parts[at] = change(parts[at], *given)
+        return parts
+
+    return answer
+
+
+def test_dora_backward_right_answers():
+    accepts(check.dora_backward, backward)
+    accepts(check.dora_backward, with_autograd)
+    accepts(
+        check.dora_backward,
+        lambda x, W, A, B, m, s, G: (
+            torch.einsum(
+                "no,o,oi->ni", G, m / norms(W, A, B, s), W + s * torch.mm(B, A)
+            ),
+            *backward(x, W, A, B, m, s, G)[1:],
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", blank),
+        ("Return four", lambda *given: backward(*given)[:3]),
+        ("differentiated too", lambda *given: with_autograd(*given, detach=False)),
+        ("dx: that is LoRA's", lambda *given: backward(*given, knob=False)),
+        ("dA: the scale s is missing", part(1, lambda d, *g: d / g[5])),
+        ("dB: the scale s is missing", part(2, lambda d, *g: d / g[5])),
+        (
+            "two ways",
+            part(0, lambda d, x, W, A, B, m, s, G: G * m / norms(W, A, B, s) @ W),
+        ),
+        ("dA: you take the mean", part(1, lambda d, x, *g: d / len(x))),
+        (
+            "dm: the norm is missing",
+            part(3, lambda d, x, W, A, B, m, s, G: d * norms(W, A, B, s)),
+        ),
+        ("dA should be a tensor of shape", part(1, lambda d, *g: d.T)),
+        ("dB should be a tensor of shape", part(2, lambda d, *g: d.T)),
+        ("dm should be a tensor", part(3, lambda d, *g: d.sum())),
+        ("dB: that is LoRA's", part(2, lambda d, *g: backward(*g, knob=False)[2])),
+        (
+            "dm: only one of the two",
+            part(
+                3,
+                lambda d, x, W, A, B, m, s, G: (
+                    (G * (x @ W.T)).sum(0) / norms(W, A, B, s)
+                ),
+            ),
+        ),
+    ],
+)
+def test_dora_backward_mistakes(says, answer):
+    rejects(says, check.dora_backward, answer)
+
+
+# -------------------------------------------------------------------------- column_dora
+
+
+class Columns(LinearDelta):
+    """The solution; each mistake below changes one line of it."""
+
+    def __init__(self, W, r, alpha):
+        super().__init__()
+        d_out, d_in = W.shape
+        self.s = alpha / r
+        self.A = nn.Parameter(torch.randn(r, d_in) / d_in**0.5)
+        self.B = nn.Parameter(torch.zeros(d_out, r))
+        self.m = nn.Parameter(W.detach().norm(dim=0))
+
+    def delta(self, base):
+        V = base.weight + self.s * self.B @ self.A
+        return self.m * V / V.detach().norm(dim=0) - base.weight
+
+
+class Cheaper(Columns):
+    def update(self, base, x):
+        norm = (base.weight + self.s * self.B @ self.A).detach().norm(dim=0)
+        scaled = x * self.m / norm
+        low = self.s * (scaled @ self.A.T) @ self.B.T
+        return F.linear(scaled, base.weight) + low - F.linear(x, base.weight)
+
+
+def configured(adapter):
+    @dataclass(kw_only=True)
+    class Configured(LayerConfig):
+        peft_type: ClassVar[str] = "TEST_COLUMN_DORA"
+        r: int = 8
+        lora_alpha: int = 16
+
+        def create(self, base, path):
+            return adapter(base.weight, self.r, self.lora_alpha)
+
+    return Configured
+
+
+def with_delta(change):
+    return configured(type("Changed", (Columns,), {"delta": change}))
+
+
+def starting(change):
+    class Changed(Columns):
+        def __init__(self, W, r, alpha):
+            super().__init__(W, r, alpha)
+            change(self, W)
+
+    return configured(Changed)
+
+
+def new_weight(self, base, s=None, norm=None):
+    V = base.weight + (self.s if s is None else s) * self.B @ self.A
+    return self.m * V / (V.detach().norm(dim=0) if norm is None else norm)
+
+
+class Unwritten(LinearDelta):
+    def __init__(self, W, r, alpha):
+        super().__init__()
+        raise NotImplementedError
+
+
+class Writes(Columns):
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        W.data.mul_(2)
+        self.m.data.mul_(2)
+
+
+def test_column_dora_right_answers():
+    accepts(check.column_dora, configured(Columns))
+    accepts(check.column_dora, configured(Cheaper))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", configured(Unwritten)),
+        ("configuration's class itself", Columns),
+        (
+            "the new weight itself",
+            with_delta(lambda s, b: new_weight(s, b) if s.B.any() else 0 * b.weight),
+        ),
+        (
+            "scale α/r is missing",
+            with_delta(lambda s, b: new_weight(s, b, 1.0) - b.weight),
+        ),
+        (
+            "not detached",
+            with_delta(
+                lambda s, b: (
+                    s.m
+                    * (b.weight + s.s * s.B @ s.A)
+                    / (b.weight + s.s * s.B @ s.A).norm(dim=0)
+                    - b.weight
+                )
+            ),
+        ),
+        (
+            "norm is that of W alone",
+            with_delta(
+                lambda s, b: new_weight(s, b, norm=b.weight.norm(dim=0)) - b.weight
+            ),
+        ),
+        ("that is a LoRA", with_delta(lambda s, b: s.s * s.B @ s.A + 0 * s.m)),
+        ("has to be zero at the start", starting(lambda s, W: s.m.data.fill_(1.0))),
+        ("has to be zero at the start", starting(lambda s, W: s.B.data.normal_())),
+        ("neither would ever", starting(lambda s, W: s.A.data.zero_())),
+        (
+            "self.m should have the shape",
+            starting(lambda s, W: setattr(s, "m", nn.Parameter(W.norm(dim=1)))),
+        ),
+        (
+            "You train more",
+            starting(lambda s, W: setattr(s, "g", nn.Parameter(torch.ones(1)))),
+        ),
+        (
+            "nn.Parameter as self.m",
+            starting(lambda s, W: (delattr(s, "m"), setattr(s, "m", W.norm(dim=0)))),
+        ),
+        ("change the base's weight", configured(Writes)),
+    ],
+)
+def test_column_dora_mistakes(says, answer):
+    rejects(says, check.column_dora, answer)

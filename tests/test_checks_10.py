@@ -1,11 +1,14 @@
 """Chapter 10's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+import numpy as np
 import pytest
 import torch
 from judging import accepts, rejects
+from torch import nn
 
-from minipeft.course import check
+from minipeft import LinearDelta
+from minipeft.course import check, compare
 
 
 def blank(*_):
@@ -92,11 +95,16 @@ def test_four_bit_product_solution():
             product(backward=lambda ctx, dy: (dy @ ctx.dequantize() * 0, None)),
         ),
         (
-            "Two shapes do not fit",
+            "you multiply by Ŵᵀ",
             product(backward=lambda ctx, dy: (dy @ ctx.dequantize().T, None)),
         ),
         ("x gets no gradient", product(backward=lambda ctx, dy: (None, None))),
-        ("Two shapes do not fit", product(lambda ctx, x, dequantize: x @ dequantize())),
+        ("You compute x Ŵ", product(lambda ctx, x, dequantize: x @ dequantize())),
+        ("hand dy down as it is", product(backward=lambda ctx, dy: (dy, None))),
+        (
+            "twice too large",
+            product(backward=lambda ctx, dy: (2 * dy @ ctx.dequantize(), None)),
+        ),
         (
             "sign turned round",
             product(backward=lambda ctx, dy: (-dy @ ctx.dequantize(), None)),
@@ -177,249 +185,284 @@ def test_prepare_for_training_mistakes(says, answer):
     rejects(says, check.prepare_for_training, answer)
 
 
-# -------------------------------------------------------------------------- loftq_start
+# -------------------------------------------------------------------- predict_gradients
+
+RIGHT = {
+    "plain": 8,
+    "reentrant": "error",
+    "reentrant, head trained": 0,
+    "reentrant, input asked": 8,
+    "not reentrant": 8,
+    "reentrant, embedding trained": 8,
+    "reentrant, one block left out": 4,
+    "reentrant, every second block": 6,
+}
 
 
-def loftq(
-    scale=lambda s: 1 / s,
-    what=lambda W, Q: W - Q,
-    Q=lambda W, quantize: quantize(W),
-    roots=True,
-    values=True,
+def test_predict_gradients_solution():
+    accepts(check.predict_gradients, RIGHT)
+    backwards = {case: RIGHT[case] for case in reversed(RIGHT)}
+    as_floats = {
+        case: said if isinstance(said, str) else float(said)
+        for case, said in backwards.items()
+    }
+    accepts(check.predict_gradients, as_floats)
+    as_numpy = {
+        case: said if isinstance(said, str) else np.int64(said)
+        for case, said in RIGHT.items()
+    }
+    accepts(check.predict_gradients, as_numpy, blocks=4, left_out=3)
+
+
+def test_predict_gradients_of_other_models():
+    six = {case: 12 if said == 8 else said for case, said in RIGHT.items()}
+    six |= {"reentrant, one block left out": 10, "reentrant, every second block": 10}
+    accepts(check.predict_gradients, six, blocks=6, left_out=2)
+    rejects("one backward() gives 12", check.predict_gradients, RIGHT, blocks=6)
+    two = {case: 4 if said == 8 else said for case, said in RIGHT.items()}
+    two |= {"reentrant, one block left out": 4, "reentrant, every second block": 2}
+    accepts(check.predict_gradients, two, blocks=2, left_out=1)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", None),
+        ("Give a dictionary", [8] * 8),
+        ("no prediction for 'plain'", {"reentrant": 0}),
+        ("nowhere to start", RIGHT | {"reentrant": 0}),
+        ("nowhere to start", RIGHT | {"reentrant": 8}),
+        ("raises no error", RIGHT | {"reentrant, head trained": "error"}),
+        ("raises no error", RIGHT | {"reentrant, head trained": 8}),
+        ("all that a reentrant", RIGHT | {"reentrant, embedding trained": 0}),
+        ("blocks *above* it", RIGHT | {"reentrant, one block left out": 2}),
+        ("blocks *above* it", RIGHT | {"reentrant, one block left out": 6}),
+        ("block 1 gets nothing", RIGHT | {"reentrant, every second block": 4}),
+        ("as if there were no checkpoint", RIGHT | {"not reentrant": 0}),
+        ("a number from 0 to 8", RIGHT | {"plain": "all"}),
+        ("a number from 0 to 8", RIGHT | {"plain": True}),
+        ("a number from 0 to 8", RIGHT | {"plain": 9}),
+    ],
+)
+def test_predict_gradients_mistakes(says, answer):
+    rejects(says, check.predict_gradients, answer)
+
+
+# ------------------------------------------------------------------------- choose_setup
+
+
+def setup_bytes(setup, gradient=4, means=2, logits=2, adapter=4, kept=2, passing=1):
+    total = setup["frozen"] * setup["bits"] / 8 + kept * setup["kept"]
+    total += setup["trained"] * (adapter + gradient)
+    total += setup["trained"] * means * setup["optimizer_bits"] / 8
+    return total + passing * setup["activations"] + logits * setup["logits"]
+
+
+def choice(
+    by="valid",
+    over=sum,
+    pick=min,
+    unit=2**30,
+    spare=1,
+    fits=True,
+    against=min,
+    turned=False,
+    word=True,
+    **parts,
 ):
-    def function(W, r, s, quantize):
-        rounded = Q(W, quantize)
-        U, S, V = torch.linalg.svd(what(W, rounded), full_matrices=False)
-        S = S.sqrt() if roots else S
-        S = S if values else torch.ones_like(S)
-        return rounded, scale(s) * S[:r, None] * V[:r], U[:, :r] * S[:r]
+    def function(setups, card, reserve):
+        size = {name: setup_bytes(setup, **parts) for name, setup in setups.items()}
+        room = card * unit - spare * reserve
+        fitting = [name for name in setups if size[name] <= room or not fits]
+        best = pick(fitting, key=lambda name: over(setups[name][by]))
+        pair = [setups[best]["test"], setups[against(fitting, key=size.get)]["test"]]
+        result = compare(*(pair[::-1] if turned else pair), loss=True)
+        return best, result.verdict if word else result
 
     return function
 
 
-def test_loftq_start_solution():
-    accepts(check.loftq_start, loftq())
+def test_choose_setup_solution():
+    accepts(check.choose_setup, choice())
+    accepts(check.choose_setup, choice(), against="smallest")
+    accepts(check.choose_setup, choice(against=max), against="largest")
 
-    # all of S and 1/s in one factor, by another function
-    def lopsided(W, r, s, quantize):
-        Q = quantize(W)
+    def by_numpy(setups, card, reserve):
+        names = np.array(list(setups))
+        size = np.array([setup_bytes(setups[name]) + reserve for name in names])
+        fit = names[size <= card * 2**30]
+        best = fit[np.argmin([np.mean(setups[name]["valid"]) for name in fit])]
+        other = names[size.argmin()]
+        losses = [setups[name]["test"] for name in (best, other)]
+        return [str(best), compare(*losses, loss=True).verdict]
+
+    accepts(check.choose_setup, by_numpy)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", blank),
+        ("does not fit on the card", choice(fits=False)),
+        ("one of the two is missing", choice(gradient=0)),
+        ("*two* numbers", choice(means=1)),
+        ("count them twice", choice(logits=1)),
+        ("reserve is missing", choice(spare=0)),
+        ("the activations are missing", choice(passing=0)),
+        ("what is kept in 16 bits is missing", choice(kept=0)),
+        ("one of the two is missing", choice(adapter=0)),
+        ("A better one fits", choice(unit=10**9)),
+        ("You choose on the test", choice(by="test")),
+        ("One lucky seed", choice(over=min)),
+        ("lowest mean validation loss", choice(pick=max)),
+        ("the smallest that fits", choice(against=max)),
+        ("turned round", choice(turned=True)),
+        ("The verdict is a word", choice(word=False)),
+        ("The name is one of", lambda *_: (3, "ahead")),
+        ("Return two things", lambda *_: "a"),
+        ("gives None", lambda *_: None),
+    ],
+)
+def test_choose_setup_mistakes(says, answer):
+    rejects(says, check.choose_setup, answer)
+
+
+def test_choose_setup_against_the_largest():
+    rejects("the largest that fits", check.choose_setup, choice(), against="largest")
+
+
+# ------------------------------------------------------------------------------- repair
+
+
+class Repair(LinearDelta):
+    """The solution; the answers below change one line of it."""
+
+    def __init__(self, W, Q, r, s):
+        super().__init__()
+        U, S, V = torch.linalg.svd(self.lost(W, Q), full_matrices=False)
+        A, B = self.factors(U[:, :r], S[:r], V[:r], s)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.s = s
+
+    def lost(self, W, Q):
+        return W - Q
+
+    def factors(self, U, S, V, s):
+        root = (S / s).sqrt()
+        return root[:, None] * V, U * root
+
+    def delta(self, base):
+        return self.s * self.B @ self.A
+
+
+def repairing(**methods):
+    return type("Mine", (Repair,), methods)
+
+
+class ByRank(LinearDelta):
+    """The same as a sum of outer products, with an update of its own."""
+
+    def __init__(self, W, Q, r, s):
+        super().__init__()
         U, S, V = torch.svd_lowrank(W - Q, q=min(W.shape), niter=8)
-        return Q, V[:, :r].T, U[:, :r] * S[:r] / s
+        self.up = nn.Parameter((U[:, :r] * S[:r].sqrt()).T.contiguous())
+        self.down = nn.Parameter(S[:r].sqrt()[:, None] / s * V[:, :r].T)
+        self.scaling = s
 
-    accepts(check.loftq_start, lopsided)
+    def delta(self, base):
+        return self.scaling * torch.einsum("ro,ri->oi", self.up, self.down)
 
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("s times too large", loftq(scale=lambda s: 1)),
-        ("s² times too large", loftq(scale=lambda s: s)),
-        ("You have decomposed W", loftq(what=lambda W, Q: W)),
-        ("sign is turned round", loftq(what=lambda W, Q: Q - W)),
-        ("You have decomposed Q", loftq(what=lambda W, Q: Q)),
-        ("Q is W itself", loftq(Q=lambda W, quantize: W)),
-        ("a square root in each", loftq(scale=lambda s: 1, roots=False)),
-        ("left the singular values out", loftq(scale=lambda s: 1, values=False)),
-        (
-            "a plain LoRA's start",
-            lambda W, r, s, quantize: (
-                quantize(W),
-                torch.randn(r, W.shape[1]).to(W),
-                torch.zeros(len(W), r).to(W),
-            ),
-        ),
-        (
-            "both zero",
-            lambda W, r, s, quantize: (
-                quantize(W),
-                torch.zeros(r, W.shape[1]).to(W),
-                torch.zeros(len(W), r).to(W),
-            ),
-        ),
-        (
-            "smallest singular values",
-            lambda W, r, s, quantize: (
-                lambda U, S, V: (quantize(W), S[-r:, None] * V[-r:] / s, U[:, -r:])
-            )(*torch.linalg.svd(W - quantize(W), full_matrices=False)),
-        ),
-        (
-            "only a second round",
-            lambda W, r, s, quantize: (lambda Q, A, B: (quantize(W - s * B @ A), A, B))(
-                *loftq(what=lambda W, Q: W)(W, r, s, quantize)
-            ),
-        ),
-        ("three matrices", lambda W, r, s, quantize: quantize(W)),
-        (
-            "has the shape",
-            lambda W, r, s, quantize: (
-                quantize(W),
-                torch.zeros(r, r),
-                torch.zeros(r, r),
-            ),
-        ),
-    ],
-)
-def test_loftq_start_mistakes(says, answer):
-    rejects(says, check.loftq_start, answer)
+    def update(self, base, x):
+        return self.scaling * (x @ self.down.T) @ self.up
 
 
-# ----------------------------------------------------------------------- adam_8bit_step
+class Zero(Repair):
+    def __init__(self, W, Q, r, s):
+        super().__init__(W, Q, r, s)
+        self.A.data.normal_()
+        self.B.data.zero_()
 
 
-def adam(
-    correct=(True, True),
-    early=False,
-    root=True,
-    old=False,
-    sign=-1,
-    keep=(True, True),
-    swap=False,
-    square=True,
-    corrected=False,
-):
-    def function(p, g, m, v, step, lr, keep_m, keep_v):
-        before = m, v
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * (g * g if square else g)
-        used_m, used_v = before if old else (keep_m(m), keep_v(v)) if early else (m, v)
-        c1, c2 = (1 - b**step if c else 1 for b, c in zip((0.9, 0.999), correct))
-        divisor = used_v.abs() / c2
-        p = p + sign * lr * (used_m / c1) / (
-            (divisor.sqrt() if root else divisor) + 1e-8
-        )
-        if corrected:
-            m, v = m / c1, v / c2
-        keeps = (keep_v, keep_m) if swap else (keep_m, keep_v)
-        return p, keeps[0](m) if keep[0] else m, keeps[1](v) if keep[1] else v
-
-    return function
+class Keeping(Repair):
+    def __init__(self, W, Q, r, s):
+        super().__init__(W, Q, r, s)
+        self.register_buffer("W", W)
 
 
-def linear(x, steps):
-    return (x / x.abs().max() * steps).round() / steps * x.abs().max()
+class Frozen(Repair):
+    def __init__(self, W, Q, r, s):
+        super().__init__(W, Q, r, s)
+        self.A.requires_grad_(False)
 
 
-def test_adam_8bit_step_solution():
-    accepts(check.adam_8bit_step, adam())
+class Dense(LinearDelta):
+    def __init__(self, W, Q, r, s):
+        super().__init__()
+        self.change = nn.Parameter(W - Q)
 
-    def by_torch(p, g, m, v, step, lr, keep_m, keep_v):
-        m, v = torch.lerp(m, g, 0.1), v.mul(0.999).addcmul(g, g, value=0.001)
-        size = lr * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
-        return (
-            torch.addcdiv(
-                p, m, v.sqrt() + 1e-8 * (1 - 0.999**step) ** 0.5, value=-size
-            ),
-            keep_m(m),
-            keep_v(v),
-        )
+    def delta(self, base):
+        return self.change
 
-    accepts(check.adam_8bit_step, by_torch)
+
+class Once(Repair):
+    def __init__(self, W, Q, r, s):
+        super().__init__(W, Q, r, s)
+        self.first = (self.s * self.B @ self.A).detach()
+
+    def delta(self, base):
+        return self.first
+
+
+def test_repair_solution():
+    accepts(check.repair, Repair)
+    accepts(check.repair, ByRank)
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
-        ("nothing here yet", blank),
-        ("Both bias corrections", adam(correct=(False, False))),
-        ("correction of m is missing", adam(correct=(False, True))),
-        ("correction of v is missing", adam(correct=(True, False))),
-        ("before the update", adam(early=True)),
-        ("square root of v", adam(root=False)),
-        ("the old means", adam(old=True)),
-        ("it is subtracted", adam(sign=1)),
-        ("not g squared", adam(square=False)),
-        ("m comes back in full precision", adam(keep=(False, True))),
-        ("v comes back in full precision", adam(keep=(True, False))),
-        ("m goes through keep_v", adam(swap=True)),
-        ("the corrected one", adam(corrected=True)),
+        ("nothing here yet", repairing(__init__=blank)),
+        ("nothing here yet", repairing(delta=blank)),
+        ("the class itself", lambda W, Q, r, s: Repair(W, Q, r, s)),
+        ("that is a plain LoRA", Zero),
+        ("would save more", Keeping),
+        ("parameters; A (r, d_in)", Frozen),
+        ("parameters; A (r, d_in)", Dense),
+        ("lost touch", Once),
+        ("You have decomposed W.", repairing(lost=lambda self, W, Q: W)),
+        ("You have decomposed Q.", repairing(lost=lambda self, W, Q: Q)),
+        ("sign is turned round", repairing(lost=lambda self, W, Q: Q - W)),
         (
-            "equal steps of your own",
-            lambda *given: adam()(*given[:-1], lambda v: linear(v, 255)),
+            "s times too large",
+            repairing(
+                factors=lambda self, U, S, V, s: (S.sqrt()[:, None] * V, U * S.sqrt())
+            ),
+        ),
+        ("misses the factor s", repairing(delta=lambda self, base: self.B @ self.A)),
+        (
+            "their squares",
+            repairing(factors=lambda self, U, S, V, s: (S[:, None] * V / s, U * S)),
         ),
         (
-            "equal steps of your own",
-            lambda *given: adam()(*given[:-2], lambda m: linear(m, 127), given[-1]),
+            "left the singular values out",
+            repairing(factors=lambda self, U, S, V, s: (V / s, U.clone())),
         ),
         (
-            "learning rate is missing",
-            lambda p, g, m, v, step, lr, *keep: adam()(p, g, m, v, step, 1.0, *keep),
-        ),
-        ("wrong order", lambda *given: (lambda p, m, v: (p, v, m))(*adam()(*given))),
-        (
-            "the step alone",
-            lambda p, *more: (lambda new, m, v: (p - new, m, v))(*adam()(p, *more)),
+            "No gradient reaches A",
+            repairing(delta=lambda self, base: self.s * self.B @ self.A.detach()),
         ),
         (
-            "there is no decay",
-            lambda p, g, m, v, step, lr, *keep: (
-                lambda new, m, v: (new - 0.01 * lr * p, m, v)
-            )(*adam()(p, g, m, v, step, lr, *keep)),
+            "The base is in it twice",
+            repairing(update=lambda self, base, x: base(x) + x @ self.delta(base).T),
         ),
-        ("three tensors", lambda *given: given[0]),
+        (
+            "right values, but",
+            repairing(update=lambda self, base, x: x.detach() @ self.delta(base).T),
+        ),
     ],
 )
-def test_adam_8bit_step_mistakes(says, answer):
-    rejects(says, check.adam_8bit_step, answer)
-
-
-# ----------------------------------------------------------------------- training_bytes
-
-
-def count(frozen, kept, trained, bits):
-    return frozen * 4.127 / 8 + 2 * kept + trained * (8 + 2 * bits / 8)
-
-
-def test_training_bytes_solution():
-    accepts(check.training_bytes, count)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("in bits", lambda f, k, t, b: 8 * count(f, k, t, b)),
-        (
-            "bits, not bytes: divide",
-            lambda f, k, t, b: f * 4.127 + 2 * k + t * (8 + b / 4),
-        ),
-        (
-            "gradients of the trained",
-            lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * (4 + b / 4),
-        ),
-        (
-            "keeps two numbers",
-            lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * (8 + b / 8),
-        ),
-        ("states are missing", lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * 8),
-        (
-            "frozen weights too",
-            lambda f, k, t, b: f * 4.127 / 8 + 2 * k + (t + f) * (8 + b / 4) - 4 * f,
-        ),
-        ("not quantised", lambda f, k, t, b: (f + k) * 4.127 / 8 + t * (8 + b / 4)),
-        (
-            "4.127 bits a weight, not 4",
-            lambda f, k, t, b: f / 2 + 2 * k + t * (8 + b / 4),
-        ),
-        (
-            "bits for each of Adam's",
-            lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * (8 + 2 * b),
-        ),
-        (
-            "two bytes a number, not four",
-            lambda f, k, t, b: f * 4.127 / 8 + 4 * k + t * (8 + b / 4),
-        ),
-        ("in gigabytes", lambda f, k, t, b: count(f, k, t, b) / 1e9),
-        ("both have 32", lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * (6 + b / 4)),
-        (
-            "both are in 16 bits",
-            lambda f, k, t, b: f * 4.127 / 8 + 2 * k + t * (2 + 2 + b / 4),
-        ),
-        ("four lines", lambda f, k, t, b: 17),
-        ("is there a `return`", lambda f, k, t, b: None),
-    ],
-)
-def test_training_bytes_mistakes(says, answer):
-    rejects(says, check.training_bytes, answer)
+def test_repair_mistakes(says, answer):
+    rejects(says, check.repair, answer)
 
 
 # -------------------------------------------------------------------------- merge_error

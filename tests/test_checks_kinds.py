@@ -249,31 +249,6 @@ def test_find_scales(says, answer):
     rejects(says, check.find_scales, answer)
 
 
-def adam(eps=1e-8, inside=False):
-    def step(p, g, m, v, t, lr, keep_m, keep_v):
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.999**t)
-        root = (v_hat + eps).sqrt() if inside else v_hat.sqrt() + eps
-        return p - lr * m_hat / root, keep_m(m), keep_v(v)
-
-    return step
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("ε is missing", adam(0.0)),
-        ("ε stands under the root", adam(inside=True)),
-        ("Your ε is another one", adam(1e-6)),
-        ("Your ε is another one", adam(1e-7)),
-        ("Your ε is another one", adam(1e-10)),
-    ],
-)
-def test_the_epsilon_of_adam(says, answer):
-    accepts(check.adam_8bit_step, adam())
-    rejects(says, check.adam_8bit_step, answer)
-
-
 def d90(reached):
     def find(losses, start, full):
         good = [d for d, loss in losses.items() if reached(loss, start, full)]

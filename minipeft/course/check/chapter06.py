@@ -1,5 +1,5 @@
-"""Chapter 06, DoRA: its norm, its norm without a large matrix, its layer, how far a
-weight has moved, a fair comparison."""
+"""Chapter 06, DoRA: the faults in a layer, its norm without a large matrix, what it
+does predicted, a fair comparison, its gradients by hand, and a DoRA of the columns."""
 
 import random
 from statistics import fmean
@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .kinds import Built, judge_numbers
 from .sandbox import unwatched
 from .teacher import checks, compare, need, same
 
 __all__ = [
-    "dora_forward",
+    "column_dora",
+    "dora_backward",
+    "dora_output",
     "fair_gap",
     "gram_norms",
-    "length_and_direction",
-    "row_norms",
+    "predict_dora",
 ]
 
 SHAPES = (
@@ -88,25 +90,6 @@ def right_norms(W, A, B, s):
     return (W + s * B @ A).detach().norm(dim=1)
 
 
-@checks(
-    "One norm for each output, of W and its update together, and a constant to the"
-    " backward pass.",
-    SHAPES,
-)
-def row_norms(function) -> None:
-    """function(W, A, B, s) -> (d_out,)"""
-    for _ in range(3):
-        W, A, B, s = draw()
-        got = function(W, A, B, s)
-        compare(got, right_norms(W, A, B, s), wrong_norms(W, A, B, s), "Your norm")
-        need(
-            not got.requires_grad,
-            "The numbers are right, but the norm is part of the graph: it is not"
-            " detached, so the backward pass would keep a matrix of W's size (section"
-            " 2.4).",
-        )
-
-
 class Largest(TorchDispatchMode):
     """Notes every tensor of a shape that operations make."""
 
@@ -153,147 +136,335 @@ def gram_norms(function) -> None:
         )
 
 
+# ---- the faults in a layer -----------------------------------------------------------
+
+
 @checks(
-    "Scaled outputs, a bias that is not, and gradients in A, B and m as the paper has"
-    " them. This is DoRA.",
-    SHAPES,
+    "Right with and without a bias, on every shape, and on whatever the layer below"
+    " gives; and the norm is a constant to the backward pass.",
+    SHAPES + " y is (..., d_out).",
 )
-def dora_forward(function) -> None:
-    """function(x, W, b, A, B, m, s) -> (..., d_out)"""
-    for _ in range(3):
+def dora_output(function) -> None:
+    """function(y, x, W, b, A, B, m, s) -> (..., d_out)"""
+    for square, with_bias in ((True, True), (False, True), (False, False)):
         W, A, B, s = draw()
-        b, x = (
-            torch.randn(len(W), dtype=torch.float64),
-            torch.randn(4, 3, W.shape[1], dtype=torch.float64).requires_grad_(),
-        )
-        m = (
-            W.norm(dim=1) * (1 + 0.3 * torch.rand(len(W), dtype=torch.float64))
-        ).requires_grad_()
-        norm, z = right_norms(W, A, B, s), x @ (W + s * B @ A).T
-        right, plain, g = m / norm * z + b, z + b, m / norm
-        mistakes = {
-            "The bias is scaled too: the magnitude belongs to the weight. Scale"
-            " first, then add b.": (g * (z + b)),
-            "The bias is missing.": g * z,
-            "That is LoRA: nothing is scaled by m / ‖W + sBA‖.": plain,
-            "You multiply by m, but do not divide by the norm.": m * z + b,
-            "You divide by the norm, but do not multiply by m.": z / norm + b,
-            "The norm is that of W alone: it has to be that of W + s B A, as it is"
-            " now.": (m / W.norm(dim=1) * z + b),
-            "Only W x is scaled: the update s B A x has to be scaled with it.": (
-                g * (x @ W.T) + s * x @ A.T @ B.T + b
+        if square:
+            W = torch.randn(len(W), len(W), dtype=torch.float64)
+            A = torch.randn(len(A), len(W), dtype=torch.float64).requires_grad_()
+        b = torch.randn(len(W), dtype=torch.float64) if with_bias else None
+        x = torch.randn(4, 3, W.shape[1], dtype=torch.float64).requires_grad_()
+        y = F.linear(x.detach(), W, b) + 0.5 * torch.randn(4, 3, len(W)).double()
+        m = W.norm(dim=1) * (1 + 0.3 * torch.rand(len(W), dtype=torch.float64))
+        one_output(function, y.requires_grad_(), x, W, b, A, B, m.requires_grad_(), s)
+
+
+def one_output(function, y, x, W, b, A, B, m, s):
+    """Compare one output; y is not W x + b, as another adapter stands below."""
+    shift = 0 if b is None else b
+    norm, low = right_norms(W, A, B, s), s * (x @ A.T) @ B.T
+    g, Wx = m / norm, y - shift
+    moving = m / (W + s * B @ A).norm(dim=1)
+    mistakes = {
+        "The bias is scaled too: the magnitude belongs to the weight. Take b off"
+        " first, scale, and add b again.": g * (y + low),
+        "The bias is lost on the way: add it again after scaling.": g * (Wx + low),
+        "You compute W x + b again. y is what the layer below gives, and another"
+        " adapter or a hook may have changed it: use y.": (g * (x @ W.T + low) + shift),
+        "Nothing is scaled: that is a LoRA.": y + low,
+        "The norm is that of W alone: it has to be that of W + s B A, as it is now.": (
+            m / W.norm(dim=1) * (Wx + low) + shift
+        ),
+        "Only W x is scaled: the update s B A x has to be scaled with it.": (
+            g * Wx + low + shift
+        ),
+        "Only the update is scaled: W x has to be scaled with it.": (
+            Wx + g * low + shift
+        ),
+        "You have taken both faults of the scale for one: the norm is that of W + s B"
+        " A, and the update is scaled too.": (m / W.norm(dim=1) * Wx + low + shift),
+        "The update has lost its scale s.": g * (Wx + low / s) + shift,
+        "The update is missing.": g * Wx + shift,
+        "The magnitude stands on its head: it is m / norm.": (
+            norm / m * (Wx + low) + shift
+        ),
+        "You multiply by m, but do not divide by the norm.": m * (Wx + low) + shift,
+        "You divide by the norm, but do not multiply by m.": (
+            (Wx + low) / norm + shift
+        ),
+    }
+    if W.shape[0] == W.shape[1]:
+        columns = (W + s * B @ A).detach().norm(dim=0)
+        mistakes[
+            "Your norm is that of the columns, one for each input: it is one for"
+            " each output (dim=1). In a square matrix nothing complains."
+        ] = m / columns * (Wx + low) + shift
+        mistakes[
+            "Your norm is that of the columns, one for each input, and the bias is"
+            " scaled too: there is more than one fault."
+        ] = m / columns * (y + low)
+    right = g * (Wx + low) + shift
+    got = function(y, x, W, b, A, B, m, s)
+    compare(
+        got,
+        right,
+        {text: wrong for text, wrong in mistakes.items() if not same(wrong, right)},
+        "Your output",
+        learnt={"y": y, "x": x, "A": A, "B": B, "m": m},
+        same_values={
+            "The outputs are right, but the norm is not detached: the gradient flows"
+            " through it, and each layer keeps a matrix of W's size.": (
+                moving * (Wx + low) + shift
             ),
-            "Only the update is scaled: W x has to be scaled with it.": (
-                x @ W.T + g * (s * x @ A.T @ B.T) + b
-            ),
-            "The update has lost its scale s.": m / norm * (x @ (W + B @ A).T) + b,
-            "The knob stands on its head: it is m / norm.": norm / m * z + b,
-            "You divide the output by its own length. The norm is that of the"
-            " weight's rows, the same for every x.": (
-                m * z / z.norm(dim=-1, keepdim=True) + b
-            ),
-        }
-        got = function(x, W, b, A, B, m, s)
-        moving = m / (W + s * B @ A).norm(dim=1) * z + b
-        fixed = m.detach() / norm * z + b
-        compare(
-            got,
-            right,
-            mistakes,
-            "Your output",
-            same_values={
-                "The outputs are right, but the norm is not detached: the gradient"
-                " flows through it.": moving,
-                "The outputs are right, but m gets no gradient: only the norm is a"
-                " constant.": fixed,
-            },
-        )
+            "The outputs are right, but m gets no gradient: only the norm is a"
+            " constant.": g.detach() * (Wx + low) + shift,
+        },
+    )
+
+
+# ---- predictions ---------------------------------------------------------------------
 
 
 @checks(
-    "The mean change of length and the mean change of direction, row by row.",
-    "Both weights are (d_out, d_in), and a row is one output.",
+    "All of them. What the LoRA does to a row's length is taken out again, m alone says"
+    " how long it is, and a longer W + s B A learns more slowly."
 )
-def length_and_direction(function) -> None:
-    """function(new, old) -> (mean change of length, mean of 1 - cosine) of the rows."""
-    for _ in range(3):
-        old, *_ = draw()
-        new = old + 0.5 * torch.randn_like(old)
-        got = function(new, old)
-        need(
-            isinstance(got, tuple | list) and len(got) == 2,
-            "Return two numbers: (ΔM, ΔD).",
-        )
-        got = [torch.as_tensor(value, dtype=torch.float64) for value in got]
-        lengths, cosine = (
-            (new.norm(dim=1) - old.norm(dim=1)),
-            F.cosine_similarity(new, old, dim=1),
-        )
-        down = (new.norm(dim=0) - old.norm(dim=0)), F.cosine_similarity(new, old, dim=0)
-        right = [lengths.abs().mean(), (1 - cosine).mean()]
-        need(
-            not (same(got[0], right[1]) and same(got[1], right[0])),
-            "The two are swapped: first ΔM, then ΔD.",
-        )
-        compare(
-            got[0],
-            right[0],
-            {
-                "ΔM is taken over columns: a length belongs to a row, that is to an"
-                " output.": (down[0].abs().mean()),
-                "In ΔM changes up and down cancel: take the absolute value before the"
-                " mean.": (lengths.mean()),
-                "In ΔM the absolute value comes too late, after the mean.": (
-                    lengths.mean().abs()
-                ),
-                "ΔM is the length of the difference, which holds the turn as well:"
-                " take the difference of the lengths.": (
-                    (new - old).norm(dim=1).mean()
-                ),
-                "ΔM is a sum: it should be a mean over the rows.": lengths.abs().sum(),
-                "ΔM has one number for each row: the mean over them is asked for.": (
-                    lengths.abs()
-                ),
-                "ΔM is relative to the old length: the formula does not divide.": (
-                    (lengths.abs() / old.norm(dim=1)).mean()
-                ),
-                "ΔM takes each matrix for one long vector: its rows have lengths of"
-                " their own.": ((new.norm() - old.norm()).abs()),
-                "ΔM is squared: it is the absolute value.": lengths.square().mean(),
-            },
-            "ΔM",
-        )
-        compare(
-            got[1],
-            right[1],
-            {
-                "ΔD is taken over columns: a direction belongs to a row.": (
-                    (1 - down[1]).mean()
-                ),
-                "ΔD is the cosine itself, which is 1 where nothing turned: take 1 -"
-                " cosine.": (cosine.mean()),
-                "ΔD is a sum: it should be a mean over the rows.": (1 - cosine).sum(),
-                "ΔD is a scalar product, not a cosine: divide by both lengths.": (
-                    (1 - (new * old).sum(1)).mean()
-                ),
-                "ΔD has one number for each row: the mean over them is asked for.": (
-                    1 - cosine
-                ),
-                "ΔD is an angle: it is 1 - cos, without the arc.": (
-                    cosine.clamp(-1, 1).acos().mean()
-                ),
-                "ΔD takes each matrix for one long vector: its rows have directions"
-                " of their own.": (
-                    1 - F.cosine_similarity(new.flatten(), old.flatten(), dim=0)
-                ),
-                "ΔD compares the change with the old row: compare the new row with"
-                " the old one.": (
-                    (1 - F.cosine_similarity(new - old, old, dim=1)).mean()
-                ),
-            },
-            "ΔD",
-        )
+def predict_dora(predicted, c=2.0) -> None:
+    """predicted: {case: number}; c is the factor in the question."""
+    judge_numbers(predicted, dora_cases(c))
 
+
+def dora_cases(c: float) -> dict:
+    """{case: (number, what to think of)}, by simulation on random matrices."""
+    W = torch.randn(12, 8, dtype=torch.float64)
+    m, x, G = W.norm(dim=1), torch.randn(8).double(), torch.randn(12).double()
+
+    def new_weight(change, weight=W, lengths=m):
+        V = weight + change
+        return (lengths / V.norm(dim=1))[:, None] * V
+
+    def ratio(one, other):
+        """The factor between two tensors that are parallel, with its sign."""
+        return ((one * other).sum() / other.square().sum()).item()
+
+    aside = torch.randn_like(W)
+    aside -= (aside * W).sum(1, keepdim=True) / m[:, None] ** 2 * W
+    aside *= c * m[:, None] / aside.norm(dim=1, keepdim=True)
+    turned = new_weight(aside)
+    cosine = F.cosine_similarity(turned, W, dim=1).mean().item()
+    A = torch.randn(2, 8, dtype=torch.float64)
+
+    def gradient_of_B(change, lengths):
+        """At W + change, of the loss G · y with the norm a constant."""
+        g = lengths / (W + change).norm(dim=1)
+        return torch.outer(g * G, A @ x)
+
+    def gradient_of_m(lengths):
+        lengths = lengths.clone().requires_grad_()
+        loss = G @ (new_weight(0.3 * aside, W, lengths) @ x)
+        return torch.autograd.grad(loss, lengths)[0]
+
+    lora = torch.outer(G, A @ x)
+    return {
+        "stretched": (
+            ratio(new_weight((c - 1) * W), W),
+            "W + s B A is c W, and its norm is c times as large too.",
+        ),
+        "reversed": (
+            ratio(new_weight(-c * W), W),
+            "W + s B A is (1 - c) W. A norm is positive: dividing by it takes out the"
+            " size, and leaves the sign.",
+        ),
+        "turned": (
+            cosine,
+            "W and s B A are the sides of a right triangle, 1 and c long; the cosine is"
+            " that of the angle between W and the longest side.",
+        ),
+        "late checkpoint": (
+            ratio(new_weight(torch.zeros_like(W), c * W), c * W),
+            "The layer still has rows of the old lengths m, and the new weight has"
+            " rows c times as long.",
+        ),
+        "gradient, m larger": (
+            ratio(gradient_of_B(torch.zeros_like(W), c * m), lora),
+            "At B = 0 the knob is g = m / ‖W‖ = c, and everything behind it is LoRA's.",
+        ),
+        "gradient, stretched": (
+            ratio(gradient_of_B((c - 1) * W, m), lora),
+            "g = m / ‖W + s B A‖, and the rows of W + s B A are c times as long.",
+        ),
+        "gradient of m": (
+            ratio(gradient_of_m(c * m), gradient_of_m(m)),
+            "y = m ⊙ (V x) / ‖V‖ + b is linear in m: its gradient does not contain m.",
+        ),
+    }
+
+
+# ---- gradients by hand ---------------------------------------------------------------
+
+
+@checks(
+    "The gradients of x, A, B and m, as autograd has them with the norm a constant.",
+    "G is (n, d_out), x is (n, d_in): dx is (n, d_in), dA (r, d_in), dB (d_out, r), dm"
+    " (d_out,).",
+)
+def dora_backward(function) -> None:
+    """function(x, W, A, B, m, s, G) -> (dx, dA, dB, dm)"""
+    for n, kind in ((5, "any"), (1, "any"), (4, "B = 0"), (6, "float32")):
+        W, A, B, s = draw()
+        x = torch.randn(n, W.shape[1], dtype=torch.float64)
+        G = torch.randn(n, len(W), dtype=torch.float64)
+        m = W.norm(dim=1) * (0.4 + torch.rand(len(W), dtype=torch.float64))
+        given = [x, W, A.detach(), B.detach(), m]
+        if kind == "B = 0":
+            given[3] = torch.zeros_like(given[3])
+        if kind == "float32":
+            given, G = [tensor.float() for tensor in given], G.float()
+        one_backward(function, *given, s, G)
+
+
+def one_backward(function, x, W, A, B, m, s, G):
+    with torch.no_grad():
+        got = function(x, W, A, B, m, s, G)
+    need(
+        isinstance(got, tuple | list) and len(got) == 4,
+        "Return four tensors: dx, dA, dB, dm.",
+    )
+    names, given = ("dx", "dA", "dB", "dm"), (x, A, B, m)
+    for name, mine, tensor in zip(names, got, given):
+        need(
+            isinstance(mine, torch.Tensor) and mine.shape == tensor.shape,
+            f"{name} should be a tensor of shape {tuple(tensor.shape)}, as"
+            f" {name[1:]} is; yours is "
+            + (
+                f"of shape {tuple(mine.shape)}."
+                if isinstance(mine, torch.Tensor)
+                else f"a {type(mine).__name__}."
+            ),
+        )
+    right = by_autograd(x, W, A, B, m, s, G)
+    wrong = {
+        "the norm is differentiated too; it is a constant.": by_autograd(
+            x, W, A, B, m, s, G, constant=False
+        ),
+        "that is LoRA's gradient: the knob g = m / norm stands before everything.": (
+            by_autograd(x, W, A, B, (W + s * B @ A).norm(dim=1), s, G)
+        ),
+        "the norm is that of W alone.": by_autograd(x, W, A, B, m, s, G, whole=False),
+    }
+    scaled = m / (W + s * B @ A).norm(dim=1) * G
+    wrong["the scale s is missing."] = [
+        right[0],
+        right[1] / s,
+        right[2] / s,
+        (G * (x @ (W + B @ A).T)).sum(0) / (W + s * B @ A).norm(dim=1),
+    ]
+    wrong["only one of the two ways is there: x acts through W and through s B A."] = [
+        scaled @ W,
+        None,
+        None,
+        (G * (x @ W.T)).sum(0) / (W + s * B @ A).norm(dim=1),
+    ]
+    wrong["you take the mean over the rows of x: their gradients add up."] = [
+        None,
+        *(part / len(x) for part in right[1:]),
+    ]
+    wrong["you multiply by g once more."] = [
+        scaled * m / (W + s * B @ A).norm(dim=1) @ (W + s * B @ A),
+        *by_autograd(x, W, A, B, m, s, scaled)[1:],
+    ]
+    wrong["the norm is missing: y = m z / norm, so dm is divided by it."] = [
+        None,
+        None,
+        None,
+        right[3] * (W + s * B @ A).norm(dim=1),
+    ]
+    for at, name in enumerate(names):
+        mistakes = {
+            f"{name}: {text}": parts[at]
+            for text, parts in wrong.items()
+            if parts[at] is not None and not same(parts[at], right[at])
+        }
+        compare(got[at], right[at], mistakes, name, learnt={})
+
+
+def by_autograd(x, W, A, B, m, s, G, constant=True, whole=True) -> list:
+    """The gradients of (G · y).sum() for x, A, B and m."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, A, B, m)]
+    x, A, B, m = leaves
+    V = W + s * B @ A
+    norm = (V if whole else W).norm(dim=1)
+    y = m / (norm.detach() if constant else norm) * (x @ V.T)
+    return [part.detach() for part in torch.autograd.grad((G * y).sum(), leaves)]
+
+
+# ---- a DoRA of the columns -----------------------------------------------------------
+
+
+@checks(
+    "One length for each input, a constant norm, a start at the base, and a merge: this"
+    " is the paper's formula, read literally.",
+    "m is (d_in,), A is (r, d_in), B is (d_out, r); a norm over dim=0 of a (d_out,"
+    " d_in) matrix is (d_in,).",
+)
+def column_dora(config_class) -> None:
+    """config_class(target_modules=..., r=..., lora_alpha=...), a LayerConfig."""
+    for d_in, d_out, r, alpha, bias in (
+        (9, 7, 2, 6, True),
+        (6, 6, 3, 3, True),
+        (5, 8, 2, 3, False),
+    ):
+        built = Built(config_class, d_in, d_out, bias, r=r, lora_alpha=alpha)
+        built.check_parameters({"A": (r, d_in), "B": (d_out, r), "m": (d_in,)})
+        built.check_start()
+        A, B, m = built.adapter.A, built.adapter.B, built.adapter.m
+        need(
+            bool((B == 0).all()) and bool((A != 0).any()),
+            "A starts with random numbers and B with zeros, as LoRA's do: with both"
+            " zero neither would ever get a gradient.",
+        )
+        built.fill()
+        V = built.W + alpha / r * B @ A
+        norm = V.norm(dim=0)
+
+        def change(weight, W=built.W):
+            return weight - W
+
+        mistakes = {
+            "The scale α/r is missing.": change(
+                m / (built.W + B @ A).norm(dim=0) * (built.W + B @ A)
+            ),
+            "The update is multiplied by α: divide by r.": change(
+                m / (built.W + alpha * B @ A).norm(dim=0) * (built.W + alpha * B @ A)
+            ),
+            "The norm is that of W alone: it is that of W + s B A.": change(
+                m / built.W.norm(dim=0) * V
+            ),
+            "Nothing is divided by the norm.": change(m * V),
+            "Nothing is scaled: that is a LoRA.": change(V),
+            "delta is the new weight itself: return what is added to W.": m / norm * V,
+            "Only the update is scaled.": alpha / r * m / norm * (B @ A),
+            "The lengths m have no effect.": change(built.W.norm(dim=0) / norm * V),
+        }
+        if d_in == d_out:
+            rows = V.norm(dim=1, keepdim=True)
+            mistakes[
+                "Those are the rows, one length for each output: that is DoRA as"
+                " everybody has it. Here each *column* has one."
+            ] = change(m[:, None] / rows * V)
+        moving = change(m / norm * V)
+        fixed = change(m / norm.detach() * V)
+        built.compare(
+            fixed,
+            mistakes,
+            {
+                "The outputs are right, but the norm is not detached: it is a constant"
+                " to the backward pass.": moving
+            },
+        )
+    Built(config_class, 8, 10, r=2, lora_alpha=4).check_learning()
+
+
+# ---- a fair comparison ---------------------------------------------------------------
 
 RATES, SEEDS = (5e-3, 1e-2, 2e-2, 5e-2), (0, 1, 2)
 VALID, TEST = 0, 1
@@ -317,7 +488,7 @@ def chosen(losses, key=VALID, over=fmean) -> dict:
     return {method: found.index(min(found)) for method, found in scores.items()}
 
 
-def slips(losses) -> dict:
+def slips(losses, one="LoRA", other="DoRA") -> dict:
     """What people report instead: {message: the difference that they get}."""
     best = chosen(losses)
     lowest = {
@@ -326,7 +497,7 @@ def slips(losses) -> dict:
     }
     shared = "You give both methods one rate: each has its own best."
     return {
-        "That is DoRA minus LoRA: the other way round is asked for.": -fmean(
+        f"That is {other} minus {one}: the other way round is asked for.": -fmean(
             gap(losses, best)
         ),
         "You choose the rate by the test loss. Then the test questions have helped to"
@@ -343,7 +514,7 @@ def slips(losses) -> dict:
             fmean(gap(losses, dict.fromkeys(best, rate))) for rate in range(len(RATES))
         ),
         shared: fmean(gap(losses, dict.fromkeys(best, best["LoRA"]))),
-        shared + " (You took DoRA's.)": fmean(
+        shared + f" (You took {other}'s.)": fmean(
             gap(losses, dict.fromkeys(best, best["DoRA"]))
         ),
         "That is a sum over the seeds: take the mean.": sum(gap(losses, best)),
@@ -396,13 +567,14 @@ def sweep(agree: bool) -> dict:
     "Each at its own rate, chosen on validation questions, judged on test questions,"
     " seed by seed. That is fair."
 )
-def fair_gap(function) -> None:
-    """function(runs) -> (mean of LoRA minus DoRA, do all seeds agree who is better?)"""
+def fair_gap(function, one="LoRA", other="DoRA") -> None:
+    """function(runs) -> (mean of one minus other, do all seeds agree who is better?)"""
+    names = {"LoRA": one, "DoRA": other}
     for agree in (True, False, True, False):
         losses = sweep(agree)
         runs = [
             {
-                "method": method,
+                "method": names[method],
                 "lr": lr,
                 "seed": seed,
                 "valid_loss": both[VALID],
@@ -425,7 +597,12 @@ def fair_gap(function) -> None:
 
         if not near(right):
             message = next(
-                (text for text, value in slips(losses).items() if near(value)), None
+                (
+                    text
+                    for text, value in slips(losses, one, other).items()
+                    if near(value)
+                ),
+                None,
             )
             need(
                 False,
