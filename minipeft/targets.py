@@ -22,16 +22,17 @@ def walk(model):
     """Every module below `model` once, parents first, as (path, parent, name, module).
     Slots are seen through: paths are those of the bare model, and a module in a slot is
     given as the slot."""
-    seen = set()
+    yield from below(unwrap_slot(model), "", set())
 
-    def below(parent, prefix):
-        for name, module in parent.named_children():
-            if module not in seen:
-                seen.add(module)
-                yield prefix + name, parent, name, module
-                yield from below(unwrap_slot(module), f"{prefix}{name}.")
 
-    yield from below(unwrap_slot(model), "")
+def below(parent, prefix, seen):
+    # not within walk: a function that calls itself from there lives until the garbage
+    # collector comes by, and with it every layer that was replaced meanwhile
+    for name, module in parent.named_children():
+        if module not in seen:
+            seen.add(module)
+            yield prefix + name, parent, name, module
+            yield from below(unwrap_slot(module), f"{prefix}{name}.", seen)
 
 
 def modules_by_path(model):

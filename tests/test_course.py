@@ -2,6 +2,7 @@
 saves chapters."""
 
 import io
+import json
 
 import matplotlib
 import nbformat
@@ -418,7 +419,7 @@ class TestRecords:
             matching(self.RUNS, method="a")
 
 
-def test_a_table_of_the_runs_at_real_size():
+def test_a_table_of_the_runs_at_real_size(tmp_path):
     run = {"case": "LoRA r 8", "parameters": 2442240, "lr": 1e-3, "steps": 100}
     runs = [
         {
@@ -439,3 +440,8 @@ def test_a_table_of_the_runs_at_real_size():
     ]
     few = real_size({"runs": runs}, {"BLEU": "bleu"}, ["full", "before"]).data
     assert few.splitlines()[2:] == ["| full | not run |  |  |  |", lines[2]]
+    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
+    assert real_size(tmp_path / "runs.json", {"BLEU": "bleu"}).data.splitlines() == [
+        *few.splitlines()[:2],
+        *lines[2:],
+    ]

@@ -1,6 +1,7 @@
 """Models on disk: what transformers writes we read, what we write transformers reads,
 and broken folders explained."""
 
+import copy
 import json
 import os
 import subprocess
@@ -150,6 +151,36 @@ class TestBothWays:
         assert not again.config.tie_word_embeddings and torch.equal(
             again.lm_head.weight, tied.lm_head.weight
         )
+
+    def test_what_is_changed_in_memory_is_not_changed_in_the_file(self, tiny):
+        file = tiny / "model.safetensors"
+        before = file.read_bytes()
+        model = load_pretrained(tiny)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
+        assert file.read_bytes() == before
+        changed = {name: p.clone() for name, p in model.named_parameters()}
+        model.save_pretrained(tiny)  # into its own folder
+        assert file.read_bytes() != before
+        for name, p in load_pretrained(tiny).named_parameters():
+            assert torch.equal(p, changed[name]), name
+
+    def test_a_new_file_in_its_place_leaves_the_model_as_it_was(self, tiny):
+        first = load_pretrained(tiny)
+        before = load_file(tiny / "model.safetensors")
+        GPT(first.config).save_pretrained(tiny)
+        again = load_pretrained(tiny)
+        for name, p in first.named_parameters():
+            assert torch.equal(p, before.get(name, p)), name
+        assert not torch.equal(first.lm_head.weight, again.lm_head.weight)
+
+    def test_a_layer_alone_can_be_copied(self, tiny):
+        """Its copy does not hold the whole file."""
+        layer = load_pretrained(tiny).model.layers[0].mlp.up_proj
+        copied = copy.deepcopy(layer).weight
+        assert torch.equal(copied, layer.weight)
+        assert copied.untyped_storage().nbytes() == 4 * copied.numel()
 
     def test_memory_stays_near_one_copy(self, tmp_path):
         """A model of 100 MB in another process: its peak above what the process had

@@ -1,10 +1,12 @@
 """4-bit models from and to Hugging Face's folders: as they are read, with little
 memory, and with transformers."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ import torch
 from bases import close
 from torch import nn
 
+from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, GPTConfig, load_pretrained, save_pretrained
 from minipeft.lm.hf_format import ModelFileError
 from minipeft.quant import quantize_model
+from minipeft.slot import Slot
 from minipeft.weights import logical_numel, read_weight
 
 IDS = torch.arange(12).view(2, 6)
@@ -106,6 +110,29 @@ class TestLoading:
         )
         with pytest.raises(ValueError, match="only 4 bits"):
             load_pretrained(tmp_path, quantization=dict(load_in_8bit=True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "bitsandbytes"])
+@pytest.mark.parametrize("what", ["quantised", "adapted and merged"])
+def test_a_layer_that_was_replaced_is_freed_at_once(what, backend):
+    """Not when the garbage collector comes by: until then a large model would be in
+    memory twice."""
+    quantize_model(gpt(), backend)  # all that is imported or made once
+    model = gpt()
+    if what == "adapted and merged":
+        model = get_peft_model(quantize_model(model, backend), LoraConfig(r=2))
+    layers = [m for m in model.modules() if type(m) in (Slot, nn.Linear)]
+    layers = [weakref.ref(layer) for layer in layers if layer is not model.lm_head]
+    gc.collect()
+    gc.disable()
+    try:
+        if what == "quantised":
+            quantize_model(model, backend)
+        else:
+            model.unload()
+        assert layers and not any(layer() for layer in layers)
+    finally:
+        gc.enable()
 
 
 PEAK = """

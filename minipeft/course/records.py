@@ -1,6 +1,7 @@
 """Recorded runs, as the benchmarks write them: one dict a run, with its learning rate
 "lr", its "seed", its losses and whatever tells it from the others."""
 
+from ..io import read_json
 from .figures import table
 
 
@@ -20,12 +21,15 @@ def at_best_rate(runs: list, **wanted) -> list:
     return sorted(matching(runs, lr=best), key=lambda run: run["seed"])
 
 
-def real_size(record: dict, columns: dict, cases=None):
-    """A table of runs on SmolLM2 (benchmarks/results/real_size.json), one line a run.
+def real_size(record, columns: dict, cases=None):
+    """A table of runs on SmolLM2, one line a run. record: the content of
+    benchmarks/results/real_size.json, or its path.
 
     columns: {heading: a run's key}; a value with a fraction is written with two
     decimals. cases: only these, in this order; None: all. A case that was not run gets
     a line that says so."""
+    if not isinstance(record, dict):
+        record = read_json(record)
     cases = cases or [run["case"] for run in record["runs"]]
     rows = []
     for case in dict.fromkeys(cases):

@@ -8,6 +8,7 @@ tensor by tensor: there is never much more than one copy of the weights.
 import math
 import os
 import re
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ NEEDED = [CONFIG, "tokenizer*.json", "model*.safetensors", INDEX]
 FLOATS = ("F64", "F32", "F16", "BF16")
 # tables that old files hold
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+# a file in use cannot be replaced there: save_pretrained into its folder would fail
+MUST_COPY = os.name == "nt"
 
 
 # ---- where a model lies --------------------------------------------------------------
@@ -174,9 +177,15 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
 
     quantization: "nf4", a dict of the fields of BitsAndBytesConfig, or one of
     transformers: linear layers are put into 4 bits as they are read, which needs hardly
-    more memory than they take then. What was saved in 4 bits stays so. Raises
-    FileNotFoundError for files that are not there, ModelFileError for those that do not
-    fit or are damaged."""
+    more memory than they take then. What was saved in 4 bits stays so.
+
+    Dense weights that need no conversion are not copied: as in transformers they are
+    the file's pages, read when they are first used; what is trained gets its own. A new
+    file may take the old one's place meanwhile (save_pretrained writes so), but one
+    that is written over in place changes the weights, too.
+
+    Raises FileNotFoundError for files that are not there, ModelFileError for those that
+    do not fit or are damaged."""
     folder = resolve(name)
     config, stored = read_configs(folder)
     if stored and quantization:
@@ -186,58 +195,79 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
     with torch.device("meta"):
         model = GPT(config)
     layout = file_layout(model)
-    options = {}
-    chosen = {}  # {path: the function that puts a 4-bit layer there}
-    if stored or quantization:
-        options = (stored or BitsAndBytesConfig.make(quantization)).options()
-        found = quantizable_layers(model, options.pop("skip"), strict=not stored)
-        chosen = {path: put for path, (_, put) in found.items()}
-        del found  # it would keep the dense layers
+    options, chosen = to_quantize(model, stored, quantization)
     packed = {f"{path}.weight" for path in chosen} if stored else set()
     where = locate(folder, model, layout, packed)
     make = BACKENDS[options.pop("backend")] if options else None
     device = device or "cpu"
-    for key, names in tqdm(layout.items(), desc=f"loading {base_name(name)}", delay=3):
-        if key in packed:
-            layer, path = layer_of(model, key)
-            chosen[path](read_packed(where, key, layer, options, device))
-            continue
-        for ours, part in zip(names, unpack(key, read(where, key), len(names), config)):
-            layer, path = layer_of(model, ours)
-            attribute = ours.rpartition(".")[2]
-            quantized = attribute == "weight" and path in chosen
-            # read where it lies in the file if it is quantised next, else copied
-            part = part.to(device, dtype, copy=not quantized).contiguous()
-            setattr(layer, attribute, nn.Parameter(part))
-            if quantized:
-                chosen[path](make(layer, **options))
+    progress = tqdm(layout.items(), desc=f"loading {base_name(name)}", delay=3)
+    with Weights(where, keep_open=not chosen) as weights:
+        for key, names in progress:
+            if key in packed:
+                layer, path, _ = owner(model, key)
+                chosen[path](read_packed(weights, key, layer, options, device))
+                continue
+            parts = unpack(key, weights.read(key), len(names), config)
+            for ours, part in zip(names, parts):
+                layer, path, attribute = owner(model, ours)
+                quantized = attribute == "weight" and path in chosen
+                copied = MUST_COPY or (bool(chosen) and not quantized)
+                part = part.to(device, dtype, copy=copied).contiguous()
+                setattr(layer, attribute, nn.Parameter(part))
+                if quantized:
+                    chosen[path](make(layer, **options))
     model.tie_weights()
     model.name_or_path = base_name(name)
     return model.eval()
 
 
-def layer_of(model, parameter):
-    """(the module of a parameter, that module's path)"""
-    path = parameter.rpartition(".")[0]
-    return model.get_submodule(path), path
+def to_quantize(model, stored, quantization):
+    """(the options of 4-bit layers, {path: the function that puts one there})"""
+    if not (stored or quantization):
+        return {}, {}
+    options = (stored or BitsAndBytesConfig.make(quantization)).options()
+    found = quantizable_layers(model, options.pop("skip"), strict=not stored)
+    return options, {path: put for path, (_, put) in found.items()}
 
 
-def read(where, key):
-    """One tensor. Its file is opened for it alone: what is read from an open file stays
-    in memory."""
-    file, stored_name = where[key]
-    with open_weights(file) as weights:
-        return weights.get_tensor(stored_name)
+def owner(model, parameter):
+    """(the module of a parameter, that module's path, the parameter's name in it)"""
+    path, _, attribute = parameter.rpartition(".")
+    return model.get_submodule(path), path, attribute
 
 
-def read_packed(where, key, layer, options, device):
+class Weights(ExitStack):
+    """The tensors of a model's files. where: {key: (file, its name there)}.
+
+    keep_open: each file is opened once, which is faster. If not, it is opened for each
+    tensor alone: what is read from an open file stays in memory, and weights that are
+    quantised should not."""
+
+    def __init__(self, where, keep_open):
+        super().__init__()
+        self.where = where
+        self.keep_open = keep_open
+        self.files = {}
+
+    def read(self, key):
+        """One tensor, where it lies in its file."""
+        file, stored_name = self.where[key]
+        if self.keep_open and file not in self.files:
+            self.files[file] = self.enter_context(open_weights(file))
+        opened = self.files.get(file)
+        with nullcontext(opened) if opened else open_weights(file) as weights:
+            return weights.get_tensor(stored_name)
+
+    def beside(self, key):
+        """{what is stored beside a packed weight: the tensor}"""
+        names = [name for name in self.where if name.startswith(f"{key}.")]
+        return {name[len(key) + 1 :]: self.read(name) for name in names}
+
+
+def read_packed(weights, key, layer, options, device):
     """The Linear4bit of a weight that is stored in 4 bits, in the place of `layer`."""
-    packed = read(where, key).to(device, copy=True).contiguous()
-    beside = {
-        name.removeprefix(f"{key}."): read(where, name).to(device)
-        for name in where
-        if name.startswith(f"{key}.")
-    }
+    packed = weights.read(key).to(device, copy=True).contiguous()
+    beside = {name: part.to(device) for name, part in weights.beside(key).items()}
     new = Linear4bit(
         layer.in_features,
         layer.out_features,
@@ -249,6 +279,6 @@ def read_packed(where, key, layer, options, device):
         shape = (layer.out_features, layer.in_features)
         new.set_weight(from_bitsandbytes(packed, beside, shape))
     except ValueError as problem:
-        raise ModelFileError(f"{where[key][0]}: {key}: {problem}") from None
+        raise ModelFileError(f"{weights.where[key][0]}: {key}: {problem}") from None
     new.bias = layer.bias
     return new
