@@ -1,15 +1,15 @@
 """Chapter 11's checks accept the solution, refuse the blank stub, and name the mistake
 in what is plausibly wrong."""
 
-import copy
-
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from judging import accepts, rejects
 from torch import nn
 
-from minipeft.course import check
+from minipeft import Adapter
+from minipeft.course import check, compare
 
 
 def stub(*args):
@@ -83,11 +83,11 @@ def test_sequential_solution():
             lambda h, D, b, U, c, act: h + act(h @ U + b) @ D + c,
         ),
         (
-            "always bend in the same way",
+            "always take the same activation",
             lambda h, D, b, U, c, act: h + torch.relu(h @ D.T + b) @ U.T + c,
         ),
         (
-            "always bend in the same way",
+            "always take the same activation",
             lambda h, D, b, U, c, act: h + F.gelu(h @ D.T + b) @ U.T + c,
         ),
         (
@@ -114,15 +114,15 @@ def test_sequential_mistakes(says, answer):
     rejects(says, check.sequential_adapter, answer)
 
 
-# ------------------------------------------------------------------------ adapter_layer
+# --------------------------------------------------------------------- parallel_adapter
 
 
-class Parallel(nn.Module):
+class Parallel(Adapter):
     """The solution; each mistake below changes one line of it."""
 
-    def __init__(self, part, d, m, scaling):
+    def __init__(self, d, m, scaling):
         super().__init__()
-        self.part, self.scaling = part.requires_grad_(False), scaling
+        self.scaling = scaling
         self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -130,8 +130,8 @@ class Parallel(nn.Module):
     def adapter(self, h):
         return self.up(torch.relu(self.down(h)))
 
-    def forward(self, x):
-        return self.part(x) + self.scaling * self.adapter(x)
+    def forward(self, base, x):
+        return base(x) + self.scaling * self.adapter(x)
 
 
 def with_forward(forward):
@@ -140,41 +140,47 @@ def with_forward(forward):
 
 def after_init(change):
     class Changed(Parallel):
-        def __init__(self, part, d, m, scaling):
-            super().__init__(part, d, m, scaling)
+        def __init__(self, d, m, scaling):
+            super().__init__(d, m, scaling)
             change(self, d, m)
 
     return Changed
 
 
-class Blank(nn.Module):
-    def __init__(self, part, d, m, scaling):
+class Blank(Adapter):
+    def __init__(self, d, m, scaling):
         super().__init__()
         raise NotImplementedError
 
 
-class Written(nn.Module):
-    """Right, and written otherwise: a copy of the part, one module for the branch,
-    zeros by filling."""
+class Written(Adapter):
+    """Right, and written otherwise: zeros by filling, the scale on relu's output, the
+    base last."""
 
-    def __init__(self, part, d, m, scaling):
+    def __init__(self, d, m, scaling):
         super().__init__()
-        self.frozen, self.s = copy.deepcopy(part).eval(), scaling
-        for p in self.frozen.parameters():
-            p.requires_grad = False
+        self.register_buffer("s", torch.tensor(scaling))
         self.down, self.up = nn.Linear(d, m), nn.Linear(m, d)
         with torch.no_grad():
             for p in self.up.parameters():
                 p.fill_(0)
 
-    def forward(self, x):
+    def forward(self, base, x, *args, **kwargs):
         said = self.up(F.relu(self.down(x))).mul(self.s)
-        return said + self.frozen(x)
+        return said + base(x, *args, **kwargs)
+
+
+class SelfMade(Parallel, nn.Module):
+    def forward(self, base, x):
+        hidden = (x @ self.down.weight.T + self.down.bias).clamp(min=0)
+        change = hidden @ self.up.weight.T + self.up.bias
+        return torch.add(base(x), change, alpha=self.scaling)
 
 
 def test_layer_solution():
-    accepts(check.adapter_layer, Parallel)
-    accepts(check.adapter_layer, Written)
+    accepts(check.parallel_adapter, Parallel)
+    accepts(check.parallel_adapter, Written)
+    accepts(check.parallel_adapter, SelfMade)
 
 
 @pytest.mark.parametrize(
@@ -182,61 +188,61 @@ def test_layer_solution():
     [
         (
             "That is the sequential adapter: it reads",
-            with_forward(lambda s, x: s.part(x) + s.scaling * s.adapter(s.part(x))),
+            with_forward(lambda s, b, x: b(x) + s.scaling * s.adapter(b(x))),
         ),
         (
             "sequential adapter, without the scale",
-            with_forward(lambda s, x: s.part(x) + s.adapter(s.part(x))),
+            with_forward(lambda s, b, x: b(x) + s.adapter(b(x))),
         ),
-        ("The scale is missing", with_forward(lambda s, x: s.part(x) + s.adapter(x))),
+        ("The scale is missing", with_forward(lambda s, b, x: b(x) + s.adapter(x))),
         (
             "The whole sum is scaled",
             with_forward(
-                lambda s, x: (
-                    (s.part(x) + s.adapter(x)) * (s.scaling if s.up.weight.any() else 1)
+                lambda s, b, x: (
+                    (b(x) + s.adapter(x)) * (s.scaling if s.up.weight.any() else 1)
                 )
             ),
         ),
         (
             "must give exactly what the part gives; it does not",
-            with_forward(lambda s, x: s.scaling * s.adapter(x)),
+            with_forward(lambda s, b, x: s.scaling * s.adapter(x)),
         ),
         (
             "residual stream around this layer",
-            with_forward(lambda s, x: x + s.part(x) + s.scaling * s.adapter(x)),
+            with_forward(lambda s, b, x: x + b(x) + s.scaling * s.adapter(x)),
         ),
         (
             "relu between down and up",
-            with_forward(lambda s, x: s.part(x) + s.scaling * s.up(s.down(x))),
+            with_forward(lambda s, b, x: b(x) + s.scaling * s.up(s.down(x))),
         ),
-        ("never reaches", with_forward(lambda s, x: s.part(x))),
+        ("never reaches", with_forward(lambda s, b, x: b(x))),
         (
             "divide by the scale",
-            with_forward(lambda s, x: s.part(x) + s.adapter(x) / s.scaling),
+            with_forward(lambda s, b, x: b(x) + s.adapter(x) / s.scaling),
         ),
         (
             "scale misses up's bias",
             with_forward(
-                lambda s, x: s.part(x) + s.up(s.scaling * torch.relu(s.down(x)))
+                lambda s, b, x: b(x) + s.up(s.scaling * torch.relu(s.down(x)))
             ),
         ),
         (
             "relu comes after up",
             with_forward(
-                lambda s, x: s.part(x) + s.scaling * torch.relu(s.up(s.down(x)))
+                lambda s, b, x: b(x) + s.scaling * torch.relu(s.up(s.down(x)))
             ),
         ),
         (
             "another activation",
-            with_forward(lambda s, x: s.part(x) + s.scaling * s.up(F.gelu(s.down(x)))),
+            with_forward(lambda s, b, x: b(x) + s.scaling * s.up(F.gelu(s.down(x)))),
         ),
         (
             "gradient that goes down to x",
-            with_forward(lambda s, x: s.part(x).detach() + s.scaling * s.adapter(x)),
+            with_forward(lambda s, b, x: b(x).detach() + s.scaling * s.adapter(x)),
         ),
         (
             "gradient that goes down to x",
-            with_forward(lambda s, x: s.part(x) + s.scaling * s.adapter(x.detach())),
+            with_forward(lambda s, b, x: b(x) + s.scaling * s.adapter(x.detach())),
         ),
         (
             "scaling is trained too",
@@ -246,7 +252,7 @@ def test_layer_solution():
                 )
             ),
         ),
-        ("is there a `return`", with_forward(lambda s, x: None)),
+        ("is there a `return`", with_forward(lambda s, b, x: None)),
         (
             "make up's weight and bias zero",
             after_init(lambda s, d, m: nn.init.normal_(s.up.weight)),
@@ -256,7 +262,6 @@ def test_layer_solution():
             after_init(lambda s, d, m: nn.init.normal_(s.up.bias)),
         ),
         ("both zero", after_init(lambda s, d, m: nn.init.zeros_(s.down.weight))),
-        ("part is not frozen", after_init(lambda s, d, m: s.part.requires_grad_(True))),
         (
             "own parameters are frozen",
             after_init(lambda s, d, m: s.requires_grad_(False)),
@@ -275,66 +280,130 @@ def test_layer_solution():
             after_init(lambda s, d, m: setattr(s, "down", nn.Linear(d, m, bias=False))),
         ),
         ("there is none", after_init(lambda s, d, m: delattr(s, "down"))),
+        (
+            "more is trained too",
+            after_init(
+                lambda s, d, m: setattr(s, "more", nn.Parameter(torch.zeros(1)))
+            ),
+        ),
+        ("a subclass of Adapter", nn.Linear),
         ("nothing here yet", Blank),
     ],
 )
 def test_layer_mistakes(says, answer):
-    rejects(says, check.adapter_layer, answer)
+    rejects(says, check.parallel_adapter, answer)
 
 
-# ----------------------------------------------------------------------- count_adapters
+# ---------------------------------------------------------------------- predict_changes
+
+RIGHT = {
+    "W_up zero": 2,
+    "both zero": 1,
+    "both zero, sigmoid": 2,
+    "W_down zero": 1,
+    "W_down zero, tanh": 3,
+    "both random": 4,
+    "W_up zero, h detached": 2,
+}
 
 
-def count(d, m, layers, placement):
-    return layers * (1 + (placement == "houlsby")) * (2 * d * m + m + d)
-
-
-def test_count_solution():
-    accepts(check.count_adapters, count)
+def test_predict_changes_solution():
+    accepts(check.predict_changes, RIGHT)
+    accepts(
+        check.predict_changes,
+        {case: np.int64(RIGHT[case]) for case in sorted(RIGHT)},
+        steps=1,
+    )
+    two = {case: 1 if RIGHT[case] == 1 else 4 for case in RIGHT}
+    accepts(check.predict_changes, two, steps=2)
+    rejects("after 2 steps it is 4", check.predict_changes, RIGHT, steps=2)
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
-        ("two adapters into each layer", lambda d, m, L, p: L * (2 * d * m + m + d)),
-        ("only Houlsby has two", lambda d, m, L, p: 2 * L * (2 * d * m + m + d)),
-        (
-            "biases are missing",
-            lambda d, m, L, p: count(d, m, L, p) - L * (1 + (p == "houlsby")) * (m + d),
-        ),
-        (
-            "bias of the down-projection",
-            lambda d, m, L, p: count(d, m, L, p) - L * (1 + (p == "houlsby")) * m,
-        ),
-        (
-            "bias of the up-projection",
-            lambda d, m, L, p: count(d, m, L, p) - L * (1 + (p == "houlsby")) * d,
-        ),
-        (
-            "you count one.",
-            lambda d, m, L, p: L * (1 + (p == "houlsby")) * (d * m + m + d),
-        ),
-        ("`layers` of them", lambda d, m, L, p: count(d, m, 1, p)),
-        ("bottleneck is m wide", lambda d, m, L, p: count(d, d, L, p)),
-        (
-            "You have d twice",
-            lambda d, m, L, p: L * (1 + (p == "houlsby")) * (2 * d * m + 2 * d),
-        ),
-        (
-            "You have m twice",
-            lambda d, m, L, p: L * (1 + (p == "houlsby")) * (2 * d * m + 2 * m),
-        ),
-        (
-            "count the norms too",
-            lambda d, m, L, p: count(d, m, L, p) + (4 * d * L if p == "houlsby" else 0),
-        ),
-        ("I count", lambda d, m, L, p: 17),
-        ("is there a `return`", lambda d, m, L, p: None),
-        ("nothing here yet", stub),
+        ("nothing here yet", None),
+        ("Give a dictionary", [2, 1, 2, 1, 3, 4, 2]),
+        ("There is no prediction for", {"W_up zero": 2}),
+        ("until W_up has moved", RIGHT | {"W_up zero": 4}),
+        ("until W_up has moved", RIGHT | {"W_up zero": 1}),
+        ("b_up alone will ever change", RIGHT | {"both zero": 0}),
+        ("sigmoid(0) is ½", RIGHT | {"both zero, sigmoid": 1}),
+        ("0 as relu's slope", RIGHT | {"W_down zero": 3}),
+        ("slope 1 at 0", RIGHT | {"W_down zero, tanh": 1}),
+        ("slope 1 at 0", RIGHT | {"W_down zero, tanh": 4}),
+        ("nothing is zero", RIGHT | {"both random": 2}),
+        ("do not notice", RIGHT | {"W_up zero, h detached": 0}),
+        ("a number from 0 to 4", RIGHT | {"both random": "all"}),
+        ("a number from 0 to 4", RIGHT | {"both random": 7}),
     ],
 )
-def test_count_mistakes(says, answer):
-    rejects(says, check.count_adapters, answer)
+def test_predict_changes_mistakes(says, answer):
+    rejects(says, check.predict_changes, answer)
+
+
+# --------------------------------------------------------------------- choose_placement
+
+
+def placing(
+    houlsby=2,
+    biases=True,
+    edges=True,
+    by="valid",
+    budgeted=True,
+    pick=1,
+    turned=False,
+    word=True,
+    best_rate=min,
+):
+    def function(cases, budget):
+        allowed = {}
+        for name, case in cases.items():
+            d, m, valid = case["d"], case["m"], case["valid"]
+            adapters = houlsby if case["placement"] == "houlsby" else 1
+            numbers = 2 * d * m + ((m + d) if biases else 0)
+            rate = min(valid, key=valid.get)
+            inside = min(valid) < rate < max(valid) or not edges
+            small = case["layers"] * adapters * numbers <= budget or not budgeted
+            if inside and small:
+                allowed[name] = sum(case["test"]) if by == "test" else valid[rate]
+        order = sorted(allowed, key=allowed.get)
+        best, valid = order[0], cases[order[0]]["valid"]
+        pair = [cases[name]["test"] for name in (best, order[pick])]
+        result = compare(*(pair[::-1] if turned else pair), loss=True)
+        rate = best_rate(valid, key=valid.get)
+        return best, rate, result.verdict if word else result
+
+    return function
+
+
+def test_choose_placement_solution():
+    accepts(check.choose_placement, placing())
+    accepts(check.choose_placement, placing(), against="second")
+    accepts(check.choose_placement, placing(pick=-1), against="worst")
+    accepts(check.choose_placement, lambda *given: list(placing()(*given)))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", stub),
+        ("the best of all, and too large", placing(budgeted=False)),
+        ("two adapters in each block", placing(houlsby=1)),
+        ("m + d numbers more", placing(biases=False)),
+        ("is the lowest that was tried", placing(edges=False)),
+        ("You choose on the test", placing(by="test")),
+        ("the second best of those", placing(pick=-1)),
+        ("turned round", placing(turned=True)),
+        ("The verdict is a word", placing(word=False)),
+        ("You return the rate", placing(best_rate=max)),
+        ("three things", lambda *given: "a"),
+        ("The name is one of", lambda *given: ("x", 0.01, "ahead")),
+        ("gives None", lambda *given: None),
+    ],
+)
+def test_choose_placement_mistakes(says, answer):
+    rejects(says, check.choose_placement, answer)
 
 
 # ------------------------------------------------------------------ fold_linear_adapter
