@@ -1,100 +1,20 @@
 """Chapter 07's checks accept the solution, and name the mistake in what is plausibly
 wrong."""
 
-import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
-from judging import accepts, rejects
+from judging import accepts, judge, rejects
+from torch import nn
 
-from minipeft.course import check
-
-norm = torch.linalg.norm
+from minipeft import LayerConfig, LinearDelta
+from minipeft.course import check, compare
 
 
 def blank(*_):
     raise NotImplementedError
-
-
-def eye(n):
-    return torch.eye(n, dtype=torch.float64)
-
-
-def test_orthogonality_solution():
-    accepts(
-        check.orthogonality,
-        lambda A, B: norm(A @ A.T - eye(len(A))) + norm(B.T @ B - eye(len(A))),
-    )
-    accepts(
-        check.orthogonality,
-        lambda A, B: sum(
-            (G - eye(len(G))).square().sum().sqrt() for G in (A @ A.T, B.T @ B)
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("penalty of A alone", lambda A, B: norm(A @ A.T - eye(len(A)))),
-        (
-            "norms are squared",
-            lambda A, B: (
-                norm(A @ A.T - eye(len(A))) ** 2 + norm(B.T @ B - eye(len(A))) ** 2
-            ),
-        ),
-        (
-            "A for lying on its side",
-            lambda A, B: norm(A.T @ A - eye(A.shape[1])) + norm(B.T @ B - eye(len(A))),
-        ),
-        (
-            "B for lying on its side",
-            lambda A, B: norm(A @ A.T - eye(len(A))) + norm(B @ B.T - eye(len(B))),
-        ),
-        ("identity is missing", lambda A, B: norm(A @ A.T) + norm(B.T @ B)),
-        (
-            "lost touch with A and B",
-            lambda A, B: (
-                norm(A @ A.T - eye(len(A))) + norm(B.T @ B - eye(len(A)))
-            ).detach(),
-        ),
-        (
-            "root of the sum of squares",
-            lambda A, B: (
-                norm(A @ A.T - eye(len(A))) ** 2 + norm(B.T @ B - eye(len(A))) ** 2
-            ).sqrt(),
-        ),
-        (
-            "add absolute values",
-            lambda A, B: (
-                (A @ A.T - eye(len(A))).abs().sum()
-                + (B.T @ B - eye(len(A))).abs().sum()
-            ),
-        ),
-        (
-            "spectral norm",
-            lambda A, B: (
-                norm(A @ A.T - eye(len(A)), 2) + norm(B.T @ B - eye(len(A)), 2)
-            ),
-        ),
-        (
-            "means of squares",
-            lambda A, B: (
-                (A @ A.T - eye(len(A))).square().mean()
-                + (B.T @ B - eye(len(A))).square().mean()
-            ),
-        ),
-        (
-            "leave out the diagonal",
-            lambda A, B: (
-                norm(A @ A.T * (1 - eye(len(A)))) + norm(B.T @ B * (1 - eye(len(A))))
-            ),
-        ),
-    ],
-)
-def test_orthogonality_mistakes(says, answer):
-    rejects(says, check.orthogonality, answer)
 
 
 def score(
@@ -186,80 +106,29 @@ def test_importance_mistakes(says, answer):
     rejects(says, check.importance, answer)
 
 
-def budget(t, b0, bT, tinit, tfinal, total, power=3):
-    return int(
-        bT
-        + (b0 - bT)
-        * min(max(1 - (t - tinit) / (total - tinit - tfinal), 0), 1) ** power
-    )
-
-
-def test_rank_budget_solution():
-    accepts(check.rank_budget, budget)
-    accepts(
-        check.rank_budget,
-        lambda t, b0, bT, i, f, T: (
-            b0
-            if t <= i
-            else (
-                bT
-                if t >= T - f
-                else int((b0 - bT) * ((T - f - t) / (T - f - i)) ** 3 + bT)
-            )
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("straight line", lambda *a: budget(*a, power=1)),
-        ("is a square", lambda *a: budget(*a, power=2)),
-        ("nothing is pruned", lambda t, b0, bT, i, f, T: budget(t, b0, bT, 0, f, T)),
-        (
-            "divide by T - tinit - tfinal",
-            lambda t, b0, bT, i, f, T: budget(t, b0, bT, i, 0, T),
-        ),
-        (
-            "last tfinal steps",
-            lambda t, b0, bT, i, f, T: budget(t, b0, bT, i, f, T) + (t > T - f),
-        ),
-        ("not an integer", lambda *a: float(budget(*a)) + 0.25),
-        ("is there a `return`", lambda *a: None),
-        (
-            "other way round",
-            lambda t, b0, bT, i, f, T: int(
-                b0 - (b0 - bT) * min(max((t - i) / (T - i - f), 0), 1) ** 3
-            ),
-        ),
-        ("target bT is missing", lambda t, b0, bT, i, f, T: budget(t, b0, 0, i, f, T)),
-        (
-            "target bT is missing",
-            lambda t, b0, bT, i, f, T: budget(t, b0 - bT, 0, i, f, T),
-        ),
-        (
-            "round down",
-            lambda t, b0, bT, i, f, T: math.ceil(
-                bT + (b0 - bT) * min(max(1 - (t - i) / (T - i - f), 0), 1) ** 3
-            ),
-        ),
-        (
-            "nothing is pruned",
-            lambda t, b0, bT, i, f, T: int(
-                bT + (b0 - bT) * (1 - (t - i) / (T - i - f)) ** 3
-            ),
-        ),
-    ],
-)
-def test_rank_budget_mistakes(says, answer):
-    rejects(says, check.rank_budget, answer)
-
-
 def allocate(scores, budget, off=0):
+    every = torch.cat(list(scores.values()))
+    kept = torch.zeros(len(every), dtype=torch.bool)
+    kept[every.topk(budget + off).indices] = True
+    parts = kept.split([len(score) for score in scores.values()])
+    return {name: part.tolist() for name, part in zip(scores, parts)}
+
+
+def by_threshold(scores, budget):
     order = torch.cat(list(scores.values())).sort(descending=True).values
-    threshold = order[budget - 1 + off] if budget else torch.inf
+    threshold = order[budget - 1] if budget else torch.inf
     return {name: (score >= threshold).tolist() for name, score in scores.items()}
+
+
+def the_planted(scores, budget):
+    each = budget // len(scores)
+    return {n: (v >= v.sort().values[-each]).tolist() for n, v in scores.items()}
+
+
+def the_other_planted(scores, budget):
+    shares = {n: v / v.sum() for n, v in scores.items()}
+    threshold = torch.cat(list(shares.values())).sort().values[-budget]
+    return {n: (share >= threshold).tolist() for n, share in shares.items()}
 
 
 def chosen(scores, budget):
@@ -290,6 +159,9 @@ def test_allocate_solution():
     "says, answer",
     [
         ("nothing here yet", blank),
+        ("With equal scores", by_threshold),
+        ("for all of them together", the_planted),
+        ("divide each matrix's scores", the_other_planted),
         (
             "True is for what is kept",
             lambda s, b: {
@@ -336,3 +208,309 @@ def test_allocate_solution():
 )
 def test_allocate_mistakes(says, answer):
     rejects(says, check.allocate, answer)
+
+
+# ---------------------------------------------------------------------- predict_adalora
+
+
+def numbers(first=200, last=100, c=2):
+    return {
+        "half way": last + (first - last) / 8,
+        "three quarters gone": 1 - 0.25 ** (1 / 3),
+        "total too large": last + (first - last) / 8,
+        "steady": 0,
+        "alternating": 1,
+        "larger gradients": c**2,
+        "what is lost": 4 * c**2,
+        "memory": 1,
+    }
+
+
+def test_predict_adalora_right_answers():
+    accepts(check.predict_adalora, numbers())
+    accepts(
+        check.predict_adalora,
+        numbers() | {"half way": 112, "three quarters gone": 0.37},
+    )
+    accepts(check.predict_adalora, {k: torch.tensor(v) for k, v in numbers().items()})
+    assert check.predict_adalora(numbers(300, 60, 3), first=300, last=60, c=3)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", None),
+        ("Give a dictionary", [112]),
+        ("share that is left is cubed", numbers() | {"half way": 150}),
+        ("(1 - x)³", numbers() | {"three quarters gone": 0.75}),
+        ("schedule is half way", numbers() | {"total too large": 100}),
+        ("score is a product", numbers() | {"steady": 1}),
+        ("about 1 away", numbers() | {"alternating": 0}),
+        ("Both factors", numbers() | {"larger gradients": 2}),
+        ("sum of E_i²", numbers() | {"what is lost": 4}),
+        ("until the triplets are dropped", numbers() | {"memory": 0.5}),
+        ("expected a number", numbers() | {"memory": "1"}),
+    ],
+)
+def test_predict_adalora_mistakes(says, answer):
+    rejects(says, check.predict_adalora, answer)
+
+
+# ------------------------------------------------------------------------- when_it_pays
+
+
+def paying(runs, choose=min, key="valid_loss", rates="own", turned=False):
+    def mean(chosen):
+        if key == "right":
+            return -sum(run["right"].count("1") for run in chosen) / len(chosen)
+        return sum(run[key] for run in chosen) / len(chosen)
+
+    def best(method, steps):
+        method = "AdaLoRA" if rates == "one" else method
+        own = [run for run in runs if run["method"] == method]
+        if rates != "all lengths":
+            own = [run for run in own if run["steps"] == steps]
+        tried = {run["lr"] for run in own}
+        return choose(tried, key=lambda lr: mean([r for r in own if r["lr"] == lr]))
+
+    found = {}
+    for steps in {run["steps"] for run in runs}:
+        sides = []
+        for method in ("AdaLoRA", "LoRA"):
+            wanted = method, steps, best(method, steps)
+            sides.append(
+                {
+                    r["seed"]: r["right"]
+                    for r in runs
+                    if (r["method"], r["steps"], r["lr"]) == wanted
+                }
+            )
+        found[steps] = compare(*(sides[::-1] if turned else sides)).verdict
+    return found
+
+
+def test_when_it_pays_right_answers():
+    accepts(check.when_it_pays, paying)
+    accepts(check.when_it_pays, lambda runs: dict(sorted(paying(runs).items())))
+
+    def other(runs):
+        names = {"DoRA": "AdaLoRA", "LoRA": "LoRA"}
+        return paying([run | {"method": names[run["method"]]} for run in runs])
+
+    assert check.when_it_pays(other, one="DoRA", other="LoRA")
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", blank),
+        ("turned round", lambda runs: paying(runs, turned=True)),
+        ("on the test answers", lambda runs: paying(runs, key="right")),
+        ("give both methods one rate", lambda runs: paying(runs, rates="one")),
+        ("one rate for all lengths", lambda runs: paying(runs, rates="all lengths")),
+        ("highest validation loss", lambda runs: paying(runs, choose=max)),
+        ("the course's rule says", lambda runs: dict.fromkeys(paying(runs), "tie")),
+        ("Return a verdict for each", lambda runs: list(paying(runs).values())),
+        ("Return a verdict for each", lambda runs: None),
+    ],
+)
+def test_when_it_pays_mistakes(says, answer):
+    rejects(says, check.when_it_pays, answer)
+
+
+# ----------------------------------------------------------------- orthonormal_triplets
+
+
+def thin(B, E, A):
+    Q_B, R_B = torch.linalg.qr(B * E)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    return Q_B @ U, S, Vh @ Q_A.T
+
+
+def middle(B, E, A):
+    """The E in the middle, and one sign turned in both factors."""
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(R_B @ E.diag() @ R_A.mT)
+    sign = torch.ones_like(S)
+    sign[0] = -1
+    return [Q_B @ U * sign, S, sign[:, None] * (Vh @ Q_A.mT)]
+
+
+def dense(B, E, A):
+    U, S, Vh = torch.linalg.svd(B * E @ A, full_matrices=False)
+    r = len(E)
+    return U[:, :r], S[:r], Vh[:r]
+
+
+def after(change):
+    return lambda *given: change(*thin(*given))
+
+
+def unit(B, E, A):
+    b, a = B.norm(dim=0), A.norm(dim=1)
+    return B / b, E * b * a, A / a[:, None]
+
+
+def test_orthonormal_triplets_right_answers():
+    accepts(check.orthonormal_triplets, thin)
+    accepts(check.orthonormal_triplets, middle)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", blank),
+        ("as large as W", dense),
+        ("still overlap", unit),
+        ("not orthonormal", lambda B, E, A: (B, E, A)),
+        ("E is lost", lambda B, E, A: thin(B, torch.ones_like(E), A)),
+        ("once is enough", after(lambda Q, S, V: (Q * S, S, V))),
+        ("B should have the shape", after(lambda Q, S, V: (V, S, Q))),
+        ("E should have the shape", after(lambda Q, S, V: (Q, S[:, None], V))),
+        ("another update than before", after(lambda Q, S, V: (Q, S, -V))),
+        ("another update than before", after(lambda Q, S, V: (Q, S.sqrt(), V))),
+        ("are negative", after(lambda Q, S, V: (-Q, -S, V))),
+        ("Return three tensors", after(lambda Q, S, V: (Q * S, V))),
+    ],
+)
+def test_orthonormal_triplets_mistakes(says, answer):
+    rejects(says, check.orthonormal_triplets, answer)
+
+
+def test_triplets_are_sorted():
+    answer = after(lambda Q, S, V: (Q.flip(1), S.flip(0), V.flip(0)))
+    rejects("not sorted", check.orthonormal_triplets, answer)
+
+
+# ------------------------------------------------------------------------- self_pruning
+
+
+class Triplets(LinearDelta):
+    """The solution; each mistake below changes one line of it."""
+
+    def __init__(self, W, r, alpha):
+        super().__init__()
+        d_out, d_in = W.shape
+        self.s = alpha / r
+        self.A = nn.Parameter(torch.randn(r, d_in) / d_in**0.5)
+        self.E = nn.Parameter(torch.zeros(r))
+        self.B = nn.Parameter(torch.randn(d_out, r) / r**0.5)
+
+    def delta(self, base):
+        return self.s * self.B * self.E @ self.A
+
+    def update(self, base, x):
+        return self.s * (self.E * (x @ self.A.T)) @ self.B.T
+
+    def sizes(self):
+        return self.E.abs() * self.A.norm(dim=1) * self.B.norm(dim=0)
+
+    @torch.no_grad()
+    def prune(self, keep):
+        order = self.sizes().argsort(descending=True)
+        self.E[order[keep:]] = 0
+
+
+class Masked(Triplets):
+    """In another style."""
+
+    update = LinearDelta.update
+
+    def prune(self, keep):
+        mask = torch.zeros(len(self.E))
+        for i in sorted(range(len(mask)), key=lambda i: -self.sizes()[i])[:keep]:
+            mask[i] = 1
+        self.E.data *= mask
+
+
+def configured(adapter):
+    @dataclass(kw_only=True)
+    class Configured(LayerConfig):
+        peft_type: ClassVar[str] = "TEST_TRIPLETS"
+        r: int = 8
+        lora_alpha: int = 16
+
+        def create(self, base, path):
+            return adapter(base.weight, self.r, self.lora_alpha)
+
+    return Configured
+
+
+def changed(**methods):
+    return configured(type("Changed", (Triplets,), methods))
+
+
+def both(change):
+    """delta and update are changed alike."""
+    return changed(delta=change, update=LinearDelta.update)
+
+
+def starting(change):
+    class Changed(Triplets):
+        def __init__(self, W, r, alpha):
+            super().__init__(W, r, alpha)
+            change(self)
+
+    return configured(Changed)
+
+
+def pruned_by(sizes):
+    def prune(self, keep):
+        self.E.data[sizes(self).argsort(descending=True)[keep:]] = 0
+
+    return changed(prune=prune)
+
+
+def renewed(self, keep):
+    Triplets.prune(self, keep)
+    self.E = nn.Parameter(self.E.detach().clone())
+
+
+def rescaled(self, keep):
+    Triplets.prune(self, keep)
+    self.E.data *= 1.5
+
+
+class Unwritten(LinearDelta):
+    def __init__(self, W, r, alpha):
+        super().__init__()
+        raise NotImplementedError
+
+
+def test_self_pruning_right_answers():
+    accepts(check.self_pruning, configured(Triplets))
+    accepts(check.self_pruning, configured(Masked))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", configured(Unwritten)),
+        ("configuration's class itself", Triplets),
+        ("α/r is missing", both(lambda t, b: t.B * t.E @ t.A)),
+        ("E is in it twice", both(lambda t, b: t.s * t.B * t.E**2 @ t.A)),
+        ("has to be zero at the start", starting(lambda t: t.E.data.fill_(1.0))),
+        ("E starts at zero", starting(lambda t: t.B.data.zero_())),
+        ("no gradient reaches E", both(lambda t, b: t.s * t.B * t.E.detach() @ t.A)),
+        ("delta(base)", changed(delta=lambda t, b: t.B * t.E @ t.A * t.s**2)),
+        ("You rank by |E|", pruned_by(lambda t: t.E.abs())),
+        ("prune makes new parameters", changed(prune=renewed)),
+        ("changes the E of triplets that stay", changed(prune=rescaled)),
+        ("method prune", changed(prune=None)),
+        ("leaves", changed(prune=lambda t, keep: Triplets.prune(t, keep + 1))),
+        (
+            "self.E should have the shape",
+            starting(lambda t: setattr(t, "E", nn.Parameter(torch.zeros(len(t.E), 1)))),
+        ),
+    ],
+)
+def test_self_pruning_mistakes(says, answer):
+    rejects(says, check.self_pruning, answer)
+
+
+def test_other_orders_of_the_triplets():
+    for sizes in (lambda t: -t.sizes(), lambda t: t.E):
+        for verdict in judge(check.self_pruning, pruned_by(sizes)):
+            assert not verdict

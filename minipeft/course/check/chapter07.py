@@ -1,65 +1,28 @@
-"""Chapter 07, AdaLoRA: its penalty, the importance of a number, the budget, and the
-allocation."""
+"""Chapter 07, AdaLoRA: the faults of an allocator, the importance of a number, numbers
+predicted, when the search pays, triplets made orthonormal, and an adapter that prunes
+itself."""
 
+import copy
 import random
+from statistics import fmean
 
 import torch
 
-from .teacher import checks, compare, need
+from ...methods.adalora import AdaLora
+from ..comparison import compare as told_apart
+from .chapter06 import Largest
+from .kinds import Built, judge_numbers, right_answers
+from .sandbox import unwatched
+from .teacher import Wrong, checks, compare, need, same
 
-__all__ = ["allocate", "importance", "orthogonality", "rank_budget"]
-
-
-@checks(
-    "Zero for orthonormal factors, and right for others.",
-    "A is (r, d_in) and B is (d_out, r): A @ A.T and B.T @ B are both (r, r).",
-)
-def orthogonality(function) -> None:
-    """function(A, B) -> ||A A^T - I|| + ||B^T B - I||"""
-    for _ in range(3):
-        r = random.choice([2, 3, 4])
-        A = torch.randn(r, 9, dtype=torch.float64).requires_grad_()
-        B, eye = (
-            torch.randn(12, r, dtype=torch.float64).requires_grad_(),
-            torch.eye(r, dtype=torch.float64),
-        )
-        norm = torch.linalg.norm
-        one, two = norm(A @ A.T - eye), norm(B.T @ B - eye)
-        got = function(A, B)
-        compare(
-            got,
-            one + two,
-            {
-                "That is the penalty of A alone: B has one too.": one,
-                "That is the penalty of B alone: A has one too.": two,
-                "The norms are squared: the penalty is not.": one**2 + two**2,
-                "You took A for lying on its side: its ROWS are orthonormal, A @"
-                " A.T.": (norm(A.T @ A - torch.eye(9, dtype=torch.float64)) + two),
-                "You took B for lying on its side: its COLUMNS are orthonormal, B.T @"
-                " B.": (one + norm(B @ B.T - torch.eye(12, dtype=torch.float64))),
-                "The identity is missing: factors of length zero would be the best.": (
-                    norm(A @ A.T) + norm(B.T @ B)
-                ),
-                "You take the mean of the two: the formula adds them.": (one + two) / 2,
-                "You take the root of the sum of squares: each factor has its own"
-                " norm, and the two are added.": ((one**2 + two**2).sqrt()),
-                "You add absolute values: the norm is Frobenius', the root of the sum"
-                " of the squares.": (
-                    (A @ A.T - eye).abs().sum() + (B.T @ B - eye).abs().sum()
-                ),
-                "That is the spectral norm, the largest singular value: the penalty"
-                " takes Frobenius'.": (norm(A @ A.T - eye, 2) + norm(B.T @ B - eye, 2)),
-                "You take means of squares: the norm is the root of the sum of"
-                " squares.": (
-                    (A @ A.T - eye).square().mean() + (B.T @ B - eye).square().mean()
-                ),
-                "You leave out the diagonal: rows that are orthogonal but of any"
-                " length would cost nothing.": (
-                    norm((A @ A.T) * (1 - eye)) + norm((B.T @ B) * (1 - eye))
-                ),
-            },
-            "Your penalty",
-        )
+__all__ = [
+    "allocate",
+    "importance",
+    "orthonormal_triplets",
+    "predict_adalora",
+    "self_pruning",
+    "when_it_pays",
+]
 
 
 @checks("Smoothed sensitivity times smoothed uncertainty.")
@@ -154,82 +117,6 @@ def importance(function) -> None:
         )
 
 
-@checks("The start's before, the target's after, and a cubic curve between.")
-def rank_budget(function) -> None:
-    """function(t, b0, bT, tinit, tfinal, total) -> int"""
-    for _ in range(3):
-        b0, bT = random.randint(80, 120), random.randint(20, 40)
-        tinit, tfinal, total = (
-            random.randint(5, 12),
-            random.randint(15, 25),
-            random.randint(90, 120),
-        )
-        steps = total - tinit - tfinal
-
-        def curve(t, power=3, start=tinit, length=steps):
-            rest = min(max(1 - (t - start) / length, 0), 1)
-            return int(bT + (b0 - bT) * rest**power)
-
-        middle = tinit + steps // 3
-        for t in (0, tinit, middle, tinit + steps // 2, total - tfinal, total):
-            got = function(t, b0, bT, tinit, tfinal, total)
-            need(
-                got is not None, "Your budget is None: is there a `return` at the end?"
-            )
-            right = curve(t)
-            if got == right and isinstance(got, int):
-                continue
-            need(
-                int(got) != right,
-                "The value is right, but not an integer: round it down with int().",
-            )
-            done = min(max((t - tinit) / steps, 0), 1)
-            need(
-                got not in [int(top * (1 - done) ** 3) for top in (b0 - bT, b0)],
-                "The target bT is missing: the curve falls to bT, not to zero.",
-            )
-            need(
-                t > tinit,
-                f"Before tinit nothing is pruned: at t = {t} the budget is b0.",
-            )
-            need(
-                t < total - tfinal,
-                f"In the last tfinal steps the budget is bT: at t = {t} you have"
-                f" {got}.",
-            )
-            need(
-                got != curve(t, 1),
-                "Your curve is a straight line: the share that is left is cubed.",
-            )
-            need(
-                got != curve(t, 2),
-                "Your curve is a square: the share that is left is cubed.",
-            )
-            need(
-                got != curve(t, 3, 0, total - tfinal),
-                "The fall starts at tinit, not at 0.",
-            )
-            need(
-                got != curve(t, 3, tinit, total - tinit),
-                "The fall ends tfinal steps before the end: divide by "
-                "T - tinit - tfinal.",
-            )
-            need(
-                got != int(b0 - (b0 - bT) * done**3),
-                "Your budget falls the other way round: slowly at first. It is "
-                "the share that is left that is cubed, not the share done.",
-            )
-            need(
-                got != right + 1,
-                "You round up, or to the nearest: round down with int().",
-            )
-            need(
-                False,
-                f"At t = {t} (b0 = {b0}, bT = {bT}, tinit = {tinit}, tfinal = {tfinal},"
-                f" total = {total}) you have {got}, and it is {right}.",
-            )
-
-
 def check_budget(function, scores, budget: int) -> None:
     """Nothing, one triplet, or all of them."""
     got = function(dict(scores), budget)
@@ -244,9 +131,29 @@ def check_budget(function, scores, budget: int) -> None:
     )
 
 
+def check_ties(function) -> None:
+    """Where scores are equal, any of the equal ones may stay, and not one too many."""
+    for values, budget in (((0, 0, 0, 0, 0), 2), ((3, 1, 1, 1, 0), 2)):
+        scores = {
+            "a": torch.tensor(values[:2]).double(),
+            "b": torch.tensor(values[2:]).double(),
+        }
+        got = function(copy.deepcopy(scores), budget)
+        kept = [bool(one) for name in scores for one in got[name]]
+        need(
+            sum(kept) == budget,
+            f"With equal scores, {values}, and a budget of {budget} you keep"
+            f" {sum(kept)}. A threshold keeps all that are equal to it: take exactly as"
+            " many as the budget allows, whichever of the equal ones.",
+        )
+        lost = [v for v, one in zip(values, kept) if not one]
+        least = min(v for v, one in zip(values, kept) if one)
+        need(least >= max(lost), "With equal scores a better triplet is pruned.")
+
+
 @checks(
     "The best triplets of all matrices together, and exactly as many as the budget"
-    " allows."
+    " allows, with ties and without."
 )
 def allocate(function) -> None:
     """function({name: scores}, budget) -> {name: [bool]}"""
@@ -282,6 +189,7 @@ def allocate(function) -> None:
         if kept == right:
             for some in (0, 1, sum(sizes)):
                 check_budget(function, scores, some)
+            check_ties(function)
             continue
         count = sum(map(sum, kept.values()))
         need(
@@ -317,4 +225,376 @@ def allocate(function) -> None:
             False,
             "The number is right, but they are not the best ones of all matrices"
             " together.",
+        )
+
+
+# ---- predictions ---------------------------------------------------------------------
+
+
+@checks(
+    "All of them: a cube leaves an eighth at half way, the score is a product of two"
+    " smoothed sizes, and zeros cost memory."
+)
+def predict_adalora(predicted, first=200, last=100, c=2) -> None:
+    """predicted: {case: number}; first and last are budgets, c is a factor."""
+    judge_numbers(predicted, adalora_cases(first, last, c), near=0.1)
+
+
+def smoothed(sensitivities, beta=0.85) -> float:
+    average = spread = 0.0
+    for now in sensitivities:
+        average = beta * average + (1 - beta) * now
+        spread = beta * spread + (1 - beta) * abs(now - average)
+    return average * spread
+
+
+def numbers_after_pruning() -> float:
+    """Trained parameters of an AdaLora with half of its triplets pruned, as a share of
+    those before."""
+    adapter = AdaLora(9, 7, [True] * 6, 1.0)
+    before = sum(p.numel() for p in adapter.parameters())
+    with torch.no_grad():
+        adapter.lora_E[3:] = 0
+    adapter.kept[3:] = [False] * 3
+    return sum(p.numel() for p in adapter.parameters()) / before
+
+
+def adalora_cases(first: int, last: int, c: float) -> dict:
+    """{case: (number, what to think of)}, by running the schedule and the scores."""
+    steps = 1000
+
+    def budget(t, total=steps):
+        return last + (first - last) * max(1 - t / total, 0) ** 3
+
+    gone = next(t for t in range(steps) if budget(t) <= last + (first - last) / 4)
+    noise = [abs(random.gauss(0, 1)) for _ in range(200)]
+    B, A = (torch.linalg.qr(torch.randn(9, 3).double()).Q for _ in range(2))
+    E = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    without = E * torch.tensor([1, 0, 1])
+    size, less = ((c * (B * e) @ A.T).square().sum().item() for e in (E, without))
+    return {
+        "half way": (
+            budget(steps / 2),
+            "Half of the time is left, and the share that is left is cubed.",
+        ),
+        "three quarters gone": (gone / steps, "Solve (1 - x)³ = 1/4 for x."),
+        "total too large": (
+            budget(steps, 2 * steps),
+            "At the end of the training the schedule is half way.",
+        ),
+        "steady": (
+            smoothed([1.0] * 300),
+            "The uncertainty is the smoothed distance from the average, and that"
+            " becomes zero; the score is a product.",
+        ),
+        "alternating": (
+            smoothed([0.0, 2.0] * 150),
+            "The average stays near 1, and each step is about 1 away from it.",
+        ),
+        "larger gradients": (
+            smoothed([c * one for one in noise]) / smoothed(noise),
+            "Both factors of the score grow with the gradient.",
+        ),
+        "what is lost": (
+            size - less,
+            "With orthonormal factors ‖ΔW‖² is s² times the sum of E_i².",
+        ),
+        "memory": (
+            numbers_after_pruning(),
+            "Pruning writes zeros into E: rows, columns, gradients and the optimizer's"
+            " states stay, until the triplets are dropped.",
+        ),
+    }
+
+
+# ---- when the search pays ------------------------------------------------------------
+
+PAYS = ("AdaLoRA", "LoRA")
+LADDER = (5e-3, 1e-2, 2e-2, 5e-2)
+
+
+@checks(
+    "Each method at its own best rate for each length of training, chosen on"
+    " validation, and judged by all answers of all seeds."
+)
+def when_it_pays(function, one="AdaLoRA", other="LoRA") -> None:
+    """function(runs) -> {steps: verdict of one against other}."""
+    for _ in range(2):
+        runs = runs_drawn(one, other)
+        got = function([dict(run) for run in runs])
+        judge_lengths(got, runs, one, other)
+
+
+def runs_drawn(one: str, other: str) -> list:
+    """Runs for which each slip gives other verdicts than the right way."""
+    for _ in range(1000):
+        runs = some_runs(one, other)
+        ways = [right_way(runs, one, other), *wrong_ways(runs, one, other).values()]
+        if all(a != b for at, a in enumerate(ways) for b in ways[:at]):
+            return runs
+    raise RuntimeError("no such runs were found")
+
+
+def some_runs(one: str, other: str) -> list:
+    """Each method with four lengths at four rates with three seeds; which rate is best
+    in validation, and how well the others do on the test, is drawn for each."""
+    shares = random.sample([(0.3, 0.75), (0.6, 0.6), (0.85, 0.45), (0.5, 0.5)], 4)
+    runs = []
+    for length, pair in zip((50, 100, 300, 1000), shares):
+        for method, share in zip((one, other), pair):
+            best = random.randrange(len(LADDER))
+            for number, lr in enumerate(LADDER):
+                away = abs(number - best)
+                rights = random.choice((0.15, 0.5, 0.95)) if away else share
+                answers = right_answers(rights, 80)
+                for seed in range(3):
+                    valid = 0.2 + 0.1 * away + random.uniform(-0.02, 0.02)
+                    found = dict(method=method, steps=length, lr=lr, seed=seed)
+                    runs.append(found | {"valid_loss": valid, "right": answers[seed]})
+    random.shuffle(runs)
+    return runs
+
+
+def pick(runs, **wanted) -> list:
+    return [
+        run for run in runs if all(run[key] == value for key, value in wanted.items())
+    ]
+
+
+def verdicts(runs, one, other, rate) -> dict:
+    """rate(method, steps) -> the rate that is chosen."""
+    found = {}
+    for steps in {run["steps"] for run in runs}:
+        answers = []
+        for method in (one, other):
+            chosen = dict(method=method, steps=steps, lr=rate(method, steps))
+            answers.append({r["seed"]: r["right"] for r in pick(runs, **chosen)})
+        found[steps] = told_apart(*answers).verdict
+    return found
+
+
+def mean_loss(runs, lr, **wanted) -> float:
+    return fmean(run["valid_loss"] for run in pick(runs, lr=lr, **wanted))
+
+
+def best_rate(runs, choose=min, **wanted) -> float:
+    return choose(LADDER, key=lambda lr: mean_loss(runs, lr, **wanted))
+
+
+def best_on_test(runs, **wanted) -> float:
+    def rights(lr):
+        return sum(run["right"].count("1") for run in pick(runs, lr=lr, **wanted))
+
+    return max(LADDER, key=rights)
+
+
+def right_way(runs, one, other) -> dict:
+    def rate(method, steps):
+        return best_rate(runs, method=method, steps=steps)
+
+    return verdicts(runs, one, other, rate)
+
+
+def wrong_ways(runs, one, other) -> dict:
+    """{message: the verdicts that a slip gives}"""
+    swap = {"ahead": "behind", "behind": "ahead"}
+    right = right_way(runs, one, other)
+    rates = {
+        "You choose the rates on the test answers: then they cannot judge any more."
+        " Choose by the validation loss.": lambda method, steps: best_on_test(
+            runs, method=method, steps=steps
+        ),
+        "You give both methods one rate: each has its own best.": (
+            lambda method, steps: best_rate(runs, method=one, steps=steps)
+        ),
+        "You choose one rate for all lengths of training: each length has its own"
+        " best.": lambda method, steps: best_rate(runs, method=method),
+        "You take the rate with the highest validation loss: lower is better.": (
+            lambda method, steps: best_rate(runs, max, method=method, steps=steps)
+        ),
+    }
+    found = {text: verdicts(runs, one, other, rate) for text, rate in rates.items()}
+    found[
+        "Your verdicts are turned round: compare(a, b) says whether *a* is ahead, and"
+        " right answers are not a loss."
+    ] = {steps: swap.get(word, word) for steps, word in right.items()}
+    return found
+
+
+def judge_lengths(got, runs, one, other) -> None:
+    lengths = {run["steps"] for run in runs}
+    need(
+        isinstance(got, dict) and set(got) == lengths,
+        f"Return a verdict for each number of steps, {{{min(lengths)}: …}}; you return"
+        f" {got!r}.",
+    )
+    right = right_way(runs, one, other)
+    if got == right:
+        return
+    for message, wrong in wrong_ways(runs, one, other).items():
+        need(got != wrong, message)
+    steps = next(steps for steps in right if got[steps] != right[steps])
+    raise Wrong(
+        f"At {steps} steps you say {got[steps]!r}, and the course's rule says"
+        f" {right[steps]!r}: each method at the rate with the lowest mean validation"
+        " loss, and then `compare` on the answers of all seeds."
+    )
+
+
+# ---- orthonormal triplets ------------------------------------------------------------
+
+
+@checks(
+    "The same update with orthonormal factors, largest first, and no matrix of W's size"
+    " on the way: now each triplet can be pruned alone.",
+    "B is (d_out, r), E is (r,), A is (r, d_in): B diag(E) A is B * E @ A.",
+)
+def orthonormal_triplets(function) -> None:
+    """function(B, E, A) -> (B, E, A) with the same product."""
+    for d_out, d_in, r, kind in (
+        (30, 20, 4, "any"),
+        (20, 30, 1, "any"),
+        (25, 25, 5, "pruned"),
+        (24, 32, 3, "float32"),
+    ):
+        B = torch.randn(d_out, r) + 0.8 * torch.randn(d_out, 1)  # they overlap
+        A = torch.randn(r, d_in) + 0.8 * torch.randn(1, d_in)
+        E = torch.randn(r)
+        if kind == "pruned":
+            E[1] = 0
+        given = [B, E, A] if kind == "float32" else [B.double(), E.double(), A.double()]
+        got = function(*[part.clone() for part in given])
+        with Largest(torch.empty(d_out, d_in).shape) as largest:
+            unwatched(function)(*[part.clone() for part in given])
+        one_decomposition(got, *given)
+        need(
+            not largest.made,
+            "Right, but you form a matrix as large as W. The QR of each thin factor"
+            " leaves a small (r, r) matrix in the middle: take its SVD.",
+        )
+
+
+def one_decomposition(got, B, E, A) -> None:
+    need(
+        isinstance(got, tuple | list)
+        and len(got) == 3
+        and all(isinstance(part, torch.Tensor) for part in got),
+        "Return three tensors: B (d_out, r), E (r,), A (r, d_in).",
+    )
+    for name, part, wanted in zip("BEA", got, (B, E, A)):
+        need(
+            part.shape == wanted.shape,
+            f"{name} should have the shape {tuple(wanted.shape)}; yours has"
+            f" {tuple(part.shape)}.",
+        )
+    Q, S, V = (part.double() for part in got)
+    whole, eye = ((B * E) @ A).double(), torch.eye(len(E), dtype=torch.float64)
+    made = Q * S @ V
+    if not same(made, whole):
+        need(
+            not same(made, (B @ A).double()),
+            "E is lost on the way: it weighs the triplets.",
+        )
+        need(
+            not same(Q @ V, whole),
+            "The singular values stand in a factor and in E: once is enough.",
+        )
+    need(
+        same(made, whole),
+        "B diag(E) A is another update than before: it has to stay what it was.",
+    )
+    need(
+        same(V @ V.T, eye) and same(Q.T @ Q, eye),
+        "The update is right, but the factors are not orthonormal: "
+        + (
+            "their columns and rows have the length 1 and still overlap."
+            if same((V @ V.T).diagonal(), eye.diagonal())
+            and same((Q.T @ Q).diagonal(), eye.diagonal())
+            else "B^T B and A A^T are the identity."
+        ),
+    )
+    need(
+        bool((S >= -1e-9).all()),
+        "The update is right, but some entries of E are negative: give the sign to the"
+        " row or to the column.",
+    )
+    need(
+        bool((S[:-1] >= S[1:] - 1e-6 * S.abs().max()).all()),
+        "The update is right, but E is not sorted, largest first.",
+    )
+
+
+# ---- an adapter that prunes itself ---------------------------------------------------
+
+
+@checks(
+    "Triplets that start silent, and a pruning that keeps the largest and leaves the"
+    " parameters themselves in place.",
+    "A is (r, d_in), E is (r,), B is (d_out, r).",
+)
+def self_pruning(config_class) -> None:
+    """config_class(target_modules=..., r=..., lora_alpha=...), a LayerConfig."""
+    for d_in, d_out, r, alpha in ((9, 7, 4, 6), (6, 8, 3, 3), (7, 7, 5, 2)):
+        built = Built(config_class, d_in, d_out, r=r, lora_alpha=alpha)
+        built.check_parameters({"A": (r, d_in), "B": (d_out, r), "E": (r,)})
+        built.check_start()
+        A, B, E = (getattr(built.adapter, name) for name in "ABE")
+        need(
+            bool((E == 0).all()) and bool((A != 0).all()) and bool((B != 0).all()),
+            "E starts at zero, and A and B with random numbers: else either the model"
+            " changes at the start, or nothing gets a gradient.",
+        )
+        built.fill()
+        s = alpha / r
+        mistakes = {
+            "The scale α/r is missing.": B * E @ A,
+            "You multiply by α: divide by r.": alpha * B * E @ A,
+            "E has no effect.": s * B @ A,
+            "E is in it twice.": s * B * E**2 @ A,
+            "delta is the new weight itself: return what is added to W.": built.W
+            + s * B * E @ A,
+        }
+        built.compare(s * B * E @ A, mistakes)
+        check_pruning(built, [r, r - 1, 1, 0])
+    Built(config_class, 8, 10, r=3, lora_alpha=6).check_learning(steps=60)
+
+
+def check_pruning(built, keeps) -> None:
+    """prune(keep) in steps: fewer and fewer are left."""
+    adapter = built.adapter
+    A, B, E = adapter.A, adapter.B, adapter.E
+    need(callable(getattr(adapter, "prune", None)), "I look for a method prune(keep).")
+    with torch.no_grad():  # an E that is large with a short row and column
+        E[0] = 9.0
+        A[0] *= 1e-4
+    for keep in keeps:
+        before = E.detach().clone()
+        sizes = before.abs() * A.detach().norm(dim=1) * B.detach().norm(dim=0)
+        adapter.prune(keep)
+        need(
+            adapter.E is E and adapter.A is A and adapter.B is B,
+            "prune makes new parameters: the optimizer still has the old ones, and"
+            " trains nothing any more. Write zeros into E in place.",
+        )
+        need(E.requires_grad, "After pruning E is frozen: a triplet may come back.")
+        kept = set((E.detach() != 0).nonzero().flatten().tolist())
+        wanted = set(sizes.argsort(descending=True)[:keep].tolist())
+        by_E = set(before.abs().argsort(descending=True)[:keep].tolist())
+        signed = set(before.argsort(descending=True)[:keep].tolist())
+        need(
+            len(kept) == keep, f"prune({keep}) leaves {len(kept)} of {len(E)} triplets."
+        )
+        need(
+            kept == wanted or kept != by_E,
+            "You rank by |E|. Without orthonormal factors that is not the size of a"
+            " triplet: ‖B_i‖ and ‖A_i‖ belong to it (section 2.1).",
+        )
+        need(kept == wanted or kept != signed, "You rank by E with its sign.")
+        need(
+            kept == wanted,
+            "prune keeps other triplets than the largest, by |E_i| ‖B_i‖ ‖A_i‖.",
+        )
+        need(
+            torch.equal(E.detach()[sorted(kept)], before[sorted(kept)]),
+            "prune changes the E of triplets that stay.",
         )
