@@ -117,6 +117,17 @@ def test_repair_keys_solution():
     accepts(check.repair_keys, by_parts)
 
 
+def test_repair_keys_of_other_trainers():
+    def by_fabric(key):
+        key = key.removeprefix("base_model.model.").removeprefix("_orig_mod.")
+        key = key.removeprefix("_forward_module.").replace(".sql.weight", ".weight")
+        return f"base_model.model.{key}"
+
+    names = {"name": "sql", "wrapper": "_forward_module"}
+    accepts(check.repair_keys, keys(by_fabric), **names)
+    rejects("`.sql` names the adapter", check.repair_keys, keys(repaired), **names)
+
+
 def then(old, new):
     """The solution, with a slip after it."""
     return keys(lambda key: repaired(key).replace(old, new))
@@ -159,53 +170,51 @@ def test_repair_keys_mistakes(says, answer):
     rejects(says, check.repair_keys, answer)
 
 
-# ------------------------------------------------------------------------- linear_merge
+# ---------------------------------------------------------------------- predict_parting
+
+PLACES = {
+    "seed of the rows": (0, "batch"),
+    "seed of A": (0, "grad_norm"),
+    "weight decay": (1, "loss"),
+    "betas": (2, "loss"),
+    "warm-up": (0, "lr"),
+    "linear schedule": (1, "lr"),
+    "bias trained too": (0, "grad_norm"),
+    "loss summed": (0, "loss"),
+}
 
 
-def roots(weights):
-    return [abs(w) ** 0.5 for w in weights]
-
-
-def signed(weights):
-    return [math.copysign(abs(w) ** 0.5, w) for w in weights]
-
-
-def product(As, Bs, on_A, on_B):
-    A = sum(f * A for f, A in zip(on_A, As))
-    return sum(f * B for f, B in zip(on_B, Bs)) @ A
-
-
-def test_linear_merge_solution():
-    accepts(check.linear_merge, lambda A, B, w: product(A, B, signed(w), roots(w)))
-
-    def all_pairs(As, Bs, ws):
-        return sum(
-            b * a * B @ A for b, B in zip(roots(ws), Bs) for a, A in zip(signed(ws), As)
-        )
-
-    accepts(check.linear_merge, all_pairs)
+def test_predict_parting_solution():
+    accepts(check.predict_parting, PLACES)
+    as_lists = {name: list(PLACES[name]) for name in sorted(PLACES)}
+    accepts(check.predict_parting, as_lists, B="zero")
+    resumed = PLACES | {"seed of A": (0, "loss")}
+    accepts(check.predict_parting, resumed, B="random")
+    rejects("'seed of A'", check.predict_parting, PLACES, B="random")
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
-        (
-            "which one would want",
-            lambda A, B, w: sum(f * b @ a for f, a, b in zip(w, A, B)),
-        ),
-        ("come with w²", lambda A, B, w: product(A, B, w, w)),
-        ("Only one side has", lambda A, B, w: product(A, B, w, [1] * len(w))),
-        ("Only the B's have", lambda A, B, w: product(A, B, [1] * len(w), w)),
-        ("signs are lost", lambda A, B, w: product(A, B, roots(w), roots(w))),
-        ("make a plus", lambda A, B, w: product(A, B, signed(w), signed(w))),
-        ("weights are not there", lambda A, B, w: sum(B) @ sum(A)),
-        ("Two shapes do not fit", lambda A, B, w: A[0] @ B[0][:1]),
-        ("is there a `return`", lambda A, B, w: None),
-        ("nothing here yet", stub),
+        ("nothing here yet", None),
+        ("Give a dictionary", list(PLACES.values())),
+        ("There is no prediction for", {"betas": (2, "loss")}),
+        ("for every A", PLACES | {"seed of A": (0, "loss")}),
+        ("seen from the first step", PLACES | {"seed of the rows": (0, "loss")}),
+        ("first in the next loss", PLACES | {"weight decay": (0, "loss")}),
+        ("first in the next loss", PLACES | {"weight decay": (0, "grad_norm")}),
+        ("does not depend on them", PLACES | {"betas": (1, "loss")}),
+        ("before it is used", PLACES | {"warm-up": (1, "loss")}),
+        ("its first rate is the full", PLACES | {"linear schedule": (0, "lr")}),
+        ("its first rate is the full", PLACES | {"linear schedule": (2, "loss")}),
+        ("has one more part", PLACES | {"bias trained too": (1, "loss")}),
+        ("another number", PLACES | {"loss summed": (0, "grad_norm")}),
+        ("the field is one of", PLACES | {"betas": ("loss", 2)}),
+        ("(step, field) is wanted", PLACES | {"betas": 2}),
     ],
 )
-def test_linear_merge_mistakes(says, answer):
-    rejects(says, check.linear_merge, answer)
+def test_predict_parting_mistakes(says, answer):
+    rejects(says, check.predict_parting, answer)
 
 
 # ------------------------------------------------------------------------- answers_only
@@ -398,3 +407,27 @@ def near_the_best(points):
 )
 def test_choose_adapter_mistakes(says, answer):
     rejects(says, check.choose_adapter, answer)
+
+
+def test_choose_adapter_by_losses():
+    def by_loss(runs, budget):
+        fits = {n: run for n, run in runs.items() if run["parameters"] <= budget}
+        best = min(fits.values(), key=lambda run: mean_of(run["losses"]))["losses"]
+        for name in sorted(fits, key=lambda n: fits[n]["parameters"]):
+            if compare(fits[name]["losses"], best, loss=True).verdict != "behind":
+                return name
+
+    accepts(check.choose_adapter, by_loss, loss=True)
+
+    def scores_for_losses(runs, budget):
+        named = {
+            n: {"scores": r["losses"], "parameters": r["parameters"]}
+            for n, r in runs.items()
+        }
+        return chosen(named, budget)
+
+    rejects("behind the best", check.choose_adapter, scores_for_losses, loss=True)
+
+
+def mean_of(numbers):
+    return sum(numbers) / len(numbers)

@@ -362,6 +362,7 @@ def choose_format(function, scale_bits=32) -> None:
     for kind, budget, sizes in (
         ("large", 4.3, [256, 128, 64, 32]),
         ("normal", 4.5, [256, 16, 64]),
+        ("normal", 4.495, [64, 256]),
         ("normal", 4.0, [16, 64, 128, 256]),
         ("uniform", 4.3, [256, 128, 64]),
         ("outliers", 5.0, [256, 64, 32, 16]),

@@ -283,12 +283,16 @@ def cases_drawn(kind: str):
     """(cases, budget, the decoy's name, the right one's)."""
     d, layers = random.choice([96, 128]), random.choice([4, 5, 6])
     good = {"placement": random.choice(["pfeiffer", "parallel"]), "m": 16}
+    if kind == "exact":
+        good = {"placement": "houlsby", "m": 8}
     budget = trained_numbers({"d": d, "layers": layers} | good)
     decoy = {
         "budget": {"placement": "parallel", "m": 24},
         "twice": {"placement": "houlsby", "m": 12},
-        "biases": {"placement": "houlsby", "m": 8},
+        "biases": {"placement": "parallel", "m": 17},
     }.get(kind, {"placement": "pfeiffer", "m": 8})
+    if kind == "biases":  # one parameter too many
+        budget = trained_numbers({"d": d, "layers": layers} | decoy) - 1
     drawn = {
         "good": good | {"valid": sweep(0.30), "test": 0.30},
         "decoy": decoy | {"valid": sweep(0.20), "test": 0.25},
@@ -299,6 +303,8 @@ def cases_drawn(kind: str):
         drawn["decoy"]["valid"] = sweep(0.20, kind)
     if kind == "test":
         drawn["decoy"] |= {"valid": sweep(0.45), "test": 0.10}
+    if kind == "exact":
+        drawn["decoy"]["valid"] = sweep(0.60)
     if kind == "tie":
         drawn["decoy"]["valid"], drawn["plain"]["test"] = sweep(0.6), 0.30
     names = random.sample(["a", "b", "c", "d"], 4)
@@ -317,7 +323,7 @@ def cases_drawn(kind: str):
 )
 def choose_placement(function, against="second") -> None:
     """function(cases, budget) -> (name, rate, verdict)."""
-    for kind in ("test", "budget", "twice", "biases", "low", "high", "tie"):
+    for kind in ("test", "budget", "twice", "biases", "exact", "low", "high", "tie"):
         cases, budget, decoy, good = cases_drawn(kind)
         got = function(copy.deepcopy(cases), budget)
         need(got is not None, "Your function gives None: is there a `return`?")

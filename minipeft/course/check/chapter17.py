@@ -1,12 +1,11 @@
-"""Chapter 17, in the ecosystem: two runs compared, keys repaired, PEFT's linear merge,
-answers only, llama.cpp's rows, a choice among adapters."""
+"""Chapter 17, in the ecosystem: two runs compared, keys repaired, where runs part said
+beforehand, answers only, llama.cpp's rows, a choice among adapters."""
 
 import math
 import random
 
 import torch
 
-from ..comparison import compare as told_apart
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -14,7 +13,7 @@ __all__ = [
     "choose_adapter",
     "first_difference",
     "gguf_lora",
-    "linear_merge",
+    "predict_parting",
     "repair_keys",
 ]
 
@@ -67,7 +66,7 @@ def first_difference(function) -> None:
     need(
         got is None,
         "Two runs whose numbers differ by rounding (one part in ten million) are the"
-        " same run: compare with a relative tolerance of 1e-4, and return None.",
+        " same run: compare with a relative tolerance, and return None.",
     )
     for factor, message in (
         (2.0, "One side's loss is twice the other's from step 2 on: you return None."),
@@ -119,19 +118,22 @@ def judge_place(got, step, field):
 
 # ---- 2. keys -------------------------------------------------------------------------
 
-LAYERS = ("layers.0.self_attn.q_proj", "submodule.up_proj", "default_head.v_proj")
-
 
 @checks("Every tensor has the key under which PEFT looks for it.")
-def repair_keys(function) -> None:
+def repair_keys(function, name="default", wrapper="module") -> None:
     """function(state) -> state with PEFT's keys."""
     right, state = {}, {}
-    for at, layer in enumerate(LAYERS):
+    layers = (
+        "layers.0.self_attn.q_proj",
+        f"sub{wrapper}.up_proj",
+        f"{name}_head.v_proj",
+    )
+    for at, layer in enumerate(layers):
         for part in ("lora_A", "lora_B"):
             value = draw(2, 3)
             key = f"base_model.model.model.{layer}.{part}.weight"
             right[key] = value
-            state[spoilt(key, at)] = value
+            state[spoilt(key, at, name, wrapper)] = value
     before = dict(state)
     got = function(state)
     no_return(got)
@@ -141,7 +143,7 @@ def repair_keys(function) -> None:
         "You change the dictionary that you were given: return a new one.",
     )
     for key in got:
-        name_fault(key)
+        name_fault(key, name, wrapper)
     missing = [key for key in right if key not in got]
     need(not missing, f"No tensor has the key {missing[0] if missing else ''}.")
     extra = [key for key in got if key not in right]
@@ -150,35 +152,41 @@ def repair_keys(function) -> None:
     need(not moved, "The keys are right, but a tensor stands under another one's key.")
 
 
-def spoilt(key, at):
+def spoilt(key, at, name, wrapper):
     """The key as somebody else's trainer writes it."""
     bare = key.removeprefix("base_model.model.")
+    named = f".{name}.weight"
     return (
-        key.replace(".weight", ".default.weight"),
-        "module." + bare,
-        "base_model.model._orig_mod." + bare.replace(".weight", ".default.weight"),
+        key.replace(".weight", named),
+        f"{wrapper}." + bare,
+        "base_model.model._orig_mod." + bare.replace(".weight", named),
     )[at]
 
 
-def name_fault(key):
+def name_fault(key, name, wrapper):
+    makers = {
+        "module": "DistributedDataParallel",
+        "_forward_module": "Lightning Fabric",
+    }
+    maker = makers.get(wrapper, "a wrapper")
     faults = {
-        "`.default` names the adapter in memory; a file has no adapter's name.": (
-            ".default.weight" in key
+        f"`.{name}` names the adapter in memory; a file has no adapter's name.": (
+            f".{name}.weight" in key
         ),
         "`_orig_mod.` comes from torch.compile; it is no part of the model.": (
             "_orig_mod" in key
         ),
-        "`module.` at the start comes from DistributedDataParallel.": (
-            "model.module." in key or key.startswith("module.")
+        f"`{wrapper}.` at the start comes from {maker}.": (
+            f"model.{wrapper}." in key or key.startswith(f"{wrapper}.")
         ),
         "The prefix base_model.model. is there twice.": (
             key.startswith("base_model.model.base_model")
         ),
-        "`submodule` is the name of a layer here: remove `module.` only where it is a"
-        " whole part of the path, at its start.": "model.sub" in key
-        and "submodule" not in key,
-        "`default_head` is the name of a layer here: remove `.default` only behind"
-        " lora_A and lora_B.": "head" in key and "default_head" not in key,
+        f"`sub{wrapper}` is the name of a layer here: remove `{wrapper}.` only where it"
+        " is a whole part of the path, at its start.": "model.sub" in key
+        and f"sub{wrapper}" not in key,
+        f"`{name}_head` is the name of a layer here: remove `.{name}` only behind"
+        " lora_A and lora_B.": "head" in key and f"{name}_head" not in key,
     }
     for message, present in faults.items():
         need(not present, f"{message} Yours: {key}")
@@ -189,52 +197,129 @@ def name_fault(key):
     )
 
 
-# ---- 3. PEFT's linear ----------------------------------------------------------------
+# ---- 3. where runs part, said beforehand ---------------------------------------------
+
+SETTINGS = {  # what the second run does differently, and why they part there
+    "seed of the rows": "other rows are seen from the first step on, and the batch is"
+    " what a step begins with",
+    "seed of A": "with B zero, B A is zero for every A, and so the first loss is the"
+    " same; but B's gradient contains A. (With a B that is not zero, the first loss"
+    " contains A.)",
+    "weight decay": "it acts in the optimizer's step, after the first loss and its"
+    " gradient, and shows first in the next loss",
+    "betas": "Adam's first step does not depend on them: with the bias corrections both"
+    " means are those of one gradient. The second step does; step 2's loss shows it",
+    "warm-up": "the first step's rate is a smaller one; loss and gradient are computed"
+    " before it is used",
+    "linear schedule": "its first rate is the full one. The second is smaller, and the"
+    " loss before it is still the same",
+    "bias trained too": "the loss is the same at the start, and the norm of the"
+    " gradient has one more part",
+    "loss summed": "the loss itself is another number, from the first step on",
+}
+
+
+class Setup:
+    """A layer with a frozen weight, a LoRA and a bias, and rows to train it on."""
+
+    def __init__(self, B, seed, change):
+        start = torch.Generator().manual_seed(seed)
+        self.W = normal(start, 5, 6)
+        rows = [(normal(start, 8, 6), normal(start, 8, 5)) for _ in range(5)]
+        self.rows = rows[::-1] if change == "seed of the rows" else rows
+        own = torch.Generator().manual_seed(seed + 1 + (change == "seed of A"))
+        self.A = normal(own, 2, 6).requires_grad_()
+        zero = torch.zeros(5, 2, dtype=torch.float64)
+        self.B = (zero if B == "zero" else normal(start, 5, 2)).requires_grad_()
+        self.bias = torch.zeros(5, dtype=torch.float64)
+        self.bias.requires_grad_(change == "bias trained too")
+        self.change = change
+
+    def loss(self, x, y):
+        error = x @ (self.W + self.B @ self.A).T + self.bias - y
+        return error.square().sum() / (1 if self.change == "loss summed" else 40)
+
+    def rate(self, step):
+        factor = {
+            "warm-up": min(1, (step + 1) / 3),
+            "linear schedule": 1 - step / 5,
+        }.get(self.change, 1)
+        return 0.05 * factor
+
+
+def normal(generator, *shape):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def run_of(B, seed, change="") -> dict:
+    """{field: one number a step} of a training with one thing changed."""
+    setup = Setup(B, seed, change)
+    trained = [p for p in (setup.A, setup.B, setup.bias) if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=0.05,
+        weight_decay=0.1 if change == "weight decay" else 0.0,
+        betas=(0.5, 0.999) if change == "betas" else (0.9, 0.999),
+    )
+    found = {field: [] for field in FIELDS}
+    for step, (x, y) in enumerate(setup.rows):
+        loss = setup.loss(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in trained).sqrt()
+        optimizer.param_groups[0]["lr"] = setup.rate(step)
+        values = x.sum().item(), loss.item(), norm.item(), setup.rate(step)
+        for field, value in zip(FIELDS, values):
+            found[field].append(value)
+        optimizer.step()
+    return found
+
+
+def parting(one, other):
+    """The first (step, field) at which two runs differ by more than rounding."""
+    for step in range(len(one["loss"])):
+        for field in FIELDS:
+            if not math.isclose(one[field][step], other[field][step], rel_tol=1e-8):
+                return step, field
+    return None
 
 
 @checks(
-    "That is what PEFT computes: a product of two sums, with every B_i A_j in it.",
-    "A_i is (r, k), B_i (d, r), the result (d, k).",
+    "All eight. Each setting acts at one place of a step: rows, loss, gradient, rate,"
+    " optimizer. What comes before that place is the same."
 )
-def linear_merge(function) -> None:
-    """function(As, Bs, weights) -> (d, k)."""
-    for weights in ([0.5, 0.5], [0.7, -0.3], [1.0, 0.5, -0.25]):
-        d, k, r = random.choice([5, 7]), random.choice([6, 9]), 2
-        n = len(weights)
-        As, Bs = [draw(r, k) for _ in range(n)], [draw(d, r) for _ in range(n)]
-
-        def product(on_A, on_B):
-            A = sum(f * A for f, A in zip(on_A, As))
-            return sum(f * B for f, B in zip(on_B, Bs)) @ A
-
-        roots = [math.sqrt(abs(w)) for w in weights]
-        signed = [math.copysign(root, w) for root, w in zip(roots, weights)]
-        ones = [1.0] * n
-        exact = sum(w * B @ A for w, A, B in zip(weights, As, Bs))
-        compare(
-            function(As, Bs, weights),
-            product(signed, roots),
-            {
-                "That is the weighted sum of the updates B_i A_i, which one would want."
-                " PEFT's `linear` adds the A's and the B's apart, and multiplies"
-                " then.": exact,
-                "Both sums have the whole weight, so each update would come with w²:"
-                " PEFT gives the square root to either side.": product(
-                    weights, weights
-                ),
-                "Only one side has the weights. PEFT shares them out: a root to A and a"
-                " root to B.": product(weights, ones),
-                "Only the B's have the weights. PEFT shares them out: a root to A and a"
-                " root to B.": product(ones, weights),
-                "The signs are lost: a negative weight subtracts.": product(
-                    roots, roots
-                ),
-                "Both sides have the sign, and two minus signs make a plus.": product(
-                    signed, signed
-                ),
-                "The weights are not there.": product(ones, ones),
-            },
-            "Your update",
+def predict_parting(predicted, B="zero") -> None:
+    """predicted: {setting: (step, field)}."""
+    need(
+        predicted is not None,
+        "There is nothing here yet: put your eight places in the place of None.",
+    )
+    need(
+        isinstance(predicted, dict),
+        "Give a dictionary {setting: (step, field)}; yours is a"
+        f" {type(predicted).__name__}.",
+    )
+    missing = [name for name in SETTINGS if name not in predicted]
+    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    seed = random.randrange(10**6)
+    plain = run_of(B, seed)
+    for setting, why in SETTINGS.items():
+        said = predicted[setting]
+        need(
+            isinstance(said, tuple | list) and len(said) == 2,
+            f"{setting!r}: (step, field) is wanted, for example (0, 'lr'); you have"
+            f" {said!r}.",
+        )
+        need(
+            said[1] in FIELDS,
+            f"{setting!r}: the field is one of {', '.join(FIELDS)}, and comes second;"
+            f" you have {said!r}.",
+        )
+        place = parting(plain, run_of(B, seed, setting))
+        need(
+            tuple(said) == place,
+            f"{setting!r}: you say {tuple(said)}, and two such runs part at {place}."
+            f" Think again: {why}.",
         )
 
 
@@ -386,27 +471,32 @@ def gguf_lora(function) -> None:
 # ---- 6. which adapter ----------------------------------------------------------------
 
 
-def behind(one, best):
-    return told_apart(one, best).verdict == "behind"
-
-
 @checks(
     "The smallest one within the budget that the rule does not put behind the best."
 )
-def choose_adapter(function) -> None:
+def choose_adapter(function, loss=False) -> None:
     """function(runs, budget) -> name; runs {name: {"scores": [one a seed],
-    "parameters": int}}."""
-    runs = {
-        "full": {"scores": [66.0, 66.3, 66.1], "parameters": 134_515_008},
-        "LoRA r 8": {"scores": [64.0, 64.4, 64.1], "parameters": 2_442_240},
-        "LoRA r 1": {"scores": [63.1, 64.9, 63.6], "parameters": 305_280},
-        "prompt": {"scores": [55.0, 55.6, 55.2], "parameters": 11_520},
-        "(IA)³": {"scores": [61.0, 61.3, 61.2], "parameters": 57_600},
+    "parameters": int}}, or "losses" in the place of "scores"."""
+    scores = {
+        "full": ([66.0, 66.3, 66.1], 134_515_008),
+        "LoRA r 8": ([64.0, 64.4, 64.1], 2_442_240),
+        "LoRA r 1": ([63.1, 64.9, 63.6], 305_280),
+        "prompt": ([55.0, 55.6, 55.2], 11_520),
+        "(IA)³": ([61.0, 61.3, 61.2], 57_600),
     }
-    one_seed = {
-        name: {"scores": run["scores"][:1], "parameters": run["parameters"]}
-        for name, run in runs.items()
-    }
+
+    def recorded(seeds):
+        key = "losses" if loss else "scores"
+        sign = -1 if loss else 1  # a loss of 70 less the score: lower is better
+        return {
+            name: {
+                key: [70 * loss + sign * score for score in found[:seeds]],
+                "parameters": parameters,
+            }
+            for name, (found, parameters) in scores.items()
+        }
+
+    runs, one_seed = recorded(3), recorded(1)
     budget = 3_000_000
     got = function(runs, budget)
     no_return(got)
@@ -418,7 +508,7 @@ def choose_adapter(function) -> None:
         "prompt": "That one is the smallest, and its scores are behind the best by far"
         " more than the seeds explain.",
         "(IA)³": "That one is behind the best, says `compare`: every seed of it is"
-        " three points lower.",
+        f" three points {'higher' if loss else 'lower'}.",
     }
     if got != "LoRA r 1":
         raise Wrong(slips[got])
