@@ -1,12 +1,15 @@
 """Chapter 14's checks accept the solution, refuse the blank stub, and name the mistake
 in what is plausibly wrong."""
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 import torch
 from judging import accepts, rejects
 from torch import nn
 
-from minipeft.course import check
+from minipeft.course import check, compare
 
 
 def stub(*args):
@@ -277,33 +280,6 @@ def test_penalty_mistakes(says, answer):
     rejects(says, check.fusion_penalty, answer)
 
 
-# ------------------------------------------------------------------------- count_fusion
-
-
-def test_count_solution():
-    accepts(check.count_fusion, lambda d, places: places * (3 * d * d + 2 * d))
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("biases of query and key", lambda d, places: places * 3 * d * d),
-        ("value has no bias", lambda d, places: places * (3 * d * d + 3 * d)),
-        ("you count one.", lambda d, places: places * (3 * d * d + d)),
-        ("one place", lambda d, places: 3 * d * d + 2 * d),
-        ("three matrices", lambda d, places: places * (2 * d * d + 2 * d)),
-        ("not bottlenecks", lambda d, places: places * 3 * d),
-        ("d numbers, not one", lambda d, places: places * (3 * d * d + 2)),
-        ("no fourth matrix", lambda d, places: places * (4 * d * d + 2 * d)),
-        ("I count", lambda d, places: 1),
-        ("is there a `return`", lambda d, places: None),
-        ("nothing here yet", stub),
-    ],
-)
-def test_count_mistakes(says, answer):
-    rejects(says, check.count_fusion, answer)
-
-
 # ------------------------------------------------------------------------ whom_it_hears
 
 
@@ -350,3 +326,156 @@ def test_hears_solution():
 )
 def test_hears_mistakes(says, answer):
     rejects(says, check.whom_it_hears, answer)
+
+
+# ----------------------------------------------------------------------- predict_shares
+
+
+def shares_of(share):
+    odds = share / ((1 - share) / 2)
+
+    def f(o):
+        return o / (o + 2)
+
+    return {
+        "listed twice": odds / (2 * odds + 2),
+        "query doubled": f(odds**2),
+        "key bias": share,
+        "update doubled": f(odds**2),
+        "its part then": 2 * f(odds**2) / share,
+        "silenced": 1 / 3,
+        "divided by 4": f(odds**0.25),
+    }
+
+
+SHARES = shares_of(0.5)
+
+
+def test_predict_shares_right_answers():
+    accepts(check.predict_shares, SHARES)
+    accepts(check.predict_shares, {k: np.float32(v) for k, v in SHARES.items()}, 0.5)
+    accepts(check.predict_shares, {k: round(v, 2) for k, v in reversed(SHARES.items())})
+    accepts(check.predict_shares, shares_of(0.6), 0.6)
+    accepts(check.predict_shares, shares_of(2 / 3), 2 / 3)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", None),
+        ("Give a dictionary", [0.5]),
+        ("no prediction for", {k: v for k, v in SHARES.items() if k != "silenced"}),
+        ("a number is wanted", SHARES | {"key bias": "1/2"}),
+        ("one more entry", SHARES | {"listed twice": 0.5}),
+        ("one more entry", SHARES | {"listed twice": 0.25}),
+        ("odds are squared", SHARES | {"query doubled": 0.5}),
+        ("odds are squared", SHARES | {"query doubled": 1.0}),
+        ("added to all scores alike", SHARES | {"key bias": 0.6}),
+        ("score doubles", SHARES | {"update doubled": 0.5}),
+        ("share times update", SHARES | {"its part then": 2.0}),
+        ("still gives it a share", SHARES | {"silenced": 0.0}),
+        ("fourth root", SHARES | {"divided by 4": 0.125}),
+    ],
+)
+def test_predict_shares_mistakes(says, answer):
+    rejects(says, check.predict_shares, answer)
+
+
+# ----------------------------------------------------------------------- fewest_experts
+
+
+def behind(losses_of, chosen, names):
+    return compare(losses_of(chosen), losses_of(names), loss=True).verdict == "behind"
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def fewest(names, losses_of):
+    for size in range(1, len(names) + 1):
+        good = [
+            list(chosen)
+            for chosen in combinations(names, size)
+            if not behind(losses_of, list(chosen), names)
+        ]
+        if good:
+            return min(good, key=lambda chosen: mean(losses_of(chosen)))
+
+
+def by_bits(names, losses_of):
+    """Another style: all sets at once, sorted."""
+    sets = [
+        {name for i, name in enumerate(names) if bits >> i & 1}
+        for bits in range(1, 2 ** len(names))
+    ]
+    sets.sort(key=lambda chosen: (len(chosen), np.mean(losses_of(chosen))))
+    return next(chosen for chosen in sets if not behind(losses_of, chosen, names))
+
+
+def one_at_a_time(names, losses_of):
+    return [
+        name
+        for name in names
+        if behind(losses_of, [other for other in names if other != name], names)
+    ]
+
+
+def all_sets(names):
+    for size in range(1, len(names) + 1):
+        yield from map(list, combinations(names, size))
+
+
+def test_fewest_right_answers():
+    accepts(check.fewest_experts, fewest)
+    accepts(check.fewest_experts, by_bits)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", stub),
+        ("is there a `return`", lambda names, losses_of: None),
+        ("a list or a set of names", lambda names, losses_of: names[0]),
+        ("losses_of takes a list", lambda names, losses_of: losses_of(names[0])),
+        ("losses_of takes a list", lambda names, losses_of: losses_of([])),
+        ("one expert at a time", one_at_a_time),
+        (
+            "lowest mean loss. The question",
+            lambda names, losses_of: min(
+                all_sets(names), key=lambda chosen: mean(losses_of(chosen))
+            ),
+        ),
+        (
+            "higher by chance is no reason",
+            lambda names, losses_of: min(
+                (
+                    chosen
+                    for chosen in all_sets(names)
+                    if mean(losses_of(chosen)) <= mean(losses_of(names))
+                ),
+                key=lambda chosen: (len(chosen), mean(losses_of(chosen))),
+            ),
+        ),
+        (
+            "name those that are needed",
+            lambda names, losses_of: {*names} - {*fewest(names, losses_of)},
+        ),
+        ("and so will fewer", lambda names, losses_of: names),
+        ("really behind", lambda names, losses_of: fewest(names, losses_of)[:1]),
+        (
+            "another has a lower mean",
+            lambda names, losses_of: max(
+                (
+                    chosen
+                    for chosen in all_sets(names)
+                    if len(chosen) == len(fewest(names, losses_of))
+                    and not behind(losses_of, chosen, names)
+                ),
+                key=lambda chosen: mean(losses_of(chosen)),
+            ),
+        ),
+    ],
+)
+def test_fewest_mistakes(says, answer):
+    rejects(says, check.fewest_experts, answer)

@@ -560,3 +560,32 @@ def test_the_mixture_is_one_of_the_packages_own_kind():
     model.add_adapter("mixture", config)
     slot = model.get_base_model()[0]
     assert slot.adapters["mixture"].delta(Base(slot, "mixture")).shape == (7, 6)
+
+
+# ------------------------------------------------------------- as other classes have it
+
+
+def test_the_largest_sum_may_have_other_adapters():
+    ten = {k.replace("5", "10"): v for k, v in RIGHT.items()} | {"sum of 10": 3.0}
+    assert check.predict_factors(ten, many=10)
+    wrong = check.predict_factors(ten | {"sum of 10": 2.0}, many=10)
+    assert not wrong and "10 · 9 of them" in wrong.message
+    assert not check.predict_factors(RIGHT, many=10)
+
+
+def test_the_verdict_may_be_of_the_plain_merge():
+    def other_way(valid, right, plain):
+        name = chosen(valid, right, plain)[0]
+        return name, compare(right[plain], right[name]).verdict
+
+    assert check.choose_merge(other_way, of="plain")
+    wrong = check.choose_merge(chosen, of="plain")
+    assert not wrong and "turned round" in wrong.message
+
+
+def test_an_adapter_may_begin_with_B():
+    def b_first(now, base, adapters):
+        return counted(now, base, {n: (a, b, s) for n, (b, a, s) in adapters.items()})
+
+    assert check.who_is_in_it(b_first, b_first=True)
+    assert not check.who_is_in_it(counted, b_first=True)

@@ -426,3 +426,28 @@ def test_entry_solution():
 )
 def test_entry_mistakes(says, answer):
     rejects(says, check.own_entry, answer)
+
+
+# ------------------------------------------------------------- as other classes have it
+
+
+def test_more_pairs_may_be_asked_for():
+    five = RIGHT | {("noisy", "near"): TIE}
+    assert check.said_beforehand(five, RUNS, least="five")
+    wrong = check.said_beforehand(RIGHT, RUNS, least="five")
+    assert not wrong and "at least five" in wrong.message
+
+
+def test_more_seeds_may_be_asked_for():
+    def three(budget, train, item, spread_seed, spread_item, most):
+        best = math.inf, None
+        for seeds in range(3, int(budget / train) + 1):
+            items = min(most, int((budget / seeds - train) / item + 1e-9))
+            if items >= 1:
+                error = spread_seed**2 / seeds + spread_item**2 / items
+                best = min(best, (error, (seeds, items)))
+        return best[1]
+
+    assert check.best_split(three, fewest=3)
+    wrong = check.best_split(all_splits, fewest=3)
+    assert not wrong and "3 seeds are asked for" in wrong.message

@@ -327,3 +327,47 @@ def last(calls):
 )
 def test_mismatch_mistakes(says, answer):
     rejects(says, check.first_mismatch, answer)
+
+
+# ------------------------------------------------------------- as other classes have it
+
+
+def test_the_order_may_begin_with_the_most():
+    least = ["DDP, LoRA", "FSDP2, QLoRA", "DDP, full", "FSDP2, LoRA", "FSDP2, full"]
+    assert check.traffic_order(least[::-1], first="most")
+    wrong = check.traffic_order(least, first="most")
+    assert not wrong and "sends most" in wrong.message
+
+
+def test_the_cost_may_be_in_another_unit():
+    def cost(frozen, checkpointing):
+        return 2 * (2 + (not frozen) + checkpointing)
+
+    assert check.step_cost(cost, forward=2)
+    assert not check.step_cost(cost)
+    wrong = check.step_cost(lambda f, c: cost(f, c) / 2, forward=2)
+    assert not wrong
+
+
+def test_a_part_of_a_card_may_have_to_stay_free():
+    def count(sharded, whole, card, sizes, free=2):
+        fits = [n for n in sizes if sharded / n + whole + free <= card]
+        return min(fits, default=None)
+
+    assert check.card_count(count, reserve=2)
+    wrong = check.card_count(lambda *case: count(*case, free=0), reserve=2)
+    assert not wrong and "have to stay free" in wrong.message
+
+
+def test_a_process_that_calls_no_more_may_have_a_name():
+    def mismatch(calls, missing="nothing"):
+        longest = max(map(len, calls))
+        full = [[*one, *[missing] * (longest - len(one))] for one in calls]
+        for index, names in enumerate(zip(*full)):
+            if len({*names}) > 1:
+                return index, dict(enumerate(names))
+        return None
+
+    assert check.first_mismatch(mismatch, missing="nothing")
+    wrong = check.first_mismatch(lambda c: mismatch(c, None), missing="nothing")
+    assert not wrong and "'nothing'" in wrong.message

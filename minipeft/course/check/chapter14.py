@@ -1,14 +1,23 @@
-"""Chapter 14, AdapterFusion: the attention, the module, its penalty, its cost, and how
-to read it."""
+"""Chapter 14, AdapterFusion: how to read it, the attention repaired, its shares
+predicted, the experts that are needed, its penalty, and the module."""
 
 import random
+from itertools import combinations
 
 import torch
 from torch import nn
 
+from ..comparison import compare as told_apart
 from .teacher import Wrong, checks, compare, need, same
 
-__all__ = ["count_fusion", "fuse", "fusion_module", "fusion_penalty", "whom_it_hears"]
+__all__ = [
+    "fewest_experts",
+    "fuse",
+    "fusion_module",
+    "fusion_penalty",
+    "predict_shares",
+    "whom_it_hears",
+]
 
 SHAPES = (
     "y is (B, T, d), updates (N, B, T, d), weights (d, d) as nn.Linear has them: the"
@@ -284,39 +293,6 @@ def fusion_penalty(function) -> None:
         )
 
 
-@checks("The count is right, for BERT-base too. It is a fifth of that model.")
-def count_fusion(function) -> None:
-    """function(d, places) -> int: query and key with biases, value without."""
-    for d, places in ((random.randint(30, 70), random.choice([3, 5, 8])), (768, 12)):
-        got, right = function(d, places), places * (3 * d * d + 2 * d)
-        need(
-            got is not None, "Your function gives None: is there a `return` at its end?"
-        )
-        slips = {
-            "The biases of query and key are missing.": places * 3 * d * d,
-            "The value has no bias: query and key have.": places * (3 * d * d + 3 * d),
-            "Two biases of d numbers each: you count one.": places * (3 * d * d + d),
-            "You count one place.": 3 * d * d + 2 * d,
-            "There are three matrices: query, key and value.": (
-                places * (2 * d * d + 2 * d)
-            ),
-            "The matrices are d × d, not bottlenecks.": places * 3 * d,
-            "There is no fourth matrix after the attention, as in ordinary"
-            " attention.": (places * (4 * d * d + 2 * d)),
-            "A bias of a linear layer has d numbers, not one.": (
-                places * (3 * d * d + 2)
-            ),
-        }
-        if got != right:
-            raise Wrong(
-                next(
-                    (message for message, wrong in slips.items() if got == wrong),
-                    f"For d = {d} and {places} places you get {got:,}; I count"
-                    f" {right:,}.",
-                )
-            )
-
-
 @checks("Each real token counts once, and padding does not.")
 def whom_it_hears(function) -> None:
     """function(p, mask) -> (N,): the mean share of each expert; p (B, T, N), mask (B,
@@ -369,3 +345,214 @@ def whom_it_hears(function) -> None:
         },
         "Your shares",
     )
+
+
+# ---- shares, predicted ---------------------------------------------------------------
+
+
+def share_cases(share, d=16):
+    """{case: (what the formula gives for vectors that have these shares, why)}; the
+    first of three experts has `share`, the other two have the rest in equal parts."""
+    q = torch.randn(d, dtype=torch.float64)
+    log_odds = torch.tensor(share).double().div((1 - share) / 2).log()
+    u = torch.randn(3, d, dtype=torch.float64)
+    u -= torch.outer(u @ q, q) / q.square().sum()  # scores of zero
+    u[0] += log_odds * q / q.square().sum()
+
+    def first(keys=u, query=q, scale=1.0):
+        return (keys @ query * scale).softmax(0)[0].item()
+
+    loud, quiet = u.clone(), u.clone()
+    loud[0] *= 2
+    quiet[0] = 0
+    return {
+        "listed twice": (
+            first(torch.cat((u[:1], u))),
+            "the softmax has one more entry, as large as the first",
+        ),
+        "query doubled": (first(query=2 * q), "all scores double: odds are squared"),
+        "key bias": (
+            first(u + torch.randn(d, dtype=torch.float64)),
+            "q · b is added to all scores alike, as in chapter 13",
+        ),
+        "update doubled": (
+            first(loud),
+            "the key is made of the update: with it the expert's score doubles",
+        ),
+        "its part then": (
+            2 * first(loud) / first(),
+            "what counts is share times update, and both have grown",
+        ),
+        "silenced": (
+            first(quiet),
+            "an update of zero gives a score of zero, as the other two have here: the"
+            " softmax still gives it a share",
+        ),
+        "divided by 4": (
+            first(scale=0.25),
+            "a quarter of each score: the fourth root of the odds",
+        ),
+    }
+
+
+@checks(
+    "All seven. A share says how an expert's score compares with the others', and not"
+    " how much it does: an expert that says nothing has one too."
+)
+def predict_shares(predicted, share=0.5) -> None:
+    """predicted: {case: number}; share: the first expert's before any change."""
+    need(
+        predicted is not None,
+        "There is nothing here yet: put your seven numbers in the place of None.",
+    )
+    need(
+        isinstance(predicted, dict),
+        f"Give a dictionary {{case: number}}; yours is a {type(predicted).__name__}.",
+    )
+    cases = share_cases(share)
+    missing = [case for case in cases if case not in predicted]
+    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    for case, (true, why) in cases.items():
+        got = as_number(predicted[case], case)
+        need(
+            abs(got - true) <= (0.05 if true > 1 else 0.02),
+            f"{case!r}: you say {got:.3g}, and it is {true:.3f}. Think of this: {why}.",
+        )
+
+
+def as_number(value, case):
+    wanted = f"{case!r}: a number is wanted, you have {value!r}."
+    need(value is not None and not isinstance(value, (str, bool)), wanted)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise Wrong(wanted) from error
+
+
+# ---- which experts are needed --------------------------------------------------------
+
+
+def fusion_of(kind):
+    """(names, {set of names: [a loss a seed]}) of a fusion whose experts matter in this
+    way."""
+    names = random.sample(["voice", "records", "extract", "sql"], 4)
+    a, b, c, d = names
+    harm = {
+        "one does it all": lambda s: 0.7 * (a not in s),
+        "large and uncertain": lambda s: 0.5 * (a not in s),
+        "one is useless": lambda s: 0.5 * len({a, b, c} - s),
+        "copies": lambda s: 0.6 * (not s & {a, b}) + 0.4 * (c not in s),
+        "small and certain": lambda s: 0.02 * (d not in s) + 0.5 * len({a, b} - s),
+        "all are needed": lambda s: 0.3 * len({*names} - s),
+    }[kind]
+    losses = {}
+    for chosen in sets_of(names):
+        noise = [0.004, -0.001, -0.003]
+        if len(chosen) < 4 and kind != "small and certain":
+            noise = random.choice([noise[1:] + noise[:1], noise[2:] + noise[:2]])
+        level = 0.2 + harm(chosen) + 0.0003 * len(chosen)
+        if kind == "copies" and a not in chosen:
+            level += 0.002
+        if kind == "large and uncertain":
+            level -= 0.002 * (chosen >= {a, b}) + 0.002 * (chosen == {a, b, c})
+            if b not in chosen:
+                noise = random.sample([0.09, -0.02, 0.02], 3)
+        losses[chosen] = [level + one for one in noise]
+    return names, losses
+
+
+def sets_of(names):
+    """All sets of one or more of the names."""
+    for size in range(1, len(names) + 1):
+        yield from map(frozenset, combinations(names, size))
+
+
+KINDS = (
+    "one does it all",
+    "large and uncertain",
+    "one is useless",
+    "copies",
+    "small and certain",
+    "all are needed",
+)
+
+
+@checks(
+    "The smallest set that the course's rule does not tell from all: copies are kept"
+    " once, and what is small but certain counts."
+)
+def fewest_experts(function) -> None:
+    """function(names, losses_of) -> a list or set of names."""
+    for kind in KINDS:
+        names, losses = fusion_of(kind)
+        judge_experts(function, names, losses)
+
+
+def judge_experts(function, names, losses):
+    def losses_of(chosen):
+        need(
+            not isinstance(chosen, str) and {*chosen} <= {*names} and len(chosen) > 0,
+            "losses_of takes a list of one or more of the names; you give it"
+            f" {chosen!r}.",
+        )
+        return list(losses[frozenset(chosen)])
+
+    got = function(list(names), losses_of)
+    need(got is not None, "Your function gives None: is there a `return` at its end?")
+    need(
+        isinstance(got, (list, tuple, set, frozenset))
+        and all(isinstance(name, str) for name in got)
+        and {*got} <= {*names},
+        f"Return a list or a set of names; yours is {got!r}.",
+    )
+    everyone = frozenset(names)
+    got = frozenset(got)
+    mean = {chosen: sum(each) / len(each) for chosen, each in losses.items()}
+
+    def worse(chosen):
+        result = told_apart(losses[chosen], losses[everyone], loss=True)
+        return result.verdict == "behind"
+
+    good = [chosen for chosen in losses if not worse(chosen)]
+    fewest = min(map(len, good))
+    right = min((s for s in good if len(s) == fewest), key=mean.get)
+    if got == right:
+        return
+    raise Wrong(experts_slip(got, right, names, losses, mean, worse))
+
+
+def experts_slip(got, right, names, losses, mean, worse):
+    everyone = frozenset(names)
+    one_less = {name: everyone - {name} for name in names}
+    alone = frozenset(name for name in names if worse(one_less[name]))
+    by_mean = [chosen for chosen in losses if mean[chosen] <= mean[everyone]]
+    slips = {
+        "You silence one expert at a time. Two that say the same can each be missed,"
+        " and not both: try sets.": alone,
+        "You take the set with the lowest mean loss. The question is which experts are"
+        " *needed*: the smallest set that is not behind.": min(mean, key=mean.get),
+        "You ask for a mean no higher than that of all: a mean that is higher by chance"
+        " is no reason. Ask `compare`.": min(
+            by_mean, key=lambda chosen: (len(chosen), mean[chosen])
+        ),
+        "You name the experts that can be spared: name those that are needed.": (
+            everyone - right
+        ),
+    }
+    shown = {
+        " + ".join(sorted(s)): [round(x, 3) for x in losses[s]]
+        for s in (everyone, right, got)
+        if s
+    }
+    for message, wrong in slips.items():
+        if got == wrong:
+            return f"{message} The losses: {shown}."
+    need(got, "You return no name at all: at least one expert is needed.")
+    if worse(got):
+        return (
+            f"Without the others {sorted(got)} is really behind all of them, by the"
+            f" course's rule: {shown}."
+        )
+    if len(got) > len(right):
+        return f"{sorted(got)} will do, and so will fewer: {shown}."
+    return f"Of the smallest sets another has a lower mean loss: {shown}."

@@ -156,8 +156,8 @@ def gradients_of_batch(got, shape, W, deltas, names, x):
 CASES = {
     "sum of 2": "the cross terms B_i A_j with i ≠ j: 2 of them beside 2 right ones,"
     " all of the same size and at right angles",
-    "sum of 5": "count the cross terms: 5 · 4 of them beside 5 right ones; lengths of"
-    " things at right angles add up as squares do",
+    "sum of 5": "count the cross terms: {many} · {less} of them beside {many} right"
+    " ones; lengths of things at right angles add up as squares do",
     "mean of 2": "(B₁+B₂)(A₁+A₂)/4 against (B₁A₁+B₂A₂)/2: half of the right terms is"
     " missing *and* the cross terms come in, and the two errors are at right angles",
     "sum of 2 equal": "2B · 2A is 4 BA, and 2 BA was wanted",
@@ -166,10 +166,10 @@ CASES = {
 }
 
 
-def factor_error(case):
-    """||what the factors give - what is wanted|| / ||what is wanted||, by
-    simulation."""
-    d, r, n = 400, 4, 5 if "5" in case else 2
+def factor_error(case, n):
+    """||what the factors give - what is wanted|| / ||what is wanted||, by simulation
+    with n adapters."""
+    d, r = 400, 4
     As = [draw(r, d) for _ in range(n)]
     Bs = [draw(d, r) for _ in range(n)]
     if "equal" in case:
@@ -186,8 +186,8 @@ def factor_error(case):
     "All six, within a tenth. What decides is whether the factors point in the same"
     " direction: unrelated ones bring cross terms, equal ones a wrong scale."
 )
-def predict_factors(predicted) -> None:
-    """predicted: {case: relative error}."""
+def predict_factors(predicted, many=5) -> None:
+    """predicted: {case: relative error}; many: adapters in the largest sum."""
     need(
         predicted is not None,
         "There is nothing here yet: put your six numbers in the place of None.",
@@ -196,9 +196,10 @@ def predict_factors(predicted) -> None:
         isinstance(predicted, dict),
         f"Give a dictionary {{case: error}}; yours is a {type(predicted).__name__}.",
     )
-    missing = [case for case in CASES if case not in predicted]
+    cases = {case.replace("5", str(many)): why for case, why in CASES.items()}
+    missing = [case for case in cases if case not in predicted]
     need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
-    for case, why in CASES.items():
+    for case, why in cases.items():
         got = predicted[case]
         need(
             got is not None,
@@ -210,7 +211,8 @@ def predict_factors(predicted) -> None:
             got = float(got)
         except (TypeError, ValueError) as error:
             raise Wrong(wanted) from error
-        true = factor_error(case)
+        true = factor_error(case, many if case == f"sum of {many}" else 2)
+        why = why.format(many=many, less=many - 1)
         need(
             abs(got - true) <= 0.1 * max(true, 0.5),
             f"{case!r}: you say {got:.3g}, and it is {true:.2f}. Think of {why}.",
@@ -223,13 +225,14 @@ def predict_factors(predicted) -> None:
 @checks(
     "Chosen on validation, judged once on the test, and by all seeds: an honest choice."
 )
-def choose_merge(function) -> None:
-    """function(valid_loss, right, plain) -> (name, verdict)."""
+def choose_merge(function, of="chosen") -> None:
+    """function(valid_loss, right, plain) -> (name, verdict), the verdict of the chosen
+    merge against `plain`, or the other way round with of="plain"."""
     for seed, kind in enumerate(("clear", "trap", "tie", "behind", "one seed better")):
         valid, right = merges_drawn(random.Random(seed), kind)
         got = function(copy.deepcopy(valid), copy.deepcopy(right), "cat")
         no_return(got)
-        judge_choice(got, valid, right, "cat")
+        judge_choice(got, valid, right, "cat", of)
 
 
 def merges_drawn(rng, kind):
@@ -259,7 +262,7 @@ def merges_drawn(rng, kind):
     return valid, right
 
 
-def judge_choice(got, valid, right, plain):
+def judge_choice(got, valid, right, plain, of):
     need(
         isinstance(got, (tuple, list)) and len(got) == 2,
         f"Return two things, the name and the verdict; you return {got!r}.",
@@ -283,7 +286,8 @@ def judge_choice(got, valid, right, plain):
             slips.get(name, f"You choose {name!r}; by the mean validation loss it is")
             + ("" if name in slips else f" {wanted!r}.")
         )
-    right_verdict = told_apart(right[wanted], right[plain]).verdict
+    a, b = (wanted, plain) if of == "chosen" else (plain, wanted)
+    right_verdict = told_apart(right[a], right[b]).verdict
     if isinstance(verdict, str) and verdict == right_verdict:
         return
     need(
@@ -297,7 +301,7 @@ def judge_choice(got, valid, right, plain):
         " and right answers are not a loss."
         if swapped.get(right_verdict) == verdict
         else f"You say {verdict!r}; the course's rule says {right_verdict!r} of"
-        f" {wanted!r} against {plain!r}. Give `compare` the strings of all seeds, so"
+        f" {a!r} against {b!r}. Give `compare` the strings of all seeds, so"
         " that it sees every answer."
     )
 
@@ -548,8 +552,9 @@ def gradients_of_mixture(slot, mixture, deltas, x):
 @checks(
     "Every adapter counted, also those that overlap, and those taken out too often."
 )
-def who_is_in_it(function) -> None:
-    """function(W_now, W_base, adapters) -> {name: whole number}."""
+def who_is_in_it(function, b_first=False) -> None:
+    """function(W_now, W_base, adapters) -> {name: whole number}; an adapter is (A, B,
+    s), or (B, A, s) with b_first."""
     for counts, alike in (
         ((4, 0, 1), True),  # first what tells most slips apart
         ((1, 2, 0), False),
@@ -568,7 +573,11 @@ def who_is_in_it(function) -> None:
         now = W + sum(n * deltas[name] for n, name in zip(counts, deltas))
         now = now + 1e-6 * draw(12, 9)  # what rounding leaves
         right = dict(zip(adapters, counts))
-        got = function(now.clone(), W.clone(), copy.deepcopy(adapters))
+        given = {
+            name: (B.clone(), A.clone(), s) if b_first else (A.clone(), B.clone(), s)
+            for name, (A, B, s) in adapters.items()
+        }
+        got = function(now.clone(), W.clone(), given)
         judge_counts(got, right, now - W, now, adapters)
 
 

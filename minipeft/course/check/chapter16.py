@@ -295,18 +295,18 @@ def error_of(seeds, items, spread_seed, spread_item):
     return math.sqrt(spread_seed**2 / seeds + spread_item**2 / items)
 
 
-def splits(budget, train, item, most):
+def splits(budget, train, item, most, fewest):
     """All (seeds, items) that the budget allows, with as many items as fit."""
-    for seeds in range(2, int(budget / train) + 1):
+    for seeds in range(fewest, int(budget / train) + 1):
         items = min(most, int((budget / seeds - train) / item + 1e-9))
         if items >= 1:
             yield seeds, items
 
 
 @checks("The least error that the budget buys.")
-def best_split(function) -> None:
-    """function(budget, train, item, spread_seed, spread_item, most) -> (seeds,
-    items)."""
+def best_split(function, fewest=2) -> None:
+    """function(budget, train, item, spread_seed, spread_item, most) -> (seeds, items),
+    with at least `fewest` seeds."""
     cases = [
         (600, 30, 0.25, 6.0, 48.0, 300),
         (600, 30, 0.25, 0.5, 48.0, 2000),
@@ -328,6 +328,7 @@ def best_split(function) -> None:
             "With one seed nothing is known of how seeds differ, and `compare` tells"
             " nothing apart: two at the least.",
         )
+        need(seeds >= fewest, f"{fewest} seeds are asked for; you take {seeds}.")
         need(1 <= items <= most, f"There are {most} questions: you ask {items}.")
         spent = seeds * (train + items * item)
         need(
@@ -336,7 +337,8 @@ def best_split(function) -> None:
             " seed is trained *and* answers all questions.",
         )
         best = min(
-            splits(budget, train, item, most), key=lambda s: error_of(*s, *case[3:5])
+            splits(budget, train, item, most, fewest),
+            key=lambda s: error_of(*s, *case[3:5]),
         )
         mine, least = error_of(seeds, items, *case[3:5]), error_of(*best, *case[3:5])
         if mine > least * 1.001:
@@ -357,11 +359,15 @@ def best_split(function) -> None:
 
 
 @checks("You have seen before the verdict what three seeds can tell apart.")
-def said_beforehand(answer, runs) -> None:
-    """answer: {(a, b): verdict}; runs: {method: {seed: loss}}."""
+def said_beforehand(answer, runs, least="four") -> None:
+    """answer: {(a, b): verdict}, for at least so many pairs; runs: {method: {seed:
+    loss}}."""
     need(answer is not None, "There is nothing here yet: write down your verdicts.")
     need(isinstance(answer, dict) and answer, "Give a dictionary {(a, b): verdict}.")
-    need(len(answer) >= 4, f"Judge at least four pairs; yours are {len(answer)}.")
+    need(
+        len(answer) >= {"four": 4, "five": 5}[least],
+        f"Judge at least {least} pairs; yours are {len(answer)}.",
+    )
     for pair, said in answer.items():
         need(
             isinstance(pair, tuple) and len(pair) == 2 and set(pair) <= set(runs),

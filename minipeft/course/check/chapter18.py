@@ -163,18 +163,18 @@ ORDER = ["DDP, LoRA", "FSDP2, QLoRA", "DDP, full", "FSDP2, LoRA", "FSDP2, full"]
     "DDP sends the gradients of what is trained; FSDP2 gathers what is stored, twice,"
     " and the gradients come on top."
 )
-def traffic_order(names) -> None:
-    """names: the five ways, the one that sends least first."""
+def traffic_order(names, first="least") -> None:
+    """names: the five ways, the one that sends least first (or "most")."""
     need(names is not None, "There is nothing here yet: give a list of the five names.")
     need(
         isinstance(names, (list, tuple)) and sorted(map(str, names)) == sorted(ORDER),
         f"Give each of these once: {', '.join(sorted(ORDER))}.",
     )
-    names = list(names)
+    names = list(names) if first == "least" else list(names)[::-1]
     place = {name: names.index(name) for name in ORDER}
     need(
         names != ORDER[::-1],
-        "That is the reverse: begin with the one that sends least.",
+        f"That is the reverse: begin with the one that sends {first}.",
     )
     need(
         place["DDP, LoRA"] == 0,
@@ -203,8 +203,9 @@ def traffic_order(names) -> None:
     "Forward, backward to the inputs, backward to the weights, and once more forward"
     " for checkpointing: 3, 4, 2 and 3 forwards."
 )
-def step_cost(function) -> None:
-    """function(frozen, checkpointing) -> cost of a step in forward passes."""
+def step_cost(function, forward=1) -> None:
+    """function(frozen, checkpointing) -> cost of a step in forward passes, or in what
+    `forward` says that one of them costs."""
     right = {(False, False): 3, (False, True): 4, (True, False): 2, (True, True): 3}
     got = {given: function(*given) for given in right}
     need(
@@ -214,6 +215,7 @@ def step_cost(function) -> None:
     for given, value in got.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         need(number, f"Your cost is a {type(value).__name__}; expected a number.")
+    got = {given: value / forward for given, value in got.items()}
     slips = {
         "A frozen base still sends gradients to its inputs: one forward's cost, not"
         " none.": {**right, (True, False): 1, (True, True): 2},
@@ -265,9 +267,9 @@ def cards_needed(sharded, whole, card, sizes, ddp=False):
     "What is sharded is divided, what each card needs for itself is not; and if no"
     " number is enough, you say so."
 )
-def card_count(function) -> None:
+def card_count(function, reserve=0) -> None:
     """function(sharded, whole, card, sizes) -> the fewest cards that are enough, or
-    None."""
+    None. reserve: the GB of a card that have to stay free."""
     cases = [
         (100.0, 10.0, 24.0, (1, 2, 4, 8)),
         (40.0, 5.0, 80.0, (1, 2, 4, 8)),
@@ -279,9 +281,11 @@ def card_count(function) -> None:
         (94.0, 3.0, 24.0, (1, 2, 4, 8)),
         (10.0, 40.0, 24.0, (1, 2, 4, 8)),  # what each needs is too large
     ]
+    got = [function(a, b, c + reserve, sizes) for a, b, c, sizes in cases]
     right = [cards_needed(a, b, c, sorted(sizes)) for a, b, c, sizes in cases]
-    got = [function(*case) for case in cases]
+    full = [cards_needed(a, b, c + reserve, sorted(s)) for a, b, c, s in cases]
     slips = {
+        f"{reserve} GB of each card have to stay free.": full,
         "You divide everything by the number of cards: activations and the gathered"
         " block are there on each card.": [
             cards_needed(a + b, 0, c, sorted(s)) for a, b, c, s in cases
@@ -323,7 +327,9 @@ def card_count(function) -> None:
     for case, mine, expected in zip(cases, got, right):
         need(
             mine == expected,
-            "sharded={}, whole={}, card={}, sizes={}: ".format(*case)
+            "sharded={}, whole={}, card={}, sizes={}: ".format(
+                *case[:2], case[2] + reserve, case[3]
+            )
             + f"I find {expected}, you {mine}.",
         )
 
@@ -332,9 +338,9 @@ def card_count(function) -> None:
     "The first call that differs is where all wait for each other, and a list that ends"
     " early is a difference too."
 )
-def first_mismatch(function) -> None:
-    """function(calls) -> (index, {rank: name or None}) of the first collective in which
-    the processes differ, or None."""
+def first_mismatch(function, missing=None) -> None:
+    """function(calls) -> (index, {rank: name}) of the first collective in which the
+    processes differ, or None. missing: the name for a process that calls no more."""
     good = ["all-gather", "all-reduce", "all-reduce", "reduce-scatter"]
     cases = [
         ([good, good], None),
@@ -343,13 +349,13 @@ def first_mismatch(function) -> None:
             [good, [*good[:2], "broadcast", good[3]]],
             (2, {0: "all-reduce", 1: "broadcast"}),
         ),
-        ([good, good[:3]], (3, {0: "reduce-scatter", 1: None})),
-        ([good[:3], good], (3, {0: None, 1: "reduce-scatter"})),
+        ([good, good[:3]], (3, {0: "reduce-scatter", 1: missing})),
+        ([good[:3], good], (3, {0: missing, 1: "reduce-scatter"})),
         (
             [good, good, ["broadcast", *good[1:2], "barrier"]],
             (0, {0: "all-gather", 1: "all-gather", 2: "broadcast"}),
         ),
-        ([[], good], (0, {0: None, 1: "all-gather"})),
+        ([[], good], (0, {0: missing, 1: "all-gather"})),
     ]
     got = [function([list(one) for one in calls]) for calls, _ in cases]
     need(
@@ -389,5 +395,5 @@ def first_mismatch(function) -> None:
         )
         raise Wrong(
             f"In call {index} I find {right[1]}, you {names}. A process that makes no"
-            " call any more has None."
+            f" call any more has {missing!r}."
         )
