@@ -1,75 +1,21 @@
 """Chapter 08's checks accept the solution, and name the mistake in what is plausibly
 wrong."""
 
+from dataclasses import dataclass
+from statistics import mean
+from typing import ClassVar
+
 import pytest
 import torch
 from judging import accepts, rejects
+from torch import nn
 
-from minipeft.course import check
+from minipeft import LayerConfig, LinearDelta
+from minipeft.course import check, compare
 
 
 def blank(*_):
     raise NotImplementedError
-
-
-def test_loha_delta_solution():
-    accepts(
-        check.loha_delta,
-        lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A1) * (B2 @ A2),
-    )
-    accepts(
-        check.loha_delta,
-        lambda B1, A1, B2, A2, alpha, r: torch.einsum(
-            "or,ri,os,si->oi", B1 * alpha / r, A1, B2, A2
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("α / r is missing", lambda B1, A1, B2, A2, alpha, r: (B1 @ A1) * (B2 @ A2)),
-        ("α is missing", lambda B1, A1, B2, A2, alpha, r: (B1 @ A1) * (B2 @ A2) / r),
-        (
-            "forget to divide by r",
-            lambda B1, A1, B2, A2, alpha, r: alpha * (B1 @ A1) * (B2 @ A2),
-        ),
-        (
-            "You add the two products",
-            lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A1 + B2 @ A2),
-        ),
-        (
-            "in both products",
-            lambda B1, A1, B2, A2, alpha, r: (
-                (alpha / r * B1 @ A1) * (alpha / r * B2 @ A2)
-            ),
-        ),
-        ("crossed", lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A2) * (B2 @ A1)),
-        (
-            "lost touch with B1 and A1",
-            lambda B1, A1, B2, A2, alpha, r: (
-                alpha / r * ((B1 @ A1) * (B2 @ A2)).detach()
-            ),
-        ),
-        ("is there a `return`", lambda *_: None),
-        (
-            "entry by entry, and then",
-            lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 * B2) @ (A1 * A2),
-        ),
-        (
-            "as rsLoRA does",
-            lambda B1, A1, B2, A2, alpha, r: alpha / r**0.5 * (B1 @ A1) * (B2 @ A2),
-        ),
-        ("that is a LoRA", lambda B1, A1, B2, A2, alpha, r: alpha / r * B1 @ A1),
-        (
-            "Two shapes do not fit",
-            lambda B1, A1, B2, A2, alpha, r: alpha / r * (B1 @ A1) @ (B2 @ A2),
-        ),
-    ],
-)
-def test_loha_delta_mistakes(says, answer):
-    rejects(says, check.loha_delta, answer)
 
 
 def lokr(x, C, D):
@@ -138,143 +84,6 @@ def test_lokr_apply_mistakes(says, answer):
     rejects(says, check.lokr_apply, answer)
 
 
-def vera(x, A, B, d, b):
-    return b * ((d * (x @ A[:, : x.shape[1]].detach().T)) @ B[: len(b)].detach().T)
-
-
-def test_vera_forward_solution():
-    accepts(check.vera_forward, vera)
-    accepts(
-        check.vera_forward,
-        lambda x, A, B, d, b: (
-            x
-            @ (
-                b[:, None]
-                * B.detach()[: len(b)]
-                @ (d[:, None] * A.detach()[:, : x.shape[1]])
-            ).T
-        ),
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        (
-            "A and B are trained too",
-            lambda x, A, B, d, b: (
-                b * ((d * (x @ A[:, : x.shape[1]].T)) @ B[: len(b)].T)
-            ),
-        ),
-        ("d is missing", lambda x, A, B, d, b: vera(x, A, B, torch.ones_like(d), b)),
-        ("b is missing", lambda x, A, B, d, b: vera(x, A, B, d, torch.ones_like(b))),
-        (
-            "A's last columns",
-            lambda x, A, B, d, b: vera(x, A[:, -x.shape[1] :], B, d, b),
-        ),
-        ("B's last rows", lambda x, A, B, d, b: vera(x, A, B[-len(b) :], d, b)),
-        ("no such scale", lambda x, A, B, d, b: vera(x, A, B, d, b) / len(d)),
-        ("Two shapes do not fit", lambda x, A, B, d, b: b * ((d * (x @ A.T)) @ B.T)),
-        (
-            "lost touch with x and d and b",
-            lambda x, A, B, d, b: vera(x, A, B, d, b).detach(),
-        ),
-        (
-            "A and B are trained too",
-            lambda x, A, B, d, b: (
-                b * ((d * (x @ A[:, : x.shape[1]].detach().T)) @ B[: len(b)].T)
-            ),
-        ),
-        ("d is applied twice", lambda x, A, B, d, b: vera(x, A, B, d * d, b)),
-        ("no gradient reaches d", lambda x, A, B, d, b: vera(x, A, B, d.detach(), b)),
-        (
-            "b and d are added",
-            lambda x, A, B, d, b: (
-                b + (d + x @ A[:, : x.shape[1]].detach().T) @ B[: len(b)].detach().T
-            ),
-        ),
-        ("Two shapes do not fit", lambda x, A, B, d, b: vera(x, A, B, b, d)),
-    ],
-)
-def test_vera_forward_mistakes(says, answer):
-    rejects(says, check.vera_forward, answer)
-
-
-def numbers(shapes, r, **changed):
-    def each(count):
-        return sum(count(o, i) for _, o, i in shapes)
-
-    return {
-        "lora": each(lambda o, i: r * (o + i)),
-        "loha": each(lambda o, i: 2 * r * (o + i)),
-        "vera": each(lambda o, i: o + r),
-        "denselora": sum(r * (o + i) for _, o, i in set(shapes)) + r * r * len(shapes),
-    } | changed
-
-
-def test_trainable_numbers_solution():
-    accepts(check.trainable_numbers, numbers)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("nothing here yet", blank),
-        ("twice a LoRA", lambda s, r: numbers(s, r, loha=numbers(s, r)["lora"])),
-        (
-            "frozen, and not trained",
-            lambda s, r: numbers(
-                s, r, vera=numbers(s, r)["vera"] + numbers(s, r)["lora"]
-            ),
-        ),
-        (
-            "count them once",
-            lambda s, r: numbers(
-                s, r, denselora=numbers(s, r)["lora"] + r * r * len(s)
-            ),
-        ),
-        (
-            "matrices are missing",
-            lambda s, r: numbers(
-                s, r, denselora=numbers(s, r)["denselora"] - r * r * len(s)
-            ),
-        ),
-        (
-            "you count d_in",
-            lambda s, r: numbers(s, r, vera=sum(i + r for _, o, i in s)),
-        ),
-        (
-            "is not shared",
-            lambda s, r: numbers(
-                s, r, denselora=numbers(s, r)["denselora"] - r * r * (len(s) - 4)
-            ),
-        ),
-        ("a dictionary", lambda s, r: 5),
-        ("no entry vera", lambda s, r: {"lora": 1, "loha": 2, "denselora": 3}),
-        (
-            "they are shared makes them",
-            lambda s, r: numbers(
-                s, r, vera=numbers(s, r)["vera"] + r * (64 + max(i for *_, i in s))
-            ),
-        ),
-        (
-            "each layer has its own d and b",
-            lambda s, r: numbers(s, r, vera=sum(o + r for _, o, i in set(s))),
-        ),
-        ("trained too, one pair", lambda s, r: numbers(s, r, denselora=r * r * len(s))),
-        ("rank is r²", lambda s, r: numbers(s, r, loha=numbers(s, r)["lora"] * r)),
-        (
-            "every layer has its own A and B",
-            lambda s, r: numbers(s, r, lora=sum(r * (o + i) for _, o, i in set(s))),
-        ),
-        ("lora: you have", lambda s, r: numbers(s, r, lora=2 * numbers(s, r)["lora"])),
-    ],
-)
-def test_trainable_numbers_mistakes(says, answer):
-    rejects(says, check.trainable_numbers, answer)
-
-
 def kron_factors(T, p, m, q, n, size=lambda s: (s, 1.0), at=0, swap=True):
     laid_out = (
         T.reshape(p, q, m, n).transpose(1, 2).reshape(p * m, q * n)
@@ -337,3 +146,285 @@ def test_nearest_kron_solution():
 )
 def test_nearest_kron_mistakes(says, answer):
     rejects(says, check.nearest_kron, answer)
+
+
+# ----------------------------------------------------------------- lokr_apply's faults
+
+
+def the_planted(x, C, D):
+    X = x.view(len(x), D.shape[1], C.shape[1])
+    return (D @ X @ C.T).flatten(1)
+
+
+def the_other_planted(x, C, D):
+    X = x.view(len(x), D.shape[1], C.shape[1]).mT
+    return (C @ X @ D.T).flatten(1)
+
+
+def test_the_planted_faults_are_named():
+    rejects("yours is D ⊗ C", check.lokr_apply, the_planted)
+    rejects("column by column", check.lokr_apply, the_other_planted)
+
+
+def test_lokr_apply_has_gradients():
+    for cut in (
+        lambda x, C, D: lokr(x, C.detach(), D),
+        lambda x, C, D: lokr(x.detach(), C, D),
+    ):
+        rejects("no gradient reaches", check.lokr_apply, cut)
+
+
+# ------------------------------------------------------------------------ predict_ranks
+
+
+def ranks(r=3):
+    return {
+        "LoHa": r * r,
+        "LoHa, wide": 48,
+        "LoRA, equal size": 2 * r,
+        "LoHa + LoRA": 4 + r,
+        "Kronecker": 4 * r,
+        "VeRA": 16,
+        "VeRA, silent": 40,
+        "DenseLoRA": r,
+    }
+
+
+def test_predict_ranks_right_answers():
+    accepts(check.predict_ranks, ranks())
+    accepts(check.predict_ranks, {k: torch.tensor(v) for k, v in ranks().items()})
+    accepts(check.predict_ranks, {k: float(v) for k, v in ranks().items()})
+    assert check.predict_ranks(ranks(4), r=4)
+    assert check.predict_ranks(ranks(5), r=5)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", None),
+        ("Give a dictionary", [9]),
+        ("r · r terms", ranks() | {"LoHa": 6}),
+        ("smaller width", ranks() | {"LoHa, wide": 81}),
+        ("as a LoRA of rank 2r", ranks() | {"LoRA, equal size": 3}),
+        ("add up", ranks() | {"LoHa + LoRA": 12}),
+        ("rank(C) · rank(D)", ranks() | {"Kronecker": 7}),
+        ("All passes through", ranks() | {"VeRA": 48}),
+        ("a row of the change is zero", ranks() | {"VeRA, silent": 60}),
+        ("the middle one included", ranks() | {"DenseLoRA": 16}),
+    ],
+)
+def test_predict_ranks_mistakes(says, answer):
+    rejects(says, check.predict_ranks, answer)
+
+
+# ------------------------------------------------------------------------- loha_as_lora
+
+
+def as_lora(B1, A1, B2, A2):
+    B = (B1[:, :, None] * B2[:, None, :]).flatten(1)
+    return B, (A1[:, None] * A2[None]).flatten(0, 1)
+
+
+def by_loops(B1, A1, B2, A2):
+    """In the other order of the pairs."""
+    pairs = [(i, j) for j in range(len(A1)) for i in range(len(A1))]
+    B = torch.stack([B1[:, i] * B2[:, j] for i, j in pairs], 1)
+    return [B, torch.stack([A1[i] * A2[j] for i, j in pairs])]
+
+
+def crossed(B1, A1, B2, A2):
+    return as_lora(B1, A1, B2, A2)[0], as_lora(B2, A2, B1, A1)[1]
+
+
+def decomposed(B1, A1, B2, A2):
+    U, S, Vh = torch.linalg.svd((B1 @ A1) * (B2 @ A2), full_matrices=False)
+    r = len(A1) ** 2
+    return U[:, :r] * S[:r], Vh[:r]
+
+
+def test_loha_as_lora_right_answers():
+    accepts(check.loha_as_lora, as_lora)
+    accepts(check.loha_as_lora, by_loops)
+    accepts(
+        check.loha_as_lora,
+        lambda B1, A1, B2, A2: (
+            torch.einsum("oi,oj->oij", B1, B2).reshape(len(B1), -1),
+            torch.einsum("in,jn->ijn", A1, A2).reshape(-1, A1.shape[1]),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", blank),
+        ("i = j alone", lambda B1, A1, B2, A2: (B1 * B2, A1 * A2)),
+        ("another order", crossed),
+        ("B comes first", lambda *given: as_lora(*given)[::-1]),
+        ("size of ΔW", decomposed),
+        (
+            "B should be",
+            lambda B1, A1, B2, A2: (torch.cat([B1, B2], 1), torch.cat([A1, A2])),
+        ),
+        ("no gradient reaches B1", lambda B1, *rest: as_lora(B1.detach(), *rest)),
+        ("lost touch", lambda *given: tuple(part.detach() for part in as_lora(*given))),
+        (
+            "You divide by r²",
+            lambda *given: (
+                as_lora(*given)[0] / len(given[1]) ** 2,
+                as_lora(*given)[1],
+            ),
+        ),
+        ("Return two tensors", lambda *given: as_lora(*given)[0]),
+    ],
+)
+def test_loha_as_lora_mistakes(says, answer):
+    rejects(says, check.loha_as_lora, answer)
+
+
+# ------------------------------------------------------------------------ choose_within
+
+
+def within(runs, budget, over=mean, key="valid_loss", limit=True, plain="LoRA r 1"):
+    def score(method, lr):
+        own = [r for r in runs if (r["method"], r["lr"]) == (method, lr)]
+        if key == "right":
+            return -mean(r["right"].count("1") for r in own)
+        return over(r[key] for r in own)
+
+    tried = {
+        (r["method"], r["lr"]) for r in runs if not limit or r["numbers"] <= budget
+    }
+    best = min(tried, key=lambda pair: score(*pair))
+    rates = {lr for method, lr in tried if method == plain}
+    own = plain, min(rates, key=lambda lr: score(plain, lr))
+    sides = [
+        {r["seed"]: r["right"] for r in runs if (r["method"], r["lr"]) == pair}
+        for pair in (best, own)
+    ]
+    return best[0], compare(*sides).verdict
+
+
+def test_choose_within_right_answers():
+    accepts(check.choose_within, within)
+    accepts(check.choose_within, lambda *given: list(within(*given)))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", blank),
+        ("and the budget is", lambda *given: within(*given, limit=False)),
+        ("One lucky seed", lambda *given: within(*given, over=min)),
+        ("choose by the test answers", lambda *given: within(*given, key="right")),
+        ("question is what you choose", lambda *given: ("LoRA r 1", "ahead")),
+        ("turned round", lambda *given: (within(*given)[0], "behind")),
+        ("course's rule says", lambda *given: (within(*given)[0], "not told apart")),
+        ("Return two things", lambda *given: within(*given)[0]),
+        ("not a method of the runs", lambda *given: ("LoRA r 2", "ahead")),
+        ("verdict is a word", lambda *given: (within(*given)[0], True)),
+    ],
+)
+def test_choose_within_mistakes(says, answer):
+    rejects(says, check.choose_within, answer)
+
+
+# ------------------------------------------------------------------------- kron_adapter
+
+
+class Kron(LinearDelta):
+    """The solution; each mistake below changes one line of it."""
+
+    def __init__(self, W, block):
+        super().__init__()
+        d_out, d_in = W.shape
+        self.C = nn.Parameter(torch.zeros(d_out // block, d_in // block))
+        self.D = nn.Parameter(torch.randn(block, block) / block)
+
+    def delta(self, base):
+        return torch.kron(self.C, self.D)
+
+    def update(self, base, x):
+        X = x.unflatten(-1, (self.C.shape[1], len(self.D)))
+        return (self.C @ X @ self.D.T).flatten(-2)
+
+
+class Einsum(Kron):
+    """In another style, and with D zero at the start."""
+
+    def __init__(self, W, block):
+        super().__init__(W, block)
+        self.C.data.normal_()
+        self.D.data.zero_()
+
+    def update(self, base, x):
+        X = x.reshape(*x.shape[:-1], self.C.shape[1], len(self.D))
+        return torch.einsum("pm,...mn,qn->...pq", self.C, X, self.D).flatten(-2)
+
+
+def configured(adapter):
+    @dataclass(kw_only=True)
+    class Configured(LayerConfig):
+        peft_type: ClassVar[str] = "TEST_KRON"
+        block: int = 4
+
+        def create(self, base, path):
+            return adapter(base.weight, self.block)
+
+    return Configured
+
+
+def changed(**methods):
+    return configured(type("Changed", (Kron,), methods))
+
+
+def both(change):
+    return changed(delta=change, update=LinearDelta.update)
+
+
+def starting(change):
+    class Changed(Kron):
+        def __init__(self, W, block):
+            super().__init__(W, block)
+            change(self)
+
+    return configured(Changed)
+
+
+class Unwritten(LinearDelta):
+    def __init__(self, W, block):
+        super().__init__()
+        raise NotImplementedError
+
+
+def test_kron_adapter_right_answers():
+    accepts(check.kron_adapter, configured(Kron))
+    accepts(check.kron_adapter, configured(Einsum))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("nothing here yet", configured(Unwritten)),
+        ("configuration's class itself", Kron),
+        ("The factors are swapped", both(lambda k, b: torch.kron(k.D, k.C))),
+        ("`update` forms a matrix", changed(update=LinearDelta.update)),
+        ("has to be zero at the start", starting(lambda k: k.C.data.normal_())),
+        ("both zero", starting(lambda k: k.D.data.zero_())),
+        ("sign is turned", both(lambda k, b: -torch.kron(k.C, k.D))),
+        ("delta(base)", changed(delta=lambda k, b: 2 * torch.kron(k.C, k.D))),
+        ("no gradient reaches D", both(lambda k, b: torch.kron(k.C, k.D.detach()))),
+        (
+            "self.D should have the shape",
+            starting(lambda k: setattr(k, "D", nn.Parameter(torch.ones(7, 7)))),
+        ),
+        (
+            "nn.Parameter as self.D",
+            starting(
+                lambda k: (delattr(k, "D"), setattr(k, "D", torch.randn(len(k.C), 2)))
+            ),
+        ),
+    ],
+)
+def test_kron_adapter_mistakes(says, answer):
+    rejects(says, check.kron_adapter, answer)

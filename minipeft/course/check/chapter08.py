@@ -1,19 +1,25 @@
-"""Chapter 08, beyond low rank: LoHa's product, LoKr by reshaping, VeRA's two vectors,
-counting, the nearest Kronecker product."""
+"""Chapter 08, beyond low rank: ranks predicted, the fault in a Kronecker product, LoHa
+written as a LoRA, a choice within a budget, the nearest Kronecker product, and a
+Kronecker adapter."""
 
 import random
+from statistics import fmean
 
 import torch
 
+from ... import Base
 from .chapter06 import Largest
-from .teacher import TOLERANCE, checks, compare, need
+from .kinds import Built, judge_numbers, judge_verdict, right_answers
+from .sandbox import unwatched
+from .teacher import TOLERANCE, Wrong, checks, compare, need
 
 __all__ = [
-    "loha_delta",
+    "choose_within",
+    "kron_adapter",
+    "loha_as_lora",
     "lokr_apply",
     "nearest_kron",
-    "trainable_numbers",
-    "vera_forward",
+    "predict_ranks",
 ]
 
 
@@ -22,71 +28,23 @@ def double(*shape):
 
 
 @checks(
-    "(α/r) (B₁ A₁) ⊙ (B₂ A₂), and gradients flow through it.",
-    "B is (d_out, r) and A is (r, d_in): B @ A, and then entry by entry.",
-)
-def loha_delta(function) -> None:
-    """function(B1, A1, B2, A2, alpha, r) -> (d_out, d_in)"""
-    for _ in range(3):
-        r, alpha = random.choice([2, 3]), random.choice([7.0, 13.0])
-        d_in, d_out = random.randint(6, 9), random.randint(11, 14)
-        B1, A1, B2, A2 = (
-            double(*shape).requires_grad_() for shape in ((d_out, r), (r, d_in)) * 2
-        )
-        one, two = B1 @ A1, B2 @ A2
-        compare(
-            function(B1, A1, B2, A2, alpha, r),
-            alpha / r * one * two,
-            {
-                "The factor α / r is missing: your update is the product alone.": (
-                    one * two
-                ),
-                "α is missing: you divide by r, but the factor is α / r.": (
-                    one * two / r
-                ),
-                "You multiply by α: did you forget to divide by r?": alpha * one * two,
-                "You divide by r²: there are two products, but one scale, α / r.": (
-                    alpha / r**2 * one * two
-                ),
-                "The scale is in both products: once is enough.": (
-                    (alpha / r) ** 2 * one * two
-                ),
-                "You add the two products. LoHa multiplies them, entry by entry.": (
-                    alpha / r * (one + two)
-                ),
-                "The factors are crossed: B₁ belongs to A₁, and B₂ to A₂.": (
-                    alpha / r * (B1 @ A2) * (B2 @ A1)
-                ),
-                "Only the first product is there: that is a LoRA.": alpha / r * one,
-                "You multiply the factors entry by entry, and then the results as"
-                " matrices: it is the other way round.": (
-                    alpha / r * (B1 * B2) @ (A1 * A2)
-                ),
-                "You divide by √r, as rsLoRA does: LoHa's scale is α / r.": (
-                    alpha / r**0.5 * one * two
-                ),
-                "Your update lies on its side: it should be (d_out, d_in).": (
-                    (alpha / r * one * two).T
-                ),
-            },
-            "Your update",
-        )
-
-
-@checks(
-    "C X Dᵀ, for every shape that I tried, and the large product was never formed.",
+    "C X Dᵀ, for every shape that I tried, with its gradients, and the large product"
+    " was never formed.",
     "Each x is read as X (m, n); C is (p, m), D is (q, n), so C @ X @ D.T is (p, q).",
 )
 def lokr_apply(function) -> None:
     """function(x, C, D) -> (N, p q)"""
-    for _ in range(3):
+    for rows in (3, 1, 2):
         p, m, q, n = random.sample(range(4, 9), 4)
-        C, D, x = double(p, m), double(q, n), double(3, m * n)
+        C, D, x = double(p, m), double(q, n), double(rows, m * n)
         with Largest(torch.empty(p * q, m * n).shape) as largest:
-            got = function(x, C, D)
-        X = x.view(3, m, n)
+            unwatched(function)(x, C, D)
+        for tensor in (C, D, x):
+            tensor.requires_grad_()
+        got = function(x, C, D)
+        X = x.view(rows, m, n)
         need(
-            not (isinstance(got, torch.Tensor) and got.shape == (3, p, q)),
+            not (isinstance(got, torch.Tensor) and got.shape == (rows, p, q)),
             "You return a matrix for each x, (N, p, q): read it as a vector again"
             " (flatten).",
         )
@@ -97,7 +55,7 @@ def lokr_apply(function) -> None:
                 (C @ X @ D.T).mT.flatten(1)
             ),
         }
-        swapped_reading = (C @ x.view(3, n, m).mT @ D.T).flatten(1)
+        swapped_reading = (C @ x.view(rows, n, m).mT @ D.T).flatten(1)
         mistakes[
             "You read x column by column: X is (m, n), row by row, x.view(-1, m, n)."
         ] = swapped_reading
@@ -107,166 +65,6 @@ def lokr_apply(function) -> None:
             "The numbers are right, but you form a matrix of the size of C ⊗ D: read x"
             " as a matrix instead.",
         )
-
-
-@checks(
-    "b ⊙ B (d ⊙ A x), cut to this layer's size, and only the two vectors learn. This is"
-    " VeRA.",
-    "A is (r, columns), B is (rows, r); x is (N, d_in), d is (r,), b is (d_out,).",
-)
-def vera_forward(function) -> None:
-    """function(x, A, B, d, b) -> (N, d_out); A and B may be larger than needed."""
-    for _ in range(3):
-        r, d_in, d_out = (
-            random.choice([3, 5]),
-            random.randint(6, 8),
-            random.randint(9, 12),
-        )
-        A, B = (
-            double(r, d_in + 4).requires_grad_(),
-            double(d_out + 3, r).requires_grad_(),
-        )
-        x, d, b = (
-            double(4, d_in).requires_grad_(),
-            double(r).requires_grad_(),
-            double(d_out).requires_grad_(),
-        )
-        a, c = A[:, :d_in].detach(), B[:d_out].detach()
-        right = b * ((d * (x @ a.T)) @ c.T)
-        got = function(x, A, B, d, b)
-        last = b * ((d * (x @ A[:, -d_in:].detach().T)) @ c.T)
-        compare(
-            got,
-            right,
-            {
-                "d is missing.": b * (x @ a.T @ c.T),
-                "b is missing.": (d * (x @ a.T)) @ c.T,
-                "You take A's last columns: it is the first ones.": last,
-                "You take B's last rows: it is the first ones.": (
-                    b * ((d * (x @ a.T)) @ B[-d_out:].detach().T)
-                ),
-                "b and d are added, not multiplied.": b + (d + x @ a.T) @ c.T,
-                "You divide by r: VeRA has no such scale.": right / r,
-                "d is applied twice: once is enough.": b * ((d * d * (x @ a.T)) @ c.T),
-            },
-            "Your update",
-        )
-        grads = torch.autograd.grad(got.sum(), [A, B], allow_unused=True)
-        need(
-            grads[0] is None and grads[1] is None,
-            "The numbers are right, but A and B are trained too: freeze them.",
-        )
-
-
-@checks(
-    "All four counts are right, with what is shared counted once and what is frozen not"
-    " at all."
-)
-def trainable_numbers(function) -> None:
-    """function(shapes, r) -> {"lora", "loha", "vera", "denselora": numbers}; shapes:
-    [(kind, d_out, d_in)]."""
-    for _ in range(3):
-        r, sizes = (
-            random.choice([4, 8]),
-            {
-                "q": (64, 48),
-                "k": (20, 48),
-                "v": (20, 48),  # another kind than k, though of the same shape
-                "down": (48, random.choice([80, 96])),
-            },
-        )
-        shapes = [
-            (kind, *sizes[kind]) for _ in range(random.choice([3, 5])) for kind in sizes
-        ]
-        got = function(list(shapes), r)
-        need(
-            isinstance(got, dict),
-            'Return a dictionary: {"lora": …, "loha": …, "vera": …, "denselora": …}.',
-        )
-        missing = [
-            name for name in ("lora", "loha", "vera", "denselora") if name not in got
-        ]
-        need(not missing, f"There is no entry {', '.join(missing)}.")
-
-        def each(count):
-            return sum(count(o, i) for _, o, i in shapes)
-
-        def ends(layers):
-            return sum(r * (o + i) for _, o, i in layers)
-
-        lora = each(lambda o, i: r * (o + i))
-        slips = {
-            "lora": (
-                lora,
-                {
-                    "lora: you count the matrices in full.": each(lambda o, i: o * i),
-                    "lora: you count each kind once, but every layer has its own A"
-                    " and B.": ends(set(shapes)),
-                },
-            ),
-            "loha": (
-                2 * lora,
-                {
-                    "loha: there are two products, so it is twice a LoRA of the same"
-                    " r.": lora,
-                    "loha: the rank is r², the number of parameters is not.": lora * r,
-                },
-            ),
-            "vera": (
-                each(lambda o, i: o + r),
-                {
-                    "vera: A and B are frozen, and not trained: only d (r) and b"
-                    " (d_out) are.": (each(lambda o, i: o + r) + lora),
-                    "vera: A and B are frozen: that they are shared makes them one"
-                    " pair, but they are not trained at all.": (
-                        each(lambda o, i: o + r)
-                        + r
-                        * (max(o for _, o, _ in shapes) + max(i for *_, i in shapes))
-                    ),
-                    "vera: each layer has its own d and b; only A and B are shared.": (
-                        sum(o + r for _, o, _ in set(shapes))
-                    ),
-                    "vera: you count d_in, but the vectors have d_out and r numbers.": (
-                        each(lambda o, i: i + r)
-                    ),
-                    "vera: d has r numbers in every layer: you left it out.": each(
-                        lambda o, i: o
-                    ),
-                },
-            ),
-            "denselora": (
-                ends(set(shapes)) + r * r * len(shapes),
-                {
-                    "denselora: encoder and decoder are shared by the layers of a"
-                    " kind: count them once.": (lora + r * r * len(shapes)),
-                    "denselora: q, k, v … are kinds: two of them have pairs of their"
-                    " own, though their shapes are the same.": (
-                        sum(r * (o + i) for o, i in {shape[1:] for shape in shapes})
-                        + r * r * len(shapes)
-                    ),
-                    "denselora: encoder and decoder are trained too, one pair for"
-                    " each kind.": (r * r * len(shapes)),
-                    "denselora: the r × r matrices are missing, one for each layer.": (
-                        ends(set(shapes))
-                    ),
-                    "denselora: the r × r matrix is not shared: there is one for each"
-                    " layer.": (ends(set(shapes)) + r * r * len(set(shapes))),
-                },
-            ),
-        }
-        for name, (right, wrong) in slips.items():
-            if got[name] != right:
-                message = next(
-                    (text for text, value in wrong.items() if value == got[name]), None
-                )
-                need(
-                    False,
-                    message
-                    or (
-                        f"{name}: you have {got[name]:,}, and it is {right:,} for"
-                        f" layers {shapes[:3]} … ({len(shapes)} of them), r = {r}."
-                    ),
-                )
 
 
 @checks(
@@ -336,3 +134,279 @@ def nearest_kron(function) -> None:
             " Each block of C ⊗ D is a number times D: with the blocks laid out as"
             " rows you look for the nearest matrix of rank 1.",
         )
+
+
+# ---- predictions ---------------------------------------------------------------------
+
+
+@checks(
+    "All of them: entry by entry ranks multiply up to the smaller width, a Kronecker"
+    " product multiplies them too, and a row of zeros is a row of zeros."
+)
+def predict_ranks(predicted, r=3) -> None:
+    """predicted: {case: rank}; r is the rank in the question."""
+    judge_numbers(predicted, rank_cases(r), near=1e-6)
+
+
+def rank_cases(r: int) -> dict:
+    """{case: (rank, what to think of)}, by making the matrices."""
+
+    def rank(matrix):
+        return torch.linalg.matrix_rank(matrix, rtol=1e-9).item()
+
+    def low(rank, rows=64, columns=48):
+        return double(rows, rank) @ double(rank, columns)
+
+    b = double(60, 1) * (torch.arange(60) % 3 > 0).double()[:, None]
+    wide = 3 * r
+    return {
+        "LoHa": (
+            rank(low(r) * low(r)),
+            "The product of two sums of r outer products has r · r terms.",
+        ),
+        "LoHa, wide": (
+            rank(low(wide) * low(wide)),
+            "No matrix has a larger rank than its smaller width.",
+        ),
+        "LoRA, equal size": (
+            rank(low(2 * r)),
+            "A LoHa has two products, so as many parameters as a LoRA of rank 2r.",
+        ),
+        "LoHa + LoRA": (
+            rank(low(2) * low(2) + low(r)),
+            "Ranks of unrelated matrices add up.",
+        ),
+        "Kronecker": (
+            rank(torch.kron(low(r, 8, 6), low(4, 8, 8))),
+            "rank(C ⊗ D) = rank(C) · rank(D).",
+        ),
+        "VeRA": (
+            rank(double(64, 1) * double(64, 16) @ (double(16, 1) * double(16, 48))),
+            "All passes through r = 16 numbers.",
+        ),
+        "VeRA, silent": (
+            rank(b * double(60, 256) @ (double(256, 1) * double(256, 60))),
+            "Where b is zero a row of the change is zero.",
+        ),
+        "DenseLoRA": (
+            rank(double(64, 16) @ low(r, 16, 16) @ double(16, 48)),
+            "A product has at most the rank of its factors, the middle one included.",
+        ),
+    }
+
+
+# ---- LoHa as a LoRA ------------------------------------------------------------------
+
+
+@checks(
+    "A LoRA of rank r², term by term, with its gradients, and ΔW was never formed.",
+    "B1 and B2 are (d_out, r), A1 and A2 are (r, d_in); B is (d_out, r²) and A (r²,"
+    " d_in).",
+)
+def loha_as_lora(function) -> None:
+    """function(B1, A1, B2, A2) -> (B, A) with B A = (B1 A1) ⊙ (B2 A2)"""
+    for r, d_out, d_in in ((3, 23, 31), (1, 9, 11), (2, 19, 17)):
+        shapes = ((d_out, r), (r, d_in)) * 2
+        factors = [double(*shape) for shape in shapes]
+        with Largest(torch.empty(d_out, d_in).shape) as largest:
+            unwatched(function)(*factors)
+        B1, A1, B2, A2 = (factor.requires_grad_() for factor in factors)
+        got = function(B1, A1, B2, A2)
+        need(
+            isinstance(got, tuple | list)
+            and len(got) == 2
+            and all(isinstance(part, torch.Tensor) for part in got),
+            "Return two tensors: B (d_out, r²) and A (r², d_in).",
+        )
+        B, A = got
+        need(
+            r == 1 or B.shape != (d_out, r),
+            "You keep r terms, i = j alone: every b_i meets every u_j, which makes r²"
+            " terms.",
+        )
+        need(
+            (B.shape, A.shape) != ((r * r, d_in), (d_out, r * r)),
+            "You return (A, B): B comes first.",
+        )
+        need(
+            B.shape == (d_out, r * r) and A.shape == (r * r, d_in),
+            f"B should be {(d_out, r * r)} and A {(r * r, d_in)}; yours are"
+            f" {tuple(B.shape)} and {tuple(A.shape)}.",
+        )
+        compare_loha(B @ A, B1, A1, B2, A2)
+        need(
+            not largest.made,
+            "Right, but you form a matrix of the size of ΔW: the terms are products of"
+            " columns of B1 and B2, and of rows of A1 and A2.",
+        )
+
+
+def compare_loha(made, B1, A1, B2, A2) -> None:
+    def terms(order):
+        """Column i, j of B meets row order(i, j) of A."""
+        pairs = [(i, j) for i in range(len(A1)) for j in range(len(A1))]
+        return sum(
+            torch.outer(B1[:, i] * B2[:, j], A1[order(i, j)[0]] * A2[order(i, j)[1]])
+            for i, j in pairs
+        )
+
+    one, two = B1 @ A1, B2 @ A2
+    right = one * two
+    mistakes = {
+        "The terms of B and of A come in another order: column (i, j) of B belongs to"
+        " row (i, j) of A.": terms(lambda i, j: (j, i)),
+        "You add where the product multiplies: (b_i ⊙ u_j)(a_i ⊙ v_j)^T.": sum(
+            torch.outer(B1[:, i] + B2[:, j], A1[i] + A2[j])
+            for i in range(len(A1))
+            for j in range(len(A1))
+        ),
+        "That is a sum of the two products: LoHa multiplies them entry by entry.": (
+            one + two
+        ),
+        "You divide by r²: there is no mean here.": right / len(A1) ** 2,
+    }
+    mistakes = {
+        text: wrong
+        for text, wrong in mistakes.items()
+        if not torch.allclose(wrong, right)
+    }
+    learnt = {"B1": B1, "A1": A1, "B2": B2, "A2": A2}
+    compare(made, right, mistakes, "B A", learnt=learnt)
+
+
+# ---- a choice within a budget --------------------------------------------------------
+
+SIZES = {"LoRA r 1": 12_160, "LoKr": 12_800, "VeRA": 15_360, "LoHa r 2": 48_640}
+SIZES |= {"LoRA r 4": 48_640, "LoRA r 8": 97_280}
+RATES = (5e-3, 2e-2, 1e-1)
+
+
+@checks(
+    "Within the budget, each at its own rate, chosen on validation, and judged once by"
+    " all answers."
+)
+def choose_within(function, plain="LoRA r 1") -> None:
+    """function(runs, budget) -> (method, its verdict against `plain`)."""
+    for budget, gain, trap in (
+        (16_000, 0.45, "test"),
+        (50_000, 0.0, "seed"),
+        (15_360, -0.35, "test"),
+    ):
+        runs, best = runs_within(budget, gain, trap, plain)
+        got = function([dict(run) for run in runs], budget)
+        judge_within(got, runs, budget, best, plain)
+
+
+def runs_within(budget: int, gain: float, trap: str, plain: str):
+    """(runs, the method to choose): the best within the budget by validation. trap:
+    another one has a rate that is lucky on the test, or one lucky seed."""
+    allowed = [name for name, size in SIZES.items() if size <= budget and name != plain]
+    best = random.choice(allowed)
+    other = random.choice([name for name in allowed if name != best])
+    runs = []
+    for name, size in SIZES.items():
+        own = random.randrange(3)
+        level = 0.05 if size > budget else 0.1 if name == best else 0.2
+        share = 0.95 if size > budget else 0.5 + gain * (name == best)
+        for number, lr in enumerate(RATES):
+            away = abs(number - own)
+            trapped = name == other and away > 0
+            tested = 0.99 if trapped and trap == "test" else share - 0.2 * away
+            answers = right_answers(tested, 160)
+            for seed in range(3):
+                valid = level + 0.1 * away + random.uniform(0, 0.03)
+                if trapped and trap == "seed" and seed == 1:
+                    valid = 0.02
+                found = dict(method=name, numbers=size, lr=lr, seed=seed)
+                runs.append(found | {"valid_loss": valid, "right": answers[seed]})
+    random.shuffle(runs)
+    return runs, best
+
+
+def judge_within(got, runs, budget: int, best: str, plain: str) -> None:
+    need(
+        isinstance(got, tuple | list) and len(got) == 2,
+        f"Return two things, the method and the verdict; you return {got!r}.",
+    )
+    name, verdict = got
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["method"], run["lr"]), []).append(run)
+    mean = {key: fmean(r["valid_loss"] for r in group) for key, group in groups.items()}
+    rights = {
+        key: sum(r["right"].count("1") for r in group) for key, group in groups.items()
+    }
+    inside = [key for key in groups if SIZES[key[0]] <= budget]
+    wanted = min(inside, key=mean.get)
+    lucky = min(inside, key=lambda key: min(r["valid_loss"] for r in groups[key]))
+    tested = max(inside, key=rights.get)
+    if name != wanted[0]:
+        need(name in SIZES, f"{name!r} is not a method of the runs.")
+        size = f"{SIZES[name]:,}"
+        need(
+            SIZES[name] <= budget,
+            f"{name} has {size} parameters, and the budget is {budget:,}.",
+        )
+        slips = {
+            tested[0]: "You choose by the test answers: then they cannot judge any"
+            " more. Choose by the validation loss.",
+            lucky[0]: "You take the lowest loss of any seed. One lucky seed is no"
+            " reason: take the mean over the seeds of a rate.",
+            plain: f"You return {plain!r}: the question is what you choose.",
+        }
+        raise Wrong(
+            slips.get(name, f"You choose {name!r}; by the mean validation loss at its")
+            + ("" if name in slips else f" best rate it is {wanted[0]!r}.")
+        )
+    against = min((key for key in groups if key[0] == plain), key=mean.get)
+    sides = [
+        {run["seed"]: run["right"] for run in groups[key]} for key in (wanted, against)
+    ]
+    judge_verdict(verdict, *sides, f"{name} against {plain}, each at its best rate")
+
+
+# ---- a Kronecker adapter -------------------------------------------------------------
+
+
+@checks(
+    "C ⊗ D, silent at the start, applied by reshaping and merged when asked: a LoKr of"
+    " your own.",
+    "C is (d_out / block, d_in / block), D is (block, block).",
+)
+def kron_adapter(config_class) -> None:
+    """config_class(target_modules=..., block=...), a LayerConfig."""
+    for d_in, d_out, block in ((12, 20, 4), (6, 9, 3), (8, 8, 2)):
+        built = Built(config_class, d_in, d_out, block=block)
+        shapes = {"C": (d_out // block, d_in // block), "D": (block, block)}
+        built.check_parameters(shapes)
+        built.check_start()
+        C, D = built.adapter.C, built.adapter.D
+        need(
+            bool((C != 0).any()) or bool((D != 0).any()),
+            "C and D are both zero: then neither ever gets a gradient.",
+        )
+        built.fill()
+        right = torch.kron(C, D)
+        parts = right.detach().view(d_out, d_in)
+        mistakes = {
+            "delta is the new weight itself: return what is added to W.": (
+                built.W + right
+            )
+        }
+        swapped = torch.kron(D, C)
+        mistakes[
+            "The factors are swapped: C holds one number for each block, D is the"
+            " block."
+        ] = swapped
+        mistakes["The sign is turned round."] = -parts
+        built.compare(right, mistakes)
+        base = Base(built.slot, "default")
+        row = built.x[:1, 0]  # (1, d_in)
+        with torch.no_grad(), Largest(built.W.shape) as largest:
+            built.adapter.update(base, row)
+        need(
+            not largest.made,
+            "Right, but `update` forms a matrix of W's size. Read x as a matrix X of"
+            " shape (…, d_in / block, block): C X D^T, read as a vector again.",
+        )
+    Built(config_class, 8, 12, block=2).check_learning()
