@@ -664,10 +664,13 @@ def student(args):
     from .course.student import write_all
 
     free_folder(args.out)
-    made = write_all(chapters(args), args.out, args.nbgrader, args.force, args.variant)
+    grader = "nbgrader" if args.nbgrader else "otter" if args.otter else None
+    made = write_all(chapters(args), args.out, grader, args.force, args.variant)
     print(*made, sep="\n")
-    if args.nbgrader:
+    if grader == "nbgrader":
         print(f"now: cd {args.out} && nbgrader generate_assignment {made[0].stem}")
+    if grader == "otter":
+        print(f"now: cd {made[0].parent} && otter generate")
     return {"made": [str(path) for path in made]}, 0
 
 

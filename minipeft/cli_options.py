@@ -57,7 +57,10 @@ and outputs, with checks and hints. nbgrader makes it: pip install 'minipeft[tea
 
 With --nbgrader a course folder is written: source/NAME/NAME.ipynb with solutions and
 points, and nbgrader_config.py. In that folder `nbgrader generate_assignment NAME` makes
-what students get, and `nbgrader autograde NAME` marks what they hand in."""
+what students get, and `nbgrader autograde NAME` marks what they hand in.
+
+With --otter each chapter has a folder with tests/, one for each exercise. In it `otter
+generate` makes autograder.zip, for `otter run` and for Gradescope."""
 
 DATA = "a task's name, or a .txt, .jsonl or .csv file"
 
@@ -445,8 +448,14 @@ def add_student(commands):
         "--all", action="store_true", help="all chapters of the repository"
     )
     student.add_argument("--out", required=True, help="folder for the result")
-    student.add_argument(
+    graders = student.add_mutually_exclusive_group()
+    graders.add_argument(
         "--nbgrader", action="store_true", help="write an nbgrader course folder"
+    )
+    graders.add_argument(
+        "--otter",
+        action="store_true",
+        help="write a folder a chapter, with tests for Otter-Grader and Gradescope",
     )
     student.add_argument(
         "--force", action="store_true", help="replace editions that are there already"

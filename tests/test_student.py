@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 import sys
+import types
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -19,6 +21,7 @@ from minipeft.course.student import (
     StudentError,
     exercises,
     nbgrader_source,
+    otter_tests,
     student_edition,
     write,
     write_all,
@@ -177,6 +180,8 @@ def with_variants(*listed):
     """A change of a chapter: its first exercise has these variants."""
 
     def change(cells, notebook):
+        for exercise in cells.values():
+            exercise["question"].metadata["minipeft"].pop("variants", None)
         question = next(iter(cells.values()))["question"]
         question.source += f" {ASKED}"
         question.metadata["minipeft"]["variants"] = list(listed)
@@ -203,9 +208,9 @@ class TestVariants:
         assert ASKED in "".join(plain)
         assert "Give AB, not C, of 17171 rows." in "".join(first)
 
-    @pytest.mark.parametrize("nbgrader", (False, True))
-    def test_other_classes_are_not_told(self, varied, tmp_path, nbgrader):
-        made = write(varied, tmp_path / "out", nbgrader=nbgrader, variant=1)
+    @pytest.mark.parametrize("grader", (None, "nbgrader", "otter"))
+    def test_other_classes_are_not_told(self, varied, tmp_path, grader):
+        made = write(varied, tmp_path / "out", grader=grader, variant=1)
         assert "variants" not in made.read_text(encoding="utf-8")
         assert "31313 rows" not in made.read_text(encoding="utf-8")
 
@@ -253,17 +258,17 @@ class TestWriting:
             write(chapter, chapter.parent, force=True)
         assert chapter.read_bytes() == before
 
-    @pytest.mark.parametrize("nbgrader", [False, True])
-    def test_one_that_cannot_be_written_stops_all(self, chapter, tmp_path, nbgrader):
+    @pytest.mark.parametrize("grader", [None, "nbgrader", "otter"])
+    def test_one_that_cannot_be_written_stops_all(self, chapter, tmp_path, grader):
         first = changed(chapter, tmp_path, lambda cells, notebook: None)
         first = first.rename(tmp_path / "03_first.ipynb")
         out = tmp_path / "out"
-        there = write(chapter, out, nbgrader)
+        there = write(chapter, out, grader)
         before = there.read_bytes()
         with pytest.raises(StudentError, match="perhaps with somebody's work"):
-            write_all([first, chapter], out, nbgrader)
+            write_all([first, chapter], out, grader)
         assert len([*out.rglob("*.ipynb")]) == 1 and there.read_bytes() == before
-        write_all([first, chapter], out, nbgrader, force=True)
+        write_all([first, chapter], out, grader, force=True)
         assert len([*out.rglob("*.ipynb")]) == 2
 
     def test_two_of_one_name_would_be_one(self, chapter, tmp_path):
@@ -312,9 +317,9 @@ class TestRefusals:
     def test_a_solution_elsewhere(self, chapter, tmp_path, text, kind):
         cell = getattr(nbformat.v4, f"new_{kind}_cell")(text)
         path = changed(chapter, tmp_path, lambda cells, nb: nb.cells.append(cell))
-        for nbgrader in (False, True):
+        for grader in (None, "nbgrader", "otter"):
             with pytest.raises(StudentError, match="outside an exercise"):
-                write(path, tmp_path / "out", nbgrader)
+                write(path, tmp_path / "out", grader)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("text", ["### BEGIN SOLUTION\n42", "END HIDDEN TESTS"])
@@ -358,7 +363,7 @@ class TestRefusals:
         with pytest.raises(StudentError, match=message):
             write(path, tmp_path / "out")
         with pytest.raises(StudentError, match=message):
-            write(path, tmp_path / "out", nbgrader=True)
+            write(path, tmp_path / "out", grader="nbgrader")
 
     @pytest.mark.parametrize(
         "old, new",
@@ -442,7 +447,7 @@ class TestRefusals:
         path = changed(chapter, tmp_path, change)
         write(path, tmp_path / "out")  # only nbgrader needs them
         with pytest.raises(StudentError, match="'lora_delta' has points = "):
-            write(path, tmp_path / "course", nbgrader=True)
+            write(path, tmp_path / "course", grader="nbgrader")
         assert not (tmp_path / "course").exists()
 
     def test_without_nbgrader_it_says_how_to_install_it(
@@ -577,7 +582,7 @@ class TestNbgrader:
 
     def test_nbgrader_marks_as_it_should(self, chapter, tmp_path):
         course = tmp_path / "course"
-        write(chapter, course, nbgrader=True)
+        write(chapter, course, grader="nbgrader")
         nbgrader(course, "generate_assignment", "04_lora")
         released = read(course / "release" / "04_lora" / "04_lora.ipynb")
         text = "\n".join(cell.source for cell in released.cells)
@@ -629,3 +634,60 @@ class TestNbgrader:
         )
         # the student sees the check's message, not a bare assertion
         assert "forget to divide by r" in said
+
+
+class TestOtter:
+    """Tests that Otter-Grader reads; Gradescope runs its autograder.zip."""
+
+    def test_each_answer_is_judged_by_its_check(self, chapter, tmp_path, monkeypatch):
+        """Without Otter: its decorator is only a mark."""
+        fake = types.ModuleType("otter.test_files")
+        fake.test_case = lambda **about: lambda function: function
+        monkeypatch.setitem(sys.modules, "otter.test_files", fake)
+        made = write(chapter, tmp_path, "otter")
+        assert made == tmp_path / "04_lora" / "04_lora.ipynb"
+        full = read(chapter)
+        env = {}
+        exec(imports_of(full).source, env)
+        for name, cells in exercises(full).items():
+            test = {}
+            path = made.parent / "tests" / f"{name}.py"
+            exec(path.read_text(encoding="utf-8"), test)
+            assert test["name"] == name and not test["OK_FORMAT"]
+            assert test["points"] == cells["check"].metadata["minipeft"]["points"]
+            exec(cells["stub"].source, env)
+            with pytest.raises(AssertionError, match="Not yet"):
+                test["test_answer"](env)
+            exec(SOLUTION.search(cells["solution"].source)[1], env)
+            test["test_answer"](env)
+
+    @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+    def test_every_chapter_has_them(self, path):
+        assert otter_tests(read(path)).keys() == exercises(read(path)).keys()
+
+    def test_otter_itself(self, chapter, tmp_path):
+        pytest.importorskip("otter", reason="otter-grader is not installed")
+        folder = write(chapter, tmp_path, "otter").parent
+        cells = exercises(read(chapter))
+        solved = read(folder / chapter.name)
+        name, first = next(iter(cells.items()))
+        exercises(solved)[name]["stub"].source = first["solution"].source
+        nbformat.write(solved, folder / "handed_in.ipynb")
+        run = partial(subprocess.run, cwd=folder, capture_output=True, text=True)
+        otter = [sys.executable, "-m", "otter"]
+        for argv in (["generate"], ["run", "-a", "autograder.zip", "handed_in.ipynb"]):
+            done = run([*otter, *argv])
+            assert done.returncode == 0, done.stderr[-2000:]
+        marks = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        scores = {t["name"]: t.get("score", 0) for t in marks["tests"]}
+        points = first["check"].metadata["minipeft"]["points"]
+        assert scores[name] == points
+        assert not any(scores[other] for other in cells if other != name)
+
+    def test_a_check_that_cannot_be_found(self, chapter, tmp_path):
+        def change(cells, notebook):
+            cells["lora_delta"]["check"].source = "verdict = check.lora_delta(f)"
+
+        path = changed(chapter, tmp_path, change)
+        with pytest.raises(StudentError, match="must call check.something"):
+            write(path, tmp_path / "out", "otter")

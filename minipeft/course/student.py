@@ -17,9 +17,10 @@ from pathlib import Path
 
 import nbformat
 
-from ..io import brief, read_text, write_text
+from ..io import brief, check_choice, read_text, write_text
 from . import variants
 
+GRADERS = ("nbgrader", "otter")
 ROLES = ("question", "stub", "check", "hint", "solution")
 NEEDED = {"question", "stub", "check", "solution"}
 # What may stand in no student's edition, however it is written: "### BEGIN SOLUTION",
@@ -39,6 +40,22 @@ c.CourseDirectory.course_id = "minipeft"
 # A stub holds the signature and says what to do: nothing stands in for a solution.
 c.ClearSolutions.code_stub = {"python": "# (Your answer stands above this line.)"}
 c.Execute.timeout = 600  # seconds a cell: chapters train real models
+'''
+
+
+OTTER_TEST = '''"""Otter-Grader's test of an exercise; made by minipeft student."""
+
+from otter.test_files import test_case
+
+OK_FORMAT = False
+name = "{name}"
+points = {points}
+
+
+@test_case(name="{name}")
+def test_answer(env):
+    verdict = eval("{call}", env)
+    assert verdict, verdict
 '''
 
 
@@ -225,17 +242,7 @@ def nbgrader_source(notebook):
     notebook = merged(notebook)
     for name, cells in exercises(notebook).items():
         check = cells["check"]
-        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
-            raise StudentError(
-                f"exercise {name!r}: nbgrader takes only letters, digits, _ and - in"
-                " names"
-            )
-        points = check.metadata["minipeft"].get("points")
-        if type(points) not in (int, float) or not 0 <= points < math.inf:
-            raise StudentError(
-                f"the check of exercise {name!r} has points = {brief(points)} in its"
-                " metadata; expected a number, 0 or more"
-            )
+        points = points_of(name, check)
         check.source = CALL.sub(
             r"verdict = \1\nassert verdict, verdict\nverdict", check.source
         )
@@ -243,6 +250,38 @@ def nbgrader_source(notebook):
         mark(cells["stub"], name, solution=True)
         mark(check, f"{name}-check", grade=True, locked=True, points=points)
     return notebook
+
+
+def points_of(name: str, check):
+    """What a check is worth. StudentError: no number, or a name that graders refuse."""
+    if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        raise StudentError(
+            f"exercise {name!r}: graders take only letters, digits, _ and - in names"
+        )
+    points = check.metadata["minipeft"].get("points")
+    if type(points) not in (int, float) or not 0 <= points < math.inf:
+        raise StudentError(
+            f"the check of exercise {name!r} has points = {brief(points)} in its"
+            " metadata; expected a number, 0 or more"
+        )
+    return points
+
+
+def otter_tests(notebook) -> dict:
+    """{exercise: the test file that Otter-Grader reads}, each its check and its
+    points."""
+    found = {}
+    for name, cells in exercises(notebook).items():
+        check = cells["check"]
+        calls = CALL.findall(check.source)
+        if len(calls) != 1:
+            raise StudentError(
+                f"the check of exercise {name!r} must call check.something(...) on a"
+                " line of its own, once"
+            )
+        values = {"name": name, "points": points_of(name, check), "call": calls[0]}
+        found[name] = OTTER_TEST.format_map(values)
+    return found
 
 
 def mark(cell, grade_id, **what):
@@ -267,9 +306,10 @@ class Edition:
     notebook: object
     source: Path
     target: Path
+    tests: dict  # {exercise: Otter's test of it}
 
 
-def prepare(path, out, nbgrader=False, force=False, variant=0) -> Edition:
+def prepare(path, out, grader=None, force=False, variant=0) -> Edition:
     """Make one chapter's edition without writing anything. StudentError: it cannot be
     made, or the target exists, maybe with somebody's work in it."""
     path, out = Path(path), Path(out)
@@ -277,7 +317,8 @@ def prepare(path, out, nbgrader=False, force=False, variant=0) -> Edition:
         notebook = variants.of_class(read_chapter(path), variant)
     except variants.VariantError as error:
         raise StudentError(f"{path}: {error}") from None
-    folder = out / "source" / path.stem if nbgrader else out
+    folder = {"nbgrader": out / "source" / path.stem, "otter": out / path.stem}
+    folder = folder.get(grader, out)
     target = folder / path.name
     if target.exists() and target.samefile(path):
         raise StudentError(f"{target} is the chapter itself: choose another --out")
@@ -288,18 +329,22 @@ def prepare(path, out, nbgrader=False, force=False, variant=0) -> Edition:
         )
     try:
         edition = student_edition(notebook)  # in any case: it refuses what would leak
-        if nbgrader:
+        if grader == "nbgrader":
             edition = nbgrader_source(notebook)
+        tests = otter_tests(notebook) if grader == "otter" else {}
         nbformat.validate(edition)
     except (StudentError, nbformat.ValidationError) as error:
         raise StudentError(f"{path}: {error}") from None
-    return Edition(edition, path, target)
+    return Edition(edition, path, target, tests)
 
 
-def write_all(paths, out, nbgrader=False, force=False, variant=0) -> list:
+def write_all(paths, out, grader=None, force=False, variant=0) -> list:
     """Write editions of chapters, all or, on a StudentError, none; returns their
-    paths. variant: the class they are for (variants.of_class)."""
-    editions = [prepare(path, out, nbgrader, force, variant) for path in paths]
+    paths. grader: None, "nbgrader" or "otter". variant: the class they are for
+    (variants.of_class)."""
+    if grader is not None:
+        check_choice("grader", grader, GRADERS)
+    editions = [prepare(path, out, grader, force, variant) for path in paths]
     targets = [edition.target for edition in editions]
     if twice := [target for target in targets if targets.count(target) > 1]:
         raise StudentError(f"two chapters would become {twice[0]}")
@@ -307,15 +352,18 @@ def write_all(paths, out, nbgrader=False, force=False, variant=0) -> list:
         edition.target.parent.mkdir(parents=True, exist_ok=True)
         take_files_along(edition)
         write_text(edition.target, nbformat.writes(edition.notebook) + "\n")
+        for name, test in edition.tests.items():
+            (edition.target.parent / "tests").mkdir(exist_ok=True)
+            write_text(edition.target.parent / "tests" / f"{name}.py", test)
     config = Path(out) / "nbgrader_config.py"
-    if nbgrader and not config.exists():
+    if grader == "nbgrader" and not config.exists():
         write_text(config, CONFIG)
     return targets
 
 
-def write(path, out, nbgrader=False, force=False, variant=0) -> Path:
+def write(path, out, grader=None, force=False, variant=0) -> Path:
     """Write one chapter's edition; returns its path."""
-    return write_all([path], out, nbgrader, force, variant)[0]
+    return write_all([path], out, grader, force, variant)[0]
 
 
 def repository(folder: Path) -> Path:
