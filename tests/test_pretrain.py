@@ -13,8 +13,10 @@ from minipeft.lm.pretrain import (
     induction_head,
     name_head,
     name_tokens,
+    pretrain,
     recall_batch,
 )
+from minipeft.lm.tokenizer import train_tokenizer
 
 VOCABULARY, NAMES = 600, torch.arange(20, 60)
 POOL = torch.arange(100, 356)
@@ -143,6 +145,41 @@ class TestWarmUp:
             len(values) == 2 for values in accuracies.values()
         )
         assert all(0 <= a <= 1 for values in accuracies.values() for a in values)
+
+
+class TestCompiler:
+    """A machine without a C++ compiler pretrains too, more slowly: a slim container,
+    Windows."""
+
+    @pytest.mark.parametrize(
+        "system, found, cxx, compiles",
+        [
+            ("Linux", "g++", None, True),
+            ("Linux", "clang++", None, False),
+            ("Linux", "g++", "gone", False),  # torch looks for no other
+            ("Linux", "cc-5", "cc-5", True),
+            ("Darwin", "clang++", None, True),
+            ("Windows", "g++", None, False),
+            ("Windows", "cl", None, True),
+        ],
+    )
+    def test_compiled_where_a_compiler_is(
+        self, tmp_path, monkeypatch, system, found, cxx, compiles
+    ):
+        compiled = []
+        monkeypatch.setattr(GPT, "compile", lambda self: compiled.append(self))
+        monkeypatch.setattr("platform.system", lambda: system)
+        monkeypatch.setattr(
+            "shutil.which", lambda name: name if name == found else None
+        )
+        monkeypatch.delenv("CXX", raising=False)
+        if cxx:
+            monkeypatch.setenv("CXX", cxx)
+        tokenizer = train_tokenizer(["the cat sat on the mat"], 300)
+        small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        shape = small | dict(num_attention_heads=1, max_position_embeddings=256)
+        pretrain(tmp_path, 1, rows=1, tokenizer=tokenizer, shape=shape, warm=False)
+        assert bool(compiled) == compiles and (tmp_path / "model.safetensors").exists()
 
 
 class TestText:

@@ -284,6 +284,10 @@ class TestRefusals:
     def test_what_is_no_chapter_is_refused(self, chapter, tmp_path):
         with pytest.raises(StudentError, match="no such notebook"):
             write(tmp_path / "none.ipynb", tmp_path)
+        for name in ("data.jsonl", "notes.md", "ipynb"):
+            (tmp_path / name).write_text("{}")
+            with pytest.raises(StudentError, match=rf"{name} is not a notebook"):
+                write(tmp_path / name, tmp_path / "out")
         nbformat.write(nbformat.v4.new_notebook(), tmp_path / "empty.ipynb")
         with pytest.raises(StudentError, match="has no exercises"):
             write(tmp_path / "empty.ipynb", tmp_path / "out")

@@ -68,8 +68,10 @@ class StudentError(ValueError):
 
 def read_chapter(path: Path):
     """The notebook, with all that an edition needs. StudentError says what it lacks."""
-    if path.suffix != ".ipynb" or not path.is_file():
+    if not path.is_file():
         raise StudentError(f"{path}: no such notebook")
+    if path.suffix != ".ipynb":
+        raise StudentError(f"{path} is not a notebook: expected a .ipynb file")
     text = read_text(path, StudentError)
     try:
         notebook = nbformat.reads(text, as_version=4)

@@ -15,7 +15,9 @@ base has; these are the ones they lean on most.
 
 import itertools
 import math
+import os
 import platform
+import shutil
 import time
 
 import torch
@@ -350,6 +352,12 @@ def rounded(numbers):
     return [round(number, 4) for number in numbers]
 
 
+def has_compiler():
+    """Is the C++ compiler here that torch.compile takes on a CPU?"""
+    usual = {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
+    return shutil.which(os.environ.get("CXX", usual)) is not None
+
+
 def pretrain(
     folder,
     steps=16_000,
@@ -378,7 +386,8 @@ def pretrain(
         induction_head(model)
         name_head(model, names)
         accuracies = copy_warmup(model, names, seed)
-    model.compile()  # 1.6 times as fast on a CPU
+    if has_compiler():
+        model.compile()  # 1.6 times as fast on a CPU
     history = train(
         model,
         TextBatches(tokenizer, steps, seed, rows),
