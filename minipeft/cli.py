@@ -24,6 +24,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CURVES = ("loss.csv", "loss.png")
+SMALL = 10_000_000  # parameters: up to here one thread is the fastest
 VALIDATION_EXAMPLES = 100  # a look at more costs more than it tells
 LORA_PLUS_RATIO = 4
 
@@ -167,12 +168,19 @@ def base_of(args):
 
 
 def open_model(args, base):
-    """The base, with the adapter of --adapter if there is one."""
+    """The base, with the adapter of --adapter if there is one.
+
+    A small one computes in one thread. Several wait for each other at each of its many
+    short steps, and for the whole machine where other programs keep it busy."""
+    import torch
+
     from . import PeftModel
     from .lm import load_pretrained
 
     quantization = "nf4" if getattr(args, "load_in_4bit", False) else None
     model = load_pretrained(base, device=device(args), quantization=quantization)
+    if sum(p.numel() for p in model.parameters()) <= SMALL:
+        torch.set_num_threads(1)
     if getattr(args, "adapter", None):
         model = PeftModel.from_pretrained(model, args.adapter)
     return model

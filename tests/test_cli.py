@@ -283,6 +283,25 @@ class TestFinetune:
         assert code == 1 and "a fault of the data" in err
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("most, threads", [(10**7, 1), (1, 3)])
+    @pytest.mark.parametrize("command", ["generate", "evaluate", "finetune"])
+    def test_a_small_model_computes_in_one_thread(
+        self, base, mine, tmp_path, capsys, monkeypatch, most, threads, command
+    ):
+        monkeypatch.setattr(cli, "SMALL", most)
+        argv = {
+            "generate": ["generate", "say", "--base", base],
+            "evaluate": ["evaluate", "--data", mine, "--base", base, "--limit", 2],
+            "finetune": tune(base, mine, tmp_path / "out", "--steps", 1),
+        }[command]
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            assert run(capsys, *argv)[0] == 0
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+
     def test_what_is_left_beside_the_adapter(self, base, mine, tmp_path, capsys):
         out = tmp_path / "out"
         assert run(capsys, *tune(base, mine, out))[0] == 0
