@@ -364,6 +364,8 @@ def trials_drawn(kind):
             best * factor: [mean + noise * sign for sign in own]
             for factor, mean in zip((0.1, 1, 10), means)
         }
+    if kind == "forgiving":  # the first seed alone would choose another rate
+        drawn[names[0]][min(drawn[names[0]])] = [0.05, 0.9, 0.85]
     if kind == "same":  # another method's lowest single loss, at its best rate
         name = names[1]
         rate = min(drawn[name], key=lambda rate: sum(drawn[name][rate]))
