@@ -1,222 +1,23 @@
 """Chapter 01's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
-from collections import Counter
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from judging import accepts, judge, rejects
+from torch import nn
 
-from minipeft.course import check
+from minipeft.course import check, compare
 from minipeft.lm import GPT, GPTConfig
 from minipeft.lm.generation import sample
-from minipeft.lm.gpt import Rotary, attend, rotate
+from minipeft.lm.gpt import Rotary, rotate
 
 
 def stub(*arguments):
     raise NotImplementedError
-
-
-# ---------------------------------------------------------------------------- count_gpt
-
-
-def counting(block=0, end=0, square=False, narrow=False, tables=None, blocks=None):
-    """The solution, or with one thing wrong: numbers added to each block, in units of
-    (d, d², d · wide), or at the end."""
-
-    def count(vocab, d, wide, layers, heads, kv_heads, tied):
-        kv = d if square else d // heads if narrow else kv_heads * d // heads
-        one = 2 * d * d + 2 * d * kv + 3 * d * wide + 2 * d
-        one += {
-            "one norm": -d,
-            "no norms": -2 * d,
-            "no gate": -d * wide,
-            "no o": -d * d,
-        }.get(block, 0)
-        return (
-            vocab * d * ((1 if tied else 2) if tables is None else tables)
-            + (blocks or layers) * one
-            + d
-            + end * d
-        )
-
-    return count
-
-
-def test_count_solution():
-    accepts(check.count_gpt, counting())
-
-
-def test_count_oracle_is_the_model():
-    for tied in (True, False):
-        model = GPT(
-            GPTConfig(
-                vocab_size=50,
-                hidden_size=24,
-                intermediate_size=40,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                tie_word_embeddings=tied,
-            )
-        )
-        assert counting()(50, 24, 40, 3, 4, 2, tied) == sum(
-            p.numel() for p in model.parameters()
-        )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("one and the same", counting(tables=2)),
-        ("second table", counting(tables=1)),
-        ("last norm", counting(end=-1)),
-        ("two norms", counting(block="one norm")),
-        ("norms are missing", counting(block="no norms", end=-1)),
-        ("take k and v for square", counting(square=True)),
-        ("one head wide", counting(narrow=True)),
-        ("three matrices", counting(block="no gate")),
-        ("o_proj", counting(block="no o")),
-        (
-            "you count one of them",
-            lambda vocab, d, wide, layers, heads, kv_heads, tied: (
-                counting()(vocab, d, wide, layers, heads, kv_heads, tied)
-                - layers * d * kv_heads * d // heads
-            ),
-        ),
-        (
-            "You count biases",
-            lambda vocab, d, wide, layers, heads, kv_heads, tied: (
-                counting()(vocab, d, wide, layers, heads, kv_heads, tied)
-                + layers * (d + 2 * kv_heads * d // heads)
-            ),
-        ),
-        (
-            "You count biases",
-            lambda vocab, d, wide, layers, heads, kv_heads, tied: (
-                counting()(vocab, d, wide, layers, heads, kv_heads, tied)
-                + (2 * layers + 1) * d
-            ),
-        ),
-        ("one block", counting(blocks=1)),
-        ("embedding is missing", counting(tables=0)),
-        ("I count", lambda *shape: 7),
-        ("is there a `return`", lambda *shape: None),
-        ("nothing here yet", stub),
-    ],
-)
-def test_count_mistakes(says, answer):
-    rejects(says, check.count_gpt, answer)
-
-
-# ---------------------------------------------------------------------------- train_bpe
-
-
-def bpe(
-    weight=lambda words, word: words[word],
-    best=max,
-    everywhere=True,
-    give=lambda merges: merges,
-    anew=True,
-):
-    def train(words, n):
-        pieces, merges, pairs = {word: list(word) for word in words}, [], Counter()
-        for number in range(n):
-            if anew or not number:
-                pairs = Counter()
-                for word, parts in pieces.items():
-                    for pair in zip(parts, parts[1:]):
-                        pairs[pair] += weight(words, word)
-            else:
-                del pairs[merges[-1]]
-            merges.append(best(pairs, key=pairs.get))
-            for parts in list(pieces.values())[: None if everywhere else 0]:
-                i = 0
-                while i < len(parts) - 1:
-                    if (parts[i], parts[i + 1]) == merges[-1]:
-                        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-                    i += 1
-        return give(merges)
-
-    return train
-
-
-def first_in_each_word(words, n):
-    """Merges a pair only where it stands first in a word."""
-    pieces, merges = {word: list(word) for word in words}, []
-    for _ in range(n):
-        pairs = Counter()
-        for word, parts in pieces.items():
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += words[word]
-        merges.append(max(pairs, key=pairs.get))
-        for parts in pieces.values():
-            at = next(
-                (
-                    i
-                    for i, pair in enumerate(zip(parts, parts[1:]))
-                    if pair == merges[-1]
-                ),
-                None,
-            )
-            if at is not None:
-                parts[at : at + 2] = ["".join(merges[-1])]
-    return merges
-
-
-def by_strings(words, n):
-    """The usual way with `" ".join` and regular expressions, which is right: spaces on
-    both sides of a piece."""
-    texts, merges = {word: f" {' '.join(word)} " for word in words}, []
-    for _ in range(n):
-        pairs = Counter()
-        for word, text in texts.items():
-            for pair in zip(text.split(), text.split()[1:]):
-                pairs[pair] += words[word]
-        merges.append(max(pairs, key=pairs.get))
-        texts = {
-            word: text.replace(f" {' '.join(merges[-1])} ", f" {''.join(merges[-1])} ")
-            for word, text in texts.items()
-        }
-    return merges
-
-
-def empties(words, n):
-    merges = bpe()(words, n)
-    words.clear()
-    return merges
-
-
-def test_bpe_solution():
-    accepts(check.train_bpe, bpe())
-    accepts(check.train_bpe, by_strings)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("count anew each time", bpe(anew=False)),
-        ("same pair comes twice", bpe(everywhere=False)),
-        ("rarest pair first", bpe(best=min)),
-        ("as often as it occurs", bpe(weight=lambda words, word: 1)),
-        ("another order", bpe(give=lambda merges: merges[::-1])),
-        (
-            "not what they become",
-            bpe(give=lambda merges: ["".join(pair) for pair in merges]),
-        ),
-        ("merges are wanted; you give", bpe(give=lambda merges: merges[:2])),
-        ("stand twice in a word", first_in_each_word),
-        ("stand in no word", bpe(give=lambda merges: [("z", "q"), *merges[1:]])),
-        ("You changed `words`", empties),
-        ("A list of pairs", bpe(give=lambda merges: 3)),
-        ("merge number 4", bpe(give=lambda merges: [*merges[:3], ("abc", "de")])),
-        ("is there a `return`", lambda words, n: None),
-        ("nothing here yet", stub),
-    ],
-)
-def test_bpe_mistakes(says, answer):
-    rejects(says, check.train_bpe, answer)
 
 
 # ---------------------------------------------------------------------- next_token_loss
@@ -361,89 +162,6 @@ def test_loss_mean_of_rows():
     # rows may happen to have labels equally many
     verdicts = judge(check.next_token_loss, rows)
     assert any("mean of the rows' means" in verdict.message for verdict in verdicts)
-
-
-# -------------------------------------------------------------------------- cached_step
-
-
-def step(
-    q,
-    k,
-    v,
-    past_k,
-    past_v,
-    front=False,
-    new=True,
-    scale=lambda h: h**-0.5,
-    repeat=torch.repeat_interleave,
-    dim=-1,
-    keep=lambda z, group: z,
-    mask=None,
-    mix=False,
-    seen=slice(None),
-):
-    k, v = (
-        torch.cat((now, past) if front else (past, now), 2) if new else past
-        for now, past in ((k, past_k), (v, past_v))
-    )
-    group = q.shape[1] // k.shape[1]
-    many_k, many_v = repeat(k, group, 1)[:, :, seen], repeat(v, group, 1)[:, :, seen]
-    scores = q @ many_k.transpose(-1, -2) * scale(q.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(mask(scores), -torch.inf)
-    return (
-        scores.softmax(dim) @ (many_k if mix else many_v),
-        keep(k, group),
-        keep(v, group),
-    )
-
-
-def changed(**change):
-    return lambda *tensors: step(*tensors, **change)
-
-
-def test_cached_step_solution():
-    accepts(check.cached_step, step)
-
-
-def test_cached_step_oracle_is_the_package():
-    q, k, v = torch.randn(2, 4, 1, 6), torch.randn(2, 2, 1, 6), torch.randn(2, 2, 1, 6)
-    past_k, past_v = torch.randn(2, 2, 5, 6), torch.randn(2, 2, 5, 6)
-    y, k, v = step(q, k, v, past_k, past_v)
-    torch.testing.assert_close(y, attend(q, k, v))
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("at the front", changed(front=True)),
-        ("is missing from the cache", changed(new=False)),
-        (
-            "the copies are for the computing",
-            changed(keep=lambda z, group: z.repeat_interleave(group, 1)),
-        ),
-        ("scale is missing", changed(scale=lambda h: 1)),
-        ("divide by h", changed(scale=lambda h: 1 / h)),
-        ("multiply by √h", changed(scale=lambda h: h**0.5)),
-        ("wrong dimension", changed(dim=-2)),
-        ("not repeat", changed(repeat=lambda z, n, dim: z.repeat(1, n, 1, 1))),
-        ("does not see itself", changed(seen=slice(0, -1))),
-        (
-            "all but the first",
-            changed(mask=lambda s: torch.ones_like(s, dtype=torch.bool).triu(1)),
-        ),
-        ("mix keys and values", changed(mix=True)),
-        (
-            "the order is y, k, v",
-            lambda *tensors: tuple(step(*tensors)[i] for i in (0, 2, 1)),
-        ),
-        ("Give three things", lambda *tensors: step(*tensors)[0]),
-        ("is there a `return`", lambda *tensors: None),
-        ("nothing here yet", stub),
-    ],
-)
-def test_cached_step_mistakes(says, answer):
-    rejects(says, check.cached_step, answer)
 
 
 # ------------------------------------------------------------------------------ nucleus
@@ -593,3 +311,344 @@ def test_halves_oracle_is_the_rotation():
 )
 def test_halves_mistakes(says, answer):
     rejects(says, check.halves_from_pairs, answer)
+
+
+# ------------------------------------------------------------------------- predict_same
+
+SAME = {
+    "a": {
+        "positions + 7": "same",
+        "norm × 2, q k v / 2": "same",
+        "head + c": "same",
+        "last token": "same",
+        "q × 2, k / 2": "same",
+        "gate × 2, up / 2": "other",
+        "heads 0 and 1": "same",
+        "final norm × 2": "other",
+    },
+    "b": {
+        "positions + 7": "same",
+        "norm × 2, q k v / 2": "same",
+        "head + c": "same",
+        "first token": "other",
+        "v × 2, o / 2": "same",
+        "up × 2, down / 2": "same",
+        "heads 1 and 2": "other",
+        "embedding × 2": "other",
+    },
+}
+
+
+@pytest.mark.parametrize("form", ["a", "b"])
+def test_same_right_answers(form):
+    judged = partial(check.predict_same, form=form)
+    accepts(judged, SAME[form])
+    accepts(judged, dict(reversed(SAME[form].items())))
+    accepts(judged, {edit: np.str_(said) for edit, said in SAME[form].items()})
+
+
+@pytest.mark.parametrize(
+    "form, edit, why",
+    [
+        ("a", "positions + 7", "only distances count"),
+        ("a", "norm × 2, q k v / 2", "what q, k and v read"),
+        ("a", "head + c", "softmax forgets it"),
+        ("a", "last token", "nobody looks ahead"),
+        ("a", "q × 2, k / 2", "product of both"),
+        ("a", "gate × 2, up / 2", "silu is not linear"),
+        ("a", "heads 0 and 1", "the same key-value head"),
+        ("a", "final norm × 2", "temperature of one half"),
+        ("b", "first token", "sees what came before"),
+        ("b", "v × 2, o / 2", "only weighted sums"),
+        ("b", "up × 2, down / 2", "down is linear"),
+        ("b", "heads 1 and 2", "other keys and values"),
+        ("b", "embedding × 2", "as large as before"),
+    ],
+)
+def test_same_mistakes(form, edit, why):
+    turned = {"same": "other", "other": "same"}[SAME[form][edit]]
+    judged = partial(check.predict_same, form=form)
+    rejects(why, judged, SAME[form] | {edit: turned})
+
+
+def test_same_that_is_no_prediction():
+    some = {edit: said for edit, said in SAME["a"].items() if "heads" not in edit}
+    rejects("no prediction for 'heads 0 and 1'", check.predict_same, some)
+    more = SAME["a"] | {"tokens": "same"}
+    rejects("none of the edits that were asked about", check.predict_same, more)
+    said = SAME["a"] | {"head + c": True}
+    rejects('expected "same" or "other", found True', check.predict_same, said)
+    rejects("as a dictionary", check.predict_same, list(SAME["a"]))
+    rejects("nothing here yet", check.predict_same, None)
+
+
+# -------------------------------------------------------------------------- choose_base
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def bytewise(model, upside_down=False):
+    share = model["tokens"] / model["bytes"]
+    share = 1 / share if upside_down else share
+    return {seed: loss * share for seed, loss in model["loss"].items()}
+
+
+def chosen(models, unit=bytewise, join=mean, pick=min, judged=bytewise, **settings):
+    """The rule; each mistake below changes one of its parts."""
+    best = pick(models, key=lambda name: join(unit(models[name]).values()))
+    token = min(models, key=lambda name: mean(models[name]["loss"].values()))
+    settings = {"loss": True} | settings
+    found = compare(judged(models[best]), judged(models[token]), **settings)
+    return best, found.verdict
+
+
+def in_bits(models):
+    """In another unit, with numpy, and a list."""
+    unit = {
+        name: np.array(list(model["loss"].values()))
+        * model["tokens"]
+        / model["bytes"]
+        / np.log(2)
+        for name, model in models.items()
+    }
+    best = min(unit, key=lambda name: unit[name].mean())
+    token = min(models, key=lambda name: mean(models[name]["loss"].values()))
+    return [best, compare(list(unit[best]), list(unit[token]), loss=True).verdict]
+
+
+def from_perplexity(models):
+    models = {
+        name: model
+        | {"loss": {seed: np.log(x) for seed, x in model["perplexity"].items()}}
+        for name, model in models.items()
+    }
+    return chosen(models)
+
+
+def per_token(model):
+    return model["loss"]
+
+
+def test_choose_base_right_answers():
+    accepts(check.choose_base, chosen)
+    accepts(check.choose_base, in_bits)
+    accepts(partial(check.choose_base, given="perplexity"), from_perplexity)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("compare losses per token", lambda m: chosen(m, unit=per_token)),
+        (
+            "compare losses per token",
+            lambda m: chosen(m, unit=lambda model: bytewise(model, True)),
+        ),
+        ("one lucky seed", lambda m: chosen(m, join=min)),
+        ("lower is better", lambda m: chosen(m, pick=max)),
+        ("compares the losses per token", lambda m: chosen(m, judged=per_token)),
+        ("the wrong way round", lambda m: chosen(m, loss=False)),
+        ("with loss=True", lambda m: (chosen(m)[0], "ahead")),
+        ("verdict is a word", lambda m: (chosen(m)[0], compare([1, 2, 3], [3, 4, 5]))),
+        ("by nats a byte it is", lambda m: ("none", "ahead")),
+        ("Return two things", lambda m: chosen(m)[0]),
+        ("is there a `return`", lambda m: None),
+        ("nothing here yet", stub),
+    ],
+)
+def test_choose_base_mistakes(says, answer):
+    rejects(says, check.choose_base, answer)
+
+
+# --------------------------------------------------------------------------- my_decoder
+
+
+class MyBlock(nn.Module):
+    """The solution; each mistake below changes one part of it."""
+
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads = heads
+        self.first = nn.RMSNorm(d)
+        self.second = nn.RMSNorm(d)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.o = nn.Linear(d, d, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+
+    def split(self, x):
+        B, T, d = x.shape
+        qkv = self.qkv(self.first(x)).view(B, T, 3, self.heads, d // self.heads)
+        return qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, h) each
+
+    def look(self, q, k, v):
+        T = q.shape[-2]
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+
+    def attend(self, x):
+        y = self.look(*self.split(x))
+        return self.o(y.transpose(1, 2).reshape(x.shape))
+
+    def forward(self, x):
+        x = x + self.attend(x)
+        return x + self.mlp(self.second(x))
+
+
+class MyDecoder(nn.Module):
+    block = MyBlock
+
+    def __init__(self, vocab, d, heads, layers):
+        super().__init__()
+        self.table = nn.Embedding(vocab, d)
+        self.place = nn.Embedding(64, d)
+        self.blocks = nn.ModuleList(self.block(d, heads) for _ in range(layers))
+        self.norm = nn.RMSNorm(d)
+        self.head = nn.Linear(d, vocab, bias=False)
+
+    def begin(self, ids):
+        return self.table(ids) + self.place(torch.arange(ids.shape[1]))
+
+    def forward(self, ids):
+        x = self.begin(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def turned(x):
+    T, h = x.shape[-2:]
+    f = 100.0 ** (-torch.arange(0, h, 2) / h)
+    angle = torch.arange(T)[:, None] * f
+    a, b = x.chunk(2, -1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+class WithRotation(MyBlock):
+    def look(self, q, k, v):
+        return F.scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True)
+
+
+class Rotated(MyDecoder):
+    block = WithRotation
+
+    def begin(self, ids):
+        return self.table(ids)
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        del self.place
+
+
+class TheCourses(nn.Module):
+    """The package's own model is a decoder too."""
+
+    def __init__(self, vocab, d, heads, layers):
+        super().__init__()
+        shape = {
+            "hidden_size": d,
+            "intermediate_size": 2 * d,
+            "num_hidden_layers": layers,
+        }
+        shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        self.model = GPT(GPTConfig(vocab_size=vocab, head_dim=d // heads, **shape))
+
+    def forward(self, ids):
+        return self.model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("answer", [MyDecoder, Rotated, TheCourses])
+def test_my_decoder_right_answers(answer):
+    for verdict in judge(check.my_decoder, answer, variants=1):
+        assert verdict, verdict
+
+
+def decoder(**methods):
+    block = {k: v for k, v in methods.items() if k in ("look", "attend", "split")}
+    rest = {k: v for k, v in methods.items() if k not in block}
+    return type(
+        "Mine", (MyDecoder,), {"block": type("Block", (MyBlock,), block), **rest}
+    )
+
+
+def everywhere(self, q, k, v):
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def only_before(self, x):
+    """Place t sees the places before t, and not itself."""
+    y = self.look(*self.split(x)).transpose(1, 2).reshape(x.shape)
+    return self.o(F.pad(y, (0, 0, 1, 0))[:, :-1]) - x
+
+
+def across_rows(self, x):
+    return MyBlock.attend(self, x.flatten(0, 1)[None]).view(x.shape)
+
+
+def softmaxed(self, ids):
+    return MyDecoder.forward(self, ids).softmax(-1)
+
+
+class OneLayer(MyDecoder):
+    def __init__(self, vocab, d, heads, layers):
+        super().__init__(vocab, d, heads, 1)
+
+
+class Idle(MyDecoder):
+    def __init__(self, vocab, d, heads, layers):
+        super().__init__(vocab, d, heads, layers)
+        self.unused = nn.Linear(d, d)
+
+
+class Blank(nn.Module):
+    def __init__(self, vocab, d, heads, layers):
+        super().__init__()
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("sees what comes after it", decoder(look=everywhere)),
+        ("does not see its own token", decoder(attend=only_before)),
+        ("does not see the place before it", decoder(attend=lambda self, x: 0 * x)),
+        ("A row of the batch changes", decoder(attend=across_rows)),
+        ("knows no positions", decoder(begin=lambda self, ids: self.table(ids))),
+        ("Expected logits of shape", decoder(forward=MyDecoder.begin)),
+        ("before the softmax", decoder(forward=softmaxed)),
+        (
+            "before the softmax",
+            decoder(forward=lambda s, i: MyDecoder.forward(s, i).log_softmax(-1)),
+        ),
+        ("`layers` has no effect", OneLayer),
+        ("No gradient reaches unused.weight", Idle),
+        (
+            "No gradient reaches table.weight",
+            decoder(
+                begin=lambda s, i: (
+                    s.table(i).detach() + s.place(torch.arange(i.shape[1]))
+                )
+            ),
+        ),
+        ("is there a `return`", decoder(forward=lambda s, i: None)),
+        ("class itself", MyDecoder(12, 16, 2, 1)),
+        ("class itself", len),
+        ("nothing here yet", Blank),
+    ],
+)
+def test_my_decoder_mistakes(says, answer):
+    for verdict in judge(check.my_decoder, answer, variants=1):
+        assert not verdict and says in verdict.message, verdict.message
+
+
+def test_a_decoder_that_learns_nothing_is_not_accepted():
+    """It sees all it should, and its weights are torn down in each forward."""
+
+    class Faint(MyDecoder):
+        def forward(self, ids):
+            return 1e-2 * super().forward(ids)
+
+    verdict = check.my_decoder(Faint)
+    assert not verdict and "not their order" in verdict.message

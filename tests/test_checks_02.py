@@ -1,67 +1,20 @@
 """Chapter 02's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+import copy
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
-from judging import accepts, rejects
+from judging import accepts, judge, rejects
 from torch import nn
 
-from minipeft.course import check
+from minipeft.course import check, compare
 
 
 def stub(*arguments):
     raise NotImplementedError
-
-
-# --------------------------------------------------------------------------- step_bytes
-
-
-def test_step_bytes_solution():
-    accepts(
-        check.step_bytes, lambda total, trained: 2 * (total - trained) + 16 * trained
-    )
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        (
-            "every number have a gradient",
-            lambda total, trained: 2 * (total - trained) + 4 * trained + 12 * total,
-        ),
-        ("16 bytes for the frozen", lambda total, trained: 16 * total),
-        ("*two* means", lambda total, trained: 2 * (total - trained) + 12 * trained),
-        (
-            "optimizer is missing",
-            lambda total, trained: 2 * (total - trained) + 8 * trained,
-        ),
-        ("frozen numbers are missing", lambda total, trained: 16 * trained),
-        ("twice", lambda total, trained: 2 * total + 16 * trained),
-        (
-            "in 32 bits: here",
-            lambda total, trained: 4 * (total - trained) + 16 * trained,
-        ),
-        ("another copy", lambda total, trained: 2 * (total - trained) + 20 * trained),
-        (
-            "or their gradients",
-            lambda total, trained: 2 * (total - trained) + 14 * trained,
-        ),
-        (
-            "have a gradient: only",
-            lambda total, trained: 2 * (total - trained) + 4 * total + 12 * trained,
-        ),
-        (
-            "gigabytes",
-            lambda total, trained: (2 * (total - trained) + 16 * trained) / 1e9,
-        ),
-        ("each is several bytes", lambda total, trained: total - trained + 4 * trained),
-        ("I count", lambda total, trained: 5),
-        ("is there a `return`", lambda total, trained: None),
-        ("nothing here yet", stub),
-    ],
-)
-def test_step_bytes_mistakes(says, answer):
-    rejects(says, check.step_bytes, answer)
 
 
 # --------------------------------------------------------------------------- adamw_step
@@ -370,42 +323,298 @@ def test_kept_mistakes(says, answer):
     rejects(says, check.kept_numbers, answer)
 
 
-# ----------------------------------------------------------------------------- families
-
-SORTED = {
-    "LoRA": "reparametrised",
-    "BitFit": "selective",
-    "prompt tuning": "additive",
-    "prefix tuning": "additive",
-    "bottleneck adapter": "additive",
-    "random subspace": "reparametrised",
-    "last block only": "selective",
-    "QLoRA": "reparametrised",
-}
+# ------------------------------------------------------------------------ predict_steps
 
 
-def test_families_solution():
-    accepts(check.families, SORTED)
+def distances(n=50):
+    """The right predictions, by closed formulas."""
+    return {
+        "Adam, 1 step, g = 1000": 1,
+        f"Adam, {n} steps, g = 0.001": n,
+        "AdamW, 1 step, g = 0": 0.2,
+        "Adam with L2, 1 step, g = 0": 1,
+        "SGD, 1 step, g = 1000": 1000,
+        f"SGD, {n} steps, g = 0.001": 0.001 * n,
+        f"momentum, {n} steps, g = 1": 10 * n - 90 * (1 - 0.9**n),
+    }
+
+
+@pytest.mark.parametrize("n", [20, 50, 100])
+def test_steps_right_answers(n):
+    judged = partial(check.predict_steps, n=n)
+    accepts(judged, distances(n))
+    accepts(judged, {case: np.float32(v) for case, v in distances(n).items()})
+    accepts(judged, {case: torch.tensor(float(v)) for case, v in distances(n).items()})
+    accepts(judged, dict(reversed(distances(n).items())))
+
+
+def test_steps_oracle_is_torch():
+    """Adam, AdamW and momentum of torch.optim, on one number."""
+    makers = {
+        "Adam, 50 steps, g = 0.001": (torch.optim.Adam, {}, 0.0, 0.001, 50),
+        "AdamW, 1 step, g = 0": (torch.optim.AdamW, {"weight_decay": 0.1}, 2.0, 0.0, 1),
+        "Adam with L2, 1 step, g = 0": (
+            torch.optim.Adam,
+            {"weight_decay": 0.1},
+            2.0,
+            0.0,
+            1,
+        ),
+        "momentum, 50 steps, g = 1": (torch.optim.SGD, {"momentum": 0.9}, 0.0, 1.0, 50),
+    }
+    for case, (maker, options, start, g, steps) in makers.items():
+        p = torch.tensor([start], dtype=torch.float64, requires_grad=True)
+        optimizer = maker([p], lr=1e-3, **options)
+        for _ in range(steps):
+            p.grad = torch.full_like(p, g)
+            optimizer.step()
+        went = abs(p.item() - start) / 1e-3
+        # eps beside a gradient of 0.001
+        assert went == pytest.approx(distances()[case], rel=2e-5), case
 
 
 @pytest.mark.parametrize(
     "says, answer",
     [
-        ("a change of W", SORTED | {"LoRA": "additive"}),
-        ("biases that are there already", SORTED | {"BitFit": "additive"}),
-        ("no matrix does the same", SORTED | {"bottleneck adapter": "reparametrised"}),
-        ("before the input", SORTED | {"prompt tuning": "selective"}),
-        ("stored in 4 bits", SORTED | {"QLoRA": "selective"}),
-        (
-            "Still to be sorted: BitFit",
-            {name: kind for name, kind in SORTED.items() if name != "BitFit"},
-        ),
-        ("not among the eight", SORTED | {"DoRA": "additive"}),
-        ("is no family here", SORTED | {"LoRA": "low-rank"}),
-        ("as a dictionary", ["LoRA"]),
-        ("nothing here yet", {}),
-        ("nothing here yet", None),
+        ("the quotient is one", {"Adam, 1 step, g = 1000": 1000}),
+        ("the length of the rate", {"Adam, 50 steps, g = 0.001": 0.05}),
+        ("the length of the rate", {"Adam, 50 steps, g = 0.001": 1}),
+        ("lr · 0.1 · 2", {"AdamW, 1 step, g = 0": 0}),
+        ("lr · 0.1 · 2", {"AdamW, 1 step, g = 0": 1}),
+        ("divides it by its size", {"Adam with L2, 1 step, g = 0": 0.2}),
+        ("a step is lr · g", {"SGD, 1 step, g = 1000": 1}),
+        ("they add up", {"SGD, 50 steps, g = 0.001": 0.001}),
+        ("they add up", {"SGD, 50 steps, g = 0.001": 50}),
+        ("needs some ten steps", {"momentum, 50 steps, g = 1": 500}),
+        ("needs some ten steps", {"momentum, 50 steps, g = 1": 50}),
+        ("expected a number", {"SGD, 1 step, g = 1000": "1000"}),
+        ("write your prediction", {"SGD, 1 step, g = 1000": None}),
+        ("is not one of", {"SGD": 1}),
     ],
 )
-def test_families_mistakes(says, answer):
-    rejects(says, check.families, answer)
+def test_steps_mistakes(says, answer):
+    rejects(says, check.predict_steps, distances() | answer)
+
+
+def test_steps_that_are_not_all_there():
+    rejects("no prediction for", check.predict_steps, {"SGD, 1 step, g = 1000": 1000})
+    rejects("as a dictionary", check.predict_steps, list(distances().values()))
+    rejects("nothing here yet", check.predict_steps, None)
+
+
+# ------------------------------------------------------------------------ choose_method
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def not_behind(a, b):
+    return compare(a, b, loss=True).verdict != "behind"
+
+
+def chosen(methods, card, bill=None, judge=not_behind, least=True, frozen=2):
+    """The rule; each mistake below changes one of its parts."""
+    bill = bill or (
+        lambda way: (
+            frozen * (way["total"] - way["trained"])
+            + 16 * way["trained"]
+            + way["activations"]
+        )
+    )
+    fit = {name: way["loss"] for name, way in methods.items() if bill(way) <= card}
+    best = min(fit, key=lambda name: mean(fit[name].values()))
+    good = [name for name in fit if judge(fit[name], fit[best])]
+    pick = min if least else max
+    return pick(good, key=lambda name: methods[name]["trained"])
+
+
+def with_arrays(methods, card):
+    names = list(methods)
+    total, trained, kept = (
+        np.array([methods[n][key] for n in names], dtype=float)
+        for key in ("total", "trained", "activations")
+    )
+    fits = 2 * total + 14 * trained + kept <= card
+    loss = np.array([[methods[n]["loss"][s] for s in range(3)] for n in names])
+    best = np.where(fits, loss.mean(1), np.inf).argmin()
+    good = [i for i in range(len(names)) if fits[i] and not_behind(loss[i], loss[best])]
+    return names[min(good, key=lambda i: trained[i])]
+
+
+def test_choose_method_right_answers():
+    accepts(check.choose_method, chosen)
+    accepts(check.choose_method, with_arrays)
+    four_bits = partial(check.choose_method, frozen=0.5)
+    accepts(four_bits, lambda *given: chosen(*given, frozen=0.5))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        (
+            "without its activations it would",
+            lambda *g: chosen(
+                *g, bill=lambda w: 2 * (w["total"] - w["trained"]) + 16 * w["trained"]
+            ),
+        ),
+        (
+            "but they are there",
+            lambda *g: chosen(*g, bill=lambda w: 16 * w["trained"] + w["activations"]),
+        ),
+        (
+            "16 bytes for the frozen parameters",
+            lambda *g: chosen(*g, frozen=16) if g[1] > 120e9 else chosen(*g),
+        ),
+        ("the card has", lambda *g: chosen(*g, bill=lambda w: 0)),
+        ("with the lowest mean", lambda *g: chosen(*g, judge=lambda a, b: a is b)),
+        (
+            "it is behind the best that fits",
+            lambda *g: chosen(*g, judge=lambda a, b: True),
+        ),
+        (
+            "compare as if these were scores",
+            lambda *g: chosen(*g, judge=lambda a, b: compare(a, b).verdict != "behind"),
+        ),
+        ("by the rule it is", lambda *g: chosen(*g, least=False)),
+        ("is not one of", lambda *g: "QLoRA"),
+        ("is not one of", lambda *g: 3),
+        ("is there a `return`", lambda *g: None),
+        ("nothing here yet", stub),
+    ],
+)
+def test_choose_method_mistakes(says, answer):
+    verdicts = judge(check.choose_method, answer)
+    assert not any(verdicts)
+    assert any(says in verdict.message for verdict in verdicts), verdicts
+
+
+# ---------------------------------------------------------------------------- fine_tune
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimizers_are_loaded():
+    """The first use of torch.optim takes seconds, which no check should wait for."""
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).zero_grad()
+
+
+def tune(
+    model,
+    batches,
+    lr,
+    warmup,
+    clip,
+    weight_decay,
+    rate=lambda lr, t, warmup: lr * min(1, t / warmup),
+    decays=lambda p: p.dim() > 1,
+    zero=True,
+    clipping=nn.utils.clip_grad_norm_,
+    maker=torch.optim.AdamW,
+    trained=lambda p: p.requires_grad,
+    give=lambda losses: losses,
+):
+    """The solution; each mistake below changes one of its parts."""
+    params = [p for p in model.parameters() if trained(p)]
+    groups = [
+        {"params": [p for p in params if decays(p)], "weight_decay": weight_decay},
+        {"params": [p for p in params if not decays(p)], "weight_decay": 0.0},
+    ]
+    optimizer = maker([g for g in groups if g["params"]], lr=lr)
+    losses = []
+    for t, batch in enumerate(batches, 1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate(lr, t, warmup)
+        loss = model(**batch).loss
+        if zero:
+            optimizer.zero_grad()
+        loss.backward()
+        clipping(params, clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return give(losses)
+
+
+def by_schedule(model, batches, lr, warmup, clip, weight_decay):
+    """With a LambdaLR, and tensors as losses."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if "norm" in n or n.endswith("bias")]
+    rest = [p for n, p in named if all(p is not q for q in plain)]
+    optimizer = torch.optim.AdamW(
+        [{"params": rest, "weight_decay": weight_decay}, {"params": plain}],
+        lr=lr,
+        weight_decay=0.0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup)
+    )
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(rest + plain, clip)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    return tuple(losses)
+
+
+def tuned(**changes):
+    return lambda *given: tune(*given, **changes)
+
+
+def each(params, clip):
+    for p in params:
+        nn.utils.clip_grad_norm_([p], clip)
+
+
+def always(params, clip):
+    total = torch.stack([p.grad.norm() for p in params if p.grad is not None]).norm()
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_(clip / (total + 1e-6))
+
+
+def on_a_copy(model, *given):
+    return tune(copy.deepcopy(model), *given)
+
+
+def thawed(model, *given):
+    return tune(model.requires_grad_(True), *given)
+
+
+@pytest.mark.parametrize("answer", [tune, by_schedule])
+def test_fine_tune_right_answers(answer):
+    for verdict in judge(check.fine_tune, answer, variants=2):
+        assert verdict, verdict
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("earlier batches are still in .grad", tuned(zero=False)),
+        ("The rate does not rise", tuned(rate=lambda lr, t, w: lr)),
+        (
+            "Your first step has the rate 0",
+            tuned(rate=lambda lr, t, w: lr * min(1, (t - 1) / w)),
+        ),
+        ("The gradients are not clipped", tuned(clipping=lambda params, clip: None)),
+        ("each tensor by itself", tuned(clipping=each)),
+        ("You clip the values", tuned(clipping=nn.utils.clip_grad_value_)),
+        ("You scale every gradient", tuned(clipping=always)),
+        ("norms decay too", tuned(decays=lambda p: True)),
+        ("Nothing decays", tuned(decays=lambda p: False)),
+        ("got into the gradient", tuned(maker=torch.optim.Adam)),
+        ("none of the usual slips", tuned(maker=torch.optim.SGD)),
+        ("A frozen parameter has changed", thawed),
+        ("The model has not changed", on_a_copy),
+        ("return the list of losses", tuned(give=lambda losses: None)),
+        ("Return a list of 7 losses", tuned(give=lambda losses: losses[1:])),
+        ("Return a list of 7 losses", tuned(give=mean)),
+        ("as it was before its step", tuned(give=lambda losses: [*losses[1:], 0.0])),
+        ("nothing here yet", stub),
+    ],
+)
+def test_fine_tune_mistakes(says, answer):
+    for verdict in judge(check.fine_tune, answer, variants=2):
+        assert not verdict and says in verdict.message, verdict.message

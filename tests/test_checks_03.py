@@ -1,38 +1,19 @@
 """Chapter 03's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+import zlib
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from judging import accepts, judge, rejects
+from torch import nn
 
-from minipeft.course import check
-
-# -------------------------------------------------------------------- subspace_gradient
-
-
-def test_subspace_gradient_solution():
-    accepts(check.subspace_gradient, lambda P, g: P.T @ g)
-    accepts(check.subspace_gradient, lambda P, g: g @ P)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("θ_d has only d", lambda P, g: P @ (P.T @ g)),
-        ("least squares", lambda P, g: torch.linalg.pinv(P) @ g),
-        ("sign is wrong", lambda P, g: -P.T @ g),
-        ("mean over the D parameters", lambda P, g: (P * g[:, None]).mean(0)),
-        ("mean over the d columns", lambda P, g: P.T @ g / P.shape[1]),
-        ("lengths of P's columns", lambda P, g: (P / P.norm(dim=0)).T @ g),
-        ("Two shapes do not fit", lambda P, g: P @ g),
-        ("is there a `return`", lambda P, g: None),
-        ("the shape", lambda P, g: (P.T @ g).sum()),
-        ("the shape", lambda P, g: P.T @ g[:, None]),
-    ],
-)
-def test_subspace_gradient_mistakes(says, answer):
-    rejects(says, check.subspace_gradient, answer)
-
+from minipeft import LayerConfig, LinearDelta
+from minipeft.course import check, compare
+from minipeft.weights import linear_features
 
 # ------------------------------------------------------------------------ fast_hadamard
 
@@ -194,46 +175,6 @@ def test_hash_project_mistakes(says, answer):
     rejects(says, check.hash_project, answer)
 
 
-# ---------------------------------------------------------------------- structure_aware
-
-
-def said(flat, lambdas, shapes, change=lambda factor, part: factor * part):
-    parts = flat.split([torch.Size(shape).numel() for shape in shapes])
-    return [
-        change(factor, part.view(shape))
-        for factor, part, shape in zip(lambdas, parts, shapes)
-    ]
-
-
-def test_structure_aware_solution():
-    accepts(check.structure_aware, said)
-
-
-@pytest.mark.parametrize(
-    "says, answer",
-    [
-        ("λ is missing", lambda f, l, s: said(f, l, s, lambda factor, part: part)),
-        ("add λ", lambda f, l, s: said(f, l, s, lambda factor, part: factor + part)),
-        ("sum of all λ", lambda f, l, s: said(f, [l.sum()] * 3, s)),
-        ("first λ", lambda f, l, s: said(f, [l[0]] * 3, s)),
-        ("1 + λ", lambda f, l, s: said(f, 1 + l, s)),
-        ("parts are flat", lambda f, l, s: [part.flatten() for part in said(f, l, s)]),
-        (
-            "beginning of the random vector",
-            lambda f, l, s: [
-                a * f[: torch.Size(b).numel()].view(b) for a, b in zip(l, s)
-            ],
-        ),
-        ("from the end", lambda f, l, s: said(f, l.flip(0), s[::-1])[::-1]),
-        ("lost touch", lambda f, l, s: said(f, l.detach(), s)),
-        ("you give 1 tensors", lambda f, l, s: [f]),
-        ("is there a `return`", lambda f, l, s: None),
-    ],
-)
-def test_structure_aware_mistakes(says, answer):
-    rejects(says, check.structure_aware, answer)
-
-
 # ---------------------------------------------------------------------------------- d90
 
 
@@ -302,13 +243,300 @@ def test_d90_mistakes(says, answer):
     rejects(says, check.d90, answer)
 
 
+# --------------------------------------------------------------------- predict_subspace
+
+
+def expected(D=10_000, d=100):
+    return {
+        "length": 1,
+        "gradient": (d / D) ** 0.5,
+        "fall": d / D,
+        "Adam": (d / D) ** 0.5,
+        "rank": 64,
+        "two": 2 * d,
+    }
+
+
+@pytest.mark.parametrize("D, d", [(10_000, 100), (40_000, 100)])
+def test_subspace_right_answers(D, d):
+    judged = partial(check.predict_subspace, D=D, d=d)
+    right = expected(D, d)
+    for verdict in judge(judged, right, variants=2):
+        assert verdict, verdict
+    assert judged({case: np.float32(value) for case, value in right.items()})
+    assert judged({case: torch.tensor(float(v)) for case, v in right.items()})
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("keep lengths", {"length": 0.1}),
+        ("the *squared* length", {"gradient": 0.01}),
+        ("the *squared* length", {"gradient": 1}),
+        ("the squared length of the gradient that it sees", {"fall": 0.1}),
+        ("has the length η √n", {"Adam": 0.01}),
+        ("has the length η √n", {"Adam": 1}),
+        ("is a random matrix", {"rank": 1}),
+        ("is a random matrix", {"rank": 63}),
+        ("the dimensions add", {"two": 100}),
+        ("the dimensions add", {"two": 201}),
+        ("expected a number", {"rank": "full"}),
+        ("write your prediction", {"two": None}),
+        ("is not one of", {"three": 300}),
+    ],
+)
+def test_subspace_mistakes(says, answer):
+    verdict = check.predict_subspace(expected() | answer)
+    assert not verdict and says in verdict.message, verdict.message
+
+
+def test_subspace_that_is_not_all_there():
+    rejects("no prediction for 'length'", check.predict_subspace, {"rank": 64})
+    rejects("as a dictionary", check.predict_subspace, [1, 0.1])
+    rejects("nothing here yet", check.predict_subspace, None)
+
+
+# ----------------------------------------------------------------------------- choose_d
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def chosen(
+    runs,
+    start,
+    full,
+    key="valid_loss",
+    join=mean,
+    share=0.9,
+    reached=None,
+    judged="test_loss",
+    **settings,
+):
+    """The rule; each mistake below changes one of its parts."""
+    reached = reached or (lambda loss: start - loss >= share * (start - full))
+    found = {}
+    for run in runs:
+        by_stride = found.setdefault(run["d"], {})
+        by_stride.setdefault(run["stride"], {})[run["seed"]] = run
+
+    def size(by_seed):
+        return join([run[key] for run in by_seed.values()])
+
+    own = {d: min(strides.values(), key=size) for d, strides in found.items()}
+    tried = sorted(own)
+    good = [d for d in tried if reached(size(own[d]))]
+    if not good:
+        return None
+    smaller = tried[tried.index(good[0]) - 1]
+    pair = [
+        {seed: run[judged] for seed, run in own[d].items()} for d in (good[0], smaller)
+    ]
+    return good[0], compare(*pair, **{"loss": True} | settings).verdict
+
+
+def with_lists(runs, start, full):
+    """Sorted, with lists in the order of the seeds, and numpy's numbers."""
+    runs = sorted(runs, key=lambda run: (run["d"], run["stride"], run["seed"]))
+    groups = [runs[i : i + 3] for i in range(0, len(runs), 3)]
+    own = {}
+    for group in groups:
+        valid = np.mean([run["valid_loss"] for run in group])
+        if group[0]["d"] not in own or valid < own[group[0]["d"]][0]:
+            own[group[0]["d"]] = valid, [run["test_loss"] for run in group]
+    tried = list(own)
+    for smaller, d in zip(tried, tried[1:]):
+        if own[d][0] <= start - 0.9 * (start - full):
+            return [np.int64(d), compare(own[d][1], own[smaller][1], loss=True).verdict]
+
+
+def test_choose_d_right_answers():
+    accepts(check.choose_d, chosen)
+    accepts(check.choose_d, with_lists)
+    accepts(partial(check.choose_d, share=0.8), lambda *g: chosen(*g, share=0.8))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("by the test loss", lambda *g: chosen(*g, key="test_loss")),
+        ("one lucky seed", lambda *g: chosen(*g, join=min)),
+        (
+            "count the gain",
+            lambda r, s, f: chosen(r, s, f, reached=lambda loss: loss <= f / 0.9),
+        ),
+        ("the smallest with 90% of the gain", lambda *g: (16384, "ahead")),
+        ("on the test losses", lambda *g: chosen(*g, loss=False)),
+        ("return None", lambda *g: chosen(*g) or (16384, "not told apart")),
+        ("You return None, and", lambda *g: None),
+        ("The verdict is a word", lambda *g: chosen(*g) and (chosen(*g)[0], True)),
+        ("Return two things", lambda *g: chosen(*g) and chosen(*g)[0]),
+    ],
+)
+def test_choose_d_mistakes(says, answer):
+    rejects(says, check.choose_d, answer)
+
+
+# -------------------------------------------------------------------------- my_subspace
+
+
+class Own(LinearDelta):
+    """The solution; each mistake below changes one part of it."""
+
+    def __init__(self, d_in, d_out, d, seed):
+        super().__init__()
+        self.shape = d_out, d_in
+        self.draw(d, d_in * d_out, seed)
+        self.theta = nn.Parameter(torch.zeros(d))
+        self.finish()
+
+    def draw(self, d, size, seed):
+        draws = torch.Generator().manual_seed(seed)
+        P = torch.randn(size, d, generator=draws) / size**0.5
+        self.register_buffer("P", P, persistent=False)
+
+    def finish(self):
+        pass
+
+    def delta(self, base):
+        return (self.P @ self.theta).view(self.shape)
+
+
+class Orthonormal(Own):
+    """Exactly orthogonal columns, and an update without the matrix product with P."""
+
+    def draw(self, d, size, seed):
+        draws = torch.Generator().manual_seed(seed)
+        Q = torch.linalg.qr(torch.randn(size, d, generator=draws))[0]
+        self.register_buffer("P", Q.T.reshape(d, *self.shape), persistent=False)
+
+    def delta(self, base):
+        return torch.einsum("k,kij->ij", self.theta, self.P)
+
+
+def own(
+    adapter=Own, seeds=lambda seed, path: seed + zlib.crc32(path.encode()), **methods
+):
+    """A configuration whose adapters have these methods in the place of the right
+    ones."""
+    adapter = type("Changed", (adapter,), methods)
+
+    @dataclass(kw_only=True)
+    class Config(LayerConfig):
+        d: int = 64
+        seed: int = 0
+
+        def create(self, base, path):
+            sizes = linear_features(base.module)
+            return adapter(*sizes, self.d, seeds(self.seed, path))
+
+    return Config
+
+
+def drawn(draw):
+    """P is draw(size, d, generator)."""
+
+    def method(self, d, size, seed):
+        P = draw(size, d, torch.Generator().manual_seed(seed))
+        self.register_buffer("P", P, persistent=False)
+
+    return method
+
+
+def gaussian(size, d, draws):
+    return torch.randn(size, d, generator=draws) / size**0.5
+
+
+def saved(self, d, size, seed):
+    Own.draw(self, d, size, seed)
+    self.register_buffer("P", self.P)
+
+
+def trained(self, d, size, seed):
+    self.P = nn.Parameter(gaussian(size, d, torch.Generator().manual_seed(seed)))
+
+
+class Lying(Own):
+    def delta(self, base):
+        return super().delta(base).T
+
+
+class Detached(Own):
+    def delta(self, base):
+        return super().delta(base).detach() + 0 * self.theta.sum()
+
+
+class Cut(Own):
+    def update(self, base, x):
+        return super().update(base, x.detach())
+
+
+class Twice(Own):
+    def update(self, base, x):
+        return base(x) + super().update(base, x)
+
+
+@dataclass(kw_only=True)
+class Blank(LayerConfig):
+    d: int = 64
+    seed: int = 0
+
+    def create(self, base, path):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("answer", [own(), own(Orthonormal)], ids=["gauss", "exact"])
+def test_my_subspace_right_answers(answer):
+    for verdict in judge(check.my_subspace, answer, variants=2):
+        assert verdict, verdict
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("theta starts at zero", own(finish=lambda s: s.theta.data.fill_(1))),
+        ("nn.Parameter as self.theta", own(finish=lambda s: setattr(s, "theta", None))),
+        (
+            "expected (6,)",
+            own(finish=lambda s: setattr(s, "theta", nn.Parameter(torch.zeros(6, 1)))),
+        ),
+        ("a seed draws P again", own(draw=saved)),
+        ("P is drawn once and then frozen", own(draw=trained)),
+        (
+            "should have length 1",
+            own(draw=drawn(lambda size, d, g: torch.randn(size, d, generator=g))),
+        ),
+        (
+            "A direction is zero",
+            own(draw=drawn(lambda size, d, g: torch.zeros(size, d))),
+        ),
+        (
+            "nearly orthogonal",
+            own(draw=drawn(lambda size, d, g: gaussian(size, 1, g).expand(-1, d))),
+        ),
+        ("Two layers of one shape", own(seeds=lambda seed, path: seed)),
+        ("does not arrive", own(seeds=lambda seed, path: zlib.crc32(path.encode()))),
+        ("another P", own(seeds=lambda seed, path: int(torch.randint(10**6, (1,))))),
+        ("delta is", own(Lying)),
+        ("theta", own(Detached)),
+        ("gradient of x", own(Cut)),
+        ("must give what the base gives", own(Twice)),
+        ("delta gives None", own(delta=lambda s, b: None)),
+        ("class itself", Own),
+        ("class itself", own()(target_modules=["q_proj"])),
+        ("nothing here yet", Blank),
+    ],
+)
+def test_my_subspace_mistakes(says, answer):
+    verdict = check.my_subspace(answer)
+    assert not verdict and says in verdict.message, verdict.message
+
+
 def blank(*answers):
     raise NotImplementedError
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["subspace_gradient", "fast_hadamard", "hash_project", "structure_aware", "d90"],
-)
+@pytest.mark.parametrize("name", ["choose_d", "fast_hadamard", "hash_project", "d90"])
 def test_a_blank_stub_is_refused_kindly(name):
     rejects("There is nothing here yet", getattr(check, name), blank)

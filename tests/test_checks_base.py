@@ -56,7 +56,7 @@ class TestInterrupts:
         assert (
             "would end the whole notebook" in check.d90(lambda *a: sys.exit()).message
         )
-        assert "SystemExit" in check.count_gpt(raises(SystemExit(3))).message
+        assert "SystemExit" in check.nucleus(raises(SystemExit(3))).message
 
     def test_an_interrupt_of_the_answer_is_no_interrupt_of_the_user(self):
         verdict = check.d90(raises(KeyboardInterrupt()))
@@ -191,13 +191,15 @@ class TestNumbers:
 
     @pytest.mark.parametrize("kind", [np.int64, torch.tensor])
     def test_counts(self, kind):
-        def bill(total, trained):
-            return kind(2 * (total - trained) + 16 * trained)
+        def kept(widths, trained):
+            places = range(1, len(trained))
+            inside = [widths[i] * any(trained[: i + 1]) for i in places]
+            return kind(widths[0] * trained[0] + sum(inside))
 
         def rank(shapes, layers, targets, budget):
             return kind(budget // (layers * sum(sum(shapes[name]) for name in targets)))
 
-        assert check.step_bytes(bill)
+        assert check.kept_numbers(kept)
         assert check.rank_at_budget(rank)
 
     def test_arrays(self):
@@ -207,7 +209,6 @@ class TestNumbers:
             return np.swapaxes(w, 1, 2).reshape(rows, d)
 
         assert check.halves_from_pairs(halves)
-        assert check.subspace_gradient(lambda P, g: P.numpy().T @ g.numpy())
         assert check.bias_gradient(lambda g, x: g.numpy().sum((0, 1)))
 
 
@@ -217,10 +218,10 @@ def test_arguments_are_left_as_they_are():
         grads.append(grads[0])
 
     assert "You changed `grads` in place" in check.accumulated(adds).message
-    doubles = check.subspace_gradient(lambda P, g: P.T @ g.mul_(2) / 2)
-    assert "You changed `g` in place" in doubles.message
-    empties = check.train_bpe(lambda words, n: words.clear() or [])
-    assert "You changed `words` in place" in empties.message
+    doubles = check.lora_delta(lambda A, B, alpha, r: alpha / r * B @ A.data.mul_(2))
+    assert "You changed `A` in place" in doubles.message
+    empties = check.choose_base(lambda models: models.clear() or ("small", "ahead"))
+    assert "You changed `models` in place" in empties.message
 
 
 class TestSame:

@@ -1,243 +1,29 @@
-"""Chapter 01, the model: counting it, learning merges, the loss, a step with the cache,
-nucleus sampling, two pairings."""
+"""Chapter 01, the model: nucleus sampling, a loss with faults, what leaves the
+probabilities alone, bases with other tokenizers, two pairings, and a decoder of one's
+own."""
 
+import copy
+import math
 import random
-from collections import Counter
-from itertools import combinations
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ...lm import GPT, GPTConfig
+from ..comparison import compare as told_apart
+from .practice import SEEDS, Adam
 from .teacher import Wrong, checks, compare, need
 
 __all__ = [
-    "cached_step",
-    "count_gpt",
+    "choose_base",
     "halves_from_pairs",
+    "my_decoder",
     "next_token_loss",
     "nucleus",
-    "train_bpe",
+    "predict_same",
 ]
-
-
-# ---------------------------------------------------------------------------- count_gpt
-
-
-def block(d, wide, heads, kv_heads):
-    kv = kv_heads * d // heads
-    return 2 * d * d + 2 * d * kv + 3 * d * wide + 2 * d
-
-
-@checks("The count is right, for Llama-3-8B too.")
-def count_gpt(function) -> None:
-    """function(vocab, d, wide, layers, heads, kv_heads, tied) -> int."""
-    heads = random.choice([6, 9])
-    small = dict(
-        vocab=random.randint(90, 130),
-        d=heads * random.choice([5, 7]),
-        wide=random.randint(40, 70),
-        layers=random.choice([2, 3]),
-        heads=heads,
-        kv_heads=3,
-    )
-    llama3 = dict(vocab=128256, d=4096, wide=14336, layers=32, heads=32, kv_heads=8)
-    for shape, tied in ((small, True), (small, False), (llama3, False)):
-        vocab, d, wide, layers, heads, kv_heads = shape.values()
-        got, one = function(*shape.values(), tied), block(d, wide, heads, kv_heads)
-        tables, kv = vocab * d * (1 if tied else 2), kv_heads * d // heads
-        right = tables + layers * one + d
-        need(
-            got is not None, "Your function gives None: is there a `return` at its end?"
-        )
-        slips = {
-            "You count the head and the table, but when tied they are one and the"
-            " same.": right + tied * vocab * d,
-            "The head is missing: when it is not tied, it is a second table of vocab"
-            " × d.": (right - (not tied) * vocab * d),
-            "The last norm is missing: d numbers after all the blocks.": right - d,
-            "A block has two norms, one before each half: you count one.": (
-                right - layers * d
-            ),
-            "The norms are missing: d numbers each, two in a block and one at the"
-            " end.": (right - (2 * layers + 1) * d),
-            "You take k and v for square. With grouped queries they are narrower:"
-            " kv_heads heads in the place of heads.": (
-                right + layers * 2 * d * (d - kv)
-            ),
-            "You take k and v for one head wide each: they have kv_heads heads.": (
-                right - layers * 2 * d * (kv - d // heads)
-            ),
-            "The MLP has three matrices: you forgot the gate (or up, or down).": (
-                right - layers * d * wide
-            ),
-            "o_proj is missing: it brings the heads back to width d.": (
-                right - layers * d * d
-            ),
-            "k and v are two matrices, each kv_heads heads wide: you count one of"
-            " them.": right - layers * d * kv,
-            "You count one block: there are `layers` of them.": tables + one + d,
-            "The embedding is missing: the table has vocab × d numbers.": (
-                right - tables
-            ),
-        }
-        biases = (
-            (2 * layers + 1) * d,
-            layers * (d + 2 * kv),
-            layers * d,
-            layers * (2 * wide + d),
-            (not tied) * vocab,
-        )
-        some = {
-            sum(parts) for count in range(1, 6) for parts in combinations(biases, count)
-        } - {0}
-        if got != right:
-            need(
-                got - right not in some,
-                "You count biases: there are none here, in the norms neither.",
-            )
-            raise Wrong(
-                next(
-                    (
-                        message
-                        for message, wrong in slips.items()
-                        if got == wrong and wrong != right
-                    ),
-                    f"For {shape}, tied={tied} you get {got:,}; I count {right:,}.",
-                )
-            )
-
-
-# ---------------------------------------------------------------------------- train_bpe
-
-
-def merge(parts, pair):
-    out = []
-    for part in parts:
-        if out and (out[-1], part) == pair:
-            out[-1] += part
-        else:
-            out.append(part)
-    return out
-
-
-def counted(pieces, weight):
-    pairs = Counter()
-    for word, parts in pieces.items():
-        for pair in zip(parts, parts[1:]):
-            pairs[pair] += weight(word)
-    return pairs
-
-
-def learnt(weight, words, n, choose=max, anew=True):
-    """The merges, or None where two pairs are equally frequent: such words are no fair
-    question."""
-    pieces, merges = {word: list(word) for word in words}, []
-    pairs = counted(pieces, weight)
-    for _ in range(n):
-        pairs = (
-            counted(pieces, weight)
-            if anew
-            else Counter({p: c for p, c in pairs.items() if p not in merges})
-        )
-        most = choose(pairs.values(), default=None)
-        best = [pair for pair, often in pairs.items() if often == most]
-        if len(best) != 1:
-            return None
-        merges.append(best[0])
-        if anew:
-            pieces = {word: merge(parts, best[0]) for word, parts in pieces.items()}
-    return merges
-
-
-def vocabulary():
-    """Words with frequencies, such that every question about them has one answer, and
-    the usual slips another."""
-    while True:
-        words = {}
-        for _ in range(9):
-            # no letter twice in a row
-            word = "".join(random.sample("aenrlts", random.randint(4, 6)))
-            words[word] = random.randint(1, 40)
-        right = learnt(words.get, words, 4)
-        once = learnt(lambda word: 1, words, 1)
-        still = learnt(words.get, words, 4, anew=False)
-        if right and still and still != right and once and once != right[:1]:
-            return words, right, still
-
-
-@checks("The same merges, in the same order, for every vocabulary that I tried.")
-def train_bpe(function) -> None:
-    """function(words, n) -> list of n pairs; words: {word: how often it occurs}."""
-    # "nt" stands twice in "content"
-    again = {"nation": 6, "titan": 4, "content": 7, "attention": 1}
-    for words, right, still in (
-        vocabulary(),
-        vocabulary(),
-        (again, learnt(again.get, again, 3), None),
-    ):
-        got = function(dict(words), len(right))
-        need(
-            got is not None, "Your function gives None: is there a `return` at its end?"
-        )
-        need(
-            isinstance(got, (list, tuple)),
-            f"A list of pairs is wanted; yours is a {type(got).__name__}.",
-        )
-        need(
-            all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in got),
-            'Give the pairs, such as ("la", "n"), not what they become.',
-        )
-        got = [tuple(pair) for pair in got]
-        need(
-            len(got) == len(right),
-            f"{len(right)} merges are wanted; you give {len(got)}.",
-        )
-        if got == right:
-            continue
-        need(
-            words is again or len(set(got)) == len(got),
-            "The same pair comes twice: after a merge it must be gone from every word."
-            " Do you merge in all of them, and count anew?",
-        )
-        need(
-            words is not again,
-            "A pair may stand twice in a word, as “nt” in “content”: count both, and"
-            " merge both. (And “n t” stands in “an t” too, if you look for it in a"
-            " string: there it is no pair.)",
-        )
-        need(
-            got != still,
-            "You take the n most frequent pairs of letters. After each merge the counts"
-            " change, and pairs with the new piece come in: count anew each time.",
-        )
-        letters = {word: list(word) for word in words}
-        pairs, plain = counted(letters, words.get), counted(letters, lambda word: 1)
-        need(
-            pairs[got[0]] != min(pairs.values()),
-            "You take the rarest pair first; take the most frequent.",
-        )
-        need(
-            got[0] == right[0] or plain[got[0]] < max(plain.values()),
-            "You count each word once: a word counts as often as it occurs in the text,"
-            " words[word] times.",
-        )
-        need(
-            all(pair in plain or any(len(part) > 1 for part in pair) for pair in got),
-            "You count pairs that stand in no word: the last letter of one word and the"
-            " first of the next are no pair.",
-        )
-        need(
-            set(got) != set(right),
-            "These are the right merges in another order: the first learnt comes"
-            " first.",
-        )
-        at = next(
-            i for i, (mine, theirs) in enumerate(zip(got, right)) if mine != theirs
-        )
-        raise Wrong(
-            f"Your merge number {at + 1} is {got[at]}; I have {right[at]}. Print the"
-            " counts before it, and compare a word by hand."
-        )
 
 
 # ---------------------------------------------------------------------- next_token_loss
@@ -357,108 +143,6 @@ def next_token_loss(function) -> None:
     check_large_logits(function)
 
 
-# -------------------------------------------------------------------------- cached_step
-
-
-@checks(
-    "The new token is in the cache, every group reads its own head, and no mask was"
-    " needed.",
-    "q is (B, H, 1, h), the cache (B, K, P, h); tokens are dimension 2, and H is a"
-    " multiple of K.",
-)
-def cached_step(function) -> None:
-    """function(q, k, v, past_k, past_v) -> (y, k, v)."""
-    for groups in (1, 2):
-        B, K, P, h = (
-            2,
-            random.choice([2, 3]),
-            random.randint(4, 7),
-            random.choice([5, 7]),
-        )
-        H = groups * K
-
-        def draw(*shape):
-            return torch.randn(shape, dtype=torch.float64)
-
-        shapes = (B, H, 1, h), *[(B, K, 1, h)] * 2, *[(B, K, P, h)] * 2
-        q, k, v, past_k, past_v = (draw(*shape).requires_grad_() for shape in shapes)
-        got = function(q, k, v, past_k, past_v)
-        need(
-            got is not None, "Your function gives None: is there a `return` at its end?"
-        )
-        need(
-            isinstance(got, (tuple, list)) and len(got) == 3,
-            "Give three things: y, and the new cache, k and v.",
-        )
-        y, new_k, new_v = got
-        all_k, all_v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-        for name, new, right, before, now in (
-            ("k", new_k, all_k, past_k, k),
-            ("v", new_v, all_v, past_v, v),
-        ):
-            need(
-                isinstance(new, torch.Tensor),
-                f"The new cache's {name} should be a tensor.",
-            )
-            need(
-                new.shape != (B, H, P + 1, h) or groups == 1,
-                f"You keep {H} heads of {name} in the cache: the copies are for the"
-                f" computing only. The cache keeps {K}; that is what grouped queries"
-                " save.",
-            )
-            compare(
-                new,
-                right,
-                {
-                    f"The new token stands at the front of the cache's {name}: it"
-                    f" comes last, after the past.": torch.cat((now, before), 2),
-                    f"The new token is missing from the cache's {name}.": before,
-                    "You give v in the place of k, and k in the place of v: the order"
-                    " is y, k, v.": all_v if name == "k" else all_k,
-                },
-                f"The new cache's {name}",
-            )
-
-        def attend(
-            q, k, v, scale=h**-0.5, repeat=lambda z: z.repeat_interleave(groups, 1)
-        ):
-            k, v = repeat(k), repeat(v)
-            return (q @ k.transpose(-1, -2) * scale).softmax(-1) @ v
-
-        mistakes = {
-            "The new token does not see itself: attend over the whole new cache.": (
-                attend(q, past_k, past_v)
-            ),
-            "The scale is missing: divide the scores by √h.": attend(
-                q, all_k, all_v, 1.0
-            ),
-            "You divide by h: it should be √h.": attend(q, all_k, all_v, 1 / h),
-            "You multiply by √h: divide.": attend(q, all_k, all_v, h**0.5),
-            "Your softmax is over the wrong dimension: over the keys, the last one."
-            " (Over one query alone it gives 1 everywhere.)": (
-                attend(q, 0 * all_k, all_v) * (P + 1)
-            ),
-            "The wrong heads are paired: query heads 0 and 1 share key-value head 0,"
-            " and so on. That is repeat_interleave, not repeat.": attend(
-                q, all_k, all_v, repeat=lambda z: z.repeat(1, groups, 1, 1)
-            ),
-            "A mask keeps the token from the past: nothing here needs one.": (
-                v.repeat_interleave(groups, 1)
-            ),
-            "You mask all but the first place: a triangle of one row is no mask for"
-            " one new token.": (all_v[:, :, :1].repeat_interleave(groups, 1)),
-            "You mix keys and values: the weights come from the keys, what is summed"
-            " are the values.": attend(q, all_k, all_k),
-        }
-        if groups == 1:
-            mistakes = {
-                message: wrong
-                for message, wrong in mistakes.items()
-                if "wrong heads" not in message
-            }
-        compare(y, attend(q, all_k, all_v), mistakes, "y")
-
-
 # ------------------------------------------------------------------------------ nucleus
 
 
@@ -566,3 +250,399 @@ def halves_from_pairs(function) -> None:
         ),
     }
     compare(got, move(weight, half, 2), mistakes, "Your weight")
+
+
+# ------------------------------------------------------------------------- predict_same
+
+
+def exchanged(weight, a, b, size, dim):
+    """In place: the parts number a and b of a weight, each `size` long, change
+    places."""
+    parts = list(weight.split(size, dim))
+    parts[a], parts[b] = parts[b], parts[a]
+    weight.copy_(torch.cat(parts, dim))
+
+
+def swap_heads(model, a, b):
+    for block in model.model.layers:
+        attention = block.self_attn
+        exchanged(attention.q_proj.weight, a, b, attention.head_dim, 0)
+        exchanged(attention.o_proj.weight, a, b, attention.head_dim, 1)
+
+
+def scale(model, **factors):
+    """Multiply weights by factors, in every block: q_proj=2."""
+    for block in model.model.layers:
+        for name, module in block.named_modules():
+            factor = factors.get(name.rpartition(".")[2])
+            if factor is not None:
+                module.weight.mul_(factor)
+
+
+def scale_norm(model):
+    scale(model, input_layernorm=2, q_proj=0.5, k_proj=0.5, v_proj=0.5)
+
+
+def add_to_head(model):
+    head = model.get_output_embeddings().weight
+    head.add_(torch.randn(head.shape[1], dtype=head.dtype))
+
+
+# {edit: (what it does, why the probabilities stay or do not)}
+EDITS = {
+    "positions + 7": (None, "only distances count: both angles grow alike"),
+    "last token": (None, "nobody looks ahead: the places before it do not see it"),
+    "first token": (None, "every place sees what came before it"),
+    "q × 2, k / 2": (
+        lambda m: scale(m, q_proj=2, k_proj=0.5),
+        "a score is a product of both, and rotation is linear",
+    ),
+    "v × 2, o / 2": (
+        lambda m: scale(m, v_proj=2, o_proj=0.5),
+        "between v and o there are only weighted sums, which are linear",
+    ),
+    "gate × 2, up / 2": (
+        lambda m: scale(m, gate_proj=2, up_proj=0.5),
+        "silu is not linear: silu(2z) is not 2 silu(z)",
+    ),
+    "up × 2, down / 2": (
+        lambda m: scale(m, up_proj=2, down_proj=0.5),
+        "up meets the gate in a product, and down is linear in it",
+    ),
+    "norm × 2, q k v / 2": (
+        scale_norm,
+        "the first norm's weights multiply what q, k and v read, and nothing else",
+    ),
+    "heads 0 and 1": (
+        lambda m: swap_heads(m, 0, 1),
+        "both belong to the same key-value head, and o adds the heads up",
+    ),
+    "heads 1 and 2": (
+        lambda m: swap_heads(m, 1, 2),
+        "query heads 0 and 1 share a key-value head, and 2 and 3 share the other: these"
+        " two now read other keys and values",
+    ),
+    "head + c": (
+        add_to_head,
+        "all logits of a place grow by the same number, and softmax forgets it",
+    ),
+    "final norm × 2": (
+        lambda m: m.model.norm.weight.mul_(2),
+        "all logits are doubled: a temperature of one half",
+    ),
+    "embedding × 2": (
+        lambda m: m.get_input_embeddings().weight.mul_(2),
+        "the blocks add to it, and what they add is as large as before",
+    ),
+}
+COMMON = "positions + 7", "norm × 2, q k v / 2", "head + c"
+FORMS = {
+    "a": (
+        *COMMON,
+        "last token",
+        "q × 2, k / 2",
+        "gate × 2, up / 2",
+        "heads 0 and 1",
+        "final norm × 2",
+    ),
+    "b": (
+        *COMMON,
+        "first token",
+        "v × 2, o / 2",
+        "up × 2, down / 2",
+        "heads 1 and 2",
+        "embedding × 2",
+    ),
+}
+
+
+def llama() -> GPT:
+    """A small Llama with four query heads, two key-value heads and a head of its own,
+    whose weights are large enough for every part to count."""
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = GPTConfig(vocab_size=20, tie_word_embeddings=False, **shape, **heads)
+    model = GPT(config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, dtype=p.dtype) + (p.dim() == 1))
+    return model
+
+
+@torch.no_grad()
+def stays(edit: str) -> bool:
+    """Whether the probabilities at the last place (those before a token that is
+    replaced) are the same after the edit, by running the model twice."""
+    model = llama()
+    ids = torch.tensor([[5, 1, 9, 12, 1, 7, 3]])
+    other = ids.clone()
+    places = torch.arange(ids.shape[1])[None]
+    before = model(input_ids=ids).logits.softmax(-1)
+    if edit == "last token":
+        other[0, -1] = 8
+    elif edit == "first token":
+        other[0, 0] = 8
+    elif edit == "positions + 7":
+        places = places + 7
+    else:
+        EDITS[edit][0](model)
+    after = model(input_ids=other, position_ids=places).logits.softmax(-1)
+    seen = slice(0, -1) if edit == "last token" else slice(-1, None)
+    return bool((after - before)[:, seen].abs().max() < 1e-5)
+
+
+@checks(
+    "All of them. Products, sums and a softmax leave room for such changes; silu, and"
+    " sums of things of different size, do not."
+)
+def predict_same(predicted, form="a") -> None:
+    """predicted: {edit: "same" or "other"}."""
+    need(
+        predicted is not None,
+        "There is nothing here yet: write your prediction in the place of None.",
+    )
+    need(
+        isinstance(predicted, dict),
+        'Write the prediction as a dictionary {edit: "same" or "other"}; yours is a'
+        f" {type(predicted).__name__}.",
+    )
+    missing = [edit for edit in FORMS[form] if edit not in predicted]
+    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    unknown = [edit for edit in predicted if edit not in FORMS[form]]
+    need(not unknown, f"{unknown[:1]} is none of the edits that were asked about.")
+    for edit in FORMS[form]:
+        said = predicted[edit]
+        need(
+            said in ("same", "other"),
+            f'{edit!r}: expected "same" or "other", found {said!r}.',
+        )
+        true = "same" if stays(edit) else "other"
+        need(
+            said == true,
+            f"{edit!r}: you say {said!r}, and the run says {true!r}. Think of this:"
+            f" {EDITS[edit][1]}.",
+        )
+
+
+# -------------------------------------------------------------------------- choose_base
+
+
+def bases_drawn(rng, kind):
+    """{name: {"tokens", "bytes", "loss"}} of models that read the same text."""
+    size = rng.randint(90, 110) * 1000
+    found = {}
+    # (bytes a token, nats a byte)
+    drawn = {"letters": (1.0, 0.95), "small": (2.6, 0.80), "large": (4.4, 0.90)}
+    if kind == "close":
+        drawn["small"], drawn["large"] = (2.6, 0.80), (4.4, 0.802)
+        drawn["letters"] = (1.0, 0.801)
+    if kind == "agree":
+        drawn["letters"] = (1.0, 0.70)
+    for name, (each, nats) in drawn.items():
+        losses = {
+            seed: each * (nats + rng.uniform(-0.004, 0.004) + 0.003 * seed)
+            for seed in SEEDS
+        }
+        if kind == "lucky" and name == "large":
+            losses[1] = each * 0.7
+        found[name] = {"tokens": round(size / each), "bytes": size, "loss": losses}
+    names = list(found)
+    rng.shuffle(names)
+    return {name: found[name] for name in names}
+
+
+def a_byte(model, upside_down=False):
+    """{seed: nats a byte}"""
+    share = model["tokens"] / model["bytes"]
+    share = 1 / share if upside_down else share
+    return {seed: loss * share for seed, loss in model["loss"].items()}
+
+
+def mean(losses) -> float:
+    return sum(losses.values()) / len(losses)
+
+
+@checks(
+    "Compared by the byte, which is the same for all; a token is as long as its"
+    " tokenizer makes it."
+)
+def choose_base(function, given="loss") -> None:
+    """function(models) -> (name, verdict)."""
+    for number, kind in enumerate(("plain", "close", "agree", "lucky", "plain")):
+        models = bases_drawn(random.Random(number), kind)
+        shown = copy.deepcopy(models)
+        if given == "perplexity":
+            for model in shown.values():
+                losses = model.pop("loss").items()
+                model["perplexity"] = {seed: math.exp(loss) for seed, loss in losses}
+        judge_base(function(shown), models)
+
+
+def judge_base(got, models):
+    need(got is not None, "Your function gives None: is there a `return` at its end?")
+    need(
+        isinstance(got, (tuple, list)) and len(got) == 2,
+        f"Return two things, the name and the verdict; you return {got!r}.",
+    )
+    name, verdict = got
+    bytewise = {key: a_byte(model) for key, model in models.items()}
+    right = min(bytewise, key=lambda key: mean(bytewise[key]))
+    by_token = min(models, key=lambda key: mean(models[key]["loss"]))
+    if name != right:
+        strange = {key: a_byte(model, True) for key, model in models.items()}
+        lucky = min(bytewise, key=lambda key: min(bytewise[key].values()))
+        worst = max(bytewise, key=lambda key: mean(bytewise[key]))
+        turned = min(strange, key=lambda key: mean(strange[key]))
+        slips = [
+            (
+                lucky,
+                "You take the lowest of any seed: one lucky seed is no reason. Take"
+                " the mean over the seeds.",
+            ),
+            (
+                by_token,
+                "You compare losses per token. A model with short tokens has more of"
+                " them, each easier to foresee: divide by what is the same for all,"
+                " the bytes. (Nats a byte are nats a token times tokens a byte.)",
+            ),
+            (turned, "Your share is upside down: tokens a byte, not bytes a token."),
+            (worst, "You take the worst: lower is better."),
+            (name, f"You choose {name!r}; by nats a byte it is {right!r}."),
+        ]
+        raise Wrong(next(message for key, message in slips if name == key))
+    true = told_apart(bytewise[right], bytewise[by_token], loss=True).verdict
+    if isinstance(verdict, str) and verdict == true:
+        return
+    need(
+        isinstance(verdict, str),
+        "The verdict is a word, `compare(...).verdict`; you return a"
+        f" {type(verdict).__name__}.",
+    )
+    tokenwise = models[right]["loss"], models[by_token]["loss"]
+    need(
+        verdict != told_apart(*tokenwise, loss=True).verdict,
+        "Your verdict compares the losses per token, or the wrong way round: compare"
+        " nats a byte here too, with loss=True.",
+    )
+    raise Wrong(
+        f"You say {verdict!r}; the course's rule says {true!r} of {right!r} against"
+        f" {by_token!r}, by nats a byte, paired by seed, with loss=True."
+    )
+
+
+# --------------------------------------------------------------------------- my_decoder
+
+LETTERS = 12
+
+
+def periodic(rows, seed):
+    """Token ids (rows, 15): three random tokens, again and again."""
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randint(LETTERS, (rows, 3), generator=draws).repeat(1, 5)
+
+
+def loss_after_three(model, ids):
+    logits = model(ids)[:, 2:-1].reshape(-1, LETTERS)
+    return F.cross_entropy(logits, ids[:, 3:].reshape(-1))
+
+
+@checks(
+    "Causal, aware of order, rows apart from each other, and of the right shape; and"
+    " trained with three seeds it foresees by looking back, ahead of what the letters"
+    " without their order would allow, by the course's rule.",
+    "ids are (B, T), logits (B, T, vocab).",
+)
+def my_decoder(decoder_class) -> None:
+    """decoder_class(vocab, d, heads, layers), an nn.Module: ids (B, T) -> logits (B, T,
+    vocab)."""
+    need(
+        isinstance(decoder_class, type) and issubclass(decoder_class, nn.Module),
+        "Give me the class itself, a subclass of nn.Module.",
+    )
+    torch.manual_seed(1)
+    model = decoder_class(LETTERS, 16, 2, 1).eval()
+    look_at_logits(model)
+    look_at_weights(decoder_class)
+    found = {seed: trained_decoder(decoder_class, seed) for seed in SEEDS}
+    letters_only = dict.fromkeys(SEEDS, math.log(3))
+    result = told_apart(found, letters_only, loss=True)
+    need(
+        result.verdict == "ahead",
+        "Trained for 80 steps on rows that repeat three tokens, with three seeds, your"
+        f" loss is {result} of ln 3, what one has who knows the three tokens and not"
+        " their order. Do positions reach the attention? Is each part added to what"
+        " came in?",
+    )
+
+
+@torch.no_grad()
+def look_at_logits(model):
+    ids = torch.tensor([[3, 5, 1, 0, 7, 2], [4, 4, 8, 9, 1, 2]])
+    logits = model(ids)
+    need(logits is not None, "forward gives None: is there a `return` at its end?")
+    need(
+        isinstance(logits, torch.Tensor) and logits.shape == (2, 6, LETTERS),
+        f"Expected logits of shape (2, 6, {LETTERS}) for ids of shape (2, 6); yours"
+        f" are {tuple(getattr(logits, 'shape', ()))}.",
+    )
+    sums = logits.exp().sum(-1)
+    need(
+        not torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+        and not torch.allclose(logits.sum(-1), torch.ones_like(sums), atol=1e-3),
+        "Your last dimension is normalised already: return logits, before the softmax.",
+    )
+    other = ids.clone()
+    other[0, 4] = 11
+    changed = model(other) - logits
+    need(
+        bool(changed[0, :4].abs().max() < 1e-4),
+        "A place sees what comes after it: with another token at place 4, the logits"
+        " at places 0 to 3 change. The mask hides the future.",
+    )
+    need(
+        bool(changed[0, 4].abs().max() > 1e-6),
+        "A place does not see its own token: the mask hides only what comes after.",
+    )
+    need(
+        bool(changed[0, 5].abs().max() > 1e-6),
+        "A place does not see the place before it: is the attention's result added?",
+    )
+    need(
+        bool(changed[1].abs().max() < 1e-4),
+        "A row of the batch changes when another row does: attention belongs to the"
+        " places of one row.",
+    )
+    swapped = ids[:, [1, 0, 2, 3, 4, 5]]
+    need(
+        bool((model(swapped) - logits)[0, -1].abs().max() > 1e-6),
+        "The order of the tokens before it makes no difference to the last place: your"
+        " model knows no positions.",
+    )
+
+
+def look_at_weights(decoder_class):
+    torch.manual_seed(2)
+    model = decoder_class(LETTERS, 24, 3, 2)
+    one, two = (
+        sum(p.numel() for p in decoder_class(LETTERS, 24, 3, n).parameters())
+        for n in (1, 2)
+    )
+    need(two > one, "`layers` has no effect: two layers have the parameters of one.")
+    model(periodic(4, 0)).square().sum().backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None]
+    need(
+        not idle,
+        f"No gradient reaches {', '.join(idle[:3])}: is it used in forward, and is"
+        " nothing detached?",
+    )
+
+
+def trained_decoder(decoder_class, seed) -> float:
+    torch.manual_seed(seed)
+    model = decoder_class(LETTERS, 32, 4, 1)
+    adam = Adam(model.parameters(), lr=1e-2)
+    for step in range(80):
+        adam.step(loss_after_three(model, periodic(32, 1000 * seed + step)))
+    with torch.no_grad():
+        return loss_after_three(model.eval(), periodic(256, 999_999)).item()

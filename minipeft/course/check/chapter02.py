@@ -1,76 +1,24 @@
-"""Chapter 02, full fine-tuning: the bill, AdamW, accumulated gradients, what is kept
-for the way back, three families."""
+"""Chapter 02, full fine-tuning: accumulated gradients, a step with faults, steps
+predicted, a method chosen for a card, what is kept for the way back, and a training
+loop of one's own."""
 
+import copy
 import random
 
 import torch
 
-from .teacher import Wrong, checks, compare, need
+from ..comparison import compare as told_apart
+from .practice import SEEDS, chains, loss_on_new, numbers, small_gpt
+from .teacher import Wrong, checks, compare, need, same
 
-__all__ = ["accumulated", "adamw_step", "families", "kept_numbers", "step_bytes"]
-
-
-# --------------------------------------------------------------------------- step_bytes
-
-
-@checks("Frozen 2 bytes, trained 16: the bill is right, for 7B with a LoRA too.")
-def step_bytes(function) -> None:
-    """function(total, trained) -> bytes: frozen numbers in 16 bits; trained ones,
-    gradient and two means in 32."""
-    small = random.randint(1_000, 9_000)
-    for total, trained in (
-        (small, small // 4 + 1),
-        (small, small),
-        (6_738_415_616 + 39_976_960, 39_976_960),
-    ):
-        got, frozen = function(total, trained), total - trained
-        need(
-            got is not None, "Your function gives None: is there a `return` at its end?"
-        )
-        right = 2 * frozen + 16 * trained
-        slips = {
-            "You let every number have a gradient and two means: only the trained"
-            " ones do.": 2 * frozen + 4 * trained + 12 * total,
-            "You charge 16 bytes for the frozen numbers too: they cost 2.": 16 * total,
-            "Adam keeps *two* means for each trained number; you count one.": (
-                2 * frozen + 12 * trained
-            ),
-            "The gradients are missing: 4 bytes for each trained number.": (
-                right - 4 * trained
-            ),
-            "The optimizer is missing: 8 bytes for each trained number.": (
-                right - 8 * trained
-            ),
-            "The frozen numbers are missing: they are not trained, but they are"
-            " there.": 16 * trained,
-            "You count the trained numbers twice, as a part of the total and by"
-            " themselves: frozen is total - trained.": 2 * total + 16 * trained,
-            "You take the trained numbers, or their gradients, in 16 bits: here both"
-            " are in 32.": right - 2 * trained,
-            "You store the frozen numbers in 32 bits: here they are kept in 16.": (
-                4 * frozen + 16 * trained
-            ),
-            "You add another copy in 32 bits: here the trained numbers are stored in"
-            " 32 bits already.": right + 4 * trained,
-            "You let every number have a gradient: only the trained ones have one.": (
-                right + 4 * frozen
-            ),
-            "That is gigabytes: bytes are wanted.": right / 1e9,
-            "That is gibibytes: bytes are wanted.": right / 2**30,
-            "You count numbers: each is several bytes.": frozen + 4 * trained,
-        }
-        if got != right:
-            raise Wrong(
-                next(
-                    (
-                        message
-                        for message, wrong in slips.items()
-                        if got == wrong and wrong != right
-                    ),
-                    f"For {total:,} parameters of which {trained:,} are trained you get"
-                    f" {got:,}; I count {right:,}.",
-                )
-            )
+__all__ = [
+    "accumulated",
+    "adamw_step",
+    "choose_method",
+    "fine_tune",
+    "kept_numbers",
+    "predict_steps",
+]
 
 
 # --------------------------------------------------------------------------- adamw_step
@@ -331,58 +279,335 @@ def kept_numbers(function) -> None:
             )
 
 
-# ----------------------------------------------------------------------------- families
-
-FAMILIES = {
-    "LoRA": "reparametrised",
-    "BitFit": "selective",
-    "prompt tuning": "additive",
-    "prefix tuning": "additive",
-    "bottleneck adapter": "additive",
-    "random subspace": "reparametrised",
-    "last block only": "selective",
-    "QLoRA": "reparametrised",
-}
-REASONS = {
-    "LoRA": (
-        "its A and B are new numbers, but what they make, BA, is a change of W of W's"
-        " own shape."
-    ),
-    "BitFit": "it trains biases that are there already.",
-    "prompt tuning": (
-        "it puts new vectors before the input; no weight changes, and no change of"
-        " weights does the same."
-    ),
-    "prefix tuning": "it puts new keys and values into every layer; no weight changes.",
-    "bottleneck adapter": (
-        "it puts small networks into the blocks; with a nonlinearity inside, no matrix"
-        " does the same."
-    ),
-    "random subspace": "few numbers φ make a change Pφ of all the old weights.",
-    "last block only": "it trains old numbers, and freezes the others.",
-    "QLoRA": (
-        "it is LoRA; that the frozen base is stored in 4 bits changes nothing about"
-        " what is trained."
-    ),
-}
+# ------------------------------------------------------------------------ predict_steps
 
 
-@checks("All eight are in their places.")
-def families(answer) -> None:
-    """answer: {method: "additive" | "selective" | "reparametrised"}"""
-    if answer is None or answer == {}:
-        raise NotImplementedError
-    need(isinstance(answer, dict), 'Write it as a dictionary: {"LoRA": "...", ...}.')
-    kinds = sorted(set(FAMILIES.values()))
-    for name, kind in answer.items():
+def walk(rule, steps, g, p=0.0, decay=0.0) -> float:
+    """How far one number goes, in units of the rate."""
+    lr, start = 1e-3, p
+    m = v = 0.0
+    for t in range(1, steps + 1):
+        if rule == "SGD":
+            p -= lr * g
+        elif rule == "momentum":
+            m = 0.9 * m + g
+            p -= lr * m
+        else:
+            used = g + decay * p if rule == "Adam with L2" else g
+            p -= lr * decay * p if rule == "AdamW" else 0.0
+            m = 0.9 * m + 0.1 * used
+            v = 0.999 * v + 0.001 * used * used
+            p -= lr * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-12)
+    return abs(p - start) / lr
+
+
+def walks(n) -> dict:
+    """{case: (how far, why)}"""
+    return {
+        "Adam, 1 step, g = 1000": (
+            walk("Adam", 1, 1000.0),
+            "in the first step m̂ is g and √v̂ is |g|: the quotient is one",
+        ),
+        f"Adam, {n} steps, g = 0.001": (
+            walk("Adam", n, 0.001),
+            "with the same gradient each time every step has the length of the rate",
+        ),
+        "AdamW, 1 step, g = 0": (
+            walk("AdamW", 1, 0.0, 2.0, 0.1),
+            "the decay goes to p directly: lr · 0.1 · 2",
+        ),
+        "Adam with L2, 1 step, g = 0": (
+            walk("Adam with L2", 1, 0.0, 2.0, 0.1),
+            "λp is a gradient like any other here, and Adam divides it by its size",
+        ),
+        "SGD, 1 step, g = 1000": (walk("SGD", 1, 1000.0), "a step is lr · g"),
+        f"SGD, {n} steps, g = 0.001": (
+            walk("SGD", n, 0.001),
+            "each step is lr · g, and they add up",
+        ),
+        f"momentum, {n} steps, g = 1": (
+            walk("momentum", n, 1.0),
+            "m grows towards 1 / (1 - 0.9) = 10, and needs some ten steps for it: add"
+            " up 10 (1 - 0.9^t)",
+        ),
+    }
+
+
+@checks(
+    "All seven. Adam walks by its rate, whatever the size of the gradient; gradient"
+    " descent by rate times gradient."
+)
+def predict_steps(predicted, n=50) -> None:
+    """predicted: {case: how far p has gone, in units of the rate}."""
+    cases = walks(n)
+    said = numbers(predicted, cases)
+    for case, (true, why) in cases.items():
         need(
-            name in FAMILIES,
-            f"{name!r} is not among the eight; they are: {', '.join(FAMILIES)}.",
+            abs(said[case] - true) <= 0.05 * true,
+            f"{case!r}: you say {said[case]:.3g}, and the run gives {true:.3g}. Think"
+            f" of this: {why}.",
+        )
+
+
+# ------------------------------------------------------------------------ choose_method
+
+GB = 10**9
+
+
+def methods_drawn(rng, kind):
+    """Ways to train a model of 7 billion parameters. "LoRA r 8" is not behind "LoRA r
+    64"; "prompt" is, and trains least; "full" is best, and does not fit."""
+    total = rng.randint(6600, 6800) * 10**6
+    trained = {"full": total, "last blocks": 1600 * 10**6}
+    trained |= {"LoRA r 64": 160 * 10**6, "LoRA r 8": 20 * 10**6, "prompt": 80_000}
+    loss = {"full": 0.5, "last blocks": 0.9, "LoRA r 64": 0.6, "LoRA r 8": 0.603}
+    loss["prompt"] = 0.8
+    activations = dict.fromkeys(trained, 2 * GB)
+    if kind == "long rows":  # what fits without the activations does not with them
+        activations["LoRA r 64"] = activations["LoRA r 8"] = 40 * GB
+    if kind == "rank counts":
+        loss["LoRA r 8"] = 0.7
+    found = {}
+    for name, count in trained.items():
+        losses = {
+            seed: loss[name] + 0.004 * seed + rng.uniform(-0.003, 0.003)
+            for seed in SEEDS
+        }
+        found[name] = {"total": total, "trained": count}
+        found[name] |= {"activations": activations[name], "loss": losses}
+    names = list(found)
+    rng.shuffle(names)
+    return {name: found[name] for name in names}
+
+
+def bytes_of(way, frozen, trained=16, activations=True):
+    still = way["total"] - way["trained"]
+    return frozen * still + trained * way["trained"] + activations * way["activations"]
+
+
+def mean(losses) -> float:
+    return sum(losses.values()) / len(losses)
+
+
+def method_by_rule(methods, fits, alike=None):
+    """Of those that fit and are not behind the best of them, the one that trains
+    least."""
+    alike = alike or (lambda a, b: told_apart(a, b, loss=True).verdict != "behind")
+    losses = {name: way["loss"] for name, way in methods.items() if fits(way)}
+    if not losses:
+        return None
+    best = min(losses, key=lambda name: mean(losses[name]))
+    good = [name for name in losses if alike(losses[name], losses[best])]
+    return min(good, key=lambda name: methods[name]["trained"])
+
+
+@checks(
+    "The whole bill, activations too; the best that fits; and no more trained"
+    " parameters than the seeds can tell apart."
+)
+def choose_method(function, frozen=2) -> None:
+    """function(methods, card) -> the name of a method."""
+    for number, kind in enumerate(("plain", "rank counts", "long rows", "plain")):
+        for card in (24 * GB, 48 * GB, 160 * GB):
+            methods = methods_drawn(random.Random(number), kind)
+            judge_method(function(copy.deepcopy(methods), card), methods, card, frozen)
+
+
+def judge_method(name, methods, card, frozen):
+    need(name is not None, "Your function gives None: is there a `return` at its end?")
+    need(
+        isinstance(name, str) and name in methods,
+        f"{name!r} is not one of {', '.join(methods)}: return the name.",
+    )
+
+    def fits(way, **changed):
+        return bytes_of(way, **{"frozen": frozen} | changed) <= card
+
+    right = method_by_rule(methods, fits)
+    if name == right:
+        return
+    way = methods[name]
+    if not fits(way):
+        need(
+            not fits(way, activations=False),
+            f"{name!r} does not fit: without its activations it would.",
         )
         need(
-            kind in kinds,
-            f"{name}: {kind!r} is no family here; they are {', '.join(kinds)}.",
+            not fits(way, frozen=0),
+            f"{name!r} does not fit: the frozen parameters are not trained, but they"
+            " are there.",
         )
-        need(kind == FAMILIES[name], f"{name} is not {kind}: {REASONS[name]}")
-    missing = [name for name in FAMILIES if name not in answer]
-    need(not missing, f"Still to be sorted: {', '.join(missing)}.")
+        raise Wrong(
+            f"{name!r} needs {bytes_of(way, frozen) / GB:.0f} GB, and the card has"
+            f" {card / GB:.0f}."
+        )
+    slips = {
+        "You take the one with the lowest mean. Another that trains fewer parameters is"
+        " not told apart from it by `compare`.": method_by_rule(
+            methods, fits, alike=lambda a, b: a == b
+        ),
+        "You take the one that trains least: it is behind the best that fits.": min(
+            (n for n in methods if fits(methods[n])),
+            key=lambda n: methods[n]["trained"],
+        ),
+        "You charge 16 bytes for the frozen parameters too.": method_by_rule(
+            methods, lambda way: fits(way, frozen=16)
+        ),
+        "You compare as if these were scores: for losses `compare(..., loss=True)`.": (
+            method_by_rule(
+                methods, fits, lambda a, b: told_apart(a, b).verdict != "behind"
+            )
+        ),
+    }
+    for message, wrong in slips.items():
+        need(name != wrong, message)
+    raise Wrong(f"You choose {name!r}; by the rule it is {right!r}.")
+
+
+# ---------------------------------------------------------------------------- fine_tune
+
+
+def reference_run(model, batches, lr, warmup, clip, decay, slip=None):
+    """The losses of AdamW with warm-up, clipping and decay of matrices only; slip: what
+    is done wrongly."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    m = [torch.zeros_like(p) for p in params]
+    v = [torch.zeros_like(p) for p in params]
+    sums = [torch.zeros_like(p) for p in params]
+    losses = []
+    for t, batch in enumerate(batches, 1):
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        grads = list(torch.autograd.grad(loss, params, allow_unused=True))
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
+        if slip == "never zeroed":
+            sums = [a + g for a, g in zip(sums, grads)]
+            grads = sums
+        grads = clipped(grads, clip, slip)
+        rate = lr * min(1.0, (t - (slip == "from 0")) / warmup)
+        rate = lr if slip == "no warm-up" else rate
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(params, grads)):
+                shrinks = decay if p.dim() > 1 or slip == "all decay" else 0.0
+                shrinks = 0.0 if slip == "no decay" else shrinks
+                if slip == "L2":
+                    g = g + shrinks * p
+                else:
+                    p.mul_(1 - rate * shrinks)
+                m[i] = 0.9 * m[i] + 0.1 * g
+                v[i] = 0.999 * v[i] + 0.001 * g * g
+                root = (v[i] / (1 - 0.999**t)).sqrt() + 1e-8
+                p -= rate * m[i] / (1 - 0.9**t) / root
+    return losses
+
+
+def clipped(grads, clip, slip):
+    whole = torch.stack([g.norm() for g in grads]).norm()
+    if slip == "no clipping":
+        return grads
+    if slip == "each clipped":
+        return [g * min(1.0, clip / (g.norm().item() + 1e-6)) for g in grads]
+    if slip == "values clipped":
+        return [g.clamp(-clip, clip) for g in grads]
+    factor = clip / (whole.item() + 1e-6)
+    return [
+        g * (factor if slip == "always scaled" else min(1.0, factor)) for g in grads
+    ]
+
+
+SLIPS = {
+    "never zeroed": "The gradients of earlier batches are still in .grad: set them to"
+    " zero before each backward pass.",
+    "no warm-up": "The rate does not rise: at step t of the warm-up it is lr · t /"
+    " warmup.",
+    "from 0": "Your first step has the rate 0: it is step 1 of `warmup`.",
+    "no clipping": "The gradients are not clipped.",
+    "each clipped": "You clip each tensor by itself: the norm is that of all gradients"
+    " together.",
+    "values clipped": "You clip the values: `clip` is the largest norm of all gradients"
+    " together.",
+    "always scaled": "You scale every gradient to the norm `clip`: only longer ones are"
+    " made shorter.",
+    "all decay": "Biases and norms decay too: only matrices (two dimensions and more)"
+    " do.",
+    "no decay": "Nothing decays.",
+    "L2": "The decay has got into the gradient (L2, `torch.optim.Adam`): AdamW shrinks"
+    " the weights directly.",
+}
+
+
+@checks(
+    "Weights and losses are those of the formula: warm-up, clipping over all gradients,"
+    " decay of matrices only, frozen parameters left alone. And with three seeds it is"
+    " ahead of the untouched model by the course's rule."
+)
+def fine_tune(function) -> None:
+    """function(model, batches, lr, warmup, clip, weight_decay) -> [a loss a batch]."""
+    for clip in (0.05, 3.0):
+        settings = 0.01, 4, clip, 0.3
+        start = small_gpt(random.randrange(10**6)).double()
+        start.get_input_embeddings().weight.requires_grad_(False)
+        batches = [batch_of(8, random.randrange(10**6)) for _ in range(7)]
+        model = copy.deepcopy(start)
+        got = function(model, copy.deepcopy(batches), *settings)
+        judge_run(got, model, start, batches, settings)
+    tuned, untouched = {}, {}
+    for seed in SEEDS:
+        model = small_gpt(seed)
+        untouched[seed] = loss_on_new(model)
+        batches = [batch_of(16, 100 * seed + i) for i in range(25)]
+        function(model.train(), batches, 1e-2, 3, 1.0, 0.0)
+        tuned[seed] = loss_on_new(model)
+    result = told_apart(tuned, untouched, loss=True)
+    need(
+        result.verdict == "ahead",
+        f"With three seeds the tuned model is {result} of the untouched one in loss.",
+    )
+
+
+def batch_of(rows, seed) -> dict:
+    ids = chains(rows, seed)
+    return {"input_ids": ids, "labels": ids}
+
+
+def weights_of(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def judge_run(got, model, start, batches, settings):
+    table = model.get_input_embeddings().weight
+    need(
+        torch.equal(table, start.get_input_embeddings().weight),
+        "A frozen parameter has changed (requires_grad was False): give the optimizer"
+        " only what is trained.",
+    )
+    mine = weights_of(model)
+    need(
+        not torch.equal(mine, weights_of(start)),
+        "The model has not changed: train the one that was given, in place.",
+    )
+
+    def by(slip=None):
+        other = copy.deepcopy(start)
+        losses = reference_run(other, batches, *settings, slip)
+        return weights_of(other), losses
+
+    right, losses = by()
+    if not same(mine, right):
+        for slip, message in SLIPS.items():
+            need(not same(mine, by(slip)[0]), message)
+        raise Wrong(
+            "After 7 batches your weights are not those of the formula, and it is none"
+            " of the usual slips. Compare one step: the gradient's norm, the rate, and"
+            " which parameters decay."
+        )
+    need(got is not None, "Your function gives None: return the list of losses.")
+    need(
+        isinstance(got, (list, tuple)) and len(got) == len(batches),
+        f"Return a list of {len(batches)} losses, one a batch.",
+    )
+    need(
+        same(torch.tensor([float(loss) for loss in got]), torch.tensor(losses)),
+        "The weights are right, and the losses are not: give each batch's loss as it"
+        " was before its step.",
+    )

@@ -1,66 +1,28 @@
-"""Chapter 03, intrinsic dimension: the gradient in a subspace, Hadamard's transform,
-hashing, SAID, d90."""
+"""Chapter 03, intrinsic dimension: d90, a projection with faults, what a random
+subspace does to lengths, a dimension chosen, Hadamard's transform, and a subspace for
+each layer as a method of one's own."""
 
+import copy
 import random
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ... import Base, LayerConfig, LinearDelta, get_peft_model
+from ..comparison import compare as told_apart
+from .practice import SEEDS, chains, needs_to_learn, numbers, small_gpt
 from .sandbox import package_calls, unwatched
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
+    "choose_d",
     "d90",
     "fast_hadamard",
     "hash_project",
-    "structure_aware",
-    "subspace_gradient",
+    "my_subspace",
+    "predict_subspace",
 ]
-
-
-@checks(
-    "Your gradient is Pᵀg: the full gradient, seen through the d columns of P.",
-    "P is (D, d), g is (D): what you want has d numbers.",
-)
-def subspace_gradient(function) -> None:
-    """function(P, g) -> the gradient for theta_d, from the gradient g for all D
-    parameters."""
-    for _ in range(3):
-        D, d = random.randint(30, 40), random.randint(4, 9)
-        P, g = (
-            torch.randn(D, d, dtype=torch.float64) / D**0.5,
-            torch.randn(D, dtype=torch.float64),
-        )
-        got, right = function(P, g), P.T @ g
-        need(
-            not (isinstance(got, torch.Tensor) and got.shape == (D,)),
-            "You give D numbers, and θ_d has only d: this is a gradient for all"
-            " parameters, and it should be one for the few that are trained.",
-        )
-        compare(
-            got,
-            right,
-            {
-                "You give the point of the subspace that is nearest to g (least"
-                " squares). The chain rule asks for less: Pᵀg.": (
-                    torch.linalg.lstsq(P, g[:, None]).solution[:, 0]
-                ),
-                "The sign is wrong: the step goes against the gradient, the gradient"
-                " itself does not.": -right,
-                "You take the mean over the D parameters: each adds its own part, so"
-                " sum.": right / D,
-                "You take the mean over the d columns: each has its own gradient.": (
-                    right / d
-                ),
-                "You divide by the lengths of P's columns: the chain rule does not.": (
-                    right / P.norm(dim=0)
-                ),
-                "You have P's sign only: the size of its entries counts too.": (
-                    P.sign().T @ g
-                ),
-            },
-            "Your gradient",
-        )
 
 
 class Largest(TorchDispatchMode):
@@ -208,73 +170,6 @@ def hash_project(function) -> None:
         )
 
 
-@checks(
-    "Each tensor gets its own part of the random vector, times its own λ.",
-    "flat is as long as all shapes together; there is one λ for each shape.",
-)
-def structure_aware(function) -> None:
-    """function(flat, lambdas, shapes) -> [lambda_i times the i-th part of flat, in the
-    i-th shape]."""
-    for _ in range(3):
-        shapes = [
-            (random.randint(2, 4), random.randint(5, 7)),
-            (random.randint(8, 9),),
-            (3, 2, random.randint(2, 4)),
-        ]
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        flat = torch.randn(sum(sizes), dtype=torch.float64)
-        lambdas = torch.randn(3, dtype=torch.float64, requires_grad=True)
-        got, factors = function(flat, lambdas, shapes), lambdas
-        parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes)]
-        right = [factor * part for factor, part in zip(factors, parts)]
-        need(got is not None, "Your answer is None: is there a `return` at the end?")
-        need(
-            isinstance(got, (list, tuple)),
-            "Give me a list, with a tensor for each shape.",
-        )
-        need(
-            len(got) == len(shapes),
-            f"There are {len(shapes)} shapes, and you give {len(got)} tensors.",
-        )
-        for i, (mine, expected) in enumerate(zip(got, right)):
-            need(
-                not (
-                    isinstance(mine, torch.Tensor)
-                    and mine.shape == (sizes[i],) != tuple(shapes[i])
-                ),
-                "Your parts are flat: each should have its tensor's shape.",
-            )
-            mistakes = {
-                "The λ is missing: you give the part as it is.": parts[i],
-                "You add λ: it is a factor.": factors[i] + parts[i],
-                "You multiply by the sum of all λ: each tensor has its own.": (
-                    factors.sum() * parts[i]
-                ),
-                "You multiply by the first λ throughout: each tensor has its own.": (
-                    factors[0] * parts[i]
-                ),
-                "Every tensor gets the beginning of the random vector: move on by the"
-                " size of what came before.": (
-                    factors[i] * flat[: sizes[i]].view(shapes[i])
-                ),
-                "Your parts come from the end of the random vector: take them in the"
-                " order of the shapes.": (
-                    factors[i]
-                    * (flat[-sum(sizes[: i + 1]) :][: sizes[i]]).view(shapes[i])
-                ),
-                "The factor is 1 + λ: it is λ alone, and starts at 1.": (
-                    (1 + factors[i]) * parts[i]
-                ),
-            }
-            if i == 0:  # where some mistakes do not show yet
-                mistakes = {
-                    message: wrong
-                    for message, wrong in mistakes.items()
-                    if not same(wrong, expected)
-                }
-            compare(mine, expected, mistakes, f"Tensor {i}")
-
-
 @checks("You count gain, from where training starts to where full fine-tuning ends.")
 def d90(function) -> None:
     """function({d: loss}, start, full) -> the smallest d with 90 % of full
@@ -356,3 +251,351 @@ def d90(function) -> None:
         16,
         {"A loss below full's counts too: it is more than the whole gain.": None},
     )
+
+
+# --------------------------------------------------------------------- predict_subspace
+
+
+def found_in_subspace(D, d) -> dict:
+    """{case: (what is found with random columns, why)}"""
+    P = torch.linalg.qr(torch.randn(D, d, dtype=torch.float64))[0]
+    g = torch.randn(D, dtype=torch.float64)
+    theta = torch.randn(d, dtype=torch.float64)
+    seen = (P.T @ g).norm() / g.norm()
+    adam = (P @ torch.ones(d, dtype=torch.float64)).norm() / D**0.5
+    change = (P[: 64 * 64] @ theta).view(64, 64)
+    other = torch.linalg.qr(torch.randn(D, d, dtype=torch.float64))[0]
+    both = torch.cat((P, other), 1)
+    return {
+        "length": (
+            ((P @ theta).norm() / theta.norm()).item(),
+            "orthonormal columns keep lengths",
+        ),
+        "gradient": (
+            seen.item(),
+            "each of the D directions holds the same share of the *squared* length, and"
+            " the subspace has d of them",
+        ),
+        "fall": (
+            (seen**2).item(),
+            "a small step of gradient descent lowers the loss by η times the squared"
+            " length of the gradient that it sees",
+        ),
+        "Adam": (
+            adam.item(),
+            "Adam moves each number that it trains by the rate, so a step of n numbers"
+            " has the length η √n",
+        ),
+        "rank": (
+            torch.linalg.matrix_rank(change).item(),
+            "the weight's part of a random direction is a random matrix",
+        ),
+        "two": (
+            torch.linalg.matrix_rank(both.T @ both).item(),
+            "random directions of so large a space are independent: the dimensions add"
+            " up",
+        ),
+    }
+
+
+@checks(
+    "All six. A random subspace keeps lengths, sees the share d / D of a gradient's"
+    " square, and knows nothing of ranks."
+)
+def predict_subspace(predicted, D=10_000, d=100) -> None:
+    """predicted: {case: number}."""
+    cases = found_in_subspace(D, d)
+    said = numbers(predicted, cases)
+    for case, (true, why) in cases.items():
+        room = 0 if case in ("rank", "two") else 0.15
+        need(
+            abs(said[case] - true) <= room * true,
+            f"{case!r}: you say {said[case]:.3g}, and the run gives {true:.3g}. Think"
+            f" of this: {why}.",
+        )
+
+
+# ----------------------------------------------------------------------------- choose_d
+
+START, FULL = 2.0, 0.2  # 90 % of the gain: a loss of 0.38
+
+
+def sweep_drawn(rng, kind):
+    """Runs of a sweep over d and the stride, in random order."""
+    reached = {16: 1.3, 64: 0.9, 256: 0.5, 1024: 0.36, 4096: 0.33, 16384: 0.21}
+    if kind == "earlier":
+        reached[256] = 0.35
+    if kind == "never":
+        reached = {d: max(loss, 0.5) for d, loss in reached.items()}
+    if kind == "close":
+        reached[256] = 0.383
+    best = {16: 54, 64: 18, 256: 18, 1024: 6, 4096: 18, 16384: 6}
+    runs = []
+    for d, loss in reached.items():
+        for stride in (2, 6, 18, 54):
+            away = {1: 0.0, 3: 0.15, 9: 0.5, 27: 0.9}
+            worse = away[max(stride, best[d]) // min(stride, best[d])]
+            for seed in SEEDS:
+                noise = 0.003 * seed + rng.uniform(-0.002, 0.002)
+                valid = loss + worse + noise
+                if kind == "lucky" and (d, stride) == (64, 54):
+                    valid = (0.2, 1.2, 1.3)[seed]
+                test = valid + (-0.2 if (d, stride) == (256, 6) else 0.05)
+                runs.append(
+                    {"d": d, "stride": stride, "seed": seed}
+                    | {"valid_loss": valid, "test_loss": test}
+                )
+    rng.shuffle(runs)
+    return runs
+
+
+def losses_of(runs, d, stride, key="valid_loss"):
+    return {
+        run["seed"]: run[key]
+        for run in runs
+        if (run["d"], run["stride"]) == (d, stride)
+    }
+
+
+def mean(losses) -> float:
+    return sum(losses.values()) / len(losses)
+
+
+def d_by_rule(runs, share, key="valid_loss", join=mean, by_score=False):
+    """(d, stride) of the smallest d with this share of the gain, each d at its own best
+    stride; None where there is none."""
+    goal = START - share * (START - FULL)
+    goal = FULL / share if by_score else goal
+    for d in sorted({run["d"] for run in runs}):
+        strides = {run["stride"] for run in runs if run["d"] == d}
+        stride = min(strides, key=lambda s: join(losses_of(runs, d, s, key)))
+        if join(losses_of(runs, d, stride, key)) <= goal:
+            return d, stride
+    return None
+
+
+def at_own_stride(runs, d):
+    strides = {run["stride"] for run in runs if run["d"] == d}
+    stride = min(strides, key=lambda s: mean(losses_of(runs, d, s)))
+    return losses_of(runs, d, stride, "test_loss")
+
+
+@checks(
+    "Each d at its own best stride, by validation and by all seeds; the share of the"
+    " gain; and a word on whether the next smaller d is really worse."
+)
+def choose_d(function, share=0.9) -> None:
+    """function(runs, start, full) -> (d, verdict), or None."""
+    kinds = "plain", "earlier", "lucky", "never", "close"
+    for number, kind in enumerate(kinds):
+        runs = sweep_drawn(random.Random(number), kind)
+        judge_d(function(copy.deepcopy(runs), START, FULL), runs, share)
+
+
+def judge_d(got, runs, share):
+    found = d_by_rule(runs, share)
+    if found is None:
+        need(
+            got is None,
+            f"No d has {share:.0%} of the gain here: return None. You return {got!r}.",
+        )
+        return
+    need(got is not None, f"You return None, and d = {found[0]} has it.")
+    need(
+        isinstance(got, (tuple, list)) and len(got) == 2,
+        f"Return two things, d and the verdict; you return {got!r}.",
+    )
+    right, (d, verdict) = found[0], got
+    if d != right:
+        slips = {
+            "You choose by the test loss: the validation loss chooses.": d_by_rule(
+                runs, share, "test_loss"
+            ),
+            "You take the lowest of any seed: one lucky seed is no reason. Take the"
+            " mean over the seeds.": d_by_rule(
+                runs, share, join=lambda losses: min(losses.values())
+            ),
+            f"You ask for a loss within {share:.0%} of full fine-tuning's: count the"
+            " gain, from `start` down.": d_by_rule(runs, share, by_score=True),
+        }
+        for message, wrong in slips.items():
+            need(wrong is None or d != wrong[0], message)
+        raise Wrong(
+            f"You choose d = {d!r}; the smallest with {share:.0%} of the gain, each at"
+            f" its own best stride, is {right}."
+        )
+    tried = sorted({run["d"] for run in runs})
+    smaller = tried[tried.index(right) - 1]
+    pair = at_own_stride(runs, right), at_own_stride(runs, smaller)
+    true = told_apart(*pair, loss=True).verdict
+    need(
+        isinstance(verdict, str),
+        "The verdict is a word, `compare(...).verdict`; you return a"
+        f" {type(verdict).__name__}.",
+    )
+    need(
+        verdict == true,
+        f"You say {verdict!r}; the course's rule says {true!r} of d = {right} against d"
+        f" = {smaller}, on the test losses, paired by seed, with loss=True.",
+    )
+
+
+# -------------------------------------------------------------------------- my_subspace
+
+
+@checks(
+    "d numbers a layer, zero at the start, random frozen directions that the seed draws"
+    " again, the right gradient, and it merges; and it learns: with three seeds it is"
+    " ahead of the frozen base by the course's rule.",
+    "P is (d_out · d_in, d), and P @ theta becomes (d_out, d_in) by view.",
+)
+def my_subspace(config_class) -> None:
+    """config_class(d=..., seed=..., target_modules=[...]), a LayerConfig whose adapters
+    are LinearDeltas with the parameter theta (d,)."""
+    need(
+        isinstance(config_class, type) and issubclass(config_class, LayerConfig),
+        "Give me the configuration's class itself, a subclass of LayerConfig.",
+    )
+    model = plugged_in(config_class)
+    layers = slots_of(model)
+    for slot in layers:
+        look_at_numbers(slot.adapters["default"], 6)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    need(
+        count == 6 * len(layers),
+        f"{count} numbers are trained in {len(layers)} layers with d = 6: expected"
+        f" {6 * len(layers)}.",
+    )
+    look_at_directions(layers, config_class)
+    for slot in layers[:2]:
+        look_at_layer(slot)
+    ids = chains(3, 5)
+    model.double().eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        model.merge_adapter()
+        merged = model(input_ids=ids).logits
+    need(same(merged, before), "Merged, the model gives other logits.")
+    names = ["q_proj", "v_proj", "up_proj"]
+    needs_to_learn(config_class(d=64, seed=1, target_modules=names), lr=1e-1)
+
+
+def plugged_in(config_class, seed=0):
+    config = config_class(d=6, seed=seed, target_modules=["q_proj", "down_proj"])
+    return get_peft_model(small_gpt(4), config)
+
+
+def slots_of(model):
+    layers = model.get_base_model().model.layers
+    return [
+        s for layer in layers for s in (layer.self_attn.q_proj, layer.mlp.down_proj)
+    ]
+
+
+def look_at_numbers(adapter, d):
+    need(
+        isinstance(adapter, LinearDelta),
+        f"create gives a {type(adapter).__name__}: the adapter should be a"
+        " LinearDelta, which makes update, forward and merging of your delta.",
+    )
+    theta = getattr(adapter, "theta", None)
+    need(
+        isinstance(theta, nn.Parameter),
+        "I look for an nn.Parameter as self.theta: a plain tensor is not trained.",
+    )
+    need(theta.shape == (d,), f"theta is {tuple(theta.shape)}: expected {(d,)}.")
+    need(
+        not theta.detach().any(), "theta starts at zero: so the model starts as it was."
+    )
+    more = [name for name, _ in adapter.named_parameters() if name != "theta"]
+    need(
+        not more,
+        f"{', '.join(more)} would be trained too: P is drawn once and then frozen, a"
+        " buffer.",
+    )
+    saved = [name for name in adapter.state_dict() if name != "theta"]
+    need(
+        not saved,
+        f"The file would hold {', '.join(saved)}: a seed draws P again, so"
+        " `register_buffer(..., persistent=False)`.",
+    )
+
+
+@torch.no_grad()
+def columns(slot):
+    """P, read off delta: (d_out · d_in, d)."""
+    adapter = slot.adapters["default"]
+    kept, found = adapter.theta.clone(), []
+    for one in torch.eye(len(kept), dtype=kept.dtype):
+        adapter.theta.copy_(one)
+        delta = adapter.delta(Base(slot, "default"))
+        need(delta is not None, "delta gives None: is there a `return` at its end?")
+        shape = slot.base_layer.weight.shape
+        need(
+            delta.shape == shape,
+            f"delta is {tuple(delta.shape)}; the weight is {tuple(shape)}.",
+        )
+        found.append(delta.flatten().clone())
+    adapter.theta.copy_(kept)
+    return torch.stack(found, 1)
+
+
+def look_at_directions(layers, config_class):
+    drawn = [columns(slot) for slot in layers]
+    for P in drawn:
+        lengths = P.norm(dim=0)
+        need(
+            bool((lengths > 0.1).all()),
+            "A direction is zero: theta has no effect, or not all of it.",
+        )
+        need(
+            bool(((lengths - 1).abs() < 0.35).all()),
+            "The columns of P should have length 1, or nearly: yours have"
+            f" {lengths.min():.2g} to {lengths.max():.2g}. Gaussian entries of variance"
+            " 1 / (d_out · d_in) do it.",
+        )
+        cosines = (P / lengths).T @ (P / lengths)
+        need(
+            bool((cosines - torch.eye(len(cosines))).abs().max() < 0.5),
+            "The columns of P should be nearly orthogonal: draw each by itself.",
+        )
+    need(
+        not same(drawn[0], drawn[2]),
+        "Two layers of one shape get the same P: then their changes are tied together."
+        " Let the path count too, beside the seed.",
+    )
+    again = [columns(slot) for slot in slots_of(plugged_in(config_class))]
+    need(
+        all(map(same, again, drawn)),
+        "Made again with the same seed, the layers get another P: a file of theta would"
+        " mean other directions. Draw with a generator of your own:"
+        " `torch.Generator().manual_seed(...)`.",
+    )
+    others = [columns(slot) for slot in slots_of(plugged_in(config_class, seed=1))]
+    need(
+        not any(map(same, others, drawn)),
+        "With another seed a layer gets the same P: the configuration's seed does not"
+        " arrive.",
+    )
+
+
+def look_at_layer(slot):
+    adapter = slot.adapters["default"].double()
+    slot.base_layer.double()
+    d_out, d_in = slot.base_layer.weight.shape
+    P = columns(slot)
+    x = torch.randn(2, 5, d_in, dtype=torch.float64, requires_grad=True)
+    y = slot.base_layer(x)
+    need(
+        same(slot(x), y), "With theta at zero the layer must give what the base gives."
+    )
+    with torch.no_grad():
+        adapter.theta.copy_(torch.randn(adapter.theta.shape))
+    change = (P @ adapter.theta).view(d_out, d_in)
+    mistakes = {
+        "The change never reaches the output.": y,
+        "The base's output is in it twice: `update` is only what is added.": 2 * y
+        + x @ change.T,
+    }
+    learnt = {"theta": adapter.theta, "x": x}
+    compare(slot(x), y + x @ change.T, mistakes, "The layer's output", learnt)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import Base, LayerConfig, LinearDelta, get_peft_model
 from ..comparison import compare as told_apart
-from .practice import SEEDS, chains, needs_to_learn, numbers, small_gpt
+from .practice import SEEDS, Adam, chains, needs_to_learn, numbers, small_gpt
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -437,9 +437,11 @@ def first_step(optimizer, s=1.0, a=1.0, loss=1.0, lr=1.0) -> float:
     X, target = torch.randn(2, 30, 9, dtype=torch.float64)
     A = nn.Parameter(a * torch.randn(4, 9, dtype=torch.float64))
     B = nn.Parameter(torch.zeros(9, 4, dtype=torch.float64))
-    step = getattr(torch.optim, optimizer)([A, B], lr=1e-3 * lr)
-    (loss * (s * X @ A.T @ B.T - target).square().mean()).backward()
-    step.step()
+    loss = loss * (s * X @ A.T @ B.T - target).square().mean()
+    if optimizer == "Adam":
+        Adam([A, B], lr=1e-3 * lr).step(loss)
+    else:
+        B = -1e-3 * lr * torch.autograd.grad(loss, B)[0]
     return (s * B @ A).norm().item()
 
 

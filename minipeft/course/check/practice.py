@@ -33,20 +33,43 @@ def chains(rows: int, seed: int, length: int = 10) -> torch.Tensor:
     return torch.stack(ids, 1)
 
 
-def train_small(model, steps: int, lr: float, seed: int) -> None:
-    """AdamW on what requires a gradient, 8 new rows a step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    for step in range(steps):
-        ids = chains(8, 1000 * seed + step)
-        loss = model(input_ids=ids, labels=ids).loss
+class Adam:
+    """Adam for some dozen steps. The first use of torch.optim loads a compiler, which
+    takes longer than the training does."""
+
+    def __init__(self, parameters, lr: float):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.lr = lr
+        self.means = [
+            (torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters
+        ]
+        self.steps = 0
+
+    def step(self, loss) -> None:
         need(
             bool(loss.isfinite()),
-            f"Trained on a small task, the loss is {loss.item()} at step {step + 1}.",
+            f"Trained on a small task, the loss is {loss.item()} after {self.steps}"
+            " steps.",
         )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        self.steps += 1
+        with torch.no_grad():
+            for p, g, (m, v) in zip(self.parameters, gradients, self.means):
+                if g is None:
+                    continue
+                m.lerp_(g, 0.1)
+                v.lerp_(g * g, 0.001)
+                m_hat = m / (1 - 0.9**self.steps)
+                v_hat = v / (1 - 0.999**self.steps)
+                p -= self.lr * m_hat / (v_hat.sqrt() + 1e-8)
+
+
+def train_small(model, steps: int, lr: float, seed: int) -> None:
+    """Adam on what requires a gradient, 8 new rows a step."""
+    adam = Adam(model.parameters(), lr)
+    for step in range(steps):
+        ids = chains(8, 1000 * seed + step)
+        adam.step(model(input_ids=ids, labels=ids).loss)
 
 
 @torch.no_grad()
