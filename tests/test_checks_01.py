@@ -446,7 +446,7 @@ def test_choose_base_right_answers():
             lambda m: chosen(m, unit=lambda model: bytewise(model, True)),
         ),
         ("one lucky seed", lambda m: chosen(m, join=min)),
-        ("lower is better", lambda m: chosen(m, pick=max)),
+        ("compare losses per token", lambda m: chosen(m, pick=max)),
         ("compares the losses per token", lambda m: chosen(m, judged=per_token)),
         ("the wrong way round", lambda m: chosen(m, loss=False)),
         ("with loss=True", lambda m: (chosen(m)[0], "ahead")),

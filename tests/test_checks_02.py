@@ -462,10 +462,6 @@ def test_choose_method_right_answers():
             "but they are there",
             lambda *g: chosen(*g, bill=lambda w: 16 * w["trained"] + w["activations"]),
         ),
-        (
-            "16 bytes for the frozen parameters",
-            lambda *g: chosen(*g, frozen=16) if g[1] > 120e9 else chosen(*g),
-        ),
         ("the card has", lambda *g: chosen(*g, bill=lambda w: 0)),
         ("with the lowest mean", lambda *g: chosen(*g, judge=lambda a, b: a is b)),
         (
@@ -473,10 +469,10 @@ def test_choose_method_right_answers():
             lambda *g: chosen(*g, judge=lambda a, b: True),
         ),
         (
-            "compare as if these were scores",
+            "it is behind the best that fits",
             lambda *g: chosen(*g, judge=lambda a, b: compare(a, b).verdict != "behind"),
         ),
-        ("by the rule it is", lambda *g: chosen(*g, least=False)),
+        ("with the lowest mean", lambda *g: chosen(*g, least=False)),
         ("is not one of", lambda *g: "QLoRA"),
         ("is not one of", lambda *g: 3),
         ("is there a `return`", lambda *g: None),

@@ -366,7 +366,7 @@ def test_choose_d_right_answers():
             "count the gain",
             lambda r, s, f: chosen(r, s, f, reached=lambda loss: loss <= f / 0.9),
         ),
-        ("the smallest with 90% of the gain", lambda *g: (16384, "ahead")),
+        ("the smallest with 90% of the gain", lambda *g: (4096, "ahead")),
         ("on the test losses", lambda *g: chosen(*g, loss=False)),
         ("return None", lambda *g: chosen(*g) or (16384, "not told apart")),
         ("You return None, and", lambda *g: None),

@@ -438,7 +438,7 @@ def test_choose_rank_right_answers():
             lambda *g: chosen(*g, judge=lambda a, b: compare(a, b).verdict != "behind"),
         ),
         ("more than the budget", lambda runs, budget: chosen(runs, None)),
-        ("the smallest rank that is not behind", lambda *g: chosen(*g, largest=True)),
+        ("lowest mean. A smaller one", lambda *g: chosen(*g, largest=True)),
         ("its own best rate", lambda *g: (chosen(*g)[0], 3e-4)),
         ("There is no run with", lambda *g: chosen(*g)[::-1]),
         ("Return two numbers", lambda *g: chosen(*g)[0]),

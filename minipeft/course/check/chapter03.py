@@ -340,7 +340,7 @@ def sweep_drawn(rng, kind):
                 valid = loss + worse + noise
                 if kind == "lucky" and (d, stride) == (64, 54):
                     valid = (0.2, 1.2, 1.3)[seed]
-                test = valid + (-0.2 if (d, stride) == (256, 6) else 0.05)
+                test = valid + (-0.4 if (d, stride) == (256, 6) else 0.05)
                 runs.append(
                     {"d": d, "stride": stride, "seed": seed}
                     | {"valid_loss": valid, "test_loss": test}
@@ -408,15 +408,15 @@ def judge_d(got, runs, share):
     right, (d, verdict) = found[0], got
     if d != right:
         slips = {
-            "You choose by the test loss: the validation loss chooses.": d_by_rule(
-                runs, share, "test_loss"
-            ),
             "You take the lowest of any seed: one lucky seed is no reason. Take the"
             " mean over the seeds.": d_by_rule(
                 runs, share, join=lambda losses: min(losses.values())
             ),
             f"You ask for a loss within {share:.0%} of full fine-tuning's: count the"
             " gain, from `start` down.": d_by_rule(runs, share, by_score=True),
+            "You choose by the test loss: the validation loss chooses.": d_by_rule(
+                runs, share, "test_loss"
+            ),
         }
         for message, wrong in slips.items():
             need(wrong is None or d != wrong[0], message)
@@ -482,7 +482,9 @@ def my_subspace(config_class) -> None:
 
 def plugged_in(config_class, seed=0):
     config = config_class(d=6, seed=seed, target_modules=["q_proj", "down_proj"])
-    return get_peft_model(small_gpt(4), config)
+    base = small_gpt(4)
+    torch.manual_seed(random.randrange(10**6))  # P has to come from its own seed
+    return get_peft_model(base, config)
 
 
 def slots_of(model):

@@ -585,6 +585,10 @@ def judge_rank(got, runs, budget, metric):
         f" choice. The validation {metric} chooses.": [
             rank_by_rule(runs, budget, by_test)
         ],
+        f"That is the rank with the {best} mean. A smaller one is not told apart from"
+        " it by `compare`: take the smallest that is not behind.": [
+            rank_by_rule(runs, budget, alike=never)
+        ],
         f"You take the rate with the {best} {metric} of any seed: one lucky seed is no"
         " reason. Take the mean over the seeds.": [
             rank_by_rule(runs, budget, lucky),
@@ -593,10 +597,6 @@ def judge_rank(got, runs, budget, metric):
         f"You take the rate with the worst {metric}: the {best} is the best.": [
             rank_by_rule(runs, budget, largest),
             (smallest, largest(runs, smallest)),
-        ],
-        f"That is the rank with the {best} mean. A smaller one is not told apart from"
-        " it by `compare`: take the smallest that is not behind.": [
-            rank_by_rule(runs, budget, alike=never)
         ],
         "You compare the wrong way round: for losses lower is better, and"
         " `compare(..., loss=True)` says so; for scores higher is.": [
