@@ -11,6 +11,7 @@ from torch import nn
 
 from ... import Base, LayerConfig, get_peft_model
 from ..comparison import compare as told_apart
+from .practice import Adam
 from .teacher import Wrong, compare, need, same
 
 # ---- predictions ---------------------------------------------------------------------
@@ -184,13 +185,11 @@ class Built:
         x = torch.randn(64, self.W.shape[1])
         y = nn.functional.linear(x, target, self.layer.bias).detach()
         learnt = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(learnt, lr=lr)
+        optimizer = Adam(learnt, lr)
         losses = []
         for _ in range(steps):
-            optimizer.zero_grad()
             loss = (self.slot(x) - y).square().mean()
-            loss.backward()
-            optimizer.step()
+            optimizer.step(loss)
             losses.append(loss.item())
         need(
             losses[-1] < 0.9 * losses[0],
