@@ -15,6 +15,7 @@ import ast
 import builtins
 import contextlib
 import copy
+import functools
 import hashlib
 import io
 import json
@@ -37,7 +38,8 @@ UNNAMED = "none of the usual slips", "I cannot work with", "Your code stopped wi
 
 
 def solutions() -> dict:
-    """{exercise: (chapter, source of the solution, names that the check is given)}"""
+    """{exercise: (chapter, source of the solution, names that the check is given, its
+    keyword arguments)}"""
     found = {}
     for path in sorted((ROOT / "chapters").glob("[0-9]*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
@@ -46,8 +48,8 @@ def solutions() -> dict:
                 source = "".join(cell["source"])
                 called = asked(source)
                 if called:
-                    check_name, names = called
-                    found[check_name] = path.name[:2], source, names
+                    check_name, names, settings = called
+                    found[check_name] = path.name[:2], source, names, settings
     return found
 
 
@@ -57,12 +59,15 @@ def fingerprint(source: str) -> str:
 
 
 def asked(source: str):
-    """The name of the check at the end of a solution, and of what it is given."""
+    """The name of the check at the end of a solution, those of what it is given, and
+    its keyword arguments."""
     for node in reversed(ast.parse(source).body):
         call = getattr(node, "value", None)
         if isinstance(node, ast.Expr) and isinstance(call, ast.Call):
             if ast.unparse(call.func).startswith("check."):
-                return call.func.attr, [ast.unparse(one) for one in call.args]
+                names = [ast.unparse(one) for one in call.args]
+                settings = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+                return call.func.attr, names, settings
     return None
 
 
@@ -70,8 +75,11 @@ def namespace() -> dict:
     """What the first cell of a chapter imports."""
     values = {"cut_graph": cut_graph}
     exec(
-        "import copy, math, random\nfrom collections import Counter\n"
+        "import copy, itertools, math, random, re\nfrom collections import Counter\n"
         "from itertools import combinations, product\n"
+        "from dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from minipeft import *\nfrom minipeft.course import compare\n"
+        "from minipeft.weights import linear_features\n"
         "from statistics import NormalDist, fmean, mean\n"
         "import statistics\nimport numpy as np\nimport torch\n"
         "import torch.nn.functional as F\n"
@@ -221,7 +229,7 @@ def cut_graph(value):
 # --------------------------------------------------------------------------- the judge
 
 
-def record(name: str, answers) -> list:
+def record(name: str, answers, settings=None) -> list:
     """[(which answer, its arguments)] of the calls that a check makes."""
     seen = []
 
@@ -233,7 +241,8 @@ def record(name: str, answers) -> list:
         return called
 
     for sandbox.variant in (0, 1):
-        getattr(check, name)(*[noting(at, one) for at, one in enumerate(answers)])
+        noted = [noting(at, one) for at, one in enumerate(answers)]
+        getattr(check, name)(*noted, **(settings or {}))
     sandbox.variant = 0
     return seen
 
@@ -337,14 +346,15 @@ def differs(reference, mutant, calls) -> bool:
 # --------------------------------------------------------------------------- the table
 
 
-def analysed(name: str, source: str, names, step: int = 1) -> dict:
+def analysed(name: str, source: str, names, settings, step: int = 1) -> dict:
     """The row of an exercise: how many mutants, how many killed, named, and left."""
+    judge = functools.partial(getattr(check, name), **settings)
     row = {"mutants": 0, "killed": 0, "named": 0}
     row |= {"equivalent": [], "holes": [], "unjudged": []}
     answers = built(ast.parse(source), names)
     judged = all(callable(one) and not isinstance(one, type) for one in answers)
-    calls = record(name, answers) if judged else []
-    verdict = getattr(check, name)(*answers)
+    calls = record(name, answers, settings) if judged else []
+    verdict = judge(*answers)
     if not verdict:  # it needs other cells of its chapter
         raise LookupError(f"{name}: {verdict.message}")
     learnt = not judged or any(learnable(one) for _, args in calls for one in args)
@@ -355,7 +365,7 @@ def analysed(name: str, source: str, names, step: int = 1) -> dict:
             continue  # it cannot even be defined
         row["mutants"] += 1
         with contextlib.redirect_stdout(io.StringIO()):
-            verdict = getattr(check, name)(*mutant)
+            verdict = judge(*mutant)
         if not verdict:
             row["killed"] += 1
             row["named"] += not any(words in verdict.message for words in UNNAMED)
@@ -373,11 +383,15 @@ def main(argv=None) -> int:
     chosen = parser.parse_args(argv).exercises
     sandbox.LIMIT = LIMIT
     table = json.loads(TABLE.read_text("utf-8")) if TABLE.exists() else {}
-    for name, (chapter, source, names) in solutions().items():
+    found = solutions()
+    table = {name: row for name, row in table.items() if name in found}
+    for name, (chapter, source, names, settings) in found.items():
         if chosen and name not in chosen:
             continue
+        if table.get(name, {}).get("solution") == fingerprint(source) and not chosen:
+            continue  # a table that was cut goes on
         try:
-            row = analysed(name, source, names)
+            row = analysed(name, source, names, settings)
         except (LookupError, NameError) as error:
             print("left out:", error)
             table.pop(name, None)
