@@ -398,7 +398,7 @@ def test_steps_mistakes(says, answer):
 
 def test_steps_that_are_not_all_there():
     rejects("no prediction for", check.predict_steps, {"SGD, 1 step, g = 1000": 1000})
-    rejects("as a dictionary", check.predict_steps, list(distances().values()))
+    rejects("Give a dictionary", check.predict_steps, list(distances().values()))
     rejects("nothing here yet", check.predict_steps, None)
 
 

@@ -292,7 +292,7 @@ def test_subspace_mistakes(says, answer):
 
 def test_subspace_that_is_not_all_there():
     rejects("no prediction for 'length'", check.predict_subspace, {"rank": 64})
-    rejects("as a dictionary", check.predict_subspace, [1, 0.1])
+    rejects("Give a dictionary", check.predict_subspace, [1, 0.1])
     rejects("nothing here yet", check.predict_subspace, None)
 
 

@@ -354,7 +354,7 @@ def test_first_steps_mistakes(says, answer):
 def test_first_steps_that_are_not_all_there():
     some = {case: v for case, v in steps().items() if "loss" not in case}
     rejects("no prediction for 'SGD, loss × 3'", check.predict_first_step, some)
-    rejects("as a dictionary", check.predict_first_step, list(steps().values()))
+    rejects("Give a dictionary", check.predict_first_step, list(steps().values()))
     rejects("nothing here yet", check.predict_first_step, None)
 
 

@@ -309,7 +309,7 @@ def test_predict_dora_right_answers():
         ("are c times as long", numbers() | {"gradient, stretched": 1.0}),
         ("linear in m", numbers() | {"gradient of m": 2.0}),
         ("expected a number", numbers() | {"gradient of m": "1"}),
-        ("put your numbers", numbers() | {"gradient of m": None}),
+        ("nothing here yet", numbers() | {"gradient of m": None}),
         (
             "no prediction for 'turned'",
             {k: v for k, v in numbers().items() if k != "turned"},

@@ -229,7 +229,7 @@ def test_reach_right_answers():
             {k: v for k, v in REACH.items() if k != "negated"},
         ),
         ("two numbers are wanted", REACH | {"negated": 0.0}),
-        ("a number is wanted", REACH | {"negated": (0.0, "0.7")}),
+        ("expected a number", REACH | {"negated": (0.0, "0.7")}),
         ("every row gets the factor 2", REACH | {"all doubled": (0.5, 0.99)}),
         ("full rank", REACH | {"all doubled": (0.0, 0.0)}),
         ("factor -1", REACH | {"negated": (1.0, ROOT)}),

@@ -12,6 +12,7 @@ from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
 from ...slot import Adapter
 from ..comparison import compare as told_apart
+from .practice import numbers
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -370,19 +371,10 @@ def share_of(prefix, text):
 )
 def predict_gate(predicted, n=10, T=30) -> None:
     """predicted: {case: number}; n keys in the prefix, T in the text."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: put your seven numbers in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        f"Give a dictionary {{case: number}}; yours is a {type(predicted).__name__}.",
-    )
     cases = gate_cases(n, T)
-    missing = [case for case in cases if case not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    said = numbers(predicted, cases)
     for case, (true, why) in cases.items():
-        got = as_number(predicted[case], case)
+        got = said[case]
         need(
             0 <= got <= 1,
             f"{case!r}: a share lies between 0 and 1; yours is {got:.3g}.",
@@ -391,15 +383,6 @@ def predict_gate(predicted, n=10, T=30) -> None:
             abs(got - true) <= 0.02,
             f"{case!r}: you say {got:.3g}, and it is {true:.3f}. Think of this: {why}.",
         )
-
-
-def as_number(value, case):
-    wanted = f"{case!r}: a number is wanted, you have {value!r}."
-    need(value is not None and not isinstance(value, (str, bool)), wanted)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise Wrong(wanted) from error
 
 
 # ---- a search over rates -------------------------------------------------------------

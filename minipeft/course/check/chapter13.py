@@ -12,6 +12,7 @@ from ...config import LayerConfig
 from ...model import get_peft_model
 from ...slot import Adapter
 from ..comparison import compare as told_apart
+from .practice import number
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -321,22 +322,13 @@ def predict_reach(predicted, count=2) -> None:
             f" {pair!r}.",
         )
         for at, (got, true) in enumerate(zip(pair, error_left(W, wanted))):
-            got = as_number(got, name)
+            got = number(name, got)
             method = ("(IA)³", "LoRA, r = 1")[at]
             need(
                 abs(got - true) <= 0.04,
                 f"{name!r}, {method}: you say {got:.3g}, and it is {true:.2f}. Think"
                 f" of this: {WHY[name, at]}.",
             )
-
-
-def as_number(value, name):
-    wanted = f"{name!r}: a number is wanted, you have {value!r}."
-    need(value is not None and not isinstance(value, (str, bool)), wanted)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise Wrong(wanted) from error
 
 
 # ---- one trial -----------------------------------------------------------------------

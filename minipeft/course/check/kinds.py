@@ -11,7 +11,7 @@ from torch import nn
 
 from ... import Base, LayerConfig, get_peft_model
 from ..comparison import compare as told_apart
-from .practice import Adam
+from .practice import Adam, numbers
 from .teacher import Wrong, compare, need, same
 
 # ---- predictions ---------------------------------------------------------------------
@@ -20,34 +20,11 @@ from .teacher import Wrong, compare, need, same
 def judge_numbers(predicted, cases: dict, near: float = 0.05) -> None:
     """predicted: {case: number}; cases: {case: (the computed number, what to think
     of)}. near: the error that is allowed, relative to the number or to a half."""
-    need(
-        predicted is not None,
-        f"There is nothing here yet: put your {len(cases)} numbers in the place of"
-        " None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        f"Give a dictionary {{case: number}}; yours is a {type(predicted).__name__}.",
-    )
-    missing = [case for case in cases if case not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    said = numbers(predicted, cases)
     for case, (true, why) in cases.items():
-        got = as_number(predicted[case], case)
+        got = said[case]
         if not abs(got - true) <= near * max(abs(true), 0.5):
             raise Wrong(f"{case!r}: you say {got:.4g}, and it is {true:.4g}. {why}")
-
-
-def as_number(value, case: str) -> float:
-    need(
-        value is not None,
-        "There is nothing here yet: put your numbers in the place of None.",
-    )
-    wanted = f"{case!r}: expected a number, found {value!r}."
-    need(not isinstance(value, str | bool), wanted)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise Wrong(wanted) from error
 
 
 # ---- choices -------------------------------------------------------------------------

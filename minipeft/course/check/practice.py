@@ -105,7 +105,7 @@ def numbers(predicted, cases) -> dict:
     )
     need(
         isinstance(predicted, dict),
-        "Write the prediction as a dictionary {case: number}; yours is a"
+        "Give a dictionary {case: number}; yours is a"
         f" {type(predicted).__name__}.",
     )
     missing = [case for case in cases if case not in predicted]
