@@ -105,8 +105,7 @@ def numbers(predicted, cases) -> dict:
     )
     need(
         isinstance(predicted, dict),
-        "Give a dictionary {case: number}; yours is a"
-        f" {type(predicted).__name__}.",
+        f"Give a dictionary {{case: number}}; yours is a {type(predicted).__name__}.",
     )
     missing = [case for case in cases if case not in predicted]
     need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
