@@ -75,7 +75,8 @@ def namespace() -> dict:
     """What the first cell of a chapter imports."""
     values = {"cut_graph": cut_graph}
     exec(
-        "import copy, itertools, math, random, re, zlib\nfrom collections import Counter\n"
+        "import copy, itertools, math, random, re, zlib\n"
+        "from collections import Counter\n"
         "from itertools import combinations, product\n"
         "from dataclasses import dataclass\nfrom typing import ClassVar\n"
         "from minipeft import *\nfrom minipeft.course import compare\n"
