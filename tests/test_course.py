@@ -445,3 +445,8 @@ def test_a_table_of_the_runs_at_real_size(tmp_path):
         *few.splitlines()[:2],
         *lines[2:],
     ]
+
+
+def test_a_text_of_several_lines_stays_one_line_of_a_table():
+    made = table([["a\n\nb", 1]], ["text", "number"]).data
+    assert made.splitlines()[2:] == ["| a  b | 1 |"]

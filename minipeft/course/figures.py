@@ -363,9 +363,13 @@ def approx(number: float, form: str = "{:.2f}") -> str:
 
 
 def table(rows: list, header: list) -> Markdown:
-    """A table; numbers are set right, texts left."""
+    """A table; numbers are set right, texts left and on one line."""
     text = [
-        [cell if isinstance(cell, str) else f"{cell:,}" for cell in row] for row in rows
+        [
+            cell.replace("\n", " ") if isinstance(cell, str) else f"{cell:,}"
+            for cell in row
+        ]
+        for row in rows
     ]
     right = [
         all(not isinstance(row[i], str) for row in rows) for i in range(len(header))

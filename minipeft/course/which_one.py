@@ -136,7 +136,8 @@ RULES = [
         Answer(
             "LoRA on all linear layers, merged",
             "Merged it is a model like the base. Bottlenecks, prompts and prefixes"
-            " cannot be merged; DoRA can, and trains slower for no gain here.",
+            " cannot be merged. DoRA can; it trains slower, and was ahead of LoRA of"
+            " rank 4 on one task of five.",
             "5.4 What it costs",
         ),
     ),
@@ -145,9 +146,9 @@ RULES = [
         lambda p: True,
         Answer(
             "LoRA on all linear layers, rank 8 or more",
-            "Among what trains few parameters nothing is ahead of it here, and it is"
+            "On `sql` nothing that trains few parameters is ahead of it, and it is"
             " cheap to train, to keep and to switch. Try four rates, then a higher"
-            " rank.",
+            " rank, then DoRA, which was ahead of LoRA of rank 4 on one task of five.",
             "5.3 One task, all methods",
         ),
     ),
