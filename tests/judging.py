@@ -1,5 +1,9 @@
 """How the tests of a chapter's checks (test_checks_NN.py) try an answer."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+from minipeft import LayerConfig
 from minipeft.course.check import sandbox
 
 VARIANTS = 5  # a check's draws follow from its name and the variant: try several
@@ -22,3 +26,18 @@ def rejects(says: str, checker, *answers, **numbers):
     for verdict in judge(checker, *answers, **numbers):
         assert not verdict
         assert says in verdict.message, verdict.message
+
+
+def configured(adapter):
+    """A configuration: a layer gets adapter(its weight, r, lora_alpha)."""
+
+    @dataclass(kw_only=True)
+    class Configured(LayerConfig):
+        peft_type: ClassVar[str] = "TEST_BUILT"
+        r: int = 8
+        lora_alpha: int = 16
+
+        def create(self, base, path):
+            return adapter(base.weight, self.r, self.lora_alpha)
+
+    return Configured

@@ -1,15 +1,12 @@
 """Chapter 05's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
-from judging import accepts, judge, rejects
+from judging import accepts, configured, judge, rejects
 from torch import nn
 
-from minipeft import LayerConfig, LinearDelta
+from minipeft import LinearDelta
 from minipeft.course import check, compare
 from minipeft.course.check.chapter05 import FOUND, PATIENTS, patient
 
@@ -463,19 +460,6 @@ class OfRankTwoR(Pissa):
     def update(self, base, x):
         low = x @ torch.cat([self.A, self.A0]).T
         return self.s * low @ torch.cat([self.B, -self.B0], 1).T
-
-
-def configured(adapter):
-    @dataclass(kw_only=True)
-    class Configured(LayerConfig):
-        peft_type: ClassVar[str] = "TEST_PISSA"
-        r: int = 8
-        lora_alpha: int = 16
-
-        def create(self, base, path):
-            return adapter(base.weight, self.r, self.lora_alpha)
-
-    return Configured
 
 
 def with_delta(change):

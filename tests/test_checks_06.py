@@ -1,17 +1,15 @@
 """Chapter 06's checks accept the solution, and name the mistake in what is plausibly
 wrong."""
 
-from dataclasses import dataclass
 from statistics import mean
-from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import accepts, rejects
+from judging import accepts, configured, rejects
 from torch import nn
 
-from minipeft import LayerConfig, LinearDelta
+from minipeft import LinearDelta
 from minipeft.course import check
 
 
@@ -430,19 +428,6 @@ class Cheaper(Columns):
         scaled = x * self.m / norm
         low = self.s * (scaled @ self.A.T) @ self.B.T
         return F.linear(scaled, base.weight) + low - F.linear(x, base.weight)
-
-
-def configured(adapter):
-    @dataclass(kw_only=True)
-    class Configured(LayerConfig):
-        peft_type: ClassVar[str] = "TEST_COLUMN_DORA"
-        r: int = 8
-        lora_alpha: int = 16
-
-        def create(self, base, path):
-            return adapter(base.weight, self.r, self.lora_alpha)
-
-    return Configured
 
 
 def with_delta(change):

@@ -1,15 +1,12 @@
 """Chapter 07's checks accept the solution, and name the mistake in what is plausibly
 wrong."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
-from judging import accepts, judge, rejects
+from judging import accepts, configured, judge, rejects
 from torch import nn
 
-from minipeft import LayerConfig, LinearDelta
+from minipeft import LinearDelta
 from minipeft.course import check, compare
 
 
@@ -423,19 +420,6 @@ class Masked(Triplets):
         for i in sorted(range(len(mask)), key=lambda i: -self.sizes()[i])[:keep]:
             mask[i] = 1
         self.E.data *= mask
-
-
-def configured(adapter):
-    @dataclass(kw_only=True)
-    class Configured(LayerConfig):
-        peft_type: ClassVar[str] = "TEST_TRIPLETS"
-        r: int = 8
-        lora_alpha: int = 16
-
-        def create(self, base, path):
-            return adapter(base.weight, self.r, self.lora_alpha)
-
-    return Configured
 
 
 def changed(**methods):

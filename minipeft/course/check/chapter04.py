@@ -7,11 +7,18 @@ import random
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import Base, LayerConfig, LinearDelta, get_peft_model
 from ..comparison import compare as told_apart
-from .practice import SEEDS, Adam, chains, needs_to_learn, numbers, small_gpt
+from .practice import (
+    SEEDS,
+    Adam,
+    LargestTensor,
+    chains,
+    needs_to_learn,
+    numbers,
+    small_gpt,
+)
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -621,19 +628,6 @@ def judge_rank(got, runs, budget, metric):
 # ---- LoRA as a method of one's own ---------------------------------------------------
 
 
-class LargestProduct(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        for part in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(part, torch.Tensor):
-                self.entries = max(self.entries, part.numel())
-        return result
-
-
 @checks(
     "Start, equation, both gradients and the merge are LoRA's, no dense matrix is"
     " formed on the way, and it learns: trained on a small task with three seeds it is"
@@ -701,7 +695,7 @@ def look_at_layer(slot, r, alpha):
     right = y + alpha / r * low
     compare(slot(x), right, wrong, "The layer's output", {"A": A, "B": B, "x": x})
     base = Base(slot, "default")
-    with torch.no_grad(), LargestProduct() as watched:
+    with torch.no_grad(), LargestTensor() as watched:
         slot.adapters["default"].update(base, x)
     need(
         watched.entries < d_out * d_in,

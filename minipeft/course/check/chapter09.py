@@ -10,9 +10,11 @@ from statistics import NormalDist
 import torch
 from torch import nn
 
-from ... import LayerConfig, LinearDelta, LoraConfig, get_peft_model
+from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
+from .kinds import configured
+from .practice import fit, same_verdict, written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -290,17 +292,7 @@ def true_numbers(outlier: float, block: int) -> dict:
 )
 def predict_errors(predicted, outlier=64.0, block=32) -> None:
     """predicted: {situation: a number}."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: put your eight numbers in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        "Give a dictionary {situation: number}; yours is a"
-        f" {type(predicted).__name__}.",
-    )
-    missing = [case for case in WHY if case not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    written(predicted, WHY, "put your eight numbers", "{situation: number}")
     for case, true in true_numbers(outlier, block).items():
         one_number(case, predicted[case], true)
 
@@ -409,19 +401,11 @@ def judge_format(got, weights, codes, sizes, budget, scale_bits):
         (key for key in allowed if key[0].startswith("int")), key=mean.get, default=None
     )
     wanted = told_apart(errors[right], errors[plain], loss=True).verdict
-    need(
-        isinstance(verdict, str),
-        "The verdict is a word: `compare(…).verdict`. You return a"
-        f" {type(verdict).__name__}.",
-    )
-    turned = {"ahead": "behind", "behind": "ahead"}
-    need(
-        verdict == wanted or turned.get(wanted) != verdict,
-        "Your verdict is turned round: compare(a, b, loss=True) says whether *a* is"
-        " ahead of b, and smaller errors are better.",
-    )
-    need(
-        verdict == wanted,
+    same_verdict(
+        verdict,
+        wanted,
+        "compare(a, b, loss=True) says whether *a* is ahead of b, and smaller errors"
+        " are better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of {right} against"
         f" {plain}, the best allowed format of equal steps.",
     )
@@ -608,16 +592,6 @@ def slips_of_rounding(W, code, size, right) -> dict:
     }
 
 
-def configured(make):
-    """A configuration whose adapter of a layer is make(base)."""
-
-    class Configured(LayerConfig):
-        def create(self, base, path):
-            return make(base)
-
-    return Configured
-
-
 @functools.cache
 def reference_losses() -> list:
     return [trained_beside(None, seed) for seed in range(3)]
@@ -654,15 +628,11 @@ def trained_beside(adapter_class, seed: int) -> float:
         four = configured(make)(target_modules=["0", "2"])
         model.add_adapter("four", four)
         model.set_adapter(["four", "lora"])
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=1e-2)
 
-    def loss(x):
+    def loss(rows=32):
+        x = draw(rows, 32)
         return (model(x) - torch.relu(x @ task.T) @ W2.T).square().mean()
 
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss(draw(32, 32)).backward()
-        optimizer.step()
+    fit(loss, model.parameters(), steps=40, lr=1e-2)
     with torch.no_grad():
-        return loss(draw(256, 32)).item()
+        return loss(256).item()

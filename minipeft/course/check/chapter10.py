@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ... import LayerConfig, LinearDelta, LoraConfig, get_peft_model
+from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
+from .kinds import configured
+from .practice import fit, same_verdict, written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -211,17 +213,7 @@ def gradients_that_arrive(case: str, blocks: int, left_out: int):
 )
 def predict_gradients(predicted, blocks=4, left_out=3) -> None:
     """predicted: {situation: a number of matrices, or "error"}."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: put your eight predictions in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        "Give a dictionary {situation: number}; yours is a"
-        f" {type(predicted).__name__}.",
-    )
-    missing = [case for case in SITUATIONS if case not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    written(predicted, SITUATIONS, "put your eight predictions", "{situation: number}")
     for case, why in SITUATIONS.items():
         one_prediction(predicted[case], case, why, blocks, left_out)
 
@@ -454,22 +446,13 @@ def judge_setup(got, setups, kind, pair, card, reserve, against):
     pick = max if against == "largest" else min
     other = pick(fitting, key=need_bytes.get)
     wanted = told_apart(setups[right]["test"], setups[other]["test"], loss=True).verdict
-    need(
-        isinstance(verdict, str),
-        "The verdict is a word: `compare(…).verdict`. You return a"
-        f" {type(verdict).__name__}.",
-    )
-    if verdict == wanted:
-        return
-    turned = {"ahead": "behind", "behind": "ahead"}
-    need(
-        turned.get(wanted) != verdict,
-        "Your verdict is turned round: compare(a, b, loss=True) says whether *a* is"
-        " ahead of b, and lower losses are better.",
-    )
-    raise Wrong(
+    same_verdict(
+        verdict,
+        wanted,
+        "compare(a, b, loss=True) says whether *a* is ahead of b, and lower losses are"
+        " better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of the test losses of"
-        f" {right!r} against those of {other!r}, the {against} that fits."
+        f" {right!r} against those of {other!r}, the {against} that fits.",
     )
 
 
@@ -642,16 +625,6 @@ def equation_holds(slot, adapter, base, W):
     compare(slot(x), right, mistakes, "The layer's output", learnt | {"x": x})
 
 
-def configured(make):
-    """A configuration whose adapter of a layer is make(base)."""
-
-    class Configured(LayerConfig):
-        def create(self, base, path):
-            return make(base)
-
-    return Configured
-
-
 @functools.cache
 def losses_of_lora() -> list:
     return [trained_loss(None, seed) for seed in range(3)]
@@ -685,18 +658,14 @@ def trained_loss(adapter_class, seed: int) -> float:
 
         config = configured(make)(target_modules=["0", "2"])
     model = get_peft_model(model, config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=1e-2)
 
-    def loss(x):
+    def loss(rows=64):
+        x = draw(rows, 24)
         return (model(x) - torch.relu(x @ task.T) @ dense[1].T).square().mean()
 
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss(draw(64, 24)).backward()
-        optimizer.step()
+    fit(loss, model.parameters(), steps=40, lr=1e-2)
     with torch.no_grad():
-        return loss(draw(512, 24)).item()
+        return loss(512).item()
 
 
 # ---- 6. what merging loses -----------------------------------------------------------

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ... import Adapter, LayerConfig, get_peft_model
+from ... import Adapter, get_peft_model
 from ...lm import GPT, GPTConfig
 from ..comparison import compare as told_apart
+from .kinds import configured
+from .practice import fit, same_verdict, written
 from .teacher import checks, compare, need, same
 
 __all__ = [
@@ -170,16 +172,7 @@ def changed_after(case: str, steps: int) -> int:
 )
 def predict_changes(predicted, steps=1) -> None:
     """predicted: {start: how many of the four tensors change}."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: put your seven numbers in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        f"Give a dictionary {{start: number}}; yours is a {type(predicted).__name__}.",
-    )
-    missing = [case for case in STARTS if case not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    written(predicted, STARTS, "put your seven numbers", "{start: number}")
     for case, (_, why) in STARTS.items():
         said, true = predicted[case], changed_after(case, steps)
         number = isinstance(said, int | float) and not isinstance(said, bool)
@@ -353,20 +346,12 @@ def judge_placement(got, cases, budget, drawn, against):
     pick = min if against == "second" else max
     other = pick(allowed, key=lambda n: min(cases[n]["valid"].values()))
     wanted = told_apart(cases[good]["test"], cases[other]["test"], loss=True).verdict
-    need(
-        isinstance(verdict, str),
-        "The verdict is a word: `compare(…).verdict`. You return a"
-        f" {type(verdict).__name__}.",
-    )
-    turned = {"ahead": "behind", "behind": "ahead"}
-    need(
-        verdict == wanted or turned.get(wanted) != verdict,
-        "Your verdict is turned round: compare(a, b, loss=True) says whether *a* is"
-        " ahead of b, and lower losses are better.",
-    )
     place = "second best" if against == "second" else "worst"
-    need(
-        verdict == wanted,
+    same_verdict(
+        verdict,
+        wanted,
+        "compare(a, b, loss=True) says whether *a* is ahead of b, and lower losses are"
+        " better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of {good!r} against"
         f" {other!r}, the {place} of those that are allowed.",
     )
@@ -616,24 +601,16 @@ def losses_in_a_model(adapter_class, seed: int):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
     model = GPT(GPTConfig(vocab_size=16, **shape, **heads))
 
-    class Configured(LayerConfig):
-        def create(self, base, path):
-            return adapter_class(16, 8, 4.0)
-
-    model = get_peft_model(model, Configured(target_modules=["mlp"]))
+    config = configured(lambda base: adapter_class(16, 8, 4.0))
+    model = get_peft_model(model, config(target_modules=["mlp"]))
 
     def loss():
         start = torch.randint(16, (8, 1), generator=generator)
         ids = (start + torch.arange(6)) % 16
         return model(input_ids=ids, labels=ids).loss
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=2e-2)
     with torch.no_grad():
         before = loss().item()
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
+    fit(loss, model.parameters(), steps=40, lr=2e-2)
     with torch.no_grad():
         return loss().item(), before

@@ -12,7 +12,7 @@ from ...config import LayerConfig
 from ...model import get_peft_model
 from ...slot import Adapter
 from ..comparison import compare as told_apart
-from .practice import number
+from .practice import number, same_verdict, written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -301,19 +301,9 @@ def error_left(W, wanted):
 )
 def predict_reach(predicted, count=2) -> None:
     """predicted: {change: (error left by (IA)3, error left by LoRA of rank 1)}."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: put your eight numbers in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        f"Give a dictionary {{change: (number, number)}}; yours is a"
-        f" {type(predicted).__name__}.",
-    )
     W, _ = torch.linalg.qr(torch.randn(100, 100, dtype=torch.float64))
     changes = wanted_weights(W, count)
-    missing = [name for name in changes if name not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    written(predicted, changes, "put your eight numbers", "{change: (number, number)}")
     for name, wanted in changes.items():
         pair = predicted[name]
         need(
@@ -413,18 +403,10 @@ def judge_trials(got, losses):
     judge_blind(blind, means, losses, shown)
     best = {name: min(losses[name].values(), key=mean_loss) for name in (tuned, blind)}
     right = told_apart(best[tuned], best[blind], loss=True).verdict
-    need(
-        isinstance(verdict, str),
-        "The verdict is a word: `compare(…).verdict`. You return"
-        f" {type(verdict).__name__}.",
-    )
-    need(
-        {"ahead": "behind", "behind": "ahead"}.get(right) != verdict,
-        "Your verdict is turned round: these are losses (loss=True), and it is of tuned"
-        " against blind.",
-    )
-    need(
-        verdict == right,
+    same_verdict(
+        verdict,
+        right,
+        "these are losses (loss=True), and it is of tuned against blind.",
         f"You say {verdict!r}; of {tuned!r} against {blind!r}, each at its best rate,"
         f" the course's rule says {right!r}.{shown}",
     )

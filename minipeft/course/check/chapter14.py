@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..comparison import compare as told_apart
+from .practice import written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -401,17 +402,8 @@ def share_cases(share, d=16):
 )
 def predict_shares(predicted, share=0.5) -> None:
     """predicted: {case: number}; share: the first expert's before any change."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: put your seven numbers in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        f"Give a dictionary {{case: number}}; yours is a {type(predicted).__name__}.",
-    )
     cases = share_cases(share)
-    missing = [case for case in cases if case not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    written(predicted, cases, "put your seven numbers", "{case: number}")
     for case, (true, why) in cases.items():
         got = as_number(predicted[case], case)
         need(

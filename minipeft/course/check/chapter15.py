@@ -8,10 +8,10 @@ import random
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import Base, LayerConfig, LinearDelta, LoraConfig, get_peft_model
 from ..comparison import compare as told_apart
+from .practice import LargestTensor, same_verdict, written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -188,17 +188,8 @@ def factor_error(case, n):
 )
 def predict_factors(predicted, many=5) -> None:
     """predicted: {case: relative error}; many: adapters in the largest sum."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: put your six numbers in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        f"Give a dictionary {{case: error}}; yours is a {type(predicted).__name__}.",
-    )
     cases = {case.replace("5", str(many)): why for case, why in CASES.items()}
-    missing = [case for case in cases if case not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    written(predicted, cases, "put your six numbers", "{case: error}")
     for case, why in cases.items():
         got = predicted[case]
         need(
@@ -288,38 +279,18 @@ def judge_choice(got, valid, right, plain, of):
         )
     a, b = (wanted, plain) if of == "chosen" else (plain, wanted)
     right_verdict = told_apart(right[a], right[b]).verdict
-    if isinstance(verdict, str) and verdict == right_verdict:
-        return
-    need(
-        isinstance(verdict, str),
-        "The verdict is a word: `compare(…).verdict`. You return"
-        f" {type(verdict).__name__}.",
-    )
-    swapped = {"ahead": "behind", "behind": "ahead"}
-    raise Wrong(
-        "Your verdict is turned round: compare(a, b) says whether *a* is ahead of b,"
-        " and right answers are not a loss."
-        if swapped.get(right_verdict) == verdict
-        else f"You say {verdict!r}; the course's rule says {right_verdict!r} of"
-        f" {a!r} against {b!r}. Give `compare` the strings of all seeds, so"
-        " that it sees every answer."
+    same_verdict(
+        verdict,
+        right_verdict,
+        "compare(a, b) says whether *a* is ahead of b, and right answers are not a"
+        " loss.",
+        f"You say {verdict!r}; the course's rule says {right_verdict!r} of {a!r}"
+        f" against {b!r}. Give `compare` the strings of all seeds, so that it sees"
+        " every answer.",
     )
 
 
 # ---- 4. the best merge, without the dense matrix -------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """Within it, the largest number of entries that an operation gave."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        for part in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(part, torch.Tensor):
-                self.entries = max(self.entries, part.numel())
-        return result
 
 
 @checks(
@@ -350,7 +321,7 @@ def nearest(M, r):
 
 def one_merge(function, adapters, weights, r, dense):
     kept = copy.deepcopy(adapters)
-    with Largest() as watched:
+    with LargestTensor() as watched:
         got = function(adapters, weights, r)
     no_return(got)
     need(

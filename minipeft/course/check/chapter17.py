@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from .practice import written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -290,17 +291,7 @@ def parting(one, other):
 )
 def predict_parting(predicted, B="zero") -> None:
     """predicted: {setting: (step, field)}."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: put your eight places in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        "Give a dictionary {setting: (step, field)}; yours is a"
-        f" {type(predicted).__name__}.",
-    )
-    missing = [name for name in SETTINGS if name not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    written(predicted, SETTINGS, "put your eight places", "{setting: (step, field)}")
     seed = random.randrange(10**6)
     plain = run_of(B, seed)
     for setting, why in SETTINGS.items():

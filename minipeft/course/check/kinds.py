@@ -11,7 +11,7 @@ from torch import nn
 
 from ... import Base, LayerConfig, get_peft_model
 from ..comparison import compare as told_apart
-from .practice import Adam, numbers
+from .practice import fit, numbers
 from .teacher import Wrong, compare, need, same
 
 # ---- predictions ---------------------------------------------------------------------
@@ -62,6 +62,16 @@ def judge_verdict(said, right, other, what: str) -> None:
 
 
 # ---- methods that are built ----------------------------------------------------------
+
+
+def configured(make):
+    """A configuration whose adapter of a layer is make(base)."""
+
+    class Configured(LayerConfig):
+        def create(self, base, path):
+            return make(base)
+
+    return Configured
 
 
 class Built:
@@ -162,12 +172,14 @@ class Built:
         x = torch.randn(64, self.W.shape[1])
         y = nn.functional.linear(x, target, self.layer.bias).detach()
         learnt = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = Adam(learnt, lr)
         losses = []
-        for _ in range(steps):
-            loss = (self.slot(x) - y).square().mean()
-            optimizer.step(loss)
-            losses.append(loss.item())
+
+        def loss():
+            distance = (self.slot(x) - y).square().mean()
+            losses.append(distance.item())
+            return distance
+
+        fit(loss, learnt, steps, lr)
         need(
             losses[-1] < 0.9 * losses[0],
             f"It does not learn: a loss of {losses[0]:.3g} is {losses[-1]:.3g} after"

@@ -1,9 +1,11 @@
 """What several chapters' checks need: a small model and a small task to train a
-learner's own method on, and predictions that were written down."""
+learner's own method on, predictions that were written down, verdicts, and what an
+answer forms on its way."""
 
 import copy
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
@@ -64,6 +66,13 @@ class Adam:
                 p -= self.lr * m_hat / (v_hat.sqrt() + 1e-8)
 
 
+def fit(loss, parameters, steps: int, lr: float) -> None:
+    """`steps` steps of Adam on loss(), which may draw new data each time."""
+    adam = Adam(parameters, lr)
+    for _ in range(steps):
+        adam.step(loss())
+
+
 def train_small(model, steps: int, lr: float, seed: int) -> None:
     """Adam on what requires a gradient, 8 new rows a step."""
     adam = Adam(model.parameters(), lr)
@@ -97,18 +106,26 @@ def needs_to_learn(config, steps: int = 60, lr: float = 3e-2) -> None:
     )
 
 
-def numbers(predicted, cases) -> dict:
-    """{case: the learner's number}, for a prediction that has all of them."""
+def written(
+    predicted, cases, todo="write your prediction", form="{case: number}"
+) -> None:
+    """A prediction is a dictionary that has all cases. todo, form: the words for one
+    that is empty, or something else."""
     need(
         predicted is not None,
-        "There is nothing here yet: write your prediction in the place of None.",
+        f"There is nothing here yet: {todo} in the place of None.",
     )
     need(
         isinstance(predicted, dict),
-        f"Give a dictionary {{case: number}}; yours is a {type(predicted).__name__}.",
+        f"Give a dictionary {form}; yours is a {type(predicted).__name__}.",
     )
     missing = [case for case in cases if case not in predicted]
     need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+
+
+def numbers(predicted, cases) -> dict:
+    """{case: the learner's number}, for a prediction that has all of them."""
+    written(predicted, cases)
     unknown = [case for case in predicted if case not in cases]
     need(not unknown, f"{unknown[:1]!r} is not one of {', '.join(map(repr, cases))}.")
     return {case: number(case, predicted[case]) for case in cases}
@@ -125,3 +142,35 @@ def number(case, value) -> float:
         usable = False
     need(usable, f"{case!r}: expected a number, found {value!r}.")
     return float(value)
+
+
+# ---- verdicts ------------------------------------------------------------------------
+
+
+def same_verdict(said, wanted: str, turned: str, otherwise: str) -> None:
+    """`said` is the verdict of the course's rule, a word. turned: what to say of one
+    that is turned round; otherwise: of another one."""
+    need(
+        isinstance(said, str),
+        "The verdict is a word: `compare(…).verdict`. You return a"
+        f" {type(said).__name__}.",
+    )
+    opposite = {"ahead": "behind", "behind": "ahead"}.get(wanted)
+    need(said != opposite, f"Your verdict is turned round: {turned}")
+    need(said == wanted, otherwise)
+
+
+# ---- what is formed on the way -------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Within it, the largest number of entries of a tensor that an operation gave."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(part, torch.Tensor):
+                self.entries = max(self.entries, part.numel())
+        return result
