@@ -143,6 +143,20 @@ def drawn(monkeypatch, draw, *arguments, **settings):
     return seen[0]
 
 
+@pytest.mark.parametrize("seeds", [[[1.0, 3.0], [2.0, 6.0]], [(1, 2, 3), (4, 5, 9)]])
+def test_curves_go_through_the_mean_and_show_each_seed(monkeypatch, seeds):
+    runs = {"LoRA": ([1, 8], seeds)}
+    (ax,) = drawn(monkeypatch, "curves", runs, "title", "rank", "%", logx=2).axes
+    assert list(ax.lines[0].get_ydata()) == [sum(s) / len(s) for s in seeds]
+    points = [tuple(point) for part in ax.collections for point in part.get_offsets()]
+    assert points == [(x, y) for x, values in zip([1, 8], seeds) for y in values]
+
+
+def test_curves_of_single_values_have_no_points_of_seeds(monkeypatch):
+    (ax,) = drawn(monkeypatch, "curves", {"a": [3.0, 2.0]}, "title", "x", "y").axes
+    assert not ax.collections
+
+
 CURVES = {"LoRA": [3.0, 1.0, 2.0], "full": ([1, 2, 4], [3.0, 2.5, 0.5])}
 PLACES = {"x": (0, 0, 1, figures.GREY), "the layer\nW x": (2, 0, 1.5, figures.BLUE)}
 DRAWN = [

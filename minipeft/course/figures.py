@@ -124,11 +124,14 @@ def curves(
     """Lines, one for each entry of runs: {label: y} or {label: (x, y)}; levels: {label:
     y}, dashed lines to compare with; smooth: a running mean over so many points, the
     points themselves faint behind it. marks: a mark at each point; without it several
-    lines have a few marks each, so that they differ in shape too."""
+    lines have a few marks each, so that they differ in shape too. Where an entry of y
+    is a list of values, one a seed, the line goes through its mean, and each seed is a
+    point."""
     ax = axes(title, xlabel, ylabel, size=size, logx=logx, logy=logy)
     for number, (label, run) in enumerate(runs.items()):
         x, y = run if isinstance(run, tuple) else (range(1, len(run) + 1), run)
-        x, y = np.asarray(list(x), float), np.asarray(list(y), float)
+        seeds = [np.atleast_1d(values) for values in y]
+        x, y = np.asarray(list(x), float), np.array([s.mean() for s in seeds], float)
         colour = COLOURS[number % len(COLOURS)]
         marker = MARKERS[number % len(MARKERS)] if marks or len(runs) > 1 else None
         if smooth > 1 and len(y) > smooth:
@@ -145,6 +148,9 @@ def curves(
             linewidth=1.8,
             markersize=5,
         )
+        for place, values in zip(x, seeds):
+            if len(values) > 1:
+                seed_points(ax, place, values, colour, width=0)
     for number, (label, level) in enumerate((levels or {}).items()):
         ax.axhline(
             level,
