@@ -65,7 +65,12 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter01.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    record = facts() | {"seeds": list(SEEDS), "tokenizer": vocabulary(), "warmup": []}
+    record = facts() | {
+        "steps": given.most,  # at most: a warm-up that succeeds ends earlier
+        "seeds": list(SEEDS),
+        "tokenizer": vocabulary(),
+        "warmup": [],
+    }
     before = (
         json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     )

@@ -165,7 +165,12 @@ def subspaces() -> dict:
             f"r {r}": amplification(layers[r, 0][path].delta(None).detach(), W, r)
             for r in (8, 64)
         }
-    return facts() | {"steps": STEPS, "rates": {"8": 1e-2, "64": 2e-3}, "found": found}
+    return facts() | {
+        "steps": STEPS,
+        "seeds": SEEDS[:2],
+        "rates": {"8": 1e-2, "64": 2e-3},
+        "found": found,
+    }
 
 
 def lora_parts(model) -> dict:

@@ -369,14 +369,18 @@ RECORDS = sorted(common.RESULTS.glob("*.json"))
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_a_record_says_how_it_was_made(path):
-    """Command, machine, date and versions stand once; steps and seed, where something
-    was trained, in the record or with each run."""
+    """Command, machine, date and versions stand once in a record, and in each part of
+    it that another command made; steps and seed, where something was trained, in the
+    part or with each run."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    assert {"command", "machine", "date", "versions"} <= record.keys()
-    for run in record.get("runs", []):
-        if "lr" in run:
-            assert "steps" in run or "steps" in record, run
-            assert "seed" in run or "seeds" in record, run
+    made_apart = [record.get(name) for name in common.BESIDE]
+    for part in [record, *filter(None, made_apart)]:
+        assert {"command", "machine", "date", "versions"} <= part.keys()
+        trained = [run for run in part.get("runs", []) if "lr" in run]
+        for kind, kinds in (("steps", "steps"), ("seed", "seeds")):
+            with_each = trained and all(kind in run for run in trained)
+            anything = trained or {"warmup", "found"} & part.keys()
+            assert kinds in part or with_each or not anything, (kind, part.keys())
 
 
 class TestBakeOff:
