@@ -3,6 +3,7 @@ trials.
 
     python benchmarks/chapter16.py        # adds to benchmarks/results/chapter16.json
     python benchmarks/chapter16.py --tasks mood voice        # these tasks only
+    python benchmarks/chapter16.py --parts sizes --tasks sql  # examples against score
 
 For each task and method, seed 0 tries four learning rates for 100 steps: one from the
 chapters before, its two neighbours, and a fourth, beyond the best where that one is at
@@ -107,6 +108,7 @@ METHODS = {
     "P-tuning": (lambda job: PromptEncoderConfig(num_virtual_tokens=TOKENS), 3e-3),
     "subspace": (lambda job: SubspaceConfig(d=1000), 1e-2),
 }
+PARTS = ("whole", "sizes", "long")  # all tasks; numbers of examples; 1,000 steps
 CORE = ("full", "LoRA r 4", "(IA)³", "prefix", "Pfeiffer", "DoRA")
 FACTS = ("full", "LoRA r 4")  # what `newcomers` is asked first
 
@@ -353,18 +355,17 @@ def next_jobs(runs: list, task: str, case: str, examples, steps: int) -> list:
     return [job for job in jobs if not found(runs, **job)]
 
 
-def plan(tasks) -> list:
+def plan(tasks, parts=PARTS) -> list:
     """(task, case, examples, steps), the most telling first."""
     facts_first = [("newcomers", case, None, STEPS) for case in FACTS]
     whole = [
         *(entry for entry in facts_first if entry[0] in tasks),
         *((task, case, None, STEPS) for task in tasks for case in METHODS),
     ]
-    more = [
-        *((task, case, n, STEPS) for task in tasks for n in SIZES for case in CORE),
-        *((task, case, None, LONG) for task in tasks for case in CORE),
-    ]
-    return whole + more
+    sizes = [(task, case, n, STEPS) for task in tasks for n in SIZES for case in CORE]
+    long = [(task, case, None, LONG) for task in tasks for case in CORE]
+    entries = {"whole": whole, "sizes": sizes, "long": long}
+    return [entry for part in PARTS if part in parts for entry in entries[part]]
 
 
 def line_of(run: dict) -> str:
@@ -382,6 +383,7 @@ def main():
     )
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter16.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -392,7 +394,7 @@ def main():
                 record.change("yardsticks", yardstick(task, k))
     if "costs" not in record.read():
         record.change("costs", costs())
-    for entry in plan(given.tasks):
+    for entry in plan(given.tasks, given.parts):
         if entry[1] not in given.methods:
             continue
         while jobs := next_jobs(record.read()["runs"], *entry):
