@@ -60,6 +60,7 @@ OUT = RESULTS / "real_size.json"
 BATCH, STEPS, TRIAL = 8, 100, 20
 TRAIN, VALID, TEST = 2400, 40, 80  # texts, records, records
 NEW_TOKENS = 48
+ROW = 64  # tokens of a row of running text
 LARGEST = (1, 8, 64)  # directions of ΔW
 ALL = {"target_modules": "all-linear"}
 NF4 = {
@@ -98,6 +99,8 @@ CASES = {
     "subspace, d 1000": (lambda: SubspaceConfig(d=1000), (1e-2,)),
     "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), (1e-2,)),
     "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), (3e-3,)),
+    "LoRA r 8, Shakespeare": (lambda: lora(8), (3e-4, 1e-3)),
+    "full, Shakespeare": (None, (2e-5, 5e-5)),
 }
 INSTRUCTIONS = (
     "What is the capital of France?",
@@ -188,14 +191,19 @@ def data():
     )
 
 
+def plays(split, end, start=0):
+    """These characters of Shakespeare's plays, as one text without a prompt."""
+    examples = getattr(load_data("tinyshakespeare"), split)
+    text = "\n\n".join(example.completion for example in examples)
+    return [Example("", text[start:end], {})]
+
+
 def other_english():
     """{"shakespeare": Examples, "reviews": Examples}: plain texts without a prompt."""
-    plays = load_data("tinyshakespeare").valid
     reviews = load_data("sentence_polarity").valid
     lines = [e.prompt.removeprefix("Review: ").split("\n")[0] for e in reviews[:60]]
-    text = "\n\n".join(e.completion for e in plays)[:6000]
     return {
-        "shakespeare": [Example("", text, {})],
+        "shakespeare": plays("valid", 6000),
         "reviews": [Example("", line, {}) for line in lines],
     }
 
@@ -230,8 +238,10 @@ def loss_of(model, tokenizer, examples, max_length=128):
 
 
 def trained(model, tokenizer, examples, steps, lr, seed):
-    """Train; returns the means of ten steps' losses each."""
-    rows = Batches(examples, tokenizer, BATCH, seed=seed, bucket=True)
+    """Train; returns the means of ten steps' losses each. A text without a prompt is
+    cut into rows of ROW tokens."""
+    length = None if examples[0].prompt else ROW
+    rows = Batches(examples, tokenizer, BATCH, seed, max_length=length, bucket=True)
     history = train(
         model,
         rows,
@@ -297,6 +307,8 @@ def one_run(base, case, lr, seed, steps):
     splits = (task.train, task.valid, task.test)
     if case.endswith("chat"):
         splits = [[as_chat(e, tokenizer) for e in examples] for examples in splits]
+    if case.endswith("Shakespeare"):
+        splits = [plays("train", 200_000), plays("valid", 12_000, 6_000), task.test]
     examples, valid, test = splits
     tensors = [*model.parameters(), *model.buffers()]
     done = {

@@ -1,5 +1,6 @@
 """The benchmarks on a real model run, at a toy size, and say so where it is absent."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench  # noqa: E402
 import bench_real  # noqa: E402
 import real_size  # noqa: E402
+import three_ways  # noqa: E402
 
 ABSENT = "nobody/has-this-model"
 
@@ -89,6 +91,17 @@ class TestRecord:
         run(monkeypatch, "--model", folder, "--cases", *cases)
         assert json.loads(toy.read_text())["runs"] == record["runs"]
 
+    def test_running_text_is_trained_on_and_judged(self, folder, toy, monkeypatch):
+        plays = [Example("", " Ann is a pub." * 40, {})] * 3
+        task = dataclasses.replace(real_size.load_data("toy"), train=plays, valid=plays)
+        of = {"tinyshakespeare": task}
+        load = real_size.load_data
+        monkeypatch.setattr(real_size, "load_data", lambda name: of.get(name, load("")))
+        monkeypatch.setattr(real_size, "ROW", 16)
+        run(monkeypatch, "--model", folder, "--cases", "LoRA r 8, Shakespeare")
+        (made,) = json.loads(toy.read_text())["runs"]
+        assert made["losses"] and 0 < made["shakespeare"] < 20
+
     def test_the_spectrum_of_what_full_training_changed(self, folder, monkeypatch):
         base = real_size.load_pretrained(folder)
         model = real_size.load_pretrained(folder)
@@ -129,6 +142,31 @@ class TestAbsent:
         (row,) = bench_real.rows(1)
         assert "skipped" in row["what"] and row["met"] is None
         assert "skipped" in bench.markdown(real_size.facts() | {"rows": [row]})
+
+
+def test_three_trainings_are_one(folder, toy, monkeypatch, tmp_path):
+    out = tmp_path / "three_ways.json"
+    monkeypatch.setattr(three_ways, "STEPS", 4)
+    monkeypatch.setattr(three_ways, "BATCH", 2)
+    monkeypatch.setattr(
+        sys, "argv", ["three_ways.py", "--model", folder, "--out", str(out)]
+    )
+    three_ways.main()
+    record = json.loads(out.read_text())
+    assert {"command", "machine", "date", "commit", "weights"} <= record.keys()
+    ours, *theirs = (torch.tensor(losses) for losses in record["losses"].values())
+    assert len(ours) == 4 and ours[0] != ours[-1]
+    for losses in theirs:
+        assert (losses - ours).abs().max() < 1e-4
+    for off in record["logits_off"].values():
+        assert off.pop("without the adapter") > 0
+        assert max(off.values()) < 1e-4
+
+
+def test_three_ways_says_that_it_is_skipped(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["three_ways.py", "--model", ABSENT])
+    with pytest.raises(SystemExit, match="is not here"):
+        three_ways.main()
 
 
 def test_bench_measures_every_row_at_a_toy_size(folder):
