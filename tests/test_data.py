@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_training import Letters
 
+from minipeft.lanternwick.scoring import chrf
 from minipeft.lanternwick.tasks import Example
 from minipeft.lm import fetch
 from minipeft.lm.data import Batches, DataError, encode, load_data
@@ -228,6 +229,10 @@ class TestPublicData:
         ]
         assert task.score(said, some)["bleu"] == pytest.approx(
             sacrebleu.corpus_bleu(said, streams).score, abs=0.01
+        )
+        references = [e.meta["references"] for e in some]
+        assert chrf(said, references) == pytest.approx(
+            sacrebleu.corpus_chrf(said, streams).score, abs=0.01
         )
 
     def test_sentence_polarity(self, cached):

@@ -107,8 +107,18 @@ def holds(text, phrase):
 
 
 def bleu(predictions, references):
-    """Corpus BLEU (Papineni et al. 2002) by sacrebleu. `references`: per prediction a
-    text, or a list of texts."""
+    """Corpus BLEU (Papineni et al. 2002) by sacrebleu, from 0 to 100. `references`: per
+    prediction a text, or a list of texts."""
+    return by_sacrebleu("corpus_bleu", predictions, references)
+
+
+def chrf(predictions, references):
+    """Corpus chrF (Popović 2015) by sacrebleu, from 0 to 100: an F-score of pieces of
+    one to six letters. Arguments as in `bleu`."""
+    return by_sacrebleu("corpus_chrf", predictions, references)
+
+
+def by_sacrebleu(score, predictions, references):
     try:
         import sacrebleu  # two of six tasks need it
     except ImportError as error:
@@ -121,9 +131,8 @@ def bleu(predictions, references):
     references = [[r] if isinstance(r, str) else list(r) for r in references]
     most = max(map(len, references))
     streams = [[r[i] if i < len(r) else None for r in references] for i in range(most)]
-    return round(
-        sacrebleu.corpus_bleu([plain(p) for p in predictions], streams).score, 2
-    )
+    texts = [plain(p) for p in predictions]
+    return round(getattr(sacrebleu, score)(texts, streams).score, 2)
 
 
 def mood(predictions, examples):
