@@ -56,6 +56,10 @@ def with_zero(logits, labels):
     return flat(logits[:, :-1], labels[:, 1:].clamp(min=0))
 
 
+def without_zero(logits, labels):
+    return loss(logits, labels.masked_fill(labels == 0, -100))
+
+
 def wraps(logits, labels):
     target = labels[:, 1:]
     return flat(logits[:, :-1], torch.where(target < 0, logits.shape[-1] - 1, target))
@@ -115,6 +119,7 @@ def test_loss_solution():
 @pytest.mark.parametrize(
     "says, answer",
     [
+        ("You leave token 0 out", without_zero),
         ("You call F.cross_entropy", with_cross_entropy),
         ("without it", by_module),
         ("exp overflows", unstable),
@@ -167,16 +172,14 @@ def test_loss_mean_of_rows():
 # ------------------------------------------------------------------------------ nucleus
 
 
-def top_p(
-    probs,
-    p,
-    keep=lambda total, ordered, p: total - ordered < p,
-    scale=True,
-    back=True,
-    falling=True,
-):
+def AS_ASKED(total, ordered, p):
+    return total - ordered < p
+
+
+def top_p(probs, p, keep=AS_ASKED, scale=True, back=True, falling=True):
     ordered, order = probs.sort(descending=falling)
     mask = keep(ordered.cumsum(0), ordered, p)
+    mask[0] |= p == 0 and falling and keep is AS_ASKED
     result = torch.zeros_like(probs)
     result[order[mask] if back else torch.arange(len(probs))[: mask.sum()]] = ordered[
         mask
@@ -190,12 +193,57 @@ def nucleus_with(**change):
 
 def undone_by_the_order(probs, p, inverse=False):
     ordered, order = probs.sort(descending=True)
-    kept = ordered * (ordered.cumsum(0) - ordered < p)
+    mask = ordered.cumsum(0) - ordered < p
+    mask[0] = True
+    kept = ordered * mask
     return (kept / kept.sum())[order.argsort() if inverse else order]
+
+
+def sorted_mask(probs, p):
+    """The mask of the sorted row, laid over the unsorted one."""
+    ordered, order = probs.sort(descending=True)
+    keep = ordered.cumsum(0) - ordered < p
+    keep[0] = True
+    kept = probs * keep[order]
+    return kept / kept.sum()
+
+
+def by_smallest(probs, p):
+    """Those equal to the last one are kept too."""
+    smallest = top_p(probs, max(p, 1e-3), scale=False)
+    smallest = smallest[smallest > 0].min()
+    kept = torch.where(probs >= smallest, probs, 0.0)
+    return kept / kept.sum()
+
+
+def nothing_for_zero(probs, p):
+    kept = top_p(probs, p, lambda total, ordered, p: total - ordered < p, scale=False)
+    return kept / kept.sum().clamp(min=1e-9)
+
+
+def top_share(probs, p):
+    ordered, order = probs.sort(descending=True)
+    n = max(1, round(p * len(probs)))
+    kept = torch.zeros_like(probs)
+    kept[order[:n]] = ordered[:n]
+    return kept / kept.sum()
+
+
+def rarest_of_equals(probs, p):
+    """Of equal ones the last ones, by a loop."""
+    order = sorted(range(len(probs)), key=lambda i: (-probs[i].item(), -i))
+    kept, total = torch.zeros_like(probs), 0.0
+    for i in order:
+        if total >= p and total:
+            break
+        kept[i] = probs[i]
+        total += probs[i].item()
+    return kept / kept.sum()
 
 
 def test_nucleus_solution():
     accepts(check.nucleus, top_p)
+    accepts(check.nucleus, rarest_of_equals)
     accepts(check.nucleus, lambda probs, p: undone_by_the_order(probs, p, inverse=True))
 
 
@@ -236,6 +284,11 @@ def test_nucleus_oracle_is_the_package():
             ).softmax(0),
         ),
         ("Nothing is cut off", lambda probs, p: probs),
+        ("lay it over the old one", sorted_mask),
+        ("two of them are enough", by_smallest),
+        ("two of them are enough", lambda probs, p: by_smallest(probs, p - 1e-9)),
+        ("For p = 0.0 you keep nothing", nothing_for_zero),
+        ("the share p of the tokens", top_share),
         ("in place", lambda probs, p: probs.mul_(2)),
         ("is there a `return`", lambda probs, p: None),
         ("nothing here yet", stub),
@@ -303,6 +356,14 @@ def test_halves_oracle_is_the_rotation():
         (
             "whole heads",
             lambda w, heads: w.view(heads, -1, w.shape[1]).flip(0).reshape(w.shape),
+        ),
+        (
+            "the heads come first",
+            lambda w, heads: (
+                w.view(len(w) // heads // 2, 2, heads, -1)
+                .permute(2, 1, 0, 3)
+                .reshape(w.shape)
+            ),
         ),
         ("in place", lambda w, heads: w.mul_(2)),
         ("is there a `return`", lambda w, heads: None),
@@ -431,6 +492,35 @@ def per_token(model):
     return model["loss"]
 
 
+def two_of(models):
+    """The losses per byte of the best, and of the best per token; None if it is one."""
+    best = min(models, key=lambda name: mean(bytewise(models[name]).values()))
+    token = min(models, key=lambda name: mean(models[name]["loss"].values()))
+    if best == token:
+        return None
+    return [list(bytewise(models[name]).values()) for name in (best, token)]
+
+
+def own_rule(models, ahead):
+    pair = two_of(models)
+    true = chosen(models)[1]
+    if pair is None or true == "ahead":
+        return true
+    return "ahead" if ahead(*pair) else "not told apart"
+
+
+def if_all_agree(models):
+    return own_rule(models, lambda a, b: all(x < y for x, y in zip(a, b)))
+
+
+def if_apart(models):
+    return own_rule(models, lambda a, b: max(a) < min(b))
+
+
+def if_two_agree(models):
+    return own_rule(models, lambda a, b: sum(x < y for x, y in zip(a, b)) > 2)
+
+
 def test_choose_base_right_answers():
     accepts(check.choose_base, chosen)
     accepts(check.choose_base, in_bits)
@@ -450,6 +540,9 @@ def test_choose_base_right_answers():
         ("compares the losses per token", lambda m: chosen(m, judged=per_token)),
         ("the wrong way round", lambda m: chosen(m, loss=False)),
         ("with loss=True", lambda m: (chosen(m)[0], "ahead")),
+        ("That all seeds agree", lambda m: (chosen(m)[0], if_all_agree(m))),
+        ("That all seeds agree", lambda m: (chosen(m)[0], if_apart(m))),
+        ("That all seeds agree", lambda m: (chosen(m)[0], if_two_agree(m))),
         ("verdict is a word", lambda m: (chosen(m)[0], compare([1, 2, 3], [3, 4, 5]))),
         ("by nats a byte it is", lambda m: ("none", "ahead")),
         ("Return two things", lambda m: chosen(m)[0]),
@@ -542,6 +635,37 @@ class Rotated(MyDecoder):
         del self.place
 
 
+class FromZero(MyDecoder):
+    """Positions, and what attention writes, start at zero."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        nn.init.zeros_(self.place.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.o.weight)
+
+
+class SmallPositions(MyDecoder):
+    """They have to grow first."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        nn.init.normal_(self.place.weight, std=0.02)
+
+
+class InOneRow(nn.Module):
+    """Block, norm and head in one Sequential: a second layer moves their numbers."""
+
+    def __init__(self, vocab, d, heads, layers):
+        super().__init__()
+        parts = [WithRotation(d, heads) for _ in range(layers)]
+        parts += [nn.LayerNorm(d), nn.Linear(d, vocab)]
+        self.all = nn.Sequential(nn.Embedding(vocab, d), *parts)
+
+    def forward(self, ids):
+        return self.all(ids)
+
+
 class TheCourses(nn.Module):
     """The package's own model is a decoder too."""
 
@@ -559,7 +683,10 @@ class TheCourses(nn.Module):
         return self.model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("answer", [MyDecoder, Rotated, TheCourses])
+DECODERS = MyDecoder, Rotated, FromZero, SmallPositions, InOneRow, TheCourses
+
+
+@pytest.mark.parametrize("answer", DECODERS)
 def test_my_decoder_right_answers(answer):
     for verdict in judge(check.my_decoder, answer, variants=1):
         assert verdict, verdict
@@ -596,6 +723,37 @@ class OneLayer(MyDecoder):
         super().__init__(vocab, d, heads, 1)
 
 
+def with_block(forward):
+    return type(
+        "Mine", (MyDecoder,), {"block": type("Block", (MyBlock,), {"forward": forward})}
+    )
+
+
+def replaces(self, x):
+    x = self.attend(x)
+    return x + self.mlp(self.second(x))
+
+
+def replaces_the_stream(self, x):
+    x = x + self.attend(x)
+    return self.mlp(self.second(x))
+
+
+def norm_outside(self, x):
+    x = self.first(x + self.attend(x))
+    return self.second(x + self.mlp(x))
+
+
+class OneHead(MyDecoder):
+    def __init__(self, vocab, d, heads, layers):
+        super().__init__(vocab, d, 1, layers)
+
+
+class TwoHeads(MyDecoder):
+    def __init__(self, vocab, d, heads, layers):
+        super().__init__(vocab, d, 2, layers)
+
+
 class Idle(MyDecoder):
     def __init__(self, vocab, d, heads, layers):
         super().__init__(vocab, d, heads, layers)
@@ -623,6 +781,11 @@ class Blank(nn.Module):
             decoder(forward=lambda s, i: MyDecoder.forward(s, i).log_softmax(-1)),
         ),
         ("`layers` has no effect", OneLayer),
+        ("`heads` has no effect", OneHead),
+        ("`heads` has no effect", TwoHeads),
+        ("adds nothing", with_block(replaces)),
+        ("adds nothing", with_block(replaces_the_stream)),
+        ("adds nothing", with_block(norm_outside)),
         ("No gradient reaches unused.weight", Idle),
         (
             "No gradient reaches table.weight",

@@ -157,7 +157,18 @@ def same_verdict(said, wanted: str, turned: str, otherwise: str) -> None:
     )
     opposite = {"ahead": "behind", "behind": "ahead"}.get(wanted)
     need(said != opposite, f"Your verdict is turned round: {turned}")
-    need(said == wanted, otherwise)
+    more = agreeing(wanted) if said in ("ahead", "behind") else ""
+    need(said == wanted, otherwise + more)
+
+
+def agreeing(wanted: str) -> str:
+    """A word on seeds that agree, where the rule does not tell the two apart."""
+    if wanted != "not told apart":
+        return ""
+    return (
+        " That all seeds agree, or that their ranges do not overlap, is not enough:"
+        " the rule asks how much their differences vary."
+    )
 
 
 # ---- what is formed on the way -------------------------------------------------------
