@@ -99,8 +99,8 @@ def next_token_loss(function) -> None:
             " (an index of -100, or -1, wraps around): leave them out.": mean(
                 shifted, torch.where(target < 0, V - 1, target), every
             ),
-            "You leave token 0 out: only a label of -100 means that nothing is asked.": (
-                mean(shifted, target, target > 0)
+            "You leave token 0 out: only -100 means that nothing is asked.": mean(
+                shifted, target, target > 0
             ),
             "You divide by all places, also by those that nobody asked about.": (
                 right * number / target.numel()
