@@ -401,11 +401,11 @@ def read_raw_stream(model) -> None:
         adapter, read = slot.adapters["default"], []
         norm = modules[path.replace(".mlp", ".post_attention_layernorm")]
         norm.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
-        adapter.correction = partial(correction_of, adapter.correction, read)
+        adapter.update = partial(update_of, adapter.update, read)
 
 
-def correction_of(correction, read, _):
-    return correction(read.pop())
+def update_of(update, read, _):
+    return update(read.pop())
 
 
 def mixed_run(job: dict) -> dict:

@@ -2,43 +2,11 @@
 
 import importlib
 
-from .compat import (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-    LoftQConfig,
-    PeftType,
-    PromptTuningInit,
-    TaskType,
-    get_peft_config,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from . import compat, methods
+from .compat import *
 from .config import LayerConfig, PeftConfig
 from .errors import AdapterFileError, ConfigError, NotMergeableError, TargetError
-from .methods import (
-    AdaLoraConfig,
-    BitFitConfig,
-    BottleneckConfig,
-    DenseLoraConfig,
-    DoraConfig,
-    FusionConfig,
-    IA3Config,
-    LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    SubspaceConfig,
-    VeraConfig,
-)
+from .methods import *
 from .methods.prefix import initialize_kv_prefix_from_text
 from .model import PeftModel, get_peft_model
 from .quant.kbit import prepare_model_for_kbit_training
@@ -47,54 +15,25 @@ from .status import get_layer_status, get_model_status
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdaLoraConfig",
+    *compat.__all__,
+    *methods.__all__,
     "Adapter",
     "AdapterFileError",
     "AdapterNameError",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
     "Base",
-    "BitFitConfig",
-    "BottleneckConfig",
     "ConfigError",
-    "DenseLoraConfig",
-    "DoraConfig",
-    "FusionConfig",
-    "IA3Config",
-    "LNTuningConfig",
     "LayerConfig",
     "LinearDelta",
-    "LoHaConfig",
-    "LoKrConfig",
-    "LoftQConfig",
-    "LoraConfig",
     "NotMergeableError",
     "PeftConfig",
     "PeftModel",
-    "PeftType",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "PromptTuningConfig",
-    "PromptTuningInit",
     "Slot",
-    "SubspaceConfig",
     "TargetError",
-    "TaskType",
-    "VeraConfig",
     "get_layer_status",
     "get_model_status",
-    "get_peft_config",
     "get_peft_model",
-    "get_peft_model_state_dict",
     "initialize_kv_prefix_from_text",
-    "inject_adapter_in_model",
-    "load_peft_weights",
     "prepare_model_for_kbit_training",
-    "set_peft_model_state_dict",
 ]
 
 

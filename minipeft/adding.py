@@ -2,13 +2,14 @@
 nothing happens."""
 
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
 from . import merging, targets
 from .config import as_config
 from .errors import ConfigError, TargetError
-from .io import brief
+from .io import brief, progress
 from .methods import lora_init
 from .methods.adalora import AdaLoraConfig
 from .methods.modules_to_save import ModuleCopy
@@ -52,7 +53,7 @@ def adding(model, name, config, autocast_adapter_dtype=True):
             " adapters, or load it converted to a plain LoRA"
         )
     with merging.unmerged(model):  # a start may read the base's weights
-        sites = model._sites()
+        sites = sites_of(model.base_model)
         slots, copied = slots_for(model, config, sites)
         bases = {p: Base(slots[p], name, lossy=True) for p in slots if p not in copied}
         before = [(b.module, dict(b.module._parameters)) for b in bases.values()]
@@ -73,6 +74,14 @@ def adding(model, name, config, autocast_adapter_dtype=True):
         model.base_model.update_and_allocate = model.update_and_allocate
 
 
+def sites_of(root):
+    """{path: (the module or slot there, a function that replaces it)}"""
+    return {"": (root, None)} | {
+        path: (module, partial(setattr, parent, name))
+        for path, parent, name, module in targets.walk(root)
+    }
+
+
 def put_in(model, name, adapters, slots, sites):
     shared = adapters.get(None)
     if shared is not None:
@@ -90,12 +99,7 @@ def put_in(model, name, adapters, slots, sites):
 def slots_for(model, config, sites):
     """({path: the slot there, or a new one}, the paths of modules_to_save)"""
     selected = config.select(model.get_base_model())
-    copied = targets.resolve_targets(
-        sites,
-        getattr(config, "modules_to_save", None) or (),
-        "modules_to_save",
-        targets.ends_with,
-    )
+    copied = config.copied_modules(sites)
     slots = {}
     for path in [*selected, *copied]:
         module, _ = sites[path]
@@ -116,7 +120,7 @@ def create(config, bases, autocast_adapter_dtype):
     if shared is not None:
         first = next(iter(bases.values())).module
         adapters[None] = shared.to(*device_and_dtype(first, autocast_adapter_dtype))
-    for path, base in targets.progress(list(bases.items()), "making adapters"):
+    for path, base in progress(list(bases.items()), "making adapters"):
         like = device_and_dtype(base.module, autocast_adapter_dtype)
         try:
             adapters[path] = config.create(base, path).to(*like)

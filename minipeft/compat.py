@@ -7,15 +7,31 @@ from dataclasses import dataclass
 from . import saving
 from .config import METHODS, PeftConfig, as_config
 from .errors import ConfigError, TargetError
+from .methods.prompt import INITS as PROMPT_INITS
 from .model import PeftModel
 from .peft_tables import TASK_HEADS
 
+__all__ = [
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "LoftQConfig",
+    "PeftType",
+    "PromptTuningInit",
+    "TaskType",
+    "get_peft_config",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "set_peft_model_state_dict",
+]
 TaskType = enum.Enum("TaskType", {name: name for name in TASK_HEADS}, type=str)
 PeftType = enum.Enum("PeftType", {name: name for name in METHODS}, type=str)
 PromptTuningInit = enum.Enum(
-    "PromptTuningInit",
-    {name: name for name in ("TEXT", "SAMPLE_VOCAB", "RANDOM")},
-    type=str,
+    "PromptTuningInit", {name: name for name in PROMPT_INITS}, type=str
 )
 
 
@@ -84,8 +100,7 @@ class BaseAutoPeftModel:
         ConfigError for an adapter of another task."""
         import transformers
 
-        hub_names = {"revision", "subfolder", "token", "cache_dir", "local_files_only"}
-        hub = {name: more.pop(name) for name in hub_names & more.keys()}
+        hub = {name: more.pop(name) for name in saving.HUB if name in more}
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub)
         config = as_config(config)

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from . import io, targets, weights
 from .errors import AdapterFileError, ConfigError, TargetError
-from .peft_tables import LORA_TARGETS, NOTES, TASK_HEADS, UNSUPPORTED
+from .peft_tables import LORA_TARGETS, NOTES, NOTHING, TASK_HEADS, UNSUPPORTED
 
 CONFIG = "adapter_config.json"
 METHODS = {}  # peft_type: its dataclass; PeftConfig.__init_subclass__ fills it
@@ -62,9 +62,8 @@ class PeftConfig(metaclass=ConfigType):
                 value = dataclasses.asdict(value)
             setattr(self, field.name, value)
             if not matches_type(value, field.type):
-                expected = getattr(field.type, "__name__", field.type)
-                if typing.get_origin(field.type) is not None:
-                    expected = field.type
+                is_plain = typing.get_origin(field.type) is None
+                expected = field.type.__name__ if is_plain else field.type
                 raise ConfigError(
                     f"{field.name} = {io.brief(value)}: expected {expected}"
                 )
@@ -105,6 +104,13 @@ class PeftConfig(metaclass=ConfigType):
         """The paths of the modules that get an adapter, for a resolved configuration.
         "" is the whole model."""
         return [""]
+
+    def copied_modules(self, paths):
+        """Those of `paths` that modules_to_save means: trained and saved whole."""
+        names = getattr(self, "modules_to_save", None) or ()
+        return targets.resolve_targets(
+            paths, names, "modules_to_save", targets.ends_with
+        )
 
     def needed_adapters(self):
         """The names of other adapters without which this one cannot run."""
@@ -175,21 +181,18 @@ class PeftConfig(metaclass=ConfigType):
         """`given` without PEFT's fields that ask for nothing. Raises ConfigError for
         those that ask for what is not built, TypeError for names that PEFT has not."""
         names = {field.name for field in dataclasses.fields(cls)}
+        own_type = [("peft_type", None), ("peft_type", cls.peft_type)]
         known = {}
         for name, value in given.items():
             if name in names:
                 known[name] = value
-            elif name == "peft_version":
-                continue
-            elif name == "peft_type" and value in (None, cls.peft_type):
-                continue
             elif name in UNSUPPORTED:
-                nothing, remedy = UNSUPPORTED[name]
-                if not asks_for_nothing(value, nothing):
+                if not asks_for_nothing(value, NOTHING.get(name)):
                     raise ConfigError(
-                        f"{cls.__name__} has no {name}={io.brief(value)}: {remedy}"
+                        f"{cls.__name__} has no {name}={io.brief(value)}:"
+                        f" {UNSUPPORTED[name]}"
                     )
-            else:
+            elif name != "peft_version" and (name, value) not in own_type:
                 raise TypeError(
                     f"{cls.__name__} has no field {name!r}"
                     f"{io.did_you_mean(name, names)}; its fields are"
@@ -357,11 +360,8 @@ class LayerConfig(PeftConfig):
         """target_modules where none are given: PEFT's own for this kind of model."""
         kind = known_kind(self.default_targets, model, modules)
         if kind is None:
-            linear = {
-                path.rpartition(".")[2]
-                for path, module in modules.items()
-                if weights.is_linear(module)
-            }
+            linear = targets.paths_of(modules, weights.is_linear)
+            linear = {path.rpartition(".")[2] for path in linear}
             raise TargetError(
                 f"say target_modules: there is no default for {model_type(model)}. Its"
                 f" linear layers are named: {', '.join(sorted(linear))}"
@@ -375,16 +375,14 @@ class LayerConfig(PeftConfig):
         modules = targets.modules_by_path(model)
         found = targets.resolve_targets(modules, self.target_modules)
         for field in ("rank_pattern", "alpha_pattern"):
-            self.check_patterns(field, found)
+            if unused := self.unused_patterns(field, found):
+                raise TargetError(targets.missing_message(found, unused, field))
         excluded = []
         if self.exclude_modules:
             excluded = targets.resolve_targets(
                 modules, self.exclude_modules, "exclude_modules"
             )
-        saved = targets.resolve_targets(
-            modules, self.modules_to_save or (), "modules_to_save", targets.ends_with
-        )
-        inside = tuple(f"{path}." for path in saved)
+        inside = tuple(f"{path}." for path in self.copied_modules(modules))
         found = [
             path
             for path in found
@@ -416,14 +414,8 @@ class LayerConfig(PeftConfig):
             )
         return [path for path in found if number[path] in wanted]
 
-    def check_patterns(self, field, found):
-        """TargetError where a key of rank_pattern or alpha_pattern matches no
-        target."""
-        unused = self.unused_patterns(field, found)
-        if unused:
-            raise TargetError(targets.missing_message(found, unused, field))
-
     def unused_patterns(self, field, found):
+        """The keys of rank_pattern or alpha_pattern that match no target."""
         pattern = getattr(self, field, None) or {}
         # AdaLoRA notes lists there, not numbers
         keys = [k for k, v in pattern.items() if isinstance(v, (int, float))]
@@ -480,11 +472,8 @@ def all_linear(model, modules):
     head = None
     if hasattr(model, "get_output_embeddings"):
         head = targets.unwrap_slot(model.get_output_embeddings())
-    found = [
-        path
-        for path, module in modules.items()
-        if weights.is_linear(module) and module is not head
-    ]
+    linear = targets.paths_of(modules, weights.is_linear)
+    found = [path for path in linear if modules[path] is not head]
     if not found:
         raise TargetError(
             f"all-linear: this {type(model).__name__} has no linear layers"

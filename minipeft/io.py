@@ -58,12 +58,14 @@ def check_number(
     above=None,
     most=None,
     below=None,
-    also="",
+    also=(),
     error=ValueError,
 ):
     """Raise `error` unless `value` is a finite number (whole: an int) within the
     bounds: least and most may be reached, above and below may not. True is not a
-    number. also: appended to what is expected, such as ", or None"."""
+    number. also: what is valid besides, such as (None,)."""
+    if any(value is other or value == other for other in also):
+        return
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     bounds = {word: bound for word, bound in bounds.items() if bound is not None}
     is_number = isinstance(value, int if whole else (int, float))
@@ -74,7 +76,8 @@ def check_number(
     if least is not None and most is not None:
         text = f"from {least} to {most}"
     expected = f"{'a whole number' if whole else 'a number'} {text}".rstrip()
-    raise error(f"{name} = {brief(value)}: expected {expected}{also}")
+    choices = " or ".join([expected, *map(repr, also)])
+    raise error(f"{name} = {brief(value)}: expected {choices}")
 
 
 WITHIN = {
@@ -83,6 +86,13 @@ WITHIN = {
     "at most": operator.le,
     "below": operator.lt,
 }
+
+
+def progress(items, what, shown=True):
+    """`items`, with a progress bar once they take longer than three seconds."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, delay=3, leave=False, disable=not shown)
 
 
 # ---- reading -------------------------------------------------------------------------
@@ -163,6 +173,15 @@ def open_safetensors(path, error=FileError):
         raise error(
             f"{path} ({size:,} bytes) is cut short or damaged: {problem}"
         ) from None
+
+
+def with_prefix(tensors, prefix):
+    """{name without the prefix: tensor} of the names that begin with it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def read_safetensors(path, error=FileError):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import targets
+from . import io, targets
 from .errors import NotMergeableError
 from .quant import linear4bit
 
@@ -116,7 +116,7 @@ def write(model, names, lossy=None):
     (None: all) may be rounded to 4 bits."""
     restore(model)
     replaced = {}  # {path of a layer: the merged adapter that replaces it whole}
-    for path, slot, _ in targets.progress(model._slots(), "merging"):
+    for path, slot in io.progress(model._slots().items(), "merging"):
         outer = [replaced[q] for q in replaced if is_inside(path, q)]
         if outer:  # adapters of this slot have no effect, as before merging
             slot.merged = outer
@@ -129,7 +129,7 @@ def write(model, names, lossy=None):
 
 
 def restore(model):
-    for _, slot, _ in reversed(model._slots()):  # the outermost was written first
+    for slot in reversed(model._slots().values()):  # the outermost was written first
         slot.unmerge()
 
 
@@ -157,7 +157,7 @@ def check_mergeable(model, names):
 
 
 def check_finite(model, names):
-    for path, slot, _ in model._slots():
+    for path, slot in model._slots().items():
         modules = targets.bare_modules(slot.base_layer) if slot.merged else []
         parameters = [p for module in modules for p in module.parameters(recurse=False)]
         if not all(p.isfinite().all() for p in parameters):
@@ -169,7 +169,7 @@ def check_finite(model, names):
 
 def warn_of_quant_error(model, stacklevel):
     """Say how much of the adapters' change rounding to 4 bits has cost."""
-    errors = [pair for _, slot, _ in model._slots() for pair in slot.quant_error]
+    errors = [pair for slot in model._slots().values() for pair in slot.quant_error]
     if errors:
         error, change = torch.tensor(errors).norm(dim=0).tolist()
         warnings.warn(

@@ -6,7 +6,6 @@ What touches several layers at once is done for all of them or for none.
 import dataclasses
 import warnings
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +21,14 @@ from .methods.adalora import AdaLoraConfig
 from .methods.modules_to_save import ModuleCopy
 from .methods.rank_allocator import RankAllocator
 from .recognized import recognize
-from .slot import ActiveAdapters, AdapterNameError, ModelSlot, RowAdapters, Slot
+from .slot import (
+    ActiveAdapters,
+    AdapterNameError,
+    ModelSlot,
+    RowAdapters,
+    Slot,
+    find_slots,
+)
 from .weights import logical_numel, undo_bnb_cpu_repacking
 
 # what the base has and a PeftModel must not: it would work on slots and adapters
@@ -105,25 +111,16 @@ class PeftModel(HFMethods):
         """adapter_names: one name for each row of the batch, "__base__" for none.
         Without it, the active adapters. Calls from several threads run one after the
         other."""
-        size = next(
-            (
-                value.shape[0]
-                for value in (*args, *kwargs.values())
-                if torch.is_tensor(value)
-            ),
-            None,
-        )
+        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
+        size = len(tensors[0]) if tensors else None
         # Rows stay set until the next call: gradient checkpointing runs the layers
         # again in the backward pass.
         with self.base_model.active.turn:
             self.base_model.active.rows = self._rows(adapter_names, size)
             output = self.base_model(*args, **kwargs)
         output = merging.guard_backward(self, output)
-        if (
-            self.training
-            and self.base_model.active.enabled
-            and getattr(output, "loss", None) is not None
-        ):
+        has_loss = getattr(output, "loss", None) is not None
+        if has_loss and self.training and self.base_model.active.enabled:
             for name in self.active_adapters:
                 config = self.peft_config[name]
                 if config.regularized:
@@ -167,11 +164,8 @@ class PeftModel(HFMethods):
 
     @property
     def active_adapter(self):
-        return (
-            self.active_adapters[0]
-            if len(self.active_adapters) == 1
-            else self.active_adapters
-        )
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
     @property
     def active_peft_config(self):
@@ -183,26 +177,15 @@ class PeftModel(HFMethods):
         active = self.base_model.active
         return list(active.merged) if active.enabled else []
 
-    def _sites(self):
-        """{path: (the module or slot there, a function that replaces it)}"""
-        return {"": (self.base_model, None)} | {
-            path: (module, partial(setattr, parent, name))
-            for path, parent, name, module in targets.walk(self.base_model)
-        }
-
     def _slots(self):
-        return [
-            (path, module, replace)
-            for path, (module, replace) in self._sites().items()
-            if isinstance(module, Slot)
-        ]
+        return find_slots(self.base_model)
 
     def _adapters_by_path(self, name):
         """{path: the adapter of that name there}; what they share has the path None."""
         parts = {None: self.shared[name]} if name in self.shared else {}
         return parts | {
             path: slot.adapters[name]
-            for path, slot, _ in self._slots()
+            for path, slot in self._slots().items()
             if name in slot.adapters
         }
 
@@ -236,12 +219,9 @@ class PeftModel(HFMethods):
         """Activate one adapter, or a list: each is given those before it as its base.
         Only they are trained."""
         names = self._check_names(adapter_name)
-        for path, slot, _ in self._slots():
-            copies = [
-                name
-                for name in names
-                if name in slot.adapters and isinstance(slot.adapters[name], ModuleCopy)
-            ]
+        for path, slot in self._slots().items():
+            copied = [n for n, a in slot.adapters.items() if isinstance(a, ModuleCopy)]
+            copies = [name for name in names if name in copied]
             if len(copies) > 1:
                 raise AdapterNameError(
                     f"{copies} each have their own copy of {path} (modules_to_save):"
@@ -273,20 +253,18 @@ class PeftModel(HFMethods):
         self._check_not_needed(adapter_name)
         active = self.base_model.active
         with merging.unmerged(self):
-            for _, slot, replace in self._slots():
+            for slot in self._slots().values():
                 if adapter_name in slot.adapters:
                     del slot.adapters[adapter_name]
-                    slot.shared.pop(adapter_name, None)
-                    if replace and not slot.adapters:
-                        replace(slot.base_layer)
+                slot.shared.pop(adapter_name, None)
+            self._remove_empty_slots()
             if adapter_name in self.shared:
                 del self.shared[adapter_name]
             del self.peft_config[adapter_name]
             self._allocators.pop(adapter_name, None)
             active.merged = [name for name in active.merged if name != adapter_name]
-            rest = [name for name in self.active_adapters if name != adapter_name]
-            active.names = rest
-            if not rest and self.peft_config:
+            active.names = [name for name in active.names if name != adapter_name]
+            if not active.names and self.peft_config:
                 self._activate([next(iter(self.peft_config))])
                 warnings.warn(
                     f"{adapter_name!r} was active; {self.active_adapter!r} is active"
@@ -362,11 +340,16 @@ class PeftModel(HFMethods):
         merging.unmerge(self)
         return self._remove_slots()
 
+    def _remove_empty_slots(self):
+        """Put the layers of slots without adapters back where these stand."""
+        for _, parent, name, module in list(targets.walk(self.base_model)):
+            if isinstance(module, Slot) and not module.adapters:
+                setattr(parent, name, module.base_layer)
+
     def _remove_slots(self):
-        for _, slot, replace in self._slots():
+        for slot in self._slots().values():
             slot.adapters.clear()
-            if replace:
-                replace(slot.base_layer)
+        self._remove_empty_slots()
         self.shared.clear()
         self.peft_config.clear()
         self.base_model.active.names = []
@@ -515,32 +498,29 @@ class PeftModel(HFMethods):
     ):
         """A new LoRA from LoRAs, or IA3 from IA3s, inactive until `set_adapter`. See
         minipeft/weighted.py for the combination types."""
-        by_path = [self._adapters_by_path(name) for name in self._check_names(adapters)]
-        paths = [
-            path for path, _, _ in self._slots() if any(path in a for a in by_path)
-        ]
-        plan = weighted.plan_combination(
-            [self.peft_config[name] for name in self._check_names(adapters)],
+        names = self._check_names(adapters)
+        by_path = [self._adapters_by_path(name) for name in names]
+        combination = weighted.Combination(
+            [self.peft_config[name] for name in names],
             by_path,
             weights,
-            paths,
+            [path for path in self._slots() if any(path in a for a in by_path)],
             combination_type=combination_type,
             svd_rank=svd_rank,
             svd=(svd_clamp, svd_full_matrices, svd_driver),
             density=density,
             majority=majority_sign_method,
         )
-        with adding(self, adapter_name, plan.config) as new:
-            saving.load_tensors(new, plan.tensors())
+        with adding(self, adapter_name, combination.config) as new:
+            saving.load_tensors(new, combination.tensors())
 
     # ---- counting, and what a trainer asks of a model ----
 
     def get_nb_trainable_parameters(self):
         """(trainable, all). A packed 4-bit weight counts as the weights it holds."""
-        parameters = list(self.parameters())
-        return sum(logical_numel(p) for p in parameters if p.requires_grad), sum(
-            map(logical_numel, parameters)
-        )
+        counts = [(logical_numel(p), p.requires_grad) for p in self.parameters()]
+        trainable = sum(count for count, is_trained in counts if is_trained)
+        return trainable, sum(count for count, _ in counts)
 
     def print_trainable_parameters(self):
         trainable, everything = self.get_nb_trainable_parameters()

@@ -31,12 +31,10 @@ def create_loraplus_optimizer(
     lr * loraplus_lr_ratio. Biases and norms: the same, without weight decay. kwargs go
     to optimizer_cls. Raises ConfigError.
     """
-    for name, value in (
-        ("lr", lr),
-        ("loraplus_lr_ratio", loraplus_lr_ratio),
-        ("loraplus_lr_embedding", loraplus_lr_embedding),
-    ):
-        check_number(name, value, above=0, error=ConfigError)
+    bounds = {"above": 0, "error": ConfigError}
+    check_number("lr", lr, **bounds)
+    check_number("loraplus_lr_ratio", loraplus_lr_ratio, **bounds)
+    check_number("loraplus_lr_embedding", loraplus_lr_embedding, **bounds)
     matrices, embeddings, fast, undecayed = [], [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -44,29 +42,22 @@ def create_loraplus_optimizer(
         if "lora_embedding_" in name:
             embeddings.append(parameter)
         elif "lora_B" in name or parameter.ndim == 1:
-            norm = isinstance(
-                model.get_submodule(name.rpartition(".")[0]), nn.LayerNorm
-            )
-            (undecayed if norm or "bias" in name else fast).append(parameter)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            is_norm = isinstance(owner, nn.LayerNorm)
+            (undecayed if is_norm or "bias" in name else fast).append(parameter)
         else:
             matrices.append(parameter)
     if not fast and not embeddings:
         raise ConfigError("this model trains no lora_B: LoRA+ would change nothing")
-    return optimizer_cls(
-        [
-            {"params": matrices, "lr": lr, "weight_decay": loraplus_weight_decay},
-            {
-                "params": embeddings,
-                "lr": loraplus_lr_embedding,
-                "weight_decay": loraplus_weight_decay,
-            },
-            {
-                "params": fast,
-                "lr": lr * loraplus_lr_ratio,
-                "weight_decay": loraplus_weight_decay,
-            },
-            {"params": undecayed, "lr": lr * loraplus_lr_ratio, "weight_decay": 0.0},
-        ],
-        lr=lr,
-        **kwargs,
-    )
+
+    def group(params, lr, weight_decay=loraplus_weight_decay):
+        return {"params": params, "lr": lr, "weight_decay": weight_decay}
+
+    fast_lr = lr * loraplus_lr_ratio
+    groups = [
+        group(matrices, lr),
+        group(embeddings, loraplus_lr_embedding),
+        group(fast, fast_lr),
+        group(undecayed, fast_lr, weight_decay=0.0),
+    ]
+    return optimizer_cls(groups, lr=lr, **kwargs)

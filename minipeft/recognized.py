@@ -57,13 +57,9 @@ def own_attributes(cls, hidden):
     def __reduce_ex__(self, protocol):
         return empty_model, (cls,), *cls.__reduce_ex__(self, protocol)[2:]
 
-    return {
-        "__doc__": cls.__doc__,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__dir__": __dir__,
-        "__reduce_ex__": __reduce_ex__,
-    }
+    named = ("__doc__", "__module__", "__qualname__")
+    own = {name: getattr(cls, name) for name in named}
+    return own | {"__dir__": __dir__, "__reduce_ex__": __reduce_ex__}
 
 
 def empty_model(cls):

@@ -113,17 +113,17 @@ def save(folder, config, tensors):
         for key, tensor in tensors.items()
     }
     card = model_card(config, tensors, folder)
+
+    def new(name):
+        return io.replacing(folder / name)
+
     try:
-        with ExitStack() as parts:
-            part = {
-                name: parts.enter_context(io.replacing(folder / name))
-                for name in (CONFIG, TENSORS, *([CARD] if card else []))
-            }
-            save_file(tensors, part[TENSORS], {"format": "pt"})
+        with ExitStack() as files:  # all are whole before the first is renamed
             text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-            part[CONFIG].write_text(text, encoding="utf-8")
+            files.enter_context(new(CONFIG)).write_text(text, encoding="utf-8")
+            save_file(tensors, files.enter_context(new(TENSORS)), {"format": "pt"})
             if card:
-                part[CARD].write_text(card, encoding="utf-8")
+                files.enter_context(new(CARD)).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"cannot write into {folder}: {error}") from None
 
@@ -194,11 +194,7 @@ def filled_copies(model, adapters, state_dict):
     copies = {}
     for path, part in adapters.items():
         start = prefix[id(part)]
-        own = {
-            key.removeprefix(start): tensor
-            for key, tensor in state_dict.items()
-            if key.startswith(start)
-        }
+        own = io.with_prefix(state_dict, start)
         missing = part.state_dict().keys() - own.keys()
         if missing:
             raise AdapterFileError(
@@ -227,7 +223,7 @@ def embedding_paths(model):
 
 
 def is_slotted(model, path):
-    return any(path == other for other, _, _ in model._slots())
+    return path in model._slots()
 
 
 def embeddings_to_save(model, config, choice="auto"):

@@ -30,6 +30,76 @@ class AdapterNameError(ValueError):
     """An adapter's name that is unknown, taken or impossible."""
 
 
+class Adapter(nn.Module):
+    """A method: `forward` is its equation. Its state_dict names its tensors as files
+    do."""
+
+    mergeable = False  # can `fold` write it into the weights?
+    # True: forward never calls base, so adapters inside the layer have no effect
+    replaces_base = False
+    dropout = 0.0  # on `adapter_input`, in training
+
+    def forward(self, base, *args, **kwargs):
+        raise NotImplementedError
+
+    def adapter_input(self, x):
+        """x as the adapter reads it: in the adapter's precision (autocast chooses its
+        own), and with dropout in training."""
+        dtype = next((p.dtype for p in self.parameters()), x.dtype)
+        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(dtype)
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+    def fold(self, base):
+        """Write this adapter into base.weight and base.bias. Raises
+        NotMergeableError."""
+        raise NotMergeableError(
+            f"{type(self).__name__} does not modify a weight, so it cannot be merged"
+        )
+
+    def to_file(self):
+        """The tensors to save, by name."""
+        return self.state_dict()
+
+    def from_file(self, tensors):
+        """Load tensors with the names and shapes that `to_file` gives."""
+        self.load_state_dict(tensors)
+
+
+class LinearDelta(Adapter):
+    """A method that changes a linear layer's weight: W' = W + delta. Most define only
+    delta. The layer reads x, the update reads `adapter_input(x)`."""
+
+    mergeable = True
+    kernel = None  # a fused form of `forward`, from kernels.py
+    rows_kernel = None  # one of a batch whose rows have different adapters
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in ("kernel", "rows_kernel"):  # a subclass has another equation
+            setattr(cls, name, vars(cls).get(name))
+
+    def delta(self, base):
+        """(d_out, d_in)"""
+        raise NotImplementedError
+
+    def update(self, base, x):
+        """x delta^T: (..., d_in) -> (..., d_out). Override it where there is a cheaper
+        way."""
+        return F.linear(x, self.delta(base))
+
+    def forward(self, base, x):
+        fused = None if self.kernel is None else self.kernel(base, x)
+        return self.forward_plain(base, x) if fused is None else fused
+
+    def forward_plain(self, base, x):
+        y = base(x)
+        return (y + self.update(base, self.adapter_input(x))).to(y.dtype)
+
+    def fold(self, base):
+        base.weight = base.weight + self.delta(base)
+
+
 class Base:
     """An adapter's view of the layer it wraps."""
 
@@ -50,8 +120,8 @@ class Base:
 
     @property
     def is_plain_linear(self):
-        """True for a bare nn.Linear without hooks: its weight may be used in its
-        place."""
+        """True for a bare nn.Linear without hooks: multiplying by its weight is the
+        same as calling it."""
         return type(self.inner) is nn.Linear and not (
             self.inner._forward_hooks or self.inner._forward_pre_hooks
         )
@@ -104,76 +174,6 @@ class Base:
         return self.slot.adapters[name]
 
 
-class Adapter(nn.Module):
-    """A method: `forward` is its equation. Its state_dict names its tensors as files
-    do."""
-
-    mergeable = False  # can `fold` write it into the weights?
-    # True: forward never calls base, so adapters inside the layer have no effect
-    replaces_base = False
-    dropout = 0.0  # on `adapter_input`, in training
-
-    def forward(self, base, *args, **kwargs):
-        raise NotImplementedError
-
-    def adapter_input(self, x):
-        """x as the adapter reads it: in the adapter's precision (under autocast torch
-        sees to that), and with dropout in training."""
-        dtype = next((p.dtype for p in self.parameters()), x.dtype)
-        if x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(dtype)
-        return F.dropout(x, self.dropout) if self.dropout and self.training else x
-
-    def fold(self, base):
-        """Write this adapter into base.weight and base.bias. Raises
-        NotMergeableError."""
-        raise NotMergeableError(
-            f"{type(self).__name__} does not modify a weight, so it cannot be merged"
-        )
-
-    def to_file(self):
-        """The tensors to save, by name."""
-        return self.state_dict()
-
-    def from_file(self, tensors):
-        """Load tensors with the names and shapes that `to_file` gives."""
-        self.load_state_dict(tensors)
-
-
-class LinearDelta(Adapter):
-    """A method that changes a linear layer's weight: W' = W + delta. Most need only
-    define delta; the layer sees x, the update sees `adapter_input(x)`."""
-
-    mergeable = True
-    kernel = None  # a fused form of `forward`, from kernels.py
-    rows_kernel = None  # one of a batch whose rows have different adapters
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        for name in ("kernel", "rows_kernel"):  # not inherited: for one equation only
-            setattr(cls, name, vars(cls).get(name))
-
-    def delta(self, base):
-        """(d_out, d_in)"""
-        raise NotImplementedError
-
-    def update(self, base, x):
-        """x delta^T: (..., d_in) -> (..., d_out). Override it where there is a cheaper
-        way."""
-        return F.linear(x, self.delta(base))
-
-    def forward(self, base, x):
-        fused = None if self.kernel is None else self.kernel(base, x)
-        return self.forward_plain(base, x) if fused is None else fused
-
-    def forward_plain(self, base, x):
-        y = base(x)
-        return (y + self.update(base, self.adapter_input(x))).to(y.dtype)
-
-    def fold(self, base):
-        base.weight = base.weight + self.delta(base)
-
-
 class Slot(nn.Module):
     """Stands where `base_layer` stood, with any number of adapters.
 
@@ -181,7 +181,7 @@ class Slot(nn.Module):
     Hugging Face PEFT's layers do.
     """
 
-    is_slot = True
+    is_slot = True  # targets.py, a floor below, knows a slot by it
     layer_name = "base_layer"  # the wrapped layer's name in state_dict
 
     def __init__(self, base_layer, active):
@@ -260,13 +260,8 @@ class Slot(nn.Module):
         """Put back the very parameters from before merging: no rounding error. Where
         the layer was moved or cast since, so are they."""
         for module, parameters, buffers in self.unmerged_params:
-            for before, now in (
-                (parameters, module._parameters),
-                (buffers, module._buffers),
-            ):
-                for name, tensor in before.items():
-                    follow(tensor, now.get(name))
-                now.update(before)
+            put_back(parameters, module._parameters)
+            put_back(buffers, module._buffers)
         self.merged = []
         self.unmerged_params = []
         self.quant_error = []
@@ -318,36 +313,15 @@ class ModelSlot(Slot):
             return self.base_layer(*args, **kwargs)
         self.check_mixed_batch(kwargs)
         labels = kwargs.pop("labels", None)
+        size = len(rows.names)
+        groups, order = rows.group(size, (*args, *kwargs.values())[0].device)
         outputs = []
-        groups, order = rows.group(len(rows.names), (*args, *kwargs.values())[0].device)
         for name, index in groups:
-
-            def select_rows(value, index=index):
-                per_row = torch.is_tensor(value) and value.shape[:1] == order.shape
-                return value[index] if per_row else value
-
+            own_args = [select_rows(value, index, size) for value in args]
+            own = {key: select_rows(v, index, size) for key, v in kwargs.items()}
             with self.active.only(name):
-                outputs.append(
-                    self.forward_stacked(
-                        [name],
-                        *map(select_rows, args),
-                        **{key: select_rows(value) for key, value in kwargs.items()},
-                    )
-                )
-        if torch.is_tensor(outputs[0]):
-            return torch.cat(outputs)[order]
-        combined = copy.copy(outputs[0])
-        # prompts add positions in front: keep those of the text
-        length = min(output.logits.shape[1] for output in outputs)
-        logits = torch.cat([output.logits[:, -length:] for output in outputs])
-        combined.logits = logits[order]
-        for name in CACHES & vars(combined).keys():
-            setattr(combined, name, None)
-        if labels is not None:
-            combined.loss = F.cross_entropy(
-                combined.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-            )
-        return combined
+                outputs.append(self.forward_stacked([name], *own_args, **own))
+        return join_outputs(outputs, order, labels)
 
     def check_mixed_batch(self, kwargs):
         """Raise ValueError where rows cannot be run in groups."""
@@ -382,6 +356,32 @@ class ModelSlot(Slot):
         return call(*args, **kwargs)
 
 
+def select_rows(value, index, size):
+    """The rows `index` of a tensor that has `size` rows; other values as they are."""
+    per_row = torch.is_tensor(value) and value.shape[:1] == (size,)
+    return value[index] if per_row else value
+
+
+def join_outputs(outputs, order, labels):
+    """One output of groups of rows, in the batch's order, with the loss for `labels`
+    (B, T). Tensors, or Hugging Face's outputs with logits (rows, T, V)."""
+    if torch.is_tensor(outputs[0]):
+        return torch.cat(outputs)[order]
+    joined = copy.copy(outputs[0])
+    # prompts add positions in front: keep those of the text
+    length = min(output.logits.shape[1] for output in outputs)
+    logits = torch.cat([output.logits[:, -length:] for output in outputs])
+    joined.logits = logits[order]  # (B, T, V)
+    for name in CACHES:
+        if hasattr(joined, name):
+            setattr(joined, name, None)
+    if labels is not None:
+        joined.loss = F.cross_entropy(
+            joined.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        )
+    return joined
+
+
 # the cache's name in forward: until and since transformers 5.24
 CACHES = {"past_key_values", "cache"}
 INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
@@ -389,6 +389,14 @@ MIXED_CACHES = (
     "adapters around the model have caches of different lengths: generate for one at a"
     " time"
 )
+
+
+def put_back(before, now):
+    """Put {name: tensor} back into `now`, a module's tensors, on the devices and in the
+    dtypes that these have."""
+    for name, tensor in before.items():
+        follow(tensor, now.get(name))
+    now.update(before)
 
 
 def follow(tensor, other):
@@ -399,6 +407,14 @@ def follow(tensor, other):
     dtype = other.dtype if cast else tensor.dtype
     if (tensor.device, tensor.dtype) != (other.device, dtype):
         tensor.data = tensor.data.to(other.device, dtype)
+
+
+def find_slots(model):
+    """{path: slot} of all slots of a model, the outermost first; the path "" is that of
+    one around the whole model."""
+    found = {"": model} if isinstance(model, Slot) else {}
+    inside = {path: module for path, _, _, module in targets.walk(model)}
+    return found | {path: m for path, m in inside.items() if isinstance(m, Slot)}
 
 
 class ActiveAdapters:

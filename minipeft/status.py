@@ -3,9 +3,9 @@ get_model_status."""
 
 from dataclasses import dataclass
 
-from . import targets, weights
+from . import weights
 from .errors import TargetError
-from .slot import Slot
+from .slot import find_slots
 
 
 @dataclass
@@ -83,17 +83,9 @@ def layer_status(path, slot):
 def get_layer_status(model):
     """[LayerStatus] of each layer with adapters, in the order of the model. Takes a
     PeftModel, or a model that inject_adapter_in_model has changed."""
-    root = (
-        getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
-    )
-    slots = {path: module for path, _, _, module in targets.walk(root)}
-    if isinstance(root, Slot):
-        slots = {"": root} | slots
-    found = [
-        layer_status(path, slot)
-        for path, slot in slots.items()
-        if isinstance(slot, Slot) and slot.adapters
-    ]
+    root = getattr(model, "base_model", model)
+    slots = find_slots(root if hasattr(model, "peft_config") else model)
+    found = [layer_status(path, s) for path, s in slots.items() if s.adapters]
     if not found:
         raise TargetError(f"this {type(model).__name__} has no adapters")
     return found

@@ -40,17 +40,15 @@ def modules_by_path(model):
     return {path: unwrap_slot(module) for path, _, _, module in walk(model)}
 
 
+def paths_of(modules, is_kind):
+    """The paths of those of {path: module} that are of a kind."""
+    return [path for path, module in modules.items() if is_kind(module)]
+
+
 def bare_modules(model):
     """The model and every module below it once, parents first, without slots and
     adapters."""
     return [unwrap_slot(model), *modules_by_path(model).values()]
-
-
-def progress(items, what):
-    """Shows progress over a list of layers, once it takes longer than three seconds."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, delay=3, leave=False)
 
 
 # ---- names ---------------------------------------------------------------------------

@@ -109,65 +109,47 @@ def combine_factors(old, weights, kind, rank, svd=(), density=None, majority="to
 # ---- adapters ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(kw_only=True)
 class Combination:
-    """A weighted sum of adapters: the new one's configuration, and what makes its
-    tensors."""
+    """A weighted sum of adapters: the new one's `config`, and what makes its tensors.
+    Raises ConfigError where they cannot be combined so.
 
-    adapters: list  # {path: adapter} of each old adapter
-    weights: list  # one for each
-    paths: list  # of the layers, in the order of the model
-    config: object = None
-    combination_type: str = "linear"
-    rank: int = 0
-    options: dict = dataclasses.field(default_factory=dict)  # of combine_factors
-    copies: dict = dataclasses.field(default_factory=dict)  # modules_to_save
+    configs, adapters ({path: adapter}) and weights: of each old one. paths: in the
+    order of the model. options: those of PeftModel.add_weighted_adapter.
+    """
 
-    def at(self, path):
-        """[(old adapter, its weight)] of those that stand there"""
-        pairs = zip(self.adapters, self.weights)
-        return [(by_path[path], w) for by_path, w in pairs if path in by_path]
+    def __init__(self, configs, adapters, weights, paths, **options):
+        check_weights(configs, weights)
+        self.copies = module_copies(adapters)
+        self.old = {  # path: [(adapter, its weight)] of those that stand there
+            path: [(at[path], w) for at, w in zip(adapters, weights) if path in at]
+            for path in paths
+            if path not in self.copies
+        }
+        self.options = options
+        all_ia3 = all(type(config) is IA3Config for config in configs)
+        self.combine = combine_ia3s if all_ia3 else combine_loras
+        make_config = ia3_config if all_ia3 else lora_config
+        self.config = make_config(configs, self.old, **options)
+        self.config.modules_to_save = sorted(self.copies) or None
+        if len(configs) == 1:  # it is scaled, whatever is asked for, as in PEFT
+            options["combination_type"] = "linear"
 
     @torch.no_grad()
     def tensors(self):
         """{key: tensor} of the new adapter"""
-        combine = ia3_tensors if isinstance(self.config, IA3Config) else lora_tensors
-        found = {}
-        for path in self.paths:
-            for name, tensor in combine(self, path).items():
-                found[tensor_key(path, name)] = tensor
-        for path, copy in self.copies.items():
-            for name, tensor in copy.to_file().items():
-                found[tensor_key(path, name)] = tensor
-        return found
+        parts = {
+            path: self.combine(here, self.config, **self.options)
+            for path, here in self.old.items()
+        }
+        parts |= {path: copy.to_file() for path, copy in self.copies.items()}
+        return {
+            tensor_key(path, name): tensor
+            for path, part in parts.items()
+            for name, tensor in part.items()
+        }
 
 
-def ia3_tensors(combination, path):
-    here = combination.at(path)
-    vectors = [adapter.ia3_l for adapter, _ in here]
-    return {"ia3_l": weighted_sum(vectors, [w for _, w in here], "linear")}
-
-
-def lora_tensors(combination, path):
-    here = combination.at(path)
-    old = [(*adapter.factors, adapter.scaling) for adapter, _ in here]
-    weights = [w for _, w in here]
-    kind = combination.combination_type
-    rank = combination.rank
-    A, B = combine_factors(old, weights, kind, rank, **combination.options)
-    # where fewer than `rank` come together, the rest is zero
-    A = torch.nn.functional.pad(A, (0, 0, 0, rank - len(A)))
-    B = torch.nn.functional.pad(B, (0, rank - B.shape[1]))
-    names = here[0][0].state_dict()  # A's name, B's name
-    return dict(zip(names, (A, B)))
-
-
-def plan_combination(configs, adapters, weights, paths, **options):
-    """The Combination of adapters. Raises ConfigError where they cannot be combined so.
-
-    configs, adapters ({path: adapter}) and weights: of each. paths: in the order of the
-    model. options: those of PeftModel.add_weighted_adapter.
-    """
+def check_weights(configs, weights):
     if not isinstance(weights, (list, tuple)):
         raise ConfigError(
             f"weights = {io.brief(weights)}: expected a list of numbers, one for each"
@@ -180,16 +162,6 @@ def plan_combination(configs, adapters, weights, paths, **options):
         )
     for weight in weights:
         io.check_number("weight", weight, error=ConfigError)
-    copies = module_copies(adapters)
-    paths = [path for path in paths if path not in copies]
-    plan = Combination(adapters=adapters, weights=weights, paths=paths, copies=copies)
-    if all(type(config) is IA3Config for config in configs):
-        check_ia3(options)
-        plan_ia3(plan, configs)
-    else:
-        plan_loras(plan, configs, **options)
-    plan.config.modules_to_save = sorted(copies) or None
-    return plan
 
 
 def module_copies(adapters):
@@ -209,38 +181,6 @@ def module_copies(adapters):
     return copies
 
 
-def check_ia3(options):
-    """IA3s have one way to be combined, the weighted sum of their vectors, as in PEFT:
-    raises ConfigError where another is asked for."""
-    kind = options["combination_type"]
-    if kind not in ("svd", "linear"):  # PEFT's default, or what is done
-        raise ConfigError(
-            f"combination_type = {io.brief(kind)}: IA3s are combined by the weighted"
-            " sum of their vectors; expected 'linear'"
-        )
-    for name in ("svd_rank", "density"):
-        if options[name] is not None:
-            raise ConfigError(
-                f"{name} = {options[name]!r} has no effect on IA3s: leave it out"
-            )
-
-
-def plan_ia3(plan, configs):
-    scales_input = []
-    for path in plan.paths:
-        shapes = {adapter.ia3_l.shape for adapter, _ in plan.at(path)}
-        if len(shapes) > 1:
-            raise ConfigError(
-                f"{path}: one of the adapters scales its input, another its output"
-                " (feedforward_modules)"
-            )
-        if shapes.pop()[0] == 1:  # (1, d_in)
-            scales_input.append(path)
-    plan.config = dataclasses.replace(
-        configs[0], feedforward_modules=scales_input, **only_at(plan.paths)
-    )
-
-
 def only_at(paths):
     """Fields that choose just these layers."""
     return dict(
@@ -252,70 +192,96 @@ def only_at(paths):
     )
 
 
-def plan_loras(plan, configs, combination_type, svd_rank, **options):
-    if svd_rank is not None:
-        io.check_number("svd_rank", svd_rank, whole=True, least=1, error=ConfigError)
-        if not combination_type_of(configs, combination_type).endswith("svd"):
-            warnings.warn(
-                f"combination_type {combination_type!r} keeps the ranks: svd_rank ="
-                f" {svd_rank} is not used",
-                stacklevel=5,
+def ia3_config(configs, old, combination_type, svd_rank, density, **_):
+    """IA3s are combined in one way, the weighted sum of their vectors, as in PEFT: any
+    other is a ConfigError."""
+    if combination_type not in ("svd", "linear"):  # PEFT's default, or what is done
+        raise ConfigError(
+            f"combination_type = {io.brief(combination_type)}: IA3s are combined by the"
+            " weighted sum of their vectors; expected 'linear'"
+        )
+    for name, value in (("svd_rank", svd_rank), ("density", density)):
+        if value is not None:
+            raise ConfigError(f"{name} = {value!r} has no effect on IA3s: leave it out")
+    for path, here in old.items():
+        if len({adapter.ia3_l.shape for adapter, _ in here}) > 1:
+            raise ConfigError(
+                f"{path}: one of the adapters scales its input, another its output"
+                " (feedforward_modules)"
             )
-    clamp, _, driver = options["svd"]
-    if clamp is not None:
-        io.check_number("svd_clamp", clamp, least=0, most=1, error=ConfigError)
-    if driver is not None:
-        io.check_choice("svd_driver", driver, SVD_DRIVERS, ConfigError)
-    majorities = ("total", "frequency")
-    io.check_choice(
-        "majority_sign_method", options["majority"], majorities, ConfigError
-    )
-    ranks = check_loras(configs, combination_type, options["density"])
-    kind = combination_type_of(configs, combination_type)
-    if not thins_out(kind):
-        options["density"] = None
-    for path in plan.paths:
-        here = [len(adapter.factors[0]) for adapter, _ in plan.at(path)]
-        check_ranks(path, here, kind)
-    plan.combination_type = kind
-    plan.rank = sum(ranks) if kind == "cat" else max(ranks)
-    if kind.endswith("svd"):
-        plan.rank = svd_rank or plan.rank
-    plan.options = options
+    scales_input = [path for path, here in old.items() if here[0][0].feedforward]
+    fields = only_at(old) | {"feedforward_modules": scales_input}
+    return dataclasses.replace(configs[0], **fields)
+
+
+def combine_ia3s(here, config, **_):
+    vectors = [adapter.ia3_l for adapter, _ in here]
+    return {"ia3_l": weighted_sum(vectors, [w for _, w in here], "linear")}
+
+
+def lora_config(configs, old, combination_type, svd_rank, svd, density, majority):
+    """The new LoRA has scaling 1."""
+    check_loras(configs, combination_type, svd_rank, svd, density, majority)
+    ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
+    rank = sum(ranks) if combination_type == "cat" else max(ranks)
+    if len(configs) > 1:
+        if combination_type.endswith("svd"):
+            rank = svd_rank or rank
+        check_ranks("", ranks, combination_type)
+        for path, here in old.items():
+            here = [len(adapter.factors[0]) for adapter, _ in here]
+            check_ranks(path, here, combination_type)
     init = configs[0].init_lora_weights
-    plan.config = dataclasses.replace(
-        configs[0],
-        r=plan.rank,
-        lora_alpha=plan.rank,
-        use_rslora=False,
-        rank_pattern={},
-        alpha_pattern={},
-        init_lora_weights=init if isinstance(init, bool) else True,  # base untouched
-        **only_at(plan.paths),
-    )
+    fields = only_at(old) | {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": init if isinstance(init, bool) else True,  # base untouched
+    }
+    return dataclasses.replace(configs[0], **fields)
 
 
-def combination_type_of(configs, combination_type):
-    """A single LoRA is scaled, whatever is asked for, as in PEFT."""
-    return "linear" if len(configs) == 1 else str(combination_type)
+def combine_loras(here, config, combination_type, svd, density, majority, **_):
+    factors = [(*adapter.factors, adapter.scaling) for adapter, _ in here]
+    weights = [w for _, w in here]
+    density = density if thins_out(combination_type) else None
+    kind, rank = combination_type, config.r
+    A, B = combine_factors(factors, weights, kind, rank, svd, density, majority)
+    # where fewer than `rank` come together, the rest is zero
+    A = torch.nn.functional.pad(A, (0, 0, 0, rank - len(A)))
+    B = torch.nn.functional.pad(B, (0, rank - B.shape[1]))
+    names = here[0][0].state_dict()  # A's name, B's name
+    return dict(zip(names, (A, B)))
 
 
 def thins_out(combination_type):
     return any(word in combination_type for word in ("ties", "dare", "magnitude"))
 
 
-def check_loras(configs, combination_type, density):
-    """The ranks of the adapters. Raises ConfigError where they cannot be combined
-    so."""
-    io.check_choice(
-        "combination_type", combination_type, COMBINATION_TYPES, ConfigError
-    )
+def check_loras(configs, combination_type, svd_rank, svd, density, majority):
+    """Raise ConfigError for adapters or options that make no combination; warn of
+    options that have no effect on it."""
     for config in configs:
         if type(config) is not LoraConfig or config.use_dora or config.lora_bias:
             raise ConfigError(
                 f"{type(config).__name__}: only plain LoRAs (without use_dora and"
                 " lora_bias) can be combined, or only IA3s"
             )
+    for name, value, valid in (
+        ("combination_type", combination_type, COMBINATION_TYPES),
+        ("svd_driver", svd[2], (None, *SVD_DRIVERS)),
+        ("majority_sign_method", majority, ("total", "frequency")),
+    ):
+        io.check_choice(name, value, valid, ConfigError)
+    bounds = {"also": (None,), "error": ConfigError}
+    io.check_number("svd_rank", svd_rank, whole=True, least=1, **bounds)
+    io.check_number("svd_clamp", svd[0], least=0, most=1, **bounds)
+    unused = []
+    truncates = combination_type.endswith("svd") and len(configs) > 1
+    if svd_rank is not None and not truncates:
+        unused.append(f"keeps the ranks: svd_rank = {svd_rank}")
     if thins_out(combination_type):
         io.check_number(
             f"{combination_type} needs a density, the share of entries that stay:"
@@ -325,14 +291,11 @@ def check_loras(configs, combination_type, density):
             error=ConfigError,
         )
     elif density is not None:
+        unused.append(f"keeps every entry: density = {density}")
+    for what in unused:
         warnings.warn(
-            f"combination_type {combination_type!r} keeps every entry: density ="
-            f" {density} is not used",
-            stacklevel=6,
+            f"combination_type {combination_type!r} {what} is not used", stacklevel=5
         )
-    ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
-    check_ranks("", ranks, combination_type if len(configs) > 1 else "cat")
-    return ranks
 
 
 def check_ranks(path, ranks, combination_type):

@@ -209,22 +209,23 @@ def write_weight(layer, weight, lossy=False):
     """Store a dense weight (d_out, d_in). A quantised layer would round it: refused,
     unless `lossy`.
 
-    Returns the norms of what rounding did to it, and of the change that was to be
-    written."""
-    weight, dense = weight.detach(), is_dense(layer)
-    if not dense and not lossy:
+    Returns the norms of the rounding error and of the change, or None where nothing is
+    rounded."""
+    weight = weight.detach()
+    if is_dense(layer):
+        storage(layer).write(layer, weight)
+        return None
+    if not lossy:
         raise NotMergeableError(
             f"merging into a 4-bit {type(layer).__name__} rounds the result to 4 bits"
             " again. Pass dequantize=True to merge_and_unload for a dense model, merge"
             " into the base loaded in 16 or 32 bits, or pass lossy=True to accept the"
             " loss"
         )
-    before = None if dense else read_weight(layer)
+    before = read_weight(layer)
     storage(layer).write(layer, weight)
-    if not dense:
-        return float((read_weight(layer) - weight).norm()), float(
-            (weight - before).norm()
-        )
+    error = read_weight(layer) - weight
+    return float(error.norm()), float((weight - before).norm())
 
 
 def is_dense(layer):

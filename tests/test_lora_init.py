@@ -207,7 +207,7 @@ class TestPissaAndOlora:
         with model.disable_adapter():
             differ(run(model), run(plain), 1e-2)
         differ(run(copy.deepcopy(model).unload()), run(plain), 1e-2)
-        for path, slot, _ in model._slots():
+        for path, slot in model._slots().items():
             if slot.adapters:
                 adapter, W = (
                     slot.adapters["default"],

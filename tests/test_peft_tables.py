@@ -115,7 +115,7 @@ class TestDefaultTargets:
             if isinstance(module, layer)
         }
         ours = get_peft_model(tiny(family), getattr(minipeft, name)(**extra))
-        assert {path for path, _, _ in ours._slots() if path} == wanted
+        assert {path for path in ours._slots() if path} == wanted
         if name == "IA3Config":
             scaled = [m for m in model.modules() if getattr(m, "is_feedforward", False)]
             adapters = ours._adapters_by_path("default").values()

@@ -18,6 +18,7 @@ from ..io import (
     parse_json,
     read_safetensors,
     whole,
+    with_prefix,
     write_safetensors,
 )
 from ..quant.optimizers import load_uncast
@@ -103,15 +104,10 @@ def load_checkpoint(path, model, optimizer=None, after_step=None):
     state, and into after_step, where they are given); returns the metadata."""
     saved, header = read_safetensors(path)
     metadata = parse_metadata(path, header)
-    found = {
-        name.removeprefix("model."): t
-        for name, t in saved.items()
-        if name.startswith("model.")
-    }
+    found = with_prefix(saved, "model.")
     check_fits(path, found, drop_shared(trained_tensors(model)))
     if after_step is not None:
-        kept = {k: t for k, t in saved.items() if k.startswith("after.")}
-        after_step.load_state_dict({k.removeprefix("after."): kept[k] for k in kept})
+        after_step.load_state_dict(with_prefix(saved, "after."))
     for name, tensor in trained_tensors(model).items():
         if name in found:
             tensor.detach().copy_(like(found[name], tensor))
@@ -151,20 +147,13 @@ def check_fits(path, found, expected):
 def optimizer_state(saved, metadata):
     """The state_dict of an optimizer: tensors from the file, the rest from its
     header."""
-    values = {
-        name.removeprefix("optimizer."): t
-        for name, t in saved.items()
-        if name.startswith("optimizer.")
-    }
+    values = with_prefix(saved, "optimizer.") | metadata["scalars"]
     state = {}
-    for key, value in {**values, **metadata["scalars"]}.items():
+    for key, value in values.items():
         i, name = key.split(".", 1)
         state.setdefault(int(i), {})[name] = value
-    groups = [
-        {
-            k: tuple(v) if isinstance(v, list) and k != "params" else v
-            for k, v in g.items()
-        }
-        for g in metadata["groups"]
-    ]
+    groups = metadata["groups"]
+    for group in groups:  # JSON has no tuples
+        lists = [k for k, v in group.items() if isinstance(v, list) and k != "params"]
+        group |= {k: tuple(group[k]) for k in lists}
     return {"state": state, "param_groups": groups}

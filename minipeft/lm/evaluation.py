@@ -4,11 +4,11 @@ of what the model writes."""
 import math
 
 import torch
-from tqdm import tqdm
 
-from ..io import check_number
+from .. import io
 from .data import Batches, DataError, check_ids, max_tokens
 from .generation import generate as write_texts
+from .generation import in_mode
 from .gpt import GPT
 
 
@@ -21,6 +21,11 @@ def fast_loss(model):
     """Our GPT can apply its head only where a label is, which saves a small model much
     of its time. Others get {}."""
     return {"labels_only": True} if isinstance(unwrap_peft(model), GPT) else {}
+
+
+def count_labels(batch):
+    """Labels of a batch that count: all but -100, and none for the first token."""
+    return (batch["labels"][:, 1:] != -100).sum().item()
 
 
 @torch.no_grad()
@@ -38,21 +43,15 @@ def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=
         check_ids(model, [rows.largest_id()])
         batches = rows.in_order()
     device = next(model.parameters()).device
-    was_training = model.training
     total = count = 0
-    model.eval()
-    try:
-        for batch in tqdm(
-            batches, desc="loss", disable=not progress, leave=False, delay=3
-        ):
-            n = (batch["labels"][:, 1:] != -100).sum().item()
+    with in_mode(model, training=False):
+        for batch in io.progress(batches, "loss", progress):
+            n = count_labels(batch)
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = model(**batch, **fast_loss(model)).loss
             total += loss.item() * n
             count += n
-    finally:
-        model.train(was_training)
     loss = total / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
 
@@ -80,8 +79,8 @@ def evaluate(
                            order
     max_new_tokens: None leaves room for the longest true completion and a little more.
     """
-    if limit is not None:
-        check_number("limit", limit, whole=True, least=1, error=DataError)
+    bounds = {"least": 1, "also": (None,)}
+    io.check_number("limit", limit, whole=True, **bounds, error=DataError)
     score = getattr(data, "score", None)
     if hasattr(data, "train"):  # a Task
         if split not in ("train", "valid", "test"):
@@ -100,13 +99,7 @@ def evaluate(
         max_new_tokens = 8 + max(lengths)
     texts = []
     many = 4 * batch_size
-    for at in tqdm(
-        range(0, len(examples), many),
-        desc="writing",
-        disable=not progress,
-        leave=False,
-        delay=3,
-    ):
+    for at in io.progress(range(0, len(examples), many), "writing", progress):
         prompts = [example.prompt for example in examples[at : at + many]]
         texts += write_texts(
             model, tokenizer, prompts, max_new_tokens, batch_size=batch_size

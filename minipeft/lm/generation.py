@@ -9,6 +9,7 @@ used.
 import inspect
 import os
 import warnings
+from contextlib import contextmanager
 
 import torch
 
@@ -21,10 +22,8 @@ from .user_data import trim
 def check_sampling(temperature=0.0, top_k=None, top_p=None, generator=None):
     """ValueError for settings that mean nothing."""
     check_number("temperature", temperature, least=0)
-    if top_k is not None:
-        check_number("top_k", top_k, whole=True, least=1, also=", or None")
-    if top_p is not None:
-        check_number("top_p", top_p, above=0, most=1, also=", or None")
+    check_number("top_k", top_k, whole=True, least=1, also=(None,))
+    check_number("top_p", top_p, above=0, most=1, also=(None,))
 
 
 def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
@@ -47,6 +46,17 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
         late[:, 0] = False
         logits = logits.masked_fill(late.scatter(-1, order, late), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@contextmanager
+def in_mode(model, training=True):
+    """Within it the model is in training mode, or in evaluation mode."""
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def pick_rows(past, rows):
@@ -98,9 +108,7 @@ def decode(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling)
     position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
     alive = list(range(len(rows)))
     past = None
-    was_training = model.training
-    model.eval()
-    try:
+    with in_mode(model, training=False):
         for step in range(1, max_new_tokens + 1):
             if adapter_names is not None:
                 extra["adapter_names"] = [adapter_names[i] for i in alive]
@@ -134,8 +142,6 @@ def decode(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling)
                 past = pick_rows(past, at)
                 alive = [alive[b] for b in keep]
             mask = torch.cat((mask, mask.new_ones(len(keep), 1)), dim=1)
-    finally:
-        model.train(was_training)
 
 
 def seeded_generator(model, seed):
@@ -268,21 +274,20 @@ def generate(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampling["generator"] = seeded_generator(model, seed)
 
-    def write(writers, names):
-        rows = [writer.row for writer in writers]
+    def write(batch):  # the numbers of some prompts
+        rows = [writers[i].row for i in batch]
+        names = adapter_names and [adapter_names[i] for i in batch]
 
         def is_over(b, token):
-            return writers[b].is_over(token)
+            return writers[batch[b]].is_over(token)
 
-        yield from decode(model, rows, max_new_tokens, is_over, names, **sampling)
+        return decode(model, rows, max_new_tokens, is_over, names, **sampling)
 
     def steps():
         # like lengths together: less padding
         order = sorted(range(len(writers)), key=lambda i: len(writers[i].row))
         for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            names = adapter_names and [adapter_names[i] for i in batch]
-            yield from write([writers[i] for i in batch], names)
+            yield from write(order[start : start + batch_size])
 
     def pieces():
         for _ in steps():

@@ -102,8 +102,7 @@ class GPTConfig:
             check_number(name, getattr(self, name), whole=True, least=1)
         check_number("num_hidden_layers", self.num_hidden_layers, most=MAX_LAYERS)
         for name in ("num_key_value_heads", "head_dim", "sliding_window"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), whole=True, least=1)
+            check_number(name, getattr(self, name), whole=True, least=1, also=(None,))
         check_number("norm_eps", self.norm_eps, least=0)
         check_number("rope_theta", self.rope_theta, above=0)
         check_number("initializer_range", self.initializer_range, least=0)
@@ -112,17 +111,9 @@ class GPTConfig:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             ids = getattr(self, name)
             least = -1 if name == "pad_token_id" else 0  # LLaMA-1's files have pad -1
-            most = self.vocab_size - 1
+            bounds = {"least": least, "most": self.vocab_size - 1, "also": (None,)}
             for token in ids if isinstance(ids, list) else [ids]:
-                if token is not None:
-                    check_number(
-                        name,
-                        token,
-                        whole=True,
-                        least=least,
-                        most=most,
-                        also=", or null",
-                    )
+                check_number(name, token, whole=True, **bounds)
 
     def _fill_heads(self):
         heads = self.num_attention_heads

@@ -316,14 +316,10 @@ def quantization_config(packed):
     """What config.json says of layers in 4 bits, {path: layer}."""
     first = next(iter(packed.values()))
     if isinstance(first, Linear4bit):
-        kind, double, size = first.quant_type, first.double_quant, first.block_size
+        fields = first.quant_type, first.double_quant, first.block_size
     else:  # bitsandbytes' own
         weight = first.weight
-        kind, double, size = (
-            weight.quant_type,
-            weight.compress_statistics,
-            weight.blocksize,
-        )
-    return BitsAndBytesConfig(
-        True, kind, double, first.compute_dtype, block_size=size
-    ).to_dict()
+        fields = weight.quant_type, weight.compress_statistics, weight.blocksize
+    kind, double, size = fields
+    dtype = first.compute_dtype
+    return BitsAndBytesConfig(True, kind, double, dtype, block_size=size).to_dict()

@@ -261,9 +261,8 @@ def activation_bytes(model, batch_size, seq_len, labels=None):
         counter.numel += d if counter.widened else 0
     total = int(counter.numel * tokens * size)
     if rotated:
-        total += rotary_bytes(
-            config.head_dim, seq_len, size, 1 if cut else rotated, cut
-        )
+        layers = 1 if cut else rotated
+        total += rotary_bytes(config.head_dim, seq_len, size, layers, cut)
     total += positions * seq_len * 8  # the positions' numbers: once
     total += counter.needs_grad * tokens  # where the labels are
     if counter.needs_grad or is_trained(gpt.lm_head):

@@ -87,23 +87,24 @@ def induction_head(model, strength=3.0, sharpness=2.0):
     f = [config.rope_theta ** (-j / half) for j in range(half)]
     for j in range(4):
         first.k_proj.bias[j] = strength
-        first.q_proj.bias[j], first.q_proj.bias[j + half] = (
-            strength * math.cos(f[j]),
-            -strength * math.sin(f[j]),
-        )
-    # (h, d), orthonormal rows
-    seen, handed, said = (
-        torch.linalg.qr(torch.randn(config.hidden_size, h))[0].T for _ in range(3)
-    )
-    first.v_proj.weight[:h], first.o_proj.weight[:, :h] = 0.2 * seen, 0.2 * handed.T
+        first.q_proj.bias[j] = strength * math.cos(f[j])
+        first.q_proj.bias[j + half] = -strength * math.sin(f[j])
+    seen, handed, said = (orthonormal(h, config.hidden_size) for _ in range(3))
+    first.v_proj.weight[:h] = 0.2 * seen
+    first.o_proj.weight[:, :h] = 0.2 * handed.T
     slow = [j for j in range(half) if f[j] < 0.02]
     slow += [j + half for j in slow]
-    second.q_proj.weight[:h], second.k_proj.weight[:h] = 0.0, 0.0
-    second.q_proj.weight[slow], second.k_proj.weight[slow] = (
-        sharpness * seen[slow],
-        sharpness * handed[slow],
-    )
-    second.v_proj.weight[:h], second.o_proj.weight[:, :h] = 0.2 * said, 0.2 * said.T
+    second.q_proj.weight[:h] = 0.0
+    second.k_proj.weight[:h] = 0.0
+    second.q_proj.weight[slow] = sharpness * seen[slow]
+    second.k_proj.weight[slow] = sharpness * handed[slow]
+    second.v_proj.weight[:h] = 0.2 * said
+    second.o_proj.weight[:, :h] = 0.2 * said.T
+
+
+def orthonormal(h, d):
+    """Random orthonormal rows, (h, d)."""
+    return torch.linalg.qr(torch.randn(d, h))[0].T
 
 
 @torch.no_grad()
@@ -134,27 +135,21 @@ def name_head(model, names, recency=3.0, strength=3.0, sharpness=2.0):
     first.q_proj.bias[query][near], first.k_proj.bias[key][near] = recency, recency
     first.q_proj.bias[query][half - 1] = strength  # the slowest: no matter how far
     first.k_proj.weight[key][half - 1] = strength * name
-    who, handed, said = (
-        torch.linalg.qr(torch.randn(config.hidden_size, h))[0].T for _ in range(3)
-    )
+    who, handed, said = (orthonormal(h, config.hidden_size) for _ in range(3))
     first.v_proj.weight[key], first.o_proj.weight[:, query] = 0.2 * who, 0.2 * handed.T
     slow = [j for j in range(half) if f[j] < 0.02]
     for dims, asks, finds in ((slow[::2], token, before), (slow[1::2], handed, handed)):
         dims = dims + [j + half for j in dims]
-        second.q_proj.weight[query][dims], second.k_proj.weight[key][dims] = (
-            sharpness * asks[dims],
-            sharpness * finds[dims],
-        )
+        second.q_proj.weight[query][dims] = sharpness * asks[dims]
+        second.k_proj.weight[key][dims] = sharpness * finds[dims]
     second.v_proj.weight[key], second.o_proj.weight[:, query] = 0.2 * said, 0.2 * said.T
 
 
 def copy_batch(pool, generator, rows=16, length=64):
     """Repeated random rows: token ids (rows, length) of the pool, and labels: places in
     the pool, -100 until the first repetition."""
-    ids, labels = (
-        torch.empty(rows, length, dtype=torch.long),
-        torch.full((rows, length), -100),
-    )
+    ids = torch.empty(rows, length, dtype=torch.long)
+    labels = torch.full((rows, length), -100)
     for row in range(rows):
         period = int(torch.randint(4, 25, (1,), generator=generator))
         unit = torch.randint(len(pool), (period,), generator=generator)
@@ -177,21 +172,17 @@ def recall_batch(pool, names, generator, rows=16, length=64):
     def draw(count):
         return pool[torch.randint(len(pool), (count,), generator=generator)].tolist()
 
-    ids, labels = (
-        torch.empty(rows, length, dtype=torch.long),
-        torch.empty(rows, length, dtype=torch.long),
-    )
+    ids = torch.empty(rows, length, dtype=torch.long)
+    labels = torch.empty(rows, length, dtype=torch.long)
     for row in range(rows):
         count = number(2, 5)
         who = names[torch.randperm(len(names), generator=generator)[:count]].tolist()
         values = torch.randperm(len(pool), generator=generator)[:count].tolist()
-        before, statement, after, ask, last = (
-            draw(number(0, 3)),
-            draw(number(0, 5)),
-            draw(number(0, 3)),
-            draw(number(0, 4)),
-            draw(1),
-        )
+        before = draw(number(0, 3))
+        statement = draw(number(0, 5))
+        after = draw(number(0, 3))
+        ask = draw(number(0, 4))
+        last = draw(1)
         end = draw(number(0, 4)) + last
         text = [
             token
@@ -203,10 +194,8 @@ def recall_batch(pool, names, generator, rows=16, length=64):
             i = number(0, count)
             text += [*ask, who[i], *end, int(pool[values[i]])]
             label += [-100] * (len(ask) + 1 + len(end)) + [values[i]]
-        ids[row], labels[row] = (
-            torch.tensor(text[:length]),
-            torch.tensor(label[:length]),
-        )
+        ids[row] = torch.tensor(text[:length])
+        labels[row] = torch.tensor(label[:length])
     return ids, labels
 
 
@@ -247,10 +236,8 @@ def copy_warmup(model, names, seed=0, lr=3e-3, until=(0.95, 0.85), most=1200):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         for i, (skill, (logit, target)) in enumerate(zip(accuracies, halves)):
-            seen = target >= 0
-            accuracies[skill].append(
-                (logit.argmax(-1) == target)[seen].float().mean().item()
-            )
+            right = (logit.argmax(-1) == target)[target >= 0]
+            accuracies[skill].append(right.float().mean().item())
             running[i] += 0.1 * (accuracies[skill][-1] - running[i])
         bar.set_postfix(
             {skill: f"{value:.2f}" for skill, value in zip(accuracies, running)}
@@ -338,14 +325,8 @@ def fill_row(waiting, length):
 
 def name_tokens(tokenizer):
     """Token ids of all first names, (n,)."""
-    return torch.tensor(
-        [
-            ids[0]
-            for ids in map(tokenizer.encode, words.WOMEN + words.MEN)
-            if len(ids) == 1
-        ],
-        dtype=torch.long,
-    )
+    names = map(tokenizer.encode, words.WOMEN + words.MEN)
+    return torch.tensor([ids[0] for ids in names if len(ids) == 1], dtype=torch.long)
 
 
 def rounded(numbers):

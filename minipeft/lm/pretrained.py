@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from ..io import did_you_mean
+from ..io import did_you_mean, progress, with_prefix
 from ..lanternwick import DATA
 from ..quant.bitsandbytes import from_bitsandbytes
 from ..quant.linear4bit import (
@@ -200,9 +199,8 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
     where = locate(folder, model, layout, packed)
     make = BACKENDS[options.pop("backend")] if options else None
     device = device or "cpu"
-    progress = tqdm(layout.items(), desc=f"loading {base_name(name)}", delay=3)
     with Weights(where, keep_open=not chosen) as weights:
-        for key, names in progress:
+        for key, names in progress(layout.items(), f"loading {base_name(name)}"):
             if key in packed:
                 layer, path, _ = owner(model, key)
                 chosen[path](read_packed(weights, key, layer, options, device))
@@ -260,8 +258,8 @@ class Weights(ExitStack):
 
     def beside(self, key):
         """{what is stored beside a packed weight: the tensor}"""
-        names = [name for name in self.where if name.startswith(f"{key}.")]
-        return {name[len(key) + 1 :]: self.read(name) for name in names}
+        beside = with_prefix(self.where, f"{key}.")
+        return {name: self.read(f"{key}.{name}") for name in beside}
 
 
 def read_packed(weights, key, layer, options, device):

@@ -4,27 +4,19 @@ device, without their weights."""
 import torch
 
 from ..io import check_choice
-from .gpt import GPT, GPTConfig
+from .gpt import GPT, SIZES, GPTConfig
 
-FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
+FIELDS = (*SIZES, "num_key_value_heads")
 TABLE = {
-    "llama-33b": (32000, 6656, 17920, 60, 52, 52, 2048),
-    "llama-65b": (32000, 8192, 22016, 80, 64, 64, 2048),
-    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 4096),
-    "llama-2-13b": (32000, 5120, 13824, 40, 40, 40, 4096),
-    "llama-2-70b": (32000, 8192, 28672, 80, 64, 8, 4096),
-    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 8192),
-    "llama-3-70b": (128256, 8192, 28672, 80, 64, 8, 8192),
-    "mistral-7b": (32000, 4096, 14336, 32, 32, 8, 32768),
-    "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 32768),
+    "llama-33b": (32000, 6656, 17920, 60, 52, 2048, 52),
+    "llama-65b": (32000, 8192, 22016, 80, 64, 2048, 64),
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 4096, 32),
+    "llama-2-13b": (32000, 5120, 13824, 40, 40, 4096, 40),
+    "llama-2-70b": (32000, 8192, 28672, 80, 64, 4096, 8),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8192, 8),
+    "llama-3-70b": (128256, 8192, 28672, 80, 64, 8192, 8),
+    "mistral-7b": (32000, 4096, 14336, 32, 32, 32768, 8),
+    "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 32768, 4),
 }
 MORE = {
     "llama-3-8b": {"rope_theta": 500_000.0},

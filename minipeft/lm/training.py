@@ -26,7 +26,8 @@ from ..quant import AdamW8bit, PagedAdamW
 from . import distributed
 from .checkpoint import load_checkpoint, read_metadata, save_checkpoint, trained_tensors
 from .data import Batches, check_ids, check_lengths, max_tokens
-from .evaluation import completion_loss, fast_loss
+from .evaluation import completion_loss, count_labels, fast_loss
+from .generation import in_mode
 
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -366,6 +367,7 @@ def train(
             stack.enter_context(locked(folder))
         if folder:
             run.open(Path(folder), resume)
+        stack.callback(optimizer.zero_grad, set_to_none=True)
         return run.loop(stop, progress)
 
 
@@ -470,17 +472,10 @@ class Run:
 
     def loop(self, stop, progress):
         steps = self.settings["steps"]
-        was_training = self.model.training
         first = self.history.steps
-        bar = tqdm(
-            total=steps,
-            initial=first,
-            disable=not (progress and distributed.is_first()),
-            unit="step",
-            mininterval=0.5,
-        )
-        try:
-            self.model.train()
+        shown = progress and distributed.is_first()
+        options = {"unit": "step", "mininterval": 0.5, "disable": not shown}
+        with tqdm(total=steps, initial=first, **options) as bar, in_mode(self.model):
             for step in range(first, steps):
                 if not self.step(step):
                     self.history.stopped = "diverged"
@@ -491,10 +486,6 @@ class Run:
                 self.keep(step + 1, stop)
                 if self.history.stopped:
                     break
-        finally:
-            bar.close()
-            self.model.train(was_training)
-            self.optimizer.zero_grad(set_to_none=True)
         return self.history
 
     def step(self, step):
@@ -568,11 +559,6 @@ class Run:
 
     def save(self, file, optimizer=None, **metadata):
         save_checkpoint(file, self.model, optimizer, self.after_step, **metadata)
-
-
-def count_labels(batch):
-    """Labels of a batch that count: all but -100, and none for the first token."""
-    return (batch["labels"][:, 1:] != -100).sum().item()
 
 
 def count_tokens(batch):

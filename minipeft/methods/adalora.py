@@ -37,6 +37,71 @@ from .lora_config import LoraConfig
 from .scaling import check_rank
 
 
+class PrunableDelta(LinearDelta):
+    """The book-keeping of pruning: which of the init_r triplets a layer has."""
+
+    def __init__(self, rank_pattern):
+        super().__init__()
+        self.rank_pattern = rank_pattern  # [does this layer have the triplet?], init_r
+        self.kept = [True] * sum(rank_pattern)  # of those it has: [not pruned?]
+
+    def to_file(self):
+        """Only what is kept."""
+        kept = torch.tensor(self.kept, dtype=torch.bool)
+        return {
+            "lora_A": self.lora_A[kept],
+            "lora_B": self.lora_B[:, kept],
+            "lora_E": self.lora_E[kept],
+        }
+
+    def pruned_pattern(self):
+        """rank_pattern without what is pruned"""
+        kept = iter(self.kept)
+        return [there and next(kept) for there in self.rank_pattern]
+
+    def drop_pruned(self):
+        """Free the memory of the pruned triplets, for good. Create a new optimizer
+        afterwards."""
+        trained = self.lora_E.requires_grad
+        for name, tensor in self.to_file().items():
+            setattr(self, name, nn.Parameter(tensor.detach().clone(), trained))
+        self.rank_pattern = self.pruned_pattern()
+        self.kept = [True] * len(self.lora_E)
+
+
+class AdaLora(PrunableDelta):
+    """x (..., d_in) -> (..., d_out)"""
+
+    kernel = kernels.add_low_rank
+
+    def __init__(self, d_in, d_out, rank_pattern, scaling, dropout=0.0):
+        super().__init__(rank_pattern)
+        r = sum(rank_pattern)
+        self.lora_A = nn.Parameter(torch.randn(r, d_in))
+        self.lora_B = nn.Parameter(torch.randn(d_out, r))
+        self.lora_E = nn.Parameter(torch.randn(r, 1))
+        self.scaling = scaling
+        self.dropout = dropout
+
+    @property
+    def factors(self):
+        """diag(E) A (r, d_in), B (d_out, r)"""
+        return self.lora_A * self.lora_E, self.lora_B
+
+    def delta(self, base):
+        return self.scaling * self.lora_B @ (self.lora_E * self.lora_A)
+
+    def update(self, base, x):
+        EAx = F.linear(x, self.lora_E * self.lora_A)  # (..., r)
+        return self.scaling * F.linear(EAx, self.lora_B)
+
+    def regularization_loss(self):
+        """||A A^T - I|| + ||B^T B - I||"""
+        grams = self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B
+        identity = torch.eye(len(self.lora_E)).to(self.lora_E)
+        return sum(torch.linalg.norm(gram - identity) for gram in grams)
+
+
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
     """Hugging Face PEFT's fields and defaults."""
@@ -87,11 +152,12 @@ class AdaLoraConfig(LoraConfig):
 
     def create(self, base, path):
         check_rank(self.init_r, base.module, useful=False)
-        rows = (self.rank_pattern or {}).get(f"{path}.lora_E", [True] * self.init_r)
+        whole = [True] * self.init_r
+        pattern = (self.rank_pattern or {}).get(f"{path}.lora_E", whole)
         alpha = self.lora_alpha if self.lora_alpha > 0 else self.init_r
         scaling = alpha / (self.init_r + 1e-5)
         d_in, d_out = weights.linear_features(base.module)
-        adapter = AdaLora(d_in, d_out, rows, scaling, self.lora_dropout)
+        adapter = AdaLora(d_in, d_out, pattern, scaling, self.lora_dropout)
         if self.init_lora_weights:
             nn.init.zeros_(adapter.lora_E)
             nn.init.normal_(adapter.lora_A, std=0.02)
@@ -101,68 +167,3 @@ class AdaLoraConfig(LoraConfig):
     def regularization_loss(self, adapters):
         losses = [adapter.regularization_loss() for adapter in adapters]
         return self.orth_reg_weight * sum(losses) / (2 * len(losses))
-
-
-class PrunableDelta(LinearDelta):
-    """What pruning needs to know of a layer's triplets."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = rows  # which of the init_r triplets this layer has
-        self.kept = [True] * sum(rows)  # which of these are not pruned
-
-    def to_file(self):
-        """Only what is kept."""
-        kept = torch.tensor(self.kept, dtype=torch.bool)
-        return {
-            "lora_A": self.lora_A[kept],
-            "lora_B": self.lora_B[:, kept],
-            "lora_E": self.lora_E[kept],
-        }
-
-    def pattern(self):
-        """[is this triplet kept?] for all init_r"""
-        kept = iter(self.kept)
-        return [there and next(kept) for there in self.rows]
-
-    def drop_pruned(self):
-        """Free the memory of the pruned triplets, for good. Create a new optimizer
-        afterwards."""
-        trained = self.lora_E.requires_grad
-        for name, tensor in self.to_file().items():
-            setattr(self, name, nn.Parameter(tensor.detach().clone(), trained))
-        self.rows = self.pattern()
-        self.kept = [True] * len(self.lora_E)
-
-
-class AdaLora(PrunableDelta):
-    """x (..., d_in) -> (..., d_out)"""
-
-    kernel = kernels.add_low_rank
-
-    def __init__(self, d_in, d_out, rows, scaling, dropout=0.0):
-        super().__init__(rows)
-        r = sum(rows)
-        self.lora_A = nn.Parameter(torch.randn(r, d_in))
-        self.lora_B = nn.Parameter(torch.randn(d_out, r))
-        self.lora_E = nn.Parameter(torch.randn(r, 1))
-        self.scaling = scaling
-        self.dropout = dropout
-
-    @property
-    def factors(self):
-        """diag(E) A (r, d_in), B (d_out, r)"""
-        return self.lora_A * self.lora_E, self.lora_B
-
-    def delta(self, base):
-        return self.scaling * self.lora_B @ (self.lora_E * self.lora_A)
-
-    def update(self, base, x):
-        EAx = F.linear(x, self.lora_E * self.lora_A)  # (..., r)
-        return self.scaling * F.linear(EAx, self.lora_B)
-
-    def regularization_loss(self):
-        """||A A^T - I|| + ||B^T B - I||"""
-        grams = self.lora_A @ self.lora_A.T, self.lora_B.T @ self.lora_B
-        identity = torch.eye(len(self.lora_E)).to(self.lora_E)
-        return sum(torch.linalg.norm(gram - identity) for gram in grams)

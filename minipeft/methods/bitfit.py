@@ -22,6 +22,23 @@ from ..errors import TargetError
 from ..slot import Adapter
 
 
+class BitFit(Adapter):
+    """x (..., d_in) -> (..., d_out), for any module that ends by adding a bias, such as
+    a LayerNorm."""
+
+    def __init__(self, d_out, mergeable=True):
+        super().__init__()
+        self.bias_delta = nn.Parameter(torch.zeros(d_out))
+        self.mergeable = mergeable  # into a bias that exists
+
+    def forward(self, base, x):
+        y = base(x)
+        return (y + self.bias_delta).to(y.dtype)
+
+    def fold(self, base):
+        base.bias = base.bias + self.bias_delta
+
+
 @dataclass(kw_only=True)
 class BitFitConfig(LayerConfig):
     """Not in Hugging Face PEFT. target_modules=None: every module with a bias, norms
@@ -36,7 +53,7 @@ class BitFitConfig(LayerConfig):
     add_bias: bool = False
 
     def usual_targets(self, model, modules):
-        found = [path for path, module in modules.items() if has_bias(module)]
+        found = targets.paths_of(modules, has_bias)
         if not found and not self.add_bias:
             raise TargetError(
                 "this model has no biases to train: Llama-like models have none."
@@ -62,20 +79,3 @@ def has_bias(module):
         isinstance(getattr(module, "bias", None), nn.Parameter)
         and module.bias.dim() == 1
     )
-
-
-class BitFit(Adapter):
-    """x (..., d_in) -> (..., d_out), for any module that ends by adding a bias, such as
-    a LayerNorm."""
-
-    def __init__(self, d_out, mergeable=True):
-        super().__init__()
-        self.bias_delta = nn.Parameter(torch.zeros(d_out))
-        self.mergeable = mergeable  # into a bias that exists
-
-    def forward(self, base, x):
-        y = base(x)
-        return (y + self.bias_delta).to(y.dtype)
-
-    def fold(self, base):
-        base.bias = base.bias + self.bias_delta

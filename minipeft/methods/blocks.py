@@ -25,14 +25,11 @@ def find_sublayers(modules, wanted):
     alone; attention also takes masks, positions and caches. An adapter after attention
     is put at its last linear layer, which takes one tensor."""
     names, found = {}, []
+    all_linear = targets.paths_of(modules, weights.is_linear)
     for path, module in modules.items():
-        block, _, name = path.rpartition(".")
+        block = path.rpartition(".")[0]
         stack = modules.get(block.rpartition(".")[0])
-        linear = [
-            p
-            for p in modules
-            if p.startswith(f"{path}.") and weights.is_linear(modules[p])
-        ]
+        linear = [p for p in all_linear if p.startswith(f"{path}.")]
         if isinstance(stack, nn.ModuleList) and len(linear) > 1:
             alone = len(inspect.signature(module.forward).parameters) == 1
             if ("feed-forward" if alone else "attention") in wanted:
@@ -64,11 +61,11 @@ def norm_before_feed_forward(block):
     return norms[1]
 
 
-def first(output):
+def hidden_states(output):
     """The tensor of a layer's output: the output itself, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def with_first(output, y):
-    """The output with y in that tensor's place."""
+def with_hidden_states(output, y):
+    """`output` with y in the place of that tensor."""
     return (y, *output[1:]) if isinstance(output, tuple) else y

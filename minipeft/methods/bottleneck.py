@@ -36,18 +36,12 @@ from ..slot import Adapter
 from .blocks import (
     find_blocks,
     find_sublayers,
-    first,
+    hidden_states,
     in_out_features,
     norm_before_feed_forward,
-    with_first,
+    with_hidden_states,
 )
 
-# placement: (where in the block, reduction factor, non-linearity, scaling)
-PLACEMENTS = {
-    "houlsby": (("attention", "feed-forward"), 16, "swish", 1.0),
-    "pfeiffer": (("feed-forward",), 16, "relu", 1.0),
-    "parallel": (("feed-forward",), 2, "relu", 4.0),
-}
 ACTIVATIONS = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -58,7 +52,88 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "identity": lambda h: h,
 }
+
+
+class Bottleneck(Adapter):
+    """x (..., d) -> (..., d), beside its base or after it."""
+
+    def __init__(self, d_in, r, d_out, parallel, non_linearity, scaling):
+        super().__init__()
+        self.adapter_down = nn.Linear(d_in, r)  # weight (r, d_in)
+        self.adapter_up = nn.Linear(r, d_out)  # weight (d_out, r)
+        self.parallel = parallel
+        self.act = ACTIVATIONS[non_linearity]
+        self.scaling = nn.Parameter(torch.ones(1)) if scaling == "learned" else scaling
+
+    def reset_parameters(self, init):
+        if init == "mam":  # nn.Linear's own: uniform within 1 / sqrt(d_in)
+            nn.init.kaiming_uniform_(self.adapter_down.weight, a=5**0.5)
+        else:
+            nn.init.normal_(self.adapter_down.weight, std=0.02)
+        nn.init.normal_(self.adapter_up.weight, std=0.02 if init == "bert" else 0.0)
+        nn.init.zeros_(self.adapter_down.bias)
+        nn.init.zeros_(self.adapter_up.bias)
+
+    def update(self, h):  # s A(h)
+        h = self.act(self.adapter_down(self.adapter_input(h)))  # (..., r)
+        return self.scaling * self.adapter_up(h)
+
+    def forward(self, base, *args, **kwargs):
+        output = base(*args, **kwargs)
+        y = hidden_states(output)
+        # Hugging Face calls attention with hidden_states=x
+        x = args[0] if args else next(iter(kwargs.values()))
+        y = (y + self.update(x if self.parallel else y)).to(y.dtype)
+        return with_hidden_states(output, y)
+
+
+class ParallelToBlock(Bottleneck):
+    """Around a whole block, beside its feed-forward: reads the residual stream, the
+    input of the block's second norm."""
+
+    def forward(self, base, *args, **kwargs):
+        norm = norm_before_feed_forward(base.module)
+        with recorded_input(norm) as stream:
+            output = base(*args, **kwargs)
+        if not stream or stream[-1] is None:
+            raise RuntimeError(
+                "the residual stream cannot be read: the block's second norm did not"
+                " run, or ran without gradients, as in a reentrant checkpoint (expected"
+                " use_reentrant=False)"
+            )
+        y = hidden_states(output)
+        y = (y + self.update(stream[-1])).to(y.dtype)
+        return with_hidden_states(output, y)
+
+
+@contextmanager
+def recorded_input(module):
+    """Yields a list that collects the inputs of `module`. None stands for one that ran
+    without gradients although they were on, as a reentrant checkpoint does."""
+    inputs = []
+    grad = torch.is_grad_enabled()
+
+    def read(module, args):
+        inputs.append(args[0] if torch.is_grad_enabled() == grad else None)
+
+    handle = module.register_forward_pre_hook(read)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+# placement: (where in the block, reduction factor, non-linearity, scaling)
+PLACEMENTS = {
+    "houlsby": (("attention", "feed-forward"), 16, "swish", 1.0),
+    "pfeiffer": (("feed-forward",), 16, "relu", 1.0),
+    "parallel": (("feed-forward",), 2, "relu", 4.0),
+}
+
+
 INITS = ("identity", "bert", "mam")
+
+
 READS = ("sublayer", "stream")
 
 
@@ -100,12 +175,9 @@ class BottleneckConfig(LayerConfig):
             raise ConfigError(
                 "give r or reduction_factor, not both: r = d / reduction_factor"
             )
-        if self.r is not None:
-            self.check_positive("r")
-        if self.reduction_factor is not None:
-            self.check_number("reduction_factor", above=0)
-        if self.scaling not in (None, "learned"):
-            self.check_number("scaling", also=", or 'learned'")
+        self.check_number("r", whole=True, least=1, also=(None,))
+        self.check_number("reduction_factor", above=0, also=(None,))
+        self.check_number("scaling", also=(None, "learned"))
 
     def usual_targets(self, model, modules):
         if self.reads == "stream":
@@ -116,7 +188,7 @@ class BottleneckConfig(LayerConfig):
         config = super().resolve(model)
         if self.train_layernorm:
             modules = targets.modules_by_path(model)
-            norms = [path for path, m in modules.items() if weights.is_norm(m)]
+            norms = targets.paths_of(modules, weights.is_norm)
             names = targets.shortest_names(modules, norms)
             config.modules_to_save = sorted({*(self.modules_to_save or ()), *names})
         return config
@@ -133,71 +205,3 @@ class BottleneckConfig(LayerConfig):
         adapter = kind(d, r, d_out, parallel, act, scaling)
         adapter.reset_parameters(self.init)
         return adapter
-
-
-class Bottleneck(Adapter):
-    """x (..., d) -> (..., d), beside its base or after it."""
-
-    def __init__(self, d_in, r, d_out, parallel, non_linearity, scaling):
-        super().__init__()
-        self.adapter_down = nn.Linear(d_in, r)  # weight (r, d_in)
-        self.adapter_up = nn.Linear(r, d_out)  # weight (d_out, r)
-        self.parallel = parallel
-        self.act = ACTIVATIONS[non_linearity]
-        self.scaling = nn.Parameter(torch.ones(1)) if scaling == "learned" else scaling
-
-    def reset_parameters(self, init):
-        if init == "mam":  # nn.Linear's own: uniform within 1 / sqrt(d_in)
-            nn.init.kaiming_uniform_(self.adapter_down.weight, a=5**0.5)
-        else:
-            nn.init.normal_(self.adapter_down.weight, std=0.02)
-        nn.init.normal_(self.adapter_up.weight, std=0.02 if init == "bert" else 0.0)
-        nn.init.zeros_(self.adapter_down.bias)
-        nn.init.zeros_(self.adapter_up.bias)
-
-    def correction(self, h):  # s A(h)
-        h = self.act(self.adapter_down(self.adapter_input(h)))  # (..., r)
-        return self.scaling * self.adapter_up(h)
-
-    def forward(self, base, *args, **kwargs):
-        output = base(*args, **kwargs)
-        y = first(output)
-        # Hugging Face calls attention with hidden_states=x
-        x = args[0] if args else next(iter(kwargs.values()))
-        y = (y + self.correction(x if self.parallel else y)).to(y.dtype)
-        return with_first(output, y)
-
-
-class ParallelToBlock(Bottleneck):
-    """Stands at a whole block, and reads what the norm before feed-forward reads."""
-
-    def forward(self, base, *args, **kwargs):
-        norm = norm_before_feed_forward(base.module)
-        with recorded_input(norm) as stream:
-            output = base(*args, **kwargs)
-        if not stream or stream[-1] is None:
-            raise RuntimeError(
-                "the residual stream cannot be read: the block's second norm did not"
-                " run, or ran without gradients, as in a reentrant checkpoint (expected"
-                " use_reentrant=False)"
-            )
-        y = first(output)
-        y = (y + self.correction(stream[-1])).to(y.dtype)
-        return with_first(output, y)
-
-
-@contextmanager
-def recorded_input(module):
-    """Within it, the module's inputs are put into the list that it gives; None for one
-    that is read without gradients where there were some."""
-    inputs = []
-    grad = torch.is_grad_enabled()
-
-    def read(module, args):
-        inputs.append(args[0] if torch.is_grad_enabled() == grad else None)
-
-    handle = module.register_forward_pre_hook(read)
-    try:
-        yield inputs
-    finally:
-        handle.remove()

@@ -30,6 +30,47 @@ from ..slot import LinearDelta
 from .scaling import check_alpha, check_rank
 
 
+class DenseLora(LinearDelta):
+    """x (..., d_in) -> (..., d_out)"""
+
+    def __init__(self, kind, config):
+        super().__init__()
+        self.lora_M = nn.Parameter(torch.empty(config.r, config.r))
+        self.kind = kind
+        self.scaling = config.lora_alpha / config.r
+        self.dropout = config.lora_dropout
+        self.mergeable = config.activation == "linear"
+        self.activation = nn.Identity() if self.mergeable else F.gelu
+
+    def delta(self, base):
+        shared = base.shared[self.kind]
+        return self.scaling * shared.decoder @ self.lora_M @ shared.encoder
+
+    def update(self, base, x):
+        shared, f = base.shared[self.kind], self.activation
+        h = F.linear(f(F.linear(x, shared.encoder)), self.lora_M)  # (..., r)
+        return self.scaling * f(F.linear(h, shared.decoder))
+
+
+class SharedFactors(nn.Module):
+    """E and D of all layers of one kind."""
+
+    def __init__(self, d_in, d_out, config):
+        super().__init__()
+        self.encoder = nn.Parameter(torch.empty(config.r, d_in))
+        self.decoder = nn.Parameter(torch.empty(d_out, config.r))
+        for factor in (self.encoder, self.decoder):
+            nn.init.kaiming_uniform_(factor, a=sqrt(5))  # within 1 / sqrt(columns)
+        if config.init_lora_weights:
+            nn.init.zeros_(self.decoder)
+
+
+def share_key(base, path):
+    """(the name of a layer's kind, d_in, d_out)"""
+    d_in, d_out = weights.linear_features(base.module)
+    return f"{path.rpartition('.')[2]}_{d_in}x{d_out}", d_in, d_out
+
+
 @dataclass(kw_only=True)
 class DenseLoraConfig(LayerConfig):
     """Hugging Face PEFT does not have it. The fields are named as LoRA's."""
@@ -63,44 +104,3 @@ class DenseLoraConfig(LayerConfig):
         adapter = DenseLora(share_key(base, path)[0], self)
         nn.init.kaiming_uniform_(adapter.lora_M, a=sqrt(5))
         return adapter
-
-
-def share_key(base, path):
-    """(the name of a layer's kind, d_in, d_out)"""
-    d_in, d_out = weights.linear_features(base.module)
-    return f"{path.rpartition('.')[2]}_{d_in}x{d_out}", d_in, d_out
-
-
-class SharedFactors(nn.Module):
-    """E and D of all layers of one kind."""
-
-    def __init__(self, d_in, d_out, config):
-        super().__init__()
-        self.encoder = nn.Parameter(torch.empty(config.r, d_in))
-        self.decoder = nn.Parameter(torch.empty(d_out, config.r))
-        for factor in (self.encoder, self.decoder):
-            nn.init.kaiming_uniform_(factor, a=sqrt(5))  # within 1 / sqrt(columns)
-        if config.init_lora_weights:
-            nn.init.zeros_(self.decoder)
-
-
-class DenseLora(LinearDelta):
-    """x (..., d_in) -> (..., d_out)"""
-
-    def __init__(self, kind, config):
-        super().__init__()
-        self.lora_M = nn.Parameter(torch.empty(config.r, config.r))
-        self.kind = kind
-        self.scaling = config.lora_alpha / config.r
-        self.dropout = config.lora_dropout
-        self.mergeable = config.activation == "linear"
-        self.activation = nn.Identity() if self.mergeable else F.gelu
-
-    def delta(self, base):
-        shared = base.shared[self.kind]
-        return self.scaling * shared.decoder @ self.lora_M @ shared.encoder
-
-    def update(self, base, x):
-        shared, f = base.shared[self.kind], self.activation
-        h = F.linear(f(F.linear(x, shared.encoder)), self.lora_M)  # (..., r)
-        return self.scaling * f(F.linear(h, shared.decoder))

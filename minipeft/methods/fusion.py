@@ -16,18 +16,89 @@ numbers a layer: more than the experts, and not few.
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from .. import targets
 from ..config import ConfigError, PeftConfig
 from ..errors import TargetError
-from ..slot import Adapter, AdapterNameError, Base
-from .blocks import first, in_out_features, with_first
+from ..slot import Adapter, AdapterNameError, Base, find_slots
+from .blocks import hidden_states, in_out_features, with_hidden_states
 from .bottleneck import ParallelToBlock
 from .modules_to_save import ModuleCopy
+
+
+class Fusion(Adapter):
+    """(B, T, d) -> (B, T, d). The experts are peers on the same slot, not children:
+    they are neither trained nor saved with it."""
+
+    def __init__(self, d, experts, value=True):
+        super().__init__()
+        self.query = nn.Linear(d, d)
+        self.key = nn.Linear(d, d)
+        self.value = nn.Linear(d, d, bias=False) if value else None
+        self.softmax = nn.Softmax(-1)  # a module, so that a hook can read the attention
+        self.experts = experts
+
+    def forward(self, base, *args, **kwargs):
+        output, z = run_experts(base, self.experts, args, kwargs)
+        y = hidden_states(output)  # (B, T, d)
+        u = self.adapter_input(torch.stack([z_i - y for z_i in z], -2))  # (B, T, N, d)
+        query = self.query(self.adapter_input(y)).unsqueeze(-1)  # (B, T, d, 1)
+        scores = self.key(u) @ query  # (B, T, N, 1), not scaled
+        p = self.softmax(scores.squeeze(-1))  # (B, T, N)
+        u = u if self.value is None else self.value(u)
+        y = (y + (p.unsqueeze(-2) @ u).squeeze(-2)).to(y.dtype)
+        return with_hidden_states(output, y)
+
+    def regularization_loss(self):
+        """||W_v - 1||^2"""
+        W = self.value.weight
+        return (W - torch.eye(len(W)).to(W)).square().sum()
+
+
+def run_experts(base, names, args, kwargs):
+    """(the output without adapters, [the output with each expert alone])"""
+    output = base(*args, **kwargs)
+
+    def layer(*own, **more):  # the output is known, unless the expert changes the input
+        if all(one is other for one, other in zip(own, args)):
+            return hidden_states(output)
+        return hidden_states(base(*own, **more))
+
+    return output, [
+        base.peer(name)(Base(base.slot, name, layer), *args, **kwargs) for name in names
+    ]
+
+
+@contextmanager
+def attention(model, name):
+    """Within it, records the attention of fusion `name` of a PeftModel: {path: [p (B,
+    T, N) of each call]}."""
+    recorded = {path: [] for path in model._adapters_by_path(name)}
+
+    def record(path, module, args, p):
+        recorded[path].append(p.detach())
+
+    hooks = [
+        fusion.softmax.register_forward_hook(partial(record, path))
+        for path, fusion in model._adapters_by_path(name).items()
+    ]
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# experts that cannot be mixed, and why
+CANNOT_MIX = {
+    ParallelToBlock: "an expert reads the stream within the block, which a fusion"
+    " cannot give it; expected reads='sublayer', or pfeiffer",
+    ModuleCopy: "each expert has a copy of its own (modules_to_save): these cannot mix",
+}
 
 
 @dataclass(kw_only=True)
@@ -47,11 +118,8 @@ class FusionConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if (
-            isinstance(self.adapters, str)
-            or len(self.adapters) < 2
-            or len(set(self.adapters)) < len(self.adapters)
-        ):
+        different = len(set(self.adapters)) == len(self.adapters) >= 2
+        if isinstance(self.adapters, str) or not different:
             raise ConfigError(
                 f"adapters = {self.adapters!r}: expected a list of two or more"
                 " adapters' names"
@@ -62,13 +130,9 @@ class FusionConfig(PeftConfig):
         return self.adapters
 
     def select(self, model):
-        slots = {
-            path: module
-            for path, _, _, module in targets.walk(model)
-            if getattr(module, "is_slot", False)
-        }
+        slots = find_slots(model)
         places = {
-            name: {path for path, slot in slots.items() if name in slot.adapters}
+            name: [path for path, slot in slots.items() if name in slot.adapters]
             for name in self.adapters
         }
         unknown = [name for name in self.adapters if not places[name]]
@@ -80,25 +144,17 @@ class FusionConfig(PeftConfig):
             )
         first, *others = self.adapters
         for name in others:
-            if places[name] != places[first]:
-                odd = sorted(places[name] ^ places[first])
+            if odd := set(places[name]) ^ set(places[first]):
                 raise TargetError(
                     f"{first!r} and {name!r} stand at different layers: only one of"
-                    f" them is at {odd[0]}"
+                    f" them is at {min(odd)}"
                 )
         for path in places[first]:
-            experts = [slots[path].adapters[name] for name in self.adapters]
-            if any(isinstance(expert, ParallelToBlock) for expert in experts):
-                raise TargetError(
-                    f"{path}: an expert reads the stream within the block, which a"
-                    " fusion cannot give it; expected reads='sublayer', or pfeiffer"
-                )
-            if any(isinstance(expert, ModuleCopy) for expert in experts):
-                raise TargetError(
-                    f"{path}: each expert has a copy of its own (modules_to_save):"
-                    " these cannot mix"
-                )
-        return [path for path in slots if path in places[first]]
+            for name in self.adapters:
+                for kind, problem in CANNOT_MIX.items():
+                    if isinstance(slots[path].adapters[name], kind):
+                        raise TargetError(f"{path}: {problem}")
+        return places[first]
 
     def create(self, base, path):
         adapter = Fusion(in_out_features(base.module)[1], self.adapters, self.value)
@@ -114,66 +170,3 @@ class FusionConfig(PeftConfig):
         if not self.value:
             return 0
         return self.regularization * sum(a.regularization_loss() for a in adapters)
-
-
-class Fusion(Adapter):
-    """(B, T, d) -> (B, T, d). The experts are peers on the same slot, not children:
-    they are neither trained nor saved with it."""
-
-    def __init__(self, d, experts, value=True):
-        super().__init__()
-        self.query = nn.Linear(d, d)
-        self.key = nn.Linear(d, d)
-        self.value = nn.Linear(d, d, bias=False) if value else None
-        self.softmax = nn.Softmax(-1)  # a module, so that a hook can read the attention
-        self.experts = experts
-
-    def forward(self, base, *args, **kwargs):
-        output, z = run_experts(base, self.experts, args, kwargs)
-        y = first(output)  # (B, T, d)
-        u = self.adapter_input(torch.stack([z_i - y for z_i in z], -2))  # (B, T, N, d)
-        query = self.query(self.adapter_input(y)).unsqueeze(-1)  # (B, T, d, 1)
-        scores = self.key(u) @ query  # (B, T, N, 1), not scaled
-        p = self.softmax(scores.squeeze(-1))  # (B, T, N)
-        u = u if self.value is None else self.value(u)
-        y = (y + (p.unsqueeze(-2) @ u).squeeze(-2)).to(y.dtype)
-        return with_first(output, y)
-
-    def regularization_loss(self):
-        """||W_v - 1||^2"""
-        W = self.value.weight
-        return (W - torch.eye(len(W)).to(W)).square().sum()
-
-
-def run_experts(base, names, args, kwargs):
-    """(the output without adapters, [the output with each expert alone])"""
-    output = base(*args, **kwargs)
-
-    def layer(*own, **more):  # the output is known, unless the expert changes the input
-        if all(one is other for one, other in zip(own, args)):
-            return first(output)
-        return first(base(*own, **more))
-
-    return output, [
-        base.peer(name)(Base(base.slot, name, layer), *args, **kwargs) for name in names
-    ]
-
-
-@contextmanager
-def attention(model, name):
-    """Within it, records the attention of fusion `name` of a PeftModel: {path: [p (B,
-    T, N) of each call]}."""
-    recorded = {path: [] for path in model._adapters_by_path(name)}
-
-    def record(path):
-        return lambda module, args, p: recorded[path].append(p.detach())
-
-    hooks = [
-        fusion.softmax.register_forward_hook(record(path))
-        for path, fusion in model._adapters_by_path(name).items()
-    ]
-    try:
-        yield recorded
-    finally:
-        for hook in hooks:
-            hook.remove()

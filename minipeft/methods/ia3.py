@@ -27,6 +27,33 @@ from ..peft_tables import IA3_FEEDFORWARD, IA3_TARGETS
 from ..slot import Adapter
 
 
+class IA3(Adapter):
+    """x (..., d_in) -> (..., d_out). l (d_out, 1) scales the rows of a weight
+    (d_out, d_in), that is the output; l (1, d_in) scales its columns, that is the
+    input."""
+
+    mergeable = True
+
+    def __init__(self, shape, ones=True):
+        super().__init__()
+        self.ia3_l = nn.Parameter(torch.randn(shape))
+        if ones:
+            nn.init.ones_(self.ia3_l)
+        self.feedforward = shape[0] == 1
+
+    def forward(self, base, x):
+        scale = self.ia3_l.flatten()
+        if self.feedforward:
+            return base((x * scale).to(x.dtype))
+        y = base(x)
+        return (y * scale).to(y.dtype)
+
+    def fold(self, base):
+        base.weight = base.weight * self.ia3_l
+        if base.bias is not None and not self.feedforward:
+            base.bias = base.bias * self.ia3_l.flatten()
+
+
 @dataclass(kw_only=True)
 class IA3Config(LayerConfig):
     """Hugging Face PEFT's fields and defaults.
@@ -83,30 +110,3 @@ class IA3Config(LayerConfig):
             else any(targets.ends_with(n, path) for n in names)
         )
         return IA3((1, d_in) if feedforward else (d_out, 1), self.init_ia3_weights)
-
-
-class IA3(Adapter):
-    """x (..., d_in) -> (..., d_out). l (d_out, 1) scales the rows of a weight
-    (d_out, d_in), that is the output; l (1, d_in) scales its columns, that is the
-    input."""
-
-    mergeable = True
-
-    def __init__(self, shape, ones=True):
-        super().__init__()
-        self.ia3_l = nn.Parameter(torch.randn(shape))
-        if ones:
-            nn.init.ones_(self.ia3_l)
-        self.feedforward = shape[0] == 1
-
-    def forward(self, base, x):
-        scale = self.ia3_l.flatten()
-        if self.feedforward:
-            return base((x * scale).to(x.dtype))
-        y = base(x)
-        return (y * scale).to(y.dtype)
-
-    def fold(self, base):
-        base.weight = base.weight * self.ia3_l
-        if base.bias is not None and not self.feedforward:
-            base.bias = base.bias * self.ia3_l.flatten()

@@ -13,33 +13,12 @@ import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from .. import targets, weights
 from ..config import LayerConfig, known_kind
 from ..errors import TargetError
 from ..peft_tables import LN_TUNING_TARGETS
 from ..slot import Adapter
-
-
-@dataclass(kw_only=True)
-class LNTuningConfig(LayerConfig):
-    """Hugging Face PEFT's fields. target_modules=None: PEFT's default for this kind of
-    model; where it has none, every norm, found by its one-dimensional weight."""
-
-    peft_type: ClassVar[str] = "LN_TUNING"
-    default_targets: ClassVar[dict] = LN_TUNING_TARGETS
-
-    def usual_targets(self, model, modules):
-        if known_kind(self.default_targets, model, modules):
-            return super().usual_targets(model, modules)
-        norms = [path for path, module in modules.items() if weights.is_norm(module)]
-        return targets.shortest_names(modules, norms)
-
-    def create(self, base, path):
-        if not weights.is_norm(base.module):
-            raise TargetError(f"{type(base.module).__name__} is not a norm")
-        return LNTuning(base.module)
+from .modules_to_save import copy_into
 
 
 class LNTuning(Adapter):
@@ -54,17 +33,28 @@ class LNTuning(Adapter):
         self.ln_tuning_layers = copy.deepcopy(norm)
 
     def forward(self, base, x):
-        return self.ln_tuning_layers(x.to(self.ln_tuning_layers.weight.dtype)).to(
-            x.dtype
-        )
+        y = self.ln_tuning_layers(x.to(self.ln_tuning_layers.weight.dtype))
+        return y.to(x.dtype)
 
     def fold(self, base):
-        for name, trained in self.ln_tuning_layers.named_parameters():
-            frozen = getattr(base.module, name)
-            setattr(
-                base.module,
-                name,
-                nn.Parameter(
-                    trained.detach().to(frozen.dtype, copy=True), requires_grad=False
-                ),
-            )
+        copy_into(base.module, self.ln_tuning_layers)
+
+
+@dataclass(kw_only=True)
+class LNTuningConfig(LayerConfig):
+    """Hugging Face PEFT's fields. target_modules=None: PEFT's default for this kind of
+    model; where it has none, every norm, found by its one-dimensional weight."""
+
+    peft_type: ClassVar[str] = "LN_TUNING"
+    default_targets: ClassVar[dict] = LN_TUNING_TARGETS
+
+    def usual_targets(self, model, modules):
+        if known_kind(self.default_targets, model, modules):
+            return super().usual_targets(model, modules)
+        norms = targets.paths_of(modules, weights.is_norm)
+        return targets.shortest_names(modules, norms)
+
+    def create(self, base, path):
+        if not weights.is_norm(base.module):
+            raise TargetError(f"{type(base.module).__name__} is not a norm")
+        return LNTuning(base.module)

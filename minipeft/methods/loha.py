@@ -26,39 +26,6 @@ from ..slot import LinearDelta
 from .scaling import check_alpha, check_rank
 
 
-@dataclass(kw_only=True)
-class LycorisConfig(LayerConfig):
-    """The fields that LoHa and LoKr share, with Hugging Face PEFT's names and
-    defaults."""
-
-    r: int = 8
-    alpha: float = 8
-    rank_dropout: float = 0.0  # in training: the share of outputs without an update
-    module_dropout: float = 0.0  # in training: how often a layer has no update at all
-    # for PEFT: it is for convolutions, which are not adapted here
-    use_effective_conv2d: bool = False
-    init_weights: bool = True  # False: all random, so training starts elsewhere
-    # {expression for the end of a path: r for such layers}
-    rank_pattern: dict = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_positive("r", **self.rank_pattern)
-        self.check_probability("rank_dropout", "module_dropout")
-        check_alpha(alpha=self.alpha, **self.alpha_pattern)
-
-    def create(self, base, path):
-        r = targets.match_pattern(self.rank_pattern, path, self.r)
-        alpha = targets.match_pattern(self.alpha_pattern, path, self.alpha)
-        check_rank(r, base.module)
-        adapter = self.adapter(
-            *weights.linear_features(base.module), r, alpha / r, self
-        )
-        adapter.reset_parameters(self)
-        return adapter
-
-
 class Lycoris(LinearDelta):
     """What LoHa and LoKr share: their start, and dropouts of single outputs and of
     whole layers."""
@@ -116,6 +83,39 @@ class LoHa(Lycoris):
     def delta(self, base):
         B1, A1, B2, A2 = self.factors
         return self.scaling * (B1 @ A1) * (B2 @ A2)
+
+
+@dataclass(kw_only=True)
+class LycorisConfig(LayerConfig):
+    """The fields that LoHa and LoKr share, with Hugging Face PEFT's names and
+    defaults."""
+
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0  # in training: the share of outputs without an update
+    module_dropout: float = 0.0  # in training: how often a layer has no update at all
+    # for PEFT: it is for convolutions, which are not adapted here
+    use_effective_conv2d: bool = False
+    init_weights: bool = True  # False: all random, so training starts elsewhere
+    # {expression for the end of a path: r for such layers}
+    rank_pattern: dict = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # likewise
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positive("r", **self.rank_pattern)
+        self.check_probability("rank_dropout", "module_dropout")
+        check_alpha(alpha=self.alpha, **self.alpha_pattern)
+
+    def create(self, base, path):
+        r = targets.match_pattern(self.rank_pattern, path, self.r)
+        alpha = targets.match_pattern(self.alpha_pattern, path, self.alpha)
+        check_rank(r, base.module)
+        adapter = self.adapter(
+            *weights.linear_features(base.module), r, alpha / r, self
+        )
+        adapter.reset_parameters(self)
+        return adapter
 
 
 @dataclass(kw_only=True)

@@ -11,11 +11,8 @@ from ..config import ConfigError
 def as_lora(config, tensors, start):
     """The adapter {key: tensor} that began as `start`, as a plain LoRA of rank 2r for
     the base from before."""
-    if (
-        config.peft_type != "LORA"
-        or config.use_dora
-        or config.init_lora_weights == "loftq"
-    ):
+    is_lora = config.peft_type == "LORA" and not config.use_dora
+    if not is_lora or config.init_lora_weights == "loftq":
         raise ConfigError(
             "only a PiSSA or OLoRA without use_dora can be converted to a plain LoRA of"
             " twice the rank"
@@ -32,16 +29,12 @@ def as_lora(config, tensors, start):
         elif key.endswith("lora_B.weight") or "lora_embedding_B" in key:
             doubled[key] = torch.cat([tensor, -start[key].to(tensor)], 1)  # (d_out, 2r)
     times = math.sqrt(2) if config.use_rslora else 2  # of alpha, so that s stays
-    return (
-        dataclasses.replace(
-            config,
-            init_lora_weights=True,
-            r=2 * config.r,
-            lora_alpha=times * config.lora_alpha,
-            rank_pattern={path: 2 * r for path, r in config.rank_pattern.items()},
-            alpha_pattern={
-                path: times * alpha for path, alpha in config.alpha_pattern.items()
-            },
-        ),
-        doubled,
+    config = dataclasses.replace(
+        config,
+        init_lora_weights=True,
+        r=2 * config.r,
+        lora_alpha=times * config.lora_alpha,
+        rank_pattern={path: 2 * r for path, r in config.rank_pattern.items()},
+        alpha_pattern={path: times * a for path, a in config.alpha_pattern.items()},
     )
+    return config, doubled

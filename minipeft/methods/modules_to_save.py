@@ -31,16 +31,21 @@ class ModuleCopy(Adapter):
         return self.module(*args, **kwargs)
 
     def fold(self, base):
-        modules = map(targets.bare_modules, (self.module, base.module))
-        for trained, frozen in zip(*modules, strict=True):
-            for name, p in trained._parameters.items():
-                if p is not None:
-                    new = nn.Parameter(p.detach().clone(), requires_grad=False)
-                    frozen._parameters[name] = new
-            frozen._buffers.update(copy.deepcopy(trained._buffers))
+        copy_into(base.module, self.module)
 
     def to_file(self):  # under the module's own names
         return self.module.state_dict()
 
     def from_file(self, tensors):
         self.module.load_state_dict(tensors)
+
+
+def copy_into(module, trained):
+    """Give a module the values of its trained copy, as new frozen parameters."""
+    modules = map(targets.bare_modules, (trained, module))
+    for own, frozen in zip(*modules, strict=True):
+        for name, p in own._parameters.items():
+            if p is not None:
+                value = p.detach().to(frozen._parameters[name].dtype, copy=True)
+                frozen._parameters[name] = nn.Parameter(value, requires_grad=False)
+        frozen._buffers.update(copy.deepcopy(own._buffers))

@@ -19,6 +19,21 @@ from .prompt import Prompt
 from .virtual import VirtualTokensConfig
 
 
+class LSTMEncoder(nn.Module):
+    """MLP(BiLSTM(Z)), (n, d) -> (n, d): each virtual token depends on all others."""
+
+    def __init__(self, d, h, num_layers, dropout):
+        super().__init__()
+        self.lstm = nn.LSTM(d, h, num_layers, dropout=dropout, bidirectional=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d)
+        )
+
+    def forward(self, Z):
+        hidden, _ = self.lstm(Z)  # (n, 2 h)
+        return self.mlp(hidden)
+
+
 @dataclass(kw_only=True)
 class PromptEncoderConfig(VirtualTokensConfig):
     """Hugging Face PEFT's fields and defaults."""
@@ -34,9 +49,8 @@ class PromptEncoderConfig(VirtualTokensConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_choice("encoder_reparameterization_type", ("MLP", "LSTM"))
-        for field in ("encoder_hidden_size", "encoder_num_layers"):
-            if getattr(self, field) is not None:
-                self.check_positive(field)
+        self.check_number("encoder_hidden_size", whole=True, least=1, also=(None,))
+        self.check_positive("encoder_num_layers")
         self.check_probability("encoder_dropout")
         if self.encoder_reparameterization_type == "MLP" and (
             self.encoder_num_layers != 2 or self.encoder_dropout
@@ -58,18 +72,3 @@ class PromptEncoderConfig(VirtualTokensConfig):
             nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, d)
         )
         return Prompt(Z, mlp)
-
-
-class LSTMEncoder(nn.Module):
-    """MLP(BiLSTM(Z)), (n, d) -> (n, d): each virtual token depends on all others."""
-
-    def __init__(self, d, h, num_layers, dropout):
-        super().__init__()
-        self.lstm = nn.LSTM(d, h, num_layers, dropout=dropout, bidirectional=True)
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * h, 2 * h), nn.ReLU(), nn.Linear(2 * h, d)
-        )
-
-    def forward(self, Z):
-        hidden, _ = self.lstm(Z)  # (n, 2 h)
-        return self.mlp(hidden)

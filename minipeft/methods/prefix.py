@@ -33,52 +33,6 @@ from .kv_cache import (
 from .virtual import VirtualTokens, VirtualTokensConfig, token_ids
 
 
-@dataclass(kw_only=True)
-class PrefixTuningConfig(VirtualTokensConfig):
-    """Hugging Face PEFT's fields and defaults. token_dim and num_attention_heads are
-    those of keys and values."""
-
-    peft_type: ClassVar[str] = "PREFIX_TUNING"
-    # None: N(0, 1), and nn.Linear's in the projection; "zero"
-    init_weights: str | None = None
-    encoder_hidden_size: int | None = None  # of the projection; None: token_dim
-    prefix_projection: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        # from a text: initialize_kv_prefix_from_text
-        self.check_choice("init_weights", (None, "zero"))
-        if self.encoder_hidden_size is not None:
-            self.check_positive("encoder_hidden_size")
-
-    def check_model(self, model):
-        super().check_model(model)
-        check_plain_cache(model)
-
-    def shape(self, config):
-        heads, width = key_value_shape(config)
-        return super().shape(config) | {
-            "token_dim": heads * width,
-            "num_attention_heads": heads,
-        }
-
-    def create(self, base, path):
-        n, d = self.num_virtual_tokens, self.token_dim
-        layers, heads = self.num_layers, self.num_attention_heads
-        width = 2 * layers * d
-        h = self.encoder_hidden_size
-        zero = self.init_weights == "zero"
-        if not self.prefix_projection:
-            flat = torch.zeros(n, width) if zero else torch.randn(n, width)
-            return Prefix(flat, layers, heads)
-        Z = torch.randn(n, d)
-        encoder = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, width))
-        if zero:
-            nn.init.zeros_(encoder[-1].weight)
-            nn.init.zeros_(encoder[-1].bias)
-        return Prefix(Z, layers, heads, encoder)
-
-
 class Prefix(VirtualTokens):
     """Attn(q, [K_p; K], [V_p; V]): the prefix goes into the cache before the text.
 
@@ -134,3 +88,48 @@ def initialize_kv_prefix_from_text(model, tokenizer, *, text, adapter_name=None)
     cache = getattr(output, cache_name(base))
     flat = torch.stack([kv[0] for layer in cache for kv in layer[:2]])  # (2 L, K, n, h)
     prefix.copy_(flat.permute(2, 0, 1, 3).flatten(1))
+
+
+@dataclass(kw_only=True)
+class PrefixTuningConfig(VirtualTokensConfig):
+    """Hugging Face PEFT's fields and defaults. token_dim and num_attention_heads are
+    those of keys and values."""
+
+    peft_type: ClassVar[str] = "PREFIX_TUNING"
+    # None: N(0, 1), and nn.Linear's in the projection; "zero"
+    init_weights: str | None = None
+    encoder_hidden_size: int | None = None  # of the projection; None: token_dim
+    prefix_projection: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        # from a text: initialize_kv_prefix_from_text
+        self.check_choice("init_weights", (None, "zero"))
+        self.check_number("encoder_hidden_size", whole=True, least=1, also=(None,))
+
+    def check_model(self, model):
+        super().check_model(model)
+        check_plain_cache(model)
+
+    def shape(self, config):
+        heads, width = key_value_shape(config)
+        return super().shape(config) | {
+            "token_dim": heads * width,
+            "num_attention_heads": heads,
+        }
+
+    def create(self, base, path):
+        n, d = self.num_virtual_tokens, self.token_dim
+        layers, heads = self.num_layers, self.num_attention_heads
+        width = 2 * layers * d
+        h = self.encoder_hidden_size
+        zero = self.init_weights == "zero"
+        if not self.prefix_projection:
+            flat = torch.zeros(n, width) if zero else torch.randn(n, width)
+            return Prefix(flat, layers, heads)
+        Z = torch.randn(n, d)
+        encoder = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, width))
+        if zero:
+            nn.init.zeros_(encoder[-1].weight)
+            nn.init.zeros_(encoder[-1].bias)
+        return Prefix(Z, layers, heads, encoder)

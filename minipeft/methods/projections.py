@@ -24,9 +24,8 @@ class Dense(nn.Module):
                 f"a dense projection of {D:,} x {d:,} would take {4 * D * d / 1e9:.1f}"
                 ' GB: take projection="fastfood" or "hash"'
             )
-        self.register_buffer(
-            "P", torch.randn(D, d, generator=random) / math.sqrt(D), persistent=False
-        )
+        P = torch.randn(D, d, generator=random) / math.sqrt(D)
+        self.register_buffer("P", P, persistent=False)
 
     def forward(self, theta):  # (d) -> (D)
         return self.P @ theta
@@ -41,10 +40,9 @@ class Hash(nn.Module):
         # (D): all numbers equally often
         index = torch.randperm(D, generator=random) % d
         sign = torch.randint(2, (D,), generator=random) * 2.0 - 1
+        entry = sign / torch.bincount(index).sqrt()[index]
         self.register_buffer("index", index, persistent=False)
-        self.register_buffer(
-            "entry", sign / torch.bincount(index).sqrt()[index], persistent=False
-        )
+        self.register_buffer("entry", entry, persistent=False)
 
     def forward(self, theta):
         return theta.index_select(0, self.index) * self.entry
@@ -57,27 +55,24 @@ class Fastfood(nn.Module):
 
     def __init__(self, D, d, random):
         super().__init__()
-        self.D, self.n = D, 2 ** math.ceil(math.log2(d))
-        # few blocks at a time
-        blocks, self.piece = (math.ceil(D / self.n), self.n), math.ceil(2**18 / self.n)
+        self.D = D
+        self.n = 2 ** math.ceil(math.log2(d))
+        self.piece = math.ceil(2**18 / self.n)  # so many blocks at a time
+        blocks = math.ceil(D / self.n), self.n
         sign = torch.randint(2, blocks, generator=random, dtype=torch.int8) * 2 - 1
-        order, gauss = (
-            torch.empty(blocks, dtype=torch.long),
-            torch.randn(blocks, generator=random),
-        )
-        for some in order.split(self.piece):
-            some.copy_(
-                torch.rand(some.shape, generator=random).argsort(dim=-1, stable=True)
-            )
+        gauss = torch.randn(blocks, generator=random)
+        order = torch.empty(blocks, dtype=torch.long)
+        for part in order.split(self.piece):
+            lots = torch.rand(part.shape, generator=random)
+            part.copy_(lots.argsort(dim=-1, stable=True))
         gauss /= math.sqrt(self.n) * gauss.norm()  # columns of length 1
         for name, value in (("sign", sign), ("order", order), ("gauss", gauss)):
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, theta):
         theta = nn.functional.pad(theta, (0, self.n - len(theta)))
-        pieces = zip(
-            *(each.split(self.piece) for each in (self.sign, self.order, self.gauss))
-        )
+        blocks = (self.sign, self.order, self.gauss)
+        pieces = zip(*(each.split(self.piece) for each in blocks))
         x = [
             hadamard(hadamard(theta * sign).gather(-1, order) * gauss)
             for sign, order, gauss in pieces
@@ -110,6 +105,5 @@ def fingerprint(P, shapes):
         (10 * value.flatten()[:1024] / value.abs().max()).round().int()
         for value in P.buffers()
     ]
-    return zlib.crc32(
-        repr([list(map(tuple, shapes)), torch.cat(parts).tolist()]).encode()
-    )
+    told = [list(map(tuple, shapes)), torch.cat(parts).tolist()]
+    return zlib.crc32(repr(told).encode())

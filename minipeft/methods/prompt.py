@@ -19,6 +19,30 @@ from ..config import ConfigError
 from .kv_cache import cache_length, cache_name
 from .virtual import VirtualTokens, VirtualTokensConfig, token_ids
 
+
+class Prompt(VirtualTokens):
+    """model([P; E(x)]): n + T embeddings go in, and n + T logits come out, as in
+    PEFT."""
+
+    def prepend(self, base, inputs):
+        embed = base.module.get_input_embeddings()
+        cache = inputs.get(cache_name(base.module))
+        x = inputs.pop("inputs_embeds", None)
+        ids = inputs.pop("input_ids", None)
+        x = embed(ids) if x is None else x  # (B, T, d)
+        P = self.embeddings().to(x.dtype).expand(len(x), -1, -1)  # (B, n, d)
+        inputs["inputs_embeds"] = torch.cat((P, x), dim=1)  # (B, n + T, d)
+        n = P.shape[1]
+        if "position_ids" in inputs:
+            start = cache_length(cache)  # of prefixes that stand before this prompt
+            first = torch.arange(start, start + n, device=x.device)
+            first = first.expand(len(inputs["position_ids"]), -1)
+            inputs["position_ids"] = torch.cat((first, inputs["position_ids"]), dim=1)
+        if "labels" in inputs:  # the last virtual token predicts the first real one
+            inputs["labels"] = F.pad(inputs["labels"], (n, 0), value=-100)
+        return base(**inputs)
+
+
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 
 
@@ -67,26 +91,3 @@ class PromptTuningConfig(VirtualTokensConfig):
                 tokenizer, "name_or_path", type(tokenizer).__name__
             )
         return fields
-
-
-class Prompt(VirtualTokens):
-    """model([P; E(x)]): n + T embeddings go in, and n + T logits come out, as in
-    PEFT."""
-
-    def prepend(self, base, inputs):
-        embed = base.module.get_input_embeddings()
-        cache = inputs.get(cache_name(base.module))
-        x = inputs.pop("inputs_embeds", None)
-        ids = inputs.pop("input_ids", None)
-        x = embed(ids) if x is None else x  # (B, T, d)
-        P = self.embeddings().to(x.dtype).expand(len(x), -1, -1)  # (B, n, d)
-        inputs["inputs_embeds"] = torch.cat((P, x), dim=1)  # (B, n + T, d)
-        n = P.shape[1]
-        if "position_ids" in inputs:
-            start = cache_length(cache)  # of prefixes that stand before this prompt
-            first = torch.arange(start, start + n, device=x.device)
-            first = first.expand(len(inputs["position_ids"]), -1)
-            inputs["position_ids"] = torch.cat((first, inputs["position_ids"]), dim=1)
-        if "labels" in inputs:  # the last virtual token predicts the first real one
-            inputs["labels"] = F.pad(inputs["labels"], (n, 0), value=-100)
-        return base(**inputs)

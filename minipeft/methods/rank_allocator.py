@@ -21,12 +21,9 @@ class RankAllocator:
             for path, part in model._adapters_by_path(adapter_name).items()
             if isinstance(part, AdaLora)
         }
-        self.sensitivity = {
-            p: torch.zeros_like(p)
-            for a in self.adapters.values()
-            for p in a.parameters()
-        }
-        self.uncertainty = {p: torch.zeros_like(p) for p in self.sensitivity}
+        trained = [p for a in self.adapters.values() for p in a.parameters()]
+        self.sensitivity = {p: torch.zeros_like(p) for p in trained}
+        self.uncertainty = {p: torch.zeros_like(p) for p in trained}
         self.steps = 0  # done so far
 
     def state_dict(self):
@@ -58,7 +55,7 @@ class RankAllocator:
     def note(self):
         """What is kept, as PEFT's configuration notes it."""
         self.config.rank_pattern = {
-            f"{path}.lora_E": a.pattern() for path, a in self.adapters.items()
+            f"{path}.lora_E": a.pruned_pattern() for path, a in self.adapters.items()
         }
 
     def budget(self, step):
@@ -97,14 +94,11 @@ class RankAllocator:
         def score(p):
             return self.sensitivity[p] * self.uncertainty[p]
 
-        return {
-            path: (
-                score(a.lora_E)[:, 0]
-                + score(a.lora_A).mean(1)
-                + score(a.lora_B).mean(0)
-            )
-            for path, a in self.adapters.items()
-        }
+        scores = {}
+        for path, a in self.adapters.items():
+            A, E, B = map(score, (a.lora_A, a.lora_E, a.lora_B))
+            scores[path] = E[:, 0] + A.mean(1) + B.mean(0)
+        return scores
 
     @torch.no_grad()
     def allocate(self, budget):
@@ -112,11 +106,9 @@ class RankAllocator:
         scores = self.importance()
         worst = torch.cat(list(scores.values())).sort().values[:-budget]
         for path, adapter in self.adapters.items():
-            adapter.kept = (
-                (scores[path] > worst[-1]).tolist()
-                if len(worst)
-                else [True] * len(adapter.lora_E)
-            )
+            adapter.kept = [True] * len(adapter.lora_E)
+            if len(worst):
+                adapter.kept = (scores[path] > worst[-1]).tolist()
         self.note()
         self.mask()
 

@@ -34,58 +34,6 @@ from ..slot import Adapter
 from .projections import PROJECTIONS, fingerprint
 
 
-@dataclass(kw_only=True)
-class SubspaceConfig(PeftConfig):
-    """Hugging Face PEFT has none of this."""
-
-    peft_type: ClassVar[str] = "SUBSPACE"
-    d: int = 256  # how many numbers are trained
-    projection: str = "fastfood"  # or "dense", "hash"
-    structure_aware: bool = False  # of the d numbers m are the lambdas
-    seed: int = 0  # of P
-    check: int | None = None  # noted in files: P made from the seed has to be this one
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_positive("d")
-        self.check_choice("projection", PROJECTIONS)
-
-    def create(self, base, path):
-        where = param_locations(base.module)
-        parameters = [module._parameters[name] for (module, name), *_ in where]
-        if any(not p.is_floating_point() for p in parameters):
-            raise TargetError(
-                "packed 4-bit weights cannot be moved by small steps: take the base in"
-                " 16 or 32 bits"
-            )
-        shapes = [p.shape for p in parameters]
-        sizes = [p.numel() for p in parameters]
-        m = len(parameters) if self.structure_aware else 0
-        if self.d > sum(sizes):
-            raise ConfigError(
-                f"d = {self.d:,}, but the model has only {sum(sizes):,} parameters"
-            )
-        if self.d <= m:
-            raise ConfigError(
-                f"d = {self.d}: structure_aware spends {m} numbers on {m} tensors, so d"
-                " must be larger"
-            )
-        generator = torch.Generator().manual_seed(self.seed)
-        P = PROJECTIONS[self.projection](sum(sizes), self.d - m, generator)
-        if self.check not in (None, fingerprint(P, shapes)):
-            raise ConfigError(
-                f"seed {self.seed} gives another projection here than where this"
-                " adapter was made: the model has other tensors, or PyTorch draws"
-                " other random numbers"
-            )
-        return Subspace(P, self.d, shapes, m)
-
-    def noted(self, adapters):
-        (adapter,) = adapters
-        check = fingerprint(adapter.P, adapter.shapes)
-        return dataclasses.replace(self, check=check)
-
-
 class Subspace(Adapter):
     """Around the whole model: each call runs it with theta_0 + P theta_d in place of
     its parameters."""
@@ -167,3 +115,58 @@ def swapped_in(model, shifts):
         yield
     finally:
         put_params(old)
+
+
+# ---- the configuration ---------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class SubspaceConfig(PeftConfig):
+    """Hugging Face PEFT has none of this."""
+
+    peft_type: ClassVar[str] = "SUBSPACE"
+    d: int = 256  # how many numbers are trained
+    projection: str = "fastfood"  # or "dense", "hash"
+    structure_aware: bool = False  # of the d numbers m are the lambdas
+    seed: int = 0  # of P
+    check: int | None = None  # noted in files: P made from the seed has to be this one
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positive("d")
+        self.check_choice("projection", PROJECTIONS)
+
+    def create(self, base, path):
+        where = param_locations(base.module)
+        parameters = [module._parameters[name] for (module, name), *_ in where]
+        if any(not p.is_floating_point() for p in parameters):
+            raise TargetError(
+                "packed 4-bit weights cannot be moved by small steps: take the base in"
+                " 16 or 32 bits"
+            )
+        shapes = [p.shape for p in parameters]
+        sizes = [p.numel() for p in parameters]
+        m = len(parameters) if self.structure_aware else 0
+        if self.d > sum(sizes):
+            raise ConfigError(
+                f"d = {self.d:,}, but the model has only {sum(sizes):,} parameters"
+            )
+        if self.d <= m:
+            raise ConfigError(
+                f"d = {self.d}: structure_aware spends {m} numbers on {m} tensors, so d"
+                " must be larger"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        P = PROJECTIONS[self.projection](sum(sizes), self.d - m, generator)
+        if self.check not in (None, fingerprint(P, shapes)):
+            raise ConfigError(
+                f"seed {self.seed} gives another projection here than where this"
+                " adapter was made: the model has other tensors, or PyTorch draws"
+                " other random numbers"
+            )
+        return Subspace(P, self.d, shapes, m)
+
+    def noted(self, adapters):
+        (adapter,) = adapters
+        check = fingerprint(adapter.P, adapter.shapes)
+        return dataclasses.replace(self, check=check)

@@ -28,6 +28,55 @@ from ..slot import LinearDelta
 from .scaling import check_rank
 
 
+class Vera(LinearDelta):
+    """x (..., d_in) -> (..., d_out)"""
+
+    kernel = kernels.vera
+
+    def __init__(self, d_in, d_out, config):
+        super().__init__()
+        self.vera_lambda_b = nn.Parameter(torch.zeros(d_out))
+        self.vera_lambda_d = nn.Parameter(torch.full((config.r,), config.d_initial))
+        self.d_in = d_in
+        self.d_out = d_out
+        self.dropout = config.vera_dropout
+
+    def reset_parameters(self, config):
+        if not config.init_weights:
+            nn.init.ones_(self.vera_lambda_b)
+            nn.init.normal_(self.vera_lambda_d)
+
+    def projections(self, base):
+        """A (r, d_in), B (d_out, r)"""
+        return base.shared.vera_A[:, : self.d_in], base.shared.vera_B[: self.d_out]
+
+    def delta(self, base):
+        A, B = self.projections(base)
+        return (self.vera_lambda_b[:, None] * B * self.vera_lambda_d) @ A
+
+    def update(self, base, x):
+        A, B = self.projections(base)
+        h = self.vera_lambda_d * F.linear(x, A)  # (..., r)
+        return self.vera_lambda_b * F.linear(h, B)
+
+
+class Projection(nn.Module):
+    """A and B, which all layers share and none trains."""
+
+    def __init__(self, d_in, d_out, config):
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+        for name, shape in (
+            ("vera_A", (config.r, d_in)),
+            ("vera_B", (d_out, config.r)),
+        ):
+            bound = sqrt(6 / shape[1])  # uniform numbers with variance 2 / columns
+            drawn = torch.empty(shape, device="cpu").uniform_(
+                -bound, bound, generator=generator
+            )
+            self.register_buffer(name, drawn, persistent=config.save_projection)
+
+
 @dataclass(kw_only=True)
 class VeraConfig(LayerConfig):
     """Hugging Face PEFT's fields and defaults."""
@@ -64,52 +113,3 @@ class VeraConfig(LayerConfig):
         adapter = Vera(*weights.linear_features(base.module), self)
         adapter.reset_parameters(self)
         return adapter
-
-
-class Projection(nn.Module):
-    """A and B, which all layers share and none trains."""
-
-    def __init__(self, d_in, d_out, config):
-        super().__init__()
-        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-        for name, shape in (
-            ("vera_A", (config.r, d_in)),
-            ("vera_B", (d_out, config.r)),
-        ):
-            bound = sqrt(6 / shape[1])  # uniform numbers with variance 2 / columns
-            drawn = torch.empty(shape, device="cpu").uniform_(
-                -bound, bound, generator=generator
-            )
-            self.register_buffer(name, drawn, persistent=config.save_projection)
-
-
-class Vera(LinearDelta):
-    """x (..., d_in) -> (..., d_out)"""
-
-    kernel = kernels.vera
-
-    def __init__(self, d_in, d_out, config):
-        super().__init__()
-        self.vera_lambda_b = nn.Parameter(torch.zeros(d_out))
-        self.vera_lambda_d = nn.Parameter(torch.full((config.r,), config.d_initial))
-        self.d_in = d_in
-        self.d_out = d_out
-        self.dropout = config.vera_dropout
-
-    def reset_parameters(self, config):
-        if not config.init_weights:
-            nn.init.ones_(self.vera_lambda_b)
-            nn.init.normal_(self.vera_lambda_d)
-
-    def projections(self, base):
-        """A (r, d_in), B (d_out, r)"""
-        return base.shared.vera_A[:, : self.d_in], base.shared.vera_B[: self.d_out]
-
-    def delta(self, base):
-        A, B = self.projections(base)
-        return (self.vera_lambda_b[:, None] * B * self.vera_lambda_d) @ A
-
-    def update(self, base, x):
-        A, B = self.projections(base)
-        h = self.vera_lambda_d * F.linear(x, A)  # (..., r)
-        return self.vera_lambda_b * F.linear(h, B)

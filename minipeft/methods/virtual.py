@@ -30,62 +30,6 @@ from .virtual_inputs import (
 )
 
 
-@dataclass(kw_only=True)
-class VirtualTokensConfig(PeftConfig):
-    """Hugging Face PEFT's fields. Those that give the model's shape are read from the
-    model, and saved in files.
-
-    Raises ConfigError for values outside a field's range, and TargetError for a model
-    that is not a decoder-only language model.
-    """
-
-    # PEFT ignores prompts in files without it
-    task_type: str | None = "CAUSAL_LM"
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
-    # 2 in encoder-decoder models, which minipeft does not support
-    num_transformer_submodules: int | None = None
-    modules_to_save: list[str] | None = None
-    is_prompt_learning: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.check_positive("num_virtual_tokens")
-        if self.task_type not in (None, "CAUSAL_LM"):
-            raise ConfigError(
-                f"task_type={self.task_type!r}: virtual tokens are for CAUSAL_LM only"
-            )
-
-    def shape(self, config):
-        """The fields above, from the model's configuration."""
-        return {
-            "token_dim": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "num_layers": config.num_hidden_layers,
-            "num_transformer_submodules": 1,
-        }
-
-    def check_model(self, model):
-        """Raise TargetError where the virtual tokens cannot stand before `model`."""
-        check_language_model(model)
-
-    def resolve(self, model):
-        self.check_model(model)
-        config = super().resolve(model)
-        for field, value in self.shape(model.config).items():
-            if getattr(self, field) not in (None, value):
-                raise ConfigError(
-                    f"{field} = {getattr(self, field)}, but this model's is {value}:"
-                    " leave the field out"
-                )
-            setattr(config, field, value)
-        if getattr(self, "encoder_hidden_size", 0) is None:
-            config.encoder_hidden_size = config.token_dim
-        return config
-
-
 class LearnedEmbeddings(Adapter):
     """n virtual tokens, (n, width), that are trained: themselves, or an encoder that
     computes them. Files hold `prompt_embeddings`, what the encoder gives; whoever loads
@@ -151,6 +95,62 @@ def patched_forward(model, forward):
         del model.forward
         if patched is not None:
             model.forward = patched
+
+
+@dataclass(kw_only=True)
+class VirtualTokensConfig(PeftConfig):
+    """Hugging Face PEFT's fields. Those that give the model's shape are read from the
+    model, and saved in files.
+
+    Raises ConfigError for values outside a field's range, and TargetError for a model
+    that is not a decoder-only language model.
+    """
+
+    # PEFT ignores prompts in files without it
+    task_type: str | None = "CAUSAL_LM"
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    # 2 in encoder-decoder models, which minipeft does not support
+    num_transformer_submodules: int | None = None
+    modules_to_save: list[str] | None = None
+    is_prompt_learning: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_positive("num_virtual_tokens")
+        if self.task_type not in (None, "CAUSAL_LM"):
+            raise ConfigError(
+                f"task_type={self.task_type!r}: virtual tokens are for CAUSAL_LM only"
+            )
+
+    def shape(self, config):
+        """The fields above, from the model's configuration."""
+        return {
+            "token_dim": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_layers": config.num_hidden_layers,
+            "num_transformer_submodules": 1,
+        }
+
+    def check_model(self, model):
+        """Raise TargetError where the virtual tokens cannot stand before `model`."""
+        check_language_model(model)
+
+    def resolve(self, model):
+        self.check_model(model)
+        config = super().resolve(model)
+        for field, value in self.shape(model.config).items():
+            if getattr(self, field) not in (None, value):
+                raise ConfigError(
+                    f"{field} = {getattr(self, field)}, but this model's is {value}:"
+                    " leave the field out"
+                )
+            setattr(config, field, value)
+        if getattr(self, "encoder_hidden_size", 0) is None:
+            config.encoder_hidden_size = config.token_dim
+        return config
 
 
 def token_ids(text, tokenizer, n):

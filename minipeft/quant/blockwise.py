@@ -24,18 +24,16 @@ def dynamic_map(signed=True):
         # whatever the default
         edges = torch.linspace(0.1, 1, 2**i * (1 if signed else 2) + 1, device="cpu")
         positive += (10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    return torch.tensor(
-        sorted([*positive, *([-x for x in positive] if signed else []), 0.0, 1.0]),
-        device="cpu",
-    )
+    negative = [-x for x in positive] if signed else []
+    return torch.tensor(sorted([*negative, 0.0, *positive, 1.0]), device="cpu")
 
 
 def linear_map(bits=8, signed=True):
     """Equal steps: (2^bits - 1,) from -1 to 1 with a zero in the middle, or (2^bits,)
     from 0 to 1."""
-    return (
-        torch.linspace(-1, 1, 2**bits - 1) if signed else torch.linspace(0, 1, 2**bits)
-    )
+    if signed:
+        return torch.linspace(-1, 1, 2**bits - 1)
+    return torch.linspace(0, 1, 2**bits)
 
 
 def quantize_blockwise(x, code, block_size=256, grid=None):

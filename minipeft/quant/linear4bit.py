@@ -17,7 +17,7 @@ from torch import nn
 from .. import weights
 from ..errors import FileError
 from ..io import check_choice, did_you_mean
-from ..targets import matches_suffix, unwrap_slot, walk
+from ..targets import find_targets, is_found, unwrap_slot, walk
 from .bitsandbytes import bitsandbytes_layer, from_bitsandbytes, to_bitsandbytes
 from .nf4 import QTensor, dequantize_4bit, quantize_4bit
 
@@ -310,14 +310,11 @@ def quantizable_layers(model, skip=("lm_head",), strict=True):
     there. strict: a name in it that no linear layer has is a ValueError."""
     layers = linear_layers(model)
     skip = (skip,) if isinstance(skip, str) else skip
-    absent = [
-        name
-        for name in skip
-        if not any(matches_suffix(name, path) for path, *_ in layers)
-        and name != "lm_head"  # the default, also for a model without a head
-    ]
+    paths = [path for path, *_ in layers]
+    # lm_head is the default, also for a model without a head
+    absent = [n for n in skip if n != "lm_head" and not is_found(n, paths)]
     if absent and strict:
-        names = {path.split(".")[-1] for path, *_ in layers}
+        names = {path.split(".")[-1] for path in paths}
         raise ValueError(
             f"skip: no linear layer is called {absent[0]!r}"
             f"{did_you_mean(absent[0], names)}"
@@ -328,7 +325,7 @@ def quantizable_layers(model, skip=("lm_head",), strict=True):
         for path, layer, put in layers
         if weights.is_dense(layer)
         and id(layer.weight) not in tied
-        and not any(matches_suffix(name, path) for name in skip)
+        and not find_targets([path], skip)
     }
 
 

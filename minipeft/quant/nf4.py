@@ -95,19 +95,12 @@ class QTensor:
         """(blocks,) float32"""
         if self.absmax2 is None:
             return self.absmax
-        return (
-            dequantize_blockwise(
-                self.absmax, self.absmax2, _dynamic_map(self.absmax.device)
-            )
-            + self.offset
-        )
+        code = _dynamic_map(self.absmax.device)
+        return dequantize_blockwise(self.absmax, self.absmax2, code) + self.offset
 
     def tensors(self):
-        return [
-            t
-            for t in (self.packed, self.absmax, self.absmax2, self.offset)
-            if t is not None
-        ]
+        tensors = (self.packed, self.absmax, self.absmax2, self.offset)
+        return [t for t in tensors if t is not None]
 
     @property
     def nbytes(self):

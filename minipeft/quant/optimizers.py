@@ -38,12 +38,7 @@ class AdamW8bit(torch.optim.Optimizer):
         unsigned=None,
         grid=None,
     ):
-        if (
-            lr < 0
-            or eps < 0
-            or weight_decay < 0
-            or not all(0 <= beta < 1 for beta in betas)
-        ):
+        if min(lr, eps, weight_decay, *betas) < 0 or max(betas) >= 1:
             raise ValueError(
                 f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: none"
                 " may be negative, and betas must be below 1"
