@@ -77,9 +77,9 @@ def inject_adapter_in_model(peft_config, model, adapter_name="default"):
     return model
 
 
-def load_peft_weights(model_id, device="cpu", **hub):
+def load_peft_weights(model_id, device="cpu", **more):
     """{key: tensor} of the adapter in folder `model_id`, or of that name on the hub."""
-    tensors = saving.load(model_id, **saving.hub_arguments(hub))[1]
+    tensors = saving.load(model_id, **more)[1]
     return {key: tensor.to(device) for key, tensor in tensors.items()}
 
 

@@ -469,9 +469,7 @@ def known_kind(table, model, modules):
 
 def all_linear(model, modules):
     """Names for all linear layers but the output head."""
-    head = None
-    if hasattr(model, "get_output_embeddings"):
-        head = targets.unwrap_slot(model.get_output_embeddings())
+    _, head = targets.embeddings(model)
     linear = targets.paths_of(modules, weights.is_linear)
     found = [path for path in linear if modules[path] is not head]
     if not found:

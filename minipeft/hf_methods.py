@@ -49,11 +49,7 @@ class HFMethods(nn.Module):
             del hooks[key]
 
     def _embeddings(self):
-        """The base's input embeddings, without their slot; None where it has none."""
-        try:
-            return targets.unwrap_slot(self.get_base_model().get_input_embeddings())
-        except (AttributeError, NotImplementedError):
-            return None
+        return targets.embeddings(self.get_base_model())[0]
 
     def _change_embeddings(self, what, *args, **kwargs):
         """Call the base's method `what`, one of CHANGES_OF_EMBEDDINGS."""

@@ -35,10 +35,10 @@ from .weights import logical_numel, undo_bnb_cpu_repacking
 REFUSED = {
     "save_distributed_checkpoint": "save the base with its slots: call save_pretrained,"
     " which saves the adapters, or merge_and_unload first",
-    "init_weights": "overwrite the adapters: call it on the base, before adapters are"
-    " added",
-    "initialize_weights": "overwrite the adapters: call it on the base, before adapters"
-    " are added",
+    **dict.fromkeys(
+        ("init_weights", "initialize_weights"),
+        "overwrite the adapters: call it on the base, before adapters are added",
+    ),
 }
 
 
@@ -239,8 +239,7 @@ class PeftModel(HFMethods):
     def _activate(self, names, inference_mode=False):
         self.base_model.active.names = names
         for name in self.peft_config:
-            for part in self._adapters_by_path(name).values():
-                part.requires_grad_(name in names and not inference_mode)
+            self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names, requires_grad=True):
         """Train these adapters, or freeze them, whichever are active."""
@@ -435,9 +434,8 @@ class PeftModel(HFMethods):
         Raises AdapterFileError, ConfigError or TargetError, and then leaves the model
         as it was.
         """
-        hub = saving.hub_arguments(more)
         config, tensors = saving.prepare_load(
-            model_id, model, is_trainable, config, **hub
+            model_id, model, is_trainable, config, **more
         )
         loaded = cls(
             model, config, adapter_name, autocast_adapter_dtype, tensors=tensors
@@ -459,9 +457,8 @@ class PeftModel(HFMethods):
         An adapter of that name, if there is one with an equal configuration, takes the
         values of the file: its parameters stay those that an optimizer knows.
         """
-        hub = saving.hub_arguments(more | {"torch_device": torch_device})
         config, tensors = saving.prepare_load(
-            model_id, self.get_base_model(), is_trainable, **hub
+            model_id, self.get_base_model(), is_trainable, **more
         )
         if adapter_name in self.peft_config:
             self._reload(adapter_name, config, tensors)

@@ -211,15 +211,13 @@ def filled_copies(model, adapters, state_dict):
 
 def embedding_paths(model):
     """The paths of a base model's input and output embeddings."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = targets.unwrap_slot(getattr(model, name)())
-        except (AttributeError, NotImplementedError):
-            continue
-        modules = targets.modules_by_path(model).items()
-        found += [path for path, other in modules if other is module]
-    return found
+    modules = targets.modules_by_path(model).items()
+    return [
+        path
+        for embedding in targets.embeddings(model)
+        for path, module in modules
+        if module is embedding
+    ]
 
 
 def is_slotted(model, path):
@@ -249,10 +247,10 @@ def embeddings_to_save(model, config, choice="auto"):
 # ---- reading -------------------------------------------------------------------------
 
 
-def load(folder, config=None, subfolder=None, **hub):
-    """(configuration, {key: tensor}) of an adapter's folder. Raises AdapterFileError or
-    ConfigError, which say what is wrong with the files."""
-    folder = resolve_folder(folder, [CONFIG, TENSORS], subfolder, **hub)
+def load(folder, config=None, **more):
+    """(configuration, {key: tensor}) of an adapter's folder. more: see hub_arguments.
+    Raises AdapterFileError or ConfigError, which say what is wrong with the files."""
+    folder = resolve_folder(folder, [CONFIG, TENSORS], **hub_arguments(more))
     if config is None:
         config = PeftConfig.from_pretrained(folder)
     if not (folder / TENSORS).exists():
@@ -266,11 +264,11 @@ def load(folder, config=None, subfolder=None, **hub):
     return config, io.read_safetensors(folder / TENSORS, AdapterFileError)[0]
 
 
-def prepare_load(folder, model, is_trainable=False, config=None, **hub):
+def prepare_load(folder, model, is_trainable=False, config=None, **more):
     """(configuration, {key: tensor}) of an adapter's folder, made to fit the base
     `model`. config: used in place of the folder's."""
     config = None if config is None else copy.deepcopy(as_config(config))
-    config, tensors = load(folder, config, **hub)
+    config, tensors = load(folder, config, **more)
     config.from_checkpoint = True
     config.on_load()
     config.inference_mode = not is_trainable

@@ -31,8 +31,8 @@ class AdapterNameError(ValueError):
 
 
 class Adapter(nn.Module):
-    """A method: `forward` is its equation. Its state_dict names its tensors as files
-    do."""
+    """A method: `forward` is its equation. base is the layer below, a Base: base(x)
+    runs it. The state_dict names its tensors as files do."""
 
     mergeable = False  # can `fold` write it into the weights?
     # True: forward never calls base, so adapters inside the layer have no effect
@@ -80,7 +80,7 @@ class LinearDelta(Adapter):
             setattr(cls, name, vars(cls).get(name))
 
     def delta(self, base):
-        """(d_out, d_in)"""
+        """The change of the weight, (d_out, d_in)."""
         raise NotImplementedError
 
     def update(self, base, x):
@@ -214,7 +214,8 @@ class Slot(nn.Module):
         return call(*args, **kwargs)
 
     def forward_mixed_batch(self, rows, *args, **kwargs):
-        """Run each row of x (B, ...), the only argument, through its own adapter."""
+        """Run each row of x (B, ...), the only argument, through its own adapter. rows:
+        RowAdapters."""
         if self.adapters.keys().isdisjoint(rows.names):
             return self.base_layer(*args, **kwargs)
         # attention's masks and caches cannot be split by rows

@@ -91,6 +91,11 @@ def get_layer_status(model):
     return found
 
 
+def union(lists):
+    """The different values of several lists, sorted."""
+    return sorted({value for each in lists for value in each})
+
+
 def merge_dicts(dicts, combine):
     """{key: combine(all values of the key)}"""
     keys = sorted({key for each in dicts for key in each})
@@ -101,9 +106,9 @@ def get_model_status(model):
     """ModelStatus of a PeftModel."""
     layers = get_layer_status(model)
     trainable, total = model.get_nb_trainable_parameters()
-    merged = {name for layer in layers for name in layer.merged_adapters}
+    merged = union(layer.merged_adapters for layer in layers)
     partly = any(
-        merged & set(layer.available_adapters) - set(layer.merged_adapters)
+        set(merged) & set(layer.available_adapters) - set(layer.merged_adapters)
         for layer in layers
     )
     return ModelStatus(
@@ -115,14 +120,9 @@ def get_model_status(model):
         num_adapter_layers=len(layers),
         enabled=common(layer.enabled for layer in layers),
         active_adapters=common(layer.active_adapters for layer in layers),
-        merged_adapters="irregular" if partly else sorted(merged),
+        merged_adapters="irregular" if partly else merged,
         requires_grad=merge_dicts([layer.requires_grad for layer in layers], common),
-        available_adapters=sorted(
-            {name for layer in layers for name in layer.available_adapters}
-        ),
-        devices=merge_dicts(
-            [layer.devices for layer in layers],
-            lambda lists: sorted({device for each in lists for device in each}),
-        ),
+        available_adapters=union(layer.available_adapters for layer in layers),
+        devices=merge_dicts([layer.devices for layer in layers], union),
         quantization_backend=common(layer.quantization_backend for layer in layers),
     )

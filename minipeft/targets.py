@@ -51,6 +51,18 @@ def bare_modules(model):
     return [unwrap_slot(model), *modules_by_path(model).values()]
 
 
+def embeddings(model):
+    """(input embeddings, output embeddings) of a model, without slots; None for one
+    that it has not."""
+    found = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(unwrap_slot(getattr(model, name)()))
+        except (AttributeError, NotImplementedError):
+            found.append(None)
+    return tuple(found)
+
+
 # ---- names ---------------------------------------------------------------------------
 
 

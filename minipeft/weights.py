@@ -11,6 +11,11 @@ from torch import nn
 from .errors import NotMergeableError, TargetError
 
 
+def frozen(tensor):
+    """A new Parameter with these values, which is not trained."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
 class DenseStorage:  # stored as (d_out, d_in): nn.Linear
     @staticmethod
     def read(layer):
@@ -26,9 +31,7 @@ class DenseStorage:  # stored as (d_out, d_in): nn.Linear
             )
         # a new Parameter, never written in place: ties to other layers end here
         old = layer.weight
-        layer.weight = nn.Parameter(
-            weight.to(old.device, old.dtype).contiguous(), requires_grad=False
-        )
+        layer.weight = frozen(weight.to(old.device, old.dtype).contiguous())
 
 
 class TransposedStorage:  # stored as (d_in, d_out): Hugging Face's Conv1D, nn.Embedding
@@ -247,15 +250,18 @@ def write_bias(layer, bias):
         raise NotMergeableError(
             f"this {type(layer).__name__} has no bias to merge a bias into"
         )
-    layer.bias = nn.Parameter(
-        bias.detach().to(layer.bias.device, layer.bias.dtype), requires_grad=False
-    )
+    layer.bias = frozen(bias.to(layer.bias.device, layer.bias.dtype))
+
+
+def is_packed(parameter):
+    """True for a parameter in 4 bits, ours or bitsandbytes'."""
+    return type(parameter).__name__ == "Params4bit"
 
 
 def logical_numel(parameter):
     """How many weights a parameter holds: a packed 4-bit one holds two in each byte."""
-    packed = type(parameter).__name__ == "Params4bit"
-    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
+    per_number = 2 * parameter.element_size() if is_packed(parameter) else 1
+    return parameter.numel() * per_number
 
 
 def device_and_dtype(layer, at_least_32_bits=True):

@@ -8,13 +8,8 @@ import torch
 from .. import io
 from .data import Batches, DataError, check_ids, max_tokens
 from .generation import generate as write_texts
-from .generation import in_mode
+from .generation import in_mode, unwrap_peft
 from .gpt import GPT
-
-
-def unwrap_peft(model):
-    """The model itself, without a PeftModel around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def fast_loss(model):

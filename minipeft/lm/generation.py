@@ -48,6 +48,11 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def unwrap_peft(model):
+    """The model itself, without a PeftModel around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextmanager
 def in_mode(model, training=True):
     """Within it the model is in training mode, or in evaluation mode."""
@@ -98,8 +103,7 @@ def decode(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling)
     check_number("max_new_tokens", max_new_tokens, whole=True, least=0)
     check_sampling(**sampling)
     check_prompts(model, rows)
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = inspect.signature(plain.forward).parameters
+    parameters = inspect.signature(unwrap_peft(model).forward).parameters
     extra = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     # transformers' name since 5.24
     cache_name = "cache" if "cache" in parameters else "past_key_values"

@@ -41,6 +41,7 @@ class Dora(Lora):
         self.lora_magnitude_vector = nn.Parameter(self.norm(base))
 
     def norm(self, base):  # ||W + s B A|| of each row (d_out,)
+        # the layer's own W: adapters that are merged before this one do not count
         W = weights.read_weight(base.unmerged)
         return row_norms(W, *self.factors, self.scaling)
 

@@ -3,9 +3,7 @@ accompany any method."""
 
 import copy
 
-from torch import nn
-
-from .. import targets
+from .. import targets, weights
 from ..errors import TargetError
 from ..slot import Adapter
 
@@ -46,6 +44,6 @@ def copy_into(module, trained):
     for own, frozen in zip(*modules, strict=True):
         for name, p in own._parameters.items():
             if p is not None:
-                value = p.detach().to(frozen._parameters[name].dtype, copy=True)
-                frozen._parameters[name] = nn.Parameter(value, requires_grad=False)
+                value = p.to(frozen._parameters[name].dtype, copy=True)
+                frozen._parameters[name] = weights.frozen(value)
         frozen._buffers.update(copy.deepcopy(own._buffers))

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .. import targets
+from .. import targets, weights
 from ..config import ConfigError, PeftConfig
 from ..errors import TargetError
 from ..slot import Adapter
@@ -89,7 +89,7 @@ def shifted_params(model, shifts):
 
 def frozen(shifted):
     """The same, as parameters that are not trained."""
-    return [(w, nn.Parameter(v.detach(), requires_grad=False)) for w, v in shifted]
+    return [(where, weights.frozen(value)) for where, value in shifted]
 
 
 def put_params(values):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..weights import undo_bnb_cpu_repacking
+from ..weights import is_packed, undo_bnb_cpu_repacking
 
 
 def prepare_model_for_kbit_training(
@@ -15,11 +15,11 @@ def prepare_model_for_kbit_training(
     input gets a gradient, without which it gives none.
     """
     undo_bnb_cpu_repacking(model).requires_grad_(False)
-    packed = [type(p).__name__ == "Params4bit" for p in model.parameters()]
-    for parameter, is_packed in zip(model.parameters(), packed):
-        if parameter.dtype in (torch.float16, torch.bfloat16) and not is_packed:
+    for parameter in model.parameters():
+        in_16 = parameter.dtype in (torch.float16, torch.bfloat16)
+        if in_16 and not is_packed(parameter):
             parameter.data = parameter.data.float()
-    if any(packed) and use_gradient_checkpointing:
+    if any(map(is_packed, model.parameters())) and use_gradient_checkpointing:
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant", True):
             model.enable_input_require_grads()
         model.gradient_checkpointing_enable(

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import weights
 from ..errors import FileError
-from ..io import check_choice, did_you_mean
+from ..io import check_choice, did_you_mean, with_prefix
 from ..targets import find_targets, is_found, unwrap_slot, walk
 from .bitsandbytes import bitsandbytes_layer, from_bitsandbytes, to_bitsandbytes
 from .nf4 import QTensor, dequantize_4bit, quantize_4bit
@@ -148,41 +148,35 @@ class Linear4bit(nn.Linear):
         for name, tensor in to_bitsandbytes(self.quantized).items():
             destination[f"{prefix}weight.{name}"] = tensor
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-    ):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
         name = f"{prefix}weight"
         weight = state_dict.get(name)
-        # what belongs to a packed weight; torch reports all else as unexpected
-        packed = weight is not None and not weight.is_floating_point()
-        beside = {
-            key.removeprefix(f"{name}."): state_dict.pop(key)
-            for key in list(state_dict)
-            if packed and key.startswith(tuple(f"{name}.{part}" for part in BESIDE))
-        }
-        shape = (self.out_features, self.in_features)
-        if weight is not None and weight.is_floating_point() and weight.shape != shape:
-            errors.append(
-                f"size mismatch for {name}: {tuple(weight.shape)} in the state"
-                f" dict, expected {shape}"
-            )
-            state_dict[name] = self.weight.data
-        elif weight is not None:
-            self._load_weight(name, weight, beside)
-            state_dict[name] = self.weight.data
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-        )
-
-    def _load_weight(self, name, weight, beside):
-        if not weight.is_floating_point():
+        if weight is not None:
             shape = (self.out_features, self.in_features)
-            try:
-                weight = from_bitsandbytes(weight, beside, shape)
-            except FileError as problem:
-                raise FileError(f"{name}: {problem}") from None
-        meta = self.weight.device.type == "meta"
-        self.set_weight(weight if meta else weight.to(self.weight.device))
+            if not weight.is_floating_point():
+                weight = self._unpack(name, state_dict, shape)
+            if weight.shape == shape:
+                meta = self.weight.is_meta
+                self.set_weight(weight if meta else weight.to(self.weight.device))
+            else:
+                errors = rest[-1]
+                errors.append(
+                    f"size mismatch for {name}: {tuple(weight.shape)} in the state"
+                    f" dict, expected {shape}"
+                )
+            state_dict[name] = self.weight.data
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _unpack(self, name, state_dict, shape):
+        """The QTensor of a packed weight. What stands beside it leaves state_dict:
+        torch reports all else as unexpected."""
+        starts = tuple(f"{name}.{part}" for part in BESIDE)
+        keys = [key for key in state_dict if key.startswith(starts)]
+        beside = with_prefix({key: state_dict.pop(key) for key in keys}, f"{name}.")
+        try:
+            return from_bitsandbytes(state_dict[name], beside, shape)
+        except FileError as problem:
+            raise FileError(f"{name}: {problem}") from None
 
 
 def is_4bit(module):
@@ -359,6 +353,6 @@ def to_linear(layer, dtype=None):
     """An nn.Linear with the weight that a 4-bit layer stands for."""
     weight = weights.read_weight(layer)
     new = nn.Linear(*weights.features(layer), bias=False, device="meta")
-    new.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    new.weight = weights.frozen(weight.to(dtype or weight.dtype))
     new.bias = layer.bias
     return new.train(layer.training)
