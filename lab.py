@@ -89,6 +89,8 @@ def main(arguments):
             flush=True,
         )
     lab = [sys.executable, "-m", "jupyterlab", "--notebook-dir", str(ROOT)]
+    # else ipykernel warns, for each chapter, that others on this machine could listen
+    lab.append("--MappingKernelManager.transport_encryption=auto")
     start = "--LabApp.default_url=/lab/tree/work/README.md"
     if os.name == "nt":  # there exec leaves the terminal at once
         import subprocess

@@ -6,7 +6,8 @@ it says after, and what that cost.
 """
 
 import argparse
-import shutil
+import contextlib
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 import torch
 
 from minipeft import LoraConfig, get_peft_model
+from minipeft.cli import sentence
+from minipeft.doctor import free_space
+from minipeft.io import make_folder
 from minipeft.lm import (
     evaluate,
     generate,
@@ -41,6 +45,24 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, default=100, help="test examples to score")
     parser.add_argument("--keep", type=Path, help="save the adapter in this folder")
     given = parser.parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return run(given, folder)
+
+
+def make_room(model, folder):
+    """Make the folder. OSError, before the training, if the adapter would not fit."""
+    make_folder(folder)
+    trained, _ = model.get_nb_trainable_parameters()
+    needed = 4 * trained + 100_000
+    if (free := free_space(folder)) < needed:
+        raise OSError(
+            f"{folder}: the adapter needs {human(needed)} of disk, and {human(free)}"
+            " are free"
+        )
+
+
+def run(given, folder):
     started = time.perf_counter()
     torch.manual_seed(0)
     # the fastest for a model this small, and above all on a machine that is busy
@@ -53,6 +75,7 @@ def main(argv=None):
         model,
         LoraConfig(r=given.r, lora_alpha=2 * given.r, target_modules="all-linear"),
     )
+    make_room(model, folder)
     print(
         f"{given.task}: {task.description}. A LoRA of rank {given.r} on every linear"
         " layer; the model itself stays frozen."
@@ -84,11 +107,8 @@ def main(argv=None):
             f" {example.completion.strip()}   <- expected"
         )
 
-    folder = given.keep or Path(tempfile.mkdtemp())
     model.save_pretrained(folder)
     size = (folder / "adapter_model.safetensors").stat().st_size
-    if not given.keep:
-        shutil.rmtree(folder)
     ledger, (trained, everything) = (
         memory_ledger(model, seq_len=length),
         model.get_nb_trainable_parameters(),
@@ -138,4 +158,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        if (text := sentence(error)) is None:
+            raise
+        sys.exit(f"demo: {text}")

@@ -8,7 +8,6 @@ in the repository, so that their links to each other hold. Links to other files 
 the repository's public address, or are left out while it has none.
 """
 
-import ast
 import importlib
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-from minipeft.course.layout import address, lay_out, linked, role
+from minipeft.course.layout import address, is_imports, lay_out, linked, role
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "data/base/README.md"]
@@ -41,7 +40,6 @@ API = [
 LINK = re.compile(r"(?<!\!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.S)
-SCREEN = 40  # lines: a cell of more is folded
 # A verdict's class and sign; the notebooks' emoji need a font that not every reader has
 VERDICTS = {
     "RIGHT": ("right", "✔\N{VARIATION SELECTOR-15}"),
@@ -141,32 +139,15 @@ def set_output(markdown):
     return VERDICT.sub(badge, markdown)
 
 
-def is_imports(source):
-    """Is most of this code imports?"""
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError:  # IPython's own
-        return False
-    imports = [s for s in statements if isinstance(s, (ast.Import, ast.ImportFrom))]
-    lines = sum(s.end_lineno - s.lineno + 1 for s in imports)
-    return 2 * lines > len(source.splitlines())
-
-
-def fold(cell):
-    """Fold solutions, what the chapter folds, long imports, and code of more than a
-    screen; and say how much it is."""
-    lines, tags = len(cell.source.splitlines()), cell.metadata.get("tags", [])
-    imports = lines > 12 and is_imports(cell.source)
-    if imports or lines > SCREEN:
-        tags = [*tags, "hide-input"]
-    if "hide-input" not in tags:
+def name_fold(cell):
+    """Say what is folded, and how much it is."""
+    if "hide-input" not in cell.metadata.get("tags", []):
         return
-    what = f"code ({lines} lines)"
+    what = f"code ({len(cell.source.splitlines())} lines)"
     if role(cell) == "solution":
         what = "solution"
-    elif imports:
+    elif is_imports(cell.source):
         what = "imports"
-    cell.metadata["tags"] = list(dict.fromkeys(tags))
     cell.metadata["mystnb"] = {
         "code_prompt_show": f"Show the {what}",
         "code_prompt_hide": f"Hide the {what}",
@@ -176,8 +157,7 @@ def fold(cell):
 def prepare_notebook(path, known, out):
     page = path.relative_to(ROOT).as_posix()
     notebook = nbformat.read(path, as_version=4)
-    if path in chapters():
-        lay_out(notebook, path)
+    lay_out(notebook, path)
     # the book has its own way to the next page, and nothing to install
     drop = ("install", "navigation")
     notebook.cells = [cell for cell in notebook.cells if role(cell) not in drop]
@@ -187,7 +167,7 @@ def prepare_notebook(path, known, out):
             take_images_along(cell.source, page, out)
             cell.source = relinked(cell.source, page, known)
         elif cell.cell_type == "code":
-            fold(cell)
+            name_fold(cell)
             for output in cell.outputs:
                 if markdown := output.get("data", {}).get("text/markdown"):
                     output.data["text/markdown"] = set_output(markdown)

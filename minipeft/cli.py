@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from . import cli_options
-from .io import check_file, make_folder, replacing, write_text
+from .io import all_or_nothing, check_file, make_folder, replacing, write_text
 from .model_card import CARD, is_ours
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -102,25 +102,9 @@ def check_places(out, *names):
             check_file(out / name, UserError)
 
 
-@contextlib.contextmanager
-def all_or_nothing(out):
-    """A hidden folder within `out`. When the block ends, its files move to `out`, but
-    for a model card where there is one of the user's; when it fails, nothing is
-    left."""
-    existed = out.exists()
-    make_folder(out)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=out) as part:
-            yield Path(part)
-            for file in Path(part).iterdir():
-                place = out / file.name
-                if file.name != CARD or not place.exists() or is_ours(place):
-                    os.replace(file, place)
-    except BaseException:
-        if not existed:
-            with contextlib.suppress(OSError):
-                out.rmdir()
-        raise
+def is_users_card(place):
+    """A model card that the user has written is not replaced."""
+    return place.name == CARD and place.exists() and not is_ours(place)
 
 
 # ---- models --------------------------------------------------------------------------
@@ -459,7 +443,7 @@ def save_run(args, model, out, history, options, budget):
     if not is_first():
         model.save_pretrained(out, **options)  # gathers its parts, and writes nothing
         return kept
-    with all_or_nothing(out) as part:
+    with all_or_nothing(out, is_users_card) as part:
         model.save_pretrained(part, **options)
         title = f"{args.method} on {Path(args.data).name}"
         write_curves(part, history, title)

@@ -14,6 +14,7 @@ import operator
 import os
 import secrets
 import stat
+import tempfile
 from pathlib import Path
 
 from .errors import FileError
@@ -274,6 +275,30 @@ def make_folder(path, error=FileError):
     except OSError as problem:
         raise error(f"cannot write into {path}: {problem.strerror}") from None
     return path
+
+
+@contextlib.contextmanager
+def all_or_nothing(out, keep=lambda place: False):
+    """The path of a hidden folder within `out`, which is made if absent. When the block
+    ends, its files move to the same places in `out`, except where keep(place) is True;
+    when the block fails, nothing is left."""
+    out = Path(out)
+    existed = out.exists()
+    make_folder(out)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=out) as part:
+            yield Path(part)
+            files = [path for path in Path(part).rglob("*") if path.is_file()]
+            for file in files:
+                place = out / file.relative_to(part)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if not keep(place):
+                    os.replace(file, place)
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
 
 
 @contextlib.contextmanager

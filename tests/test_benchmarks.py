@@ -1,6 +1,7 @@
 """The benchmarks run, at a toy size, and write down what they promise."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,6 +125,26 @@ def test_demo_shows_before_after_and_the_cost(toy, tmp_path, monkeypatch, capsys
         )
     )
     assert (tmp_path / "kept" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("free", [0, 1000])
+def test_demo_looks_for_room_before_it_trains(toy, tmp_path, monkeypatch, capsys, free):
+    base, task = toy
+    monkeypatch.setenv("MINIPEFT_BASE", base)
+    monkeypatch.setattr(demo, "load_data", lambda name: task)
+    monkeypatch.setattr(demo, "free_space", lambda folder: free)
+    monkeypatch.setattr(demo, "train", lambda *a, **k: pytest.fail("it trained"))
+    with pytest.raises(OSError, match=r"kept: the adapter needs .* kB of disk"):
+        demo.main(["--keep", str(tmp_path / "kept")])
+
+
+@pytest.mark.parametrize("argument", ["--keep=demo.py", "--task=sqll"])
+def test_demo_answers_in_a_sentence(argument):
+    command = [sys.executable, demo.__file__, argument]
+    folder = Path(demo.__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 1 and done.stderr.startswith("demo: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_climbing_ends_between_two_worse_rates():

@@ -340,6 +340,15 @@ class TestRunner:
         notebook.run(path)
         assert capsys.readouterr().out.count("stderr: Failed to load") == 1
 
+    def test_the_kernel_starts_without_a_warning(self, tmp_path, capfd):
+        """ipykernel warns of unencrypted TCP on the terminal, not in the notebook."""
+        path = tmp_path / "00_x.ipynb"
+        cells = [nbformat.v4.new_code_cell("print(6 * 7)")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        notebook.run(path)
+        assert nbformat.read(path, as_version=4).cells[0].outputs[0].text == "42\n"
+        assert capfd.readouterr().err == ""
+
     @pytest.mark.parametrize("total", [3, None])
     def test_a_progress_bar_is_no_noise(self, capsys, total):
         """tqdm's lines, with and without an end, as they come: parted by returns."""

@@ -344,7 +344,11 @@ class TestOwnFiles:
                 b"one\n" + b"x" * 1_000_001,
                 "a.txt, line 2: too long, 1,000,001 characters",
             ),
-            ("a.txt", b"one\ntwo\n", "a.txt: only 2 different"),
+            (
+                "a.txt",
+                b"one\ntwo\n",
+                "a.txt: found 2 texts.* expected at least 3.* Blank lines separate",
+            ),
             (
                 "a.jsonl",
                 records() + '{"prompt": "x", "completion"\n',

@@ -151,6 +151,35 @@ class TestWriting:
         assert "FileError: cannot write" in last, last
         assert os.listdir(tmp_path) == []
 
+    @pytest.mark.parametrize("existed", [True, False])
+    def test_all_files_or_none(self, tmp_path, existed):
+        out = tmp_path / "out"
+        if existed:
+            (out / "deep").mkdir(parents=True)
+            for name in ("a", "deep/b", "mine"):
+                (out / name).write_text("old")
+        before = sorted(tmp_path.rglob("*"))
+
+        def fill(part):
+            (part / "deep").mkdir()
+            for name in ("a", "deep/b", "deep/c", "mine"):
+                (part / name).write_text("new")
+
+        with pytest.raises(OSError):
+            with io.all_or_nothing(out) as part:
+                fill(part)
+                raise OSError(28, "No space left on device")
+        assert sorted(tmp_path.rglob("*")) == before
+        with io.all_or_nothing(out, lambda place: place.name == "mine") as part:
+            fill(part)
+        found = {
+            path.relative_to(out).as_posix(): path.read_text()
+            for path in out.rglob("*")
+            if path.is_file()
+        }
+        mine = {"mine": "old"} if existed else {}
+        assert found == {name: "new" for name in ("a", "deep/b", "deep/c")} | mine
+
     def test_two_writers_share_no_temporary_name(self, tmp_path):
         with io.replacing(tmp_path / "x") as one, io.replacing(tmp_path / "x") as two:
             one.write_text("one")

@@ -214,6 +214,7 @@ def test_lab_opens_at_the_copy(monkeypatch, capsys, system):
     (command,) = started
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
     assert "--LabApp.default_url=/lab/tree/work/README.md" in command
+    assert "--MappingKernelManager.transport_encryption=auto" in command
     assert command[-1] == "--no-browser"
     said = capsys.readouterr().out
     assert "work/04_lora.ipynb" in said and "yours stays" in said

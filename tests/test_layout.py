@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from minipeft.course import layout
-from minipeft.course.layout import install_source, lay_out, linked, role
+from minipeft.course.layout import fold_code, install_source, lay_out, linked, role
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
@@ -79,6 +79,63 @@ class TestChapters:
         _, after, _ = pair
         assert role(after.cells[1]) == "install"
         assert [role(cell) for cell in after.cells].count("install") == 1
+
+
+PNG = nbformat.v4.new_output("display_data", {"image/png": "x", "text/plain": "x"})
+RECORD = 'json.loads(Path("../benchmarks/results/chapter01.json").read_text())'
+
+
+def lines(number, first="a = 1"):
+    return "\n".join([first, *("b = 2" for _ in range(number - 1))])
+
+
+class TestFolds:
+    """One rule for what is folded, whoever reads it."""
+
+    @pytest.mark.parametrize(
+        "source, outputs, folded",
+        [
+            (lines(40), [], False),
+            (lines(41), [], True),
+            (lines(41, "assert True"), [], True),
+            (lines(12), [PNG], False),
+            (lines(13), [PNG], True),
+            (lines(13, "assert True"), [PNG], False),
+            (lines(13, "class A: pass"), [PNG], False),
+            (lines(13, "history = train(model)"), [PNG], False),
+            (lines(13, "claim('x', 'y', True)"), [PNG], False),
+            (lines(13, RECORD), [], True),
+            (lines(12, RECORD), [], False),
+            ("import os\n" * 13, [], True),
+            ("import os\n" * 12, [], False),
+            ("import os\n" * 6 + lines(7), [], False),
+            ("%time\n" + lines(20), [], False),
+        ],
+    )
+    def test_what_is_folded(self, source, outputs, folded):
+        cell = nbformat.v4.new_code_cell(source, outputs=outputs)
+        fold_code([cell])
+        assert ("jupyter" in cell.metadata) == folded
+        assert ("hide-input" in cell.metadata.get("tags", [])) == folded
+        assert (cell.metadata.get("cellView") == "form") == folded
+
+    def test_what_became_short_is_unfolded(self):
+        own = {"jupyter": {"outputs_hidden": True}, "tags": ["nbval-skip"]}
+        cell = nbformat.v4.new_code_cell(lines(50), metadata=copy.deepcopy(own))
+        fold_code([cell])
+        assert cell.metadata != own
+        cell.source = lines(5)
+        fold_code([cell])
+        assert cell.metadata == own
+
+    def test_a_notebook_that_is_no_chapter_gets_its_folds_alone(self, tmp_path):
+        cells = [nbformat.v4.new_code_cell(lines(number)) for number in (5, 50)]
+        path = tmp_path / "claims.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        layout.main([path])
+        after = nbformat.read(path, as_version=4).cells
+        assert [cell.source for cell in after] == [cell.source for cell in cells]
+        assert [bool(cell.metadata) for cell in after] == [False, True]
 
 
 class TestLinks:

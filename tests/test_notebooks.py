@@ -11,7 +11,8 @@ import nbformat
 import pytest
 
 from minipeft.course import check
-from minipeft.course.layout import lay_out
+from minipeft.course.layout import SCREEN, is_plumbing, lay_out
+from minipeft.course.student import read_chapter, student_edition
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("[0-9][0-9]_*.ipynb"))
@@ -209,6 +210,31 @@ def test_laid_out(path, chapter):
     lay_out(again, path)
     words = f"python -m minipeft.course.layout chapters/{path.name}"
     assert nbformat.writes(again) == nbformat.writes(chapter), words
+
+
+def folds(cell):
+    """How the cell's code is folded: for JupyterLab, the book, Colab."""
+    hidden = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+    tagged = "hide-input" in cell.metadata.get("tags", [])
+    return hidden, tagged, cell.metadata.get("cellView") == "form"
+
+
+def test_plumbing_is_folded_for_every_reader(chapter):
+    for cell in code(chapter):
+        folded = role(cell) in ("solution", "install") or is_plumbing(cell)
+        assert folds(cell) == (folded,) * 3, cell.source
+        if not folded:
+            assert len(cell.source.splitlines()) <= SCREEN, cell.source
+        if role(cell) in ("toy", "stub", "check") or "claim(" in cell.source:
+            assert not folded or len(cell.source.splitlines()) > SCREEN, cell.source
+
+
+def test_students_have_the_same_folds(path, chapter):
+    pytest.importorskip("nbgrader")
+    edition = {cell.id: cell for cell in student_edition(read_chapter(path)).cells}
+    for cell in code(chapter):
+        if role(cell) != "solution":
+            assert folds(edition[cell.id]) == folds(cell), cell.source
 
 
 def test_links_to_files_hold(path, chapter):

@@ -137,7 +137,7 @@ def test_every_import_is_a_declared_dependency():
     """Outside functions the library imports what it needs, and `minipeft.course` what
     the extra [course] brings; inside functions anything of [all]."""
     brought = {"jinja2", "packaging"}  # by torch, by pooch
-    brought_to_course = {"ipython", "nbconvert"}  # by jupyterlab
+    brought_to_course = {"ipython", "nbconvert", "traitlets"}  # by jupyterlab
 
     def modules(*extras):
         return {name.replace("-", "_") for name in requirements(*extras)}

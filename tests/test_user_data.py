@@ -203,6 +203,19 @@ class TestRecords:
             ({"messages": ["hello"]}, "messages: expected a list"),
             ({"messages": [{"role": 1, "content": "x"}]}, "messages: expected a list"),
             ({"messages": TALK[:1]}, "nothing is learnt"),
+            (
+                {"messages": [{"role": "usr", "content": "x"}, *TALK]},
+                r"messages: unknown role 'usr' \(did you mean 'user'\?\)",
+            ),
+            (
+                {"messages": [*TALK, {"role": "Assistent", "content": "x"}]},
+                r"unknown role 'Assistent' \(did you mean 'assistant'\?\)",
+            ),
+            (
+                {"messages": [{"role": "human", "content": "x"}, *TALK]},
+                "unknown role 'human'; expected one of system, developer, user,"
+                " assistant, tool",
+            ),
             ({"messages": []}, "expected {.text"),
             ({"instruction": "x"}, "expected {.text"),
             ({"instruction": "x", "output": ["y"]}, "expected {.text"),
@@ -216,6 +229,40 @@ class TestRecords:
         path = write(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, row)
         with pytest.raises(DataError, match=f"a.jsonl, line 2: .*{message}"):
             load_data(path)
+
+    @pytest.mark.parametrize("role", ["system", "developer", "tool"])
+    def test_roles_beside_user_and_assistant(self, tmp_path, role):
+        row = {"messages": [{"role": role, "content": "Be brief."}, *TALK]}
+        prompt, _, _ = read_user_file(write(tmp_path / "a.jsonl", row))[0]
+        assert prompt.startswith(f"{role.capitalize()}: Be brief.\n")
+
+    @pytest.mark.parametrize(
+        "name, content, found, parts",
+        [
+            ("a.txt", "One long line. " * 9000, "1 text,", "each line is a text"),
+            ("a.txt", "same\n\n" * 40, "1 text,", "Blank lines separate texts.*"),
+            ("a.txt", "one\n\ntwo\n\n", "2 texts,", ".*fewer than 10 paragraphs.*"),
+            (
+                "a.jsonl",
+                '{"prompt": "a", "completion": "b"}\n' * 9,
+                "1 prompt,",
+                "Each line holds one record",
+            ),
+            ("a.csv", "text\none\ntwo\n", "2 texts,", "Each row holds one record"),
+            ("a.csv", "prompt,completion\n", "0 texts,", "Each row holds one record"),
+        ],
+    )
+    def test_too_few_texts(self, tmp_path, name, content, found, parts):
+        """How many were found, how many are needed, and what separates them."""
+        (tmp_path / name).write_text(content)
+        words = f"{name}: found {found}.* at least 3.* {parts}$"
+        with pytest.raises(DataError, match=words):
+            load_data(tmp_path / name)
+
+    def test_a_line_that_is_too_long_says_what_separates_texts(self, tmp_path):
+        (tmp_path / "a.txt").write_text("x" * 1_000_001)
+        with pytest.raises(DataError, match=r"1,000,000\)\. Blank lines separate"):
+            load_data(tmp_path / "a.txt")
 
     def test_deep_nesting(self, tmp_path):
         (tmp_path / "a.jsonl").write_text("[" * 100_000)

@@ -7,6 +7,7 @@ It changes no word and runs nothing, and a second time it changes nothing. The r
 chapters (`minipeft.course.notebook`) does it before it runs one.
 """
 
+import ast
 import re
 import sys
 import tomllib
@@ -16,8 +17,10 @@ import nbformat
 
 from ..io import write_text
 
-# How each reader is told to fold a cell's code: JupyterLab and VS Code, the book, Colab
+# How each reader is told to fold a cell's code: JupyterLab, the book, Colab. VS Code
+# keeps what is folded to itself, so there it stands open
 FOLDED = {"source_hidden": True}, "hide-input", "form"
+LONG, SCREEN = 12, 40  # lines
 INSTALL = """\
 # @title Install the course, where it is absent (in Colab, say)
 import importlib.util
@@ -101,16 +104,30 @@ def role(cell):
     return cell.metadata.get("minipeft", {}).get("role", "")
 
 
+def is_imports(source):
+    """Is most of this code imports?"""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # IPython's own
+        return False
+    imports = [s for s in statements if isinstance(s, (ast.Import, ast.ImportFrom))]
+    lines = sum(s.end_lineno - s.lineno + 1 for s in imports)
+    return 2 * lines > len(source.splitlines())
+
+
 def is_plumbing(cell):
-    """Is it long code that reads a record or draws a figure, without what a reader
-    came for (training, laws, claims, classes)?"""
+    """Is it code that one reads when one needs it? More than a screen is, and of what
+    has more than a few lines: imports; and what reads a record or draws a figure,
+    without what a reader came for (training, laws, claims, classes)."""
+    lines = len(cell.source.splitlines())
+    if lines <= LONG or lines > SCREEN or is_imports(cell.source):
+        return lines > LONG
     figure = any("image/png" in output.get("data", {}) for output in cell.outputs)
     record = "/benchmarks/results/" in cell.source
     teaches = re.search(
         r"\b(train|claim|show)\(|\bcheck\.|\bassert\b|^class ", cell.source, re.M
     )
-    long = len(cell.source.splitlines()) > 12
-    return long and (figure or record) and not teaches
+    return (figure or record) and not teaches
 
 
 def fold(cell):
@@ -119,6 +136,27 @@ def fold(cell):
     tags = cell.metadata.get("tags", [])
     cell.metadata["tags"] = tags if tag in tags else [*tags, tag]
     cell.metadata["cellView"] = view
+
+
+def unfold(cell):
+    jupyter, tag, _ = FOLDED
+    for place, folded in (("jupyter", jupyter), ("tags", (tag,))):
+        found = cell.metadata.pop(place, {})
+        if isinstance(found, dict):
+            rest = {name: value for name, value in found.items() if name not in folded}
+        else:
+            rest = [name for name in found if name not in folded]
+        if rest:
+            cell.metadata[place] = rest
+    cell.metadata.pop("cellView", None)
+
+
+def fold_code(cells):
+    """Fold solutions and plumbing, for all readers, and nothing else."""
+    for cell in cells:
+        if cell.cell_type == "code":
+            folded = role(cell) in ("solution", "install") or is_plumbing(cell)
+            (fold if folded else unfold)(cell)
 
 
 def linked(text, chapters):
@@ -186,12 +224,21 @@ def install_source(address):
     return INSTALL.format(fetch=fetch)
 
 
+def is_chapter(path):
+    """Is this path's notebook one of the chapters, which have a number?"""
+    return path.parent.name == "chapters" and path.name[:2].isdigit()
+
+
 def lay_out(notebook, path):
-    """Give a chapter its links, folds, install cell and navigation, in place.
+    """Give a chapter its links, folds, install cell and navigation, in place; any other
+    notebook its folds.
 
     path: where it lies, among the other chapters. A cell that is added is counted as
     executed, as it does nothing where the course is installed."""
-    path = Path(path)
+    path = Path(path).resolve()
+    if not is_chapter(path):
+        fold_code(notebook.cells)
+        return
     chapters = {p.name[:2]: p.name for p in path.parent.glob("[0-9][0-9]_*.ipynb")}
     chapters.pop(path.name[:2], None)
     kept = [
@@ -200,16 +247,12 @@ def lay_out(notebook, path):
     for cell in kept:
         if cell.cell_type == "markdown":
             cell.source = linked(cell.source, chapters)
-        elif cell.cell_type == "code" and (
-            role(cell) == "solution" or is_plumbing(cell)
-        ):
-            fold(cell)
     install = nbformat.v4.new_code_cell(install_source(address()), id="install")
     install.metadata = {"minipeft": {"role": "install"}}
-    fold(install)
     last = nbformat.v4.new_markdown_cell(navigation(path), id="navigation")
     last.metadata = {"minipeft": {"role": "navigation"}}
     notebook.cells = [kept[0], install, *kept[1:], last]
+    fold_code(notebook.cells)
     if any(cell.get("execution_count") for cell in kept):
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         for count, cell in enumerate(code, 1):
@@ -227,7 +270,7 @@ def main(names):
             continue
         notebook = nbformat.read(name, as_version=4)
         before = nbformat.writes(notebook)
-        lay_out(notebook, Path(name).resolve())
+        lay_out(notebook, name)
         after = nbformat.writes(notebook)
         if after != before:
             write_text(Path(name), after + "\n")

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 from .layout import lay_out
 
 PROGRESS = re.compile(r"\[\d+:\d\d(:\d\d)?[<,]")  # of a tqdm bar
+# Else ipykernel warns, at each start, that others on this machine could listen
+ENCRYPTED = {"KernelManager": {"transport_encryption": "auto"}}
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
@@ -61,12 +64,11 @@ def run(path) -> float:
     os.environ.update(TQDM_DISABLE="1", OMP_NUM_THREADS="2", MKL_NUM_THREADS="2")
     path, start = Path(path), time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
-    is_chapter = path.resolve().parent.name == "chapters" and path.name[:2].isdigit()
-    if is_chapter:
-        lay_out(notebook, path.resolve())
+    lay_out(notebook, path)
     NotebookClient(
         notebook,
         kernel_name="python3",
+        config=Config(ENCRYPTED),
         timeout=900,
         record_timing=False,
         coalesce_streams=True,
@@ -74,8 +76,7 @@ def run(path) -> float:
     ).execute()
     print_noise(notebook)
     clean(notebook)
-    if is_chapter:  # once more: whether a cell draws is seen in its outputs
-        lay_out(notebook, path.resolve())
+    lay_out(notebook, path)  # once more: whether a cell draws is seen in its outputs
     nbformat.validate(notebook)
     beside = path.with_suffix(".partial")
     nbformat.write(notebook, beside)

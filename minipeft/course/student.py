@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-from ..io import brief, check_choice, read_text, write_text
+from ..io import all_or_nothing, brief, check_choice, read_text, write_text
 from . import variants
 
 GRADERS = ("nbgrader", "otter")
@@ -341,8 +341,8 @@ def prepare(path, out, grader=None, force=False, variant=0) -> Edition:
 
 
 def write_all(paths, out, grader=None, force=False, variant=0) -> list:
-    """Write editions of chapters, all or, on a StudentError, none; returns their
-    paths. grader: None, "nbgrader" or "otter". variant: the class they are for
+    """Write editions of chapters, all or, on an error, none; returns their paths.
+    grader: None, "nbgrader" or "otter". variant: the class they are for
     (variants.of_class)."""
     if grader is not None:
         check_choice("grader", grader, GRADERS)
@@ -350,16 +350,18 @@ def write_all(paths, out, grader=None, force=False, variant=0) -> list:
     targets = [edition.target for edition in editions]
     if twice := [target for target in targets if targets.count(target) > 1]:
         raise StudentError(f"two chapters would become {twice[0]}")
-    for edition in editions:
-        edition.target.parent.mkdir(parents=True, exist_ok=True)
-        take_files_along(edition)
-        write_text(edition.target, nbformat.writes(edition.notebook) + "\n")
-        for name, test in edition.tests.items():
-            (edition.target.parent / "tests").mkdir(exist_ok=True)
-            write_text(edition.target.parent / "tests" / f"{name}.py", test)
-    config = Path(out) / "nbgrader_config.py"
-    if grader == "nbgrader" and not config.exists():
-        write_text(config, CONFIG)
+    with all_or_nothing(out) as part:
+        for edition in editions:
+            folder = part / edition.target.parent.relative_to(out)
+            folder.mkdir(parents=True, exist_ok=True)
+            take_files_along(edition, folder)
+            text = nbformat.writes(edition.notebook) + "\n"
+            write_text(folder / edition.target.name, text)
+            for name, test in edition.tests.items():
+                (folder / "tests").mkdir(exist_ok=True)
+                write_text(folder / "tests" / f"{name}.py", test)
+        if grader == "nbgrader" and not (Path(out) / "nbgrader_config.py").exists():
+            write_text(part / "nbgrader_config.py", CONFIG)
     return targets
 
 
@@ -376,10 +378,10 @@ def repository(folder: Path) -> Path:
     return folder
 
 
-def take_files_along(edition: Edition) -> None:
-    """Copy what the chapter reads or links to beside it, and let it look there."""
+def take_files_along(edition: Edition, out: Path) -> None:
+    """Copy what the chapter reads or links to into `out`, and let it look there."""
     home = edition.source.resolve().parent
-    root, out = repository(home), edition.target.parent
+    root = repository(home)
 
     def moved(match):
         link = match[0]

@@ -7,6 +7,7 @@ program, so it runs in Jinja's sandbox.
 import json
 from datetime import datetime
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # "User: ...\nAssistant: ...\n", for a tokenizer that brings no template
 PLAIN = """\
 {% for message in messages %}

@@ -27,7 +27,7 @@ from ..lanternwick.scoring import bleu, percent, plain
 from ..lanternwick.tasks import TASKS, Example, Task, load_task
 from .fetch import DataError, fetch
 from .tokenizer import wrap
-from .user_data import SUFFIXES, paragraphs, read_user_file
+from .user_data import PARTS, SUFFIXES, paragraphs, read_user_file
 
 
 def load_data(name, tokenizer=None):
@@ -188,13 +188,16 @@ def load_file(path, tokenizer=None):
         groups[prompt or completion].append(
             Example(prompt, completion, {"file": str(path), "line": number})
         )
+    has_prompts = bool(records) and records[0][0] != ""
     if len(groups) < 3:
-        what = "text or prompt" if len(groups) == 1 else "texts or prompts"
+        what = "prompt" if has_prompts else "text"
+        plural = "" if len(groups) == 1 else "s"
         raise DataError(
-            f"{path}: only {len(groups)} different {what}; expected at least 3, one"
-            " each for train, valid and test"
+            f"{path}: found {len(groups)} {what}{plural}, equal ones counted once;"
+            " expected at least 3, one each for train, valid and test."
+            f" {PARTS[path.suffix]}"
         )
-    judged = ("exact", 0.0, exact) if records[0][0] else PLAIN_TEXT
+    judged = ("exact", 0.0, exact) if has_prompts else PLAIN_TEXT
     return Task(
         path.stem, f"your file {path.name}", *split(list(groups.values())), *judged
     )

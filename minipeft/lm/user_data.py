@@ -20,12 +20,19 @@ import csv
 import io
 import json
 
-from ..io import brief, read_bytes
-from .chat import ChatError, answers
+from ..io import brief, check_choice, read_bytes
+from .chat import ROLES, ChatError, answers
 from .fetch import DataError
 
 LONGEST_LINE = 1_000_000  # characters; what is longer is not text that somebody wrote
 SUFFIXES = (".txt", ".jsonl", ".csv")
+FEW = 10  # paragraphs
+PARTS = {
+    ".txt": "Blank lines separate texts; in a file with fewer than"
+    f" {FEW} paragraphs each line is a text",
+    ".jsonl": "Each line holds one record",
+    ".csv": "Each row holds one record",
+}
 EXPECTED = (
     '{"text": "..."}, {"prompt": "...", "completion": "..."}, {"instruction": "...",'
     ' "output": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]},'
@@ -37,7 +44,7 @@ def read_user_file(path, tokenizer=None):
     """[(prompt, completion, line number)]; a text is a completion without a prompt."""
     if path.suffix == ".txt":
         texts = paragraphs(path)
-        if len(texts) < 10:
+        if len(texts) < FEW:
             texts = [(number, line) for number, line in lines_of(path) if line.strip()]
         return [("", text, number) for number, text in texts]
     rows = csv_rows(path) if path.suffix == ".csv" else json_rows(path)
@@ -66,7 +73,7 @@ def json_rows(path):
             raise DataError(f"{where}: JSON nested too deeply") from None
         except ValueError as error:
             raise DataError(
-                f"{where}: not JSON ({error}). Each line holds one record"
+                f"{where}: not JSON ({error}). {PARTS['.jsonl']}"
             ) from error
         yield number, row
 
@@ -118,7 +125,11 @@ def pairs(row, where, tokenizer=None):
 
 
 def check_messages(messages, where):
-    """The messages, if each has a role and a content that are text."""
+    """The messages, if each has a content that is text, and one of ROLES."""
+
+    def refuse(reason):
+        return DataError(f"{where}: messages: {reason}")
+
     if isinstance(messages, list):
         for message in messages:
             if not isinstance(message, dict):
@@ -127,10 +138,12 @@ def check_messages(messages, where):
             if not all(isinstance(value, str) and value for value in values):
                 break
         else:
+            for message in messages:
+                check_choice("role", message["role"], ROLES, refuse)
             return messages
-    raise DataError(
-        f'{where}: messages: expected a list of {{"role": "user", "content": "..."}};'
-        f" found {brief(messages)}"
+    raise refuse(
+        'expected a list of {"role": "user", "content": "..."}; found'
+        f" {brief(messages)}"
     )
 
 
@@ -182,7 +195,7 @@ def lines_of(path):
         if len(line) > LONGEST_LINE:
             raise DataError(
                 f"{path}, line {number}: too long, {len(line):,} characters (at most"
-                f" {LONGEST_LINE:,})"
+                f" {LONGEST_LINE:,}). {PARTS.get(path.suffix, '')}".rstrip(". ")
             )
         yield number, line
 
