@@ -39,6 +39,7 @@ suppress_warnings = ["myst.header", "misc.highlighting_failure"]
 
 html_theme = "furo"
 html_title = "minipeft"
+templates_path = [str(HERE / "templates")]
 html_static_path = [str(HERE / "static")]
 html_css_files = ["book.css"]
 html_js_files = ["book.js"]
@@ -46,6 +47,7 @@ html_copy_source = False
 html_show_sphinx = False
 html_domain_indices = False  # the list of modules has images without words
 html_last_updated_fmt = None
+highlight_language = "none"  # of blocks that name none: what a command prints
 pygments_style = "a11y-high-contrast-light"
 pygments_dark_style = "a11y-high-contrast-dark"
 
@@ -99,8 +101,10 @@ default_role = "literal"
 
 
 def without_catch_all(app, what, name, obj, options, signature, annotation):
-    """(*args, **kwargs) says nothing: the fields stand below."""
+    """(*args, **kwargs) says nothing: a configuration's fields stand below."""
     if what == "class" and dataclasses.is_dataclass(obj):
+        return "", annotation
+    if signature and signature.startswith("(*args: Any, **kwargs: Any)"):
         return "", annotation
 
 
@@ -147,13 +151,14 @@ def plain_text(app, what, name, obj, options, lines):
 
 def levelled(app, page, template, context, doctree):
     """For those who listen: the level of the sidebar's headings, which Sphinx leaves
-    out; and a folded part is called as its words say, not "Toggle hidden content"."""
+    out; and a folded part is called as its words say, not "Toggle hidden content". For
+    all: that a class has the base `object` is not said."""
     tree = context.get("furo_navigation_tree")
     if tree:
         level = 'role="heading" aria-level="2"'
         context["furo_navigation_tree"] = tree.replace('role="heading"', level)
-    label = ' aria-label="Toggle hidden content"'
-    context["body"] = context.get("body", "").replace(label, "")
+    body = context.get("body", "").replace(' aria-label="Toggle hidden content"', "")
+    context["body"] = re.sub(r"<p>Bases: (?:(?!</p>).)*>object<.*?</p>\s*", "", body)
 
 
 def setup(app):

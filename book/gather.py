@@ -29,13 +29,13 @@ RENAMED = {
     "chapters/claims.ipynb": "chapters/further_claims.ipynb",
 }
 API = [
-    ("minipeft", "Models, configurations, adapters"),
-    ("minipeft.lm", "The language model: files, data, training, generation"),
-    ("minipeft.quant", "Four bits"),
+    ("minipeft", "models, configurations, adapters"),
+    ("minipeft.lm", "the language model, its data and training"),
+    ("minipeft.quant", "four bits"),
     ("minipeft.optim", "LoRA+"),
-    ("minipeft.course", "What notebooks use"),
-    ("minipeft.course.figures", "Figures"),
-    ("minipeft.lanternwick", "The town and its tasks"),
+    ("minipeft.course", "what notebooks use"),
+    ("minipeft.course.figures", "figures"),
+    ("minipeft.lanternwick", "the town and its tasks"),
 ]
 LINK = re.compile(r"(?<!\!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
@@ -221,24 +221,27 @@ def write_api(out):
     (out / "api").mkdir()
     seen = []
     for name, what in API:
-        module, listed = importlib.import_module(name), False
-        public = getattr(module, "__all__", None)
-        if public is None:
-            public = [n for n, o in vars(module).items() if is_own(n, o, module)]
-        else:
-            listed = True
-        members = [n for n in public if getattr(module, n) not in seen]
+        module = importlib.import_module(name)
+        members = [n for n in public(module) if getattr(module, n) not in seen]
         seen += [getattr(module, n) for n in members]
-        text = f"# `{name}`: {what[0].lower()}{what[1:]}\n\n```{{eval-rst}}\n"
+        text = f"# `{name}`: {what}\n\n```{{eval-rst}}\n"
         text += f".. automodule:: {name}\n   :members: {', '.join(members)}\n"
-        text += "   :imported-members:\n```\n" if listed else "```\n"
+        text += "   :imported-members:\n```\n"
         (out / "api" / f"{name}.md").write_text(text, encoding="utf-8")
 
 
-def is_own(name, thing, module):
-    """Is it a public function or class that the module defines?"""
-    own = getattr(thing, "__module__", None) == module.__name__
-    return own and callable(thing) and not name.startswith("_")
+def public(module):
+    """A module's names: those that it lists, or else the functions and classes that it,
+    or its package, defines."""
+    if hasattr(module, "__all__"):
+        return module.__all__
+    return [
+        name
+        for name, thing in vars(module).items()
+        if callable(thing)
+        and f"{thing.__module__}.".startswith(f"{module.__name__}.")
+        and not name.startswith("_")
+    ]
 
 
 def gather(out):

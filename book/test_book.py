@@ -135,6 +135,24 @@ class TestEachPage:
         assert "|---" not in text and "| ---" not in text, "a table as raw text"
         assert not browser.find_elements(By.CSS_SELECTOR, "mjx-merror")
 
+    def test_a_figure_shown_smaller_opens_in_its_size(self, page, browser):
+        resize(browser, WIDTHS[1])
+        small = browser.execute_script(
+            "return [...document.querySelectorAll('article img')]"
+            ".filter(i => i.naturalWidth > 1.2 * i.clientWidth && !i.closest('a'))"
+            ".map(i => i.alt)"
+        )
+        assert not small, small
+
+    def test_formulas_fit_a_desk(self, page, browser):
+        resize(browser, WIDTHS[0])
+        wide = browser.execute_script(
+            "return [...document.querySelectorAll('mjx-container')]"
+            ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.offsetParent)"
+            ".map(e => e.innerText)"
+        )
+        assert not wide, wide
+
     def test_needs_no_scrolling_sideways(self, page, browser):
         for width in WIDTHS:
             resize(browser, width)
@@ -244,6 +262,32 @@ def test_search(site, browser, word):
         lambda b: b.find_elements(By.CSS_SELECTOR, "#search-results li a")
     )
     assert word in browser.find_element(By.ID, "search-results").text
+
+
+def test_search_without_a_word_asks_for_one(site, browser):
+    """The search box of a telephone is behind a button: the page has its own."""
+    open_page(browser, f"{site}search.html")
+    resize(browser, WIDTHS[1])
+    box = browser.find_element(By.CSS_SELECTOR, "article input[type=search]")
+    assert box.is_displayed() and box.get_attribute("name") == "q"
+    box.send_keys("NF4")
+    box.submit()
+    WebDriverWait(browser, 60).until(
+        lambda b: b.find_elements(By.CSS_SELECTOR, "#search-results li a")
+    )
+
+
+def test_reference_has_every_public_name():
+    """No page is empty, and what README shows is there."""
+    found = set()
+    for page in (page for page in PAGES if page.startswith("api/")):
+        soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")
+        names = {name["id"] for name in soup.select("dt.sig[id]")}
+        assert names, page
+        found |= {name.rpartition(".")[2] for name in names}
+    expected = {"LoraConfig", "PeftModel", "get_peft_model", "train", "evaluate"}
+    expected |= {"generate", "load_data", "load_pretrained", "load_tokenizer"}
+    assert expected <= found, expected - found
 
 
 def test_every_page_of_the_course_is_there():

@@ -5,7 +5,19 @@ function markScrolling() {
     else part.removeAttribute("tabindex");
   }
 }
+// A figure that is drawn larger than it is shown opens in its own size.
+function linkFigures() {
+  for (const image of document.querySelectorAll("article img")) {
+    if (image.closest("a") || image.naturalWidth <= 1.2 * image.clientWidth) continue;
+    const link = document.createElement("a");
+    link.href = image.src;
+    link.title = "Open the figure in its full size";
+    image.replaceWith(link);
+    link.append(image);
+  }
+}
 window.addEventListener("load", async () => {
+  linkFigures();
   await window.MathJax?.startup?.promise;
   markScrolling();
   new ResizeObserver(markScrolling).observe(document.body);
