@@ -46,7 +46,9 @@ STYLE = {
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
     "legend.fontsize": 10,
-    "legend.frameon": False,
+    "legend.facecolor": "white",  # it may lie over a line
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
     "lines.linewidth": 1.8,
     "lines.markersize": 5,
     "font.size": 10,
@@ -81,7 +83,7 @@ def finish(ax=None, legend=True, outside=False, save=None, **limits) -> None:
             if outside
             else {"loc": "best"}
         )
-        ax.legend(**place, frameon=False)
+        ax.legend(**place)
     raise_small_letters(ax.figure)
     if save:
         ax.figure.savefig(save, dpi=144, format="png", metadata={"Software": None})
