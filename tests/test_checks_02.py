@@ -97,6 +97,22 @@ def decay_in_the_step(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
     )
 
 
+def one_step_late(beta1, beta2, t):
+    return 1 - beta1 ** max(t - 1, 1), 1 - beta2 ** max(t - 1, 1)
+
+
+def one_size(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    _, new_m, new_v = adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay)
+    size = (new_v / (1 - beta2**t)).mean().sqrt() + eps
+    step = lr * new_m / (1 - beta1**t) / size
+    return p * (1 - lr * weight_decay) - step, new_m, new_v
+
+
+def by_sign(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    _, new_m, new_v = adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay)
+    return p * (1 - lr * weight_decay) - lr * new_m.sign(), new_m, new_v
+
+
 def in_place(p, g, m, v, *rest):
     m.mul_(0.5)
     return adamw(p, g, 2 * m, v, *rest)
@@ -158,6 +174,17 @@ def test_adamw_oracle_is_torch():
             changed(correct=lambda b1, b2, t: (1 - b2**t, 1 - b1**t)),
         ),
         ("not scaled by the rate", changed(decay=lambda lr, wd: 1 - wd)),
+        ("has the rate twice", changed(decay=lambda lr, wd: 1 - lr * lr * wd)),
+        ("in this order", changed(give=lambda p, m, v: (p, v, m))),
+        ("beta1 is an argument", changed(new_m=lambda b, m, g: 0.9 * m + 0.1 * g)),
+        (
+            "beta2 is an argument",
+            changed(new_v=lambda b, v, g, m: 0.999 * v + 0.001 * g * g),
+        ),
+        ("absolute value", changed(new_v=lambda b, v, g, m: b * v + (1 - b) * g.abs())),
+        ("You correct with t - 1", changed(correct=one_step_late)),
+        ("every number has its own v", one_size),
+        ("by the sign of m", by_sign),
         ("in place", in_place),
         ("Give three tensors", changed(give=lambda p, m, v: p)),
         ("is there a `return`", changed(give=lambda p, m, v: None)),
@@ -181,8 +208,32 @@ def adds_into_the_first(grads, labels):
     return right
 
 
+def halved(grads, labels):
+    """A running mean, of two at a time."""
+    found = grads[0]
+    for g in grads[1:]:
+        found = (found + g) / 2
+    return found
+
+
+def in_32_bits(grads, labels):
+    """The gradients have 32 bits, and whoever counts on that is right."""
+    weights = torch.tensor(labels).float() / sum(labels)
+    return torch.einsum("n...,n->...", torch.stack(grads), weights)
+
+
+def running(grads, labels):
+    found, seen = torch.zeros_like(grads[0]), 0
+    for g, n in zip(grads, labels):
+        seen += n
+        found = found + (g - found) * (n / seen)
+    return found
+
+
 def test_accumulated_solution():
     accepts(check.accumulated, weighed)
+    accepts(check.accumulated, in_32_bits)
+    accepts(check.accumulated, running)
 
 
 def test_accumulated_oracle_is_autograd():
@@ -217,6 +268,8 @@ def test_accumulated_oracle_is_autograd():
             "has no place here",
             lambda grads, labels: weighed(grads, labels) / len(grads),
         ),
+        ("Each is a mean already", lambda grads, labels: sum(grads) / sum(labels)),
+        ("two at a time", halved),
         ("last batch's gradient", lambda grads, labels: grads[-1]),
         ("in place", adds_into_the_first),
         ("none of the usual slips", lambda grads, labels: weighed(grads, labels) + 1),
@@ -413,7 +466,7 @@ def not_behind(a, b):
     return compare(a, b, loss=True).verdict != "behind"
 
 
-def chosen(methods, card, bill=None, judge=not_behind, least=True, frozen=2):
+def chosen(methods, card, bill=None, judge=not_behind, least=True, frozen=2, join=mean):
     """The rule; each mistake below changes one of its parts."""
     bill = bill or (
         lambda way: (
@@ -423,10 +476,16 @@ def chosen(methods, card, bill=None, judge=not_behind, least=True, frozen=2):
         )
     )
     fit = {name: way["loss"] for name, way in methods.items() if bill(way) <= card}
-    best = min(fit, key=lambda name: mean(fit[name].values()))
+    if not fit:
+        return min(methods, key=lambda name: methods[name]["trained"])
+    best = min(fit, key=lambda name: join(fit[name].values()))
     good = [name for name in fit if judge(fit[name], fit[best])]
     pick = min if least else max
     return pick(good, key=lambda name: methods[name]["trained"])
+
+
+def of_all(way):
+    return 2 * way["total"] + 16 * way["trained"] + way["activations"]
 
 
 def with_arrays(methods, card):
@@ -473,6 +532,12 @@ def test_choose_method_right_answers():
             lambda *g: chosen(*g, judge=lambda a, b: compare(a, b).verdict != "behind"),
         ),
         ("with the lowest mean", lambda *g: chosen(*g, least=False)),
+        ("one lucky seed", lambda *g: chosen(*g, join=min)),
+        ("one lucky seed", lambda *g: chosen(*g, join=lambda losses: [*losses][0])),
+        ("for the trained parameters as well", lambda *g: chosen(*g, bill=of_all)),
+        ("", lambda *g: chosen(*g, frozen=4)),
+        ("", lambda methods, card: chosen(methods, card * 2**30 / 1e9)),
+        ("", lambda methods, card: chosen(methods, 0.999 * card)),
         ("is not one of", lambda *g: "QLoRA"),
         ("is not one of", lambda *g: 3),
         ("is there a `return`", lambda *g: None),
@@ -508,6 +573,10 @@ def tune(
     maker=torch.optim.AdamW,
     trained=lambda p: p.requires_grad,
     give=lambda losses: losses,
+    fresh=False,
+    one_batch=False,
+    graph=False,
+    warm=None,
 ):
     """The solution; each mistake below changes one of its parts."""
     params = [p for p in model.parameters() if trained(p)]
@@ -518,15 +587,19 @@ def tune(
     optimizer = maker([g for g in groups if g["params"]], lr=lr)
     losses = []
     for t, batch in enumerate(batches, 1):
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups[:warm]:
             group["lr"] = rate(lr, t, warmup)
-        loss = model(**batch).loss
+        if fresh:
+            optimizer = maker([g for g in groups if g["params"]], lr=lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate(lr, t, warmup)
+        loss = model(**(batches[0] if one_batch else batch)).loss
         if zero:
             optimizer.zero_grad()
         loss.backward()
         clipping(params, clip)
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss if graph else loss.item())
     return give(losses)
 
 
@@ -562,6 +635,11 @@ def tuned(**changes):
 def each(params, clip):
     for p in params:
         nn.utils.clip_grad_norm_([p], clip)
+
+
+def by_group(params, clip):
+    for matrices in (True, False):
+        nn.utils.clip_grad_norm_([p for p in params if (p.dim() > 1) == matrices], clip)
 
 
 def always(params, clip):
@@ -601,7 +679,22 @@ def test_fine_tune_right_answers(answer):
         ("norms decay too", tuned(decays=lambda p: True)),
         ("Nothing decays", tuned(decays=lambda p: False)),
         ("got into the gradient", tuned(maker=torch.optim.Adam)),
-        ("none of the usual slips", tuned(maker=torch.optim.SGD)),
+        ("plain gradient descent", tuned(maker=torch.optim.SGD)),
+        ("none of the usual slips", tuned(maker=torch.optim.NAdam)),
+        ("The rate rises on and on", tuned(rate=lambda lr, t, w: lr * t / w)),
+        (
+            "set behind the step",
+            tuned(rate=lambda lr, t, w: lr if t == 1 else lr * min(1, (t - 1) / w)),
+        ),
+        ("one step ahead", tuned(rate=lambda lr, t, w: lr * min(1, (t + 1) / w))),
+        ("do not warm up", tuned(warm=1)),
+        ("first batch again and again", tuned(one_batch=True)),
+        ("begin from zero in each step", tuned(fresh=True)),
+        ("each parameter group by itself", tuned(clipping=by_group)),
+        ("groups are turned round", tuned(decays=lambda p: p.dim() < 2)),
+        ("three dimensions does not decay", tuned(decays=lambda p: p.dim() == 2)),
+        ("still holds the graph", tuned(graph=True)),
+        ("still holds the graph", tuned(graph=True, give=tuple)),
         ("A frozen parameter has changed", thawed),
         ("The model has not changed", on_a_copy),
         ("return the list of losses", tuned(give=lambda losses: None)),
