@@ -6,11 +6,12 @@ import json
 
 import matplotlib
 import nbformat
+import numpy as np
 import pytest
 import tqdm
 from nbclient import NotebookClient
 
-from minipeft.course import approx, figures, notebook, show, table
+from minipeft.course import approx, figures, finding, notebook, show, table
 from minipeft.course.alt_text import contrast, describe
 from minipeft.course.records import at_best_rate, matching, real_size
 from minipeft.course.show import source
@@ -473,3 +474,22 @@ def test_a_table_of_the_runs_at_real_size(tmp_path):
 def test_a_text_of_several_lines_stays_one_line_of_a_table():
     made = table([["a\n\nb", 1]], ["text", "number"]).data
     assert made.splitlines()[2:] == ["| a  b | 1 |"]
+
+
+class TestFinding:
+    """What the shipped base shows, and another base may not show."""
+
+    def test_on_the_shipped_base_it_has_to_hold(self, monkeypatch, capsys):
+        monkeypatch.delenv("MINIPEFT_BASE", raising=False)
+        finding(True, "NF4 costs less than FP4")
+        with pytest.raises(AssertionError, match="expected: NF4 costs less than FP4"):
+            finding(False, "NF4 costs less than FP4")
+        assert capsys.readouterr().out == ""
+
+    def test_on_another_base_it_is_told(self, monkeypatch, capsys):
+        monkeypatch.setenv("MINIPEFT_BASE", "stories260K")
+        finding(True, "NF4 costs less than FP4")
+        finding(np.bool_(False), "three bits cost more than four")
+        assert capsys.readouterr().out == (
+            "Not on this base: three bits cost more than four\n"
+        )

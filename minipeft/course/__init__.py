@@ -34,6 +34,7 @@ from . import check, figures  # noqa: E402
 from .claims import claim  # noqa: E402
 from .comparison import compare  # noqa: E402
 from .figures import approx, table  # noqa: E402
+from .finding import finding  # noqa: E402
 from .records import at_best_rate, matching, real_size  # noqa: E402
 from .show import show  # noqa: E402
 
@@ -44,6 +45,7 @@ __all__ = [
     "claim",
     "compare",
     "figures",
+    "finding",
     "matching",
     "real_size",
     "show",
