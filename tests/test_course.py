@@ -190,6 +190,46 @@ DRAWN = [
 ]
 
 
+class TestNamedPoints:
+    """Points whose names stand beside them."""
+
+    def boxes(self, monkeypatch, points, **options):
+        seen = []
+        monkeypatch.setattr(figures.plt, "show", lambda: seen.append(figures.plt.gcf()))
+        figures.named_points(points, "title", "x", "y", **options)
+        figure = seen[0]
+        figure.draw_without_rendering()
+        (ax,) = figure.axes
+        names = [text for text in ax.texts if text.get_text() in points]
+        assert len(names) == len(points)
+        return ax, {
+            text.get_text(): figures.Text.get_window_extent(text) for text in names
+        }
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_no_name_covers_another_or_a_point(self, monkeypatch, seed):
+        draw = np.random.default_rng(seed)
+        x, y = 10 ** draw.uniform(3, 6, 20), draw.choice([30.0, 60.0, 90.0], 20)
+        points = {f"method {n}": (x[n], y[n] + n / 10) for n in range(20)}
+        ax, boxes = self.boxes(monkeypatch, points, logx=True, ylim=(0, 105))
+        found = list(boxes.values())
+        for n, box in enumerate(found):
+            assert not any(box.overlaps(other) for other in found[:n])
+            assert ax.get_window_extent().fully_containsx(box.x1)
+        for place in ax.transData.transform(list(points.values())):
+            assert not any(box.contains(*place) for box in found)
+
+    def test_what_is_marked_is_a_circle(self, monkeypatch):
+        points = {"full": (1, 90), "LoRA": (2, 80)}
+        ax, _ = self.boxes(monkeypatch, points, marked=["LoRA"], ylim=(0, 100))
+        assert [line.get_marker() for line in ax.lines] == ["x", "o"]
+
+    def test_where_there_is_no_place_it_says_so(self, monkeypatch):
+        points = {f"a long name of a method {n}": (1, 1) for n in range(90)}
+        with pytest.raises(ValueError, match="make the figure larger"):
+            self.boxes(monkeypatch, points)
+
+
 class TestReadableByEverybody:
     """Letters, contrasts, shapes, and alternative texts."""
 

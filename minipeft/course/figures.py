@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from .alt_text import contrast, describe
 
@@ -204,6 +205,56 @@ def seed_points(ax, place: float, values, colour="black", width=0.3) -> None:
         linewidth=0.6,
         zorder=3,
     )
+
+
+DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+
+
+def named_points(points: dict, title, xlabel, ylabel, marked=(), **options) -> None:
+    """Points with their names beside them, each where it covers no other; a thin line
+    leads from a name to its point where it stands apart.
+
+    points: {name: (x, y)}. marked: the names drawn as orange circles; the others are
+    grey crosses. options: logx= and size= of `axes`, the rest of `finish`."""
+    look = {key: options.pop(key) for key in ("logx", "size") if key in options}
+    save = options.pop("save", None)
+    ax = axes(title, xlabel, ylabel, **look)
+    for name, place in points.items():
+        on = name in marked
+        ax.plot(*place, "o" if on else "x", color=ORANGE if on else "#555555")
+    ax.margins(x=0.15)
+    ax.set(**options)
+    ax.figure.draw_without_rendering()  # now points have their places on the page
+    at = {name: ax.transData.transform(place) for name, place in points.items()}
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in at.values()]
+    for name in sorted(points, key=lambda name: -points[name][1]):
+        taken.append(named(ax, name, points[name], taken))
+    finish(ax, legend=False, save=save)
+
+
+def named(ax, name, point, taken):
+    """Write the name near its point, free of the boxes `taken`; returns its own box."""
+    for far in (8, 14, 22, 32, 44, 58, 74, 92):  # points of a font
+        for right, up in DIRECTIONS:
+            text = ax.annotate(
+                name,
+                point,
+                xytext=(far * right, far * up),
+                textcoords="offset points",
+                ha={1: "left", 0: "center", -1: "right"}[right],
+                va={1: "bottom", 0: "center", -1: "top"}[up],
+                arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.7}
+                if far > 8
+                else None,
+            )
+            text.update_positions(ax.figure.canvas.get_renderer())
+            box = Text.get_window_extent(text)
+            inside = ax.bbox.containsx(box.x0) and ax.bbox.containsx(box.x1)
+            inside = inside and ax.bbox.containsy(box.y0) and ax.bbox.containsy(box.y1)
+            if inside and not any(box.overlaps(other) for other in taken):
+                return box
+            text.remove()
+    raise ValueError(f"no free place for the name {name!r}: make the figure larger")
 
 
 def matrices(parts: list, title: str, note: str = "") -> None:
