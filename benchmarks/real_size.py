@@ -36,6 +36,7 @@ from common import RESULTS, facts, finite, found, save, weights
 from safetensors.torch import save_file
 
 from minipeft import (
+    AdaLoraConfig,
     BottleneckConfig,
     DoraConfig,
     IA3Config,
@@ -54,6 +55,7 @@ from minipeft.lm.chat import answers, prompt_text
 from minipeft.lm.data import Batches, Example
 from minipeft.lm.evaluation import completion_loss
 from minipeft.lm.pretrained import resolve
+from minipeft.methods.rank_allocator import RankAllocator
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OUT = RESULTS / "real_size.json"
@@ -73,6 +75,13 @@ NF4 = {
 
 def lora(r, **more):
     return LoraConfig(r=r, lora_alpha=2 * r, **ALL, **more)
+
+
+def adalora():
+    """Ranks of 12, of which two thirds are left: cut from a fifth of the steps on."""
+    cut = {"tinit": STEPS // 5, "tfinal": STEPS * 2 // 5, "deltaT": 2}
+    ranks = {"init_r": 12, "target_r": 8, "lora_alpha": 16}
+    return AdaLoraConfig(**ranks, **cut, total_step=STEPS, **ALL)
 
 
 # what is trained, and the learning rates to try; the most telling first
@@ -99,6 +108,7 @@ CASES = {
     "subspace, d 1000": (lambda: SubspaceConfig(d=1000), (1e-2,)),
     "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), (1e-2,)),
     "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), (3e-3,)),
+    "AdaLoRA 12 to 8": (lambda: adalora(), (3e-3, 1e-2)),
     "LoRA r 8, Shakespeare": (lambda: lora(8), (3e-4, 1e-3)),
     "full, Shakespeare": (None, (2e-5, 5e-5)),
 }
@@ -237,7 +247,7 @@ def loss_of(model, tokenizer, examples, max_length=128):
     return finite(loss["loss"])
 
 
-def trained(model, tokenizer, examples, steps, lr, seed):
+def trained(model, tokenizer, examples, steps, lr, seed, after_step=None):
     """Train; returns the means of ten steps' losses each. A text without a prompt is
     cut into rows of ROW tokens."""
     length = None if examples[0].prompt else ROW
@@ -245,6 +255,7 @@ def trained(model, tokenizer, examples, steps, lr, seed):
     history = train(
         model,
         rows,
+        after_step=after_step,
         steps=steps,
         lr=lr,
         warmup=steps // 10,
@@ -318,7 +329,9 @@ def one_run(base, case, lr, seed, steps):
     if case == "before":
         done["parameters"] = 0
     else:
-        done["losses"] = trained(model, tokenizer, examples, steps, lr, seed)
+        allocator = RankAllocator(model) if case.startswith("AdaLoRA") else None
+        how = (steps, lr, seed, allocator)
+        done["losses"] = trained(model, tokenizer, examples, *how)
     done["train_cpu_minutes"] = minutes(used)
     if steps == TRIAL:
         return done | {"valid_loss": loss_of(model, tokenizer, valid)}

@@ -71,6 +71,7 @@ class TestRecord:
         self, folder, toy, monkeypatch
     ):
         cases = ["before", "LoRA r 8", "(IA)³", "QLoRA r 8", "LoRA r 8, chat"]
+        cases.append("AdaLoRA 12 to 8")
         run(monkeypatch, "--model", folder, "--cases", *cases)
         record = json.loads(toy.read_text())
         assert {"command", "machine", "date", "commit", "weights"} <= record.keys()
