@@ -52,11 +52,9 @@ def render(messages, template=None, add_generation_prompt=False, **special_token
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(PLAIN if template is None else template).render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
+        compiled = environment.from_string(PLAIN if template is None else template)
+        inputs = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return compiled.render(**inputs, **special_tokens)
     except Exception as error:  # a template can raise anything
         raise ChatError(f"the chat template refuses it: {error}") from None
 

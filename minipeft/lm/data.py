@@ -20,9 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
-from ..io import check_number, did_you_mean
+from ..io import check_number, did_you_mean, progress, read_text
 from ..lanternwick.scoring import bleu, percent, plain
 from ..lanternwick.tasks import TASKS, Example, Task, load_task
 from .fetch import DataError, fetch
@@ -77,13 +76,9 @@ def e2e_nlg():
         references = defaultdict(list)  # prompt -> what people wrote
         with open(fetch(f"e2e_nlg/{file}"), encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
-                # "food[French], area[city]"
-                slots = [
-                    slot.rstrip("]").split("[", 1) for slot in row["mr"].split(", ")
-                ]
-                record = " ; ".join(
-                    f"{short.get(key, key)}: {value}" for key, value in slots
-                )
+                slots = row["mr"].split(", ")  # ["food[French]", "area[city]"]
+                pairs = [slot.rstrip("]").split("[", 1) for slot in slots]
+                record = " ; ".join(f"{short.get(key, key)}: {v}" for key, v in pairs)
                 references[f"Record: {record}\nText:"].append(plain(row["ref"]))
         return references
 
@@ -121,11 +116,9 @@ def sentence_polarity():
     examples = [
         Example(f"Review: {line.strip()}\nThe writer felt", f" {word}", {})
         for word, end in (("glad", "pos"), ("sad", "neg"))
-        for line in (
+        for line in read_text(
             fetch(f"sentence_polarity/rt-polarity.{end}")
-            .read_text(encoding="utf-8")
-            .splitlines()
-        )
+        ).splitlines()
     ]
 
     def score(predictions, examples):
@@ -169,12 +162,8 @@ PLAIN_TEXT = "perplexity", None, None
 
 
 def exact(predictions, examples):
-    return {
-        "exact": percent(
-            plain(p) == plain(e.completion)
-            for p, e in zip(predictions, examples, strict=True)
-        )
-    }
+    pairs = zip(predictions, examples, strict=True)
+    return {"exact": percent(plain(p) == plain(e.completion) for p, e in pairs)}
 
 
 # ---- your own file -------------------------------------------------------------------
@@ -325,7 +314,7 @@ class Batches:
         self.rows = []
         self.truncated = 0
         self._epoch = (None, None)
-        for example in tqdm(examples, desc="encoding", leave=False, delay=3):
+        for example in progress(examples, "encoding"):
             self._add(cached, example, max_length, truncate)
         if self.truncated:
             print(

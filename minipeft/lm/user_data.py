@@ -130,21 +130,20 @@ def check_messages(messages, where):
     def refuse(reason):
         return DataError(f"{where}: messages: {reason}")
 
-    if isinstance(messages, list):
-        for message in messages:
-            if not isinstance(message, dict):
-                break
-            values = [message.get("role"), message.get("content")]
-            if not all(isinstance(value, str) and value for value in values):
-                break
-        else:
-            for message in messages:
-                check_choice("role", message["role"], ROLES, refuse)
-            return messages
-    raise refuse(
-        'expected a list of {"role": "user", "content": "..."}; found'
-        f" {brief(messages)}"
-    )
+    def is_message(one):
+        if not isinstance(one, dict):
+            return False
+        texts = one.get("role"), one.get("content")
+        return all(isinstance(text, str) and text for text in texts)
+
+    if not isinstance(messages, list) or not all(map(is_message, messages)):
+        raise refuse(
+            'expected a list of {"role": "user", "content": "..."}; found'
+            f" {brief(messages)}"
+        )
+    for message in messages:
+        check_choice("role", message["role"], ROLES, refuse)
+    return messages
 
 
 def check_unicode(text, where):
