@@ -515,3 +515,121 @@ def test_adapter_right_answers():
 )
 def test_adapter_mistakes(says, answer):
     rejects(says, check.ia3_adapter, answer)
+
+
+# ------------------------------------------------------------- what learners also wrote
+
+
+def scaled_by(factors, close=torch.allclose):
+    """An answer to find_scales: these factors, where they give W_new."""
+
+    def answer(W, new):
+        l = factors(W, new)
+        return l if close(l[:, None] * W, new) else None
+
+    return answer
+
+
+def best_factors(W, new):
+    return (W * new).sum(1) / W.square().sum(1)
+
+
+def within(share):
+    return lambda made, new: bool((made - new).norm() < share * new.norm())
+
+
+def median_of_seeds(losses):
+    return lambda name: min(sorted(map(finite, x))[1] for x in losses[name].values())
+
+
+def worst_seed(losses):
+    def loss(name):
+        return max(finite([x]) for each in losses[name].values() for x in each)
+
+    return loss
+
+
+def only_in_training(self, base, x):
+    return Scales.forward(self, base, x) if self.training else base(x)
+
+
+def fold_the_bias_of_a_square(self, base):
+    Scales.fold(self, base)
+    if self.feedforward and base.bias is not None and len(base.bias) == len(self.l):
+        base.bias = base.bias * self.l.flatten()
+
+
+@pytest.mark.parametrize(
+    "name, says, answer",
+    [
+        ("fold_ia3", "sign of l", lambda W, b, l, ff: fold(W, b, l.abs(), ff)),
+        (
+            "fold_ia3",
+            "sign of l",
+            lambda W, b, l, ff: fold(W, b, l.square().sqrt(), ff),
+        ),
+        (
+            "fold_ia3",
+            "added afterwards",
+            lambda W, b, l, ff: (
+                (W * l, b * l if len(b) == len(l) else b) if ff else fold(W, b, l, ff)
+            ),
+        ),
+        ("bias_gradient", "first row only", lambda g, x: g[0].sum(0)),
+        ("find_scales", "off by 0.0005", scaled_by(best_factors, within(1e-4))),
+        (
+            "find_scales",
+            "off by 0.0005",
+            scaled_by(best_factors, lambda a, b: torch.allclose(a, b, atol=1e-3)),
+        ),
+        (
+            "find_scales",
+            "off by 0.0005",
+            scaled_by(best_factors, lambda a, b: torch.allclose(a, b, rtol=1e-2)),
+        ),
+        (
+            "find_scales",
+            "adds up to zero",
+            scaled_by(lambda W, new: new.sum(1) / W.sum(1)),
+        ),
+        (
+            "find_scales",
+            "adds up to zero",
+            scaled_by(lambda W, new: new.mean(1) / W.mean(1)),
+        ),
+        (
+            "find_scales",
+            "has the shape",
+            lambda W, new: None if find(W, new) is None else find(W, new)[:, None],
+        ),
+        (
+            "without_trials",
+            "lowest median",
+            lambda losses: trials(losses, median_of_seeds),
+        ),
+        (
+            "without_trials",
+            "of a single seed",
+            lambda losses: trials(losses, blind=worst_seed),
+        ),
+        ("ia3_adapter", "l did nothing", scales(forward=only_in_training)),
+        ("ia3_adapter", "it stays", scales(fold=fold_the_bias_of_a_square)),
+        (
+            "ia3_adapter",
+            "Your output has the shape",
+            scales(forward=lambda s, b, x: Scales.forward(s, b, x).flatten(0, 1)),
+        ),
+        ("ia3_adapter", "Something is None here", scales(fold=fold_without_none)),
+    ],
+)
+def test_what_learners_wrote(name, says, answer):
+    rejects(says, getattr(check, name), answer)
+
+
+def test_a_pair_may_be_an_array():
+    said = {"all doubled": (0, 0.99), "negated": (0, 0.71)}
+    said |= {"exchanged": (0.71, 0), "one added": (1, 0)}
+    accepts(check.predict_reach, {k: np.array(v) for k, v in said.items()})
+    accepts(check.predict_reach, {k: torch.tensor(v) for k, v in said.items()})
+    rejects("it is 0.71", check.predict_reach, said | {"negated": (0, 0.74)})
+    rejects("it is 0.71", check.predict_reach, said | {"exchanged": (0.68, 0)})

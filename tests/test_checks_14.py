@@ -365,7 +365,7 @@ def test_predict_shares_right_answers():
         ("nothing here yet", None),
         ("Give a dictionary", [0.5]),
         ("no prediction for", {k: v for k, v in SHARES.items() if k != "silenced"}),
-        ("a number is wanted", SHARES | {"key bias": "1/2"}),
+        ("expected a number", SHARES | {"key bias": "1/2"}),
         ("one more entry", SHARES | {"listed twice": 0.5}),
         ("one more entry", SHARES | {"listed twice": 0.25}),
         ("odds are squared", SHARES | {"query doubled": 0.5}),
@@ -479,3 +479,142 @@ def test_fewest_right_answers():
 )
 def test_fewest_mistakes(says, answer):
     rejects(says, check.fewest_experts, answer)
+
+
+# ------------------------------------------------------------- what learners also wrote
+
+
+def mixed(y, u, q, k, v, shares=None, u_out=None):
+    """The equation with other shares: a function of the scores (N, B, T)."""
+    scores = ((y @ q.T) * (u @ k.T)).sum(-1)
+    p = scores.softmax(0) if shares is None else shares(scores)
+    return y + (p.unsqueeze(-1) * (u @ v.T)).sum(0)
+
+
+def not_behind(losses_of, some, names):
+    return compare(losses_of(some), losses_of(names), loss=True).verdict != "behind"
+
+
+def one_after_the_other(names, losses_of):
+    """Silence the expert whose loss is missed least, as long as the rest will do."""
+    kept = list(names)
+    while len(kept) > 1:
+        fewer = [[n for n in kept if n != name] for name in kept]
+        fewer = [some for some in fewer if not_behind(losses_of, some, names)]
+        if not fewer:
+            break
+        kept = min(fewer, key=lambda some: sum(losses_of(some)))
+    return kept
+
+
+def one_more_each_time(names, losses_of):
+    kept = []
+    while not kept or not not_behind(losses_of, kept, names):
+        more = [[*kept, name] for name in names if name not in kept]
+        kept = min(more, key=lambda some: sum(losses_of(some)))
+    return kept
+
+
+def fewest_by(key):
+    """The smallest sets, told apart by something else than the mean."""
+
+    def answer(names, losses_of):
+        for size in range(1, len(names) + 1):
+            sets = [list(some) for some in combinations(names, size)]
+            good = [some for some in sets if not_behind(losses_of, some, names)]
+            if good:
+                return min(good, key=lambda some: key(losses_of(some)))
+        return list(names)
+
+    return answer
+
+
+def test_the_fewest_by_the_mean():
+    accepts(check.fewest_experts, fewest_by(sum))
+
+
+@pytest.mark.parametrize(
+    "name, says, answer",
+    [
+        (
+            "whom_it_hears",
+            "first tokens of each row",
+            lambda p, mask: torch.cat([r[: m.sum()] for r, m in zip(p, mask)]).mean(0),
+        ),
+        ("whom_it_hears", "median", lambda p, m: p[m.bool()].median(0).values),
+        (
+            "fuse",
+            "contains nan",
+            lambda *a: mixed(*a, lambda s: s.exp() / s.exp().sum(0)),
+        ),
+        (
+            "fuse",
+            "contains nan",
+            lambda *a: (
+                mixed(*a, lambda s: 2**s / (2**s).sum(0))
+                if a[0].abs().max() > 50
+                else mixed(*a)
+            ),
+        ),
+        ("fuse", "a sigmoid", lambda *a: mixed(*a, torch.sigmoid)),
+        (
+            "fuse",
+            "everything at once",
+            lambda *a: mixed(*a, lambda s: s.flatten().softmax(0).view_as(s)),
+        ),
+        ("fuse", "W_v is transposed", lambda y, u, q, k, v: solution(y, u, q, k, v.T)),
+        ("fuse", "W_q is transposed", lambda y, u, q, k, v: solution(y, u, q.T, k, v)),
+        ("fuse", "made with W_v", lambda y, u, q, k, v: solution(y, u, q, v, v)),
+        ("fewest_experts", "so will fewer", one_after_the_other),
+        ("fewest_experts", "so will fewer", one_more_each_time),
+        ("fewest_experts", "a lower mean", fewest_by(min)),
+        ("fewest_experts", "a lower mean", fewest_by(lambda x: x[0])),
+        ("fewest_experts", "a lower mean", fewest_by(lambda x: sorted(x)[1])),
+        ("fewest_experts", "a lower mean", fewest_by(lambda x: x[-1])),
+        ("fewest_experts", "a lower mean", fewest_by(lambda x: 0)),
+        ("fewest_experts", "stands twice", lambda n, l: 2 * fewest_by(sum)(n, l)),
+        (
+            "fusion_penalty",
+            "not in the precision",
+            lambda W, s: s * (W - torch.eye(len(W))).square().sum(),
+        ),
+        (
+            "fusion_penalty",
+            "not in the precision",
+            lambda W, s: s * (W.float() - torch.eye(len(W))).square().sum(),
+        ),
+        (
+            "fusion_penalty",
+            "not in the precision",
+            lambda W, s: s * (W.double() - torch.eye(len(W)).double()).square().sum(),
+        ),
+        (
+            "fusion_penalty",
+            "beside the diagonal",
+            lambda W, s: s * (W - W.diagonal().diag()).square().sum(),
+        ),
+        (
+            "fusion_module",
+            "right shape, but differs",
+            after_init(lambda s, e, d: setattr(s, "experts", list(e)[:3])),
+        ),
+        (
+            "fusion_module",
+            "right shape, but differs",
+            with_forward(lambda s, y: attend(s, y) if s.training else y),
+        ),
+        (
+            "fusion_module",
+            "change y in place",
+            with_forward(lambda s, y: y.copy_(attend(s, y))),
+        ),
+    ],
+)
+def test_what_learners_wrote(name, says, answer):
+    rejects(says, getattr(check, name), answer)
+
+
+def test_two_decimals_are_asked_for():
+    rejects("it is 0.37", check.predict_shares, SHARES | {"divided by 4": 0.36})
+    rejects("it is 0.5", check.predict_shares, SHARES | {"key bias": 0.52})
+    rejects("is not one of", check.predict_shares, SHARES | {"key": 0.5})

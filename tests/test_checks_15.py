@@ -556,7 +556,7 @@ def test_who_mistakes(says, answer):
 def test_the_mixture_is_one_of_the_packages_own_kind():
     """Its delta is what its update adds, wherever it stands."""
     model = check.chapter15.experts_on(6, 7)
-    config = check.chapter15.one_layer_config(Mixture, ["one", "two"])
+    config = check.chapter15.one_layer_config(Mixture)
     model.add_adapter("mixture", config)
     slot = model.get_base_model()[0]
     assert slot.adapters["mixture"].delta(Base(slot, "mixture")).shape == (7, 6)
@@ -589,3 +589,86 @@ def test_an_adapter_may_begin_with_B():
 
     assert check.who_is_in_it(b_first, b_first=True)
     assert not check.who_is_in_it(counted, b_first=True)
+
+
+# ------------------------------------------------------------- what learners also wrote
+
+
+def picked(key):
+    """A choice by something else than the mean validation loss."""
+
+    def pick(valid):
+        return min(valid, key=lambda name: key(valid[name]))
+
+    return lambda valid, right, plain: (
+        pick(valid),
+        compare(right[pick(valid)], right[plain]).verdict,
+    )
+
+
+def never_the_plain_one(valid, right, plain):
+    others = {name: losses for name, losses in valid.items() if name != plain}
+    name = min(others, key=lambda name: mean(others[name]))
+    return name, compare(right[name], right[plain]).verdict
+
+
+def by_scores(score):
+    """The verdict on one number a seed, which forgets how many answers it stands for."""
+
+    def answer(valid, right, plain):
+        name = min(valid, key=lambda name: mean(valid[name]))
+        a, b = ([score(text) for text in right[key]] for key in (name, plain))
+        return name, compare(a, b).verdict
+
+    return answer
+
+
+class Registering(Mixture):
+    """Its experts become children of it at the first call."""
+
+    def delta(self, base):
+        for name in self.names:
+            self.add_module(name, base.peer(name))
+        return super().delta(base)
+
+
+class OtherNames(Mixture):
+    def __init__(self, names):
+        super().__init__(names)
+        self.names = self.change(names)
+
+
+def renaming(change):
+    return type("Renaming", (OtherNames,), {"change": staticmethod(change)})
+
+
+@pytest.mark.parametrize(
+    "name, says, answer",
+    [
+        ("choose_merge", "mean over the seeds", picked(min)),
+        ("choose_merge", "mean over the seeds", picked(max)),
+        ("choose_merge", "mean over the seeds", picked(lambda x: sorted(x)[1])),
+        ("choose_merge", "mean over the seeds", picked(lambda x: x[0])),
+        ("choose_merge", "mean over the seeds", picked(lambda x: x[-1])),
+        ("choose_merge", "one of those to choose from", never_the_plain_one),
+        (
+            "choose_merge",
+            "sees every answer",
+            by_scores(lambda s: 100 * s.count("1") / 60),
+        ),
+        ("choose_merge", "sees every answer", by_scores(lambda s: s.count("1"))),
+        ("choose_merge", "sees every answer", by_scores(lambda s: s.count("1") / 60)),
+        ("learnt_merge", "save more than its weights", Registering),
+        ("learnt_merge", "changed places", renaming(sorted)),
+        ("learnt_merge", "changed places", renaming(lambda names: names[::-1])),
+        ("learnt_merge", "first two", renaming(lambda names: names[:2])),
+        (
+            "learnt_merge",
+            "start at the mean",
+            starting(lambda s: nn.init.constant_(s.weights, 1 / 3)),
+        ),
+        ("who_is_in_it", "nearest whole number", of(lambda n: n - (n > 0))),
+    ],
+)
+def test_what_learners_wrote(name, says, answer):
+    rejects(says, getattr(check, name), answer)

@@ -88,8 +88,8 @@ def one_rate(run, methods, rates, seeds):
         ("with nan is false", lambda *a: search(*a, skip_nan=False)),
         ("report validation losses", lambda *a: search(*a, report="valid_loss")),
         ("only the best one", lambda *a: search(*a, every=True)),
-        ("one for each seed", lambda *a: search(*a, last_seeds=[0])),
-        ("in this order", lambda *a: search(*a, last_seeds=[2, 1, 0])),
+        ("one for each seed", lambda *a: search(*a, last_seeds=[7])),
+        ("in this order", lambda *a: search(*a, last_seeds=[5, 3, 7])),
         ("an entry for each method", lambda *a: {}),
         ("is there a `return`", lambda *a: None),
         ("nothing here yet", stub),
@@ -451,3 +451,127 @@ def test_more_seeds_may_be_asked_for():
     assert check.best_split(three, fewest=3)
     wrong = check.best_split(all_splits, fewest=3)
     assert not wrong and "3 seeds are asked for" in wrong.message
+
+
+# ------------------------------------------------------------- what learners also wrote
+
+
+def by_places(train, test):
+    """Right: each place in test counts."""
+    return [i for i, text in enumerate(test) if plain(text) in map(plain, train)]
+
+
+def without_marks(text):
+    return tuple(re.sub(r"[^\w\s]", "", text.lower()).split())
+
+
+def but_short_words(text):
+    return tuple(word for word in plain(text) if word not in ("a", "an", "the"))
+
+
+def holding(train, test):
+    return [
+        i
+        for i, text in enumerate(test)
+        if any(" ".join(plain(one)) in " ".join(plain(text)) for one in train)
+    ]
+
+
+def at_most(seeds_at_most):
+    def answer(budget, train, item, spread_seed, spread_item, most):
+        found = []
+        for seeds in range(2, seeds_at_most + 1):
+            items = min(most, int((budget / seeds - train) / item + 1e-9))
+            if items >= 1:
+                error = spread_seed**2 / seeds + spread_item**2 / items
+                found.append((error, (seeds, items)))
+        return min(found)[1]
+
+    return answer
+
+
+class NoType(LayerConfig):
+    def create(self, base, path):
+        return Scale(*linear_features(base.module))
+
+
+@pytest.mark.parametrize(
+    "name, says, answer",
+    [
+        ("fair_search", "in this order", lambda *a: search(*a, last_seeds=[3, 5, 7])),
+        ("fair_search", "never asked for", lambda *a: search(*a, last_seeds=range(3))),
+        (
+            "fair_search",
+            "in this order",
+            lambda *a: {
+                name: found | {"scores": sorted(found["scores"])}
+                for name, found in search(*a).items()
+            },
+        ),
+        ("leaked", "order of the words", matching(lambda t: tuple(sorted(plain(t))))),
+        ("leaked", "sets of words", matching(lambda t: frozenset(plain(t)))),
+        ("leaked", "stand twice", matching(lambda t: tuple(dict.fromkeys(plain(t))))),
+        ("leaked", "where words end", matching(lambda t: re.sub(r"\W", "", t.lower()))),
+        ("leaked", "leave no space", matching(without_marks)),
+        ("leaked", "short words", matching(but_short_words)),
+        (
+            "leaked",
+            "Only a to z are",
+            matching(lambda t: tuple(re.findall("[a-z]+", t.lower()))),
+        ),
+        (
+            "leaked",
+            "Only a to z and digits",
+            matching(lambda t: tuple(re.findall("[a-z0-9]+", t.lower()))),
+        ),
+        ("leaked", "holds a shorter one", holding),
+        (
+            "leaked",
+            "go through the places",
+            lambda train, test: [test.index(test[i]) for i in by_places(train, test)],
+        ),
+        (
+            "leaked",
+            "twice in test once",
+            lambda train, test: sorted(
+                {test.index(test[i]) for i in by_places(train, test)}
+            ),
+        ),
+        (
+            "leaked",
+            "the last place",
+            lambda train, test: sorted(
+                {test[i]: i for i in by_places(train, test)}.values()
+            ),
+        ),
+        ("items_needed", "add one", lambda p, gap: int(exact(p, gap)) + 1),
+        ("items_needed", "add one", lambda p, gap: math.floor(exact(p, gap) + 1)),
+        ("items_needed", "1.96 standard", lambda p, gap: math.ceil(exact(p, gap, 2))),
+        ("best_split", "More seeds", at_most(10)),
+        ("best_split", "More seeds", at_most(20)),
+        ("own_entry", "no peft_type", NoType),
+        (
+            "own_entry",
+            "loses its sign",
+            computing(lambda s, base, x: s.scale.abs() * base(x) + s.shift),
+        ),
+        (
+            "own_entry",
+            "not being trained",
+            computing(
+                lambda s, base, x: Scale.forward(s, base, x) if s.training else base(x)
+            ),
+        ),
+    ],
+)
+def test_what_learners_wrote(name, says, answer):
+    rejects(says, getattr(check, name), answer)
+
+
+def test_a_pair_and_its_mirror_are_one():
+    said = {("best", "worst"): "ahead", ("worst", "best"): "behind"}
+    said |= {("best", "near"): TIE, ("near", "best"): TIE}
+    rejects("are one", check.said_beforehand, said, RUNS)
+    apart = {pair: RIGHT[pair] for pair in RIGHT if RIGHT[pair] != TIE}
+    mirrored = {("worst", "best"): "behind", ("near", "worst"): "ahead"}
+    rejects("at least one that is not", check.said_beforehand, apart | mirrored, RUNS)

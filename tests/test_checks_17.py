@@ -431,3 +431,116 @@ def test_choose_adapter_by_losses():
 
 def mean_of(numbers):
     return sum(numbers) / len(numbers)
+
+
+# ------------------------------------------------------------- what learners also wrote
+
+
+def in_the_files_order(ours, theirs):
+    return by_steps(ours, theirs, fields=tuple(ours))
+
+
+def as_a_list(ours, theirs):
+    found = by_steps(ours, theirs)
+    return found and list(found)
+
+
+def by_mark(key):
+    """A choice whose mark is not the best mean."""
+
+    def answer(runs, budget):
+        inside = within(runs, budget)
+        mark = max(inside, key=lambda name: key(inside[name]["scores"]))
+        best = inside[mark]["scores"]
+        kept = [
+            name
+            for name, run in inside.items()
+            if compare(run["scores"], best).verdict != "behind"
+        ]
+        return min(kept, key=lambda name: inside[name]["parameters"])
+
+    return answer
+
+
+def below(runs, budget):
+    return chosen(runs, budget - 1)
+
+
+def turned_into(change):
+    """The labels of the right answer, changed; change(ids, labels, messages)."""
+
+    def answer(messages, render, encode):
+        ids, labels = masked(messages, render, encode)
+        return ids, change(ids, labels, messages)
+
+    return answer
+
+
+def of_roles(*roles, start=0, end=0, header=False):
+    def answer(messages, render, encode):
+        ids = encode(render(messages))
+        labels = [-100] * len(ids)
+        for at, message in enumerate(messages):
+            if message["role"] in roles:
+                first = len(encode(render(messages[:at], True))) + start
+                last = len(encode(render(messages[: at + 1], header))) + end
+                labels[first:last] = ids[first:last]
+        return ids, labels
+
+    return answer
+
+
+def test_a_list_is_as_good_as_a_tuple():
+    accepts(check.first_difference, as_a_list)
+    accepts(check.answers_only, lambda *given: list(masked(*given)))
+
+
+@pytest.mark.parametrize(
+    "name, says, answer",
+    [
+        ("first_difference", "", in_the_files_order),
+        ("first_difference", "", lambda a, b: by_steps(a, b, fields=sorted(a))),
+        (
+            "first_difference",
+            "",
+            lambda a, b: by_steps(a, b, fields=("batch", "loss", "lr", "grad_norm")),
+        ),
+        (
+            "first_difference",
+            "too wide",
+            lambda a, b: by_steps(a, b, lambda x, y: math.isclose(x, y, rel_tol=1e-3)),
+        ),
+        (
+            "first_difference",
+            "too wide",
+            lambda a, b: by_steps(a, b, lambda x, y: math.isclose(x, y, rel_tol=5e-3)),
+        ),
+        (
+            "repair_keys",
+            "within a path",
+            keys(lambda key: repaired(key).replace(".module.", ".")),
+        ),
+        (
+            "repair_keys",
+            "is the name of a layer here",
+            keys(lambda key: repaired(key.replace("module.", "", 1))),
+        ),
+        ("answers_only", "the user's words and not", of_roles("user")),
+        ("answers_only", "what the system says", of_roles("system", "assistant")),
+        ("answers_only", "first token", of_roles("assistant", start=1)),
+        ("answers_only", "header behind", of_roles("assistant", header=True)),
+        (
+            "answers_only",
+            "you give 1",
+            turned_into(lambda ids, labels, m: [int(x != -100) for x in labels]),
+        ),
+        ("choose_adapter", "holds it too", below),
+        ("choose_adapter", "best *mean*", by_mark(max)),
+        ("choose_adapter", "best *mean*", by_mark(min)),
+        ("choose_adapter", "best *mean*", by_mark(lambda x: sorted(x)[len(x) // 2])),
+        ("choose_adapter", "best *mean*", by_mark(lambda x: x[0])),
+        ("choose_adapter", "best *mean*", by_mark(lambda x: x[-1])),
+    ],
+)
+def test_what_learners_wrote(name, says, answer):
+    rejects(says, getattr(check, name), answer)

@@ -371,3 +371,82 @@ def test_a_process_that_calls_no_more_may_have_a_name():
     assert check.first_mismatch(mismatch, missing="nothing")
     wrong = check.first_mismatch(lambda c: mismatch(c, None), missing="nothing")
     assert not wrong and "'nothing'" in wrong.message
+
+
+# ------------------------------------------------------------- what learners also wrote
+
+
+def rank_after_rank(calls):
+    """Each process is compared with the first, one after the other."""
+    for other in calls[1:]:
+        for index, pair in enumerate(zip_longest(calls[0], other)):
+            if pair[0] != pair[1]:
+                names = {r: (one + [None] * 9)[index] for r, one in enumerate(calls)}
+                return index, names
+    return None
+
+
+def by_what_is_called(calls):
+    if len({tuple(sorted(one)) for one in calls}) == 1:
+        return None
+    return mismatch(calls)
+
+
+@pytest.mark.parametrize(
+    "name, says, answer",
+    [
+        (
+            "combined_gradient",
+            "wrong dimension",
+            lambda g, n: (torch.stack(g) * torch.tensor(n)).sum(0) / sum(n),
+        ),
+        (
+            "combined_gradient",
+            "averages afterwards",
+            lambda g, n: combined(g, n) * len(n),
+        ),
+        (
+            "combined_gradient",
+            "most labels that",
+            lambda g, n: combined(g, n) * sum(n) / max(n),
+        ),
+        (
+            "ring_all_reduce",
+            "one and the same tensor",
+            lambda buffers, send: [ring(buffers, send)[0]] * len(buffers),
+        ),
+        ("first_mismatch", "the first difference is in call 1", rank_after_rank),
+        ("first_mismatch", "You find no difference", by_what_is_called),
+        (
+            "first_mismatch",
+            "You find no difference",
+            lambda calls: mismatch([sorted(one) for one in calls]),
+        ),
+        ("step_cost", "a third", lambda f, c: (3 - f) * (4 / 3 if c else 1)),
+        ("step_cost", "a half", lambda f, c: (3 - f) * (1.5 if c else 1)),
+        ("step_cost", "forward pass itself", lambda f, c: 2 - f + c),
+        (
+            "card_count",
+            "all up to the largest",
+            lambda s, w, c, sizes: fewest(s, w, c, range(1, max(sizes) + 1)),
+        ),
+        (
+            "card_count",
+            "in place",
+            lambda s, w, c, sizes: (sizes.sort(), fewest(s, w, c, sizes))[1],
+        ),
+        (
+            "card_count",
+            "Nothing is left to choose from",
+            lambda s, w, c, sizes: min(n for n in sizes if s / n + w <= c),
+        ),
+    ],
+)
+def test_what_learners_wrote(name, says, answer):
+    rejects(says, getattr(check, name), answer)
+
+
+def test_a_list_is_as_good_as_a_tuple():
+    accepts(
+        check.first_mismatch, lambda calls: (lambda x: x and list(x))(mismatch(calls))
+    )

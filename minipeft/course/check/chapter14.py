@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..comparison import compare as told_apart
-from .practice import written
+from .kinds import judge_numbers, told_by_the_mean
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -40,9 +40,9 @@ def leaf(*shape):
 )
 def fuse(function) -> None:
     """function(y, updates, W_q, W_k, W_v) -> (B, T, d)."""
-    for N in (2, 3):
+    for N, size in ((2, 1), (3, 1), (3, 400)):  # 400: exp of a score is infinite
         B, T, d = 2, random.choice([4, 5]), random.choice([7, 9])
-        y, u = leaf(B, T, d), leaf(N, B, T, d)
+        y, u = (size * draw(B, T, d)).requires_grad_(), leaf(N, B, T, d)
         W_q, W_k, W_v = ((draw(d, d) / d**0.5).requires_grad_() for _ in range(3))
 
         def out(
@@ -62,6 +62,7 @@ def fuse(function) -> None:
             )
 
         one = torch.eye(d, dtype=torch.float64)
+        scores = torch.einsum("btd,nbtd->nbt", y @ W_q.T, u @ W_k.T)
         mean = y + (u @ W_v.T).mean(0)
         compare(
             function(y, u, W_q, W_k, W_v),
@@ -95,21 +96,37 @@ def fuse(function) -> None:
                 "All weights are transposed: nn.Linear computes x @ W.T.": out(
                     W_q=W_q.T, W_k=W_k.T, W_v=W_v.T
                 ),
+                "W_v is transposed: nn.Linear computes x @ W.T.": out(W_v=W_v.T),
+                "W_q is transposed: nn.Linear computes x @ W.T.": out(W_q=W_q.T),
+                "W_k is transposed: nn.Linear computes x @ W.T.": out(W_k=W_k.T),
+                "W_q and W_k are transposed: nn.Linear computes x @ W.T.": out(
+                    W_q=W_q.T, W_k=W_k.T
+                ),
+                "The keys are made with W_v.": out(W_k=W_v),
+                "y passes through W_v too: only the updates do.": (
+                    out(residual=y @ W_v.T)
+                ),
+                "The experts do not add anything: that is y.": 1 * y,
+                "The experts ask themselves: the query is made of y.": y
+                + torch.einsum(
+                    "nbt,nbtd->btd",
+                    torch.einsum("nbtd,nbtd->nbt", u @ W_q.T, u @ W_k.T).softmax(0),
+                    u @ W_v.T,
+                ),
+                "You take a sigmoid: the shares of a token must sum to one.": y
+                + torch.einsum("nbt,nbtd->btd", scores.sigmoid(), u @ W_v.T),
+                "Your softmax is over everything at once: each token chooses for"
+                " itself.": y
+                + torch.einsum(
+                    "nbt,nbtd->btd",
+                    scores.flatten().softmax(0).view_as(scores),
+                    u @ W_v.T,
+                ),
                 "The softmax is missing: the shares of a token must sum to one.": (
-                    y
-                    + torch.einsum(
-                        "nbt,nbtd->btd",
-                        torch.einsum("btd,nbtd->nbt", y @ W_q.T, u @ W_k.T),
-                        u @ W_v.T,
-                    )
+                    y + torch.einsum("nbt,nbtd->btd", scores, u @ W_v.T)
                 ),
                 "You take the strongest expert alone: it is a soft choice.": (
-                    y
-                    + torch.einsum(
-                        "nbt,nbtd->btd",
-                        one_hot(torch.einsum("btd,nbtd->nbt", y @ W_q.T, u @ W_k.T)),
-                        u @ W_v.T,
-                    )
+                    y + torch.einsum("nbt,nbtd->btd", one_hot(scores), u @ W_v.T)
                 ),
             },
             "Your output",
@@ -131,7 +148,7 @@ def fusion_module(module_class) -> None:
         isinstance(module_class, type) and issubclass(module_class, nn.Module),
         "Give me the class itself, a subclass of nn.Module.",
     )
-    d, N = random.choice([6, 8]), 3
+    d, N = random.choice([6, 8]), 4
     experts = [nn.Linear(d, d) for _ in range(N)]
     kept = [expert.weight.detach().clone() for expert in experts]
     module = module_class(experts, d)
@@ -198,11 +215,27 @@ def fusion_module(module_class) -> None:
 
     with torch.no_grad():
         u = torch.stack([expert(y) for expert in experts])
-        for _ in range(2):
+        for training in (True, False):
+            before = y.clone()
+            got = module.train(training)(y)
+            need(torch.equal(y, before), "You change y in place: make a new tensor.")
+            scores = torch.einsum("btd,nbtd->nbt", module.query(y), module.key(u))
             compare(
-                module(y),
+                got,
                 right(),
                 {
+                    "The values are y + update: take the updates alone, and add y"
+                    " itself.": torch.einsum(
+                        "nbt,nbtd->btd", scores.softmax(0), module.value(y + u)
+                    ),
+                    "You take a sigmoid: the shares of a token must sum to one.": y
+                    + torch.einsum("nbt,nbtd->btd", scores.sigmoid(), module.value(u)),
+                    "The experts ask themselves: the query is made of y.": y
+                    + torch.einsum(
+                        "nbt,nbtd->btd",
+                        (module.query(u) * module.key(u)).sum(-1).softmax(0),
+                        module.value(u),
+                    ),
                     "The residual is forgotten: y goes on too.": right() - y,
                     "You take the plain mean of the experts: the attention is"
                     " missing, or its keys are made of y, so that all are equal.": (
@@ -220,14 +253,7 @@ def fusion_module(module_class) -> None:
                         right(swapped=True)
                     ),
                     "The updates do not pass through `value`.": (
-                        y
-                        + torch.einsum(
-                            "nbt,nbtd->btd",
-                            torch.einsum(
-                                "btd,nbtd->nbt", module.query(y), module.key(u)
-                            ).softmax(0),
-                            u,
-                        )
+                        y + torch.einsum("nbt,nbtd->btd", scores.softmax(0), u)
                     ),
                 },
                 "Your output",
@@ -263,6 +289,13 @@ def fusion_penalty(function) -> None:
         d = random.choice([5, 8])
         W = (torch.eye(d, dtype=torch.float64) + 0.3 * draw(d, d)).requires_grad_()
         got = function(W, strength)
+        for kept in (W, W.detach().bfloat16(), W.detach().float()):
+            found = got if kept is W else function(kept, strength)
+            need(
+                not isinstance(found, torch.Tensor) or found.dtype == kept.dtype,
+                "Your penalty is not in the precision of W_v, but in another one:"
+                " torch.eye gives 32 bits if you say no dtype.",
+            )
         off = W - torch.eye(d, dtype=torch.float64)
         compare(
             got,
@@ -282,6 +315,24 @@ def fusion_penalty(function) -> None:
                 ),
                 "You take 1 from every entry: the identity has ones on the diagonal"
                 " only.": (strength * (W - 1).square().sum()),
+                "You look at what stands beside the diagonal only.": (
+                    strength * (off - off.diagonal().diag()).square().sum()
+                ),
+                "You divide by d: the sum of all squares is wanted.": (
+                    strength * off.square().sum() / d
+                ),
+                "You ask whether W_v is orthogonal (W Wᵀ): it should stay near the"
+                " identity itself.": (
+                    strength * (W @ W.T - torch.eye(d).double()).square().sum()
+                ),
+                "That is the largest singular value: the squares of all entries are"
+                " wanted.": strength * torch.linalg.matrix_norm(off, 2) ** 2,
+                "You sum first and square then: squares first.": (
+                    strength * off.sum().square()
+                ),
+                "The sign is wrong: a penalty is added to the loss.": (
+                    -strength * off.square().sum()
+                ),
                 "You look at the diagonal only.": (
                     strength * off.diagonal().square().sum()
                 ),
@@ -302,7 +353,7 @@ def whom_it_hears(function) -> None:
     p = (2 * draw(B, T, N)).softmax(-1)
     mask = torch.ones(B, T, dtype=torch.long)
     mask[1, random.choice([2, 3]) :] = 0
-    mask[2, 5:] = 0
+    mask[2, :2] = 0  # padding may stand before the text
     kept = p * mask[..., None]
     rows = kept.sum(1) / mask.sum(1, keepdim=True)
     got = function(p, mask)
@@ -335,6 +386,13 @@ def whom_it_hears(function) -> None:
             " shares is wanted.": (
                 (nn.functional.one_hot(p.argmax(-1), N) * mask[..., None]).sum((0, 1))
                 / mask.sum()
+            ),
+            "You take the first tokens of each row: padding may stand before the text."
+            " Ask the mask.": torch.cat(
+                [row[: int(n)] for row, n in zip(p, mask.sum(1))]
+            ).mean(0),
+            "That is the median: the mean is wanted.": (
+                p[mask.bool()].median(0).values
             ),
             "The rows are left: one number for each expert is wanted.": rows,
             "You average over the experts: average over the tokens.": (
@@ -403,22 +461,10 @@ def share_cases(share, d=16):
 def predict_shares(predicted, share=0.5) -> None:
     """predicted: {case: number}; share: the first expert's before any change."""
     cases = share_cases(share)
-    written(predicted, cases, "put your seven numbers", "{case: number}")
-    for case, (true, why) in cases.items():
-        got = as_number(predicted[case], case)
-        need(
-            abs(got - true) <= (0.05 if true > 1 else 0.02),
-            f"{case!r}: you say {got:.3g}, and it is {true:.3f}. Think of this: {why}.",
-        )
-
-
-def as_number(value, case):
-    wanted = f"{case!r}: a number is wanted, you have {value!r}."
-    need(value is not None and not isinstance(value, (str, bool)), wanted)
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise Wrong(wanted) from error
+    said = {
+        case: (true, f"Think of this: {why}.") for case, (true, why) in cases.items()
+    }
+    judge_numbers(predicted, said, near=0.022)
 
 
 # ---- which experts are needed --------------------------------------------------------
@@ -436,6 +482,10 @@ def fusion_of(kind):
         "copies": lambda s: 0.6 * (not s & {a, b}) + 0.4 * (c not in s),
         "small and certain": lambda s: 0.02 * (d not in s) + 0.5 * len({a, b} - s),
         "all are needed": lambda s: 0.3 * len({*names} - s),
+        "a pair off the path": lambda s: (
+            0 if s >= {b, c} or s >= {a, b, d} else 0.2 if a in s else 0.6
+        ),
+        "pairs told by the mean": lambda s: 0.0 if len(s) > 2 else 0.9,
     }[kind]
     losses = {}
     for chosen in sets_of(names):
@@ -450,6 +500,12 @@ def fusion_of(kind):
             if b not in chosen:
                 noise = random.sample([0.09, -0.02, 0.02], 3)
         losses[chosen] = [level + one for one in noise]
+    if kind == "a pair off the path":  # silencing one after the other leads elsewhere
+        for chosen, less in (({a, b, d}, 0.001), ({b, c}, 0.002)):
+            losses[frozenset(chosen)] = [x - less for x in losses[frozenset(names)]]
+    if kind == "pairs told by the mean":
+        pairs = [{c, d}, {a, c}, {a, d}]
+        losses |= dict(zip(map(frozenset, pairs), told_by_the_mean()))
     return names, losses
 
 
@@ -466,6 +522,8 @@ KINDS = (
     "copies",
     "small and certain",
     "all are needed",
+    "a pair off the path",
+    "pairs told by the mean",
 )
 
 
@@ -497,6 +555,7 @@ def judge_experts(function, names, losses):
         and {*got} <= {*names},
         f"Return a list or a set of names; yours is {got!r}.",
     )
+    need(len({*got}) == len(got), f"A name stands twice in {got!r}.")
     everyone = frozenset(names)
     got = frozenset(got)
     mean = {chosen: sum(each) / len(each) for chosen, each in losses.items()}

@@ -11,7 +11,8 @@ from torch import nn
 
 from ... import Base, LayerConfig, LinearDelta, LoraConfig, get_peft_model
 from ..comparison import compare as told_apart
-from .practice import LargestTensor, same_verdict, written
+from .kinds import judge_numbers, told_by_the_mean
+from .practice import LargestTensor, same_verdict
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -188,29 +189,28 @@ def factor_error(case, n):
 )
 def predict_factors(predicted, many=5) -> None:
     """predicted: {case: relative error}; many: adapters in the largest sum."""
-    cases = {case.replace("5", str(many)): why for case, why in CASES.items()}
-    written(predicted, cases, "put your six numbers", "{case: error}")
-    for case, why in cases.items():
-        got = predicted[case]
-        need(
-            got is not None,
-            "There is nothing here yet: put your numbers in the place of None.",
-        )
-        wanted = f"{case!r}: a number is wanted, you have {got!r}."
-        need(not isinstance(got, (str, bool)), wanted)
-        try:
-            got = float(got)
-        except (TypeError, ValueError) as error:
-            raise Wrong(wanted) from error
+    computed = {}
+    for name, why in CASES.items():
+        case = name.replace("5", str(many))
         true = factor_error(case, many if case == f"sum of {many}" else 2)
         why = why.format(many=many, less=many - 1)
-        need(
-            abs(got - true) <= 0.1 * max(true, 0.5),
-            f"{case!r}: you say {got:.3g}, and it is {true:.2f}. Think of {why}.",
-        )
+        computed[case] = (true, f"Think of {why}.")
+    judge_numbers(predicted, computed, near=0.1)
 
 
 # ---- 3. choose a merge ---------------------------------------------------------------
+
+
+MERGES = (
+    "clear",
+    "trap",
+    "tie",
+    "behind",
+    "one seed better",
+    "told by the mean",
+    "the plain one",
+    "equal leads",
+)
 
 
 @checks(
@@ -219,7 +219,7 @@ def predict_factors(predicted, many=5) -> None:
 def choose_merge(function, of="chosen") -> None:
     """function(valid_loss, right, plain) -> (name, verdict), the verdict of the chosen
     merge against `plain`, or the other way round with of="plain"."""
-    for seed, kind in enumerate(("clear", "trap", "tie", "behind", "one seed better")):
+    for seed, kind in enumerate(MERGES):
         valid, right = merges_drawn(random.Random(seed), kind)
         got = function(copy.deepcopy(valid), copy.deepcopy(right), "cat")
         no_return(got)
@@ -234,6 +234,8 @@ def merges_drawn(rng, kind):
     valid = {name: [0.5 + 0.01 * rng.random() for _ in range(3)] for name in names}
     chosen = rng.choice([name for name in names if name != "cat"])
     other = next(n for n in names if n not in ("cat", chosen))
+    if kind == "the plain one":
+        chosen = "cat"
     valid[chosen] = [loss - 0.2 for loss in valid[chosen]]
     share[chosen] = {"clear": 0.95, "behind": 0.1}.get(kind, 0.5)
     if kind == "trap":  # the best on the test is not the best in validation
@@ -243,6 +245,10 @@ def merges_drawn(rng, kind):
         share[chosen] = 0.9
     if kind == "tie":
         valid[other] = [0.9, 0.9, 0.9]
+    if kind == "told by the mean":
+        order = [chosen, *(name for name in names if name != chosen)]
+        valid = dict(zip(order, told_by_the_mean()))
+        share[chosen] = 0.95
     right = {
         name: [
             "".join("1" if rng.random() < share[name] else "0" for _ in range(60))
@@ -250,6 +256,10 @@ def merges_drawn(rng, kind):
         ]
         for name in names
     }
+    if kind == "equal leads":  # three answers in each seed: too few of 60 to count
+        for name, count in ((chosen, 33), ("cat", 30)):
+            row = ["1"] * count + ["0"] * (60 - count)
+            right[name] = ["".join(rng.sample(row, 60)) for _ in range(3)]
     return valid, right
 
 
@@ -264,7 +274,16 @@ def judge_choice(got, valid, right, plain, of):
     score = {key: sum(s.count("1") for s in strings) for key, strings in right.items()}
     if name != wanted:
         best_seed = min(valid, key=lambda key: min(valid[key]))
+        need(
+            wanted != plain or name == best_seed or name == max(means, key=means.get),
+            "The plain merge is one of those to choose from: here its loss is the"
+            " lowest.",
+        )
         slips = {
+            min(valid, key=lambda key: sorted(valid[key])[1]): "You take the lowest"
+            " median, or the lowest loss of one seed: take the mean over the seeds.",
+            min(valid, key=lambda key: max(valid[key])): "You take the one whose worst"
+            " seed is the best: take the mean over the seeds.",
             max(score, key=score.get): "You choose on the test. Then its score is too"
             " good: it was the best of four because it had luck too. Choose by the"
             " validation loss, and look at the test once.",
@@ -348,6 +367,10 @@ def one_merge(function, adapters, weights, r, dense):
     right = nearest(sums["all"], r)
     each = sum(w * s * nearest(b @ a, r) for (a, b, s), w in zip(kept, weights))
     U, S, V = torch.linalg.svd(sums["all"], full_matrices=False)
+    A_all = torch.cat([a for a, b, s in kept])
+    B_all = torch.cat([w * s * b for (a, b, s), w in zip(kept, weights)], 1)
+    n = len(A_all)  # the other singular values are zero
+    twice = sum(w * w * s * b @ a for (a, b, s), w in zip(kept, weights))
     mistakes = {
         "The scaling s_i of each adapter is missing.": nearest(sums["no scaling"], r),
         "The weights are missing.": nearest(sums["no weights"], r),
@@ -361,7 +384,15 @@ def one_merge(function, adapters, weights, r, dense):
         @ V[:r],
         "You compress each adapter and then add: that has a larger rank, or forgets"
         " what they have in common.": each,
-        "You keep the *smallest* singular values.": U[:, -r:] * S[-r:] @ V[-r:],
+        "You keep the *smallest* singular values.": (
+            U[:, n - r : n] * S[n - r : n] @ V[n - r : n]
+        ),
+        "You keep the first r of the factors put together: which r are the best, the"
+        " SVD says.": B_all[:, :r] @ A_all[:r],
+        "You divide by the sum of the weights: the sum is wanted as it is.": (
+            right / sum(weights)
+        ),
+        "The weights are in it twice (in A and in B).": nearest(twice, r),
     }
     mistakes = {m: wrong for m, wrong in mistakes.items() if not same(wrong, right)}
     compare(B @ A, right, mistakes, "B A")
@@ -385,12 +416,16 @@ def one_merge(function, adapters, weights, r, dense):
 # ---- 5. a merge that learns its weights ----------------------------------------------
 
 
+EXPERTS = ["two", "one", "three"]  # in no alphabetical order
+
+
 def experts_on(d_in, d_out):
-    """(slot, names): a linear layer with two trained LoRAs of different ranks."""
+    """A linear layer with trained LoRAs of different ranks, called EXPERTS."""
     model = nn.Sequential(nn.Linear(d_in, d_out))
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]), "one")
-    more = LoraConfig(r=3, lora_alpha=9, target_modules=["0"])
-    model.add_adapter("two", more)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]), EXPERTS[0])
+    for r, name in zip((3, 1), EXPERTS[1:]):
+        config = LoraConfig(r=r, lora_alpha=9, target_modules=["0"])
+        model.add_adapter(name, config)
     model.double()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -410,38 +445,45 @@ def learnt_merge(adapter_class) -> None:
         isinstance(adapter_class, type) and issubclass(adapter_class, LinearDelta),
         "Give me the class itself, a subclass of LinearDelta.",
     )
-    names = ["one", "two"]
-    mixture = adapter_class(names)
+    for names in (EXPERTS[:2], EXPERTS):
+        look_at_weights(adapter_class(list(names)), len(names))
+    d_in, d_out = random.choice([6, 8]), 7
+    model = experts_on(d_in, d_out)
+    model.add_adapter("mixture", one_layer_config(adapter_class))
+    model.double()
+    model.set_adapter("mixture")
+    compare_mixture(model, draw(5, 3, d_in))
+    saves_only_weights(model.get_base_model()[0].adapters["mixture"])
+
+
+def look_at_weights(mixture, N):
     p = getattr(mixture, "weights", None)
     need(
         isinstance(p, nn.Parameter),
         "I look for an nn.Parameter as self.weights: a plain tensor is neither trained"
         " nor saved.",
     )
-    need(p.shape == (2,), f"weights should have the shape (2,), not {tuple(p.shape)}.")
+    need(p.shape == (N,), f"weights should have the shape ({N},), not {(*p.shape,)}.")
     need(p.requires_grad, "The weights are frozen: they are all that learns.")
-    extra = [name for name in mixture.state_dict() if name != "weights"]
-    need(not extra, f"It would save more than its weights: {', '.join(extra)}.")
+    saves_only_weights(mixture)
     need(
-        bool((p.detach() - 0.5).abs().max() < 1e-6),
+        bool((p.detach() - 1 / N).abs().max() < 1e-3),
         "The weights should start at the mean, 1/N each: at 0 the experts are silent"
         " at first, and at 1 each they shout all at once.",
     )
-    d_in, d_out = random.choice([6, 8]), 7
-    model = experts_on(d_in, d_out)
-    config = one_layer_config(adapter_class, names)
-    model.add_adapter("mixture", config)
-    model.double()
-    model.set_adapter("mixture")
-    compare_mixture(model, draw(5, 3, d_in))
 
 
-def one_layer_config(adapter_class, names):
+def saves_only_weights(mixture):
+    extra = [name for name in mixture.state_dict() if name != "weights"]
+    need(not extra, f"It would save more than its weights: {', '.join(extra)}.")
+
+
+def one_layer_config(adapter_class):
     """A configuration that creates the learner's adapter on the layer "0"."""
 
     class Configured(LayerConfig):
         def create(self, base, path):
-            return adapter_class(list(names))
+            return adapter_class(list(EXPERTS))
 
     return Configured(target_modules=["0"])
 
@@ -449,9 +491,10 @@ def one_layer_config(adapter_class, names):
 def compare_mixture(model, x):
     slot = model.get_base_model()[0]
     mixture = slot.adapters["mixture"]
-    parts = [slot.adapters[name] for name in ("one", "two")]
+    parts = [slot.adapters[name] for name in EXPERTS]
+    by_name = [EXPERTS.index(name) for name in sorted(EXPERTS)]
     with torch.no_grad():
-        mixture.weights.copy_(torch.tensor([0.8, -0.3]))
+        mixture.weights.copy_(torch.tensor([0.8, -0.3, 0.4]))
     for trial in range(2):
         w = mixture.weights.detach().clone()
         deltas = [
@@ -467,15 +510,29 @@ def compare_mixture(model, x):
             + sum(w_i * x @ delta.T for w_i, delta in zip(w, plain)),
             "The weights have no effect.": y + sum(x @ delta.T for delta in deltas),
             "You take the mean, whatever the weights are.": y
-            + sum(x @ delta.T for delta in deltas) / 2,
+            + sum(x @ delta.T for delta in deltas) / 3,
             "You normalise the weights with a softmax: then they can neither be"
             " negative nor sum to more than one.": y
             + sum(s * x @ d.T for s, d in zip(w.softmax(0), deltas)),
             "The base is in it twice: `update` is only what is added.": right + y,
             "Only the first expert is heard.": y + w[0] * x @ deltas[0].T,
-            "The experts have changed places.": y
-            + w[1] * x @ deltas[0].T
-            + w[0] * x @ deltas[1].T,
+            "The experts have changed places: weights[i] belongs to names[i].": y
+            + sum(w_i * x @ deltas[at].T for w_i, at in zip(w, by_name)),
+            "You divide the weights by their sum, or by N: w_i is the factor itself.": y
+            + (right - y) / w.sum(),
+            "You divide by N beside the weights: w_i is the factor itself.": y
+            + (right - y) / 3,
+            "A negative weight loses its sign.": y
+            + sum(w_i.abs() * x @ delta.T for w_i, delta in zip(w, deltas)),
+            "Negative weights are cut off.": y
+            + sum(w_i.clamp(min=0) * x @ delta.T for w_i, delta in zip(w, deltas)),
+            "The experts' scaling is in it twice: delta has it already.": y
+            + sum(
+                w_i * part.scaling * x @ delta.T
+                for w_i, part, delta in zip(w, parts, deltas)
+            ),
+            "Only the first two experts are heard.": y
+            + sum(w_i * x @ delta.T for w_i, delta in zip(w[:2], deltas)),
         }
         compare(slot(x), right, mistakes, "The layer's output")
         base = Base(slot, "mixture")
@@ -487,7 +544,7 @@ def compare_mixture(model, x):
         )
         gradients_of_mixture(slot, mixture, deltas, x)
         with torch.no_grad():
-            mixture.weights.copy_(torch.tensor([-0.4, 1.7]))
+            mixture.weights.copy_(torch.tensor([-0.4, 1.7, 0.3]))
             parts[0].lora_B.weight.mul_(1.5)
     model.merge_adapter()
     merged = slot(x)
@@ -540,7 +597,7 @@ def who_is_in_it(function, b_first=False) -> None:
             B = draw(12, 2) if not alike else torch.ones(12, 2).double() + draw(12, 2)
             adapters[name] = (A, B, (0.5, 2.0, 1.0)[number])
         deltas = {name: s * B @ A for name, (A, B, s) in adapters.items()}
-        W = 40 * draw(12, 9)
+        W = 4000 * draw(12, 9)
         now = W + sum(n * deltas[name] for n, name in zip(counts, deltas))
         now = now + 1e-6 * draw(12, 9)  # what rounding leaves
         right = dict(zip(adapters, counts))
@@ -573,7 +630,16 @@ def judge_counts(got, right, change, now, adapters):
         return dict(zip(parts, found.tolist()))
 
     unscaled = {name: B @ A for name, (A, B, s) in adapters.items()}
+    found = together(deltas, change)
     slips = [
+        *(
+            (
+                "Round to the nearest whole number: int and math.floor cut 2.999 to 2,"
+                " and math.ceil makes 3 of 2.001.",
+                {name: cut(value) for name, value in found.items()},
+            )
+            for cut in (int, math.floor, math.ceil)
+        ),
         (
             "The scaling of the adapters is missing.",
             {n: round(v) for n, v in together(unscaled, change).items()},

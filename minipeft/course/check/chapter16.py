@@ -65,6 +65,11 @@ class Runs:
                     }
 
     def __call__(self, method, lr, seed):
+        need(
+            (method, lr, seed) in self.results,
+            f"run({method!r}, {lr!r}, {seed!r}): it was never asked for such a run."
+            " Take methods, rates and seeds from the lists that you are given.",
+        )
         self.asked.append((method, lr, seed))
         return dict(self.results[method, lr, seed])
 
@@ -92,12 +97,12 @@ def searched(runs, methods, chosen, seeds):
 )
 def fair_search(function) -> None:
     """function(run, methods, rates, seeds) -> {method: {"lr", "scores"}}."""
-    methods, rates, seeds = ["LoRA", "prefix", "full"], [1e-3, 3e-3, 1e-2], [0, 1, 2]
+    methods, rates, seeds = ["LoRA", "prefix", "full"], [1e-3, 3e-3, 1e-2], [7, 3, 5]
     random.shuffle(rates)
     for diverges in (False, True):
         runs = Runs(methods, rates, seeds)
         if diverges:  # min() keeps a nan that comes first
-            runs.results["full", rates[0], 0]["valid_loss"] = math.nan
+            runs.results["full", rates[0], seeds[0]]["valid_loss"] = math.nan
         got = function(runs, list(methods), list(rates), list(seeds))
         no_return(got)
         need(
@@ -186,24 +191,86 @@ def plain(text):
 def a_question():
     return " ".join(
         "".join(random.choices(string.ascii_lowercase, k=random.randint(3, 7)))
-        for _ in range(random.randint(5, 8))
+        for _ in range(random.randint(6, 8))
     )
+
+
+def disguised(test):
+    """{index in test: the same words, written in another way}."""
+    return {
+        1: test[1],
+        4: test[4].upper(),
+        5: test[5].replace(" ", "  ", 2) + "\n",
+        7: test[7].rstrip("?").replace(" ", ", ", 1),
+        8: test[8].replace(" ", "-", 1),
+    }
+
+
+def other_questions(test):
+    """What resembles a question of the test, and is another one."""
+    words = plain(test[3]).split()
+    return [
+        f"{test[2].rstrip('?')} and {a_question()}?",  # holds a test question
+        " ".join(words[:4]) + "?",  # is held by one
+        " ".join(words[1:] + words[:1]) + "?",
+        plain(test[6]).replace(" ", "", 1) + "?",
+        "the " + plain(test[6]) + "?",
+        f"{words[0]} " + test[3],
+        test[9].replace("ü", "ä"),
+        test[10].replace("7", "8"),
+    ]
+
+
+def matches(train, test, key):
+    """The indices of the test prompts whose key is that of a prompt in train."""
+    seen = {key(text) for text in train}
+    return [i for i, text in enumerate(test) if key(text) in seen]
+
+
+LEAK_SLIPS = {  # {message: what is compared in the place of the words}
+    "You find only what is equal letter by letter. Small and capital letters, spaces"
+    " and punctuation make no other question.": str,
+    "Capital letters still hide a question.": lambda t: tuple(re.findall(r"\w+", t)),
+    "Spaces, line ends or punctuation still hide a question: compare the words"
+    " alone.": str.lower,
+    "Punctuation still hides a question.": lambda t: tuple(t.lower().split()),
+    "Spaces and line ends still hide a question.": lambda t: re.sub(
+        r"[^\w\s]", "", t.lower()
+    ),
+    "You take punctuation out and leave no space: “light-house” is two words.": (
+        lambda t: tuple(re.sub(r"[^\w\s]", "", t.lower()).split())
+    ),
+    "You forget where words end: “sea bird” and “seabird” are other words.": (
+        lambda t: re.sub(r"\W", "", t.lower())
+    ),
+    "You forget the order of the words.": lambda t: tuple(sorted(plain(t).split())),
+    "You compare sets of words: order and repetition count.": (
+        lambda t: frozenset(plain(t).split())
+    ),
+    "You drop words that stand twice.": lambda t: tuple(
+        dict.fromkeys(plain(t).split())
+    ),
+    "You leave short words out: they are words too.": lambda t: tuple(
+        w for w in plain(t).split() if w not in ("the", "a", "an")
+    ),
+    "Only a to z are letters to you: so ü is none, and a number is no word.": (
+        lambda t: tuple(re.findall(r"[a-z]+", t.lower()))
+    ),
+    "Only a to z and digits are letters to you: ü is one too.": (
+        lambda t: tuple(re.findall(r"[a-z0-9]+", t.lower()))
+    ),
+}
 
 
 @checks("You find what leaked, though it was written a little differently.")
 def leaked(function) -> None:
     """function(train, test) -> the indices of the test prompts that stand in train."""
     test = [f"{a_question().capitalize()}?" for _ in range(9)]
-    hidden = [1, 4, 5, 7]
-    disguised = [
-        test[1],
-        test[4].upper(),
-        test[5].replace(" ", "  ", 2) + "\n",
-        test[7].rstrip("?").replace(" ", ", ", 1),
-    ]
-    # holds the whole of a test question, and is another question
-    longer = f"{test[2].rstrip('?')} and {a_question()}?"
-    train = [a_question() + "?" for _ in range(12)] + disguised + [longer]
+    test += ["Wo ist die grüne Brücke?", "Who lives at number 7 on the quay?"]
+    test.append(test[4])  # asked twice, and leaked twice
+    test[3] = test[3].capitalize()
+    train = [a_question() + "?" for _ in range(8)]
+    train += [*disguised(test).values(), *other_questions(test)]
     random.shuffle(train)
     got = function(list(train), list(test))
     no_return(got)
@@ -215,30 +282,40 @@ def leaked(function) -> None:
         all(is_whole(index) for index in got),
         "Give indices into test (whole numbers), not the questions themselves.",
     )
-    got = sorted(int(index) for index in got)
-    in_train = [i for i, text in enumerate(train) if plain(text) in map(plain, test)]
+    hidden = matches(train, test, plain)
+    once = [i for i in hidden if test[i] not in test[:i]]
+    last = [i for i in hidden if test[i] not in test[i + 1 :]]
+    twice = sorted([*once, *(i for i in hidden if i in once and i not in last)])
+    within = [
+        i for i, t in enumerate(test) if plain(t) in " | ".join(map(plain, train))
+    ]
+    around = [
+        i for i, t in enumerate(test) if any(plain(one) in plain(t) for one in train)
+    ]
     named(
-        got,
+        sorted(int(index) for index in got),
         hidden,
         {
-            "You find only what is equal letter by letter. Small and capital letters,"
-            " spaces and punctuation make no other question.": [1],
-            "Capital letters still hide a question.": [1, 5, 7],
-            "Spaces, line ends or punctuation still hide a question: compare the words"
-            " alone.": [1, 4],
-            "Punctuation still hides a question.": [1, 4, 5],
-            "Spaces and line ends still hide a question.": [1, 4, 7],
-            "A question that stands *within* a longer one is another question.": [
-                1,
-                2,
-                4,
-                5,
-                7,
-            ],
+            "A question that stands *within* a longer one is another question.": within,
+            "A question that holds a shorter one is another question.": around,
+            "A question may stand twice in test: each place counts, so go through the"
+            " places (enumerate) and not through the texts (index).": twice,
+            "You name a question that stands twice in test once: each place"
+            " counts.": once,
+            "Of a question that stands twice in test you name the last place: each"
+            " counts.": last,
             "You give the indices in train: what is thrown out are test questions.": (
-                in_train
+                matches(test, train, plain)
             ),
-            "You give those that did not leak.": [0, 2, 3, 6, 8],
+            "You give those that did not leak.": [
+                i for i in range(len(test)) if i not in hidden
+            ],
+            "You count from 1: the first index is 0.": [i + 1 for i in hidden],
+        }
+        | {
+            message: found
+            for message, key in LEAK_SLIPS.items()
+            if (found := matches(train, test, key)) != hidden
         },
     )
 
@@ -250,7 +327,7 @@ def leaked(function) -> None:
 def items_needed(function) -> None:
     """function(share, difference) -> the smallest n with 1.96 sqrt(2 p(1-p)/n) <=
     difference."""
-    cases = [(0.5, 0.1)] + [
+    cases = [(0.5, 0.1), (0.5, 0.1225)] + [  # the second needs 128 without a rest
         (random.randint(12, 44) / 100, random.randint(23, 97) / 1000) for _ in range(3)
     ]
     for p, gap in cases:
@@ -267,6 +344,25 @@ def items_needed(function) -> None:
             {
                 "You round down: then the margin is still a little too wide.": (
                     math.floor(exact)
+                ),
+                "You add one to what is whole already (int(x) + 1): round up with"
+                " math.ceil.": math.floor(exact) + 1,
+                "95 % of the draws lie within 1.96 standard errors, not 2.": (
+                    math.ceil(exact * 4 / 1.96**2)
+                ),
+                "The difference is a share already, as p is: do not divide by 100.": (
+                    math.ceil(exact * 100**2)
+                ),
+                "That is the number for the *same* questions; here each method has"
+                " questions of its own.": math.ceil(1.96**2 * p / gap**2),
+                "You take p = 1/2 always: the variance of an answer is p (1 - p).": (
+                    math.ceil(2 * 1.96**2 / 4 / gap**2)
+                ),
+                "The 2 is squared too: 2 · 1.96² p (1 - p).": math.ceil(2 * exact),
+                "That is the root of it: n is where the margin, squared, meets the"
+                " difference, squared.": math.ceil(math.sqrt(exact)),
+                "You divide by the 2: the variances of both methods add up.": (
+                    math.ceil(exact / 4)
                 ),
                 "That is for one method alone. Of a difference the variances of both"
                 " add up: 2 p (1 - p) / n.": math.ceil(exact / 2),
@@ -311,6 +407,7 @@ def best_split(function, fewest=2) -> None:
         (600, 30, 0.25, 6.0, 48.0, 300),
         (600, 30, 0.25, 0.5, 48.0, 2000),
         (900, 40, 0.5, 12.0, 40.0, 300),
+        (600, 10, 0.1, 12.0, 10.0, 300),  # dozens of seeds
     ]
     for case in cases:
         budget, train, item, spread_seed, spread_item, most = case
@@ -383,6 +480,14 @@ def said_beforehand(answer, runs, least="four") -> None:
         "All your pairs have the same verdict: take at least one that is told apart,"
         " and one that is not.",
     )
+    need(
+        "not told apart" in {result.verdict for result in found.values()},
+        "All your pairs are told apart: take at least one that is not.",
+    )
+    need(
+        len({*map(frozenset, answer)}) >= {"four": 4, "five": 5}[least],
+        f"Judge at least {least} pairs; (a, b) and (b, a) are one.",
+    )
 
 
 def judge_prediction(pair, said, result, runs):
@@ -423,6 +528,11 @@ def own_entry(config_class) -> None:
         isinstance(config_class, type) and issubclass(config_class, LayerConfig),
         "Give me the configuration's class itself, a subclass of LayerConfig.",
     )
+    need(
+        config_class.peft_type,
+        "The configuration has no peft_type: under that name it is found again when it"
+        " is loaded.",
+    )
     base = small_model()
     ids = torch.randint(64, (2, 7))
     with torch.no_grad():
@@ -440,7 +550,7 @@ def own_entry(config_class) -> None:
         "At the start the model is no longer the base: scale begins at one, shift at"
         " zero.",
     )
-    look_at_equation(model, trained, outputs)
+    look_at_equation(model, outputs)
     model = get_peft_model(small_model(), config_class(target_modules=["up_proj"]))
     look_at_training(model, ids)
 
@@ -463,19 +573,26 @@ def look_at_count(count, outputs):
     )
 
 
-def look_at_equation(model, trained, outputs):
+def look_at_equation(model, outputs):
     slot = next(m for m in model.modules() if hasattr(m, "adapters") and m.adapters)
     layer = slot.base_layer
     x = torch.randn(3, 4, 16)
     numbers = [p for p in slot.adapters["default"].parameters()]
     with torch.no_grad():
         plain_y = torch.nn.functional.linear(x, layer.weight, layer.bias)
-        scale = 1 + torch.rand(outputs)
+        scale = torch.randn(outputs)
         shift = torch.randn(outputs)
         for p in numbers:
             is_scale = bool(p.detach().mean() > 0.5)
             p.copy_((scale if is_scale else shift).view(p.shape))
         got = slot(x)
+        model.eval()
+        in_eval = slot(x)
+    need(
+        torch.equal(got, in_eval),
+        "When the model is not being trained (model.eval()), your method gives another"
+        " output.",
+    )
     for message, wrong in {
         "You shift before you scale: y = scale * base(x) + shift.": scale
         * (plain_y + shift),
@@ -484,6 +601,7 @@ def look_at_equation(model, trained, outputs):
         "base(x) goes on beside the scaled one: y = scale * base(x) + shift.": plain_y
         + scale * plain_y
         + shift,
+        "A negative scale loses its sign.": scale.abs() * plain_y + shift,
         "The shift is taken away instead of added.": scale * plain_y - shift,
         "The shift has no effect.": scale * plain_y,
         "The scale has no effect.": plain_y + shift,

@@ -30,7 +30,8 @@ def combined_gradient(function) -> None:
     """function(gradients, labels) -> the gradient of the mean loss over all labels."""
     for processes in (2, 3):
         labels = sorted(random.sample(range(1, 30), processes))
-        gradients = [draw(3, 4) for _ in labels]
+        # the last size is W, so that a product that pairs the wrong sizes shows
+        gradients = [draw(4, processes) for _ in labels]
         given = [g.clone() for g in gradients]
         got = function(given, list(labels))
         need(
@@ -63,6 +64,32 @@ def combined_gradient(function) -> None:
                 "You divide the sum of the means by all labels.": (
                     sum(gradients) / total
                 ),
+                "You multiply by the number of processes: W n_p / n is for an engine"
+                " that averages afterwards.": weighted / total * processes,
+                "You divide by the most labels that a process has: divide by all.": (
+                    weighted / max(labels)
+                ),
+                "You weigh by 1 / n: a process with more labels counts more.": sum(
+                    g / n for g, n in zip(gradients, labels)
+                )
+                / sum(1 / n for n in labels),
+                "You weigh by the softmax of the labels: weigh by their shares.": sum(
+                    g * w
+                    for g, w in zip(gradients, torch.tensor(labels).double().softmax(0))
+                ),
+                "You weigh by the root of the labels: weigh by their shares.": sum(
+                    g * n**0.5 for g, n in zip(gradients, labels)
+                )
+                / sum(n**0.5 for n in labels),
+                "The weights run along the wrong dimension: each process has one.": (
+                    (torch.stack(gradients) * torch.tensor(labels)).sum(0) / total
+                ),
+                "Only the first two processes count.": sum(
+                    g * n for g, n in zip(gradients[:2], labels)
+                )
+                / sum(labels[:2])
+                if processes > 2
+                else None,
                 "Only the first process counts.": gradients[0],
                 "You take the process with the most labels: all of them count.": (
                     gradients[labels.index(max(labels))]
@@ -126,6 +153,10 @@ def check_sums(got, buffers, W):
     first = got[0]
     same = [isinstance(g, torch.Tensor) and g.shape == right.shape for g in got]
     need(all(same), "Each process ends with a tensor of the buffer's shape.")
+    need(
+        len({tensor.data_ptr() for tensor in got}) == W,
+        "All processes hold one and the same tensor: each has a memory of its own.",
+    )
     for rank, tensor in enumerate(got):
         if torch.allclose(tensor, right):
             continue
@@ -166,9 +197,10 @@ ORDER = ["DDP, LoRA", "FSDP2, QLoRA", "DDP, full", "FSDP2, LoRA", "FSDP2, full"]
 def traffic_order(names, first="least") -> None:
     """names: the five ways, the one that sends least first (or "most")."""
     need(names is not None, "There is nothing here yet: give a list of the five names.")
+    names = names.tolist() if hasattr(names, "tolist") else names
     need(
         isinstance(names, (list, tuple)) and sorted(map(str, names)) == sorted(ORDER),
-        f"Give each of these once: {', '.join(sorted(ORDER))}.",
+        f"Give a list with each of these names once: {sorted(ORDER)}.",
     )
     names = list(names) if first == "least" else list(names)[::-1]
     place = {name: names.index(name) for name in ORDER}
@@ -197,6 +229,28 @@ def traffic_order(names, first="least") -> None:
         " come on top.",
     )
     need(names == ORDER, "One pair is still the wrong way round: compute the bytes.")
+
+
+STEP_SLIPS = {
+    "Checkpointing adds one forward pass, and not a third of the step: that is its"
+    " share in full fine-tuning only.": lambda f, c: (3 - f) * (4 / 3 if c else 1),
+    "Checkpointing adds one forward pass, and not a half of the step: that is its share"
+    " over a frozen base only.": lambda f, c: (3 - f) * (1.5 if c else 1),
+    "Turned round: a frozen base costs less.": lambda f, c: 2 + f + c,
+    "Checkpointing saves memory and costs time: it adds a forward pass.": (
+        lambda f, c: 3 - f - c
+    ),
+    "Frozen and checkpointing have changed places.": lambda f, c: 3 - c + f,
+    "The forward pass itself is forgotten.": lambda f, c: 2 - f + c,
+    "Checkpointing computes forward once more, not twice.": lambda f, c: 3 - f + 2 * c,
+    "Over a frozen base checkpointing costs a forward pass, too.": (
+        lambda f, c: 3 - f + (c and not f)
+    ),
+    "The base decides too, and not checkpointing alone.": lambda f, c: 4 if c else 2,
+    "Neither a frozen base nor checkpointing changes anything for you.": (
+        lambda f, c: 3
+    ),
+}
 
 
 @checks(
@@ -244,6 +298,10 @@ def step_cost(function, forward=1) -> None:
             given: cost / 3 for given, cost in right.items()
         },
     }
+    slips |= {
+        message: {(f, c): cost(f, c) for f, c in right}
+        for message, cost in STEP_SLIPS.items()
+    }
     for message, wrong in slips.items():
         if all(abs(got[given] - wrong[given]) < 1e-9 for given in right):
             raise Wrong(message)
@@ -281,7 +339,7 @@ def card_count(function, reserve=0) -> None:
         (94.0, 3.0, 24.0, (1, 2, 4, 8)),
         (10.0, 40.0, 24.0, (1, 2, 4, 8)),  # what each needs is too large
     ]
-    got = [function(a, b, c + reserve, sizes) for a, b, c, sizes in cases]
+    got = [function(a, b, c + reserve, list(sizes)) for a, b, c, sizes in cases]
     right = [cards_needed(a, b, c, sorted(sizes)) for a, b, c, sizes in cases]
     full = [cards_needed(a, b, c + reserve, sorted(s)) for a, b, c, s in cases]
     slips = {
@@ -316,6 +374,27 @@ def card_count(function, reserve=0) -> None:
         ],
         "Only numbers of cards in `sizes` can be had.": [
             cards_needed(a, b, c, range(1, 1000)) for a, b, c, s in cases
+        ],
+        "Only numbers of cards in `sizes` can be had, not all up to the largest.": [
+            cards_needed(a, b, c, range(1, max(s) + 1)) for a, b, c, s in cases
+        ],
+        "Only numbers of cards in `sizes` can be had, and not all powers of two.": [
+            cards_needed(a, b, c, (1, 2, 4, 8, 16, 32)) for a, b, c, s in cases
+        ],
+        "You divide without a rest (//): 17.5 GB are more than 17.": [
+            next((n for n in sorted(s) if a // n + b <= c), None)
+            for a, b, c, s in cases
+        ],
+        "You round what a card needs: 24.3 GB do not fit into 24.": [
+            next((n for n in sorted(s) if round(a / n + b) <= c), None)
+            for a, b, c, s in cases
+        ],
+        "All numbers are in one unit, GB: convert nothing.": [
+            cards_needed(a, b, c * 2**30 / 1e9, sorted(s)) for a, b, c, s in cases
+        ],
+        "Return the number of cards, not its place in `sizes`.": [
+            None if n is None else sorted(s).index(n)
+            for n, (a, b, c, s) in zip(right, cases)
         ],
     }
     need(got != [None] * len(got), "Your answer is None for every case.")
@@ -356,11 +435,19 @@ def first_mismatch(function, missing=None) -> None:
             (0, {0: "all-gather", 1: "all-gather", 2: "broadcast"}),
         ),
         ([[], good], (0, {0: missing, 1: "all-gather"})),
+        (  # the first two part later than the third does
+            [good, [*good[:3], "barrier"], [good[0], "broadcast", *good[2:]]],
+            (1, {0: "all-reduce", 1: "all-reduce", 2: "broadcast"}),
+        ),
+        (  # the same calls, in another order
+            [good, [good[1], good[0], *good[2:]]],
+            (0, {0: "all-gather", 1: "all-reduce"}),
+        ),
     ]
     got = [function([list(one) for one in calls]) for calls, _ in cases]
     need(
         got != [None] * len(got),
-        "Your answer is None for every run: two of them are fine, five hang.",
+        "Your answer is None for every run: two of them are fine, the others hang.",
     )
     shortest = [got[i] for i in (3, 4, 6)]
     need(
@@ -373,6 +460,7 @@ def first_mismatch(function, missing=None) -> None:
         "You compare the first two processes only: there may be more.",
     )
     for answer, (calls, right) in zip(got, cases):
+        answer = tuple(answer) if isinstance(answer, list) else answer
         if answer == right:
             continue
         need(right is not None, "You find a difference in a run where all calls agree.")

@@ -165,8 +165,16 @@ def hint(text: str, shapes: str) -> str:
         )
     if any(words in text for words in ("leaf", "in-place", "inplace")):
         return (
-            " Changing a weight by hand is no part of the graph: do it under"
+            " Something that autograd needs is changed in place. Make a new tensor"
+            " (y = y + z in the place of y += z); a weight is changed by hand under"
             " torch.no_grad()."
+        )
+    if "empty sequence" in text or "iterable argument is empty" in text:
+        return " Nothing is left to choose from: what is the answer then?"
+    if "NoneType" in text:
+        return (
+            " Something is None here: a part that may be absent, as a bias, or the"
+            " result of a function without a `return`."
         )
     return ""
 
