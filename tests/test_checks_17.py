@@ -274,7 +274,8 @@ def test_answers_only_solution():
         ),
         ("one more answer", lambda m, r, e: (e(r(m, True)), masked(m, r, e)[1])),
         ("One label for each id", lambda m, r, e: (e(r(m)), masked(m, r, e)[1][:-1])),
-        ("ids side", lambda m, r, e: (e(r(m)), [-100] * len(e(r(m))))),
+        ("You learn nothing", lambda m, r, e: (e(r(m)), [-100] * len(e(r(m))))),
+        ("Print ids and labels", lambda m, r, e: (e(r(m)), masked(m, r, e)[1][::-1])),
         ("the whole conversation", lambda m, r, e: (e(r(m[:2])), [])),
         ("Return (ids, labels)", lambda m, r, e: masked(m, r, e)[1]),
         ("is there a `return`", lambda m, r, e: None),
@@ -282,7 +283,6 @@ def test_answers_only_solution():
     ],
 )
 def test_answers_only_mistakes(says, answer):
-    says = "Print ids and labels" if says == "ids side" else says
     rejects(says, check.answers_only, answer)
 
 
@@ -517,15 +517,10 @@ def test_a_list_is_as_good_as_a_tuple():
         ),
         (
             "repair_keys",
-            "within a path",
-            keys(lambda key: repaired(key).replace(".module.", ".")),
-        ),
-        (
-            "repair_keys",
             "is the name of a layer here",
             keys(lambda key: repaired(key.replace("module.", "", 1))),
         ),
-        ("answers_only", "the user's words and not", of_roles("user")),
+        ("answers_only", "You learn", of_roles("user")),
         ("answers_only", "what the system says", of_roles("system", "assistant")),
         ("answers_only", "first token", of_roles("assistant", start=1)),
         ("answers_only", "header behind", of_roles("assistant", header=True)),

@@ -417,11 +417,6 @@ def by_what_is_called(calls):
         ),
         ("first_mismatch", "the first difference is in call 1", rank_after_rank),
         ("first_mismatch", "You find no difference", by_what_is_called),
-        (
-            "first_mismatch",
-            "You find no difference",
-            lambda calls: mismatch([sorted(one) for one in calls]),
-        ),
         ("step_cost", "a third", lambda f, c: (3 - f) * (4 / 3 if c else 1)),
         ("step_cost", "a half", lambda f, c: (3 - f) * (1.5 if c else 1)),
         ("step_cost", "forward pass itself", lambda f, c: 2 - f + c),

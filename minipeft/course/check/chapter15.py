@@ -387,6 +387,8 @@ def one_merge(function, adapters, weights, r, dense):
         "You keep the *smallest* singular values.": (
             U[:, n - r : n] * S[n - r : n] @ V[n - r : n]
         ),
+        "You keep the last r singular values, and those are the smallest: keep the"
+        " first r.": U[:, -r:] * S[-r:] @ V[-r:],
         "You keep the first r of the factors put together: which r are the best, the"
         " SVD says.": B_all[:, :r] @ A_all[:r],
         "You divide by the sum of the weights: the sum is wanted as it is.": (
@@ -518,6 +520,8 @@ def compare_mixture(model, x):
             "Only the first expert is heard.": y + w[0] * x @ deltas[0].T,
             "The experts have changed places: weights[i] belongs to names[i].": y
             + sum(w_i * x @ deltas[at].T for w_i, at in zip(w, by_name)),
+            "The experts have changed places: they stand in reverse.": y
+            + sum(w_i * x @ delta.T for w_i, delta in zip(w, deltas[::-1])),
             "You divide the weights by their sum, or by N: w_i is the factor itself.": y
             + (right - y) / w.sum(),
             "You divide by N beside the weights: w_i is the factor itself.": y
@@ -632,14 +636,6 @@ def judge_counts(got, right, change, now, adapters):
     unscaled = {name: B @ A for name, (A, B, s) in adapters.items()}
     found = together(deltas, change)
     slips = [
-        *(
-            (
-                "Round to the nearest whole number: int and math.floor cut 2.999 to 2,"
-                " and math.ceil makes 3 of 2.001.",
-                {name: cut(value) for name, value in found.items()},
-            )
-            for cut in (int, math.floor, math.ceil)
-        ),
         (
             "The scaling of the adapters is missing.",
             {n: round(v) for n, v in together(unscaled, change).items()},
@@ -670,6 +666,14 @@ def judge_counts(got, right, change, now, adapters):
             "You look at each adapter alone. Adapters of one base overlap, and one"
             " then shows in the other's place: ask for all together (least squares).",
             alone(change),
+        ),
+        *(
+            (
+                "Round to the nearest whole number: int and math.floor cut 2.999 to 2,"
+                " and math.ceil makes 3 of 2.001.",
+                {name: cut(value) for name, value in found.items()},
+            )
+            for cut in (int, math.floor, math.ceil)
         ),
     ]
     strange = f"Counts are whole numbers; you have {got!r}."

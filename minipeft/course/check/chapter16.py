@@ -211,13 +211,13 @@ def other_questions(test):
     words = plain(test[3]).split()
     return [
         f"{test[2].rstrip('?')} and {a_question()}?",  # holds a test question
-        " ".join(words[:4]) + "?",  # is held by one
+        " ".join(plain(test[0]).split()[:4]) + "?",  # is held by one
         " ".join(words[1:] + words[:1]) + "?",
         plain(test[6]).replace(" ", "", 1) + "?",
-        "the " + plain(test[6]) + "?",
-        f"{words[0]} " + test[3],
-        test[9].replace("ü", "ä"),
-        test[10].replace("7", "8"),
+        f"{plain(test[9]).split()[0]} {test[9]}",
+        "the " + plain(test[10]) + "?",
+        test[11].replace("ü", "ä"),
+        test[12].replace("7", "8"),
     ]
 
 
@@ -265,10 +265,9 @@ LEAK_SLIPS = {  # {message: what is compared in the place of the words}
 @checks("You find what leaked, though it was written a little differently.")
 def leaked(function) -> None:
     """function(train, test) -> the indices of the test prompts that stand in train."""
-    test = [f"{a_question().capitalize()}?" for _ in range(9)]
+    test = [f"{a_question().capitalize()}?" for _ in range(11)]
     test += ["Wo ist die grüne Brücke?", "Who lives at number 7 on the quay?"]
     test.append(test[4])  # asked twice, and leaked twice
-    test[3] = test[3].capitalize()
     train = [a_question() + "?" for _ in range(8)]
     train += [*disguised(test).values(), *other_questions(test)]
     random.shuffle(train)
@@ -327,9 +326,10 @@ def leaked(function) -> None:
 def items_needed(function) -> None:
     """function(share, difference) -> the smallest n with 1.96 sqrt(2 p(1-p)/n) <=
     difference."""
-    cases = [(0.5, 0.1), (0.5, 0.1225)] + [  # the second needs 128 without a rest
+    cases = [
         (random.randint(12, 44) / 100, random.randint(23, 97) / 1000) for _ in range(3)
     ]
+    cases += [(0.5, 0.1), (0.5, 0.1225)]  # the last needs 128, without a rest
     for p, gap in cases:
         got = function(p, gap)
         no_return(got)
@@ -358,9 +358,6 @@ def items_needed(function) -> None:
                 "You take p = 1/2 always: the variance of an answer is p (1 - p).": (
                     math.ceil(2 * 1.96**2 / 4 / gap**2)
                 ),
-                "The 2 is squared too: 2 · 1.96² p (1 - p).": math.ceil(2 * exact),
-                "That is the root of it: n is where the margin, squared, meets the"
-                " difference, squared.": math.ceil(math.sqrt(exact)),
                 "You divide by the 2: the variances of both methods add up.": (
                     math.ceil(exact / 4)
                 ),
@@ -380,6 +377,9 @@ def items_needed(function) -> None:
                 "The variance of an answer is p (1 - p), not p.": (
                     math.ceil(exact / (1 - p))
                 ),
+                "The 2 is squared too: 2 · 1.96² p (1 - p).": math.ceil(2 * exact),
+                "That is the root of it: n is where the margin, squared, meets the"
+                " difference, squared.": math.ceil(math.sqrt(exact)),
             },
         )
 

@@ -144,7 +144,6 @@ def repair_keys(function, name="default", wrapper="module") -> None:
         f"sub{wrapper}.up_proj",
         f"{name}_head.v_proj",
         f"sub{wrapper}.down_proj",
-        f"block.{wrapper}.o_proj",
     )
     for at, layer in enumerate(layers):
         for part in ("lora_A", "lora_B"):
@@ -203,8 +202,6 @@ def name_fault(key, name, wrapper):
         f"`sub{wrapper}` is the name of a layer here: remove `{wrapper}.` only where it"
         " is a whole part of the path, at its start.": "model.sub" in key
         and f"sub{wrapper}" not in key,
-        f"`{wrapper}` is a layer's name within a path here: only at its start is it"
-        f" the mark of {maker}.": "block." in key and f"block.{wrapper}." not in key,
         f"`{name}_head` is the name of a layer here: remove `.{name}` only behind"
         " lora_A and lora_B.": "head" in key and f"{name}_head" not in key,
     }
@@ -420,6 +417,9 @@ def answers_only(function) -> None:
                 i if label == -100 else -100 for i, label in zip(ids, right)
             ],
             "You shift the labels: the model does that itself.": right[1:] + [-100],
+            'You learn nothing: every label is -100. An answer has the role "assistant".': (
+                [-100] * len(ids)
+            ),
             "You learn the user's words and not the assistant's.": masked(
                 turns(messages, ("user",)), ids
             ),

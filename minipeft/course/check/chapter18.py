@@ -141,6 +141,10 @@ def ring_all_reduce(function) -> None:
             f" 2 (W − 1) / W of it, {2 * (W - 1) * 3}, are enough: send chunks of 1/W,"
             " first to add up, then to hand round.",
         )
+        need(
+            len({tensor.data_ptr() for tensor in got}) == W,
+            "All processes hold one and the same tensor: each has a memory of its own.",
+        )
 
 
 def check_sums(got, buffers, W):
@@ -153,10 +157,6 @@ def check_sums(got, buffers, W):
     first = got[0]
     same = [isinstance(g, torch.Tensor) and g.shape == right.shape for g in got]
     need(all(same), "Each process ends with a tensor of the buffer's shape.")
-    need(
-        len({tensor.data_ptr() for tensor in got}) == W,
-        "All processes hold one and the same tensor: each has a memory of its own.",
-    )
     for rank, tensor in enumerate(got):
         if torch.allclose(tensor, right):
             continue
@@ -200,7 +200,7 @@ def traffic_order(names, first="least") -> None:
     names = names.tolist() if hasattr(names, "tolist") else names
     need(
         isinstance(names, (list, tuple)) and sorted(map(str, names)) == sorted(ORDER),
-        f"Give a list with each of these names once: {sorted(ORDER)}.",
+        f"Give each of these once: {', '.join(map(repr, sorted(ORDER)))}.",
     )
     names = list(names) if first == "least" else list(names)[::-1]
     place = {name: names.index(name) for name in ORDER}
