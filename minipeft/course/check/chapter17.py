@@ -417,9 +417,8 @@ def answers_only(function) -> None:
                 i if label == -100 else -100 for i, label in zip(ids, right)
             ],
             "You shift the labels: the model does that itself.": right[1:] + [-100],
-            'You learn nothing: every label is -100. An answer has the role "assistant".': (
-                [-100] * len(ids)
-            ),
+            "You learn nothing: every label is -100. Answers have the role"
+            ' "assistant".': [-100] * len(ids),
             "You learn the user's words and not the assistant's.": masked(
                 turns(messages, ("user",)), ids
             ),
