@@ -75,6 +75,25 @@ def in_place(x):
     return x
 
 
+def no_end(x):
+    """Halving ends at two numbers."""
+    if len(x) == 2:
+        return torch.stack([x[0] + x[1], x[0] - x[1]])
+    a, b = x.chunk(2)
+    return torch.cat([no_end(a + b), no_end(a - b)])
+
+
+def turned(x):
+    if len(x) == 1:
+        return x
+    a, b = x.chunk(2)
+    return torch.cat([turned(a + b), turned(b - a)])
+
+
+def test_a_difference_turned_round():
+    rejects("you have b - a", check.fast_hadamard, turned)
+
+
 def test_fast_hadamard_solutions():
     accepts(check.fast_hadamard, fast)
     accepts(check.fast_hadamard, recursive)
@@ -89,6 +108,9 @@ def test_fast_hadamard_solutions():
         ("build a matrix", dense),
         ("not fast", four_calls),
         ("in place", in_place),
+        ("For n = 1 your code stops", no_end),
+        ("For n = 1 your code stops", lambda x: recursive(x) + 0 * x[1]),
+        ("one number", lambda x: recursive(x) if len(x) > 1 else 2 * x),
         ("is there a `return`", lambda x: None),
         ("fit", lambda x: torch.ones(3, 3) @ x),
     ],
@@ -115,6 +137,15 @@ def test_fast_hadamard_slips(answer):
 
 def count(index):
     return torch.bincount(index).float()
+
+
+def into_zeros(theta, index, sign):
+    """torch.zeros has 32 bits."""
+    found = torch.zeros(len(index))
+    for column in range(len(theta)):
+        rows = index == column
+        found[rows] = theta[column] * sign[rows] / rows.sum() ** 0.5
+    return found
 
 
 def test_hash_project_solution():
@@ -168,6 +199,13 @@ def test_hash_project_solution():
                 theta.detach()[index] * sign / count(index).sqrt()[index]
             ),
         ),
+        (
+            "theta's dtype",
+            lambda theta, index, sign: (
+                theta[index].float() * sign / count(index).sqrt()[index]
+            ),
+        ),
+        ("theta's dtype", into_zeros),
         ("is there a `return`", lambda theta, index, sign: None),
     ],
 )
@@ -185,7 +223,13 @@ def right(losses, start, full):
     )
 
 
+def least(losses, start, full, share=0.9, gain=float):
+    goal = share * (start - full)
+    return min((d for d in losses if gain(start - losses[d]) >= goal), default=None)
+
+
 def test_d90_solution():
+    accepts(check.d90, least)
     accepts(check.d90, right)
 
 
@@ -235,6 +279,11 @@ def test_d90_solution():
         (
             "give None",
             lambda losses, start, full: right(losses, start, full) or max(losses),
+        ),
+        ("89 %", lambda losses, start, full: least(losses, start, full, share=0.89)),
+        (
+            "do not take abs()",
+            lambda losses, start, full: least(losses, start, full, gain=abs),
         ),
         ("not start?", lambda losses, start, full: None),
     ],
@@ -351,6 +400,12 @@ def with_lists(runs, start, full):
             return [np.int64(d), compare(own[d][1], own[smaller][1], loss=True).verdict]
 
 
+def said_of(*given, word):
+    """The right d, and always one word."""
+    found = chosen(*given)
+    return found and (found[0], word)
+
+
 def test_choose_d_right_answers():
     accepts(check.choose_d, chosen)
     accepts(check.choose_d, with_lists)
@@ -368,6 +423,10 @@ def test_choose_d_right_answers():
         ),
         ("the smallest with 90% of the gain", lambda *g: (4096, "ahead")),
         ("on the test losses", lambda *g: chosen(*g, loss=False)),
+        ("highest loss of any seed", lambda *g: chosen(*g, join=max)),
+        ("on the test losses", lambda *g: chosen(*g, judged="valid_loss")),
+        ("That all seeds agree", lambda *g: said_of(*g, word="ahead")),
+        ("on the test losses", lambda *g: said_of(*g, word="not told apart")),
         ("return None", lambda *g: chosen(*g) or (16384, "not told apart")),
         ("You return None, and", lambda *g: None),
         ("The verdict is a word", lambda *g: chosen(*g) and (chosen(*g)[0], True)),
@@ -457,6 +516,18 @@ def trained(self, d, size, seed):
     self.P = nn.Parameter(gaussian(size, d, torch.Generator().manual_seed(seed)))
 
 
+def global_draw(self, d, size, seed):
+    torch.manual_seed(seed)
+    P = torch.randn(size, d) / size**0.5
+    self.register_buffer("P", P, persistent=False)
+
+
+def forked_draw(self, d, size, seed):
+    """What is around it keeps its random numbers."""
+    with torch.random.fork_rng():
+        global_draw(self, d, size, seed)
+
+
 class Lying(Own):
     def delta(self, base):
         return super().delta(base).T
@@ -486,7 +557,10 @@ class Blank(LayerConfig):
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("answer", [own(), own(Orthonormal)], ids=["gauss", "exact"])
+SUBSPACES = {"gauss": own(), "exact": own(Orthonormal), "forked": own(draw=forked_draw)}
+
+
+@pytest.mark.parametrize("answer", SUBSPACES.values(), ids=SUBSPACES)
 def test_my_subspace_right_answers(answer):
     for verdict in judge(check.my_subspace, answer, variants=2):
         assert verdict, verdict
@@ -518,6 +592,10 @@ def test_my_subspace_right_answers(answer):
         ("Two layers of one shape", own(seeds=lambda seed, path: seed)),
         ("does not arrive", own(seeds=lambda seed, path: zlib.crc32(path.encode()))),
         ("another P", own(seeds=lambda seed, path: int(torch.randint(10**6, (1,))))),
+        ("hash() of a text", own(seeds=lambda seed, path: hash(path) % 2**31 + seed)),
+        ("hash() of a text", own(seeds=lambda seed, path: hash((seed, path)) % 2**31)),
+        ("hash() of a text", own(seeds=lambda seed, path: hash(f"{path}/{seed}"))),
+        ("seeds torch's global generator", own(draw=global_draw)),
         ("delta is", own(Lying)),
         ("theta", own(Detached)),
         ("gradient of x", own(Cut)),

@@ -2,6 +2,7 @@
 mistake in what is plausibly wrong."""
 
 import math
+import statistics
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,6 +41,15 @@ def test_lora_delta_solution():
         ("lies on its side", lambda A, B, alpha, r: alpha / r * (B @ A).T),
         ("lies on its side", lambda A, B, alpha, r: alpha / r * A.T @ B.T),
         ("in this order", lambda A, B, alpha, r: alpha / r * A @ B),
+        ("whole part", lambda A, B, alpha, r: alpha // r * B @ A),
+        ("whole part", lambda A, B, alpha, r: int(alpha / r) * B @ A),
+        ("alpha / r is missing", lambda A, B, alpha, r: max(1, alpha / r) * B @ A),
+        (
+            "In a square matrix",
+            lambda A, B, alpha, r: (
+                alpha / r * (B @ A if len(B) != A.shape[1] else A.T @ B.T)
+            ),
+        ),
         ("lost touch", lambda A, B, alpha, r: alpha / r * (B @ A).detach()),
         ("is there a `return`", lambda A, B, alpha, r: None),
         ("should be a tensor", lambda A, B, alpha, r: 3.0),
@@ -295,6 +305,16 @@ class BlankLora(nn.Module):
                 )
             ),
         ),
+        ("seeds torch's global generator", after_init(lambda s: torch.manual_seed(0))),
+        ("whole part", after_init(lambda s: setattr(s, "scale", s.alpha // s.r))),
+        (
+            "alpha / r is missing",
+            after_init(lambda s: setattr(s, "scale", max(1, s.scale))),
+        ),
+        (
+            "A's numbers have the size",
+            set_parameters(A=lambda s: 9 * torch.randn(s.A.shape)),
+        ),
         ("the class itself", Lora(nn.Linear(4, 6), 2, 4)),
         ("nothing here yet", BlankLora),
     ],
@@ -439,6 +459,8 @@ def test_choose_rank_right_answers():
         ),
         ("more than the budget", lambda runs, budget: chosen(runs, None)),
         ("lowest mean. A smaller one", lambda *g: chosen(*g, largest=True)),
+        ("ake the mean", lambda *g: chosen(*g, join=statistics.median)),
+        ("", lambda runs, budget: chosen(runs, budget - 1)),
         ("its own best rate", lambda *g: (chosen(*g)[0], 3e-4)),
         ("There is no run with", lambda *g: chosen(*g)[::-1]),
         ("Return two numbers", lambda *g: chosen(*g)[0]),
@@ -538,6 +560,21 @@ class Forgetful(LayerConfig):
 
 
 @dataclass(kw_only=True)
+class Capped(LayerConfig):
+    """The rank is never above 4."""
+
+    r: int = 8
+    alpha: float = 16
+
+    def create(self, base, path):
+        return Own(*linear_features(base.module), min(self.r, 4), self.alpha)
+
+
+def with_bias(self, base, x):
+    return Own.update(self, base, x) + base.module.bias
+
+
+@dataclass(kw_only=True)
 class Swapped(LayerConfig):
     r: int = 8
     alpha: float = 16
@@ -595,6 +632,12 @@ def test_my_lora_right_answers(answer):
         ),
         ("delta lies on its side", own(delta=lambda s, b: Own.delta(s, b).T)),
         ("alpha / r is missing", own(delta=lambda s, b: s.B @ s.A)),
+        ("The bias is added twice", own(update=with_bias)),
+        ("the new weight itself", own(delta=lambda s, b: b.weight + Own.delta(s, b))),
+        ("A has the shape (4, 16)", Capped),
+        ("whole part", own(finish=lambda s: setattr(s, "scale", s.alpha // s.r))),
+        ("seeds torch's global generator", own(finish=lambda s: torch.manual_seed(0))),
+        ("the size", own(finish=parameters(A=lambda s: 30 * torch.randn(s.A.shape)))),
         ("both zero", own(finish=parameters(A=lambda s: torch.zeros_like(s.A)))),
         ("B is random", own(finish=parameters(B=lambda s: torch.ones_like(s.B)))),
         ("more than A and B", own(finish=parameters(bias=lambda s: torch.zeros(3)))),

@@ -1,6 +1,9 @@
 """Chapter 05's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+from statistics import fmean
+
+import numpy as np
 import pytest
 import torch
 from judging import accepts, configured, judge, rejects
@@ -24,6 +27,8 @@ def same_run(c, rate_A, rate_B, optimizer):
 
 def test_same_run_solution():
     accepts(check.same_run, same_run)
+    accepts(check.same_run, lambda *given: torch.tensor(same_run(*given)))
+    accepts(check.same_run, lambda *given: np.float32(same_run(*given)))
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
@@ -70,6 +75,10 @@ def test_same_run_oracle_is_the_run(name):
         ("leave A's rate alone", lambda c, a, b, optimizer: (a * c, b / c)),
         ("should be", lambda c, a, b, optimizer: (a, b / c**0.5)),
         ("two numbers", lambda c, a, b, optimizer: b / c),
+        ("two numbers", lambda *given: tuple(map(str, same_run(*given)))),
+        ("two numbers", lambda *given: torch.tensor(same_run(*given)[:1])),
+        ("should be", lambda c, *rest: same_run(max(1, int(c)), *rest)),
+        ("should be", lambda c, *rest: same_run(round(c) or 1, *rest)),
         ("nothing here yet", stub),
     ],
 )
@@ -156,6 +165,12 @@ def test_rank_at_budget_solution():
                 r for r in range(99) if r * layers * cost(shapes, targets) < budget
             ),
         ),
+        (
+            "two targets of one shape once",
+            lambda shapes, layers, targets, budget: (
+                budget // (layers * sum(map(sum, {shapes[name] for name in targets})))
+            ),
+        ),
         ("should be an int", lambda shapes, layers, targets, budget: "8"),
         ("nothing here yet", stub),
     ],
@@ -212,6 +227,41 @@ def by_gradients(layer, optimizer):
 def test_diagnose_solution():
     accepts(check.diagnose, diagnose)
     accepts(check.diagnose, by_gradients)
+
+
+def with_other(**changes):
+    """diagnose, with another view of one thing."""
+
+    def answer(layer, optimizer):
+        for word, sick in changes.items():
+            if sick(layer, optimizer):
+                return word.replace("_", " ")
+        return diagnose(layer, optimizer)
+
+    return answer
+
+
+def adds_up_to_zero(layer, optimizer):
+    return abs(layer.A.sum()) < 1e-4 and not layer.B.any()
+
+
+def by_value(layer, optimizer):
+    """B is looked for by its numbers."""
+    rates = [
+        group["lr"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.shape == layer.B.shape and torch.equal(p, layer.B)
+    ]
+    found = diagnose(layer, optimizer)
+    return "healthy" if found == "no rate" and any(rates) else found
+
+
+def generous(layer, optimizer):
+    x = torch.randn(8, layer.linear.in_features)
+    found = diagnose(layer, optimizer)
+    near = torch.allclose(layer(x), layer.linear(x), atol=1.0)
+    return "healthy" if found == "twice" and near else found
 
 
 def cures(layer, optimizer):
@@ -283,6 +333,11 @@ def cures(layer, optimizer):
                 else diagnose(layer, optimizer)
             ),
         ),
+        ("A gets a gradient through B", with_other(dead=lambda p, o: not p.A.any())),
+        ("is small, and not 0", with_other(no_scale=lambda p, o: abs(p.scale) < 0.1)),
+        ("as it should be", with_other(dead=adds_up_to_zero)),
+        ("that *is* B", by_value),
+        ("only what rounding makes", generous),
         ("changed the patient's weights", cures),
         ("none of the words", lambda layer, optimizer: "ill"),
         ("said nothing", lambda layer, optimizer: None),
@@ -384,6 +439,47 @@ def planned(runs, one, other, by="valid_loss", key="test_loss", edges=True, loss
     return "verdict", compare(*losses, loss=loss).verdict
 
 
+def by_means(runs, one, other):
+    """The rate by the mean of all its seeds."""
+    cut = []
+    for case in (one, other):
+        mine = [run for run in runs if run["case"] == case]
+        rates = sorted({run["lr"] for run in mine})
+        at = {lr: [r for r in mine if r["lr"] == lr] for lr in rates}
+        valid = {lr: fmean(r["valid_loss"] for r in rs) for lr, rs in at.items()}
+        best = min(rates, key=valid.get)
+        if best in (rates[0], rates[-1]):
+            return "extend", case, "down" if best == rates[0] else "up"
+        cut.append({r["seed"]: r["test_loss"] for r in at[best]})
+    both = cut[0].keys() & cut[1].keys()
+    pair = [{seed: losses[seed] for seed in both} for losses in cut]
+    return "verdict", compare(*pair, loss=True).verdict
+
+
+def one_grid(runs, one, other):
+    """The ends are those of all cases together."""
+    ends = min(run["lr"] for run in runs), max(run["lr"] for run in runs)
+    got = planned(runs, one, other)
+    if got[0] == "verdict":
+        return got
+    mine = [r for r in runs if r["case"] == got[1] and r["seed"] == 0]
+    best = min(mine, key=lambda r: r["valid_loss"])["lr"]
+    return got if best in ends else planned(runs, one, other, edges=False)
+
+
+def without_the_first(runs, one, other):
+    got = planned(runs, one, other)
+    if got[0] == "extend":
+        return got
+    pair = []
+    for case in (one, other):
+        mine = [run for run in runs if run["case"] == case]
+        best = min((r for r in mine if r["seed"] == 0), key=lambda r: r["valid_loss"])
+        later = [r for r in mine if r["lr"] == best["lr"] and r["seed"]]
+        pair.append({r["seed"]: r["test_loss"] for r in later})
+    return "verdict", compare(*pair, loss=True).verdict
+
+
 def turned(runs, one, other):
     got = planned(runs, one, other)
     swap = {"up": "down", "down": "up"}
@@ -418,6 +514,9 @@ def test_judge_sweep_right_answers():
         ("lower is better", lambda *given: planned(*given, loss=False)),
         ("direction is turned", turned),
         ("the course's rule says", unpaired),
+        ("seed 0", by_means),
+        ("tried for it", one_grid),
+        ("*all* seeds", without_the_first),
         ("Return (", lambda *given: planned(*given)[-1]),
         ("the course's rule says", lambda *given: ("verdict", "not told apart")),
         ("can be compared", lambda *given: ("extend", "one", "up")),

@@ -263,6 +263,17 @@ def test_dora_output_right_answers():
             lambda y, x, W, b, A, B, m, s: output(y.detach(), x, W, b, A, B, m, s),
         ),
         (
+            "then added once more",
+            lambda y, x, W, b, A, B, m, s: (
+                m / norms(W, A, B, s) * (y + s * (x @ A.T) @ B.T)
+                + (0 if b is None else b)
+            ),
+        ),
+        ("Those are squares", with_norm(lambda V: V.square().sum(1))),
+        ("sums of absolute values", with_norm(lambda V: V.abs().sum(1))),
+        ("norm of the whole matrix", with_norm(lambda V: V.norm())),
+        ("You multiply by the norm", with_norm(lambda V: 1 / V.norm(dim=1))),
+        (
             "stopped with TypeError",
             lambda y, x, W, b, A, B, m, s: output(y - b + b, x, W, b, A, B, m, s),
         ),
@@ -352,6 +363,15 @@ def part(at, change):
     return answer
 
 
+def without_scale(d, x, W, A, B, m, s, G):
+    scaled = G * m / norms(W, A, B, s)
+    return scaled @ W + scaled @ B @ A
+
+
+def half_scaled(d, x, W, A, B, m, s, G):
+    return G @ W + s * (G * m / norms(W, A, B, s)) @ B @ A
+
+
 def test_dora_backward_right_answers():
     accepts(check.dora_backward, backward)
     accepts(check.dora_backward, with_autograd)
@@ -378,6 +398,16 @@ def test_dora_backward_right_answers():
         (
             "two ways",
             part(0, lambda d, x, W, A, B, m, s, G: G * m / norms(W, A, B, s) @ W),
+        ),
+        ("dx: the sign is turned round", part(0, lambda d, *g: -d)),
+        ("dx: the scale s is missing", part(0, without_scale)),
+        ("dx: g does not stand before W", part(0, half_scaled)),
+        (
+            "dx: only the way through s B A",
+            part(
+                0,
+                lambda d, x, W, A, B, m, s, G: s * (G * m / norms(W, A, B, s)) @ B @ A,
+            ),
         ),
         ("dA: you take the mean", part(1, lambda d, x, *g: d / len(x))),
         (
@@ -419,6 +449,30 @@ class Columns(LinearDelta):
 
     def delta(self, base):
         V = base.weight + self.s * self.B @ self.A
+        return self.m * V / V.detach().norm(dim=0) - base.weight
+
+
+class Stale(Columns):
+    """With the weight of the time when it was made."""
+
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        self.register_buffer("W", W.detach().clone())
+
+    def delta(self, base):
+        V = self.W + self.s * self.B @ self.A
+        return self.m * V / V.detach().norm(dim=0) - self.W
+
+
+class StaleToo(Columns):
+    """The directions are old, and what is taken off is new."""
+
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        self.kept = [W.detach().clone()]
+
+    def delta(self, base):
+        V = self.kept[0] + self.s * self.B @ self.A
         return self.m * V / V.detach().norm(dim=0) - base.weight
 
 
@@ -469,6 +523,8 @@ def test_column_dora_right_answers():
 @pytest.mark.parametrize(
     "says, answer",
     [
+        ("read base.weight each time", configured(StaleToo)),
+        ("read base.weight each time", configured(Stale)),
         ("nothing here yet", configured(Unwritten)),
         ("configuration's class itself", Columns),
         (

@@ -278,3 +278,12 @@ class TestGradients:
     )
     def test_wrong_ones(self, says, answer):
         assert says in self.verdict(answer).message
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_nothing_looks_like_a_wrong_result_that_is_not_finite(bad):
+    """A mistake that divides by zero names no other answer."""
+    wrong = torch.tensor([bad, 1.0])
+    assert not same(torch.tensor([2.0, 1.0]), wrong)
+    assert not same(torch.tensor([2.0, torch.inf]), wrong)
+    assert same(wrong, wrong) == (bad == bad)

@@ -32,15 +32,15 @@ def same_run(function) -> None:
     """function(c, rate_A, rate_B, optimizer) -> (rate_A, rate_B) that undo alpha's
     being multiplied by c."""
     for optimizer, power in (("adam", 1), ("sgd", 2)):
-        for _ in range(3):
-            c, a, b = (
-                random.choice([2.0, 3.0, 5.0]),
-                random.uniform(0.001, 0.01),
-                random.uniform(0.02, 0.1),
-            )
+        for c in (2.5, 0.4, random.choice([2.0, 3.0, 5.0])):
+            a, b = (random.uniform(0.001, 0.01), random.uniform(0.02, 0.1))
             got = function(c, a, b, optimizer)
+            if isinstance(got, torch.Tensor) and got.dim() == 1:
+                got = got.tolist()
             need(
-                isinstance(got, tuple | list) and len(got) == 2,
+                isinstance(got, tuple | list)
+                and len(got) == 2
+                and not any(isinstance(rate, str) for rate in got),
                 "Give me two numbers: return rate_A, rate_B.",
             )
             got_a, got_b = (float(rate) for rate in got)
@@ -105,11 +105,14 @@ def rank_at_budget(function) -> None:
         )
         shapes = {
             "q_proj": (d, d),
+            "k_proj": (d // 4, d),
             "v_proj": (d // 4, d),
             "up_proj": (f, d),
             "down_proj": (d, f),
         }
-        for targets in (["q_proj", "v_proj"], ["up_proj", "down_proj"], list(shapes)):
+        two_alike = ["q_proj", "k_proj", "v_proj"]
+        places = ["q_proj", "v_proj"], ["up_proj", "down_proj"], two_alike, list(shapes)
+        for targets in places:
             both = sum(
                 d_out + d_in for d_out, d_in in (shapes[name] for name in targets)
             )
@@ -162,6 +165,12 @@ def a_budget(function, shapes, layers, targets, both, right, budget) -> None:
         costs(
             lambda d_out, d_in: d_out + d_in, shapes
         ): "You count all matrices; only the targets are adapted.",
+    }
+    different = {shapes[name] for name in targets}
+    mistakes |= {
+        budget // (layers * sum(map(sum, different))): (
+            "You count two targets of one shape once: each has a LoRA of its own."
+        )
     }
     got = function(dict(shapes), layers, list(targets), budget)
     need(
@@ -255,6 +264,9 @@ EDGES = {
     "behind": (2, 3),
     "first up": (4, 2),
     "second down": (2, 0),
+    "short ladder": (2, 3),
+    "other seeds": (2, 1),
+    "first seed": (2, 1),
 }  # where the best rate of either case lies on the ladder
 
 
@@ -283,10 +295,16 @@ def sweep_drawn(kind: str):
     runs = []
     for case, at in zip(("one", "other"), EDGES[kind]):
         gain = {"inside": 0.1, "trap": 0.1, "behind": -0.1}.get(kind, 0.0)
-        for number, lr in enumerate(LADDER):
+        gain = 0.1 if kind in ("other seeds", "first seed") else gain
+        short = kind == "short ladder" and case == "other"
+        for number, lr in enumerate(LADDER[:4] if short else LADDER):
             for seed in range(3 if number == at else 1):
                 valid = 0.3 + 0.05 * abs(number - at) + random.uniform(-0.01, 0.01)
                 test = 0.5 + 0.05 * abs(number - at) + random.uniform(-0.005, 0.005)
+                if kind == "other seeds" and seed:  # only seed 0 chooses the rate
+                    valid += 0.2
+                if kind == "first seed" and case == "one" and not seed:
+                    test += 0.4
                 if kind == "tie":
                     test += (0.06, -0.06, 0)[seed] * (1 if case == "one" else -1)
                 if kind == "trap" and number == 4:  # lucky on the test, at an edge
@@ -301,6 +319,8 @@ def sweep_drawn(kind: str):
         return runs, ("extend", "one", "up")
     if kind == "second down":
         return runs, ("extend", "other", "down")
+    if kind == "short ladder":  # the other case was tried up to here only
+        return runs, ("extend", "other", "up")
     losses = [
         at_rate(runs, case, at) for case, at in zip(("one", "other"), EDGES[kind])
     ]
@@ -322,8 +342,8 @@ def judge_plan(got, wanted) -> None:
     if wanted[0] == "extend":
         need(
             got[0] == "extend",
-            f"The best rate of {wanted[1]!r} is the last one that was tried: nobody"
-            " knows whether the next is better. Ask for it before you compare.",
+            f"The best rate of {wanted[1]!r} is the last one that was tried for it:"
+            " nobody knows whether the next is better. Ask for it before you compare.",
         )
         need(
             got[1:] != (wanted[1], swap[wanted[2]]),
@@ -334,7 +354,8 @@ def judge_plan(got, wanted) -> None:
     need(
         got[0] == "verdict",
         "Both best rates have a worse one on either side, by the validation loss with"
-        " seed 0, so they can be compared. Do you choose by the test loss?",
+        " seed 0, so they can be compared. Do you choose by the test loss, or"
+        " by other seeds?",
     )
     need(
         got[1] != swap.get(wanted[1]),
@@ -342,9 +363,9 @@ def judge_plan(got, wanted) -> None:
         " (loss=True).",
     )
     raise Wrong(
-        f"You say {got[1]!r}; the course's rule says {wanted[1]!r}. Give `compare` the"
-        " test losses of all seeds at each best rate, {seed: loss}, so that it pairs"
-        " them."
+        f"You say {got[1]!r}; the course's rule says {wanted[1]!r}. Choose each rate by"
+        " seed 0 alone, as every rate has it; then give `compare` the test losses of"
+        " *all* seeds at that rate, {seed: loss}, so that it pairs them."
     )
 
 
@@ -374,6 +395,7 @@ def pissa_adapter(config_class) -> None:
             "The start is not taken off: what is added is s B A minus what it was at"
             " first.": s * B @ A,
             "The scale is missing: s (B A - B₀ A₀).": B @ A - best / s,
+            "The scale is there twice: once is enough.": s * (s * B @ A - best),
             "You multiply by α: divide by r.": alpha * B @ A - alpha / s * best,
             "The start is taken off without its scale.": s * B @ A - best / s,
             "delta is the new weight itself: return what is added to W.": built.W
@@ -475,8 +497,14 @@ def patient(disease, trained=False, other=False) -> tuple:
     with torch.no_grad():
         if trained:
             layer.B.copy_(torch.randn(layer.B.shape))
-        if disease == "dead":
+        if disease == "dead" or other == "A zero":
             layer.A.zero_()
+        if other == "small":  # an update that is there, and small
+            layer.B.mul_(0.02)
+        if other == "balanced":
+            layer.A[1] = -layer.A[0]
+    if other == "small scale":
+        layer.scale = 0.05
     rates, kept = {"A": 1e-3, "B": 1e-3}, "AB"
     if disease == "frozen":
         layer.requires_grad_(False)
@@ -488,13 +516,36 @@ def patient(disease, trained=False, other=False) -> tuple:
         rates["B"], kept = (1e-3, "A") if other else (0.0, "AB")
     elif other == "B alone":
         layer.A.requires_grad_(False)
-    elif disease == "twice" or other:
+    elif disease == "twice" or other is True:
         layer.merged, layer.adds_when_merged = True, disease == "twice"
         with torch.no_grad():
             layer.linear.weight += layer.scale * layer.B @ layer.A
     groups = [{"params": [getattr(layer, name)], "lr": rates[name]} for name in kept]
+    if other == "a copy":  # the optimizer has another B of the same numbers
+        stranger = nn.Parameter(layer.B.detach().clone())
+        groups.append({"params": [stranger], "lr": 1e-3})
     return layer, torch.optim.AdamW(groups)
 
+
+# {what is special about a healthy one: (the word for it that is wrong, why)}
+HEALTHY = {
+    "A zero": (
+        "dead",
+        "its A is zero, and its B is not: A gets a gradient through B. Dead are both at"
+        " zero.",
+    ),
+    "small scale": ("no scale", "its scale is small, and not 0."),
+    "B alone": (
+        "frozen",
+        "its A is, but its B learns. LoRA-FA trains B alone, and that is no disease.",
+    ),
+}
+
+MORE = {
+    "a copy": " Its optimizer holds another tensor with B's numbers: look for the"
+    " parameter that *is* B (`is`), not for one that is equal.",
+    "small": " Its update is small: allow the difference only what rounding makes.",
+}
 
 PATIENTS = [
     ("healthy", False, False),
@@ -502,8 +553,14 @@ PATIENTS = [
     ("healthy", True, True),
     ("healthy", False, "B alone"),
     ("healthy", True, "B alone"),
+    ("healthy", True, "A zero"),
+    ("healthy", True, "small scale"),
+    ("healthy", False, "balanced"),
     ("dead", False, False),
     ("twice", True, False),
+    ("twice", True, "small"),
+    ("no rate", True, "a copy"),
+    ("no rate", False, "a copy"),
     ("no rate", False, True),
     ("no rate", True, True),
 ]
@@ -554,11 +611,8 @@ def diagnose(function, dead="dead", twice="twice") -> None:
             " trained yet, and that is as it should be. Only with A zero too is it"
             " dead.",
         )
-        need(
-            not (other == "B alone" and said == "frozen"),
-            "You called a healthy one 'frozen': its A is, but its B learns. LoRA-FA"
-            " trains B alone, and that is no disease.",
-        )
+        wrong, why = HEALTHY.get(other, ("", ""))
+        need(said != wrong, f"You called a healthy one {word!r}: {why}")
         need(
             not (disease == "healthy" and said == "twice"),
             f"You called a healthy one {word!r}: being merged is no disease. Look"
@@ -572,5 +626,6 @@ def diagnose(function, dead="dead", twice="twice") -> None:
         )
         need(
             said == disease,
-            f"There was a patient that {FOUND[disease]}, and you said {word!r}.",
+            f"There was a patient that {FOUND[disease]}, and you said {word!r}."
+            + MORE.get(other, ""),
         )

@@ -52,6 +52,14 @@ def wrong_norms(W, A, B, s) -> dict:
         "Those are the norms of W, without the update s B A.": W.norm(dim=1),
         "The update has lost its scale: it is s B A, not B A.": (W + BA).norm(dim=1),
         "Those are the norms of the update alone: W is missing.": (s * BA).norm(dim=1),
+        "The last term is missing: (a + b)² has b² too.": (
+            (W.norm(dim=1) ** 2 + 2 * s * (W * BA).sum(1)).clamp(min=0).sqrt()
+        ),
+        "The norm of W is not squared in the sum: ‖w‖² + 2 s w·c + s² ‖c‖².": (
+            (W.norm(dim=1) + 2 * s * (W * BA).sum(1) + s**2 * BA.norm(dim=1) ** 2)
+            .clamp(min=0)
+            .sqrt()
+        ),
         "The term in the middle is missing: (a + b)² has 2 a b.": (
             (W.norm(dim=1) ** 2 + (s * BA).norm(dim=1) ** 2).sqrt()
         ),
@@ -167,6 +175,10 @@ def one_output(function, y, x, W, b, A, B, m, s):
     mistakes = {
         "The bias is scaled too: the magnitude belongs to the weight. Take b off"
         " first, scale, and add b again.": g * (y + low),
+        "The bias is scaled with the rest, and then added once more: take b off"
+        " first.": g * (y + low) + shift,
+        "You multiply by the norm: the knob is m / norm.": m * norm * (Wx + low)
+        + shift,
         "The bias is lost on the way: add it again after scaling.": g * (Wx + low),
         "You compute W x + b again. y is what the layer below gives, and another"
         " adapter or a hook may have changed it: use y.": (g * (x @ W.T + low) + shift),
@@ -202,6 +214,11 @@ def one_output(function, y, x, W, b, A, B, m, s):
             "Your norm is that of the columns, one for each input, and the bias is"
             " scaled too: there is more than one fault."
         ] = m / columns * (y + low)
+    for text, wrong in wrong_norms(W, A, B, s).items():
+        if wrong.dim() == 0 or wrong.shape == m.shape:
+            mistakes[f"The norm is not the one of DoRA. {text}"] = (
+                m / wrong * (Wx + low) + shift
+            )
     right = g * (Wx + low) + shift
     got = function(y, x, W, b, A, B, m, s)
     compare(
@@ -352,8 +369,22 @@ def one_backward(function, x, W, A, B, m, s, G):
         "the norm is that of W alone.": by_autograd(x, W, A, B, m, s, G, whole=False),
     }
     scaled = m / (W + s * B @ A).norm(dim=1) * G
+    wrong["the sign is turned round."] = [-part for part in right]
+    wrong["g does not stand before W: it scales both ways."] = [
+        G @ W + s * scaled @ B @ A,
+        None,
+        None,
+        None,
+    ]
+    wrong["only the way through s B A is there: x acts through W too."] = [
+        s * scaled @ B @ A,
+        None,
+        None,
+        None,
+    ]
+    wrong["the scale s counts once."] = [None, right[1] * s, right[2] * s, None]
     wrong["the scale s is missing."] = [
-        right[0],
+        scaled @ W + scaled @ B @ A,
         right[1] / s,
         right[2] / s,
         (G * (x @ (W + B @ A).T)).sum(0) / (W + s * B @ A).norm(dim=1),
@@ -365,8 +396,7 @@ def one_backward(function, x, W, A, B, m, s, G):
         (G * (x @ W.T)).sum(0) / (W + s * B @ A).norm(dim=1),
     ]
     wrong["you take the mean over the rows of x: their gradients add up."] = [
-        None,
-        *(part / len(x) for part in right[1:]),
+        *(part / len(x) for part in right)
     ]
     wrong["you multiply by g once more."] = [
         scaled * m / (W + s * B @ A).norm(dim=1) @ (W + s * B @ A),
@@ -461,7 +491,32 @@ def column_dora(config_class) -> None:
                 " to the backward pass.": moving
             },
         )
+        look_at_another_weight(built, alpha / r)
     Built(config_class, 8, 10, r=2, lora_alpha=4).check_learning()
+
+
+@torch.no_grad()
+def look_at_another_weight(built, s):
+    """delta is for the weight as it is now: a checkpoint may have come later, or
+    another adapter may be merged into it."""
+    A, B, m = built.adapter.A, built.adapter.B, built.adapter.m
+    new = torch.randn_like(built.W)
+    built.layer.weight.copy_(new)
+    V, old = new + s * B @ A, built.W + s * B @ A
+    stale = (
+        "The weight below has changed since the adapter was made, and your delta still"
+        " takes the old one: read base.weight each time."
+    )
+    compare(
+        built.delta(),
+        m / V.norm(dim=0) * V - new,
+        {
+            stale: m / old.norm(dim=0) * old - built.W,
+            stale + " (Both times.)": m / old.norm(dim=0) * old - new,
+        },
+        "delta(base) for another weight",
+        learnt={},
+    )
 
 
 # ---- a fair comparison ---------------------------------------------------------------

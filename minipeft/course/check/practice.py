@@ -106,6 +106,21 @@ def needs_to_learn(config, steps: int = 60, lr: float = 3e-2) -> None:
     )
 
 
+def without_seeding(make):
+    """make(), which may draw random numbers, and must not seed the generator that
+    everybody shares."""
+    before = torch.initial_seed()
+    made = make()
+    need(
+        torch.initial_seed() == before,
+        "Your code seeds torch's global generator (torch.manual_seed): all draws"
+        " after it, for another layer or for the data, begin again from there. Draw"
+        " with a generator of its own, torch.Generator().manual_seed(...), or leave the"
+        " seed alone.",
+    )
+    return made
+
+
 def written(
     predicted, cases, todo="write your prediction", form="{case: number}"
 ) -> None:

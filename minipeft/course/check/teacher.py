@@ -169,6 +169,11 @@ def hint(text: str, shapes: str) -> str:
             " (y = y + z in the place of y += z); a weight is changed by hand under"
             " torch.no_grad()."
         )
+    if "dtype" in text or "scalar type" in text:
+        return (
+            " The tensors that this check gives have 64 bits: make new ones with the"
+            " same dtype, dtype=x.dtype or .to(x)."
+        )
     if "empty sequence" in text or "iterable argument is empty" in text:
         return " Nothing is left to choose from: what is the answer then?"
     if "NoneType" in text:
@@ -192,7 +197,7 @@ def same(a, b, size: float = 1e-2) -> bool:
     if not b.numel():
         return True
     a, b = a.detach(), b.detach()
-    if not b.is_floating_point():
+    if not b.is_floating_point() or not b.isfinite().all():
         return bool((a == b).all())
     distance = (a.to(torch.float64) - b.to(torch.float64)).abs().max()
     return bool(distance <= TOLERANCE * b.abs().max().clamp(min=size))
