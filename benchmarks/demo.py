@@ -52,7 +52,6 @@ def main(argv=None):
 
 def make_room(model, folder):
     """Make the folder. OSError, before the training, if the adapter would not fit."""
-    make_folder(folder)
     trained, _ = model.get_nb_trainable_parameters()
     needed = 4 * trained + 100_000
     if (free := free_space(folder)) < needed:
@@ -60,6 +59,7 @@ def make_room(model, folder):
             f"{folder}: the adapter needs {human(needed)} of disk, and {human(free)}"
             " are free"
         )
+    make_folder(folder)
 
 
 def run(given, folder):

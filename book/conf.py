@@ -93,6 +93,7 @@ autodoc_default_options = {
     "show-inheritance": True,
     "member-order": "groupwise",
 }
+autodoc_inherit_docstrings = False  # torch's, of what is written anew here
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_display_short_literal_types = True

@@ -9,6 +9,7 @@ the repository's public address, or are left out while it has none.
 """
 
 import importlib
+import inspect
 import os
 import re
 import shutil
@@ -35,7 +36,8 @@ API = [
     ("minipeft.optim", "LoRA+"),
     ("minipeft.course", "what notebooks use"),
     ("minipeft.course.figures", "figures"),
-    ("minipeft.lanternwick", "the town and its tasks"),
+    ("minipeft.lanternwick.register", "who lives in the town"),
+    ("minipeft.lanternwick.tasks", "the town's tasks"),
 ]
 LINK = re.compile(r"(?<!\!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
@@ -225,16 +227,27 @@ def write_api(out):
         members = [n for n in public(module) if getattr(module, n) not in seen]
         seen += [getattr(module, n) for n in members]
         text = f"# `{name}`: {what}\n\n```{{eval-rst}}\n"
-        text += f".. automodule:: {name}\n   :members: {', '.join(members)}\n"
-        text += "   :imported-members:\n```\n"
+        text += f".. automodule:: {name}\n   :no-members:\n\n"
+        directives = [
+            f".. auto{kind(getattr(module, n))}:: {name}.{n}" for n in members
+        ]
+        text += "\n\n".join(sorted(directives)) + "\n```\n"
         (out / "api" / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def kind(thing):
+    """What autodoc calls it: so it also sorts, classes before functions."""
+    if not isinstance(thing, type):
+        return "function" if callable(thing) else "data"
+    return "exception" if issubclass(thing, Exception) else "class"
 
 
 def public(module):
     """A module's names: those that it lists, or else the functions and classes that it,
     or its package, defines."""
     if hasattr(module, "__all__"):
-        return module.__all__
+        names = module.__all__
+        return [n for n in names if not inspect.ismodule(getattr(module, n))]
     return [
         name
         for name, thing in vars(module).items()

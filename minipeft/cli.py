@@ -198,7 +198,7 @@ def finetune(args):
     if config is not None:
         check_memory(model, config)
         model = get_peft_model(model, config)
-    check_disk(out, model)
+    check_disk(out, disk_of_run(model), "the run")
     writer = summary_writer(args.log) if distributed.is_first() else None
     trained, everything = parameter_counts(model)
     print(
@@ -311,19 +311,23 @@ def check_memory(model, config):
         )
 
 
-def check_disk(out, model):
-    """UserError unless result and checkpoints fit: the weights four times, with two
-    moments and a copy that is being written."""
+def check_disk(out, needed, what):
+    """UserError unless `needed` bytes are free for `out`."""
     from .doctor import free_space
 
-    trained, _ = parameter_counts(model)
-    needed = 4 * trained * 8 + 1_000_000
     free = free_space(out)
     if needed > free:
         raise UserError(
-            f"--out {out}: the run needs {needed / 1e6:,.0f} MB of disk, and"
+            f"--out {out}: {what} needs {needed / 1e6:,.0f} MB of disk, and"
             f" {free / 1e6:,.0f} MB are free"
         )
+
+
+def disk_of_run(model):
+    """Bytes of result and checkpoints: the weights four times, with two moments and a
+    copy that is being written."""
+    trained, _ = parameter_counts(model)
+    return 4 * trained * 8 + 1_000_000
 
 
 def parameter_counts(model):
@@ -637,6 +641,8 @@ def merge(args):
     model = open_model(args, base)
     name = model.name_or_path
     plain = model.merge_and_unload(safe_merge=True)
+    size = sum(p.numel() * p.element_size() for p in plain.parameters())
+    check_disk(out, size + 1_000_000, "the model")
     with all_or_nothing(out) as part:
         plain.save_pretrained(part, tokenizer=tokenizer)
     print(f"{args.adapter} is merged into {name}. Use it as --base {out}")

@@ -258,7 +258,8 @@ def write_safetensors(path, tensors, metadata=None):
         try:
             save_file(tensors, part, metadata)
         except SafetensorError as problem:  # such as a full disk
-            raise FileError(f"cannot write {path}: {problem}") from None
+            reason = str(problem).rpartition("I/O error: ")[2]
+            raise FileError(f"cannot write {path}: {reason}") from None
 
 
 def make_folder(path, error=FileError):

@@ -136,6 +136,7 @@ def test_demo_looks_for_room_before_it_trains(toy, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(demo, "train", lambda *a, **k: pytest.fail("it trained"))
     with pytest.raises(OSError, match=r"kept: the adapter needs .* kB of disk"):
         demo.main(["--keep", str(tmp_path / "kept")])
+    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("argument", ["--keep=demo.py", "--task=sqll"])

@@ -749,6 +749,16 @@ class TestDiskFull:
             text=True,
         )
 
+    @pytest.mark.parametrize("free", [0, 1000, 1_000_000])
+    def test_too_little_disk_for_a_merged_model(
+        self, adapter, tmp_path, capsys, monkeypatch, free
+    ):
+        monkeypatch.setattr(doctor, "free_space", lambda folder: free)
+        out = tmp_path / "merged"
+        code, _, err = run(capsys, "merge", "--adapter", adapter, "--out", out)
+        assert code == 1 and "the model needs 1 MB of disk, and" in err
+        assert not out.exists()
+
     @pytest.mark.parametrize("kilobytes", [1, 20, 30])
     def test_merge(self, base, adapter, tmp_path, kilobytes):
         """The model has 35 kB, its tokenizer 31 kB."""

@@ -3,6 +3,7 @@ saves chapters."""
 
 import io
 import json
+import random
 
 import matplotlib
 import nbformat
