@@ -3,7 +3,6 @@ saves chapters."""
 
 import io
 import json
-import random
 
 import matplotlib
 import nbformat
