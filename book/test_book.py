@@ -135,14 +135,12 @@ class TestEachPage:
         assert "|---" not in text and "| ---" not in text, "a table as raw text"
         assert not browser.find_elements(By.CSS_SELECTOR, "mjx-merror")
 
-    def test_a_figure_shown_smaller_opens_in_its_size(self, page, browser):
-        resize(browser, WIDTHS[1])
-        small = browser.execute_script(
+    def test_figures_open_in_their_size(self, page, browser):
+        plain = browser.execute_script(
             "return [...document.querySelectorAll('article img')]"
-            ".filter(i => i.naturalWidth > 1.2 * i.clientWidth && !i.closest('a'))"
-            ".map(i => i.alt)"
+            ".filter(i => !i.closest('a')).map(i => i.alt)"
         )
-        assert not small, small
+        assert not plain, plain
 
     def test_formulas_fit_a_desk(self, page, browser):
         resize(browser, WIDTHS[0])

@@ -5,10 +5,10 @@ function markScrolling() {
     else part.removeAttribute("tabindex");
   }
 }
-// A figure that is drawn larger than it is shown opens in its own size.
+// A click opens a figure in its own size: on a telephone it is shown smaller.
 function linkFigures() {
   for (const image of document.querySelectorAll("article img")) {
-    if (image.closest("a") || image.naturalWidth <= 1.2 * image.clientWidth) continue;
+    if (image.closest("a")) continue;
     const link = document.createElement("a");
     link.href = image.src;
     link.title = "Open the figure in its full size";
