@@ -3,6 +3,7 @@ saves chapters."""
 
 import io
 import json
+import warnings
 
 import matplotlib
 import nbformat
@@ -11,6 +12,7 @@ import pytest
 import tqdm
 from nbclient import NotebookClient
 
+from minipeft import course
 from minipeft.course import approx, figures, finding, notebook, show, table
 from minipeft.course.alt_text import contrast, describe
 from minipeft.course.records import at_best_rate, matching, real_size
@@ -359,6 +361,38 @@ class TestReadableByEverybody:
 
 class TestRunner:
     """Chapters are run and saved clean."""
+
+    @pytest.mark.parametrize("category", [FutureWarning, DeprecationWarning])
+    @pytest.mark.parametrize(
+        "module, told",
+        [
+            ("transformers.modeling_utils", False),
+            ("torch.nn.modules.module", False),
+            ("peft.tuners.tuners_utils", False),
+            ("__main__", True),
+            ("minipeft.lm.training", True),
+        ],
+    )
+    def test_only_a_learners_own_deprecations_are_told(self, category, module, told):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            course.ignore_others_deprecations()
+            warnings.warn_explicit("old", category, "x.py", 1, module)
+            warnings.warn_explicit("shapes differ", UserWarning, "x.py", 1, module)
+        assert [str(w.message) for w in heard][:-1] == ["old"] * told
+        assert str(heard[-1].message) == "shapes differ"
+
+    def test_importing_the_course_is_enough(self, tmp_path, capsys):
+        code = (
+            "import warnings\nimport minipeft.course\n"
+            "for m in ('transformers.modeling_utils', 'peft.x'):\n"
+            "    warnings.warn_explicit('old', FutureWarning, 'x.py', 1, m)"
+        )
+        cells = [nbformat.v4.new_code_cell(code)]
+        path = tmp_path / "00_x.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+        notebook.run(path)
+        assert "stderr" not in capsys.readouterr().out
 
     def test_progress_goes_to_stdout_in_a_kernel(self, monkeypatch):
         monkeypatch.delenv("TQDM_DISABLE", raising=False)

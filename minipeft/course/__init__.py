@@ -27,6 +27,16 @@ if get_ipython() is not None and "TQDM_DISABLE" not in os.environ:
     init = functools.partialmethod(tqdm.tqdm.__init__, file=sys.stdout)
     tqdm.tqdm.__init__ = init
 
+
+def ignore_others_deprecations():
+    """What other libraries deprecate of each other is nothing that a learner can mend;
+    what the learner's own lines use is still told."""
+    for category in (FutureWarning, DeprecationWarning):
+        others = r"(?!__main__|minipeft)"
+        warnings.filterwarnings("ignore", category=category, module=others)
+
+
+ignore_others_deprecations()
 # "Failed to load CPU gemm_4bit_forward": a kernel that nobody here asked for
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
