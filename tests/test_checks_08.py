@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from judging import accepts, rejects
+from judging import accepts, judge, rejects
 from torch import nn
 
 from minipeft import LayerConfig, LinearDelta
@@ -428,3 +429,66 @@ def test_kron_adapter_right_answers():
 )
 def test_kron_adapter_mistakes(says, answer):
     rejects(says, check.kron_adapter, answer)
+
+
+# ------------------------------------------------------- what a trial by learners found
+
+
+@pytest.mark.parametrize(
+    "over",
+    [max, lambda losses: sorted(losses)[1], next],
+    ids=["worst", "median", "first"],
+)
+def test_choose_within_takes_the_mean_of_the_seeds(over):
+    def answer(runs, budget):
+        by_seed = sorted(runs, key=lambda run: run["seed"])
+        return within(by_seed, budget, over=lambda losses: over(iter(losses)))
+
+    rejects("mean", check.choose_within, answer)
+
+
+def test_choose_within_at_the_budget_and_with_all_methods():
+    rejects("you return", check.choose_within, lambda *_: None)
+
+    def less(runs, budget):
+        return within(runs, budget - 1)
+
+    def whole_mean(runs, budget):
+        means = {}
+        for run in runs:
+            means.setdefault(run["method"], []).append(run["valid_loss"])
+        runs = [run | {"valid_loss": mean(means[run["method"]])} for run in runs]
+        return within(runs, budget)
+
+    def percentages(runs, budget):
+        rights = [100 * run["right"].count("1") / len(run["right"]) for run in runs]
+        runs = [run | {"right": right} for run, right in zip(runs, rights)]
+        return within(runs, budget)
+
+    def only_what_fits(runs, budget):
+        return within([run for run in runs if run["numbers"] <= budget], budget)
+
+    for answer in (less, whole_mean, percentages, only_what_fits):
+        for verdict in judge(check.choose_within, answer):
+            assert not verdict
+
+
+def test_numpy_forms_the_product_too():
+    def by_numpy(x, C, D):
+        whole = np.kron(C.detach().numpy(), D.detach().numpy())
+        own = lokr(x, C, D)
+        return own + 0 * (x.detach() @ torch.from_numpy(whole).T - own.detach())
+
+    rejects("of the size of C ⊗ D", check.lokr_apply, by_numpy)
+
+    def formed(B1, A1, B2, A2):
+        _ = (B1.detach().numpy() @ A1.detach().numpy()) * 1.0
+        return as_lora(B1, A1, B2, A2)
+
+    rejects("of the size of ΔW", check.loha_as_lora, formed)
+
+
+def test_kron_starts_at_exactly_zero():
+    tiny = starting(lambda a: a.C.data.fill_(1e-7))
+    rejects("exactly zero", check.kron_adapter, tiny)
+    accepts(check.kron_adapter, starting(lambda a: a.D.data.copy_(torch.eye(len(a.D)))))

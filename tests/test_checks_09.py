@@ -1,13 +1,14 @@
 """Chapter 09's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+import itertools
 import math
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
-from judging import accepts, rejects
+from judging import accepts, judge, rejects
 
 from minipeft import LinearDelta
 from minipeft.course import check, compare
@@ -419,3 +420,98 @@ def test_four_bit_adapter_solution():
 )
 def test_four_bit_adapter_mistakes(says, answer):
     rejects(says, check.four_bit_adapter, answer)
+
+
+# ------------------------------------------------------- what a trial by learners found
+
+
+def test_unpack_is_given_bytes_of_its_own():
+    kept = {}
+
+    def remembering(codes):
+        kept["codes"] = codes
+        return pack(codes)
+
+    for answer in (lambda packed: kept["codes"], lambda packed: unpack(packed).float()):
+        for verdict in judge(check.pack_nibbles, remembering, answer):
+            assert not verdict
+    accepts(check.pack_nibbles, pack, lambda packed: unpack(packed).long())
+
+
+def test_codebooks_of_many_bits():
+    def up_to_four(bits):
+        return codebook()(bits) if bits <= 4 else torch.linspace(-1, 1, 2**bits)
+
+    for verdict in judge(check.normal_codebook, up_to_four):
+        assert not verdict
+
+
+def test_an_outlier_is_not_nothing():
+    for said in (0.0087, 0.03):
+        wrong = RIGHT | {"outlier, blocks of 64": said}
+        for verdict in judge(check.predict_errors, wrong):
+            assert not verdict and "outlier, blocks" in verdict.message
+
+
+def looking(look, bits=None):
+    """The solution with another look at the matrices' errors."""
+
+    def answer(weights, codes, sizes, budget):
+        errors = {}
+        for (name, code), size in itertools.product(codes.items(), sizes):
+            needed = (bits or (lambda n: math.ceil(math.log2(n))))(len(code))
+            if needed + 32 / size <= budget:
+                rows = [w.reshape(-1, size) for w in weights]
+                errors[name, size] = [rounded(row, code) for row in rows]
+        best = min(errors, key=lambda key: look(errors[key]))
+        plain = [key for key in errors if key[0].startswith("int")]
+        plain = min(plain, key=lambda key: look(errors[key]))
+        return *best, compare(errors[best], errors[plain], loss=True).verdict
+
+    def rounded(rows, code):
+        top = rows.abs().amax(1, keepdim=True)
+        index = torch.bucketize(rows / top, (code[1:] + code[:-1]) / 2)
+        return ((code[index] * top - rows).square().sum() / rows.square().sum()).item()
+
+    return answer
+
+
+def test_the_mean_of_squared_errors_and_whole_bits():
+    accepts(check.choose_format, looking(sum))
+    for look in (max, lambda e: sorted(e)[1], lambda e: sum(x**0.5 for x in e)):
+        for verdict in judge(check.choose_format, looking(look)):
+            assert not verdict
+    rejects("bits a weight", check.choose_format, looking(sum, bits=math.log2))
+
+
+def in_a_list(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.hidden = [W.clone()]
+
+
+def in_a_closure(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.hidden = lambda: W
+
+
+def in_numpy(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.hidden = {"W": W.numpy()}
+
+
+def once_made(self, base):
+    if not hasattr(self, "cache"):
+        self.cache = [self.dense(base)]
+    return self.cache[0] - base.weight
+
+
+def changing(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    W.mul_(2)
+
+
+def test_the_dense_weight_is_found_wherever_it_is_kept():
+    for keep in (in_a_list, in_a_closure, in_numpy):
+        rejects("keep the dense weight", check.four_bit_adapter, four(keep=keep))
+    rejects("keep the dense weight", check.four_bit_adapter, four(delta=once_made))
+    rejects("change W itself", check.four_bit_adapter, four(keep=changing))

@@ -123,9 +123,11 @@ def test_four_bit_product_mistakes(says, answer):
 # ----------------------------------------------------------------- prepare_for_training
 
 
-def prepare(
-    freeze=True, cast=lambda name, p: p.dtype == torch.bfloat16, hook=True, back=True
-):
+def short(name, p):
+    return p.dtype in (torch.bfloat16, torch.float16)
+
+
+def prepare(freeze=True, cast=short, hook=True, back=True):
     def function(model):
         for name, p in model.named_parameters():
             if freeze:
@@ -510,3 +512,89 @@ def test_merge_error_solution():
 )
 def test_merge_error_mistakes(says, answer):
     rejects(says, check.merge_error, answer)
+
+
+# ------------------------------------------------------- what a trial by learners found
+
+
+def test_what_lies_on_ctx_is_seen():
+    def on_ctx(ctx, x, dequantize):
+        ctx.dequantize, ctx.given = dequantize, [x]
+        return x @ dequantize().T
+
+    rejects("You keep a tensor", check.four_bit_product, product(forward=on_ctx))
+
+
+def hooking(hook, twice=True):
+    def function(model):
+        model = prepare(hook=False)(model)
+        handle = []
+
+        def forward_hook(module, args, output):
+            if not twice:
+                handle[0].remove()
+            return hook(output)
+
+        embedding = model.get_input_embeddings()
+        handle.append(embedding.register_forward_hook(forward_hook))
+        return model
+
+    return function
+
+
+def renewed(model):
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            data = p.data.float() if p.is_floating_point() else p.data
+            setattr(module, name, nn.Parameter(data, requires_grad=False))
+    return prepare()(model)
+
+
+def test_prepared_models_compute_what_they_did():
+    accepts(check.prepare_for_training, hooking(lambda out: out.requires_grad_(True)))
+    for says, answer in (
+        ("changes what the embedding gives", hooking(lambda o: 2 * o.requires_grad_())),
+        ("gets no gradient", hooking(lambda out: out.requires_grad_(), twice=False)),
+        ("one tied table", renewed),
+        ("norm is still", prepare(cast=lambda name, p: p.dtype == torch.bfloat16)),
+    ):
+        rejects(says, check.prepare_for_training, answer)
+
+
+def test_setups_that_fit_exactly_and_means_of_seeds():
+    def strict(setups, card, reserve):
+        return choice()(setups, card, reserve + 1)
+
+    rejects("exactly as many bytes", check.choose_setup, strict)
+    for look in (max, lambda each: sorted(each)[1], lambda each: each[0]):
+        rejects("the mean", check.choose_setup, choice(over=look))
+
+
+def test_repair_is_a_formula_and_keeps_nothing():
+    class InAList(Repair):
+        def __init__(self, W, Q, r, s):
+            super().__init__(W, Q, r, s)
+            self.lost_in = [W - Q]
+
+    class Changing(Repair):
+        def __init__(self, W, Q, r, s):
+            super().__init__(W, Q, r, s)
+            W.sub_(Q)
+
+    class OnlyFirst(Repair):
+        def __init__(self, W, Q, r, s):
+            super().__init__(W, Q, r, s)
+            self.left = s
+
+        def factors(self, U, S, V, s):
+            return V, U * S
+
+        def delta(self, base):
+            return self.B @ self.A
+
+    for says, answer in (
+        ("as large as W beside A and B", InAList),
+        ("change W or Q in place", Changing),
+        ("is not s B A", OnlyFirst),
+    ):
+        rejects(says, check.repair, answer)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import accepts, rejects
+from judging import accepts, judge, rejects
 from torch import nn
 
 from minipeft import Adapter
@@ -478,3 +478,67 @@ def test_fold_solution():
 )
 def test_fold_mistakes(says, answer):
     rejects(says, check.fold_linear_adapter, answer)
+
+
+# ------------------------------------------------------- what a trial by learners found
+
+
+def test_square_layers_tell_orders_apart():
+    def without_W(W, b, D, c, U, e):
+        weight, bias = fold(W, b, D, c, U, e)
+        return (W + U @ D if W.shape[0] == W.shape[1] else weight), bias
+
+    def turned(W, b, D, c, U, e):
+        weight, bias = fold(W, b, D, c, U, e)
+        return (W + W @ U @ D if W.shape[0] == W.shape[1] else weight), bias
+
+    rejects("W is missing beside", check.fold_linear_adapter, without_W)
+    rejects("The order is turned", check.fold_linear_adapter, turned)
+
+
+def flat(look):
+    """A case is judged by a look at all its rates."""
+
+    def answer(cases, budget):
+        seen = {}
+        for name, case in cases.items():
+            rate = min(case["valid"], key=case["valid"].get)
+            seen[name] = case | {"valid": dict(case["valid"])}
+            seen[name]["valid"][rate] = look(list(case["valid"].values())) - 1
+        name, rate, verdict = placing()(seen, budget)
+        return name, rate, verdict
+
+    return answer
+
+
+def test_a_case_counts_at_its_best_rate():
+    for look in (max, lambda losses: sum(losses) / len(losses)):
+        rejects("look at all rates", check.choose_placement, flat(look))
+
+
+def test_rates_come_in_no_order():
+    def as_they_come(cases, budget):
+        allowed = {}
+        for name, case in cases.items():
+            rates = list(case["valid"])
+            best = min(rates, key=case["valid"].get)
+            if best not in (rates[0], rates[-1]):
+                allowed[name] = case
+        if len(allowed) < 2:
+            return None
+        return placing()(allowed, budget)
+
+    for verdict in judge(check.choose_placement, as_they_come):
+        assert not verdict
+
+
+def test_training_and_evaluation_and_nothing_random():
+    def in_training(self, base, x):
+        return Parallel.forward(self, base, x) if self.training else base(x)
+
+    def dropping(self, base, x):
+        return base(x) + self.scaling * F.dropout(self.adapter(x), 0.5)
+
+    rejects("In evaluation", check.parallel_adapter, with_forward(in_training))
+    for verdict in judge(check.parallel_adapter, with_forward(dropping)):
+        assert not verdict

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from judging import accepts, rejects
+from judging import accepts, judge, rejects
 from torch import nn
 
 from minipeft.course import check, compare
@@ -704,3 +704,73 @@ def test_low_rank_prompt_right_answers():
 )
 def test_low_rank_prompt_mistakes(says, answer):
     rejects(says, check.low_rank_prompt, answer)
+
+
+# ------------------------------------------------------- what a trial by learners found
+
+
+def test_masks_and_positions_are_whole_numbers():
+    def floating(place):
+        def answer(*given):
+            function = soft_prompt if len(given) == 4 else places
+            return [
+                p.float() if at == place else p for at, p in enumerate(function(*given))
+            ]
+
+        return answer
+
+    rejects("floating-point", check.soft_prompt, floating(1))
+    rejects("floating-point", check.places, floating(0))
+    rejects("floating-point", check.places, floating(1))
+
+
+def test_the_search_takes_means_and_asks_compare():
+    for look in (max, lambda losses: sorted(losses)[1], lambda losses: losses[0]):
+
+        def answer(losses, look=look):
+            finite = {r: each for r, each in losses.items() if np.isfinite(each).all()}
+            return searched(losses, pick=lambda rate: look(finite[rate]))
+
+        rejects("the mean", check.search_on, answer)
+
+    def higher_mean(losses, best, rate, worse):
+        each = losses[rate]
+        return not np.isfinite(each).all() or np.mean(each) > 1.1 * np.mean(
+            losses[best]
+        )
+
+    def last(losses, best, rate, worse):
+        return rate in (min(losses), max(losses)) and worse(rate)
+
+    for really in (higher_mean, last):
+        for verdict in judge(check.search_on, lambda each: searched(each, really)):
+            assert not verdict
+
+
+def test_a_mask_of_minus_a_hundred_is_no_mask():
+    for fill in (-100.0, -1000.0):
+
+        def answer(q, k, pk, fill=fill):
+            h = q.shape[1] ** 0.5
+            future = ~torch.ones(len(q), len(k)).tril().bool()
+            text = (q @ k.T / h).masked_fill(future, fill)
+            return share(q @ pk.T / h, text)
+
+        for verdict in judge(check.prefix_gate, answer):
+            assert not verdict
+
+
+def test_factors_of_rank_one_and_a_start_that_moves():
+    def plain_start(self, start, r):
+        del self.start
+        self.start = start
+
+    def zeroed(self, start, r):
+        start.zero_()
+
+    for says, change in (
+        ("rank 1", lambda self, start, r: nn.init.ones_(self.A)),
+        ("no buffer of start's shape", plain_start),
+        ("change `start` in place", zeroed),
+    ):
+        rejects(says, check.low_rank_prompt, starting(change))

@@ -11,7 +11,8 @@ import torch
 from ...methods.adalora import AdaLora
 from ..comparison import compare as told_apart
 from .chapter06 import Largest
-from .kinds import Built, judge_numbers, right_answers
+from .kinds import LOOKS, TRAPS, Built, alike_answers, judge_numbers, trap
+from .practice import python_bytes
 from .sandbox import unwatched
 from .teacher import Wrong, checks, compare, need, same
 
@@ -66,6 +67,7 @@ def importance(function) -> None:
         betas = random.choice([(0.85, 0.7), (0.6, 0.9)])
         average, spread = score(weights, gradients, *betas)
         last = (weights[-1] * gradients[-1]).abs()
+        products = [w * g for w, g in zip(weights, gradients)]
 
         def times(pair):
             return pair[0] * pair[1]
@@ -92,6 +94,18 @@ def importance(function) -> None:
                 ),
                 "That is the size of the gradient: sensitivity is |w · gradient|.": (
                     times(score(weights, gradients, *betas, gradient=True))
+                ),
+                "β₁ smooths both: the uncertainty has β₂.": times(
+                    score(weights, gradients, betas[0], betas[0])
+                ),
+                "β₂ smooths both: the sensitivity has β₁.": times(
+                    score(weights, gradients, betas[1], betas[1])
+                ),
+                "You leave the first step out.": times(
+                    score(weights[1:], gradients[1:], *betas)
+                ),
+                "You square w · g: sensitivity is its absolute value.": times(
+                    score(products, products, *betas)
                 ),
                 "The two betas are swapped: β₁ smooths the sensitivity, β₂ the"
                 " uncertainty.": times(score(weights, gradients, *betas[::-1])),
@@ -162,9 +176,10 @@ def allocate(function) -> None:
         values = torch.randperm(sum(sizes)).double() + 1
         scores = {
             f"layer {i}": part * (10.0 if i == 0 else 1.0)
-            for i, part in enumerate(values.split(sizes))
+            for i, part in zip((2, 0, 3, 1), values.split(sizes))
         }
         scores["layer 0"] += 0.5  # no two scores are equal
+        scores = {name: 1e-9 * score for name, score in scores.items()}
         budget = sum(sizes) // 3
         got = function({name: score.clone() for name, score in scores.items()}, budget)
         need(
@@ -237,7 +252,7 @@ def allocate(function) -> None:
 )
 def predict_adalora(predicted, first=200, last=100, c=2) -> None:
     """predicted: {case: number}; first and last are budgets, c is a factor."""
-    judge_numbers(predicted, adalora_cases(first, last, c), near=0.1)
+    judge_numbers(predicted, adalora_cases(first, last, c), near=0.015)
 
 
 def smoothed(sensitivities, beta=0.85) -> float:
@@ -288,8 +303,9 @@ def adalora_cases(first: int, last: int, c: float) -> dict:
             " becomes zero; the score is a product.",
         ),
         "alternating": (
-            smoothed([0.0, 2.0] * 150),
-            "The average stays near 1, and each step is about 1 away from it.",
+            smoothed([0.0, 2.0] * 150, beta=0.5),
+            "After a 2 the average is above 1, so the 2 is less than 1 away from it:"
+            " a = (b + 2) / 2 and b = a / 2, a after a 2 and b after a 0.",
         ),
         "larger gradients": (
             smoothed([c * one for one in noise]) / smoothed(noise),
@@ -329,91 +345,108 @@ def runs_drawn(one: str, other: str) -> list:
     """Runs for which each slip gives other verdicts than the right way."""
     for _ in range(1000):
         runs = some_runs(one, other)
-        ways = [right_way(runs, one, other), *wrong_ways(runs, one, other).values()]
+        groups = grouped(runs)
+        ways = [right_way(groups, one, other), *wrong_ways(groups, one, other).values()]
         if all(a != b for at, a in enumerate(ways) for b in ways[:at]):
             return runs
     raise RuntimeError("no such runs were found")
 
 
 def some_runs(one: str, other: str) -> list:
-    """Each method with four lengths at four rates with three seeds; which rate is best
-    in validation, and how well the others do on the test, is drawn for each."""
-    shares = random.sample([(0.3, 0.75), (0.6, 0.6), (0.85, 0.45), (0.5, 0.5)], 4)
+    """Each method with four lengths at four rates with three seeds. Which rate is best
+    in validation is drawn, which one only seems so, and how well they do on the
+    test."""
+    shares = random.sample([(0.3, 0.75), (0.6, 0.52), (0.85, 0.45), (0.5, 0.5)], 4)
     runs = []
     for length, pair in zip((50, 100, 300, 1000), shares):
         for method, share in zip((one, other), pair):
-            best = random.randrange(len(LADDER))
-            for number, lr in enumerate(LADDER):
-                away = abs(number - best)
-                rights = random.choice((0.15, 0.5, 0.95)) if away else share
-                answers = right_answers(rights, 80)
-                for seed in range(3):
-                    valid = 0.2 + 0.1 * away + random.uniform(-0.02, 0.02)
+            own = random.sample(LADDER, 4)
+            valid = dict(zip(own, trap(random.choice(list(TRAPS)), 0.2, 0.02)))
+            for lr in LADDER:
+                rights = share if lr == own[0] else random.choice((0.15, 0.5, 0.95))
+                losses = valid.get(lr) or [random.uniform(0.32, 0.5) for _ in range(3)]
+                answers = alike_answers(rights, 80)
+                for seed, (loss, right) in enumerate(zip(losses, answers)):
                     found = dict(method=method, steps=length, lr=lr, seed=seed)
-                    runs.append(found | {"valid_loss": valid, "right": answers[seed]})
+                    runs.append(found | {"valid_loss": loss, "right": right})
     random.shuffle(runs)
     return runs
 
 
-def pick(runs, **wanted) -> list:
-    return [
-        run for run in runs if all(run[key] == value for key, value in wanted.items())
-    ]
+def grouped(runs) -> dict:
+    """{(method, steps): {rate: its runs, by seed}}"""
+    groups = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        rates = groups.setdefault((run["method"], run["steps"]), {})
+        rates.setdefault(run["lr"], []).append(run)
+    return groups
 
 
-def verdicts(runs, one, other, rate) -> dict:
-    """rate(method, steps) -> the rate that is chosen."""
+def verdicts(groups, one, other, rate, score=str) -> dict:
+    """rate(method, steps) -> the rate that is chosen; score: what a string of answers
+    becomes."""
     found = {}
-    for steps in {run["steps"] for run in runs}:
-        answers = []
-        for method in (one, other):
-            chosen = dict(method=method, steps=steps, lr=rate(method, steps))
-            answers.append({r["seed"]: r["right"] for r in pick(runs, **chosen)})
+    for steps in {steps for _, steps in groups}:
+        answers = [
+            [score(run["right"]) for run in groups[method, steps][rate(method, steps)]]
+            for method in (one, other)
+        ]
         found[steps] = told_apart(*answers).verdict
     return found
 
 
-def mean_loss(runs, lr, **wanted) -> float:
-    return fmean(run["valid_loss"] for run in pick(runs, lr=lr, **wanted))
+def best_rate(rates: dict, look=fmean, choose=min) -> float:
+    """The rate that is best by look(the validation losses of its seeds)."""
+    return choose(rates, key=lambda lr: look([run["valid_loss"] for run in rates[lr]]))
 
 
-def best_rate(runs, choose=min, **wanted) -> float:
-    return choose(LADDER, key=lambda lr: mean_loss(runs, lr, **wanted))
+def best_on_test(rates: dict) -> float:
+    return max(rates, key=lambda lr: sum(r["right"].count("1") for r in rates[lr]))
 
 
-def best_on_test(runs, **wanted) -> float:
-    def rights(lr):
-        return sum(run["right"].count("1") for run in pick(runs, lr=lr, **wanted))
+def all_lengths(groups, method) -> dict:
+    """{rate: its runs of all lengths}"""
+    found = {}
+    for (name, _), rates in groups.items():
+        for lr, runs in rates.items() if name == method else ():
+            found.setdefault(lr, []).extend(runs)
+    return found
 
-    return max(LADDER, key=rights)
+
+def percent(answers: str) -> float:
+    return 100 * answers.count("1") / len(answers)
 
 
-def right_way(runs, one, other) -> dict:
+def right_way(groups, one, other, score=str) -> dict:
     def rate(method, steps):
-        return best_rate(runs, method=method, steps=steps)
+        return best_rate(groups[method, steps])
 
-    return verdicts(runs, one, other, rate)
+    return verdicts(groups, one, other, rate, score)
 
 
-def wrong_ways(runs, one, other) -> dict:
+def wrong_ways(groups, one, other) -> dict:
     """{message: the verdicts that a slip gives}"""
     swap = {"ahead": "behind", "behind": "ahead"}
-    right = right_way(runs, one, other)
+    right = right_way(groups, one, other)
     rates = {
         "You choose the rates on the test answers: then they cannot judge any more."
-        " Choose by the validation loss.": lambda method, steps: best_on_test(
-            runs, method=method, steps=steps
-        ),
+        " Choose by the validation loss.": lambda *case: best_on_test(groups[case]),
         "You give both methods one rate: each has its own best.": (
-            lambda method, steps: best_rate(runs, method=one, steps=steps)
+            lambda method, steps: best_rate(groups[one, steps])
         ),
         "You choose one rate for all lengths of training: each length has its own"
-        " best.": lambda method, steps: best_rate(runs, method=method),
+        " best.": lambda method, steps: best_rate(all_lengths(groups, method)),
         "You take the rate with the highest validation loss: lower is better.": (
-            lambda method, steps: best_rate(runs, max, method=method, steps=steps)
+            lambda *case: best_rate(groups[case], choose=max)
         ),
     }
-    found = {text: verdicts(runs, one, other, rate) for text, rate in rates.items()}
+    for text, look in LOOKS.items():
+        rates[text] = lambda *case, look=look: best_rate(groups[case], look)
+    found = {text: verdicts(groups, one, other, rate) for text, rate in rates.items()}
+    found[
+        "You compare percentages, and the rule no longer knows how many answers they"
+        " stand for: give `compare` the strings themselves."
+    ] = right_way(groups, one, other, percent)
     found[
         "Your verdicts are turned round: compare(a, b) says whether *a* is ahead, and"
         " right answers are not a loss."
@@ -428,10 +461,11 @@ def judge_lengths(got, runs, one, other) -> None:
         f"Return a verdict for each number of steps, {{{min(lengths)}: …}}; you return"
         f" {got!r}.",
     )
-    right = right_way(runs, one, other)
+    groups = grouped(runs)
+    right = right_way(groups, one, other)
     if got == right:
         return
-    for message, wrong in wrong_ways(runs, one, other).items():
+    for message, wrong in wrong_ways(groups, one, other).items():
         need(got != wrong, message)
     steps = next(steps for steps in right if got[steps] != right[steps])
     raise Wrong(
@@ -451,6 +485,7 @@ def judge_lengths(got, runs, one, other) -> None:
 )
 def orthonormal_triplets(function) -> None:
     """function(B, E, A) -> (B, E, A) with the same product."""
+    wide = [torch.randn(*shape) for shape in ((400, 3), (3,), (3, 300))]
     for d_out, d_in, r, kind in (
         (30, 20, 4, "any"),
         (20, 30, 1, "any"),
@@ -467,8 +502,9 @@ def orthonormal_triplets(function) -> None:
         with Largest(torch.empty(d_out, d_in).shape) as largest:
             unwatched(function)(*[part.clone() for part in given])
         one_decomposition(got, *given)
+        numpys = python_bytes(unwatched(function), *[part.clone() for part in wide])
         need(
-            not largest.made,
+            not largest.made and numpys < 4 * 400 * 300,
             "Right, but you form a matrix as large as W. The QR of each thin factor"
             " leaves a small (r, r) matrix in the middle: take its SVD.",
         )
@@ -544,11 +580,17 @@ def self_pruning(config_class) -> None:
             "E starts at zero, and A and B with random numbers: else either the model"
             " changes at the start, or nothing gets a gradient.",
         )
+        need(
+            bool((A != A[:1]).any()) and bool((B != B[:, :1]).any()),
+            "All rows of A, or all columns of B, are the same: make them random.",
+        )
         built.fill()
         s = alpha / r
         mistakes = {
             "The scale α/r is missing.": B * E @ A,
             "You multiply by α: divide by r.": alpha * B * E @ A,
+            "The scale is upside down: it is α/r.": r / alpha * B * E @ A,
+            "E has lost its sign.": s * B * E.abs() @ A,
             "E has no effect.": s * B @ A,
             "E is in it twice.": s * B * E**2 @ A,
             "delta is the new weight itself: return what is added to W.": built.W
@@ -567,8 +609,10 @@ def check_pruning(built, keeps) -> None:
     with torch.no_grad():  # an E that is large with a short row and column
         E[0] = 9.0
         A[0] *= 1e-4
+        spread(A[1:], B[:, 1:].T, E[1:])
     for keep in keeps:
         before = E.detach().clone()
+        factors = A.detach().clone(), B.detach().clone()
         sizes = before.abs() * A.detach().norm(dim=1) * B.detach().norm(dim=0)
         adapter.prune(keep)
         need(
@@ -577,6 +621,11 @@ def check_pruning(built, keeps) -> None:
             " trains nothing any more. Write zeros into E in place.",
         )
         need(E.requires_grad, "After pruning E is frozen: a triplet may come back.")
+        need(
+            torch.equal(A, factors[0]) and torch.equal(B, factors[1]),
+            "prune changes A or B: a triplet whose E_i is zero keeps its row and its"
+            " column, and may come back.",
+        )
         kept = set((E.detach() != 0).nonzero().flatten().tolist())
         wanted = set(sizes.argsort(descending=True)[:keep].tolist())
         by_E = set(before.abs().argsort(descending=True)[:keep].tolist())
@@ -598,3 +647,27 @@ def check_pruning(built, keeps) -> None:
             torch.equal(E.detach()[sorted(kept)], before[sorted(kept)]),
             "prune changes the E of triplets that stay.",
         )
+    built.slot(built.x).square().sum().backward()
+    need(
+        E.grad is not None and bool((E.grad != 0).all()),
+        "After pruning some E_i get no gradient any more (a mask or a hook?): a triplet"
+        " may come back.",
+    )
+
+
+def spread(A, B, E) -> None:
+    """One triplet is the largest, and nothing but the three norms says so: rows of A
+    and of B are long in one entry or in all; the largest has a longer row or column,
+    another one has a longer column or row; and its E_i is negative."""
+    for rows in (A, B):
+        rows[:] = 1 / rows.shape[1] ** 0.5
+        rows[::2] = 0
+        rows[::2, 0] = 1
+    E[:] = torch.linspace(1, 1.01, len(E))
+    if len(E) > 2:  # a long row whose E_i is small
+        E[2], A[2] = 0.3, 2 * A[2]
+    top, other = (0, 1) if len(E) % 2 else (1, 0)
+    one, two = (B, A) if len(E) % 2 else (A, B)
+    E[top] = -1.2
+    one[top] *= 1.3
+    two[other] *= 1.27

@@ -4,6 +4,7 @@ lost, merging."""
 
 import copy
 import functools
+import itertools
 import random
 import warnings
 
@@ -14,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
-from .kinds import configured
-from .practice import fit, same_verdict, written
+from .kinds import TRAPS, configured, only_one_seed, trap
+from .practice import fit, held, held_entries, same_verdict, written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -88,8 +89,9 @@ def one_product(function_class, W, x):
         " nothing is saved, for all layers keep theirs at the same time. Keep the"
         " *function*, ctx.dequantize = dequantize, and call it again.",
     )
+    on_ctx = held(vars(y.grad_fn), without=[dequantize])
     need(
-        not kept,
+        not kept and not any(t.shape == x.shape for t in on_ctx),
         "You keep a tensor for the backward pass (x, perhaps), and none is needed: dx ="
         " dy W asks for dy, which comes by itself, and for W, which is made again. x"
         " would be wanted for the gradient of W; W has none.",
@@ -144,6 +146,7 @@ def backward_of_product(y, x, W, calls):
             "Your gradient has the sign turned round.": -(dy @ W),
             "You return x's own values as the gradient: it is dy W.": x.detach(),
             "Your gradient is twice too large.": 2 * dy @ W,
+            "You ignore dy: dx = dy W.": torch.ones_like(dy) @ W,
         },
         "The gradient of x",
     )
@@ -249,7 +252,9 @@ class Tiny(nn.Module):
         self.packed = nn.Parameter(
             torch.randint(0, 255, (18, 1), dtype=torch.uint8), requires_grad=False
         )
+        self.last_norm = nn.LayerNorm(6, dtype=torch.float16)
         self.head = nn.Linear(6, 11, dtype=torch.bfloat16)
+        self.head.weight = self.embed.weight  # tied, as in many models
 
     def get_input_embeddings(self):
         return self.embed
@@ -264,6 +269,7 @@ class Tiny(nn.Module):
             )
 
         x = checkpoint(block, self.embed(ids), use_reentrant=True)
+        x = self.last_norm(x.to(self.last_norm.weight.dtype))
         return self.head(x.to(self.head.weight.dtype))
 
 
@@ -311,23 +317,43 @@ def prepare_for_training(function) -> None:
         f"Still in 16 bits: {', '.join(short)}. Norms, embeddings and the head all go"
         " to 32.",
     )
-    adapter = nn.Linear(6, 6)
-    with warnings.catch_warnings():
-        # torch says, too, that no input requires a gradient
-        warnings.simplefilter("ignore")
-        try:
-            result(torch.arange(5)[None], adapter).square().sum().backward()
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
     need(
-        adapter.weight.grad is not None,
+        result.head.weight is result.embed.weight,
+        "Embedding and head were one tied table, and are two now: cast a parameter's"
+        " data, p.data = p.data.float(), and leave the Parameter itself.",
+    )
+    need(
+        all(adapter_learns(result) for _ in range(2)),
         "The adapter gets no gradient: it is lost under checkpointing. A reentrant"
         " checkpoint runs its block without a graph unless an *input* of it requires a"
         " gradient, and the output of a frozen embedding does not. Make it so, with a"
         " forward hook on get_input_embeddings() that calls"
         " output.requires_grad_(True).",
     )
+    ids, table = torch.arange(5), result.embed.weight
+    need(
+        result.eval().embed(ids).requires_grad,
+        "After .eval() the embedding's output requires no gradient any more.",
+    )
+    need(
+        torch.equal(result.embed(ids).detach(), table[ids]),
+        "Your hook changes what the embedding gives: it only has to require a"
+        " gradient.",
+    )
+
+
+def adapter_learns(model) -> bool:
+    """Whether an adapter inside the checkpoint gets a gradient."""
+    adapter = nn.Linear(6, 6)
+    with warnings.catch_warnings():
+        # torch says, too, that no input requires a gradient
+        warnings.simplefilter("ignore")
+        try:
+            model(torch.arange(5)[None], adapter).square().sum().backward()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+    return adapter.weight.grad is not None
 
 
 # ---- 4. a setup for a card -----------------------------------------------------------
@@ -405,8 +431,12 @@ def setups_drawn(kind: str, card, reserve):
     for name, setup in setups.items():
         setup["valid"] = losses_around(valid[name])
         setup["test"] = losses_around(test[name])
-    if kind == "one seed":
-        setups[decoy]["valid"] = [0.1, 0.9, 0.9]
+    if kind in TRAPS:
+        setups[good]["valid"], setups[decoy]["valid"] = trap(kind, 0.4, 0.02)
+    if kind == "exact":  # whole numbers, so that every order of adding gives the same
+        parts = setup_parts(setups[decoy] | {"bits": 4, "frozen": 0}, reserve)
+        left = int(limit - sum(parts.values()))
+        setups[decoy] |= {"bits": 4, "frozen": 2 * left}
     order = sorted(setups)
     return {name: setups[name] for name in order}, decoy, good
 
@@ -417,7 +447,7 @@ def setups_drawn(kind: str, card, reserve):
 )
 def choose_setup(function, against="smallest") -> None:
     """function(setups, card, reserve) -> (name, verdict)."""
-    kinds = "too large", *LEFT_OUT, "GiB", "nearly", "test", "one seed"
+    kinds = "too large", *LEFT_OUT, "GiB", "exact", "nearly", "test", *TRAPS
     for number, kind in enumerate(kinds):
         card, reserve = (24, 16, 48)[number % 3], (2e9, 1.5e9)[number % 2]
         setups, decoy, good = setups_drawn(kind, card, reserve)
@@ -437,11 +467,15 @@ def judge_setup(got, setups, kind, pair, card, reserve, against):
         f"The name is one of {', '.join(setups)}; yours is {name!r}.",
     )
     decoy, good = pair
-    right = decoy if kind == "GiB" else good
+    right = decoy if kind in ("GiB", "exact") else good
     need_bytes = {n: sum(setup_parts(s, reserve).values()) for n, s in setups.items()}
     fitting = [n for n in setups if need_bytes[n] <= card * 2**30]
     if name != right:
         tested = min(fitting, key=lambda n: sum(setups[n]["test"]))
+        valid = {n: setups[n]["valid"] for n in fitting}
+        one_look = only_one_seed({(n,): found for n, found in valid.items()}, name)
+        if kind in TRAPS and one_look:
+            raise Wrong(one_look)
         raise Wrong(wrong_setup(name, right, kind, pair, need_bytes, card, tested))
     pick = max if against == "largest" else min
     other = pick(fitting, key=need_bytes.get)
@@ -475,10 +509,10 @@ def wrong_setup(name, right, kind, pair, need_bytes, card, tested) -> str:
             f"A better one fits. A card of {card} GB has {card} · 2³⁰ bytes, and"
             f" {need_bytes[right] / 2**30:.2f} GiB are needed, the reserve included."
         )
-    if name == decoy and kind == "one seed":
+    if name == good and kind == "exact":
         return (
-            "You take the one with the lowest loss in any seed. One lucky seed is no"
-            " reason: take the mean over the seeds."
+            "A better one fits: it needs exactly as many bytes as may be used, and that"
+            " is not too many."
         )
     if name == tested:
         return (
@@ -530,7 +564,12 @@ def repair(adapter_class) -> None:
 
 
 def adapter_of_one(adapter_class, W, Q, r, s):
-    adapter = adapter_class(W.clone(), Q.clone(), r, s)
+    given = W.clone(), Q.clone()
+    adapter = adapter_class(*given, r, s)
+    need(
+        torch.equal(given[0], W) and torch.equal(given[1], Q),
+        "You change W or Q in place: leave them as they are.",
+    )
     trained = {n: p for n, p in adapter.named_parameters() if p.requires_grad}
     need(trained, "Nothing is trained: A and B must be nn.Parameters.")
     count, right = sum(p.numel() for p in trained.values()), r * sum(W.shape)
@@ -561,11 +600,16 @@ def adapter_of_one(adapter_class, W, Q, r, s):
     compare(
         adapter.delta(base).detach(), best(lost, r), slips_of_start(W, Q, r, s), "s B A"
     )
-    equation_holds(slot, adapter, base, W)
+    equation_holds(slot, adapter, base, W, s)
     before = slot(torch.eye(len(W.T), dtype=W.dtype)).detach()
     model.merge_adapter()
     after = slot(torch.eye(len(W.T), dtype=W.dtype)).detach()
     need(same(after, before), "Merged, the layer gives something else.")
+    need(
+        held_entries(slot.adapters) < W.numel(),
+        "Your adapter keeps something as large as W beside A and B (in a list, or in a"
+        " closure?).",
+    )
 
 
 def slips_of_start(W, Q, r, s) -> dict:
@@ -583,6 +627,14 @@ def slips_of_start(W, Q, r, s) -> dict:
         ),
         "You have decomposed W, and not divided by s.": s * best(W, r),
         "The sign is turned round: the adapter has to add W - Q.": -right,
+        "You return the whole weight, Q + s B A: only what is added.": Q + right,
+        "Only the largest singular value is in it: r of them belong there.": best(
+            lost, 1
+        ),
+        "You take rows of V where torch.linalg.svd gives its transpose: V[:r] of U, S,"
+        " V = svd(M) are the right vectors.": (U[:, :r] * S[:r]) @ V[:, :r].T
+        if V.shape[0] == V.shape[1]
+        else None,
         "You have decomposed Q. What is wanted is W - Q.": best(Q, r),
         "You have left the singular values out: U and V alone are not enough.": (
             U[:, :r] @ V[:r]
@@ -595,10 +647,14 @@ def slips_of_start(W, Q, r, s) -> dict:
         "You have taken the smallest singular values: the best rank-r part has the"
         " largest, which come first.": (U[:, -r:] * S[-r:]) @ V[-r:],
     }
-    return {m: wrong for m, wrong in mistakes.items() if not same(wrong, right)}
+    return {
+        m: wrong
+        for m, wrong in mistakes.items()
+        if wrong is not None and not same(wrong, right)
+    }
 
 
-def equation_holds(slot, adapter, base, W):
+def equation_holds(slot, adapter, base, W, s):
     """With other A and B: output, gradients of A, B and x."""
     with torch.no_grad():
         for p in adapter.parameters():
@@ -616,6 +672,11 @@ def equation_holds(slot, adapter, base, W):
     )
     lost = [name for name, found in zip(learnt, reached) if found is None]
     need(not lost, f"No gradient reaches {', '.join(lost)}: it is detached.")
+    need(
+        any(same(delta, s * product) for product in products(learnt.values(), delta)),
+        "With other A and B delta(base) is not s B A: the start was right, the formula"
+        " is not.",
+    )
     mistakes = {
         "The base is in it twice: `update` is only what is added.": right
         + slot.base_layer(x),
@@ -623,6 +684,17 @@ def equation_holds(slot, adapter, base, W):
     }
     mistakes = {message: wrong.detach() for message, wrong in mistakes.items()}
     compare(slot(x), right, mistakes, "The layer's output", learnt | {"x": x})
+
+
+def products(factors, like) -> list:
+    """The products of two factors with the shape of `like`, in either order; a learner
+    may keep a factor's transpose."""
+    found = []
+    for one, two in itertools.permutations(factors, 2):
+        for left, right in itertools.product((one, one.T), (two, two.T)):
+            if left.shape[1] == right.shape[0]:
+                found.append(left @ right)
+    return [product for product in found if product.shape == like.shape]
 
 
 @functools.cache
@@ -711,6 +783,17 @@ def merge_error(function) -> None:
             "You compare the largest entries. Take norms: all entries count.": (
                 (stored - wanted).abs().max() / delta.abs().max()
             ),
+            "You give per cent: a share is asked for.": 100 * error / delta.norm(),
+            "You take the largest singular value: the Frobenius norm is asked for.": (
+                torch.linalg.matrix_norm(stored - wanted, 2)
+                / torch.linalg.matrix_norm(delta, 2)
+            ),
+            "You subtract the norms: take the norm of the difference.": (
+                (stored.norm() - wanted.norm()).abs() / delta.norm()
+            ),
+            "You take the mean over the rows: one norm is of the whole matrix.": (
+                (stored - wanted).norm(dim=1) / delta.norm(dim=1)
+            ).mean(),
             "Nothing has been rounded: quantise the sum, then compare.": torch.zeros(
                 (), dtype=torch.float64
             ),

@@ -82,6 +82,16 @@ def sequential_adapter(function) -> None:
                 ),
                 "You subtract the adapter: it is added.": h - a,
                 "h goes on twice.": 2 * h + a,
+                "The residual is forgotten, and the activation stands at the end: it"
+                " belongs between the two matrices.": act(z @ up.T + b_up),
+                "The activation stands around everything: it belongs between the two"
+                " matrices alone.": act(h + z @ up.T + b_up),
+                "A second activation follows W_up: there is one, in the middle.": (
+                    h + act(a)
+                ),
+                "You normalise h first: the adapter reads it as it is.": h
+                + act(F.layer_norm(h, h.shape[-1:]) @ down.T + b_down) @ up.T
+                + b_up,
                 "W_down and W_up have changed places: their shapes fit that way round"
                 " without a .T, but W_down is (m, d), and down comes first: h @"
                 " W_down.T.": (h + act(h @ up + b_down) @ down + b_up),
@@ -199,9 +209,9 @@ def fold_linear_adapter(function) -> None:
     """function(W, b, W_down, b_down, W_up, b_up) -> (W_new, b_new) of one linear layer
     that does what layer and adapter did, where the adapter has no activation: y + W_up
     (W_down y + b_down) + b_up."""
-    for _ in range(2):
+    for more in (random.choice([2, 4]), 0):
         d, m, down, b_down, up, b_up = draw()
-        d_in = d + random.choice([2, 4])
+        d_in = d + more
         W, b = (
             torch.randn(d, d_in, dtype=torch.float64),
             torch.randn(d, dtype=torch.float64),
@@ -229,6 +239,12 @@ def fold_linear_adapter(function) -> None:
                 "The adapter's matrices are swapped: down is met first, so it stands"
                 " on the right.": (W + (up @ down).T @ W),
                 "You subtract: it is added.": W - step @ W,
+                "y goes on twice: W is in the sum once.": 2 * W + step @ W,
+                "W is missing beside W_up W_down: the adapter reads y, not x.": W + step
+                if more == 0
+                else None,
+                "The order is turned: the adapter reads what W has written, so W"
+                " stands on the right.": W + W @ step if more == 0 else None,
             },
             "W_new",
         )
@@ -243,6 +259,8 @@ def fold_linear_adapter(function) -> None:
                 "b_down is carried over as it is, or not at all: it still has to go"
                 " through W_up.": right - up @ b_down,
                 "b_up is missing.": right - b_up,
+                "What the adapter makes of b and b_down is missing: both go through"
+                " it.": b + b_up,
                 "The bias is as it was; the adapter's biases, and what it makes of b,"
                 " belong to it.": b,
                 "Only the adapter's biases are in it: b, and what the adapter makes"
@@ -266,10 +284,11 @@ def sweep(best: float, edge: str = "") -> dict:
     """{rate: mean validation loss}; edge: where the best rate lies."""
     rates = [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
     place = {"low": 0, "high": 4}.get(edge, random.choice([1, 2, 3]))
-    return {
+    losses = {
         rate: round(best + 0.05 * abs(at - place) + 0.001 * random.random(), 5)
         for at, rate in enumerate(rates)
     }
+    return {rate: losses[rate] for rate in random.sample(rates, 5)}  # in any order
 
 
 def cases_drawn(kind: str):
@@ -298,12 +317,17 @@ def cases_drawn(kind: str):
         drawn["decoy"] |= {"valid": sweep(0.45), "test": 0.10}
     if kind == "exact":
         drawn["decoy"]["valid"] = sweep(0.60)
+    if kind == "flat":  # better in its mean and at its worst rate, not at its best
+        losses = 0.32, 0.33, 0.32, 0.31, 0.32
+        drawn["decoy"]["valid"] = dict(zip(sorted(drawn["good"]["valid"]), losses))
     if kind == "tie":
         drawn["decoy"]["valid"], drawn["plain"]["test"] = sweep(0.6), 0.30
     names = random.sample(["a", "b", "c", "d"], 4)
     cases, spread = {}, 0.2 if kind == "tie" else 0.01
     for name, (role, case) in zip(names, drawn.items()):
         losses = [case["test"] + spread * random.uniform(-1, 1) for _ in range(3)]
+        if kind == "tie" and role in ("good", "plain"):  # one seed turns the order
+            losses = [0.4, 0.3, 0.5] if role == "good" else [0.42, 0.52, 0.32]
         cases[name] = case | {"d": d, "layers": layers, "test": losses}
     roles = dict(zip(drawn, names))
     ordered = {name: cases[name] for name in sorted(cases)}
@@ -316,7 +340,8 @@ def cases_drawn(kind: str):
 )
 def choose_placement(function, against="second") -> None:
     """function(cases, budget) -> (name, rate, verdict)."""
-    for kind in ("test", "budget", "twice", "biases", "exact", "low", "high", "tie"):
+    kinds = "test", "budget", "twice", "biases", "exact", "low", "high", "flat", "tie"
+    for kind in kinds:
         cases, budget, decoy, good = cases_drawn(kind)
         got = function(copy.deepcopy(cases), budget)
         need(got is not None, "Your function gives None: is there a `return`?")
@@ -382,6 +407,11 @@ def wrong_placement(name, cases, budget, drawn) -> str:
         return (
             f"The best rate of {name!r} is the {kind}est that was tried: nobody knows"
             " whether the next one is better still, so it is not at its best."
+        )
+    if name == decoy and kind == "flat":
+        return (
+            "You look at all rates of a case, or at its worst one: a case counts with"
+            " the loss at its best rate."
         )
     if sum(cases[name]["test"]) < sum(cases[good]["test"]):
         return (
@@ -485,6 +515,10 @@ def equation_of_parallel(adapter_class):
             " up.",
         )
         x = torch.randn(4, 3, d)
+        need(
+            same(layer(x), layer(x)),
+            "Two calls give two results: nothing is random here (dropout?).",
+        )
         need(same(layer(x), frozen(x)), start(layer(x), frozen(x), layer, up, x))
         with torch.no_grad():
             for p in (*down.parameters(), *up.parameters()):
@@ -521,6 +555,16 @@ def equation_of_parallel(adapter_class):
                     y + scaling * down_up(x, down, up).detach()
                 ),
                 "The adapter never reaches the output.": y,
+                "The scale is in it as its root.": y + scaling**0.5 * z,
+                "The scale multiplies x: it multiplies what the adapter says.": (
+                    y + adapter(scaling * x)
+                ),
+                "A second relu follows up: there is one, in the middle.": (
+                    y + scaling * torch.relu(z)
+                ),
+                "You normalise x first: the adapter reads it as it is.": (
+                    y + scaling * adapter(F.layer_norm(x, x.shape[-1:]))
+                ),
                 "You divide by the scale.": y + z / scaling,
                 "The scale misses up's bias: it multiplies all that the adapter"
                 " says.": ((y + scaling * (z - up.bias) + up.bias).detach()),
@@ -545,6 +589,12 @@ def equation_of_parallel(adapter_class):
                 for kind in ("weight", "bias")
             },
         )
+        need(
+            same(layer.eval()(x), right.detach()),
+            "In evaluation, after .eval(), your layer gives something else: the adapter"
+            " speaks there, too.",
+        )
+        layer.train()
         below, straight = x.clone().requires_grad_(), x.clone().requires_grad_()
         layer(below).square().sum().backward()
         (

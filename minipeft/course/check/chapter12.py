@@ -12,6 +12,7 @@ from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
 from ...slot import Adapter
 from ..comparison import compare as told_apart
+from .kinds import TRAPS, only_one_seed, trap
 from .practice import numbers
 from .teacher import Wrong, checks, compare, need, same
 
@@ -69,6 +70,7 @@ def soft_prompt(function) -> None:
         },
         "Your x",
     )
+    whole_numbers(new_mask, "mask")
     ones, zeros = torch.ones(B, n), torch.zeros(B, n)
     compare(
         as_numbers(new_mask),
@@ -88,6 +90,9 @@ def soft_prompt(function) -> None:
             ),
             "Your mask is as long as before: it needs a place for every virtual"
             " token.": mask,
+            "Mask and labels are swapped: return x, mask, labels.": torch.cat(
+                (torch.full((B, n), -100), labels), 1
+            ),
         },
         "Your mask",
     )
@@ -123,6 +128,13 @@ def soft_prompt(function) -> None:
     )
 
 
+def whole_numbers(tensor, what: str) -> None:
+    need(
+        not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point(),
+        f"Your {what} has become floating-point: keep the integers.",
+    )
+
+
 def as_numbers(tensor):
     return tensor.float() if isinstance(tensor, torch.Tensor) else tensor
 
@@ -142,6 +154,8 @@ def places(function) -> None:
         isinstance(got, (tuple, list)) and len(got) == 2,
         "Give me two tensors: return mask, position_ids.",
     )
+    whole_numbers(got[0], "mask")
+    whole_numbers(got[1], "positions")
     ones, real = torch.ones(3, n), mask.bool()
     compare(
         as_numbers(got[0]),
@@ -229,10 +243,12 @@ def places(function) -> None:
 def prefix_gate(function) -> None:
     """function(q, k, prefix_k) -> (T,): the share of each token's softmax that falls on
     the prefix."""
-    for large in (False, True):
+    for large in (False, True, "negative"):
         n, T, h = sizes()
         size = 90 if large else 1
         q, k, pk = (torch.randn(rows, h).double() * size for rows in (T, T, n))
+        if large == "negative":  # all scores are far below zero
+            q, k, pk = q.abs(), -k.abs(), -(k[:1].abs() + 0.01 * pk / size)
         for each in (q, k, pk):
             each.requires_grad_(not large)
         causal = torch.ones(T, T).tril().bool()
@@ -283,6 +299,24 @@ def prefix_gate(function) -> None:
                 " it.": share(on_prefix, mass(root, k)),
                 "The scores are not divided by √h.": share(
                     mass(1, pk), mass(1, k, causal)
+                ),
+                "The scores are divided by h: √h is asked for.": share(
+                    mass(h, pk), mass(h, k, causal)
+                ),
+                "The scores are divided by the root of the text's length: it is √h.": (
+                    share(mass(T**0.5, pk), mass(T**0.5, k, causal))
+                ),
+                "The mask is turned round: a token sees what comes before it.": share(
+                    on_prefix, mass(root, k, causal.T)
+                ),
+                "You compare the largest scores: the gate compares sums of e^score.": (
+                    torch.sigmoid(on_prefix.amax(1) - on_text.amax(1))
+                ),
+                "You sum the prefix over all tokens: each token has its own gate.": (
+                    torch.sigmoid(on_prefix.logsumexp((0, 1)) - on_text.logsumexp(1))
+                ),
+                "Your softmax runs over the tokens: it runs over the keys.": (
+                    torch.softmax(torch.cat((on_prefix, on_text), 1), 0)[:, :n].sum(1)
                 ),
                 "You count keys, n / (n + those seen). The gate depends on the"
                 " scores: it is a share of the softmax.": (
@@ -397,8 +431,11 @@ SEARCHES = {  # for each rate of a ladder, the mean loss; noise: how far seeds d
     "diverges above": ((0.9, 0.7, 0.5, 0.2, math.nan), 0.005),
     "one seed diverges": ((0.9, 0.7, 0.5, 0.2, 0.1), 0.005),
     "one lucky seed": ((0.9, 0.5, 0.2, 0.3, 0.9), 0.005),
+    "noisy above": ((0.9, 0.7, 0.6, 0.2, 0.48), 0.005),
+    "noisy end": ((0.9, 0.7, 0.2, 0.5, 0.48), 0.005),
     "one rate": ((0.4,), 0.01),
 }
+SEARCHES |= {kind: ((0.9, 0.5, 0.2, 0.21, 0.9), 0.005) for kind in TRAPS}
 
 
 def ladder_of(kind):
@@ -413,6 +450,10 @@ def ladder_of(kind):
         losses[LADDER[4]][random.randrange(3)] = math.nan
     if kind == "one lucky seed":
         losses[LADDER[3]] = [0.05, 0.5, 0.5]
+    if kind.startswith("noisy"):  # not told apart from the best
+        losses[LADDER[4]] = [0.24, 0.9, 0.3]
+    if kind in TRAPS:
+        losses[LADDER[2]], losses[LADDER[3]] = trap(kind, 0.2, 0.02)
     order = sorted(losses, key=lambda rate: random.random())
     if kind == "diverges above":  # min() keeps a nan that comes first
         order = sorted(losses, reverse=True)
@@ -423,12 +464,12 @@ def diverged(losses):
     return any(not math.isfinite(loss) for loss in losses)
 
 
+def mean_of(losses):
+    return sum(losses) / len(losses)
+
+
 def means_of(losses):
-    return {
-        rate: sum(each) / len(each)
-        for rate, each in losses.items()
-        if not diverged(each)
-    }
+    return {rate: mean_of(each) for rate, each in losses.items() if not diverged(each)}
 
 
 def open_sides(losses, best, worse):
@@ -477,11 +518,8 @@ def judge_search(got, losses, asked):
         " all false, so min() may keep it; and a mean without that seed is too good.",
     )
     finite = {rate: each for rate, each in losses.items() if rate in means}
-    need(
-        rate == best or rate != min(finite, key=lambda rate: min(finite[rate])),
-        "You take the rate with the lowest loss of any seed. One lucky seed is no"
-        " reason: take the mean over the seeds.",
-    )
+    one_look = only_one_seed({(rate,): each for rate, each in finite.items()}, rate)
+    need(rate == best or not one_look, one_look)
     need(
         rate == best or rate != max(means, key=means.get),
         "You take the largest mean: these are losses.",
@@ -509,6 +547,7 @@ def judge_sides(sides, losses, best, asked):
     if found == right:
         return
     near = next_to(losses, best)
+    wide = 1.1 * mean_of(losses[best])
     other = {"smaller": "larger", "larger": "smaller"}
     slips = {
         "You stop where a rate has been tried on either side. Its loss may be higher by"
@@ -518,6 +557,17 @@ def judge_sides(sides, losses, best, asked):
         "You look at the next rate alone. If that one is not told apart from the best,"
         " one further on may be.": open_sides(
             losses, best, lambda rate: rate in near and really(rate)
+        ),
+        "You look at the last rate of a side alone: any rate on it may be the one that"
+        " is really worse.": open_sides(
+            losses,
+            best,
+            lambda rate: rate in (min(losses), max(losses)) and really(rate),
+        ),
+        "A mean that is higher is not really worse: ask `compare`.": open_sides(
+            losses,
+            best,
+            lambda rate: diverged(losses[rate]) or mean_of(losses[rate]) > wide,
         ),
         "A rate at which a seed diverged is worse than the best: no need to search"
         " beyond it.": open_sides(
@@ -555,7 +605,7 @@ def around(model, adapter_class, start, r):
 
     class Configured(PeftConfig):
         def create(self, base, path):
-            return adapter_class(start.clone(), r)
+            return adapter_class(start, r)
 
     return get_peft_model(model, Configured()).double()
 
@@ -600,7 +650,12 @@ def low_rank_prompt(adapter_class) -> None:
     )
     n, r, d = random.choice([3, 4]), 2, 16
     start = torch.randn(n, d, dtype=torch.float64)
-    model = around(small_model(), adapter_class, start, r)
+    given = start.clone()
+    model = around(small_model(), adapter_class, given, r)
+    need(
+        torch.equal(given, start),
+        "You change `start` in place: leave it as it is, and keep a copy or itself.",
+    )
     adapter = model.base_model.adapters["default"]
     look_at_factors(adapter, start, r)
     batch = padded_batch()
@@ -640,6 +695,19 @@ def look_at_factors(adapter, start, r):
         f" {', '.join(sorted(trained - {'A', 'B'}))}. `start` is a constant: keep it"
         " as a buffer, since `get_peft_model` trains every Parameter of an adapter.",
     )
+    buffers = dict(adapter.named_buffers()).values()
+    need(
+        any(b.shape == start.shape for b in buffers),
+        "I find no buffer of start's shape: by register_buffer it moves with the"
+        " model.",
+    )
+    for name in "AB":
+        p = getattr(adapter, name).detach()
+        need(
+            not p.any() or int(torch.linalg.matrix_rank(p)) == r,
+            f"{name} starts with the rank 1 (all numbers alike?), and stays so: the"
+            " other factor's gradient has its rank. Make it random.",
+        )
     zero = [name for name in "AB" if not getattr(adapter, name).detach().any()]
     need(
         zero != ["A", "B"],
@@ -677,6 +745,18 @@ def compare_prompts(model, adapter, base, start, batch):
         "Your mask is 1 everywhere, or gone: the padding has become visible.": (
             read_with(base, P, ids, torch.ones_like(mask), labels)[0]
         ),
+        "The sign is turned round: P = start + A B.": read_with(
+            base, start - only, *batch
+        )[0],
+        "The prompt's vectors come in reversed order.": read_with(
+            base, P.flip(0), *batch
+        )[0],
+        "All places have the first vector: each has its own.": read_with(
+            base, P[:1].expand(n, -1), *batch
+        )[0],
+        "You multiply start by 1 + A B: P = start + A B.": read_with(
+            base, start * (1 + only), *batch
+        )[0],
         "The product has a factor too many: P = start + A B.": read_with(
             base, start + only / adapter.A.shape[1], *batch
         )[0],

@@ -5,6 +5,7 @@ is put on a layer, compared with its equation, merged, and trained."""
 import math
 import random
 from collections import OrderedDict
+from statistics import median
 
 import torch
 from torch import nn
@@ -71,6 +72,50 @@ def judge_verdict(said, right, other, what: str) -> None:
         " `compare` the answers of all seeds, {seed: string}, so that it sees every"
         " answer."
     )
+
+
+# how far from a mean, in steps, three seeds' losses lie: of the right choice, and of
+# another one, whose mean is a step higher
+TRAPS = {
+    "lucky": ((0, 0, 0), (-4, 4, 3)),
+    "worst": ((-2, -2, 4), (1, 1, 1)),
+    "median": ((-6, 2, 4), (-3, 1, 5)),
+    "first": ((2, -1, -1), (1, -0.5, 2.5)),
+}
+LOOKS = {
+    "You take the lowest loss of any seed. One lucky seed is no reason: take the mean"
+    " over the seeds.": min,
+    "You look at the worst seed: take the mean over the seeds.": max,
+    "You take the median of the seeds: the mean is asked for.": median,
+    "You look at the first seed alone: take the mean over all seeds.": lambda losses: (
+        losses[0]
+    ),
+}
+
+
+def trap(kind: str, mean: float, step: float) -> tuple:
+    """Losses, one a seed, of the right choice and of another one that is better by one
+    look at the seeds: in the lucky seed, the worst, the median, or the first."""
+    own, other = TRAPS[kind]
+    if kind != "first":
+        own, other = random.sample(own, 3), random.sample(other, 3)
+    return [mean + step * at for at in own], [mean + step * at for at in other]
+
+
+def only_one_seed(losses: dict, chosen) -> str:
+    """The slip by which `chosen` is the best of {choice: [a loss a seed]}, or "". A
+    choice may be a tuple that begins with what is chosen."""
+    for message, look in LOOKS.items():
+        best = min(losses, key=lambda choice: look(losses[choice]))
+        if chosen in (best, best[0]):
+            return message
+    return ""
+
+
+def alike_answers(share: float, questions: int, seeds: int = 3) -> list:
+    """For each seed the same string, with this share of ones: percentages alone would
+    show no spread."""
+    return right_answers(share, questions, 1) * seeds
 
 
 # ---- methods that are built ----------------------------------------------------------

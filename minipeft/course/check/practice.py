@@ -3,7 +3,11 @@ learner's own method on, predictions that were written down, verdicts, and what 
 answer forms on its way."""
 
 import copy
+import gc
+import tracemalloc
+import types
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -200,3 +204,47 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(part, torch.Tensor):
                 self.entries = max(self.entries, part.numel())
         return result
+
+
+def python_bytes(function, *args) -> int:
+    """The most bytes that Python and numpy held at once during a call. torch's tensors
+    are not among them: see LargestTensor."""
+    tracemalloc.start()
+    try:
+        function(*args)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+# ---- what is kept --------------------------------------------------------------------
+
+
+def held(thing, without=()) -> list:
+    """All tensors and numpy arrays that an object keeps alive: attributes, buffers,
+    what lies in lists, in closures, or on a module inside it. without: objects that
+    are not looked into."""
+    found, seen, todo = [], {id(one) for one in without}, [thing]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, type | types.ModuleType):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor | np.ndarray):
+            found.append(one)
+        elif isinstance(one, types.FunctionType):  # without the notebook's globals
+            todo += [cell.cell_contents for cell in one.__closure__ or ()]
+            todo += one.__defaults__ or ()
+        else:
+            todo += gc.get_referents(one)
+    return found
+
+
+def held_entries(thing) -> int:
+    """The entries of the largest array of floating-point numbers that is held."""
+    sizes = [
+        one.numel() if isinstance(one, torch.Tensor) else one.size
+        for one in held(thing)
+        if "float" in str(one.dtype)
+    ]
+    return max(sizes, default=0)

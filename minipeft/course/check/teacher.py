@@ -252,13 +252,46 @@ def difference(got, right, what: str) -> str:
             " division by zero, a root or a logarithm of something that is not"
             " positive, or exp of a large number?"
         )
-    error = (got.detach().double() - right.detach().double()).abs().max()
-    size = right.detach().double().abs().max()
+    got, right = got.detach().double(), right.detach().double()
+    error, size = (got - right).abs().max(), right.abs().max()
+    known = kind_of_difference(got, right, error / size)
+    if known:
+        return f"{what} differs from the formula: {known}"
     return (
         f"{what} has the right shape, but differs from the formula (an entry is off by"
         f" {error:.2g}, where the largest is {size:.2g}), and it is none of the usual"
         " slips. Work out one entry by hand, in the smallest case."
     )
+
+
+def kind_of_difference(got, right, error: float) -> str:
+    """What is wrong with numbers of the right shape, where that can be seen from them
+    alone: a factor, another order, some of the entries, or rounding."""
+    factor = ((got * right).sum() / right.square().sum()).item()
+    if got.numel() > 1 and same(got, factor * right):
+        return (
+            f"it is {factor:.4g} times what the formula gives: a factor is missing, or"
+            " there is one too many."
+        )
+    if got.numel() > 1 and same(got.flatten().sort()[0], right.flatten().sort()[0]):
+        return (
+            "the numbers are right, in other places: something is transposed, flipped,"
+            " sorted, or read in another order."
+        )
+    fits = (got - right).abs() <= TOLERANCE * right.abs().max()
+    first = [int(at) for at in (~fits).nonzero()[0]]
+    if 0.1 <= fits.double().mean() and fits.numel() > 1:
+        return (
+            f"it is right in {int(fits.sum())} of {fits.numel()} entries; the first"
+            f" wrong one is {first}: {got[tuple(first)]:.4g} instead of"
+            f" {right[tuple(first)]:.4g}."
+        )
+    if error < 0.01:
+        return (
+            f"it is nearly right, but off by {100 * error:.2g} % of the largest entry,"
+            " more than rounding in 32 bits: do you compute in 16 bits, or add an ε?"
+        )
+    return ""
 
 
 def leaves_of(tensor) -> list:
