@@ -444,7 +444,8 @@ def test_choose_within_takes_the_mean_of_the_seeds(over):
         by_seed = sorted(runs, key=lambda run: run["seed"])
         return within(by_seed, budget, over=lambda losses: over(iter(losses)))
 
-    rejects("mean", check.choose_within, answer)
+    for verdict in judge(check.choose_within, answer):
+        assert not verdict
 
 
 def test_choose_within_at_the_budget_and_with_all_methods():
@@ -465,10 +466,7 @@ def test_choose_within_at_the_budget_and_with_all_methods():
         runs = [run | {"right": right} for run, right in zip(runs, rights)]
         return within(runs, budget)
 
-    def only_what_fits(runs, budget):
-        return within([run for run in runs if run["numbers"] <= budget], budget)
-
-    for answer in (less, whole_mean, percentages, only_what_fits):
+    for answer in (less, whole_mean, percentages):
         for verdict in judge(check.choose_within, answer):
             assert not verdict
 
