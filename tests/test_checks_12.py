@@ -719,9 +719,9 @@ def test_masks_and_positions_are_whole_numbers():
 
         return answer
 
-    rejects("floating-point", check.soft_prompt, floating(1))
-    rejects("floating-point", check.places, floating(0))
-    rejects("floating-point", check.places, floating(1))
+    rejects("expected integers", check.soft_prompt, floating(1))
+    rejects("expected integers", check.places, floating(0))
+    rejects("expected integers", check.places, floating(1))
 
 
 def test_the_search_takes_means_and_asks_compare():

@@ -5,7 +5,7 @@ import copy
 import functools
 import math
 import random
-from statistics import NormalDist, median
+from statistics import NormalDist
 
 import torch
 from torch import nn
@@ -465,7 +465,6 @@ def wrong_format(key, right, needed, errors, weights, budget) -> str:
         return "You look at the first matrix only: take the mean over all of them."
     looks = {
         "You look at the worst matrix: take the mean over all of them.": max,
-        "You take the median of the errors: the mean is asked for.": median,
         "You take roots of the errors: they are squared errors.": root_sum,
     }
     for message, look in looks.items():

@@ -70,7 +70,6 @@ def soft_prompt(function) -> None:
         },
         "Your x",
     )
-    whole_numbers(new_mask, "mask")
     ones, zeros = torch.ones(B, n), torch.zeros(B, n)
     compare(
         as_numbers(new_mask),
@@ -96,6 +95,7 @@ def soft_prompt(function) -> None:
         },
         "Your mask",
     )
+    whole_numbers(new_mask, "mask")
     compare(
         as_numbers(new_labels),
         torch.cat((torch.full((B, n), -100), labels), 1),
@@ -131,7 +131,7 @@ def soft_prompt(function) -> None:
 def whole_numbers(tensor, what: str) -> None:
     need(
         not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point(),
-        f"Your {what} has become floating-point: keep the integers.",
+        f"Your {what}: found floating-point numbers, expected integers.",
     )
 
 
@@ -154,8 +154,6 @@ def places(function) -> None:
         isinstance(got, (tuple, list)) and len(got) == 2,
         "Give me two tensors: return mask, position_ids.",
     )
-    whole_numbers(got[0], "mask")
-    whole_numbers(got[1], "positions")
     ones, real = torch.ones(3, n), mask.bool()
     compare(
         as_numbers(got[0]),
@@ -174,6 +172,7 @@ def places(function) -> None:
         },
         "Your mask",
     )
+    whole_numbers(got[0], "mask")
     right, along = mask.cumsum(1) - 1 + n, torch.arange(T).expand(3, -1)
     positions = got[1]
     need(
@@ -233,6 +232,7 @@ def places(function) -> None:
                 f" its real tokens should have {right[off[0]][real[off[0]]].tolist()}.",
             )
         )
+    whole_numbers(positions, "positions")
 
 
 @checks(
