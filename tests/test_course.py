@@ -226,6 +226,13 @@ class TestNamedPoints:
         ax, _ = self.boxes(monkeypatch, points, marked=["LoRA"], ylim=(0, 100))
         assert [line.get_marker() for line in ax.lines] == ["x", "o"]
 
+    def test_seeds_are_points_around_their_mean(self, monkeypatch):
+        ax, _ = self.boxes(monkeypatch, {"full": (1, [80, 90, 100])}, ylim=(0, 120))
+        (mean,) = ax.lines
+        (seeds,) = ax.collections
+        assert mean.get_xydata().tolist() == [[1, 90]]
+        assert seeds.get_offsets().tolist() == [[1, 80], [1, 90], [1, 100]]
+
     def test_where_there_is_no_place_it_says_so(self, monkeypatch):
         points = {f"a long name of a method {n}": (1, 1) for n in range(90)}
         with pytest.raises(ValueError, match="make the figure larger"):

@@ -214,14 +214,19 @@ def named_points(points: dict, title, xlabel, ylabel, marked=(), **options) -> N
     """Points with their names beside them, each where it covers no other; a thin line
     leads from a name to its point where it stands apart.
 
-    points: {name: (x, y)}. marked: the names drawn as orange circles; the others are
-    grey crosses. options: logx= and size= of `axes`, the rest of `finish`."""
+    points: {name: (x, y)}; where y is a list of values, one a seed, the mark is at their
+    mean, and each seed is a small point. marked: the names drawn as orange circles; the
+    others are grey crosses. options: logx= and size= of `axes`, the rest of `finish`.
+    """
     look = {key: options.pop(key) for key in ("logx", "size") if key in options}
     save = options.pop("save", None)
     ax = axes(title, xlabel, ylabel, **look)
-    for name, place in points.items():
-        on = name in marked
-        ax.plot(*place, "o" if on else "x", color=ORANGE if on else "#555555")
+    for name, (x, y) in points.items():
+        colour = ORANGE if name in marked else "#555555"
+        if np.size(y) > 1:
+            seed_points(ax, x, y, colour, width=0)
+        points = points | {name: (x, np.mean(y))}
+        ax.plot(*points[name], "o" if name in marked else "x", color=colour)
     ax.margins(x=0.15)
     ax.set(**options)
     ax.figure.draw_without_rendering()  # now points have their places on the page
