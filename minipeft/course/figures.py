@@ -214,8 +214,8 @@ def named_points(points: dict, title, xlabel, ylabel, marked=(), **options) -> N
     """Points with their names beside them, each where it covers no other; a thin line
     leads from a name to its point where it stands apart.
 
-    points: {name: (x, y)}; where y is a list of values, one a seed, the mark is at their
-    mean, and each seed is a small point. marked: the names drawn as orange circles; the
+    points: {name: (x, y)}; where y is a list of values, one a seed, the mark is at the
+    mean, and each seed is a small point. marked: names drawn as orange circles; the
     others are grey crosses. options: logx= and size= of `axes`, the rest of `finish`.
     """
     look = {key: options.pop(key) for key in ("logx", "size") if key in options}
