@@ -192,6 +192,13 @@ DRAWN = [
 ]
 
 
+def test_a_grid_may_lie_above_its_top(monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures.plt, "show", lambda: seen.append(figures.plt.gcf()))
+    figures.heat([[7.0, 8.0]], ["row"], ["a", "b"], "title", "x", "y", top=5)
+    seen[0].draw_without_rendering()
+
+
 class TestNamedPoints:
     """Points whose names stand beside them."""
 

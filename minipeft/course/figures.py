@@ -396,6 +396,8 @@ def heat(
     """A grid of numbers, coloured and written out; top: from here on all are coloured
     alike."""
     values = np.asarray(values, float)
+    if top is not None:
+        top = max(top, np.nanmin(values))
     ax = axes(
         title, xlabel, ylabel, size=(1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(rows))
     )
