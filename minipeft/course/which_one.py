@@ -137,7 +137,7 @@ RULES = [
             "LoRA on all linear layers, merged",
             "Merged it is a model like the base. Bottlenecks, prompts and prefixes"
             " cannot be merged. DoRA can; it trains slower, and was ahead of LoRA of"
-            " rank 4 on one task of five.",
+            " rank 4 on one task of six.",
             "5.4 What it costs",
         ),
     ),
@@ -148,7 +148,7 @@ RULES = [
             "LoRA on all linear layers, rank 8 or more",
             "On `sql` nothing that trains few parameters is ahead of it, and it is"
             " cheap to train, to keep and to switch. Try four rates, then a higher"
-            " rank, then DoRA, which was ahead of LoRA of rank 4 on one task of five.",
+            " rank, then DoRA, which was ahead of LoRA of rank 4 on one task of six.",
             "5.3 One task, all methods",
         ),
     ),
