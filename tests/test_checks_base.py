@@ -108,6 +108,12 @@ class TestTimeLimit:
         monkeypatch.delattr(sandbox.signal, "setitimer")
         assert "had not ended" in check.nucleus(never_ends).message
 
+    def test_time_that_other_programs_take_does_not_count(self):
+        with sandbox.time_limit(0.5):  # waits: no processor time
+            time.sleep(0.8)
+        with pytest.raises(sandbox.TooLong), sandbox.time_limit(0.5):
+            time.sleep(30)
+
     def test_endless_recursion(self):
         assert "RecursionError" in check.d90(calls_itself).message
 
