@@ -413,7 +413,7 @@ def test_kron_adapter_right_answers():
         ("has to be zero at the start", starting(lambda k: k.C.data.normal_())),
         ("both zero", starting(lambda k: k.D.data.zero_())),
         ("sign is turned", both(lambda k, b: -torch.kron(k.C, k.D))),
-        ("delta(base)", changed(delta=lambda k, b: 2 * torch.kron(k.C, k.D))),
+        ("is in it twice", changed(delta=lambda k, b: 2 * torch.kron(k.C, k.D))),
         ("no gradient reaches D", both(lambda k, b: torch.kron(k.C, k.D.detach()))),
         (
             "self.D should have the shape",

@@ -274,6 +274,7 @@ def nucleus(inside):
     def keep(probs, p):
         ordered, order = probs.sort(descending=True)
         mask = inside(ordered.cumsum(0) - ordered, p)
+        mask[0] = True  # the likeliest token, for p = 0 too
         result = torch.zeros_like(probs)
         result[order[mask]] = ordered[mask]
         return result / result.sum()

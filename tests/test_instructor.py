@@ -14,18 +14,15 @@ GUIDE = (ROOT / "chapters" / "instructor.md").read_text(encoding="utf-8")
 
 
 def said_by(checker):
-    """All texts in the file of a check."""
-    tree = ast.parse(
-        (
-            Path(check.__file__).parent
-            / f"{checker.__wrapped__.__module__.rpartition('.')[2]}.py"
-        ).read_text(encoding="utf-8")
-    )
-    return "\n".join(
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    )
+    """All texts in the file of a check, and in the one that chapters share."""
+    chapter = checker.__wrapped__.__module__.rpartition(".")[2]
+    texts = []
+    for name in (chapter, "kinds"):
+        file = Path(check.__file__).parent / f"{name}.py"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
 
 
 def test_quotations_are_what_the_checks_say():

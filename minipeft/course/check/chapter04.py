@@ -40,11 +40,12 @@ SHAPES = (
 
 def draw(kind="plain"):
     """r, d_in, d_out, alpha: all different, so that no slip can hide behind two equal
-    numbers; "small": alpha is smaller than r; "square": d_in is d_out."""
+    numbers; "small": alpha is smaller than r, else alpha // r is at least 2; "square":
+    d_in is d_out."""
     r = random.choice([2, 3, 5])
     d_in = random.randint(7, 11)
     d_out = d_in if kind == "square" else random.randint(12, 17)
-    alpha = 1.5 if kind == "small" else random.choice([7.0, 13.0, 19.0])
+    alpha = 1.5 if kind == "small" else random.choice([11.0, 13.0, 19.0])
     return r, d_in, d_out, alpha
 
 
