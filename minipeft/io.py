@@ -217,17 +217,26 @@ def replacing(path):
     when the block fails.
 
     The name is not shared with any other process. A rename is atomic: whoever reads
-    `path` finds the old file or the new one, whole."""
+    `path` finds the old file or the new one, whole. Its permissions are those of any
+    new file, where some writers (safetensors) make a private one."""
     path = Path(path)
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"
     part = path.with_name(f".{path.name}.{unique}{PART}")
     try:
         yield part
+        os.chmod(part, 0o666 & ~umask())
         with open(part, "r+b") as file:
             os.fsync(file.fileno())  # else a power cut may leave an empty file
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def umask():
+    """The permissions that new files of this process do not get."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 def remove_parts(path):

@@ -125,6 +125,22 @@ class TestReading:
         assert metadata == {} and tensors["a"].tolist() == [1, 1]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions as on POSIX")
+class TestPermissions:
+    """A file of weights can be read by whoever can read the others beside it."""
+
+    @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0, 0o666)])
+    def test_those_of_any_new_file(self, tmp_path, mask, mode):
+        before = os.umask(mask)
+        try:
+            with io.replacing(tmp_path / "a.safetensors") as part:
+                save_file({"x": torch.ones(1)}, part)
+            assert os.umask(mask) == mask  # as it was
+        finally:
+            os.umask(before)
+        assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+
+
 class TestWriting:
     def test_a_failure_leaves_the_old_file_and_nothing_else(self, tmp_path):
         io.write_text(tmp_path / "x", "old")
