@@ -10,7 +10,7 @@ from judging import accepts, configured, judge, rejects
 from torch import nn
 
 from minipeft import LinearDelta
-from minipeft.course import check, compare
+from minipeft.course import at_best_rate, check, compare
 from minipeft.course.check.chapter05 import FOUND, PATIENTS, patient
 
 
@@ -473,9 +473,7 @@ def without_the_first(runs, one, other):
         return got
     pair = []
     for case in (one, other):
-        mine = [run for run in runs if run["case"] == case]
-        best = min((r for r in mine if r["seed"] == 0), key=lambda r: r["valid_loss"])
-        later = [r for r in mine if r["lr"] == best["lr"] and r["seed"]]
+        later = [run for run in at_best_rate(runs, case=case) if run["seed"]]
         pair.append({r["seed"]: r["test_loss"] for r in later})
     return "verdict", compare(*pair, loss=True).verdict
 
@@ -492,9 +490,7 @@ def unpaired(runs, one, other):
         return got
     means = []
     for case in (one, other):
-        mine = [run for run in runs if run["case"] == case]
-        best = min((r for r in mine if r["seed"] == 0), key=lambda r: r["valid_loss"])
-        at = [r["test_loss"] for r in mine if r["lr"] == best["lr"]]
+        at = [run["test_loss"] for run in at_best_rate(runs, case=case)]
         means.append(sum(at) / len(at))
     return "verdict", "ahead" if means[0] < means[1] else "behind"
 

@@ -193,20 +193,17 @@ DRAWN = [
 
 
 def test_a_grid_may_lie_above_its_top(monkeypatch):
-    seen = []
-    monkeypatch.setattr(figures.plt, "show", lambda: seen.append(figures.plt.gcf()))
-    figures.heat([[7.0, 8.0]], ["row"], ["a", "b"], "title", "x", "y", top=5)
-    seen[0].draw_without_rendering()
+    labels = (["row"], ["a", "b"], "title", "x", "y")
+    drawn(monkeypatch, "heat", [[7.0, 8.0]], *labels, top=5).draw_without_rendering()
 
 
 class TestNamedPoints:
     """Points whose names stand beside them."""
 
     def boxes(self, monkeypatch, points, **options):
-        seen = []
-        monkeypatch.setattr(figures.plt, "show", lambda: seen.append(figures.plt.gcf()))
-        figures.named_points(points, "title", "x", "y", **options)
-        figure = seen[0]
+        figure = drawn(
+            monkeypatch, "named_points", points, "title", "x", "y", **options
+        )
         figure.draw_without_rendering()
         (ax,) = figure.axes
         names = [text for text in ax.texts if text.get_text() in points]

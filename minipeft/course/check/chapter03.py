@@ -613,6 +613,9 @@ def columns(slot):
 
 
 def look_at_directions(layers, config_class):
+    def made_again(**options):
+        return [columns(slot) for slot in slots_of(plugged_in(config_class, **options))]
+
     drawn = [columns(slot) for slot in layers]
     for P in drawn:
         lengths = P.norm(dim=0)
@@ -636,24 +639,22 @@ def look_at_directions(layers, config_class):
         "Two layers of one shape get the same P: then their changes are tied together."
         " Let the path count too, beside the seed.",
     )
-    again = [columns(slot) for slot in slots_of(plugged_in(config_class))]
     need(
-        all(map(same, again, drawn)),
+        all(map(same, made_again(), drawn)),
         "Made again with the same seed, the layers get another P: a file of theta would"
         " mean other directions. Draw with a generator of your own:"
         " `torch.Generator().manual_seed(...)`.",
     )
     with mock.patch.object(builtins, "hash", other_hash):
-        restarted = [columns(slot) for slot in slots_of(plugged_in(config_class))]
+        restarted = made_again()
     need(
         all(map(same, restarted, drawn)),
         "You use hash() of a text, which is another number in each start of Python: a"
         " file of theta would mean other directions tomorrow. zlib.crc32(path.encode())"
         " stays the same.",
     )
-    others = [columns(slot) for slot in slots_of(plugged_in(config_class, seed=1))]
     need(
-        not any(map(same, others, drawn)),
+        not any(map(same, made_again(seed=1), drawn)),
         "With another seed a layer gets the same P: the configuration's seed does not"
         " arrive.",
     )
