@@ -323,6 +323,15 @@ PLAN = [  # the most telling first
     entry("11", "Houlsby", 300, [2e-2]),
     entry("08", "LoHa r 2", 300, [5e-2]),
     entry("08", "DenseLoRA r 16", 300, [2e-2]),
+    # 06: low ranks, longer
+    entry("06", "LoRA r 2", 300, [1e-2, 2e-2]),
+    entry("06", "DoRA r 2", 300, [1e-2, 2e-2]),
+    entry("06", "DoRA r 4", 300, [5e-3, 1e-2]),
+    # 12: on a task that the base has not seen
+    entry("12", "prefix, 6 tokens", 300, 1e-1),
+    entry("12", "prefix, 6 tokens, reparametrised", 300, 1e-2),
+    entry("12", "prompt, 10 tokens", 300, 5e-1),
+    entry("12", "LoRA r 1", 300, [2e-2]),
 ]
 
 
