@@ -218,8 +218,8 @@ PLAN = [  # the most telling first
     entry("06", "DoRA r 8", 300, [5e-3]),
     # 06: low ranks, DoRA's own rate
     *(
-        entry("06", f"{kind} r {r}", 100, [1e-2, 2e-2])
-        for r in (1, 2)
+        entry("06", f"{kind} r {r}", 100, 2e-2)
+        for r in (1, 2, 4)
         for kind in ("LoRA", "DoRA")
     ),
     # 11: two readings of one name
@@ -295,11 +295,11 @@ PLAN = [  # the most telling first
             "full": [1e-3],
         }.items()
     ),
-    entry("04 06 08", "LoRA r 1", 300, [2e-2]),
+    entry("04 06 08 12", "LoRA r 1", 300, 2e-2),
     entry("08", "VeRA r 256", 300, [1e-1]),
     entry("08", "LoKr r 64", 300, [5e-2]),
     entry("04", "LoRA r 32", 300, [2e-3]),
-    entry("08 04", "LoRA r 4", 300, [1e-2]),
+    entry("04 06 08", "LoRA r 4", 300, 1e-2),
     entry("06", "DoRA r 8", 300, 5e-3),
     entry("11 04", "LoRA r 11, attention", 300, 1e-2),
     # where training goes on improving
@@ -317,21 +317,20 @@ PLAN = [  # the most telling first
             (192, "one adapter", 3e-2),
         )
     ),
-    entry("06", "DoRA r 1", 300, [1e-2, 2e-2]),
+    entry("06", "DoRA r 1", 300, 2e-2),
     entry("05 11 13", "LoRA r 22, q and v", 60, 1e-2, "stowaway"),
     entry("11", "after attention", 300, [2e-2]),
     entry("11", "Houlsby", 300, [2e-2]),
     entry("08", "LoHa r 2", 300, [5e-2]),
     entry("08", "DenseLoRA r 16", 300, [2e-2]),
     # 06: low ranks, longer
-    entry("06", "LoRA r 2", 300, [1e-2, 2e-2]),
-    entry("06", "DoRA r 2", 300, [1e-2, 2e-2]),
-    entry("06", "DoRA r 4", 300, [5e-3, 1e-2]),
+    entry("06", "LoRA r 2", 300, 1e-2),
+    entry("06", "DoRA r 2", 300, 1e-2),
+    entry("06", "DoRA r 4", 300, 1e-2),
     # 12: on a task that the base has not seen
     entry("12", "prefix, 6 tokens", 300, 1e-1),
     entry("12", "prefix, 6 tokens, reparametrised", 300, 1e-2),
     entry("12", "prompt, 10 tokens", 300, 5e-1),
-    entry("12", "LoRA r 1", 300, [2e-2]),
 ]
 
 
