@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from minipeft import course
 from minipeft.course import approx, figures, finding, notebook, show, table
 from minipeft.course.alt_text import contrast, describe
-from minipeft.course.records import at_best_rate, matching, real_size
+from minipeft.course.records import at_best_rate, longer_runs, matching, real_size
 from minipeft.course.show import source
 
 matplotlib.use("Agg")
@@ -554,6 +554,62 @@ def test_a_table_of_the_runs_at_real_size(tmp_path):
         *few.splitlines()[:2],
         *lines[2:],
     ]
+
+
+class TestLongerRuns:
+    """The table of what benchmarks/longer.py has written."""
+
+    @staticmethod
+    def run(case, lr, seed, loss, right):
+        return {
+            "case": case,
+            "task": "sql",
+            "examples": None,
+            "steps": 300,
+            "lr": lr,
+            "seed": seed,
+            "parameters": 1280,
+            "valid_loss": loss,
+            "test_loss": loss,
+            "right": right,
+            "score": 100 * right.count("1") / len(right),
+        }
+
+    def record(self):
+        runs = [self.run("a", lr, 0, lr, "0001" * 25) for lr in (0.1, 0.2, 0.5)]
+        runs += [
+            self.run("a", 0.1, seed, 0.1 + seed / 100, "01" * 50) for seed in (1, 2)
+        ]
+        runs += [
+            self.run("b", lr, 0, abs(lr - 0.2), "1" * 100) for lr in (0.1, 0.2, 0.5)
+        ]
+        runs += [self.run("b", 0.2, seed, 0.001 * seed, "1" * 100) for seed in (1, 2)]
+        runs += [self.run("c", 0.3, 0, 0.3, "1" * 100)]
+        runs += [self.run("b", 0.2, 0, 9.0, "0" * 100) | {"steps": 1000}]
+        return {"long_runs": {"runs": runs}}
+
+    def test_each_case_at_its_best_rate_with_every_seed(self):
+        rows = longer_runs(self.record(), ["a", "b", "c"], 300).data.splitlines()
+        assert rows[2:] == [
+            "| a | 1,280 | 0.1 (at the edge) | 0.100, 0.110, 0.120 | 25, 50, 50 |",
+            "| b | 1,280 | 0.2 | 0.000, 0.001, 0.002 | 100, 100, 100 |",
+            "| c | 1,280 | 0.3 (the only one tried) | 0.300 | 100 |",
+        ]
+
+    def test_the_verdict_on_two_cases_is_that_of_compare(self):
+        cases = {"first": "a", "second": "b"}
+        rows = longer_runs(self.record(), cases, 300, against="first").data.splitlines()
+        losses = [{0: 0.1, 1: 0.11, 2: 0.12}, {0: 0.0, 1: 0.001, 2: 0.002}]
+        said = str(course.compare(losses[1], losses[0], loss=True))
+        assert said.startswith("ahead by 0.1")
+        assert f"| {said} | ahead by" in rows[3] and rows[2].endswith("|  |  |")
+
+    def test_another_task_or_number_of_steps_is_another_table(self, tmp_path):
+        (tmp_path / "record.json").write_text(json.dumps(self.record()))
+        row = longer_runs(tmp_path / "record.json", ["b"], 1000).data.splitlines()[2]
+        assert "9.000" in row
+        with pytest.raises(ValueError):
+            longer_runs(self.record(), ["b"], 300, task="voice")
 
 
 def test_a_text_of_several_lines_stays_one_line_of_a_table():

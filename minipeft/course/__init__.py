@@ -45,7 +45,7 @@ from .claims import claim  # noqa: E402
 from .comparison import compare  # noqa: E402
 from .figures import approx, table  # noqa: E402
 from .finding import finding  # noqa: E402
-from .records import at_best_rate, matching, real_size  # noqa: E402
+from .records import at_best_rate, longer_runs, matching, real_size  # noqa: E402
 from .show import show  # noqa: E402
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "compare",
     "figures",
     "finding",
+    "longer_runs",
     "matching",
     "real_size",
     "show",

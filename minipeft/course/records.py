@@ -2,6 +2,7 @@
 "lr", its "seed", its losses and whatever tells it from the others."""
 
 from ..io import read_json
+from .comparison import compare
 from .figures import table
 
 
@@ -19,6 +20,56 @@ def at_best_rate(runs: list, **wanted) -> list:
     first = matching(runs, seed=min(run["seed"] for run in runs))
     best = min(first, key=lambda run: run["valid_loss"])["lr"]
     return sorted(matching(runs, lr=best), key=lambda run: run["seed"])
+
+
+def longer_runs(record, cases, steps, against=None, task="sql", examples=None):
+    """A table of the longer runs of a chapter (benchmarks/longer.py), one line a case,
+    each at its best rate: the test loss and the score of every seed, and what `compare`
+    says of it and the case `against`.
+
+    record: the content of benchmarks/results/chapterNN.json, or its path. cases: their
+    names, or {name to show: name in the record}."""
+    if not isinstance(record, dict):
+        record = read_json(record)
+    runs = record["long_runs"]["runs"]
+    runs = matching(runs, steps=steps, task=task, examples=examples)
+    cases = cases if isinstance(cases, dict) else dict(zip(cases, cases))
+    rows = []
+    for shown, case in cases.items():
+        at_best = at_best_rate(runs, case=case)
+        rows.append(
+            [
+                shown,
+                f"{at_best[0]['parameters']:,}",
+                rate_and_edge(runs, case),
+                ", ".join(f"{run['test_loss']:.3f}" for run in at_best),
+                ", ".join(f"{run['score']:.0f}" for run in at_best),
+            ]
+        )
+        if against is not None:
+            other = at_best_rate(runs, case=cases.get(against, against))
+            rows[-1] += versus(at_best, other) if other != at_best else ["", ""]
+    header = [f"{steps} steps", "parameters", "best rate", "test loss", "right (%)"]
+    judged = [f"against {against}: loss", "answers"] if against is not None else []
+    return table(rows, header + judged)
+
+
+def rate_and_edge(runs, case):
+    """The best rate of a case, and a word if no worse one was tried on either side."""
+    rates = {run["lr"] for run in matching(runs, case=case)}
+    best = at_best_rate(runs, case=case)[0]["lr"]
+    if len(rates) == 1:
+        return f"{best:g} (the only one tried)"
+    return f"{best:g}" + (" (at the edge)" if best in (min(rates), max(rates)) else "")
+
+
+def versus(ours, theirs):
+    """What `compare` says of two cases' runs: by loss, by right answers."""
+    by_seed = [
+        [{run["seed"]: run[key] for run in runs} for runs in (ours, theirs)]
+        for key in ("test_loss", "right")
+    ]
+    return [str(compare(*by_seed[0], loss=True)), str(compare(*by_seed[1]))]
 
 
 def real_size(record, columns: dict, cases=None):
