@@ -9,4 +9,4 @@ WORKDIR /course
 COPY . .
 RUN python setup_env.py
 EXPOSE 8888
-CMD [".venv/bin/python", "lab.py", "--ip=0.0.0.0", "--no-browser", "--allow-root"]
+CMD [".venv/bin/python", "lab.py", "--ip=0.0.0.0", "--no-browser"]

@@ -14,7 +14,7 @@ help:
 	@echo "make test-latest  the package's tests with the newest versions of everything, in .venv-latest"
 	@echo "make fuzz      many random operations on models, and trainings killed at random moments"
 	@echo "make lock      write constraints.txt from pyproject.toml (all newest: ARGS=--upgrade)"
-	@echo "make demo      fine-tune the shipped model with LoRA, in about a minute"
+	@echo "make demo      fine-tune the shipped model with LoRA, in half a minute"
 	@echo "make chapters  run all chapters again and save their outputs"
 	@echo "make book      the course as web pages: book/_build/html/index.html"
 	@echo "make book-test open every page of the book in Chromium and look for faults"

@@ -81,6 +81,20 @@ def copy_chapters(chapters=CHAPTERS, work=WORK):
     return left
 
 
+def as_root(arguments):
+    """Arguments of JupyterLab, which root, the user of containers and of rented
+    machines, starts with --allow-root only."""
+    said = any("allow-root" in text or "allow_root" in text for text in arguments)
+    if said or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return arguments
+    print(
+        "You are root, so JupyterLab is started with --allow-root: whoever opens it may"
+        " do anything on this machine.",
+        flush=True,
+    )
+    return ["--allow-root", *arguments]
+
+
 def main(arguments):
     for name in copy_chapters():
         print(
@@ -88,6 +102,11 @@ def main(arguments):
             " yours, so yours stays. For the new one rename yours and start again.",
             flush=True,
         )
+    arguments = as_root(arguments)
+    print(
+        "JupyterLab keeps this terminal until you press Ctrl-C in it, twice.",
+        flush=True,
+    )
     lab = [sys.executable, "-m", "jupyterlab", "--notebook-dir", str(ROOT)]
     # else ipykernel warns, for each chapter, that others on this machine could listen
     lab.append("--MappingKernelManager.transport_encryption=auto")

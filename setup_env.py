@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
@@ -20,6 +22,7 @@ LOCK = ROOT / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DOWNLOAD = {"cpu": 0.5, "cuda": 3.0}  # GB, all packages together
 ON_DISK = {"cpu": 1.9, "cuda": 5.7}
+TICK = 2 if sys.stdout.isatty() else 30  # seconds between two lines of progress
 
 
 def locked(package):
@@ -74,10 +77,53 @@ def create(folder):
 
 
 def install(folder, *arguments):
-    """pip's exit status. Build tools follow the lock too, from pip 25.3 on."""
-    env = os.environ | {"PIP_BUILD_CONSTRAINT": str(LOCK)}
-    command = [python_in(folder), "-m", "pip", "install", *arguments]
-    return subprocess.run(list(map(str, command)), env=env, cwd=ROOT).returncode
+    """pip's exit status. What one sees are its warnings and errors, and how much it has
+    downloaded; all else is in its log. Build tools follow the lock too, from pip 25.3
+    on."""
+    folder = folder.resolve()  # pip runs in another one
+    log = folder / "pip.log"
+    options = ["--quiet", "--log", log]
+    command = [python_in(folder), "-m", "pip", "install", *options, *arguments]
+    with tempfile.TemporaryDirectory(dir=folder) as downloads:
+        env = os.environ | {"PIP_BUILD_CONSTRAINT": str(LOCK)}
+        env |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), downloads)
+        env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        with subprocess.Popen(list(map(str, command)), env=env, cwd=ROOT) as pip:
+            status = wait(pip, Path(downloads))
+    if status:
+        print(f"pip failed; all that it did is in {log}", flush=True)
+    return status
+
+
+def wait(process, downloads):
+    """The exit status of a process that fills a folder; prints how far it is."""
+    started = time.monotonic()
+    back, end = ("\r", "") if sys.stdout.isatty() else ("", "\n")
+    ticked = False
+    while True:
+        try:
+            status = process.wait(TICK)
+            break
+        except subprocess.TimeoutExpired:
+            ticked = True
+            size, seconds = size_of(downloads), time.monotonic() - started
+            line = f"  {size / 1e6:,.0f} MB downloaded, {seconds:.0f} s"
+            print(f"{back}{line}", end=end, flush=True)
+    if ticked and back:
+        print(flush=True)
+    return status
+
+
+def size_of(folder):
+    """Bytes of the files in a folder, some of which may go away meanwhile."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found += os.path.getsize(os.path.join(place, name))
+            except OSError:
+                pass
+    return found
 
 
 def install_all(folder, index, latest):
@@ -124,8 +170,9 @@ def main():
     )
     free = shutil.disk_usage(asked.folder.resolve().parent).free / 1e9
     print(
-        f"Setting up {asked.folder.name}: about {DOWNLOAD[build]} GB to download and"
-        f" {ON_DISK[build]} GB on disk ({free:.1f} GB are free).\n"
+        f"Setting up {asked.folder.name}: {'up to' if build == 'cuda' else 'about'}"
+        f" {DOWNLOAD[build]} GB to download and {ON_DISK[build]} GB on disk"
+        f" ({free:.1f} GB are free).\n"
         f"torch {version or 'newest'}, {build.upper()} build: {reason}.",
         flush=True,
     )

@@ -1,8 +1,8 @@
-"""`make demo`: LoRA in about a minute. What the model says before, the training, what
+"""`make demo`: LoRA in half a minute. What the model says before, the training, what
 it says after, and what that cost.
 
     python benchmarks/demo.py                 # questions -> SQL
-    python benchmarks/demo.py --task voice --keep my_adapter
+    python benchmarks/demo.py --task voice --keep voice-lora
 """
 
 import argparse

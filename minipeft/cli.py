@@ -659,11 +659,17 @@ def methods(args):
 
 
 def student(args):
-    from .course.student import write_all
-
     free_folder(args.out)
+    paths = chapters(args)
+    try:
+        from .course.student import write_all
+    except ImportError:
+        raise UserError(
+            "students' editions need nbgrader and what the chapters need: pip install"
+            " 'minipeft[teach]'"
+        ) from None
     grader = "nbgrader" if args.nbgrader else "otter" if args.otter else None
-    made = write_all(chapters(args), args.out, grader, args.force, args.variant)
+    made = write_all(paths, args.out, grader, args.force, args.variant)
     print(*made, sep="\n")
     if grader == "nbgrader":
         print(f"now: cd {args.out} && nbgrader generate_assignment {made[0].stem}")
@@ -681,6 +687,9 @@ def chapters(args):
     if not args.all and not args.chapters:
         raise UserError("name a chapter, or say --all")
     if not args.all:
+        for name in args.chapters:
+            if not Path(name).is_file():
+                raise UserError(f"{name}: no such notebook")
         return [Path(name) for name in args.chapters]
     home = Path(__file__).parents[1] / "chapters"
     if not (found := sorted(home.glob("[0-9][0-9]_*.ipynb"))):
@@ -726,7 +735,8 @@ def sentence(error):
     """What a person reads of an error that a person can cause; None for any other."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        # of two files, copied or renamed, the second is the one that is written
+        return f"{error.filename2 or error.filename}: {error.strerror}"
     if isinstance(error, RecursionError):
         return "a file is nested too deeply"
     memory = isinstance(error, RuntimeError) and any(w in text for w in NO_MEMORY)

@@ -14,12 +14,12 @@ Start with:
   minipeft doctor                       is everything here that is needed?
   minipeft generate "The baker in Willow Court"
                                         what does the base model say?
-  minipeft finetune --data sql --out my-adapter
+  minipeft finetune --data sql --out sql-lora
                                         train a LoRA adapter on a task (a minute)
-  minipeft generate "Question: How many residents have a cat?\\nSQL:" \\
-      --adapter my-adapter
-  minipeft evaluate --data sql --adapter my-adapter
-  minipeft merge --adapter my-adapter --out my-model
+  minipeft generate "Question: Count the residents with a cat.\\nSQL:" \\
+      --adapter sql-lora
+  minipeft evaluate --data sql --adapter sql-lora
+  minipeft merge --adapter sql-lora --out sql-model
                                         write it into the weights: a plain model"""
 
 FINETUNE = """Train an adapter beside a model, or the whole model, on data. Adapters are
@@ -37,7 +37,7 @@ Ctrl-C stops and saves. The same command goes on where it stopped and comes to t
 weights as without the stop.
 
 Several processes, one for each GPU:
-  torchrun --standalone --nproc-per-node 2 -m -- minipeft finetune --data sql --out x
+  torchrun --standalone --nproc-per-node 2 -m -- minipeft finetune --data sql --out lora
 (Without the -- torchrun reads --r and --log as its own.) Each process computes
 --batch-size rows of a batch and holds the whole model (DDP), or with --fsdp a part of
 every weight (FSDP2). The first one prints and writes to --out. Two processes with 4
@@ -48,9 +48,9 @@ FINETUNE_EXAMPLES = """examples:
   minipeft finetune --data sql --method dora --r 16 --out sql-dora
   minipeft finetune --data e2e_nlg --targets q_proj,v_proj --steps 1000 --out e2e
   minipeft finetune --data my.txt --steps 500 --out mine
-  minipeft finetune --data my.jsonl --base a/folder --method qlora --out mine
+  minipeft finetune --data my.jsonl --base a/folder --method qlora --out mine-4bit
   minipeft finetune --data sql --method full --out sql-full
-  minipeft finetune --data sql --set lora_dropout=0.1 --log runs --out x"""
+  minipeft finetune --data sql --set lora_dropout=0.1 --log runs --out sql-dropout"""
 
 STUDENT = """Write the students' edition of chapters: without solutions, hidden tests
 and outputs, with checks and hints. nbgrader makes it: pip install 'minipeft[teach]'.
@@ -104,8 +104,27 @@ def version():
         return "(not installed)"
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says which options it does not know, with the nearest of
+    its own, before it asks for those that are missing."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        _, unknown = super().parse_known_args(args, argparse.Namespace())
+        for action in required:
+            action.required = True
+        if unknown:
+            own = re.findall(r"--[\w-]+", self.format_usage())
+            options = [word for word in unknown if word.startswith("-")]
+            near = [did_you_mean(word.partition("=")[0], own) for word in options]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(near)}")
+        return super().parse_known_args(args, namespace)
+
+
 def parser():
-    top = argparse.ArgumentParser(
+    top = Parser(
         "minipeft",
         description=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -130,17 +149,13 @@ def parser():
 def parse(argv):
     """The arguments; what a subcommand does not know is answered by its own usage."""
     top = parser()
-    if argv and not argv[0].startswith("-") and argv[0] not in top.commands:
+    names = ", ".join(top.commands)
+    if not argv:
+        top.error(f"no command: expected one of {names}")
+    if not argv[0].startswith("-") and argv[0] not in top.commands:
         near = did_you_mean(argv[0], top.commands)
-        names = ", ".join(top.commands)
         top.error(f"no command {argv[0]!r}{near}: expected one of {names}")
-    arguments, unknown = top.parse_known_args(argv)
-    if unknown:
-        own = arguments.parser
-        options = re.findall(r"--[\w-]+", own.format_usage())
-        near = did_you_mean(unknown[0].partition("=")[0], options)
-        own.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
-    return arguments
+    return top.parse_args(argv)
 
 
 def add_command(commands, name, help, description=None, epilog=None):
@@ -161,7 +176,6 @@ def add_command(commands, name, help, description=None, epilog=None):
         action="store_true",
         help="on an error, show where in the code it happened",
     )
-    command.set_defaults(parser=command)
     return command
 
 

@@ -8,6 +8,7 @@ file.
 
 import contextlib
 import difflib
+import errno
 import json
 import math
 import operator
@@ -211,6 +212,33 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+DISK_ERRORS = {
+    number
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")
+    if (number := getattr(errno, name, None))  # Windows has no quotas
+}
+
+
+@contextlib.contextmanager
+def named(place, hidden):
+    """Errors of writing within the block name `place`, a path that the user knows,
+    where the system names `hidden`, which goes away, or nothing."""
+    try:
+        yield
+    except FileError as error:
+        error.args = (str(error).replace(str(hidden), str(place)),)
+        raise
+    except OSError as error:
+        # of two files the second is the one that is written
+        found = error.filename2 or error.filename
+        if found is None and error.errno in DISK_ERRORS:
+            found = hidden  # a write that fails names no file
+        if isinstance(found, (str, os.PathLike)) and Path(found).is_relative_to(hidden):
+            error.filename = str(Path(place) / Path(found).relative_to(hidden))
+            del error.filename2
+        raise
+
+
 @contextlib.contextmanager
 def replacing(path):
     """The path of a new file beside `path`; renamed to it when the block ends, removed
@@ -223,11 +251,12 @@ def replacing(path):
     unique = f"{os.getpid()}-{secrets.token_hex(4)}"
     part = path.with_name(f".{path.name}.{unique}{PART}")
     try:
-        yield part
-        os.chmod(part, 0o666 & ~umask())
-        with open(part, "r+b") as file:
-            os.fsync(file.fileno())  # else a power cut may leave an empty file
-        os.replace(part, path)
+        with named(path, part):
+            yield part
+            os.chmod(part, 0o666 & ~umask())
+            with open(part, "r+b") as file:
+                os.fsync(file.fileno())  # else a power cut may leave an empty file
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -296,7 +325,7 @@ def all_or_nothing(out, keep=lambda place: False):
     existed = out.exists()
     make_folder(out)
     try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=out) as part:
+        with tempfile.TemporaryDirectory(prefix=".", dir=out) as part, named(out, part):
             yield Path(part)
             files = [path for path in Path(part).rglob("*") if path.is_file()]
             for file in files:

@@ -892,6 +892,11 @@ class TestMistakes:
         "error, message",
         [
             (OSError(errno.ENOSPC, "No space left", "a/b"), "a/b: No space left"),
+            (OSError(errno.ENOSPC, "No space", "src", None, "out/x"), "t: out/x: No s"),
+            (
+                OSError(errno.EIO, "Input/output", "src", None, "o"),
+                "minipeft: o: Input",
+            ),
             (PermissionError(errno.EACCES, "Permission denied", "x"), "x: Permission"),
             (RuntimeError("[enforce fail] can't allocate memory: 4 TB"), "not enough"),
             (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory"),
@@ -1050,6 +1055,21 @@ class TestUsage:
             (["generate", "x", "--temprature", "1"], "(did you mean '--temperature'?)"),
             (["evaluate", "--data", "sql", "--spilt=test"], "mean '--split'?)"),
             (["student", "--out", "x", "--nb-grader"], "mean '--nbgrader'?)"),
+            (
+                ["finetune", "--dta", "my.txt", "--out", "x"],
+                "--dta my.txt (did you mean",
+            ),
+            (["finetune", "--dta", "my.txt", "--out", "x"], "mean '--data'?)"),
+            (
+                ["finetune", "--dta", "a", "--ot", "b"],
+                "'--data'?) (did you mean '--out'",
+            ),
+            (["merge", "--adaptor", "a"], "mean '--adapter'?)"),
+            (["student", "--nbgradr", "04_lora.ipynb"], "mean '--nbgrader'?)"),
+            (["evaluate", "--daat=sql"], "mean '--data'?)"),
+            ([], "no command: expected one of pretrain, finetune, generate"),
+            (["finetune"], "required: --data, --out"),
+            (["--vresion"], "mean '--version'?)"),
         ],
     )
     def test_the_nearest_command_or_option(self, capsys, argv, near):

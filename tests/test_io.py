@@ -1,5 +1,6 @@
 """Files are read in one place, and written whole or not at all."""
 
+import errno
 import json
 import os
 import subprocess
@@ -195,6 +196,41 @@ class TestWriting:
         }
         mine = {"mine": "old"} if existed else {}
         assert found == {name: "new" for name in ("a", "deep/b", "deep/c")} | mine
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            lambda part: OSError(errno.ENOSPC, "No space left on device"),
+            lambda part: OSError(errno.EFBIG, "File too large", f"{part}/a/b"),
+            lambda part: OSError(errno.ENOSPC, "No space", "/src", None, f"{part}/a/b"),
+            lambda part: io.FileError(f"cannot write {part}/a/b: No space left"),
+        ],
+    )
+    def test_errors_name_the_place_and_no_hidden_folder(self, tmp_path, error):
+        out = tmp_path / "out"
+        with pytest.raises((OSError, io.FileError)) as failed:
+            with io.all_or_nothing(out) as part:
+                raise (error := error(part))
+        assert failed.value is error
+        assert str(out) in str(error) and ".tmp" not in str(error)
+        assert part.name not in str(error) and "/src" not in str(error)
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
+    def test_a_file_that_cannot_be_replaced_is_named(self, tmp_path, number):
+        with pytest.raises(OSError) as failed:
+            with io.replacing(tmp_path / "x.json"):
+                raise OSError(number, "cannot")
+        assert failed.value.filename == str(tmp_path / "x.json")
+
+    @pytest.mark.parametrize(
+        "error", [OSError("no such address"), ConnectionResetError(104, "Reset")]
+    )
+    def test_an_error_of_another_kind_stays(self, tmp_path, error):
+        before = str(error)
+        with pytest.raises(OSError) as failed:
+            with io.replacing(tmp_path / "x.json"):
+                raise error
+        assert failed.value is error and str(error) == before
 
     def test_two_writers_share_no_temporary_name(self, tmp_path):
         with io.replacing(tmp_path / "x") as one, io.replacing(tmp_path / "x") as two:

@@ -218,3 +218,25 @@ def test_lab_opens_at_the_copy(monkeypatch, capsys, system):
     assert command[-1] == "--no-browser"
     said = capsys.readouterr().out
     assert "work/04_lora.ipynb" in said and "yours stays" in said
+
+
+@pytest.mark.parametrize(
+    "user, arguments, added",
+    [
+        (0, [], True),
+        (0, ["--no-browser", "--port", "9000"], True),
+        (0, ["--allow-root"], False),
+        (0, ["--ServerApp.allow_root=True"], False),
+        (1000, ["--no-browser"], False),
+        (None, [], False),
+    ],
+)
+def test_root_is_let_in(monkeypatch, capsys, user, arguments, added):
+    """JupyterLab refuses root, the user of containers and of rented machines."""
+    if user is None:  # Windows
+        monkeypatch.delattr(os, "geteuid", raising=False)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
+    given = lab.as_root(arguments)
+    assert given == (["--allow-root", *arguments] if added else arguments)
+    assert ("You are root" in capsys.readouterr().out) == added

@@ -113,6 +113,18 @@ def test_what_is_absent_names_its_extra(library_alone, code):
     assert "pip install 'minipeft[course]'" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("grader", [[], ["--nbgrader"], ["--otter"]])
+def test_students_editions_name_the_extra_that_suffices(library_alone, grader):
+    """[teach], which has [course] in it; but first what is wrong with the request."""
+    student = ["-m", "minipeft", "student", "--out", "x", *grader]
+    done = library_alone(*student, ROOT / "chapters" / "04_lora.ipynb")
+    assert done.returncode == 1 and done.stderr.count("pip install") == 1, done.stderr
+    assert "pip install 'minipeft[teach]'" in done.stderr
+    done = library_alone(*student, "nope.ipynb")
+    assert done.stderr == "minipeft: nope.ipynb: no such notebook\n"
+    assert "name a chapter, or say --all" in library_alone(*student).stderr
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """Runs code where minipeft comes from its wheel, far from the repository."""

@@ -173,14 +173,16 @@ class TestSetUp:
         index = f"{indexes}/cpu"
         assert set_up(monkeypatch, index, tmp_path / "env") == f"{VERSION}+cpu"
         said = capfd.readouterr().out
-        assert "0.5 GB to download" in said and "1.9 GB on disk" in said
+        assert "about 0.5 GB to download" in said and "1.9 GB on disk" in said
+        assert "Collecting" not in said and "Successfully" not in said
         settings = tmp_path / "env" / "share" / "jupyter" / "lab" / "settings"
         assert (settings / "overrides.json").read_text() == "{}"
 
     def test_without_that_index_from_pypi(self, project, monkeypatch, capfd, tmp_path):
         assert set_up(monkeypatch, closed_port(), tmp_path / "env") == VERSION
         said = capfd.readouterr().out
-        assert "does not answer" in said and "5.7 GB on disk" in said
+        assert "does not answer" in said and "up to 3.0 GB to download" in said
+        assert "5.7 GB on disk" in said
 
     def test_an_index_that_breaks_off_is_replaced_by_pypi(
         self, project, indexes, monkeypatch, capfd, tmp_path
@@ -202,11 +204,31 @@ class TestSetUp:
             set_up(monkeypatch, f"{indexes}/cpu", tmp_path / "env")
         assert not (tmp_path / "env").exists()
 
-    def test_pip_that_fails_ends_it(self, project, indexes, monkeypatch, tmp_path):
+    def test_pip_that_fails_ends_it(
+        self, project, indexes, monkeypatch, capfd, tmp_path
+    ):
         monkeypatch.setenv("PIP_INDEX_URL", closed_port())
         with pytest.raises(SystemExit) as stopped:
             set_up(monkeypatch, closed_port(), tmp_path / "env")
         assert stopped.value.code == 1
+        said = capfd.readouterr()
+        log = tmp_path / "env" / "pip.log"
+        assert "ERROR: " in said.err and f"all that it did is in {log}" in said.out
+        assert "Connection refused" in log.read_text(encoding="utf-8")
+
+    def test_one_sees_how_much_is_downloaded(self, monkeypatch, capfd, tmp_path):
+        """A process that puts 3 MB, then 2 MB into the folder."""
+        monkeypatch.setattr(setup_env, "TICK", 0.3)
+        code = (
+            "import pathlib, sys, time; folder = pathlib.Path(sys.argv[1]);"
+            "(folder / 'a').write_bytes(bytes(3_000_000)); time.sleep(1);"
+            "(folder / 'deep').mkdir(); (folder / 'deep' / 'b').write_bytes(bytes("
+            "2_000_000)); time.sleep(1); sys.exit(7)"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code, tmp_path])
+        assert setup_env.wait(process, tmp_path) == 7
+        said = capfd.readouterr().out
+        assert "  3 MB downloaded, " in said and "  5 MB downloaded, " in said
 
     def test_an_old_python_is_told(self, project, indexes, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "version_info", (3, 10, 0))

@@ -135,9 +135,7 @@ class TestStudentsEdition:
                     assert (folder / name).is_file()
             else:
                 for target in re.findall(r"\]\((?!https?:|#)([^)\s#]+)\)", cell.source):
-                    assert (folder / target).is_file() or target.endswith(".ipynb"), (
-                        target
-                    )
+                    assert (folder / target).is_file(), target
 
     @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
     def test_the_exercises_can_be_worked_after_the_first_cell(self, path):
@@ -488,12 +486,105 @@ class TestFilesTakenAlong:
         out = tmp_path / "out"
         written = read(write(path, out))
         files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-        assert files == {"04_lora.ipynb", "a.png", "files/data.json"}
+        assert files == {"04_lora.ipynb", "README.md", "a.png", "files/data.json"}
         assert written.cells[-1].source == (
             'open("files/data.json"), open("../../secret.txt")'
         )
         assert "[e](files/data.json)" in written.cells[-2].source
         assert capsys.readouterr().out.count("outside the course: not copied") == 4
+
+
+def links(path):
+    """Files that a notebook or a page links to."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = read(path).cells
+        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+    found = re.findall(r"\]\((?!https?:|attachment:|#)([^)\s#]+)", text)
+    return found + re.findall(r"(?:href|src)=[\"'](?!https?:|#)([^\"'#]+)", text)
+
+
+class TestHandout:
+    """A folder that stands for itself: its README says what it is, no link is dead."""
+
+    @pytest.mark.parametrize("grader", [None, "nbgrader", "otter"])
+    @pytest.mark.parametrize("names", [["04_lora"], ["16_bake_off"], ["01", "02"], ""])
+    def test_no_link_is_dead(self, tmp_path, grader, names):
+        chosen = [path for path in CHAPTERS if path.stem.startswith(tuple(names))]
+        chosen = chosen or CHAPTERS
+        made = write_all(chosen, tmp_path / "out", grader)
+        pages = [*(tmp_path / "out").rglob("*.md"), *made]
+        assert len(pages) >= len(made) + len({path.parent for path in made})
+        for page in pages:
+            for link in links(page):
+                assert (page.parent / link).is_file(), (page, link)
+        for path in made:
+            about = (path.parent / "README.md").read_text(encoding="utf-8")
+            assert f"]({path.name})" in about and "jupyter lab" in about
+            assert "You teach" not in about and "olutions are folded" not in about
+            assert not (path.parent / "instructor.md").exists()
+
+    def test_chapters_that_are_handed_out_link_to_each_other(self, tmp_path):
+        both = write_all(CHAPTERS[:2], tmp_path / "both")
+        assert CHAPTERS[1].name in links(both[0])
+        alone = write(CHAPTERS[0], tmp_path / "alone")
+        assert not any(name.endswith(".ipynb") for name in links(alone))
+        # the words stay
+        words = re.sub(r"\]\([^)]*\)|\[", "", read(both[0]).cells[-1].source)
+        found = re.sub(r"\]\([^)]*\)|\[", "", read(alone).cells[-1].source)
+        assert found == words and layout.title(read(CHAPTERS[1])) in found
+
+    def test_a_later_chapter_joins_the_list(self, tmp_path):
+        for path in CHAPTERS[2:4]:
+            write(path, tmp_path)
+        assert {"03_intrinsic_dimension.ipynb", "04_lora.ipynb"} <= {
+            *links(tmp_path / "README.md")
+        }
+
+    @pytest.mark.parametrize("text", ["my own words", "", "# The handouts"])
+    def test_a_readme_of_ones_own_stays(self, tmp_path, text):
+        (tmp_path / "README.md").write_text(text)
+        write(LORA, tmp_path)
+        assert (tmp_path / "README.md").read_text() == text
+
+    def test_pages_that_link_to_pages(self, chapter, tmp_path):
+        course = tmp_path / "course"
+        (course / "chapters").mkdir(parents=True)
+        (course / "pyproject.toml").touch()
+        (course / "deep").mkdir()
+        (course / "chapters" / "a.md").write_text("[b](../deep/b.md#part) [c](nope.md)")
+        (course / "deep" / "b.md").write_text(
+            "[back](../chapters/a.md) [it](../chapters/04_lora.ipynb)"
+            " [other](../chapters/05.ipynb)"
+        )
+        (course / "chapters" / "05.ipynb").touch()
+
+        def change(cells, notebook):
+            prose = "[a [x]](a.md) [folder](../deep) [no](05.ipynb)"
+            notebook.cells.append(nbformat.v4.new_markdown_cell(prose))
+
+        path = changed(chapter, course / "chapters", change)
+        written = read(write(path, tmp_path / "out")).cells[-1].source
+        assert written == "[a [x]](a.md) folder no"
+        a = (tmp_path / "out" / "a.md").read_text()
+        b = (tmp_path / "out" / "files" / "deep" / "b.md").read_text()
+        assert a == "[b](files/deep/b.md#part) [c](nope.md)"
+        assert b == "[back](../../a.md) [it](../../04_lora.ipynb) other"
+
+    def test_a_full_disk_names_the_target(self, tmp_path, capsys, monkeypatch):
+        """shutil's error has the file read first, and the one written second."""
+
+        def full(source, target):
+            raise OSError(28, "No space left on device", source, None, target)
+
+        monkeypatch.setattr("shutil.copyfile", full)
+        out = tmp_path / "out"
+        assert main(["student", str(LORA), "--out", str(out)]) == 1
+        said = capsys.readouterr().err
+        assert re.fullmatch(
+            rf"minipeft: {out}/[\w/.-]+: No space left on device\n", said
+        )
+        assert "/." not in said.replace(str(tmp_path), "")
 
 
 class TestCommand:
@@ -544,6 +635,7 @@ def nbgrader(course, *argv):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def hand_in(course, student, answers):
@@ -610,7 +702,9 @@ class TestNbgrader:
                 "    return alpha * B @ A"
             },
         )
-        nbgrader(course, "autograde", "04_lora")
+        warned = nbgrader(course, "autograde", "04_lora")
+        assert "partial credit" not in warned and "full credit" not in warned, warned
+        assert "Traceback" not in warned
         nbgrader(course, "export", "--to", "grades.csv")
         with open(course / "grades.csv", newline="") as file:
             score = {
@@ -638,6 +732,13 @@ class TestNbgrader:
         )
         # the student sees the check's message, not a bare assertion
         assert "forget to divide by r" in said
+        solved = read(course / "autograded" / "solved" / "04_lora" / "04_lora.ipynb")
+        for cell in solved.cells:
+            if cell.metadata.get("nbgrader", {}).get("grade"):
+                # shown, and not the cell's value, which nbgrader takes for points
+                (shown,) = cell.outputs
+                assert shown.output_type == "display_data"
+                assert "RIGHT" in str(shown.data).upper()
 
 
 class TestOtter:

@@ -192,7 +192,7 @@ def linked(text, chapters):
 
 def title(notebook):
     """ "04 LoRA: the BA decomposition"."""
-    return notebook.cells[0].source.splitlines()[0].lstrip("# ")
+    return notebook.cells[0].source.partition("\n")[0].lstrip("# ")
 
 
 def beside(path):

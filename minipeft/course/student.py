@@ -1,5 +1,5 @@
 """The student's edition of a chapter, and an nbgrader course folder: `minipeft student
-chapters/04_lora.ipynb --out mine`.
+chapters/04_lora.ipynb --out one-chapter`.
 
 A chapter holds its exercises as cells with a role (see CONTRIBUTING.md): question,
 stub, check, hint, solution. Stub and solution become one cell, in which the stub says
@@ -10,15 +10,16 @@ edition.
 
 import copy
 import math
+import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 
 from ..io import all_or_nothing, brief, check_choice, read_text, write_text
-from . import variants
+from . import layout, variants
 
 GRADERS = ("nbgrader", "otter")
 ROLES = ("question", "stub", "check", "hint", "solution")
@@ -31,7 +32,30 @@ SOLUTION_MARKERS, TEST_MARKERS = (
 )
 CALL = re.compile(r"^(check\.\w+\(.*\))$", re.M)
 CODE_LINK = re.compile(r"(?<=[\"'])\.\./[\w./-]+(?=[\"'])")  # "../results/x.json"
-TEXT_LINK = re.compile(r"(?<=\]\()(?!https?:|#|attachment:)[^)\s#]+")  # [text](x.png)
+# [text](x.png), [text](x.md#part): the text, the file, the part
+TEXT_LINK = re.compile(
+    r"\[((?:[^][]|\[[^][]*\])*)\]\((?!https?:|#|attachment:)([^)\s#]+)(#[^)\s]*)?\)"
+)
+README = "README.md"
+HEADING = "# A handout of minipeft\n"
+ABOUT = (
+    HEADING
+    + """
+Chapters of the course minipeft, which builds parameter-efficient fine-tuning by hand,
+without the solutions of their exercises:
+
+{chapters}
+
+**Open it.** You need Python 3.11 or newer and the course's package: {install}. Then
+type `jupyter lab` in this folder, and open the chapter.
+
+**Answer.** Run the first code cells. In each exercise write your answer where the stub
+says so, and run the cell below it: the check says whether the answer is right, and if
+not, what is wrong. Run it as often as you like. A hint is folded below it.
+
+Keep the notebook's name, and the folders beside it: the chapter reads them.
+"""
+)
 CONFIG = '''"""A course of minipeft under nbgrader.
 
 Run nbgrader in this folder: nbgrader generate_assignment NAME."""
@@ -245,8 +269,9 @@ def nbgrader_source(notebook):
     for name, cells in exercises(notebook).items():
         check = cells["check"]
         points = points_of(name, check)
+        # displayed, not the cell's value: nbgrader would take that for partial credit
         check.source = CALL.sub(
-            r"verdict = \1\nassert verdict, verdict\nverdict", check.source
+            r"verdict = \1\nassert verdict, verdict\ndisplay(verdict)", check.source
         )
         mark(cells["question"], f"{name}-question", locked=True)
         mark(cells["stub"], name, solution=True)
@@ -350,11 +375,13 @@ def write_all(paths, out, grader=None, force=False, variant=0) -> list:
     targets = [edition.target for edition in editions]
     if twice := [target for target in targets if targets.count(target) > 1]:
         raise StudentError(f"two chapters would become {twice[0]}")
-    with all_or_nothing(out) as part:
+    with all_or_nothing(out, is_somebodys_readme) as part:
         for edition in editions:
             folder = part / edition.target.parent.relative_to(out)
             folder.mkdir(parents=True, exist_ok=True)
-            take_files_along(edition, folder)
+            chapters = beside(edition, editions)
+            take_files_along(edition, folder, chapters)
+            write_text(folder / README, about(chapters))
             text = nbformat.writes(edition.notebook) + "\n"
             write_text(folder / edition.target.name, text)
             for name, test in edition.tests.items():
@@ -378,28 +405,99 @@ def repository(folder: Path) -> Path:
     return folder
 
 
-def take_files_along(edition: Edition, out: Path) -> None:
-    """Copy what the chapter reads or links to into `out`, and let it look there."""
-    home = edition.source.resolve().parent
-    root = repository(home)
+def beside(edition: Edition, editions) -> dict:
+    """{file name: title} of the chapters that will lie in the edition's folder."""
+    folder = edition.target.parent
+    found = {path.name: path.stem for path in folder.glob("*.ipynb")}
+    for other in editions:
+        if other.target.parent == folder:
+            found[other.target.name] = layout.title(other.notebook)
+    return dict(sorted(found.items()))
 
-    def moved(match):
-        link = match[0]
-        target = (home / link).resolve()
-        # another chapter: it has its own edition
-        if not target.is_file() or target.suffix == ".ipynb":
-            return link
-        if not target.is_relative_to(root):
-            print(f"{edition.source}: {link} lies outside the course: not copied")
-            return link
-        if target.is_relative_to(home):
-            inside = target.relative_to(home)
-        else:
-            inside = "files" / target.relative_to(root)
-        (out / inside).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(target, out / inside)
-        return inside.as_posix()
 
+def about(chapters: dict) -> str:
+    """A handout's README.md."""
+    lines = [f"- [{title}]({name})" for name, title in chapters.items()]
+    install = "install it as your teacher says"
+    if address := layout.address():
+        install = f"`pip install 'minipeft[course] @ git+{address}'`"
+    return ABOUT.format(chapters="\n".join(lines), install=install)
+
+
+def is_somebodys_readme(place: Path) -> bool:
+    """A README.md that no handout has written is not replaced."""
+    if place.name != README or not place.exists():
+        return False
+    return not place.read_bytes().startswith(HEADING.encode())
+
+
+def take_files_along(edition: Edition, out: Path, chapters) -> None:
+    """Copy what the chapter reads or links to into `out`, and let it look there. A link
+    to what the handout does not hold becomes plain text.
+
+    chapters: names of the chapters that will lie beside it."""
+    files = Files(edition.source, out, chapters)
     for cell in edition.notebook.cells:
-        links = CODE_LINK if cell.cell_type == "code" else TEXT_LINK
-        cell.source = links.sub(moved, cell.source)
+        if cell.cell_type == "code":
+            cell.source = CODE_LINK.sub(files.moved_code, cell.source)
+        else:
+            cell.source = files.moved_text(cell.source, files.home, out)
+
+
+@dataclass
+class Files:
+    """The files of one chapter: where they are, and where they go."""
+
+    source: Path
+    out: Path
+    chapters: dict
+    copied: set = field(default_factory=set)
+
+    def __post_init__(self):
+        self.home = self.source.resolve().parent
+        self.root = repository(self.home)
+
+    def copy(self, link, folder):
+        """Copy what a link in `folder` leads to. Returns its place, or None: it leads
+        to nothing, to a chapter, or out of the course."""
+        target = (folder / link).resolve()
+        if not target.is_file() or target.suffix == ".ipynb":
+            return None
+        if not target.is_relative_to(self.root):
+            print(f"{self.source}: {link} lies outside the course: not copied")
+            return None
+        if target.is_relative_to(self.home):
+            place = self.out / target.relative_to(self.home)
+        else:
+            place = self.out / "files" / target.relative_to(self.root)
+        if target in self.copied:
+            return place
+        self.copied.add(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".md":
+            text = read_text(target, StudentError)
+            write_text(place, self.moved_text(text, target.parent, place.parent))
+        else:
+            shutil.copyfile(target, place)
+        return place
+
+    def moved_code(self, match):
+        place = self.copy(match[0], self.home)
+        return match[0] if place is None else place.relative_to(self.out).as_posix()
+
+    def moved_text(self, text, folder, new_folder):
+        """Markdown from `folder` as it stands in `new_folder`."""
+
+        def moved(match):
+            words, link, part = match.groups(default="")
+            target = (folder / link).resolve()
+            if target.parent == self.home and target.name in (README, *self.chapters):
+                place = self.out / target.name
+            elif target.suffix == ".ipynb":
+                return words  # a chapter of the course that is not handed out
+            elif (place := self.copy(link, folder)) is None:
+                return words if target.exists() else match[0]
+            new = Path(os.path.relpath(place, new_folder)).as_posix()
+            return f"[{words}]({new}{part})"
+
+        return TEXT_LINK.sub(moved, text)
