@@ -4,6 +4,7 @@ nothing happens."""
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
 from . import merging, targets
@@ -19,15 +20,15 @@ from .weights import device_and_dtype
 
 def check_new_name(model, name):
     """Adapters' names become names of modules and of folders."""
-    if not isinstance(name, str) or not name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or hasattr(nn.ModuleDict(), name):
         impossible = True
     else:
         impossible = name == "__base__" or not {".", "/", "\\", "\0"}.isdisjoint(name)
     if impossible:
         raise AdapterNameError(
             f"{brief(name)} cannot name an adapter: expected a string without dots"
-            " and slashes, which is neither '__base__' nor the name of a method of"
-            " torch's ModuleDict"
+            " and slashes, which is neither '__base__' nor the name of a method or"
+            " attribute of torch's ModuleDict"
         )
     if name in model.peft_config:
         raise AdapterNameError(
@@ -106,11 +107,38 @@ def slots_for(model, config, sites):
         if not isinstance(module, Slot):
             module = Slot(module, model.base_model.active)
         slots[path] = module
+    check_places(model.base_model, {p: slot for p, slot in slots.items() if p})
     for path in copied:
         inside = slots[path].base_layer.modules()
         if any(isinstance(module, Slot) for module in inside):
             raise TargetError(f"modules_to_save: {path} holds adapters")
     return slots, copied
+
+
+def check_places(root, slots):
+    """Raise TargetError for a layer that also stands elsewhere in the model, where it
+    would have no adapter, or whose weight is read in eval mode without a call."""
+    parents = {}  # {id of a module: [those that hold it]}
+    for parent in root.modules():
+        for module in parent._modules.values():
+            parents.setdefault(id(module), []).append(parent)
+    for path, slot in slots.items():
+        layer = slot.base_layer
+        holders = [p for p in parents.get(id(layer), ()) if p is not slot]
+        if len(holders) > 1:
+            raise TargetError(
+                f"{path}: this {type(layer).__name__} stands at {len(holders)} places"
+                " of the model, and would have an adapter at one of them. Give each"
+                " place a module of its own (their weights may be tied)"
+            )
+        fast = torch.backends.mha.get_fastpath_enabled()
+        if fast and any(isinstance(p, nn.TransformerEncoderLayer) for p in holders):
+            raise TargetError(
+                f"{path}: in eval mode torch's TransformerEncoderLayer reads the weight"
+                f" of this {type(layer).__name__} and does not call it, so an adapter"
+                " has no effect. Call torch.backends.mha.set_fastpath_enabled(False)"
+                " first"
+            )
 
 
 def create(config, bases, autocast_adapter_dtype):
@@ -125,5 +153,6 @@ def create(config, bases, autocast_adapter_dtype):
         try:
             adapters[path] = config.create(base, path).to(*like)
         except TargetError as error:
-            raise TargetError(f"{path}: {error}") from None
+            where = f"{path}: " if path else ""  # "" is the whole model
+            raise TargetError(f"{where}{error}") from None
     return adapters

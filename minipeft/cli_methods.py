@@ -100,6 +100,14 @@ ALIASES = {
 }
 
 
+# fields that a run fills in itself
+NOTED = {
+    "base_model_name_or_path": "it is the name of --base",
+    "revision": "it belongs to the name of --base",
+    "inference_mode": "an adapter that is trained has it off",
+}
+
+
 def find_method(name):
     """(the usual name, its Method, or None for "full"). Upper case, _ and - do not
     matter."""
@@ -127,6 +135,8 @@ def parse_fields(items):
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise MethodError(f"--set {item}: expected FIELD=VALUE")
+        if name in fields:
+            raise MethodError(f"--set {item}: {name} is set twice")
         try:
             fields[name] = json.loads(value)
         except (ValueError, RecursionError):
@@ -149,6 +159,13 @@ def make_config(name, method, steps, options, fields):
             raise MethodError(
                 f"--set: {name} has no field {option!r}{did_you_mean(option, known)};"
                 f" it has {', '.join(known)}"
+            )
+        if option in NOTED:
+            raise MethodError(f"--set: {option} is not a choice: {NOTED[option]}")
+        if options.get(option) is not None:
+            raise MethodError(
+                f"--set: {option} has an option of its own, and both are given: leave"
+                " one out"
             )
     values = {**method.fields}
     if method.kind == "ADALORA":

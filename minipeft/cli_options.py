@@ -182,6 +182,7 @@ def add_command(commands, name, help, description=None, epilog=None):
 def add_model_options(command, in_4bit=True):
     command.add_argument(
         "--base",
+        type=some_text,
         help=(
             "the model: lanternwick, a folder in Hugging Face's layout, or a name on"
             " its hub. Default: the one an adapter was made for, else MINIPEFT_BASE,"
@@ -189,7 +190,9 @@ def add_model_options(command, in_4bit=True):
         ),
     )
     command.add_argument(
-        "--device", help="cpu, cuda, mps; default: a GPU if there is one"
+        "--device",
+        type=some_text,
+        help="cpu, cuda, mps; default: a GPU if there is one",
     )
     if in_4bit:
         command.add_argument(
@@ -361,7 +364,7 @@ def add_generate(commands):
     text.add_argument(
         "prompt", nargs="?", help="the text to continue; default: what stdin gives"
     )
-    text.add_argument("--adapter", help="folder of an adapter")
+    text.add_argument("--adapter", type=some_text, help="folder of an adapter")
     text.add_argument(
         "--chat",
         action="store_true",
@@ -409,7 +412,7 @@ def add_evaluate(commands):
     )
     add_model_options(test)
     test.add_argument("--data", required=True, help=DATA)
-    test.add_argument("--adapter", help="folder of an adapter")
+    test.add_argument("--adapter", type=some_text, help="folder of an adapter")
     test.add_argument(
         "--split",
         default="test",
@@ -433,7 +436,9 @@ def add_merge(commands):
         " compute beside it",
     )
     add_model_options(merge, in_4bit=False)
-    merge.add_argument("--adapter", required=True, help="folder of the adapter")
+    merge.add_argument(
+        "--adapter", type=some_text, required=True, help="folder of the adapter"
+    )
     merge.add_argument(
         "--out",
         required=True,

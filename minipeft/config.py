@@ -166,6 +166,10 @@ class PeftConfig(metaclass=ConfigType):
     def from_file_fields(cls, data):
         """The fields of a file, as this class takes them. Fields that this package has
         never heard of are dropped where they are empty."""
+        for field in dataclasses.fields(cls):
+            is_switch = matches_type(False, field.type)
+            if is_switch and data.get(field.name, True) is None:  # as PEFT reads it
+                data = data | {field.name: False}
         names = {field.name for field in dataclasses.fields(cls)} | UNSUPPORTED.keys()
         asked = {k: v for k, v in data.items() if k not in names and v}
         if asked:

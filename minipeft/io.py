@@ -112,8 +112,9 @@ def check_file(path, error=FileError):
     """Raise `error` unless `path` is a regular file: a pipe or device may never end."""
     try:
         mode = os.stat(path).st_mode
-    except OSError as problem:
-        raise error(f"cannot read {path}: {problem.strerror}") from None
+    except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
+        reason = getattr(problem, "strerror", problem)
+        raise error(f"cannot read {brief(str(path))[1:-1]}: {reason}") from None
     for is_kind, kind in KINDS:
         if is_kind(mode):
             raise error(f"{path} is {kind}; expected a file")
@@ -144,7 +145,7 @@ def parse_json(text, where, kind=dict, error=FileError):
     """`text` as JSON of that kind (dict, list, object for any). where: what the error
     calls it."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=without_duplicates)
     except RecursionError:
         raise error(f"{where}: JSON nested too deeply") from None
     except ValueError as problem:
@@ -152,6 +153,17 @@ def parse_json(text, where, kind=dict, error=FileError):
     if not isinstance(found, kind):
         names = {dict: "an object", list: "a list", str: "a string"}
         raise error(f"{where}: expected {names[kind]}, found {brief(found)}")
+    return found
+
+
+def without_duplicates(pairs):
+    """A JSON object's {key: value}. ValueError for a key that stands twice: Python
+    would take the last one without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {brief(twice)} stands twice in one object")
     return found
 
 

@@ -68,6 +68,7 @@ def merge_and_unload(model, names, safe_merge=False, lossy=False, dequantize=Fal
             linear4bit.dequantize_model(base)
         merge(model, [*before, *names], safe_merge, lossy)
     except BaseException:
+        restore(model)  # before the layers that it knows are replaced
         for _, layer, put in layers:
             put(layer)
         write(model, before)
@@ -129,8 +130,23 @@ def write(model, names, lossy=None):
 
 
 def restore(model):
-    for slot in reversed(model._slots().values()):  # the outermost was written first
+    slots = model._slots()
+    for path, slot in slots.items():
+        check_layers_are_there(path, slot)
+    for slot in reversed(slots.values()):  # the outermost was written first
         slot.unmerge()
+
+
+def check_layers_are_there(path, slot):
+    """Raise NotMergeableError where a layer was replaced while adapters were merged."""
+    there = {id(module) for module in targets.bare_modules(slot.base_layer)}
+    for module, _, _ in slot.unmerged_params:
+        if id(module) not in there:
+            raise NotMergeableError(
+                f"{path or 'the model'}: a {type(module).__name__} was replaced while"
+                f" {slot.merged} were merged, so the weights from before cannot be put"
+                " back. Put it back, or load the base again"
+            )
 
 
 def is_inside(path, outer):

@@ -5,6 +5,7 @@ What touches several layers at once is done for all of them or for none.
 
 import dataclasses
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,11 +83,17 @@ class PeftModel(HFMethods):
         """tensors: {key: tensor} of the adapter's file, where it comes from one.
         low_cpu_mem_usage has no effect."""
         super().__init__()
-        if any(isinstance(module, (Slot, PeftModel)) for module in model.modules()):
-            raise TargetError(
-                "this model has adapters already: use add_adapter on its PeftModel, or"
-                " unload it first"
-            )
+        for module in model.modules():
+            if isinstance(module, (Slot, PeftModel)):
+                raise TargetError(
+                    "this model has adapters already: use add_adapter on its PeftModel,"
+                    " or unload it first"
+                )
+            if type(module).__module__.startswith("peft."):
+                raise TargetError(
+                    "this model has adapters of Hugging Face PEFT already: unload them"
+                    f" first (found a {type(module).__name__})"
+                )
         self.base_model = ModelSlot(model, ActiveAdapters())
         # what an adapter shares over its slots is owned here, and lent to them
         self.shared = nn.ModuleDict()
@@ -219,6 +226,11 @@ class PeftModel(HFMethods):
         """Activate one adapter, or a list: each is given those before it as its base.
         Only they are trained."""
         names = self._check_names(adapter_name)
+        if twice := [name for name, n in Counter(names).items() if n > 1]:
+            raise AdapterNameError(
+                f"{twice[0]!r} is named twice in {brief(names)}: each adapter can be"
+                " active once"
+            )
         for path, slot in self._slots().items():
             copied = [n for n, a in slot.adapters.items() if isinstance(a, ModuleCopy)]
             copies = [name for name in names if name in copied]

@@ -81,8 +81,8 @@ def check_tensors(expected, found):
             wrong.append(f"  shape       {key}  {shape}, the model has {here}")
         elif tensor.dtype not in FLOATS:
             wrong.append(f"  type        {key}  {tensor.dtype}, expected floats")
-        elif not tensor.isfinite().all():
-            wrong.append(f"  not finite  {key}  {shape}")
+        elif not tensor.to(expected[key].dtype).isfinite().all():
+            wrong.append(f"  not finite  {key}  {shape}, as {expected[key].dtype}")
     if wrong:
         prefix = ""
         if found and not expected.keys() & found.keys():
@@ -336,7 +336,14 @@ def same(here, saved):
 
 # arguments of PEFT's loaders that lead to files; that say where tensors are put while
 # loading; that ask for what is not built
-HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+HUB = (
+    "revision",
+    "subfolder",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+)
 PLACING = ("torch_device", "low_cpu_mem_usage", "device_map", "max_memory")
 NOT_BUILT = {
     "ephemeral_gpu_offload": "weights are not moved between devices",
@@ -352,6 +359,12 @@ def hub_arguments(given):
     """Those of PEFT's loaders' arguments that lead to files. Those of PLACING have no
     effect: adapters are created beside the layers that they adapt. Raises ConfigError
     for what is not built, TypeError for unknown names."""
+    given = dict(given)
+    if not given.pop("use_safetensors", True):
+        raise ConfigError(
+            "use_safetensors=False would read a pickle: adapters are read from"
+            " safetensors only"
+        )
     for name, value in given.items():
         if name in NOT_BUILT and value:
             raise ConfigError(

@@ -307,6 +307,13 @@ class ModelSlot(Slot):
     def base_layer(self):
         return self.model
 
+    def __getattr__(self, name):
+        if name in OF_PEFT_MODEL:  # transformers' models have some of these, too
+            raise AttributeError(
+                f"base_model.{name}: call {name} on the PeftModel itself"
+            )
+        return super().__getattr__(name)
+
     def forward_mixed_batch(self, rows, *args, **kwargs):
         """Run each group of rows alone through the adapters around the model. Adapters
         inside the model split the rows themselves."""
@@ -314,26 +321,52 @@ class ModelSlot(Slot):
             return self.base_layer(*args, **kwargs)
         self.check_mixed_batch(kwargs)
         labels = kwargs.pop("labels", None)
+        items = kwargs.pop("num_items_in_batch", None)
         size = len(rows.names)
-        groups, order = rows.group(size, (*args, *kwargs.values())[0].device)
+        given = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+        groups, order = rows.group(size, given[0].device)
         outputs = []
         for name, index in groups:
             own_args = [select_rows(value, index, size) for value in args]
             own = {key: select_rows(v, index, size) for key, v in kwargs.items()}
             with self.active.only(name):
                 outputs.append(self.forward_stacked([name], *own_args, **own))
-        return join_outputs(outputs, order, labels)
+        if torch.is_tensor(outputs[0]):
+            return torch.cat(outputs)[order]
+        if not hasattr(outputs[0], "logits"):
+            raise ValueError(
+                "rows with different adapters around the model need a model that gives"
+                " a tensor, or an object with logits; found a"
+                f" {type(outputs[0]).__name__}"
+            )
+        loss = None
+        if labels is not None:
+            own_labels = [labels[index] for _, index in groups]
+            loss = next_token_loss(outputs, own_labels, items)
+        return join_outputs(outputs, order, loss)
 
     def check_mixed_batch(self, kwargs):
         """Raise ValueError where rows cannot be run in groups."""
         cached = any(kwargs.get(name) is not None for name in CACHES)
         if kwargs.get("use_cache") or cached:
             raise ValueError(MIXED_CACHES)
-        asked = [name for name in INNER_OUTPUTS if kwargs.get(name)]
+        config = getattr(self.base_layer, "config", None)
+        asked = [
+            name
+            for name in INNER_OUTPUTS
+            if kwargs.get(name, getattr(config, name, False))
+        ]
         if asked:
             raise ValueError(
                 f"{asked[0]}: adapters around the model give rows of different lengths,"
                 " which have no common hidden states: ask for one adapter at a time"
+            )
+        kind = getattr(self.base_layer, "loss_type", None)  # transformers' name
+        if kwargs.get("labels") is not None and kind not in (None, "ForCausalLM"):
+            raise ValueError(
+                "labels: rows with different adapters around the model have a loss of"
+                f" next tokens only, and this {type(self.base_layer).__name__} has"
+                " another one: compute it from the logits"
             )
         if self.training and targets.uses_grad_checkpointing(self.base_layer):
             raise ValueError(
@@ -363,26 +396,46 @@ def select_rows(value, index, size):
     return value[index] if per_row else value
 
 
-def join_outputs(outputs, order, labels):
-    """One output of groups of rows, in the batch's order, with the loss for `labels`
-    (B, T). Tensors, or Hugging Face's outputs with logits (rows, T, V)."""
-    if torch.is_tensor(outputs[0]):
-        return torch.cat(outputs)[order]
-    joined = copy.copy(outputs[0])
-    # prompts add positions in front: keep those of the text
+def join_outputs(outputs, order, loss):
+    """One output of groups of rows, in the batch's order, with the logits (rows, T, V)
+    and the loss alone: all else is of one group."""
+    # prompts add positions in front: keep those that all rows have
     length = min(output.logits.shape[1] for output in outputs)
     logits = torch.cat([output.logits[:, -length:] for output in outputs])
-    joined.logits = logits[order]  # (B, T, V)
-    for name in CACHES:
-        if hasattr(joined, name):
-            setattr(joined, name, None)
-    if labels is not None:
-        joined.loss = F.cross_entropy(
-            joined.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    return type(outputs[0])(loss=loss, logits=logits[order])
+
+
+def next_token_loss(outputs, labels, items=None):
+    """The mean cross-entropy over all labels (rows, T) of groups of rows; with `items`,
+    the sum divided by it. Prompts' positions, in front, have no labels."""
+    loss = 0
+    count = 0
+    for output, own in zip(outputs, labels):
+        prompt = output.logits.shape[1] - own.shape[1]
+        own = F.pad(own, (prompt, 0), value=IGNORED)[:, 1:].flatten()
+        logits = output.logits[:, :-1].flatten(0, 1).float()
+        loss = loss + F.cross_entropy(
+            logits, own, ignore_index=IGNORED, reduction="sum"
         )
-    return joined
+        count += (own != IGNORED).sum()
+    return loss / (count if items is None else items)
 
 
+IGNORED = -100  # the label of a position that is not learnt
+# what Hugging Face PEFT has on PeftModel.base_model, and a PeftModel here itself
+OF_PEFT_MODEL = {
+    "active_adapter",
+    "active_adapters",
+    "add_weighted_adapter",
+    "delete_adapter",
+    "merge_adapter",
+    "merge_and_unload",
+    "peft_config",
+    "set_adapter",
+    "set_requires_grad",
+    "unload",
+    "unmerge_adapter",
+}
 # the cache's name in forward: until and since transformers 5.24
 CACHES = {"past_key_values", "cache"}
 INNER_OUTPUTS = ("output_hidden_states", "output_attentions")

@@ -171,6 +171,11 @@ def check_forward(layer):
     does not compute what that layer would: then a change of its weight is not the
     change of its output that an adapter computes. Tried out on a small input."""
     known = known_class(layer)
+    if getattr(layer, "max_norm", None) is not None:
+        raise TargetError(
+            f"this {type(layer).__name__} shortens its vectors to max_norm ="
+            f" {layer.max_norm} in its own weight, which an adapter would not follow"
+        )
     # a forward may also be given to the one object, as accelerate's hooks do
     own = "forward" in vars(layer) or type(layer).forward is not getattr(
         known, "forward", None

@@ -813,6 +813,18 @@ class TestMistakes:
             (("--set", "target_modules=(("), "'((' is not a regular expression"),
             (("--set", "rank_pattern=[8]"), "rank_pattern = [8]: expected dict"),
             (("--set", "peft_type=IA3"), "lora has no field 'peft_type'"),
+            (("--set", "r=2", "--r", "4"), "--set: r has an option of its own"),
+            (
+                ("--targets", "q_proj", "--set", 'target_modules=["v_proj"]'),
+                "--set: target_modules has an option of its own",
+            ),
+            (("--set", "r=2", "--set", "r=3"), "--set r=3: r is set twice"),
+            (
+                ("--set", "base_model_name_or_path=x"),
+                "base_model_name_or_path is not a choice: it is the name of --base",
+            ),
+            (("--set", "inference_mode=true"), "inference_mode is not a choice"),
+            (("--set", "revision=x"), "revision is not a choice"),
             (("--method", "fusion"), "fusion needs --set adapters=VALUE"),
             (("--method", "adalora", "--set", "total_step=null"), "total_step = None"),
             (
@@ -989,6 +1001,11 @@ class TestUsage:
             ("generate", "--top-p", "2", "above 0 and at most 1"),
             ("evaluate", "--limit", "-1", "at least 1"),
             ("evaluate", "--show", "-1", "at least 0"),
+            # an empty shell variable is not the default
+            ("generate", "--adapter", "", "expected some text"),
+            ("merge", "--adapter", "", "expected some text"),
+            ("evaluate", "--base", "", "expected some text"),
+            ("finetune", "--device", "", "expected some text"),
         ],
     )
     def test_numbers_out_of_bounds(self, command, option, value, message, capsys):
@@ -996,6 +1013,7 @@ class TestUsage:
             "finetune": ["--data", "sql", "--out", "x"],
             "evaluate": ["--data", "sql"],
             "generate": ["x"],
+            "merge": ["--out", "x"],
         }[command]
         with pytest.raises(SystemExit) as stop:
             main([command, *needed, f"{option}={value}"])

@@ -129,6 +129,9 @@ class TestNamesOfAdapters:
             "pop",
             "keys",
             "forward",
+            "training",
+            "_modules",
+            "_parameters",
             "__base__",
             3,
             None,
@@ -160,6 +163,9 @@ class TestNamesOfAdapters:
                 AdapterNameError, match="no adapter 'knwn'.*did you mean 'known'"
             ):
                 wrong()
+        for twice in (["known", "known"], ("known", "known", "known")):
+            with pytest.raises(AdapterNameError, match="'known' is named twice"):
+                model.set_adapter(twice)
         assert torch.equal(run(model), before) and list(model.state_dict()) == tensors
         assert model.active_adapters == ["known"]
 
@@ -168,6 +174,26 @@ class TestNamesOfAdapters:
         for again in (model, model.get_base_model()):
             with pytest.raises(TargetError, match="add_adapter"):
                 get_peft_model(again, LoraConfig())
+
+    @pytest.mark.parametrize("where", ["around", "within", "injected"])
+    def test_adapters_of_peft_in_the_base(self, where):
+        import peft
+
+        model = BASE.make()
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2)
+        if where == "around":
+            model = peft.get_peft_model(model, config)
+        elif where == "within":
+            peft.get_peft_model(model, config)
+        else:
+            peft.inject_adapter_in_model(
+                peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]), model
+            )
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        with pytest.raises(TargetError, match="PEFT already: unload them first"):
+            get_peft_model(model, LoraConfig(target_modules=["v_proj"]))
+        still = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert still == trained
 
     def test_rows_of_merged_adapters(self):
         model = adapted(LORA, BASE)
@@ -354,6 +380,8 @@ class TestTensorsInFiles:
             (lambda t: t.to(torch.complex64), "complex64, expected floats"),
             (lambda t: t.index_fill_(0, torch.tensor([0]), float("inf")), "not finite"),
             (lambda t: t.mul_(0).sub_(float("inf")), "not finite"),
+            (lambda t: t.double().fill_(1e300), "not finite"),
+            (lambda t: t.double().index_fill_(0, torch.tensor([0]), -1e39), "float32"),
             (lambda t: t.to(torch.int64), "torch.int64, expected floats"),
             (lambda t: t.to(torch.uint8), "torch.uint8, expected floats"),
             (lambda t: t > 0, "torch.bool, expected floats"),

@@ -28,6 +28,7 @@ from minipeft import (
     get_peft_model,
     targets,
 )
+from minipeft.quant import dequantize_model, quantize_model
 
 LLAMA = BASES["llama"]
 # Pairs of adapters whose slots nest, or are the same: (of "a", of "b")
@@ -511,6 +512,15 @@ class TestForwardsOfTheirOwn:
         apart = model(x).detach()
         close(model.merge_and_unload()(x), apart, 1e-5)
 
+    @pytest.mark.parametrize("max_norm", [1.0, 0.1])
+    @pytest.mark.parametrize("padding", [None, 0])
+    def test_an_embedding_that_changes_its_own_weight(self, max_norm, padding):
+        layer = nn.Embedding(9, 8, padding_idx=padding, max_norm=max_norm)
+        base = nn.Sequential(layer)
+        with pytest.raises(TargetError, match=f"max_norm = {max_norm}"):
+            get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+        assert base[0] is layer
+
     def test_one_that_computes_the_same_is_adapted(self):
         torch.manual_seed(0)
         x = torch.randn(3, 8)
@@ -568,6 +578,124 @@ class TestForwardsOfTheirOwn:
             ours.merge_adapter()
             close(ours(input_ids=ids)[0], apart, 1e-5)
             close(ours.merge_and_unload()(input_ids=ids)[0], apart, 1e-5)
+
+
+class Twice(nn.Module):
+    """One layer under two names, and a block that stands twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))])
+        self.blocks.append(self.blocks[0])
+
+    def forward(self, x):
+        for layer in (self.a, self.b, *self.blocks):
+            x = layer(x)
+        return x
+
+
+class TestPlaces:
+    """Where a slot in a layer's place would not be called, or not always."""
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            LoraConfig(r=2, target_modules=["a"]),
+            LoraConfig(r=2, target_modules=["blocks.0.0"], modules_to_save=["a"]),
+            BottleneckConfig(target_modules=["blocks.0"]),
+        ],
+        ids=lambda config: type(config).__name__,
+    )
+    def test_a_layer_at_two_places_is_refused(self, config):
+        base = Twice()
+        with pytest.raises(TargetError, match="stands at 2 places of the model"):
+            get_peft_model(base, config)
+        assert base.a is base.b and base.blocks[0] is base.blocks[1]
+
+    @pytest.mark.parametrize("kind", ["Lora", "LNTuning"])
+    def test_a_layer_in_a_block_at_two_places(self, kind):
+        """Both places run the one slot."""
+        torch.manual_seed(0)
+        name = {"Lora": "blocks.0.0", "LNTuning": "blocks.0.1"}[kind]
+        config = getattr(minipeft, f"{kind}Config")(target_modules=[name])
+        base, x = Twice().eval(), torch.randn(3, 8)
+        plain = base(x)
+        model = shake(get_peft_model(base, config)).eval()
+        apart = model(x).detach()
+        differ(apart, plain)
+        model.merge_adapter()
+        close(model(x), apart, 1e-5)
+        assert torch.equal(model.unload()(x), plain)
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            LoraConfig(r=2, target_modules=["linear1", "linear2"]),
+            LNTuningConfig(target_modules=["norm2"]),
+            IA3Config(target_modules=["linear2"], feedforward_modules=["linear2"]),
+        ],
+        ids=lambda config: type(config).__name__,
+    )
+    def test_torch_s_encoder_layer(self, config):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        base, x = nn.Sequential(layer).eval(), torch.randn(2, 3, 8)
+        with pytest.raises(TargetError, match="reads the weight of this"):
+            get_peft_model(base, config)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            plain = base(x)
+            model = shake(get_peft_model(base, config)).eval()
+            apart = model(x).detach()
+            differ(apart, plain)
+            model.merge_adapter()
+            close(model(x), apart, 1e-5)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+
+
+class TestReplacedWhileMerged:
+    """What stood there before cannot be put back into another layer."""
+
+    @pytest.mark.parametrize("name", ["subspace around lora", "two on one layer"])
+    def test_quantising_is_refused(self, name):
+        model = pair(name)
+        before = run(model)
+        model.merge_adapter(["b"])
+        for change in (quantize_model, dequantize_model):
+            for part in (model, model.get_base_model()):
+                with pytest.raises(NotMergeableError, match="unmerge_adapter.. first"):
+                    change(part)
+        model.unmerge_adapter()
+        assert torch.equal(run(model), before)
+
+    def test_of_a_4_bit_base(self):
+        base = quantize_model(BASES["hf_llama"].make())
+        model = shake(get_peft_model(base, LoraConfig(target_modules=["q_proj"])))
+        before = run(model)
+        model.merge_adapter(lossy=True)
+        with pytest.raises(NotMergeableError, match="unmerge_adapter.. first"):
+            dequantize_model(model)
+        model.unmerge_adapter()
+        assert torch.equal(run(model), before)
+
+    @pytest.mark.parametrize("act", ["unmerge_adapter", "unload", "half", "merge b"])
+    def test_another_layer_is_said(self, act):
+        model = pair("two on one layer")
+        before = run(model)
+        model.merge_adapter(["a"])
+        slot = model.base_model.model.model.layers[1].mlp.down_proj
+        own, slot.base_layer = slot.base_layer, copy.deepcopy(slot.base_layer)
+        merged = run(model)
+        calls = {"merge b": lambda: model.merge_adapter(["b"])}
+        with pytest.raises(NotMergeableError, match="layers.1.mlp.down_proj: a Linear"):
+            calls.get(act, getattr(model, act, None))()
+        assert torch.equal(run(model), merged)
+        slot.base_layer = own
+        model.unmerge_adapter()
+        assert torch.equal(run(model), before)
 
 
 class TestNeededAdapters:

@@ -7,7 +7,7 @@ from bases import BASES, close, run
 from tolerance import assert_within, size
 from torch import nn
 
-from minipeft import LoraConfig, get_peft_model
+from minipeft import LoraConfig, PromptTuningConfig, SubspaceConfig, get_peft_model
 from minipeft.methods.lora import Lora
 
 D_IN, D_OUT, T = 24, 32, 5
@@ -251,3 +251,116 @@ def test_values_far_apart_do_not_leak_into_other_rows():
     heard = model(loud, adapter_names=["a", "b", "__base__"])
     assert_within(heard[1:], quiet[1:], terms=D_OUT, steps=4)
     assert size(heard[0]) > 1e4
+
+
+def hf(name, **fields):
+    """A tiny random model of the transformers library."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig if name.startswith("Bert") else None
+    config = config or getattr(transformers, f"{name.partition('For')[0]}Config")
+    sizes = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=16)
+    if name.startswith("T5"):
+        sizes = dict(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    else:
+        sizes["intermediate_size"] = 24
+    model = getattr(transformers, name)(config(vocab_size=40, **sizes, **fields))
+    return model.eval()
+
+
+def around(base, **configs):
+    """`base` with adapters around the whole model, moved off their start."""
+    first, *others = configs
+    model = get_peft_model(base, configs[first], first)
+    for name in others:
+        model.add_adapter(name, configs[name])
+    model.set_requires_grad(list(configs))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn_like(p)
+    return model
+
+
+IDS = torch.arange(3, 24).view(3, 7)
+LABELS = IDS.masked_fill(IDS % 4 == 0, -100)
+
+
+class TestAroundTheModel:
+    """Groups of rows run one after the other, and their outputs are put together."""
+
+    @pytest.mark.parametrize("items", [None, 5])
+    @pytest.mark.parametrize(
+        "names",
+        [["a", "b", "__base__"], ["a", "a", "a"], ["b", "a", "b"], ["c", "a", "c"]],
+        ids=",".join,
+    )
+    def test_the_loss_is_that_of_each_row_alone(self, names, items):
+        configs = {
+            "a": PromptTuningConfig(num_virtual_tokens=3),
+            "b": PromptTuningConfig(num_virtual_tokens=5),
+            "c": SubspaceConfig(d=10),
+        }
+        model = around(hf("LlamaForCausalLM"), **configs)
+        sums = []
+        for row, name in enumerate(names):
+            own = dict(input_ids=IDS[row : row + 1], labels=LABELS[row : row + 1])
+            if name == "__base__":
+                with model.disable_adapter():
+                    loss = model(**own, num_items_in_batch=1).loss
+            else:
+                model.set_adapter(name)
+                loss = model(**own, num_items_in_batch=1).loss
+            sums.append(loss)
+        # the first label has a position before it only where a prompt stands there
+        prompt = torch.tensor([name in "ab" for name in names])
+        learnt = LABELS != -100
+        learnt[~prompt, 0] = False
+        given = dict(adapter_names=names, labels=LABELS)
+        if items:
+            given["num_items_in_batch"] = items
+        # an option may come before the tensors
+        mixed = model(use_cache=False, input_ids=IDS, **given)
+        expected = torch.stack(sums).sum() / (items or learnt.sum())
+        assert_within(mixed.loss, expected, terms=64, steps=4)
+
+    @pytest.mark.parametrize(
+        "name, labels",
+        [
+            ("BertForMaskedLM", LABELS),
+            ("BertForTokenClassification", LABELS % 2),
+            ("BertForSequenceClassification", torch.tensor([0, 1, 1])),
+            ("T5ForConditionalGeneration", LABELS),
+        ],
+    )
+    def test_other_losses_are_refused(self, name, labels):
+        model = around(hf(name), a=SubspaceConfig(d=10))
+        given = dict(input_ids=IDS, adapter_names=["a", "__base__", "a"])
+        with pytest.raises(ValueError, match="compute it from the logits"):
+            model(**given, labels=labels)
+
+    @pytest.mark.parametrize(
+        "name, options",
+        [
+            ("BertModel", {}),
+            ("LlamaForCausalLM", {"return_dict": False}),
+            ("BertForQuestionAnswering", {}),
+        ],
+    )
+    def test_outputs_that_cannot_be_joined(self, name, options):
+        model = around(hf(name), a=SubspaceConfig(d=10))
+        with pytest.raises(ValueError, match="an object with logits; found a "):
+            model(input_ids=IDS, adapter_names=["a", "__base__", "a"], **options)
+
+    @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+    def test_what_the_configuration_asks_for_is_refused_too(self, name):
+        fields = {name: True, "attn_implementation": "eager"}
+        model = around(hf("LlamaForCausalLM", **fields), a=SubspaceConfig(d=10))
+        names = ["a", "__base__", "a"]
+        with pytest.raises(ValueError, match=f"{name}: adapters around the model"):
+            model(input_ids=IDS, adapter_names=names)
+        plain = model(input_ids=IDS, adapter_names=names, **{name: False})
+        found = {key for key, value in plain.items() if value is not None}
+        assert found == {"logits"}

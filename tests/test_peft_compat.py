@@ -440,6 +440,17 @@ class TestWhatFallsThrough:
         with pytest.raises(AttributeError, match="did you mean 'get_layer_status'"):
             adapted(LORA, BASE).get_layer_statuss  # noqa: B018
 
+    @pytest.mark.parametrize(
+        "name", ["set_adapter", "merge_adapter", "unload", "peft_config"]
+    )
+    @pytest.mark.parametrize("base", [BASE, BASES["mlp"]])
+    def test_what_peft_has_on_base_model(self, name, base):
+        """transformers' models have a set_adapter, too, of adapters of their own."""
+        theirs = peft.get_peft_model(base.make(), LORA.theirs(base))
+        assert hasattr(theirs.base_model, name)
+        with pytest.raises(AttributeError, match=f"call {name} on the PeftModel"):
+            getattr(adapted(LORA, base).base_model, name)
+
     def test_resizing(self):
         models = [
             adapted(LORA, BASE),
@@ -551,6 +562,7 @@ class TestLoading:
             dict(low_cpu_mem_usage=True),
             dict(device_map="auto", token=None, revision=None),
             dict(ephemeral_gpu_offload=False, key_mapping=None),
+            dict(use_safetensors=True, force_download=True),
         ):
             model = PeftModel.from_pretrained(BASE.make(), folder, **options)
             assert torch.equal(run(model), wanted)
@@ -565,6 +577,8 @@ class TestLoading:
         ):
             with pytest.raises(ConfigError, match="not built"):
                 PeftModel.from_pretrained(BASE.make(), folder, **options)
+        with pytest.raises(ConfigError, match="would read a pickle"):
+            PeftModel.from_pretrained(BASE.make(), folder, use_safetensors=False)
         with pytest.raises(TypeError, match="'revison' .did you mean 'revision'"):
             PeftModel.from_pretrained(BASE.make(), folder, revison="v1")
 
@@ -665,6 +679,9 @@ class TestFilesOfPeft:
             dict(loftq_config={"loftq_bits": 4}, eva_config={"rho": 2.0}),
             dict(a_field_of_next_year=None, runtime_config={"x": False}),
             dict(enable_lora=None, merge_weights=False, layers_pattern=""),  # 2023
+            dict(use_dora=None, use_rslora=None, fan_in_fan_out=None),
+            dict(inference_mode=None, lora_bias=None),
+            dict(init_lora_weights=None, ensure_weight_tying=None),
         ],
         ids=str,
     )

@@ -203,10 +203,22 @@ class TestWholeMethods:
         loss = model(
             **inputs(), labels=labels, adapter_names=["lora", "default", "__base__"]
         ).loss
-        shifted = nn.functional.cross_entropy(
-            mixed[:, :-1].reshape(-1, mixed.shape[-1]), labels[:, 1:].reshape(-1)
-        )
-        close(loss, shifted)
+        # the mean over the labels that each row learns alone: behind a prompt the first
+        # one too
+        counts, sums = (labels[:, 1:] != -100).sum(1), []
+        counts[1] += 1
+        for row, active in enumerate(["lora", "default", None]):
+            own = {k: v[row : row + 1] for k, v in inputs().items()}
+            one = dict(own, labels=labels[row : row + 1])
+            if active is None:
+                with model.disable_adapter():
+                    alone = model(**one).loss
+            else:
+                model.set_adapter(active)
+                alone = model(**one).loss
+            sums.append(alone * counts[row])
+        model.set_adapter("lora")
+        close(loss, torch.stack(sums).sum() / counts.sum())
         assert model.active_adapters == ["lora"] and torch.equal(run(model), with_lora)
         with pytest.raises(ValueError, match="one at a time"):
             run(model, adapter_names=["lora", "default", "__base__"], use_cache=True)

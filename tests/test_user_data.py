@@ -283,6 +283,69 @@ class TestRecords:
         with pytest.raises(DataError, match=message):
             load_data(tmp_path / "a.csv")
 
+    @pytest.mark.parametrize(
+        "record, message",
+        [
+            ({"text": "a", "prompt": "b", "completion": "c"}, "text and prompt/compl"),
+            (  # as Alpaca's
+                {"instruction": "a", "input": "", "output": "b", "text": "c"},
+                "text and instruction/output",
+            ),
+            (
+                {"messages": TALK, "prompt": "b", "completion": "c"},
+                "prompt/completion and messages",
+            ),
+            ({"instruction": "a", "input": 5, "output": "b"}, "input: expected a text"),
+            (
+                {"instruction": "a", "input": ["c"], "output": "b"},
+                "input: expected a text",
+            ),
+            (
+                {"messages": [TALK[0], TALK[1] | {"weight": 0}]},
+                "weight = 0 is not built: every answer",
+            ),
+            (
+                {"messages": [TALK[0], TALK[1] | {"tool_calls": [{"id": 1}]}]},
+                "tool_calls are not built",
+            ),
+        ],
+    )
+    def test_what_would_be_ignored(self, tmp_path, record, message):
+        good = {"instruction": "a", "input": None, "output": "b", "id": 1}
+        lines = [json.dumps(one) for one in (good, record)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        with pytest.raises(DataError, match=f"line 2.* {message}"):
+            read_user_file(tmp_path / "a.jsonl", load_tokenizer("lanternwick"))
+
+    @pytest.mark.parametrize(
+        "name, text, message",
+        [
+            ("a.csv", "text,text\na,b\n", "two columns are called 'text'"),
+            ("a.csv", "prompt,completion,prompt\na,b,c\n", "called 'prompt'"),
+            ("a.csv", "\ufefftext,id,text\na,b,c\n", "called 'text'"),
+            ("a.csv", "instruction,input,output,input\na,b,c,d\n", "called 'input'"),
+            ("a.jsonl", '{"text": "a", "text": "b"}', "'text' stands twice"),
+            (
+                "a.jsonl",
+                '{"messages": [{"role": "user", "role": "system", "content": "a"}]}',
+                "line 1.*'role' stands twice in one object.* Each line holds",
+            ),
+        ],
+    )
+    def test_what_stands_twice(self, tmp_path, name, text, message):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            read_user_file(tmp_path / name)
+
+    def test_columns_without_a_name(self, tmp_path):
+        (tmp_path / "a.csv").write_text(",text,\n1,a,\n2,b,\n")
+        assert [text for _, text, _ in read_user_file(tmp_path / "a.csv")] == ["a", "b"]
+
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+    def test_a_zero_byte_in_the_name(self, suffix):
+        with pytest.raises(DataError, match=r"cannot read a\\x00b.*null"):
+            load_data(f"a\0b{suffix}")
+
     @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
     def test_what_is_not_a_file_does_not_hang(self, tmp_path, suffix):
         os.mkfifo(tmp_path / f"pipe{suffix}")

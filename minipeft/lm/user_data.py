@@ -18,15 +18,17 @@ file and line.
 
 import csv
 import io
-import json
 
-from ..io import brief, check_choice, read_bytes
+from ..io import brief, check_choice, parse_json, read_bytes
 from .chat import ROLES, ChatError, answers
 from .fetch import DataError
 
 LONGEST_LINE = 1_000_000  # characters; what is longer is not text that somebody wrote
 SUFFIXES = (".txt", ".jsonl", ".csv")
 FEW = 10  # paragraphs
+# fields of a record, besides messages; of several only one can be learnt
+FORMS = (("text",), ("prompt", "completion"), ("instruction", "output"))
+FIELDS = [*(field for form in FORMS for field in form), "input"]
 PARTS = {
     ".txt": "Blank lines separate texts; in a file with fewer than"
     f" {FEW} paragraphs each line is a text",
@@ -66,16 +68,12 @@ def json_rows(path):
     for number, line in lines_of(path):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except RecursionError:
-            raise DataError(f"{where}: JSON nested too deeply") from None
-        except ValueError as error:
-            raise DataError(
-                f"{where}: not JSON ({error}). {PARTS['.jsonl']}"
-            ) from error
-        yield number, row
+        yield number, parse_json(line, f"{path}, line {number}", object, refuse_line)
+
+
+def refuse_line(problem):
+    """A DataError that says what a line should hold."""
+    return DataError(f"{problem}. {PARTS['.jsonl']}")
 
 
 def csv_rows(path):
@@ -83,6 +81,10 @@ def csv_rows(path):
     text = "\n".join(line for _, line in lines_of(path))
     rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
+        columns = rows.fieldnames or []
+        twice = [name for name in FIELDS if columns.count(name) > 1]
+        if twice:
+            raise DataError(f"{path}: two columns are called {brief(twice[0])}")
         for row in rows:
             where = f"{path}, line {rows.line_num}"
             if None in row:
@@ -101,27 +103,43 @@ def pairs(row, where, tokenizer=None):
 
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected {EXPECTED}; found {brief(row)}")
+    forms = [form for form in FORMS if all(map(filled, form))]
+    if row.get("messages"):
+        forms.append(("messages",))
+    if not forms:
+        raise DataError(f"{where}: expected {EXPECTED}; found {brief(row)}")
+    if len(forms) > 1:
+        names = " and ".join("/".join(form) for form in forms)
+        raise DataError(
+            f"{where}: holds {names}, and only one of them can be learnt: remove the"
+            " other fields"
+        )
     try:
-        if filled("text"):
+        if forms == [("text",)]:
             found = [("", row["text"])]
-        elif filled("prompt") and filled("completion"):
+        elif forms == [("prompt", "completion")]:
             found = [join(row["prompt"], row["completion"])]
-        elif filled("instruction") and filled("output"):
-            asked = row["instruction"]
-            if filled("input"):
-                asked += f"\n\n{row['input']}"
-            turns = [("user", asked), ("assistant", row["output"])]
-            messages = [{"role": role, "content": text} for role, text in turns]
-            found = answers(messages, tokenizer)
-        elif row.get("messages"):
+        elif forms == [("messages",)]:
             found = answers(check_messages(row["messages"], where), tokenizer)
         else:
-            raise DataError(f"{where}: expected {EXPECTED}; found {brief(row)}")
+            turns = [("user", question(row, where)), ("assistant", row["output"])]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            found = answers(messages, tokenizer)
     except ChatError as error:
         raise DataError(f"{where}: {error}") from None
     for text in (text for pair in found for text in pair):
         check_unicode(text, where)
     return found
+
+
+def question(row, where):
+    """The instruction, with its input if there is one."""
+    given = row.get("input")
+    if given is not None and not isinstance(given, str):
+        raise DataError(f"{where}: input: expected a text; found {brief(given)}")
+    if given and given.strip():
+        return f"{row['instruction']}\n\n{given}"
+    return row["instruction"]
 
 
 def check_messages(messages, where):
@@ -143,6 +161,13 @@ def check_messages(messages, where):
         )
     for message in messages:
         check_choice("role", message["role"], ROLES, refuse)
+        if message.get("weight", 1) != 1:
+            raise refuse(
+                f"weight = {brief(message['weight'])} is not built: every answer of the"
+                " assistant is learnt"
+            )
+        if message.get("tool_calls"):
+            raise refuse("tool_calls are not built: write the call as content")
     return messages
 
 

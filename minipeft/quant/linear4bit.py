@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import weights
-from ..errors import FileError
+from ..errors import FileError, NotMergeableError
 from ..io import check_choice, did_you_mean, with_prefix
 from ..targets import find_targets, is_found, unwrap_slot, walk
 from .bitsandbytes import bitsandbytes_layer, from_bitsandbytes, to_bitsandbytes
@@ -323,6 +323,16 @@ def quantizable_layers(model, skip=("lm_head",), strict=True):
     }
 
 
+def check_unmerged(model):
+    """Raise NotMergeableError where adapters are written into weights: what stood there
+    before could not be put back into new layers."""
+    for path, _, _, module in walk(model):
+        if getattr(module, "is_slot", False) and module.merged:
+            raise NotMergeableError(
+                f"{path}: {module.merged} are merged: call unmerge_adapter() first"
+            )
+
+
 def quantize_model(model, backend="torch", skip=("lm_head",), **options):
     """Put every linear layer's weight into 4 bits, in place and one by one; returns the
     model.
@@ -333,6 +343,7 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
               compute_dtype=None
     """
     check_choice("backend", backend, BACKENDS)
+    check_unmerged(model)
     found = quantizable_layers(model, skip)
     while found:  # layer by layer, keeping none
         _, (layer, put) = found.popitem()
@@ -343,6 +354,7 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
 def dequantize_model(model, dtype=None):
     """Every 4-bit layer becomes an nn.Linear again, in place; returns the model. The
     rounding remains."""
+    check_unmerged(model)
     for _, layer, put in linear_layers(model):
         if not weights.is_dense(layer):
             put(to_linear(layer, dtype))
