@@ -296,8 +296,8 @@ PLAN = [  # the most telling first
         }.items()
     ),
     entry("04 06 08 12", "LoRA r 1", 300, 2e-2),
-    entry("08", "VeRA r 256", 300, [1e-1]),
-    entry("08", "LoKr r 64", 300, [5e-2]),
+    entry("08", "VeRA r 256", 300, 1e-1),
+    entry("08", "LoKr r 64", 300, 5e-2),
     entry("04", "LoRA r 32", 300, [2e-3]),
     entry("04 06 08", "LoRA r 4", 300, 1e-2),
     entry("06", "DoRA r 8", 300, 5e-3),
@@ -321,8 +321,8 @@ PLAN = [  # the most telling first
     entry("05 11 13", "LoRA r 22, q and v", 60, 1e-2, "stowaway"),
     entry("11", "after attention", 300, [2e-2]),
     entry("11", "Houlsby", 300, [2e-2]),
-    entry("08", "LoHa r 2", 300, [5e-2]),
-    entry("08", "DenseLoRA r 16", 300, [2e-2]),
+    entry("08", "LoHa r 2", 300, 5e-2),
+    entry("08", "DenseLoRA r 16", 300, 2e-2),
     # 06: low ranks, longer
     entry("06", "LoRA r 2", 300, 1e-2),
     entry("06", "DoRA r 2", 300, 1e-2),
