@@ -100,12 +100,14 @@ def pattern(order):
     def config(job):
         run = found(pool(), case="AdaLoRA 6 to 3", steps=job["steps"], seed=job["seed"])
         ranks = min(run, key=lambda run: run["valid_loss"])["ranks"]
+        # a matrix without rank is left alone
+        wanted = {path: rank for path, rank in order(ranks).items() if rank}
         return LoraConfig(
             r=3,
             lora_alpha=6,
-            target_modules=[path for path, rank in order(ranks).items() if rank],
-            rank_pattern=order(ranks),
-            alpha_pattern={path: 2 * rank for path, rank in order(ranks).items()},
+            target_modules=list(wanted),
+            rank_pattern=wanted,
+            alpha_pattern={path: 2 * rank for path, rank in wanted.items()},
         )
 
     return config

@@ -45,7 +45,13 @@ from .claims import claim  # noqa: E402
 from .comparison import compare  # noqa: E402
 from .figures import approx, table  # noqa: E402
 from .finding import finding  # noqa: E402
-from .records import at_best_rate, longer_runs, matching, real_size  # noqa: E402
+from .records import (  # noqa: E402
+    at_best_rate,
+    longer_runs,
+    matching,
+    real_size,
+    versus,
+)
 from .show import show  # noqa: E402
 
 __all__ = [
@@ -61,4 +67,5 @@ __all__ = [
     "real_size",
     "show",
     "table",
+    "versus",
 ]
