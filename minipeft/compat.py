@@ -60,7 +60,9 @@ def get_peft_model_state_dict(model, state_dict=None, adapter_name="default"):
 def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default"):
     """Give an adapter the values of {key: tensor}: all of them, or AdapterFileError and
     none. (PEFT reports missing and unexpected keys instead.)"""
-    adapters = model._adapters_by_path(*model._check_names(adapter_name))
+    (name,) = model._check_names(adapter_name)
+    model._check_not_merged(name)
+    adapters = model._adapters_by_path(name)
     saving.load_tensors(adapters, peft_model_state_dict)
 
 

@@ -88,6 +88,11 @@ class PeftConfig(metaclass=ConfigType):
                     f"{name} = {io.brief(value)}: expected a positive integer"
                 )
 
+    def pattern(self, field):
+        """{"rank_pattern['q_proj']": 4, ...}: a pattern's values, as errors name
+        them."""
+        return {f"{field}[{k!r}]": v for k, v in getattr(self, field).items()}
+
     def check_probability(self, *fields):
         for field in fields:
             value = getattr(self, field)
@@ -272,6 +277,11 @@ def method_of(peft_type):
 def as_config(config):
     """A configuration of this package, from one of Hugging Face PEFT's or its dict."""
     if isinstance(config, PeftConfig):
+        if not config.peft_type:
+            raise ConfigError(
+                f"{type(config).__name__} is not a method: expected one of"
+                f" {', '.join(cls.__name__ for cls in METHODS.values())}"
+            )
         return config
     is_object = not isinstance(config, type)
     if is_object and hasattr(config, "peft_type") and hasattr(config, "to_dict"):

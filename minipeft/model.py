@@ -66,6 +66,22 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
 
 
+WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel")
+
+
+def check_model(model):
+    """Raise TargetError for what is not a model, or has one inside: its own name would
+    stand in the paths of files."""
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"expected a model (an nn.Module), found {brief(model)}")
+    kind = type(model).__name__
+    if kind in WRAPPERS or isinstance(model, torch.jit.ScriptModule):
+        raise TargetError(
+            f"a {kind} holds the model: put adapters into the model itself, and then"
+            " compile or wrap the PeftModel"
+        )
+
+
 class PeftModel(HFMethods):
     """A frozen model with named adapters. The names of its methods, and what they do,
     are Hugging Face PEFT's."""
@@ -83,6 +99,7 @@ class PeftModel(HFMethods):
         """tensors: {key: tensor} of the adapter's file, where it comes from one.
         low_cpu_mem_usage has no effect."""
         super().__init__()
+        check_model(model)
         for module in model.modules():
             if isinstance(module, (Slot, PeftModel)):
                 raise TargetError(
@@ -484,13 +501,16 @@ class PeftModel(HFMethods):
 
     def _reload(self, name, config, tensors):
         """Load tensors into an adapter that is there."""
+        self._check_not_merged(name)
+        found = config.resolve(self.get_base_model())
+        saving.check_same_config(name, self.peft_config[name], found)
+        saving.load_tensors(self._adapters_by_path(name), tensors)
+
+    def _check_not_merged(self, name):
         if name in self.merged_adapters:
             raise AdapterNameError(
                 f"{name!r} is merged: call unmerge_adapter() before loading into it"
             )
-        found = config.resolve(self.get_base_model())
-        saving.check_same_config(name, self.peft_config[name], found)
-        saving.load_tensors(self._adapters_by_path(name), tensors)
 
     def add_weighted_adapter(
         self,

@@ -175,6 +175,63 @@ class TestNamesOfAdapters:
             with pytest.raises(TargetError, match="add_adapter"):
                 get_peft_model(again, LoraConfig())
 
+    @pytest.mark.parametrize("wrong", [None, "gpt2", {"a": torch.ones(1)}, LoraConfig])
+    def test_what_is_not_a_model(self, wrong):
+        with pytest.raises(TargetError, match="expected a model .*, found"):
+            get_peft_model(wrong, LoraConfig(target_modules=["q_proj"]))
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda model: torch.compile(model, backend="eager"),
+            torch.nn.DataParallel,
+            lambda model: torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2))),
+        ],
+        ids=["compiled", "data parallel", "scripted"],
+    )
+    def test_a_model_within_a_wrapper(self, wrap):
+        model = wrap(BASE.make())
+        with pytest.raises(TargetError, match="put adapters into the model itself"):
+            get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+
+    @pytest.mark.parametrize("kind", ["PeftConfig", "LayerConfig"])
+    def test_a_configuration_of_no_method(self, kind):
+        base = BASE.make()
+        with pytest.raises(ConfigError, match=f"{kind} is not a method.*LoraConfig"):
+            get_peft_model(base, getattr(minipeft.config, kind)())
+
+    @pytest.mark.parametrize(
+        "kind, fields, message",
+        [
+            ("Lora", dict(rank_pattern={"q_proj": 0}), r"rank_pattern\['q_proj'\] = 0"),
+            ("LoHa", dict(rank_pattern={"self": -1}), r"rank_pattern\['self'\] = -1"),
+            ("LoKr", dict(rank_pattern={3: 2.5}), r"rank_pattern\[3\] = 2.5"),
+            (
+                "Lora",
+                dict(alpha_pattern={"lora_alpha": 0}),
+                r"alpha_pattern\['lora_alpha'\] = 0",
+            ),
+            ("LoHa", dict(alpha_pattern={"alpha": 0}), r"alpha_pattern\['alpha'\] = 0"),
+            (
+                "AdaLora",
+                dict(rank_pattern={"q_proj": 3}),
+                "rank_pattern = {'q_proj': 3}",
+            ),
+        ],
+    )
+    def test_patterns_name_their_field(self, kind, fields, message):
+        more = {"total_step": 9} if kind == "AdaLora" else {}
+        with pytest.raises(ConfigError, match=message):
+            getattr(minipeft, f"{kind}Config")(**fields, **more)
+
+    @pytest.mark.parametrize("key", ["q_proj", "layers.0.self_attn.q_proj.lora_E", "x"])
+    def test_a_pattern_of_adalora_that_no_layer_has(self, key):
+        config = minipeft.AdaLoraConfig(
+            total_step=9, target_modules=["q_proj"], rank_pattern={key: [True] * 12}
+        )
+        with pytest.raises(TargetError, match="rank_pattern finds no module for"):
+            get_peft_model(BASE.make(), config)
+
     @pytest.mark.parametrize("where", ["around", "within", "injected"])
     def test_adapters_of_peft_in_the_base(self, where):
         import peft
@@ -194,6 +251,19 @@ class TestNamesOfAdapters:
             get_peft_model(model, LoraConfig(target_modules=["v_proj"]))
         still = [name for name, p in model.named_parameters() if p.requires_grad]
         assert still == trained
+
+    def test_new_values_for_a_merged_adapter(self):
+        """The weights would hold the old ones."""
+        model = adapted(LORA, BASE)
+        values = minipeft.get_peft_model_state_dict(model)
+        doubled = {key: 2 * tensor for key, tensor in values.items()}
+        model.merge_adapter()
+        with pytest.raises(AdapterNameError, match="call unmerge_adapter.. before"):
+            minipeft.set_peft_model_state_dict(model, doubled)
+        model.unmerge_adapter()
+        minipeft.set_peft_model_state_dict(model, doubled)
+        again = minipeft.get_peft_model_state_dict(model)
+        assert all(torch.equal(again[key], doubled[key]) for key in doubled)
 
     def test_rows_of_merged_adapters(self):
         model = adapted(LORA, BASE)

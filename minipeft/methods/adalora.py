@@ -120,7 +120,7 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = 0.5
     total_step: int | None = None  # required: the length of the training
     # {path + ".lora_E": [is the triplet kept?]}, from the allocator
-    rank_pattern: dict | None = None
+    rank_pattern: dict[str, list[bool]] | None = None
 
     def check_ranks(self):
         if self.r != 8:
@@ -149,6 +149,12 @@ class AdaLoraConfig(LoraConfig):
             if getattr(self, name):
                 raise ConfigError(f"AdaLoRA has no {name}")
         self.check_choice("init_lora_weights", (True, False))
+
+    def unused_patterns(self, field, found):
+        if field != "rank_pattern":
+            return super().unused_patterns(field, found)
+        layers = {f"{path}.lora_E" for path in found}
+        return [key for key in self.rank_pattern or () if key not in layers]
 
     def create(self, base, path):
         check_rank(self.init_r, base.module, useful=False)

@@ -103,9 +103,9 @@ class LycorisConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_positive("r", **self.rank_pattern)
+        self.check_positive("r", **self.pattern("rank_pattern"))
         self.check_probability("rank_dropout", "module_dropout")
-        check_alpha(alpha=self.alpha, **self.alpha_pattern)
+        check_alpha(alpha=self.alpha, **self.pattern("alpha_pattern"))
 
     def create(self, base, path):
         r = targets.match_pattern(self.rank_pattern, path, self.r)

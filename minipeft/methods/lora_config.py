@@ -53,7 +53,7 @@ class LoraConfig(LayerConfig):
             self.loftq_config = {}
         self.check_ranks()
         self.check_probability("lora_dropout")
-        check_alpha(lora_alpha=self.lora_alpha, **self.alpha_pattern)
+        check_alpha(lora_alpha=self.lora_alpha, **self.pattern("alpha_pattern"))
         if self.bias != "none":
             raise ConfigError(
                 f"bias={self.bias!r} is not supported; BitFitConfig trains biases,"
@@ -65,7 +65,7 @@ class LoraConfig(LayerConfig):
             raise ConfigError("use_dora has no lora_bias: DoRA's B has no bias")
 
     def check_ranks(self):
-        self.check_positive("r", **self.rank_pattern)
+        self.check_positive("r", **self.pattern("rank_pattern"))
 
     @classmethod
     def from_file_fields(cls, data):
