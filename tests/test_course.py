@@ -125,6 +125,26 @@ class TestFigures:
         )
         assert "4" in [tick.get_text() for tick in ax.get_xticklabels()]
 
+    @pytest.mark.parametrize(
+        "axis, low, high, named",
+        [
+            ("y", 0.02, 0.5, (0.05, 0.1, 0.2)),
+            ("y", 30, 300, (30, 100, 300)),
+            ("x", 0.004, 0.03, (0.005, 0.02)),
+        ],
+    )
+    def test_a_logarithmic_axis_has_the_names_it_is_given_and_no_others(
+        self, axis, low, high, named
+    ):
+        ax = figures.axes("title", "x", "y", logx=axis == "x", logy=axis == "y")
+        ax.plot([low, high], [low, high])
+        names = [f"{value:g}" for value in named]
+        ticks = {f"{axis}ticks": named, f"{axis}ticklabels": names}
+        figures.finish(ax, legend=False, **ticks)
+        ax.figure.draw_without_rendering()
+        both = [getattr(ax, f"get_{axis}ticklabels")(minor=m) for m in (False, True)]
+        assert [t.get_text() for part in both for t in part if t.get_text()] == names
+
     def test_open_limits_end_where_the_data_end(self, monkeypatch):
         from minipeft.course import figures
 

@@ -8,7 +8,7 @@ from IPython.display import Markdown, display
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from .alt_text import contrast, describe
@@ -78,6 +78,9 @@ def finish(ax=None, legend=True, outside=False, save=None, **limits) -> None:
     ylim=, xticks=, ..."""
     ax = ax or plt.gca()
     ax.set(**limits)  # only now: ylim=(0, None) means up to the largest value drawn
+    for axis, names in ((ax.xaxis, "xticklabels"), (ax.yaxis, "yticklabels")):
+        if names in limits:  # a logarithmic axis names others, between these
+            axis.set_minor_formatter(NullFormatter())
     if legend and ax.get_legend_handles_labels()[1]:
         place = (
             {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
