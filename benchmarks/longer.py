@@ -305,8 +305,8 @@ PLAN = [  # the most telling first
     entry("06", "DoRA r 8", 300, 5e-3),
     entry("11 04", "LoRA r 11, attention", 300, 1e-2),
     # where training goes on improving
-    entry("07", "LoRA r 3", 1000, [1e-2]),
-    entry("07", "AdaLoRA 6 to 3", 1000, [5e-2]),
+    entry("07", "LoRA r 3", 1000, 1e-2),
+    entry("07", "AdaLoRA 6 to 3", 1000, 2e-2),
     entry("02 04", "full", 1000, [5e-4]),
     entry("02 04", "LoRA r 8", 1000, [5e-3]),
     # the rest

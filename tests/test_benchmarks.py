@@ -206,6 +206,15 @@ def test_a_longer_run_without_validation_or_score_is_printed():
     assert "valid 0.2500 test 0.5000 score - (9 s)" in longer.line_of(run)
 
 
+def test_a_matrix_that_lost_all_its_rank_gets_no_lora(monkeypatch):
+    ranks = {"layers.0.q_proj": 5, "layers.1.q_proj": 0, "layers.0.up_proj": 2}
+    run = {"case": "AdaLoRA 6 to 3", "steps": 300, "seed": 0, "valid_loss": 1.0}
+    monkeypatch.setattr(longer, "pool", lambda: [run | {"ranks": ranks}])
+    config = longer.CASES["LoRA, AdaLoRA's ranks"]({"steps": 300, "seed": 0})
+    assert config.target_modules == ["layers.0.q_proj", "layers.0.up_proj"]
+    assert config.rank_pattern == {"layers.0.q_proj": 5, "layers.0.up_proj": 2}
+
+
 def test_reversed_ranks_stay_with_their_kind():
     ranks = {"0.q": 1, "1.q": 5, "2.q": 3, "0.up": 0, "1.up": 2}
     turned = {"0.q": 5, "1.q": 1, "2.q": 3, "0.up": 2, "1.up": 0}
@@ -215,6 +224,8 @@ def test_reversed_ranks_stay_with_their_kind():
 @pytest.mark.parametrize("path", LONG, ids=lambda path: path.stem)
 def test_longer_runs_say_how_they_were_made_and_keep_their_answers(path):
     record = json.loads(path.read_text(encoding="utf-8"))["long_runs"]
+    plain = [{**run, "seconds": None} for run in record["runs"]]
+    assert all(plain.count(run) == 1 for run in plain)  # none stands twice
     assert {"command", "date", "machine", "commit", "seeds", "weights"} <= set(record)
     for run in record["runs"]:
         made = {"case", "task", "steps", "lr", "seed", "parameters", "test_loss"}
