@@ -17,6 +17,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib
 import io
 import json
 import sys
@@ -382,6 +383,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("exercises", nargs="*", help="only these (default: all)")
     chosen = parser.parse_args(argv).exercises
+    importlib.import_module("torch._dynamo")  # torch.optim's first use loads it
     sandbox.LIMIT = LIMIT
     table = json.loads(TABLE.read_text("utf-8")) if TABLE.exists() else {}
     found = solutions()

@@ -512,7 +512,7 @@ def test_choose_method_right_answers():
     "says, answer",
     [
         (
-            "without its activations it would",
+            "leave the activations out",
             lambda *g: chosen(
                 *g, bill=lambda w: 2 * (w["total"] - w["trained"]) + 16 * w["trained"]
             ),
@@ -521,17 +521,17 @@ def test_choose_method_right_answers():
             "but they are there",
             lambda *g: chosen(*g, bill=lambda w: 16 * w["trained"] + w["activations"]),
         ),
-        ("the card has", lambda *g: chosen(*g, bill=lambda w: 0)),
+        ("whether it fits or not", lambda *g: chosen(*g, bill=lambda w: 0)),
         ("with the lowest mean", lambda *g: chosen(*g, judge=lambda a, b: a is b)),
         (
-            "it is behind the best that fits",
+            "may be behind the best that fits",
             lambda *g: chosen(*g, judge=lambda a, b: True),
         ),
         (
-            "it is behind the best that fits",
+            "may be behind the best that fits",
             lambda *g: chosen(*g, judge=lambda a, b: compare(a, b).verdict != "behind"),
         ),
-        ("with the lowest mean", lambda *g: chosen(*g, least=False)),
+        ("by the rule it is", lambda *g: chosen(*g, least=False)),
         ("one lucky seed", lambda *g: chosen(*g, join=min)),
         ("one lucky seed", lambda *g: chosen(*g, join=lambda losses: [*losses][0])),
         ("for the trained parameters as well", lambda *g: chosen(*g, bill=of_all)),

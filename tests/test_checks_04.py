@@ -454,11 +454,11 @@ def test_choose_rank_right_answers():
             lambda *g: chosen(*g, judge=lambda a, b: a is b),
         ),
         (
-            "compare the wrong way round",
+            "you ask the wrong way round",
             lambda *g: chosen(*g, judge=lambda a, b: compare(a, b).verdict != "behind"),
         ),
         ("more than the budget", lambda runs, budget: chosen(runs, None)),
-        ("lowest mean. A smaller one", lambda *g: chosen(*g, largest=True)),
+        ("largest rank that is not behind", lambda *g: chosen(*g, largest=True)),
         ("ake the mean", lambda *g: chosen(*g, join=statistics.median)),
         ("", lambda runs, budget: chosen(runs, budget - 1)),
         ("its own best rate", lambda *g: (chosen(*g)[0], 3e-4)),

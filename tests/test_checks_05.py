@@ -162,6 +162,13 @@ def test_rank_at_budget_solution():
         (
             "spent to the last number",
             lambda shapes, layers, targets, budget: max(
+                (r for r in range(99) if r * layers * cost(shapes, targets) < budget),
+                default=0,
+            ),
+        ),
+        (
+            "Nothing is left to choose from",
+            lambda shapes, layers, targets, budget: max(
                 r for r in range(99) if r * layers * cost(shapes, targets) < budget
             ),
         ),

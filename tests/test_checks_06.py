@@ -120,9 +120,26 @@ def test_fair_gap_solution():
         check.fair_gap,
         lambda runs: [
             torch.tensor(gaps(runs), dtype=torch.float64).mean(),
-            len({g > 0 for g in gaps(runs)}) == 1,
+            abs(sum((g > 0) - (g < 0) for g in gaps(runs))) == 3,
         ],
     )
+
+
+@pytest.mark.parametrize(
+    "agree",
+    [
+        lambda found: len({gap > 0 for gap in found}) == 1,
+        lambda found: len({gap < 0 for gap in found}) == 1,
+        lambda found: min(found) >= 0 or max(found) <= 0,
+        lambda found: min(found) * max(found) >= 0,
+    ],
+    ids=["not above", "not below", "at least 0", "the product"],
+)
+def test_with_equal_losses_neither_is_better(agree):
+    def answer(runs):
+        return mean(gaps(runs)), agree(gaps(runs))
+
+    rejects("one seed both losses are equal", check.fair_gap, answer)
 
 
 @pytest.mark.parametrize(

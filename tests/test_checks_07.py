@@ -571,7 +571,7 @@ def seeming(look):
         ("One lucky seed", min),
         ("worst seed", max),
         ("median", lambda losses: sorted(losses)[1]),
-        ("first seed alone", lambda losses: losses[0]),
+        ("the first or the last seed alone", lambda losses: losses[0]),
     ],
 )
 def test_when_it_pays_takes_the_mean_of_the_seeds(says, look):

@@ -1,6 +1,7 @@
 """Chapter 09's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+import functools
 import itertools
 import math
 from statistics import NormalDist
@@ -265,9 +266,9 @@ def test_choose_format_solution():
     "says, answer",
     [
         ("nothing here yet", blank),
-        ("bits a weight, more than", choosing(scale=0)),
+        ("pays its share of its block", choosing(scale=0)),
         ("bits a weight, more than", choosing(scale=16)),
-        ("bits a weight, more than", choosing(budget=99)),
+        ("whatever it needs: the budget counts", choosing(budget=99)),
         ("is allowed too", choosing(scale=40)),
         ("the largest matrix decides", choosing(relative=False)),
         ("first matrix only", choosing(over=lambda found: found[0])),
@@ -481,7 +482,7 @@ def test_the_mean_of_squared_errors_and_whole_bits():
     for look in (max, lambda e: sorted(e)[1], lambda e: sum(x**0.5 for x in e)):
         for verdict in judge(check.choose_format, looking(look)):
             assert not verdict
-    rejects("bits a weight", check.choose_format, looking(sum, bits=math.log2))
+    rejects("a whole number of bits", check.choose_format, looking(sum, bits=math.log2))
 
 
 def in_a_list(self, packed, scale, code, W):
@@ -515,3 +516,35 @@ def test_the_dense_weight_is_found_wherever_it_is_kept():
         rejects("keep the dense weight", check.four_bit_adapter, four(keep=keep))
     rejects("keep the dense weight", check.four_bit_adapter, four(delta=once_made))
     rejects("change W itself", check.four_bit_adapter, four(keep=changing))
+
+
+def test_the_verdict_is_against_the_best_by_the_mean():
+    """The format is right, and what it is compared with is found by one look."""
+
+    def answer(*given, look):
+        right = looking(sum)(*given)
+        weights, codes, sizes, budget = given
+        if "int4d" not in codes:
+            return right
+        even = {name: code for name, code in codes.items() if name != "nf4"}
+        plain = looking(look)(weights, even, sizes, budget)
+        pair = [
+            [error(w, codes[name], size) for w in weights]
+            for name, size in (right[:2], plain[:2])
+        ]
+        return *right[:2], compare(*pair, loss=True).verdict
+
+    def error(w, code, size):
+        rows = w.reshape(-1, size)
+        top = rows.abs().amax(1, keepdim=True)
+        return float((nearest(rows / top, code) * top - rows).square().mean()) / float(
+            rows.square().mean()
+        )
+
+    accepts(check.choose_format, functools.partial(answer, look=sum))
+    for look in (min, max, lambda e: sorted(e)[1], lambda e: e[0], lambda e: e[-1]):
+        rejects(
+            "the best allowed format of equal",
+            check.choose_format,
+            functools.partial(answer, look=look),
+        )

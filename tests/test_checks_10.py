@@ -305,7 +305,7 @@ def test_choose_setup_solution():
     "says, answer",
     [
         ("nothing here yet", blank),
-        ("does not fit on the card", choice(fits=False)),
+        ("whether it fits on the card or not", choice(fits=False)),
         ("one of the two is missing", choice(gradient=0)),
         ("*two* numbers", choice(means=1)),
         ("count them twice", choice(logits=1)),

@@ -388,10 +388,10 @@ def test_choose_placement_solution():
     "says, answer",
     [
         ("nothing here yet", stub),
-        ("the best of all, and too large", placing(budgeted=False)),
+        ("the best of all, and it may be too large", placing(budgeted=False)),
         ("two adapters in each block", placing(houlsby=1)),
         ("m + d numbers more", placing(biases=False)),
-        ("is the lowest that was tried", placing(edges=False)),
+        ("is the lowest or the highest that was tried", placing(edges=False)),
         ("You choose on the test", placing(by="test")),
         ("the second best of those", placing(pick=-1)),
         ("turned round", placing(turned=True)),

@@ -623,6 +623,17 @@ def by_scores(score):
     return answer
 
 
+def pooled(way):
+    """The verdict on all answers at once, as if each were a seed."""
+
+    def answer(valid, right, plain):
+        name = chosen(valid, right, plain)[0]
+        a, b = ([int(c) for c in way(right[key])] for key in (name, plain))
+        return name, compare(a, b).verdict
+
+    return answer
+
+
 class Registering(Mixture):
     """Its experts become children of it at the first call."""
 
@@ -647,9 +658,9 @@ def renaming(change):
     [
         ("choose_merge", "mean over the seeds", picked(min)),
         ("choose_merge", "mean over the seeds", picked(max)),
-        ("choose_merge", "mean over the seeds", picked(lambda x: sorted(x)[1])),
-        ("choose_merge", "mean over the seeds", picked(lambda x: x[0])),
-        ("choose_merge", "mean over the seeds", picked(lambda x: x[-1])),
+        ("choose_merge", "median", picked(lambda x: sorted(x)[1])),
+        ("choose_merge", "the first or the last seed", picked(lambda x: x[0])),
+        ("choose_merge", "the first or the last seed", picked(lambda x: x[-1])),
         ("choose_merge", "one of those to choose from", never_the_plain_one),
         (
             "choose_merge",
@@ -657,6 +668,17 @@ def renaming(change):
             by_scores(lambda s: 100 * s.count("1") / 60),
         ),
         ("choose_merge", "sees every answer", by_scores(lambda s: s.count("1"))),
+        ("choose_merge", "You pool the answers", pooled(lambda s: "".join(s))),
+        (
+            "choose_merge",
+            "You pool the answers",
+            pooled(lambda s: [c for row in zip(*s) for c in row]),
+        ),
+        (
+            "choose_merge",
+            "You pool the answers",
+            pooled(lambda s: [sum(map(int, column)) for column in zip(*s)]),
+        ),
         ("choose_merge", "sees every answer", by_scores(lambda s: s.count("1") / 60)),
         ("learnt_merge", "save more than its weights", Registering),
         ("learnt_merge", "changed places", renaming(sorted)),

@@ -320,7 +320,7 @@ def test_gguf_lora_solution():
         ("the way back", lambda A, B, heads: (A, rows(B, heads, back=True))),
         ("as if there were one head", lambda A, B, heads: (A, rows(B, 1))),
         ("are swapped", lambda A, B, heads: (rows(B, heads), A)),
-        ("A should stay", lambda A, B, heads: (2 * A, rows(B, heads))),
+        ("2 times what the formula gives", lambda A, B, heads: (2 * A, rows(B, heads))),
         ("Return two tensors", lambda A, B, heads: rows(B, heads)),
         ("is there a `return`", lambda A, B, heads: None),
         ("nothing here yet", stub),
@@ -388,7 +388,7 @@ def near_the_best(points):
         ("over the budget", lambda runs, budget: best(runs)),
         ("best mean within", lambda runs, budget: best(within(runs, budget))),
         ("is the smallest", lambda runs, budget: smallest(runs)),
-        ("three points lower", near_the_best(4)),
+        ("by the rule it is", near_the_best(4)),
         ("nothing apart", near_the_best(1)),
         (
             "Your choice depends on the order",
@@ -488,6 +488,43 @@ def of_roles(*roles, start=0, end=0, header=False):
         return ids, labels
 
     return answer
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 3e-4, 3e-5, 1e-5])
+def test_the_tolerance_is_the_one_that_is_asked_for(tolerance):
+    def answer(ours, theirs):
+        return by_steps(
+            ours, theirs, lambda a, b: math.isclose(a, b, rel_tol=tolerance)
+        )
+
+    says = "tolerance is too wide" if tolerance > 1e-4 else "the same run here"
+    if tolerance != 3e-5 and tolerance != 3e-4:
+        rejects(says, check.first_difference, answer)
+    for asked in (1e-3, 1e-4):
+        right = 0.4 * asked < tolerance < 2.9 * asked
+        assert bool(check.first_difference(answer, tolerance=asked)) == right
+
+
+@pytest.mark.parametrize("factor", [2.0, -1.0, 0.01])
+def test_factors_may_share_their_product_in_another_way(factor):
+    def answer(A, B, heads):
+        return factor * A, rows(B, heads) / factor
+
+    accepts(check.gguf_lora, answer)
+
+    def turned(A, B, heads):
+        Q, R = torch.linalg.qr(rows(B, heads))
+        return R @ A, Q
+
+    accepts(check.gguf_lora, turned)
+
+    def by_way_of_W(A, B, heads):
+        U, S, Vt = torch.linalg.svd(rows(B @ A, heads), full_matrices=False)
+        r = len(A)
+        return S[:r, None] * Vt[:r], U[:, :r]
+
+    rejects("a matrix of W's size", check.gguf_lora, by_way_of_W)
+    rejects("differs", check.gguf_lora, lambda A, B, h: (factor * A, rows(B, h) * 3))
 
 
 def test_a_list_is_as_good_as_a_tuple():

@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...lm import GPT, GPTConfig
 from ..comparison import compare as told_apart
-from .practice import SEEDS, Adam, agreeing
+from .kinds import TRAPS, Choices, by_one_look, trap
+from .practice import SEEDS, Adam, written
 from .teacher import Wrong, checks, compare, need
 
 __all__ = [
@@ -431,19 +432,7 @@ def stays(edit: str) -> bool:
 )
 def predict_same(predicted, form="a") -> None:
     """predicted: {edit: "same" or "other"}."""
-    need(
-        predicted is not None,
-        "There is nothing here yet: write your prediction in the place of None.",
-    )
-    need(
-        isinstance(predicted, dict),
-        'Write the prediction as a dictionary {edit: "same" or "other"}; yours is a'
-        f" {type(predicted).__name__}.",
-    )
-    missing = [edit for edit in FORMS[form] if edit not in predicted]
-    need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
-    unknown = [edit for edit in predicted if edit not in FORMS[form]]
-    need(not unknown, f"{unknown[:1]} is none of the edits that were asked about.")
+    written(predicted, FORMS[form], form='{edit: "same" or "other"}')
     for edit in FORMS[form]:
         said = predicted[edit]
         need(
@@ -484,6 +473,10 @@ def bases_drawn(rng, kind):
         if kind == "uneven" and name == "letters":
             losses[1] += 0.2
         found[name] = {"tokens": round(size / each), "bytes": size, "loss": losses}
+    if kind in TRAPS:  # by one look at the seeds "large" seems better than "small"
+        for name, losses in zip(("small", "large"), trap(kind, 0.8, 0.02)):
+            each, _ = drawn[name]
+            found[name]["loss"] = {seed: each * losses[seed] for seed in SEEDS}
     names = list(found)
     rng.shuffle(names)
     return {name: found[name] for name in names}
@@ -506,7 +499,8 @@ def mean(losses) -> float:
 )
 def choose_base(function, given="loss") -> None:
     """function(models) -> (name, verdict)."""
-    kinds = "plain", "close", "agree", "lucky", "plain", "uneven"
+    kinds = "plain", "close", "agree", "lucky", "plain", "uneven", *TRAPS
+    names, verdicts = Choices(), Choices()
     for number, kind in enumerate(kinds):
         models = bases_drawn(random.Random(number), kind)
         shown = copy.deepcopy(models)
@@ -514,10 +508,12 @@ def choose_base(function, given="loss") -> None:
             for model in shown.values():
                 losses = model.pop("loss").items()
                 model["perplexity"] = {seed: math.exp(loss) for seed, loss in losses}
-        judge_base(function(shown), models)
+        a_base(function(shown), models, names, verdicts)
+    names.judge()
+    verdicts.judge()
 
 
-def judge_base(got, models):
+def a_base(got, models, names, verdicts) -> None:
     need(got is not None, "Your function gives None: is there a `return` at its end?")
     need(
         isinstance(got, (tuple, list)) and len(got) == 2,
@@ -525,48 +521,37 @@ def judge_base(got, models):
     )
     name, verdict = got
     bytewise = {key: a_byte(model) for key, model in models.items()}
+    strange = {key: a_byte(model, True) for key, model in models.items()}
+    each = {key: list(losses.values()) for key, losses in bytewise.items()}
     right = min(bytewise, key=lambda key: mean(bytewise[key]))
     by_token = min(models, key=lambda key: mean(models[key]["loss"]))
-    if name != right:
-        strange = {key: a_byte(model, True) for key, model in models.items()}
-        lucky = min(bytewise, key=lambda key: min(bytewise[key].values()))
-        worst = max(bytewise, key=lambda key: mean(bytewise[key]))
-        turned = min(strange, key=lambda key: mean(strange[key]))
-        slips = [
-            (
-                lucky,
-                "You take the lowest of any seed: one lucky seed is no reason. Take"
-                " the mean over the seeds.",
-            ),
-            (
-                by_token,
-                "You compare losses per token. A model with short tokens has more of"
-                " them, each easier to foresee: divide by what is the same for all,"
-                " the bytes. (Nats a byte are nats a token times tokens a byte.)",
-            ),
-            (turned, "Your share is upside down: tokens a byte, not bytes a token."),
-            (worst, "You take the worst: lower is better."),
-            (name, f"You choose {name!r}; by nats a byte it is {right!r}."),
-        ]
-        raise Wrong(next(message for key, message in slips if name == key))
+    slips = by_one_look(each) | {
+        "You compare losses per token. A model with short tokens has more of them, each"
+        " easier to foresee: divide by what is the same for all, the bytes. (Nats a"
+        " byte are nats a token times tokens a byte.)": [
+            by_token,
+            min(strange, key=lambda key: mean(strange[key])),
+        ],
+        "You take the worst: lower is better.": max(
+            bytewise, key=lambda key: mean(bytewise[key])
+        ),
+    }
+    names.add(
+        name, right, slips, f"You choose {name!r}; by nats a byte it is {right!r}."
+    )
     true = told_apart(bytewise[right], bytewise[by_token], loss=True).verdict
-    if isinstance(verdict, str) and verdict == true:
-        return
-    need(
-        isinstance(verdict, str),
-        "The verdict is a word, `compare(...).verdict`; you return a"
-        f" {type(verdict).__name__}.",
-    )
     tokenwise = models[right]["loss"], models[by_token]["loss"]
-    need(
-        verdict != told_apart(*tokenwise, loss=True).verdict,
-        "Your verdict compares the losses per token, or the wrong way round: compare"
-        " nats a byte here too, with loss=True.",
-    )
-    raise Wrong(
+    verdicts.add_verdict(
+        verdict,
+        true,
+        "these are losses (loss=True), and it is of the best by the byte against the"
+        " best by the token.",
         f"You say {verdict!r}; the course's rule says {true!r} of {right!r} against"
-        f" {by_token!r}, by nats a byte, paired by seed, with loss=True."
-        + (agreeing(true) if verdict in ("ahead", "behind") else "")
+        f" {by_token!r}, by nats a byte, paired by seed, with loss=True.",
+        {
+            "Your verdict compares the losses per token: compare nats a byte here"
+            " too.": told_apart(*tokenwise, loss=True).verdict
+        },
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..comparison import compare as told_apart
+from .kinds import Choices
 from .practice import SEEDS, chains, loss_on_new, numbers, small_gpt
 from .teacher import Wrong, checks, compare, need, same
 
@@ -425,8 +426,8 @@ def method_by_rule(methods, fits, alike=None, join=mean):
     least."""
     alike = alike or (lambda a, b: told_apart(a, b, loss=True).verdict != "behind")
     losses = {name: way["loss"] for name, way in methods.items() if fits(way)}
-    if not losses:
-        return None
+    if not losses:  # by a bill that is too large
+        return min(methods, key=lambda name: methods[name]["trained"])
     best = min(losses, key=lambda name: join(losses[name]))
     good = [name for name in losses if alike(losses[name], losses[best])]
     return min(good, key=lambda name: methods[name]["trained"])
@@ -440,13 +441,13 @@ def choose_method(function, frozen=2) -> None:
     """function(methods, card) -> the name of a method."""
     kinds = "plain", "blocks", "rank counts", "long rows", "lucky"
     drawn = [methods_drawn(random.Random(n), kind) for n, kind in enumerate(kinds)]
+    choices = Choices()
     for methods in drawn:
-        for card in (24 * GB, 34 * GB, 48 * GB, 160 * GB):
-            judge_method(function(copy.deepcopy(methods), card), methods, card, frozen)
-    for methods in drawn:
-        for card in tight_cards(methods, frozen):
+        cards = 24 * GB, 34 * GB, 48 * GB, 160 * GB
+        for card in (*cards, *tight_cards(methods, frozen)):
             got = function(copy.deepcopy(methods), card)
-            judge_method(got, methods, card, frozen, tight=True)
+            a_method(got, methods, card, frozen, choices)
+    choices.judge()
 
 
 def tight_cards(methods, frozen) -> list:
@@ -455,7 +456,7 @@ def tight_cards(methods, frozen) -> list:
     return [bill + 1000 for bill in bills] + [bill - 1000 for bill in bills[1:]]
 
 
-def judge_method(name, methods, card, frozen, tight=False):
+def a_method(name, methods, card, frozen, choices) -> None:
     need(name is not None, "Your function gives None: is there a `return` at its end?")
     need(
         isinstance(name, str) and name in methods,
@@ -466,32 +467,23 @@ def judge_method(name, methods, card, frozen, tight=False):
         return bytes_of(way, **{"frozen": frozen} | changed) <= card
 
     right = method_by_rule(methods, fits)
-    if name == right:
-        return
-    way = methods[name]
-    if not fits(way):
-        need(
-            not fits(way, activations=False),
-            f"{name!r} does not fit: without its activations it would.",
-        )
-        need(
-            not fits(way, frozen=0),
-            f"{name!r} does not fit: the frozen parameters are not trained, but they"
-            " are there.",
-        )
-        raise Wrong(
-            f"{name!r} needs {bytes_of(way, frozen):,} bytes, and the card has"
-            f" {card:,}."
-        )
     bills = {
-        "You count 2 bytes for the trained parameters as well: those are for the frozen"
-        " ones, and a trained one takes 4 + 4 + 8.": {"trained": 18},
-        "You count 4 bytes for a frozen parameter: it takes 2.": {"frozen": 4},
+        f"You count {frozen:g} bytes for the trained parameters as well: those are for"
+        " the frozen ones, and a trained one takes 4 + 4 + 8.": {
+            "trained": 16 + frozen
+        },
+        f"You count 4 bytes for a frozen parameter: it takes {frozen:g}.": {
+            "frozen": 4
+        },
+        "You leave the activations out of the bill.": {"activations": False},
+        "You leave the frozen parameters out of the bill: they are not trained, but"
+        " they are there.": {"frozen": 0},
     }
     slips = {
-        message: method_by_rule(methods, lambda way: fits(way, **changed))
+        message: method_by_rule(
+            methods, lambda way, changed=changed: fits(way, **changed)
+        )
         for message, changed in bills.items()
-        if tight
     }
     slips |= {
         "You take the one with the lowest mean. Another that trains fewer parameters is"
@@ -499,18 +491,27 @@ def judge_method(name, methods, card, frozen, tight=False):
             methods, fits, alike=lambda a, b: a == b
         ),
         "You take the lowest of any seed, or one seed alone: one lucky seed is no"
-        " reason. Take the mean over the seeds.": method_by_rule(
-            methods, fits, join=lambda losses: min(losses.values())
+        " reason. Take the mean over the seeds.": [
+            method_by_rule(methods, fits, join=look)
+            for look in (lambda losses: min(losses.values()), lambda losses: losses[0])
+        ],
+        "You take the one that trains least: it may be behind the best that fits."
+        " (These are losses: `compare(..., loss=True)`.)": method_by_rule(
+            methods, fits, alike=lambda a, b: True
         ),
-        "You take the one that trains least: it is behind the best that fits."
-        " (These are losses: `compare(..., loss=True)`.)": min(
-            (n for n in methods if fits(methods[n])),
-            key=lambda n: methods[n]["trained"],
+        "You take the best of all methods, whether it fits or not.": method_by_rule(
+            methods, lambda way: True
         ),
     }
-    for message, wrong in slips.items():
-        need(name != wrong, message)
-    raise Wrong(f"You choose {name!r}; by the rule it is {right!r}.")
+    choices.add(name, right, slips, no_method(name, right, methods, card, frozen))
+
+
+def no_method(name, right, methods, card, frozen) -> str:
+    """What to say of a wrong choice that has no name."""
+    needed = bytes_of(methods[name], frozen)
+    if needed > card:
+        return f"{name!r} needs {needed:,} bytes, and the card has {card:,}."
+    return f"You choose {name!r}; by the rule it is {right!r}."
 
 
 # ---------------------------------------------------------------------------- fine_tune

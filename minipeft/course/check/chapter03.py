@@ -14,15 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import Base, LayerConfig, LinearDelta, get_peft_model
 from ..comparison import compare as told_apart
-from .practice import (
-    SEEDS,
-    agreeing,
-    chains,
-    needs_to_learn,
-    numbers,
-    small_gpt,
-    without_seeding,
-)
+from .kinds import Choices
+from .practice import SEEDS, chains, needs_to_learn, numbers, small_gpt, without_seeding
 from .sandbox import package_calls, unwatched
 from .teacher import Wrong, checks, compare, need, same
 
@@ -394,10 +387,15 @@ def sweep_drawn(rng, kind):
                 noise = 0.003 * seed + rng.uniform(-0.002, 0.002)
                 valid = loss + worse + noise
                 if kind == "lucky" and (d, stride) == (64, 54):
+                    valid = (1.2, 0.2, 1.3)[seed]
+                if kind == "lucky first" and (d, stride) == (64, 54):
                     valid = (0.2, 1.2, 1.3)[seed]
                 if kind == "unlucky" and (d, stride) == (256, 18):
                     valid += (0.0, 0.0, 0.1)[seed]
-                test = valid + (-0.4 if (d, stride) == (256, 6) else 0.05)
+                test = loss + worse + noise
+                test += -0.4 if (d, stride) == (256, 6) else 0.05
+                if kind == "uneven valid" and (d, stride) == (256, 18):
+                    valid += (0.45, -0.45, 0.0)[seed]
                 if kind == "uneven" and (d, stride) == (256, 18):
                     test = 0.41 + noise + (0.03, 0.3, 0.04)[seed]
                 runs.append(
@@ -421,22 +419,22 @@ def mean(losses) -> float:
 
 
 def d_by_rule(runs, share, key="valid_loss", join=mean, by_score=False):
-    """(d, stride) of the smallest d with this share of the gain, each d at its own best
-    stride; None where there is none."""
+    """The smallest d with this share of the gain, each d at its own best stride; None
+    where there is none."""
     goal = START - share * (START - FULL)
     goal = FULL / share if by_score else goal
     for d in sorted({run["d"] for run in runs}):
         strides = {run["stride"] for run in runs if run["d"] == d}
         stride = min(strides, key=lambda s: join(losses_of(runs, d, s, key)))
         if join(losses_of(runs, d, stride, key)) <= goal:
-            return d, stride
+            return d
     return None
 
 
-def at_own_stride(runs, d):
+def at_own_stride(runs, d, key="test_loss"):
     strides = {run["stride"] for run in runs if run["d"] == d}
     stride = min(strides, key=lambda s: mean(losses_of(runs, d, s)))
-    return losses_of(runs, d, stride, "test_loss")
+    return losses_of(runs, d, stride, key)
 
 
 @checks(
@@ -446,60 +444,71 @@ def at_own_stride(runs, d):
 def choose_d(function, share=0.9) -> None:
     """function(runs, start, full) -> (d, verdict), or None."""
     kinds = "plain", "earlier", "lucky", "never", "close", "unlucky", "uneven"
+    kinds += "lucky first", "uneven valid"
+    sizes, verdicts = Choices(), Choices()
     for number, kind in enumerate(kinds):
         runs = sweep_drawn(random.Random(number), kind)
-        judge_d(function(copy.deepcopy(runs), START, FULL), runs, share)
-
-
-def judge_d(got, runs, share):
-    found = d_by_rule(runs, share)
-    if found is None:
+        got = function(copy.deepcopy(runs), START, FULL)
         need(
-            got is None,
-            f"No d has {share:.0%} of the gain here: return None. You return {got!r}.",
+            got is None or isinstance(got, (tuple, list)) and len(got) == 2,
+            f"Return two things, d and the verdict; you return {got!r}.",
         )
-        return
-    need(got is not None, f"You return None, and d = {found[0]} has it.")
-    need(
-        isinstance(got, (tuple, list)) and len(got) == 2,
-        f"Return two things, d and the verdict; you return {got!r}.",
+        d, verdict = got or (None, None)
+        a_size(d, runs, share, sizes)
+        found = d_by_rule(runs, share)
+        if found and d == found:
+            verdict_on(verdict, runs, d, verdicts)
+    sizes.judge()
+    verdicts.judge()
+
+
+def a_size(d, runs, share, sizes) -> None:
+    right = d_by_rule(runs, share)
+    slips = {
+        "You take the lowest of any seed: one lucky seed is no reason. Take the mean"
+        " over the seeds.": d_by_rule(runs, share, join=lambda x: min(x.values())),
+        "You take the highest loss of any seed: take the mean over the seeds.": (
+            d_by_rule(runs, share, join=lambda losses: max(losses.values()))
+        ),
+        "You look at the first seed alone: take the mean over all seeds.": d_by_rule(
+            runs, share, join=lambda losses: losses[0]
+        ),
+        f"You ask for a loss within {share:.0%} of full fine-tuning's: count the gain,"
+        " from `start` down.": d_by_rule(runs, share, by_score=True),
+        "You choose by the test loss: the validation loss chooses.": d_by_rule(
+            runs, share, "test_loss"
+        ),
+    }
+    said = (
+        f"You choose d = {d!r}; the smallest with {share:.0%} of the gain, each at its"
+        f" own best stride, is {right}."
     )
-    right, (d, verdict) = found[0], got
-    if d != right:
-        slips = {
-            "You take the lowest of any seed: one lucky seed is no reason. Take the"
-            " mean over the seeds.": d_by_rule(
-                runs, share, join=lambda losses: min(losses.values())
-            ),
-            "You take the highest loss of any seed: take the mean over the seeds.": (
-                d_by_rule(runs, share, join=lambda losses: max(losses.values()))
-            ),
-            f"You ask for a loss within {share:.0%} of full fine-tuning's: count the"
-            " gain, from `start` down.": d_by_rule(runs, share, by_score=True),
-            "You choose by the test loss: the validation loss chooses.": d_by_rule(
-                runs, share, "test_loss"
-            ),
-        }
-        for message, wrong in slips.items():
-            need(wrong is None or d != wrong[0], message)
-        raise Wrong(
-            f"You choose d = {d!r}; the smallest with {share:.0%} of the gain, each at"
-            f" its own best stride, is {right}."
-        )
+    if right is None:
+        said = f"No d has {share:.0%} of the gain here: return None. You return {d!r}."
+    elif d is None:
+        said = f"You return None, and d = {right} has it."
+    sizes.add(d, right, slips, said)
+
+
+def verdict_on(verdict, runs, d, verdicts) -> None:
+    """The verdict on d against the next smaller one."""
     tried = sorted({run["d"] for run in runs})
-    smaller = tried[tried.index(right) - 1]
-    pair = at_own_stride(runs, right), at_own_stride(runs, smaller)
-    true = told_apart(*pair, loss=True).verdict
-    need(
-        isinstance(verdict, str),
-        "The verdict is a word, `compare(...).verdict`; you return a"
-        f" {type(verdict).__name__}.",
+    smaller = tried[tried.index(d) - 1]
+    pair, valid = (
+        [at_own_stride(runs, one, key) for one in (d, smaller)]
+        for key in ("test_loss", "valid_loss")
     )
-    need(
-        verdict == true,
-        f"You say {verdict!r}; the course's rule says {true!r} of d = {right} against d"
-        f" = {smaller}, on the test losses, paired by seed, with loss=True."
-        + (agreeing(true) if verdict in ("ahead", "behind") else ""),
+    true = told_apart(*pair, loss=True).verdict
+    verdicts.add_verdict(
+        verdict,
+        true,
+        "these are losses (loss=True), and it is of your d against the smaller one.",
+        f"You say {verdict!r}; the course's rule says {true!r} of d = {d} against d"
+        f" = {smaller}, on the test losses, paired by seed, with loss=True.",
+        {
+            "Your verdict compares validation losses: they have chosen already, so"
+            " compare the test losses.": told_apart(*valid, loss=True).verdict
+        },
     )
 
 

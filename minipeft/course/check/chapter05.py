@@ -1,14 +1,15 @@
 """Chapter 05, LoRA in practice: equal budgets, one run by other knobs, the first step
 predicted, a sweep judged, a diagnosis, and a PiSSA that leaves the base as it is."""
 
+import math
 import random
 
 import torch
 from torch import nn
 
 from ..comparison import compare as told_apart
-from .kinds import Built, judge_numbers
-from .teacher import Wrong, checks, need, same
+from .kinds import TURNED, Built, Choices, judge_numbers
+from .teacher import checks, need, same
 
 __all__ = [
     "diagnose",
@@ -97,6 +98,7 @@ def same_run(function) -> None:
 def rank_at_budget(function) -> None:
     """function(shapes, layers, targets, budget) -> int; shapes: {"q_proj": (d_out,
     d_in), ...} of one layer."""
+    choices = Choices()
     for _ in range(4):
         d, f, layers = (
             random.randint(40, 60),
@@ -117,60 +119,56 @@ def rank_at_budget(function) -> None:
                 d_out + d_in for d_out, d_in in (shapes[name] for name in targets)
             )
             right = random.randint(9, 20)
-            # something is left over, or nothing
-            for left in (random.uniform(0.6, 0.9), 0):
-                budget = int((right + left) * layers * both)
-                a_budget(function, shapes, layers, targets, both, right, budget)
-            for budget in (0, layers * both - 1):
-                got = function(dict(shapes), layers, list(targets), budget)
-                need(
-                    got == 0,
-                    f"A budget of {budget:,} does not pay for one rank, which costs"
-                    f" {layers * both:,}: the answer is 0, and yours is {got}.",
-                )
+            # something is left over, or nothing; and not enough for one rank
+            ranks = right + random.uniform(0.6, 0.9), right
+            budgets = [int(rank * layers * both) for rank in ranks]
+            for budget in (*budgets, 0, layers * both - 1):
+                a_budget(function, shapes, layers, targets, budget, choices)
+    choices.judge()
 
 
-def a_budget(function, shapes, layers, targets, both, right, budget) -> None:
-    def costs(of, names=targets):
-        return budget // (layers * sum(of(*shapes[name]) for name in names))
+def a_budget(function, shapes, layers, targets, budget, choices) -> None:
+    def costs(of, names=targets, layers=layers, rounded=math.floor):
+        return rounded(budget / (layers * sum(of(*shapes[name]) for name in names)))
 
+    def both(d_out, d_in):
+        return d_out + d_in
+
+    one = layers * sum(map(sum, (shapes[name] for name in targets)))
+    right = budget // one
+    different = {shapes[name]: name for name in targets}.values()
     mistakes = {
-        right + 1: (
-            "One too many: you round, and the budget is exceeded. What is left over"
-            " does not pay for another rank."
+        "One too many: you round, and the budget is exceeded. What is left over does"
+        " not pay for another rank.": [
+            costs(both, rounded=round),
+            costs(both, rounded=math.ceil),
+            right + 1,
+        ],
+        "One too few: the budget may be spent to the last number.": [
+            max(0, (budget - 1) // one),
+            right - 1,
+        ],
+        "You count one layer: the model has more.": costs(both, layers=1),
+        "You took every matrix for square, with d_in on both sides: B is (d_out, r).": (
+            costs(lambda d_out, d_in: 2 * d_in)
         ),
-        right - 1: (
-            "One too few: the budget may be spent to the last number, and here it pays"
-            " for one rank more."
+        "You took every matrix for square, with d_out on both sides: A is (r, d_in).": (
+            costs(lambda d_out, d_in: 2 * d_out)
         ),
-        budget // both: f"You count one layer; the model has {layers}.",
-        costs(lambda d_out, d_in: 2 * d_in): (
-            "You took every matrix for square, with d_in on both sides: B is"
-            " (d_out, r)."
-        ),
-        costs(lambda d_out, d_in: 2 * d_out): (
-            "You took every matrix for square, with d_out on both sides: A is (r,"
-            " d_in)."
-        ),
-        costs(
+        "You count A alone, r · d_in numbers: B has r · d_out more.": costs(
             lambda d_out, d_in: d_in
-        ): "You count A alone, r · d_in numbers: B has r · d_out more.",
-        costs(
-            lambda d_out, d_in: d_out
-        ): "You count B alone, d_out · r numbers: A has r · d_in more.",
-        costs(lambda d_out, d_in: d_out * d_in): (
-            "You count the whole matrices, d_out · d_in; LoRA costs d_out + d_in for"
-            " each rank."
         ),
-        costs(
-            lambda d_out, d_in: d_out + d_in, shapes
-        ): "You count all matrices; only the targets are adapted.",
-    }
-    different = {shapes[name] for name in targets}
-    mistakes |= {
-        budget // (layers * sum(map(sum, different))): (
-            "You count two targets of one shape once: each has a LoRA of its own."
-        )
+        "You count B alone, d_out · r numbers: A has r · d_in more.": costs(
+            lambda d_out, d_in: d_out
+        ),
+        "You count the whole matrices, d_out · d_in; LoRA costs d_out + d_in for each"
+        " rank.": costs(lambda d_out, d_in: d_out * d_in),
+        "You count all matrices; only the targets are adapted.": costs(both, shapes),
+        "You count two targets of one shape once: each has a LoRA of its own.": costs(
+            both, different
+        ),
+        "Where the budget does not pay for one rank the answer is 0: there is no least"
+        " rank.": max(1, right),
     }
     got = function(dict(shapes), layers, list(targets), budget)
     need(
@@ -182,12 +180,16 @@ def a_budget(function, shapes, layers, targets, both, right, budget) -> None:
         isinstance(got, int | float),
         f"The rank should be an int; yours is a {type(got).__name__}.",
     )
-    need(got == right or got not in mistakes, mistakes.get(got, ""))
-    need(
-        got == right,
+    said = (
         f"For a budget of {budget:,} on {', '.join(targets)} ({layers} layers, together"
-        f" {layers * both:,} numbers a rank) the rank is {right}; yours is {got}.",
+        f" {one:,} numbers a rank) the rank is {right}; yours is {got}."
     )
+    if not right:
+        said = (
+            f"A budget of {budget:,} does not pay for one rank, which costs {one:,}:"
+            f" the answer is 0, and yours is {got}."
+        )
+    choices.add(got, right, mistakes, said)
 
 
 # ---- predictions ---------------------------------------------------------------------
@@ -278,8 +280,9 @@ def judge_sweep(function, extend="extend", up="up", down="down") -> None:
     """function(runs, one, other) -> ("extend", case, "up" or "down"), or ("verdict",
     word)."""
     words = {extend: "extend", up: "up", down: "down"}
+    plans = Choices()
     for kind in EDGES:
-        runs, wanted = sweep_drawn(kind)
+        runs = sweep_drawn(kind)
         got = function([dict(run) for run in runs], "one", "other")
         need(
             isinstance(got, tuple | list) and len(got) in (2, 3),
@@ -287,11 +290,12 @@ def judge_sweep(function, extend="extend", up="up", down="down") -> None:
             f" return {got!r}.",
         )
         got = tuple(words.get(part, part) for part in got)
-        judge_plan(got, wanted)
+        plans.add(got, plan(runs), plan_slips(runs), no_plan(got, plan(runs)))
+    plans.judge()
 
 
-def sweep_drawn(kind: str):
-    """(runs in any order, what is right to return)"""
+def sweep_drawn(kind: str) -> list:
+    """Runs, in any order."""
     runs = []
     for case, at in zip(("one", "other"), EDGES[kind]):
         gain = {"inside": 0.1, "trap": 0.1, "behind": -0.1}.get(kind, 0.0)
@@ -315,54 +319,75 @@ def sweep_drawn(kind: str):
                     dict(case=case, lr=lr, seed=seed, valid_loss=valid, test_loss=test)
                 )
     random.shuffle(runs)
-    if kind == "first up":
-        return runs, ("extend", "one", "up")
-    if kind == "second down":
-        return runs, ("extend", "other", "down")
-    if kind == "short ladder":  # the other case was tried up to here only
-        return runs, ("extend", "other", "up")
-    losses = [
-        at_rate(runs, case, at) for case, at in zip(("one", "other"), EDGES[kind])
-    ]
-    return runs, ("verdict", told_apart(*losses, loss=True).verdict)
+    return runs
 
 
-def at_rate(runs, case: str, at: int) -> dict:
+def losses_at(runs, case: str, key: str) -> dict:
+    """{rate: {seed: loss}} of a case."""
+    found = {}
+    for run in runs:
+        if run["case"] == case:
+            found.setdefault(run["lr"], {})[run["seed"]] = run[key]
+    return found
+
+
+def of_seed_0(losses: dict) -> float:
+    return losses[0]
+
+
+def plan(runs, key="valid_loss", look=of_seed_0, edges=True, judged="test_loss"):
+    """What to do by the rule: extend a ladder, or compare."""
+    pair = []
+    for case in ("one", "other"):
+        chosen = losses_at(runs, case, key)
+        rate = min(chosen, key=lambda rate: look(chosen[rate]))
+        if edges and rate in (min(chosen), max(chosen)):
+            return "extend", case, "up" if rate == max(chosen) else "down"
+        pair.append(losses_at(runs, case, judged)[rate])
+    return "verdict", told_apart(*pair, loss=True).verdict
+
+
+def plan_slips(runs) -> dict:
+    def turned(part):
+        return {"up": "down", "down": "up"}.get(part, part)
+
+    def opposite(part):
+        return TURNED.get(part, part)
+
+    def of_all_seeds(losses):
+        return sum(losses.values()) / len(losses)
+
     return {
-        run["seed"]: run["test_loss"]
-        for run in runs
-        if run["case"] == case and run["lr"] == LADDER[at]
+        "The direction is turned round: a best rate at the upper end asks for a larger"
+        " one.": tuple(map(turned, plan(runs))),
+        "Your verdict is turned round: these are losses, and lower is better"
+        " (loss=True).": tuple(map(opposite, plan(runs))),
+        "You choose by the test loss: then it cannot judge any more. Choose"
+        " by the validation loss with seed 0.": plan(runs, "test_loss"),
+        "You choose the rates by all seeds that are there: only seed 0 has run at"
+        " every rate, so choose by seed 0.": plan(runs, look=of_all_seeds),
+        "You compare rates at the end of their ladder, too: nobody knows whether the"
+        " next rate is better. Ask for it before you compare.": plan(runs, edges=False),
+        "You judge by the validation loss, which has chosen already: judge by the test"
+        " loss.": plan(runs, judged="valid_loss"),
     }
 
 
-def judge_plan(got, wanted) -> None:
-    if got == wanted:
-        return
-    swap = {"up": "down", "down": "up", "ahead": "behind", "behind": "ahead"}
-    if wanted[0] == "extend":
-        need(
-            got[0] == "extend",
+def no_plan(got, wanted) -> str:
+    """What to say of a plan that is wrong by no known slip."""
+    if wanted[0] == "extend" != got[0]:
+        return (
             f"The best rate of {wanted[1]!r} is the last one that was tried for it:"
-            " nobody knows whether the next is better. Ask for it before you compare.",
+            " nobody knows whether the next is better. Ask for it before you compare."
         )
-        need(
-            got[1:] != (wanted[1], swap[wanted[2]]),
-            "The direction is turned round: a best rate at the upper end asks for a"
-            " larger one.",
+    if wanted[0] == "extend":
+        return f"You return {got!r}; {wanted!r} is right."
+    if got[0] != "verdict":
+        return (
+            "Both best rates have a worse one on either side, by the validation loss"
+            " with seed 0, so they can be compared."
         )
-        raise Wrong(f"You return {got!r}; {wanted!r} is right.")
-    need(
-        got[0] == "verdict",
-        "Both best rates have a worse one on either side, by the validation loss with"
-        " seed 0, so they can be compared. Do you choose by the test loss, or"
-        " by other seeds?",
-    )
-    need(
-        got[1] != swap.get(wanted[1]),
-        "Your verdict is turned round: these are losses, and lower is better"
-        " (loss=True).",
-    )
-    raise Wrong(
+    return (
         f"You say {got[1]!r}; the course's rule says {wanted[1]!r}. Choose each rate by"
         " seed 0 alone, as every rate has it; then give `compare` the test losses of"
         " *all* seeds at that rate, {seed: loss}, so that it pairs them."

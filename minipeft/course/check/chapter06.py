@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .kinds import Built, judge_numbers
+from .kinds import Built, Choices, judge_numbers
 from .sandbox import unwatched
 from .teacher import checks, compare, need, same
 
@@ -586,8 +586,24 @@ def has_clear_winners(losses) -> bool:
     return True
 
 
-def sweep(agree: bool) -> dict:
-    """Made-up losses of both methods, in which each slip gives another difference."""
+def tied(losses, seed: int) -> dict:
+    """The same, and with this seed both methods have one test loss at their best
+    rates."""
+    best = chosen(losses)
+    test = losses["LoRA"][best["LoRA"]][seed][TEST]
+    row = losses["DoRA"][best["DoRA"]]
+    row[seed] = row[seed][VALID], test
+    return losses
+
+
+def signs(losses) -> set:
+    """Which signs the differences of the seeds have: -1, 0, 1."""
+    return {(one > 0) - (one < 0) for one in gap(losses, chosen(losses))}
+
+
+def sweep(wanted: set) -> dict:
+    """Made-up losses of both methods, with these signs of their differences, in which
+    each slip gives another difference."""
 
     def noise():
         return round(random.uniform(-0.06, 0.06), 3)
@@ -606,11 +622,12 @@ def sweep(agree: bool) -> dict:
             ]
             for method, at in zip(("LoRA", "DoRA"), random.sample(range(4), 2))
         }
+        losses = tied(losses, random.choice(SEEDS)) if 0 in wanted else losses
         best = chosen(losses)
         right = gap(losses, best)
-        if (min(right) > 0 or max(right) < 0) == agree and chosen(
-            losses, TEST
-        ) != best != chosen(losses, over=min):
+        if signs(losses) == wanted and chosen(losses, TEST) != best != chosen(
+            losses, over=min
+        ):
             values = sorted([fmean(right), *slips(losses).values()])
             apart = min(b - a for a, b in zip(values, values[1:])) > 1e-4
             if apart and has_clear_winners(losses):
@@ -625,8 +642,13 @@ def sweep(agree: bool) -> dict:
 def fair_gap(function, one="LoRA", other="DoRA") -> None:
     """function(runs) -> (mean of one minus other, do all seeds agree who is better?)"""
     names = {"LoRA": one, "DoRA": other}
-    for agree in (True, False, True, False):
-        losses = sweep(agree)
+
+    def near(a, b):
+        return abs(a - b) < 1e-6
+
+    differences, agreements = Choices(near), Choices()
+    for wanted in ({1}, {1, -1}, {-1}, {0, 1}, {0, -1}):
+        losses = sweep(wanted)
         runs = [
             {
                 "method": names[method],
@@ -645,36 +667,31 @@ def fair_gap(function, one="LoRA", other="DoRA") -> None:
             isinstance(got, tuple | list) and len(got) == 2,
             "Return two things: the mean difference, and True or False.",
         )
-        difference, right = float(got[0]), fmean(gap(losses, chosen(losses)))
-
-        def near(value):
-            return abs(difference - value) < 1e-6
-
-        if not near(right):
-            message = next(
-                (
-                    text
-                    for text, value in slips(losses, one, other).items()
-                    if near(value)
-                ),
-                None,
-            )
-            need(
-                False,
-                message
-                or (
-                    f"Your difference is {difference:+.4f}, and it is {right:+.4f}:"
-                    f" for each method choose the rate with the lowest mean"
-                    f" validation loss, then subtract the test losses."
-                ),
-            )
         need(
             got[1] in (True, False),
-            "The difference is right. The second thing is True or False: do all seeds"
-            " agree?",
+            "The second thing is True or False: do all seeds agree?",
         )
-        need(
-            bool(got[1]) == agree,
+        difference, right = float(got[0]), fmean(gap(losses, chosen(losses)))
+        differences.add(
+            difference,
+            right,
+            slips(losses, one, other),
+            f"Your difference is {difference:+.4f}, and it is {right:+.4f}: for each"
+            " method choose the rate with the lowest mean validation loss, then"
+            " subtract the test losses.",
+        )
+        agreements.add(
+            bool(got[1]),
+            wanted in ({1}, {-1}),
+            {
+                "With one seed both losses are equal, so that neither is better there:"
+                " then not all seeds agree.": [
+                    len(wanted) == 1 or wanted in ties
+                    for ties in ([{0, 1}], [{0, -1}], [{0, 1}, {0, -1}])
+                ]
+            },
             "The difference is right, but whether the seeds agree is not: subtract seed"
             " by seed, and look whether all differences have one sign.",
         )
+    differences.judge()
+    agreements.judge()

@@ -11,10 +11,19 @@ import torch
 from ...methods.adalora import AdaLora
 from ..comparison import compare as told_apart
 from .chapter06 import Largest
-from .kinds import LOOKS, TRAPS, Built, alike_answers, judge_numbers, trap
+from .kinds import (
+    LOOKS,
+    TRAPS,
+    TURNED,
+    Built,
+    Choices,
+    alike_answers,
+    judge_numbers,
+    trap,
+)
 from .practice import python_bytes
 from .sandbox import unwatched
-from .teacher import Wrong, checks, compare, need, same
+from .teacher import checks, compare, need, same
 
 __all__ = [
     "allocate",
@@ -335,21 +344,31 @@ LADDER = (5e-3, 1e-2, 2e-2, 5e-2)
 )
 def when_it_pays(function, one="AdaLoRA", other="LoRA") -> None:
     """function(runs) -> {steps: verdict of one against other}."""
-    for _ in range(2):
-        runs = runs_drawn(one, other)
+    choices = Choices()
+    for runs in runs_drawn(one, other):
         got = function([dict(run) for run in runs])
-        judge_lengths(got, runs, one, other)
+        some_lengths(got, runs, one, other, choices)
+    choices.judge()
 
 
 def runs_drawn(one: str, other: str) -> list:
-    """Runs for which each slip gives other verdicts than the right way."""
+    """Three lists of runs, for which each slip gives other verdicts than the right
+    way, and than the other slips."""
     for _ in range(1000):
-        runs = some_runs(one, other)
-        groups = grouped(runs)
-        ways = [right_way(groups, one, other), *wrong_ways(groups, one, other).values()]
+        found = [some_runs(one, other) for _ in range(3)]
+        ways = list(zip(*(all_ways(runs, one, other) for runs in found)))
         if all(a != b for at, a in enumerate(ways) for b in ways[:at]):
-            return runs
+            return found
     raise RuntimeError("no such runs were found")
+
+
+def all_ways(runs, one: str, other: str) -> list:
+    """The right verdicts, and those of each slip."""
+    groups = grouped(runs)
+    ways = [right_way(groups, one, other)]
+    for wrong in wrong_ways(groups, one, other).values():
+        ways += wrong if isinstance(wrong, list) else [wrong]
+    return ways
 
 
 def some_runs(one: str, other: str) -> list:
@@ -426,7 +445,6 @@ def right_way(groups, one, other, score=str) -> dict:
 
 def wrong_ways(groups, one, other) -> dict:
     """{message: the verdicts that a slip gives}"""
-    swap = {"ahead": "behind", "behind": "ahead"}
     right = right_way(groups, one, other)
     rates = {
         "You choose the rates on the test answers: then they cannot judge any more."
@@ -440,9 +458,12 @@ def wrong_ways(groups, one, other) -> dict:
             lambda *case: best_rate(groups[case], choose=max)
         ),
     }
-    for text, look in LOOKS.items():
-        rates[text] = lambda *case, look=look: best_rate(groups[case], look)
     found = {text: verdicts(groups, one, other, rate) for text, rate in rates.items()}
+    for text, looks in LOOKS.items():
+        found[text] = [
+            verdicts(groups, one, other, lambda *case: best_rate(groups[case], look))
+            for look in looks
+        ]
     found[
         "You compare percentages, and the rule no longer knows how many answers they"
         " stand for: give `compare` the strings themselves."
@@ -450,11 +471,11 @@ def wrong_ways(groups, one, other) -> dict:
     found[
         "Your verdicts are turned round: compare(a, b) says whether *a* is ahead, and"
         " right answers are not a loss."
-    ] = {steps: swap.get(word, word) for steps, word in right.items()}
+    ] = {steps: TURNED[word] for steps, word in right.items()}
     return found
 
 
-def judge_lengths(got, runs, one, other) -> None:
+def some_lengths(got, runs, one, other, choices) -> None:
     lengths = {run["steps"] for run in runs}
     need(
         isinstance(got, dict) and set(got) == lengths,
@@ -463,15 +484,14 @@ def judge_lengths(got, runs, one, other) -> None:
     )
     groups = grouped(runs)
     right = right_way(groups, one, other)
-    if got == right:
-        return
-    for message, wrong in wrong_ways(groups, one, other).items():
-        need(got != wrong, message)
-    steps = next(steps for steps in right if got[steps] != right[steps])
-    raise Wrong(
-        f"At {steps} steps you say {got[steps]!r}, and the course's rule says"
-        f" {right[steps]!r}: each method at the rate with the lowest mean validation"
-        " loss, and then `compare` on the answers of all seeds."
+    steps = next((steps for steps in right if got[steps] != right[steps]), None)
+    choices.add(
+        got,
+        right,
+        wrong_ways(groups, one, other),
+        f"At {steps} steps you say {got.get(steps)!r}, and the course's rule says"
+        f" {right.get(steps)!r}: each method at the rate with the lowest mean"
+        " validation loss, and then `compare` on the answers of all seeds.",
     )
 
 

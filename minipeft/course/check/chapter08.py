@@ -2,25 +2,27 @@
 written as a LoRA, a choice within a budget, the nearest Kronecker product, and a
 Kronecker adapter."""
 
+import math
 import random
 from statistics import fmean
 
 import torch
 
 from ... import Base
+from ..comparison import compare as told_apart
 from .chapter06 import Largest
 from .kinds import (
     TRAPS,
     Built,
+    Choices,
     alike_answers,
+    by_one_look,
     judge_numbers,
-    judge_verdict,
-    only_one_seed,
     trap,
 )
 from .practice import python_bytes
 from .sandbox import unwatched
-from .teacher import TOLERANCE, Wrong, checks, compare, need
+from .teacher import TOLERANCE, checks, compare, need
 
 __all__ = [
     "choose_within",
@@ -310,22 +312,31 @@ RATES = (5e-3, 2e-2, 1e-1)
 )
 def choose_within(function, plain="LoRA r 1") -> None:
     """function(runs, budget) -> (method, its verdict against `plain`)."""
+    choices, verdicts = Choices(), Choices()
     for budget, gain, kind in (
         (16_000, 0.45, "test"),
         (50_000, 0.0, "lucky"),
         (15_360, -0.35, "worst"),
         (50_000, 0.45, "median"),
         (20_000, -0.35, "first"),
+        (20_000, -0.35, "last"),
         (16_000, 0.06, "percent"),
     ):
-        runs, best = runs_within(budget, gain, kind, plain)
+        runs = runs_within(budget, gain, kind, plain)
         got = function([dict(run) for run in runs], budget)
-        judge_within(got, runs, budget, best, plain)
+        need(
+            isinstance(got, tuple | list) and len(got) == 2,
+            f"Return two things, the method and the verdict; you return {got!r}.",
+        )
+        a_choice_within(got[0], runs, budget, plain, choices)
+        a_verdict_within(got[1], runs, budget, plain, verdicts)
+    choices.judge()
+    verdicts.judge()
 
 
-def runs_within(budget: int, gain: float, kind: str, plain: str):
-    """(runs, the method to choose): the best within the budget by validation. kind:
-    another one is lucky on the test, or by one look at the seeds."""
+def runs_within(budget: int, gain: float, kind: str, plain: str) -> list:
+    """Runs; one method is the best within the budget by validation. kind: another one
+    is lucky on the test, or by one look at the seeds."""
     allowed = [name for name, size in SIZES.items() if size <= budget and name != plain]
     exact = [name for name in allowed if SIZES[name] == budget]
     best = random.choice(exact or allowed)
@@ -337,7 +348,8 @@ def runs_within(budget: int, gain: float, kind: str, plain: str):
         far = 0.9 if name == best else 0.2  # at the rates that are not its best
         losses = [[far + random.uniform(0, 0.03) for _ in range(3)] for _ in rates]
         losses[0] = [0.05 if size > budget else 0.16] * 3
-        share = 0.95 if size > budget else 0.5 + gain * (name == best)
+        share = {best: 0.5 + gain, plain: 0.5}.get(name, 0.4)
+        share = 0.95 if size > budget else share
         shares = [share, share - 0.15, share - 0.15]
         if name == best:
             losses[0] = own
@@ -354,58 +366,84 @@ def runs_within(budget: int, gain: float, kind: str, plain: str):
                 found = dict(method=name, numbers=size, lr=lr, seed=seed)
                 runs.append(found | {"valid_loss": loss, "right": right})
     random.shuffle(runs)
-    return runs, best
+    return runs
 
 
-def judge_within(got, runs, budget: int, best: str, plain: str) -> None:
-    need(
-        isinstance(got, tuple | list) and len(got) == 2,
-        f"Return two things, the method and the verdict; you return {got!r}.",
-    )
-    name, verdict = got
+def grouped(runs, budget: int) -> dict:
+    """{(method, rate): its runs, by seed}, of the methods within the budget."""
     groups = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
-        groups.setdefault((run["method"], run["lr"]), []).append(run)
-    losses = {key: [r["valid_loss"] for r in group] for key, group in groups.items()}
-    if name != best:
-        need(name in SIZES, f"{name!r} is not a method of the runs.")
-        size = f"{SIZES[name]:,}"
-        need(
-            SIZES[name] <= budget,
-            f"{name} has {size} parameters, and the budget is {budget:,}.",
-        )
-        raise Wrong(wrong_within(name, groups, losses, budget, best, plain))
-    chosen, against = (
-        min((key for key in groups if key[0] == method), key=lambda k: fmean(losses[k]))
-        for method in (best, plain)
+        if run["numbers"] <= budget:
+            groups.setdefault((run["method"], run["lr"]), []).append(run)
+    return groups
+
+
+def best_within(groups) -> tuple:
+    """The (method, rate) with the lowest mean validation loss."""
+    return min(groups, key=lambda key: fmean(run["valid_loss"] for run in groups[key]))
+
+
+def a_choice_within(name, runs, budget: int, plain: str, choices) -> None:
+    need(
+        isinstance(name, str) and name in SIZES,
+        f"{name!r} is not a method of the runs.",
     )
-    sides = [
-        {run["seed"]: run["right"] for run in groups[key]} for key in (chosen, against)
-    ]
-    judge_verdict(verdict, *sides, f"{name} against {plain}, each at its best rate")
-
-
-def wrong_within(name, groups, losses, budget, best, plain) -> str:
-    if name == plain:
-        return f"You return {plain!r}: the question is what you choose."
-    inside = {key: found for key, found in losses.items() if SIZES[key[0]] <= budget}
-    one_look = only_one_seed(inside, name)
-    tested = max(inside, key=lambda k: sum(r["right"].count("1") for r in groups[k]))
-    whole = {}
-    for (method, _), found in inside.items():
-        whole[method] = whole.get(method, 0) + sum(found)
-    if one_look:
-        return one_look
-    if name == tested[0]:
-        return (
-            "You choose by the test answers: then they cannot judge any more. Choose by"
-            " the validation loss."
-        )
-    if name == min(whole, key=whole.get):
-        return "You take the mean over all rates: a method is judged at its best one."
-    return (
+    groups = grouped(runs, budget)
+    losses = {key: [r["valid_loss"] for r in group] for key, group in groups.items()}
+    tested = max(groups, key=lambda k: sum(r["right"].count("1") for r in groups[k]))
+    means = {}
+    for (method, _), found in losses.items():
+        means[method] = means.get(method, 0) + sum(found)
+    looks = by_one_look(losses).items()
+    slips = {text: [key[0] for key in keys] for text, keys in looks}
+    slips |= {
+        "You choose by the test answers: then they cannot judge any more. Choose by the"
+        " validation loss.": tested[0],
+        "You take the mean over all rates: a method is judged at its best one.": min(
+            means, key=means.get
+        ),
+        "You choose among all methods, whatever they cost: at most `budget` parameters"
+        " are allowed.": best_within(grouped(runs, math.inf))[0],
+        "You leave out a method that has exactly `budget` parameters: at most so many"
+        " are allowed.": best_within(grouped(runs, budget - 1))[0],
+        f"You return {plain!r}: the question is what you choose.": plain,
+    }
+    right = best_within(groups)[0]
+    said = (
         f"You choose {name!r}; by the mean validation loss at its best rate it is"
-        f" {best!r}."
+        f" {right!r}."
+    )
+    if SIZES[name] > budget:
+        said = f"{name} has {SIZES[name]:,} parameters, and the budget is {budget:,}."
+    choices.add(name, right, slips, said)
+
+
+def a_verdict_within(verdict, runs, budget: int, plain: str, verdicts) -> None:
+    groups = grouped(runs, budget)
+    best = best_within(groups)
+    own = best_within({key: groups[key] for key in groups if key[0] == plain})
+
+    def answers(key, score=str):
+        return {run["seed"]: score(run["right"]) for run in groups[key]}
+
+    def percent(right):
+        return 100 * right.count("1") / len(right)
+
+    wanted = told_apart(answers(best), answers(own)).verdict
+    verdicts.add_verdict(
+        verdict,
+        wanted,
+        "compare(a, b) says whether *a* is ahead of b, and right answers are not a"
+        " loss.",
+        f"{best[0]} against {plain}, each at its best rate: you say {verdict!r}; the"
+        f" course's rule says {wanted!r}. Give `compare` the answers of all seeds,"
+        " {seed: string}, so that it sees every answer.",
+        {
+            "You compare percentages, and the rule no longer knows how many answers"
+            " they stand for: give `compare` the strings themselves.": told_apart(
+                answers(best, percent), answers(own, percent)
+            ).verdict
+        },
     )
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
-from .kinds import configured
-from .practice import fit, held_entries, same_verdict, written
+from .kinds import Choices, configured, told_by_the_mean
+from .practice import fit, held_entries, written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -382,6 +382,7 @@ def formats_drawn() -> dict:
 )
 def choose_format(function, scale_bits=32) -> None:
     """function(weights, codes, sizes, budget) -> (code's name, block size, verdict)."""
+    formats, verdicts = Choices(), Choices()
     for kind, budget, sizes in (
         ("large", 4.3, [256, 128, 64, 32]),
         ("normal", 4.5, [256, 16, 64]),
@@ -394,12 +395,52 @@ def choose_format(function, scale_bits=32) -> None:
         ("one", 4.3, [256, 64]),
         ("signs", 4.5, [64]),
         ("uniform", 4.45, [256, 64]),
+        ("by hand", 4.2, [256]),
+        ("by hand, four", 4.2, [256]),
     ):
         weights, codes = matrices(kind), formats_drawn()
+        if kind.startswith("by hand"):
+            weights, codes = by_hand(kind == "by hand")
         given = [w.clone() for w in weights], copy.deepcopy(codes), list(sizes), budget
         got = function(*given)
         need(got is not None, "Your function gives None: is there a `return`?")
-        judge_format(got, weights, codes, sizes, budget, scale_bits)
+        need(
+            isinstance(got, tuple | list) and len(got) == 3,
+            f"Return three things: a name, a size, a verdict; you return {got!r}.",
+        )
+        errors = errors_of(weights, codes, sizes)
+        bits = {key: bits_of(codes[key[0]], key[1], scale_bits) for key in errors}
+        allowed = {key: errors[key] for key in errors if bits[key] <= budget}
+        needs = bits, budget
+        a_format(tuple(got[:2]), errors, allowed, needs, weights, codes, formats)
+        a_verdict(got[2], allowed, verdicts)
+    formats.judge()
+    verdicts.judge()
+
+
+def by_hand(five: bool) -> tuple:
+    """(weights, codes) whose errors are known: each weight has one size, beside a 1 in
+    each row, and a code misses this size by what its error says. Of four codes another
+    one seems the best by each look at the matrices but the mean; a fifth is ahead of
+    the best by the mean, and not told apart from the others."""
+    sizes = torch.tensor([0.2, 0.4, 0.7], dtype=torch.float64)
+    weights = []
+    for size in sizes:
+        w = size * torch.randn(8, 256, dtype=torch.float64).sign()
+        w[:, 0] = 1
+        weights.append(w)
+    names = "int4", "int4b", "int4c", "int4d"
+    names = names if five else ("nf4", "nf4b", "int4", "int4b")
+    errors = dict(zip(names, told_by_the_mean()))
+    if five:
+        errors["nf4"] = [error - 0.15 for error in errors["int4"]]
+    codes = {}
+    for name, three in errors.items():
+        wide = sizes * (1 + (0.1 * torch.tensor(three).double()).sqrt())
+        codes[name] = torch.cat([-wide.flip(0), wide, torch.ones(4)]).unique()
+    return weights, {
+        name: codes[name] for name in random.sample(sorted(codes), len(codes))
+    }
 
 
 def errors_of(weights, codes, sizes) -> dict:
@@ -411,74 +452,107 @@ def errors_of(weights, codes, sizes) -> dict:
     }
 
 
-def judge_format(got, weights, codes, sizes, budget, scale_bits):
+LOOKS = {
+    "You look at the worst matrix: take the mean over all of them.": max,
+    "You look at the best matrix: take the mean over all of them.": min,
+    "You look at the first matrix only: take the mean over all of them.": (
+        lambda errors: errors[0]
+    ),
+    "You take the median of the matrices: take the mean.": (
+        lambda errors: sorted(errors)[1]
+    ),
+    "You take roots of the errors: they are squared errors.": lambda errors: sum(
+        map(math.sqrt, errors)
+    ),
+}
+
+
+def a_format(key, errors, allowed, needs, weights, codes, formats) -> None:
     need(
-        isinstance(got, tuple | list) and len(got) == 3,
-        f"Return three things: a name, a block size, a verdict; you return {got!r}.",
+        key in errors,
+        f"{key} is not one of the formats: a name out of {list(codes)} and a size out"
+        f" of {sorted({size for _, size in errors})}.",
     )
-    name, size, verdict = got
-    need(
-        isinstance(name, str) and name in codes and size in sizes,
-        f"({name!r}, {size!r}) is not one of the formats: a name out of {list(codes)}"
-        f" and a size out of {sizes}.",
+    sizes = [w.square().mean().item() for w in weights]
+    right = best_of(allowed)
+    slips = {
+        message: min(allowed, key=lambda one: look(allowed[one]))
+        for message, look in LOOKS.items()
+    }
+    slips |= {
+        "You add up squared errors as they are: then the largest matrix decides alone."
+        " Divide each by its matrix's mean square.": min(
+            allowed, key=lambda one: sum(e * s for e, s in zip(allowed[one], sizes))
+        ),
+        "You take the best format of all, whatever it needs: the budget counts.": (
+            best_of(errors)
+        ),
+    }
+    slips |= bit_slips(errors, codes, needs)
+    formats.add(key, right, slips, no_format(key, right, errors, needs))
+
+
+def bit_slips(errors, codes, needs) -> dict:
+    """{message: the best format of those that seem to be within the budget}"""
+    bits, budget = needs
+
+    def exact(key):
+        return math.log2(len(codes[key[0]]))
+
+    def whole(key):
+        return math.ceil(exact(key))
+
+    counts = {
+        "You forget that each weight pays its share of its block's scale.": whole,
+        "You take the logarithm as it is: an index into the codes has a whole number"
+        " of bits.": lambda key: bits[key] - whole(key) + exact(key),
+    }
+    found = {}
+    for message, count in counts.items():
+        seem = {key: errors[key] for key in errors if count(key) <= budget}
+        found[message] = best_of(seem)
+    strict = {key: errors[key] for key in errors if bits[key] < budget}
+    found["A format that needs exactly the budget is allowed."] = best_of(strict)
+    return found
+
+
+def best_of(errors):
+    """The format with the lowest mean error."""
+    return min(errors, key=lambda key: sum(errors[key]), default=None)
+
+
+def no_format(key, right, errors, needs) -> str:
+    """What to say of a wrong format that has no name."""
+    bits, budget = needs
+    if bits[key] > budget:
+        return (
+            f"{key} needs {bits[key]:g} bits a weight, more than {budget:g}: the code's"
+            " bits and each weight's share of its block's scale."
+        )
+    found, least = (sum(errors[one]) / len(errors[one]) for one in (key, right))
+    return (
+        f"You choose {key}, with a mean relative error of {found:.4f}; {right} is"
+        f" allowed too, and has {least:.4f}."
     )
-    errors = errors_of(weights, codes, sizes)
-    mean = {key: sum(found) for key, found in errors.items()}
-    allowed = [
-        key for key in errors if bits_of(codes[key[0]], key[1], scale_bits) <= budget
-    ]
-    right = min(allowed, key=mean.get)
-    if (name, size) != right:
-        needed = bits_of(codes[name], size, scale_bits)
-        errors = {key: errors[key] for key in [*allowed, (name, size)]}
-        raise Wrong(wrong_format((name, size), right, needed, errors, weights, budget))
-    plain = min(
-        (key for key in allowed if key[0].startswith("int")), key=mean.get, default=None
-    )
-    wanted = told_apart(errors[right], errors[plain], loss=True).verdict
-    same_verdict(
+
+
+def a_verdict(verdict, allowed, verdicts) -> None:
+    right = best_of(allowed)
+    even = {key: each for key, each in allowed.items() if key[0].startswith("int")}
+    plain = best_of(even)
+
+    def against(other):
+        return told_apart(allowed[right], allowed[other], loss=True).verdict
+
+    wanted = against(plain)
+    verdicts.add_verdict(
         verdict,
         wanted,
         "compare(a, b, loss=True) says whether *a* is ahead of b, and smaller errors"
         " are better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of {right} against"
-        f" {plain}, the best allowed format of equal steps.",
+        f" {plain}, the best allowed format of equal steps by the mean of its errors.",
     )
-
-
-def wrong_format(key, right, needed, errors, weights, budget) -> str:
-    if needed > budget:
-        return (
-            f"{key} needs {needed:g} bits a weight, more than {budget:g}: the code's"
-            " bits and each weight's share of its block's scale."
-        )
-    sizes = [w.square().mean().item() for w in weights]
-    absolute = {
-        one: sum(e * s for e, s in zip(found, sizes)) for one, found in errors.items()
-    }
-    if absolute[key] < absolute[right]:
-        return (
-            "You add up squared errors as they are: then the largest matrix decides"
-            " alone. Divide each by its matrix's mean square."
-        )
-    if errors[key][0] < errors[right][0]:
-        return "You look at the first matrix only: take the mean over all of them."
-    looks = {
-        "You look at the worst matrix: take the mean over all of them.": max,
-        "You take roots of the errors: they are squared errors.": root_sum,
-    }
-    for message, look in looks.items():
-        if key == min(errors, key=lambda one: look(errors[one])):
-            return message
-    return (
-        f"You choose {key}, with a mean relative error of"
-        f" {sum(errors[key]) / len(weights):.4f}; {right} is allowed too, and has"
-        f" {sum(errors[right]) / len(weights):.4f}."
-    )
-
-
-def root_sum(errors) -> float:
-    return sum(math.sqrt(error) for error in errors)
 
 
 # ---- 5. four bits as an adapter ------------------------------------------------------

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
-from .kinds import TRAPS, configured, only_one_seed, trap
-from .practice import fit, held, held_entries, same_verdict, written
-from .teacher import Wrong, checks, compare, need, same
+from .kinds import TRAPS, Choices, by_one_look, configured, trap
+from .practice import fit, held, held_entries, written
+from .teacher import checks, compare, need, same
 
 __all__ = [
     "choose_setup",
@@ -411,8 +411,8 @@ def losses_around(mean, spread=0.01):
     return [mean + spread * random.uniform(-1, 1) for _ in range(3)]
 
 
-def setups_drawn(kind: str, card, reserve):
-    """(setups, the name of the decoy that a slip chooses)."""
+def setups_drawn(kind: str, card, reserve) -> dict:
+    """Setups with a decoy, which a slip chooses."""
     limit, names = card * 2**30, ["a", "b", "c", "d"]
     random.shuffle(names)
     thrifty, good, other, decoy = names
@@ -438,7 +438,7 @@ def setups_drawn(kind: str, card, reserve):
         left = int(limit - sum(parts.values()))
         setups[decoy] |= {"bits": 4, "frozen": 2 * left}
     order = sorted(setups)
-    return {name: setups[name] for name in order}, decoy, good
+    return {name: setups[name] for name in order}
 
 
 @checks(
@@ -448,80 +448,96 @@ def setups_drawn(kind: str, card, reserve):
 def choose_setup(function, against="smallest") -> None:
     """function(setups, card, reserve) -> (name, verdict)."""
     kinds = "too large", *LEFT_OUT, "GiB", "exact", "nearly", "test", *TRAPS
+    choices, verdicts = Choices(), Choices()
     for number, kind in enumerate(kinds):
         card, reserve = (24, 16, 48)[number % 3], (2e9, 1.5e9)[number % 2]
-        setups, decoy, good = setups_drawn(kind, card, reserve)
+        setups = setups_drawn(kind, card, reserve)
         got = function(copy.deepcopy(setups), card, reserve)
         need(got is not None, "Your function gives None: is there a `return`?")
-        judge_setup(got, setups, kind, (decoy, good), card, reserve, against)
+        need(
+            isinstance(got, tuple | list) and len(got) == 2,
+            f"Return two things, the name and the verdict; you return {got!r}.",
+        )
+        a_setup(got[0], setups, card, reserve, choices)
+        of_the_test(got[1], setups, fitting(setups, card, reserve), against, verdicts)
+    choices.judge()
+    verdicts.judge()
 
 
-def judge_setup(got, setups, kind, pair, card, reserve, against):
-    need(
-        isinstance(got, tuple | list) and len(got) == 2,
-        f"Return two things, the name and the verdict; you return {got!r}.",
-    )
-    name, verdict = got
+def fitting(setups, card, reserve, left_out="", unit=2**30, spare=0) -> dict:
+    """{name: bytes} of the setups that fit, if this part is left out of the bill."""
+    found = {}
+    for name, setup in setups.items():
+        parts = setup_parts(setup, reserve)
+        total = sum(parts.values()) - parts.get(left_out, 0)
+        if total + spare <= card * unit:
+            found[name] = total
+    return found
+
+
+def best_setup(setups, names, key="valid"):
+    """The one of these with the lowest mean loss."""
+    return min(names, key=lambda name: sum(setups[name][key]), default=None)
+
+
+def a_setup(name, setups, card, reserve, choices) -> None:
     need(
         isinstance(name, str) and name in setups,
         f"The name is one of {', '.join(setups)}; yours is {name!r}.",
     )
-    decoy, good = pair
-    right = decoy if kind in ("GiB", "exact") else good
-    need_bytes = {n: sum(setup_parts(s, reserve).values()) for n, s in setups.items()}
-    fitting = [n for n in setups if need_bytes[n] <= card * 2**30]
-    if name != right:
-        tested = min(fitting, key=lambda n: sum(setups[n]["test"]))
-        valid = {n: setups[n]["valid"] for n in fitting}
-        one_look = only_one_seed({(n,): found for n, found in valid.items()}, name)
-        if kind in TRAPS and one_look:
-            raise Wrong(one_look)
-        raise Wrong(wrong_setup(name, right, kind, pair, need_bytes, card, tested))
-    pick = max if against == "largest" else min
-    other = pick(fitting, key=need_bytes.get)
-    wanted = told_apart(setups[right]["test"], setups[other]["test"], loss=True).verdict
-    same_verdict(
+    fit = fitting(setups, card, reserve)
+    slips = {
+        f"You count too few bytes: {text}.": best_setup(
+            setups, fitting(setups, card, reserve, part)
+        )
+        for part, text in LEFT_OUT.items()
+    }
+    slips |= by_one_look({name: setups[name]["valid"] for name in fit})
+    slips |= {
+        "You take the best by validation, whether it fits on the card or not.": (
+            best_setup(setups, setups)
+        ),
+        "A better one fits. A card of so many GB has so many times 2³⁰ bytes, and not"
+        " 10⁹.": best_setup(setups, fitting(setups, card, reserve, unit=10**9)),
+        "A better one fits: it needs exactly as many bytes as may be used, and that is"
+        " not too many.": best_setup(setups, fitting(setups, card, reserve, spare=1)),
+        "You choose on the test. Choose by the validation loss, and look at the test"
+        " once.": best_setup(setups, fit, "test"),
+    }
+    right = best_setup(setups, fit)
+    said = (
+        f"You choose {name!r}; of those that fit, {right!r} has the lowest mean"
+        " validation loss."
+    )
+    if name not in fit:
+        needed = sum(setup_parts(setups[name], reserve).values()) / 2**30
+        said = (
+            f"Your choice needs {needed:.3f} of {card} GiB, the reserve included: it"
+            " does not fit. Add its parts up once by hand."
+        )
+    choices.add(name, right, slips, said)
+
+
+def of_the_test(verdict, setups, fit, against, verdicts) -> None:
+    """The verdict of the best setup against the smallest, or largest, that fits."""
+    right = best_setup(setups, fit)
+    other = (max if against == "largest" else min)(fit, key=fit.get)
+
+    def judged(key):
+        return told_apart(setups[right][key], setups[other][key], loss=True).verdict
+
+    wanted = judged("test")
+    verdicts.add_verdict(
         verdict,
         wanted,
         "compare(a, b, loss=True) says whether *a* is ahead of b, and lower losses are"
         " better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of the test losses of"
         f" {right!r} against those of {other!r}, the {against} that fits.",
-    )
-
-
-def wrong_setup(name, right, kind, pair, need_bytes, card, tested) -> str:
-    decoy, good = pair
-    if name == decoy and kind in LEFT_OUT:
-        return (
-            f"Your choice needs {need_bytes[name] / 2**30:.2f} of {card} GiB:"
-            f" {LEFT_OUT[kind]}."
-        )
-    if name == decoy and kind == "too large":
-        return "Your choice is the best by validation, and does not fit on the card."
-    if name == decoy and kind == "nearly":
-        return (
-            f"Your choice needs {need_bytes[name] / 2**30:.3f} of {card} GiB, the"
-            " reserve included: it does not fit. Add its parts up once by hand."
-        )
-    if name == good and kind == "GiB":
-        return (
-            f"A better one fits. A card of {card} GB has {card} · 2³⁰ bytes, and"
-            f" {need_bytes[right] / 2**30:.2f} GiB are needed, the reserve included."
-        )
-    if name == good and kind == "exact":
-        return (
-            "A better one fits: it needs exactly as many bytes as may be used, and that"
-            " is not too many."
-        )
-    if name == tested:
-        return (
-            "You choose on the test. Choose by the validation loss, and look at the"
-            " test once."
-        )
-    return (
-        f"You choose {name!r}; of those that fit, {right!r} has the lowest mean"
-        " validation loss."
+        {
+            "You compare validation losses, which have chosen already: compare the test"
+            " losses.": judged("valid")
+        },
     )
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from ... import Adapter, get_peft_model
 from ...lm import GPT, GPTConfig
 from ..comparison import compare as told_apart
-from .kinds import configured
-from .practice import fit, same_verdict, written
+from .kinds import Choices, configured
+from .practice import fit, written
 from .teacher import checks, compare, need, same
 
 __all__ = [
@@ -272,12 +272,11 @@ def fold_linear_adapter(function) -> None:
 
 # ---- 4. a place and a width under a budget -------------------------------------------
 
-ADAPTERS = {"houlsby": 2, "pfeiffer": 1, "parallel": 1}  # in one block
 
-
-def trained_numbers(case) -> int:
+def trained_numbers(case, houlsby=2, biases=True) -> int:
     d, m = case["d"], case["m"]
-    return case["layers"] * ADAPTERS[case["placement"]] * (2 * d * m + m + d)
+    adapters = houlsby if case["placement"] == "houlsby" else 1
+    return case["layers"] * adapters * (2 * d * m + biases * (m + d))
 
 
 def sweep(best: float, edge: str = "") -> dict:
@@ -292,7 +291,7 @@ def sweep(best: float, edge: str = "") -> dict:
 
 
 def cases_drawn(kind: str):
-    """(cases, budget, the decoy's name, the right one's)."""
+    """(cases, budget)"""
     d, layers = random.choice([96, 128]), random.choice([4, 5, 6])
     good = {"placement": random.choice(["pfeiffer", "parallel"]), "m": 16}
     if kind == "exact":
@@ -329,9 +328,7 @@ def cases_drawn(kind: str):
         if kind == "tie" and role in ("good", "plain"):  # one seed turns the order
             losses = [0.4, 0.3, 0.5] if role == "good" else [0.42, 0.52, 0.32]
         cases[name] = case | {"d": d, "layers": layers, "test": losses}
-    roles = dict(zip(drawn, names))
-    ordered = {name: cases[name] for name in sorted(cases)}
-    return ordered, budget, roles["decoy"], roles["good"]
+    return {name: cases[name] for name in sorted(cases)}, budget
 
 
 @checks(
@@ -341,86 +338,127 @@ def cases_drawn(kind: str):
 def choose_placement(function, against="second") -> None:
     """function(cases, budget) -> (name, rate, verdict)."""
     kinds = "test", "budget", "twice", "biases", "exact", "low", "high", "flat", "tie"
+    names, rates, verdicts = Choices(), Choices(), Choices()
     for kind in kinds:
-        cases, budget, decoy, good = cases_drawn(kind)
+        cases, budget = cases_drawn(kind)
         got = function(copy.deepcopy(cases), budget)
         need(got is not None, "Your function gives None: is there a `return`?")
-        judge_placement(got, cases, budget, (kind, decoy, good), against)
+        need(
+            isinstance(got, tuple | list) and len(got) == 3,
+            f"Return three things: a name, a rate, a verdict; you return {got!r}.",
+        )
+        a_case(got[0], cases, budget, names)
+        good = best_case(cases, allowed_cases(cases, budget))
+        a_rate(got[1], good, cases[good]["valid"], rates)
+        of_the_tests(got[2], cases, budget, against, verdicts)
+    names.judge()
+    rates.judge()
+    verdicts.judge()
 
 
-def judge_placement(got, cases, budget, drawn, against):
-    kind, decoy, good = drawn
-    need(
-        isinstance(got, tuple | list) and len(got) == 3,
-        f"Return three things: a name, a rate, a verdict; you return {got!r}.",
-    )
-    name, rate, verdict = got
+def inside(rates) -> bool:
+    """Whether the best rate has a worse one on either side."""
+    return min(rates) < best_rate(rates) < max(rates)
+
+
+def best_rate(rates) -> float:
+    return min(rates, key=rates.get)
+
+
+def allowed_cases(cases, budget, count=trained_numbers, edges=inside) -> list:
+    """Those within the budget whose best rate has a worse one on either side."""
+    return [
+        name
+        for name, case in cases.items()
+        if edges(case["valid"]) and count(case) <= budget
+    ]
+
+
+def best_case(cases, names, look=min):
+    """The one of these that is best by a look at its validation losses."""
+    return min(names, key=lambda n: look(cases[n]["valid"].values()), default=None)
+
+
+def placement_slips(cases, budget) -> dict:
+    def chosen(**changed):
+        return best_case(cases, allowed_cases(cases, budget, **changed))
+
+    def counted(**changed):
+        return chosen(count=lambda case: trained_numbers(case, **changed))
+
+    allowed = allowed_cases(cases, budget)
+    return {
+        "You count too few parameters: Houlsby has two adapters in each block.": (
+            counted(houlsby=1)
+        ),
+        "You count too few parameters: an adapter has two matrices and two biases, m +"
+        " d numbers more.": counted(biases=False),
+        "You take the best of all, and it may be too large: the budget counts.": chosen(
+            count=lambda case: 0
+        ),
+        "A case that trains exactly as many parameters as the budget has is allowed.": (
+            best_case(cases, allowed_cases(cases, budget - 1))
+        ),
+        "A case is not allowed if its best rate is the lowest or the highest that was"
+        " tried: nobody knows whether the next one is better still, so it is not at its"
+        " best.": [
+            chosen(edges=lambda rates: True),
+            chosen(edges=lambda rates: best_rate(rates) > min(rates)),
+            chosen(edges=lambda rates: best_rate(rates) < max(rates)),
+        ],
+        "You look at all rates of a case, or at its worst one: a case counts with the"
+        " loss at its best rate.": [
+            best_case(cases, allowed, look) for look in (sum, max)
+        ],
+        "You choose on the test. Choose by the validation loss, and look at the test"
+        " once.": min(allowed, key=lambda name: sum(cases[name]["test"])),
+    }
+
+
+def a_case(name, cases, budget, names) -> None:
     need(
         isinstance(name, str) and name in cases,
         f"The name is one of {', '.join(cases)}; yours is {name!r}.",
     )
-    need(name == good, wrong_placement(name, cases, budget, drawn))
-    valid = cases[good]["valid"]
-    right_rate = min(valid, key=valid.get)
-    need(
-        rate == right_rate,
-        f"You return the rate {rate!r}; of {good!r} the one with the lowest validation"
-        f" loss is {right_rate:g}.",
+    right = best_case(cases, allowed_cases(cases, budget))
+    count = trained_numbers(cases[name])
+    said = (
+        f"You choose {name!r}; of those that are allowed, {right!r} has the lowest"
+        " validation loss."
     )
-    allowed = [n for n in allowed_cases(cases, budget) if n != good]
-    pick = min if against == "second" else max
-    other = pick(allowed, key=lambda n: min(cases[n]["valid"].values()))
+    if count > budget:
+        said = f"{name!r} trains {count:,} parameters; the budget is {budget:,}."
+    elif not inside(cases[name]["valid"]):
+        said = f"The best rate of {name!r} has a worse one on one side only."
+    names.add(name, right, placement_slips(cases, budget), said)
+
+
+def a_rate(rate, good, valid, rates) -> None:
+    right = best_rate(valid)
+    said = (
+        f"You return the rate {rate!r}; of {good!r} the one with the lowest validation"
+        f" loss is {right:g}."
+    )
+    highest = max(valid, key=valid.get)
+    rates.add(
+        rate, right, {"You return the rate with the highest loss.": highest}, said
+    )
+
+
+def of_the_tests(verdict, cases, budget, against, verdicts) -> None:
+    """The verdict of the best case against the second best, or the worst."""
+    allowed = allowed_cases(cases, budget)
+    order = sorted(allowed, key=lambda name: min(cases[name]["valid"].values()))
+    good, other = order[0], order[1 if against == "second" else -1]
     wanted = told_apart(cases[good]["test"], cases[other]["test"], loss=True).verdict
     place = "second best" if against == "second" else "worst"
-    same_verdict(
+    verdicts.add_verdict(
         verdict,
         wanted,
         "compare(a, b, loss=True) says whether *a* is ahead of b, and lower losses are"
         " better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of {good!r} against"
         f" {other!r}, the {place} of those that are allowed.",
-    )
-
-
-def allowed_cases(cases, budget) -> list:
-    """Those within the budget whose best rate has a worse one on either side."""
-    found = []
-    for name, case in cases.items():
-        rate = min(case["valid"], key=case["valid"].get)
-        inside = min(case["valid"]) < rate < max(case["valid"])
-        if inside and trained_numbers(case) <= budget:
-            found.append(name)
-    return found
-
-
-def wrong_placement(name, cases, budget, drawn) -> str:
-    kind, decoy, good = drawn
-    count = trained_numbers(cases[name])
-    if count > budget:
-        slips = {
-            "twice": "Houlsby has two adapters in each block",
-            "biases": "an adapter has two matrices and two biases, m + d numbers more",
-        }
-        why = slips.get(kind, "it is the best of all, and too large")
-        return f"{name!r} trains {count:,} parameters, the budget is {budget:,}: {why}."
-    if name == decoy and kind in ("low", "high"):
-        return (
-            f"The best rate of {name!r} is the {kind}est that was tried: nobody knows"
-            " whether the next one is better still, so it is not at its best."
-        )
-    if name == decoy and kind == "flat":
-        return (
-            "You look at all rates of a case, or at its worst one: a case counts with"
-            " the loss at its best rate."
-        )
-    if sum(cases[name]["test"]) < sum(cases[good]["test"]):
-        return (
-            "You choose on the test. Choose by the validation loss, and look at the"
-            " test once."
-        )
-    return (
-        f"You choose {name!r}; of those that are allowed, {good!r} has the lowest"
-        " validation loss."
     )
 
 

@@ -12,7 +12,7 @@ from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
 from ...slot import Adapter
 from ..comparison import compare as told_apart
-from .kinds import TRAPS, only_one_seed, trap
+from .kinds import TRAPS, Choices, by_one_look, trap
 from .practice import numbers
 from .teacher import Wrong, checks, compare, need, same
 
@@ -493,42 +493,42 @@ def next_to(losses, best):
 def search_on(function, asked="open") -> None:
     """function(losses) -> (rate, sides), sides a set of "smaller" and "larger".
     asked: "open" for the sides on which to go on, "done" for the others."""
+    rates, ends = Choices(), Choices()
     for kind in SEARCHES:
         losses = ladder_of(kind)
         given = {rate: list(each) for rate, each in losses.items()}
-        judge_search(function(given), losses, asked)
+        got = function(given)
+        need(got is not None, "Your function gives None: is there a `return`?")
+        need(
+            isinstance(got, (tuple, list)) and len(got) == 2,
+            f"Return two things, the rate and the sides; you return {got!r}.",
+        )
+        a_rate(got[0], losses, rates)
+        some_sides(got[1], losses, asked, ends)
+    rates.judge()
+    ends.judge()
 
 
-def judge_search(got, losses, asked):
-    need(got is not None, "Your function gives None: is there a `return` at its end?")
-    need(
-        isinstance(got, (tuple, list)) and len(got) == 2,
-        f"Return two things, the rate and the sides; you return {got!r}.",
-    )
-    rate, sides = got
+def a_rate(rate, losses, rates) -> None:
     means = means_of(losses)
     best = min(means, key=means.get)
     need(
         isinstance(rate, int | float) and rate in losses,
         f"The rate should be one of {sorted(losses)}; yours is {rate!r}.",
     )
-    need(
-        not diverged(losses[rate]),
-        "You choose a rate of which a seed has diverged (nan). Comparisons with nan are"
-        " all false, so min() may keep it; and a mean without that seed is too good.",
-    )
-    finite = {rate: each for rate, each in losses.items() if rate in means}
-    one_look = only_one_seed({(rate,): each for rate, each in finite.items()}, rate)
-    need(rate == best or not one_look, one_look)
-    need(
-        rate == best or rate != max(means, key=means.get),
-        "You take the largest mean: these are losses.",
-    )
-    need(rate == best, f"By the mean over seeds the rate is {best:g}; you say {rate}.")
-    judge_sides(sides, losses, best, asked)
+    slips = by_one_look({rate: each for rate, each in losses.items() if rate in means})
+    slips["You take the largest mean: these are losses."] = max(means, key=means.get)
+    said = f"By the mean over seeds the rate is {best:g}; you say {rate}."
+    if diverged(losses[rate]):
+        said = (
+            "You choose a rate of which a seed has diverged (nan). Comparisons with nan"
+            " are all false, so min() may keep it; and a mean without that seed is too"
+            " good."
+        )
+    rates.add(rate, best, slips, said)
 
 
-def judge_sides(sides, losses, best, asked):
+def some_sides(sides, losses, asked, ends) -> None:
     need(
         isinstance(sides, (set, frozenset, list, tuple))
         and all(isinstance(side, str) for side in sides)
@@ -537,6 +537,8 @@ def judge_sides(sides, losses, best, asked):
         f" {sides!r}.",
     )
     both = {"smaller", "larger"}
+    means = means_of(losses)
+    best = min(means, key=means.get)
     found = {*sides} if asked == "open" else both - {*sides}
 
     def really(rate):
@@ -544,8 +546,6 @@ def judge_sides(sides, losses, best, asked):
         return diverged(losses[rate]) or result.verdict == "ahead"
 
     right = open_sides(losses, best, really)
-    if found == right:
-        return
     near = next_to(losses, best)
     wide = 1.1 * mean_of(losses[best])
     other = {"smaller": "larger", "larger": "smaller"}
@@ -583,11 +583,12 @@ def judge_sides(sides, losses, best, asked):
         ),
     }
     shown = {rate: [round(loss, 3) for loss in losses[rate]] for rate in sorted(losses)}
-    for message, wrong in slips.items():
-        need(found != wrong, f"{message} The losses were {shown}.")
-    raise Wrong(
+    ends.add(
+        found,
+        right,
+        slips,
         f"Of {shown} you say {sorted(sides)}; the search has to go on at"
-        f" {' and '.join(sorted(right)) or 'neither side'}."
+        f" {' and '.join(sorted(right)) or 'neither side'}.",
     )
 
 

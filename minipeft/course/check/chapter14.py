@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..comparison import compare as told_apart
-from .kinds import judge_numbers, told_by_the_mean
-from .teacher import Wrong, checks, compare, need, same
+from .kinds import Choices, judge_numbers, told_by_the_mean
+from .teacher import checks, compare, need, same
 
 __all__ = [
     "fewest_experts",
@@ -533,12 +533,14 @@ KINDS = (
 )
 def fewest_experts(function) -> None:
     """function(names, losses_of) -> a list or set of names."""
+    choices = Choices()
     for kind in KINDS:
         names, losses = fusion_of(kind)
-        judge_experts(function, names, losses)
+        some_experts(function, names, losses, choices)
+    choices.judge()
 
 
-def judge_experts(function, names, losses):
+def some_experts(function, names, losses, choices) -> None:
     def losses_of(chosen):
         need(
             not isinstance(chosen, str) and {*chosen} <= {*names} and len(chosen) > 0,
@@ -567,17 +569,16 @@ def judge_experts(function, names, losses):
     good = [chosen for chosen in losses if not worse(chosen)]
     fewest = min(map(len, good))
     right = min((s for s in good if len(s) == fewest), key=mean.get)
-    if got == right:
-        return
-    raise Wrong(experts_slip(got, right, names, losses, mean, worse))
+    slips = expert_slips(right, names, losses, mean, worse)
+    choices.add(got, right, slips, no_experts(got, right, everyone, losses, worse))
 
 
-def experts_slip(got, right, names, losses, mean, worse):
+def expert_slips(right, names, losses, mean, worse) -> dict:
     everyone = frozenset(names)
     one_less = {name: everyone - {name} for name in names}
     alone = frozenset(name for name in names if worse(one_less[name]))
     by_mean = [chosen for chosen in losses if mean[chosen] <= mean[everyone]]
-    slips = {
+    return {
         "You silence one expert at a time. Two that say the same can each be missed,"
         " and not both: try sets.": alone,
         "You take the set with the lowest mean loss. The question is which experts are"
@@ -590,15 +591,17 @@ def experts_slip(got, right, names, losses, mean, worse):
             everyone - right
         ),
     }
+
+
+def no_experts(got, right, everyone, losses, worse) -> str:
+    """What to say of a wrong set that has no name."""
     shown = {
         " + ".join(sorted(s)): [round(x, 3) for x in losses[s]]
         for s in (everyone, right, got)
         if s
     }
-    for message, wrong in slips.items():
-        if got == wrong:
-            return f"{message} The losses: {shown}."
-    need(got, "You return no name at all: at least one expert is needed.")
+    if not got:
+        return "You return no name at all: at least one expert is needed."
     if worse(got):
         return (
             f"Without the others {sorted(got)} is really behind all of them, by the"

@@ -11,8 +11,8 @@ from torch import nn
 
 from ... import Base, LayerConfig, LinearDelta, LoraConfig, get_peft_model
 from ..comparison import compare as told_apart
-from .kinds import judge_numbers, told_by_the_mean
-from .practice import LargestTensor, same_verdict
+from .kinds import Choices, by_one_look, judge_numbers, told_by_the_mean
+from .practice import LargestTensor
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -210,6 +210,8 @@ MERGES = (
     "told by the mean",
     "the plain one",
     "equal leads",
+    "one seed leads",
+    "last seed better",
 )
 
 
@@ -219,11 +221,19 @@ MERGES = (
 def choose_merge(function, of="chosen") -> None:
     """function(valid_loss, right, plain) -> (name, verdict), the verdict of the chosen
     merge against `plain`, or the other way round with of="plain"."""
+    choices, verdicts = Choices(), Choices()
     for seed, kind in enumerate(MERGES):
         valid, right = merges_drawn(random.Random(seed), kind)
         got = function(copy.deepcopy(valid), copy.deepcopy(right), "cat")
         no_return(got)
-        judge_choice(got, valid, right, "cat", of)
+        need(
+            isinstance(got, (tuple, list)) and len(got) == 2,
+            f"Return two things, the name and the verdict; you return {got!r}.",
+        )
+        a_merge(got[0], valid, right, "cat", choices)
+        of_the_answers(got[1], valid, right, "cat", of, verdicts)
+    choices.judge()
+    verdicts.judge()
 
 
 def merges_drawn(rng, kind):
@@ -241,8 +251,10 @@ def merges_drawn(rng, kind):
     if kind == "trap":  # the best on the test is not the best in validation
         share[other], share[chosen] = 0.95, 0.4
     if kind == "one seed better":  # lowest once, and bad twice
-        valid[other] = [0.05, 0.9, 0.9]
+        valid[other] = [0.9, 0.05, 0.9]
         share[chosen] = 0.9
+    if kind == "last seed better":
+        valid[other] = [0.9, 0.9, 0.05]
     if kind == "tie":
         valid[other] = [0.9, 0.9, 0.9]
     if kind == "told by the mean":
@@ -260,52 +272,70 @@ def merges_drawn(rng, kind):
         for name, count in ((chosen, 33), ("cat", 30)):
             row = ["1"] * count + ["0"] * (60 - count)
             right[name] = ["".join(rng.sample(row, 60)) for _ in range(3)]
+    if kind == "one seed leads":  # by many answers, and the other two by none
+        right["cat"] = ["01" * 30] * 3
+        right[chosen] = ["1" * 60, "01" * 30, "10" * 30]
     return valid, right
 
 
-def judge_choice(got, valid, right, plain, of):
-    need(
-        isinstance(got, (tuple, list)) and len(got) == 2,
-        f"Return two things, the name and the verdict; you return {got!r}.",
-    )
-    name, verdict = got
-    means = {key: sum(losses) / len(losses) for key, losses in valid.items()}
-    wanted = min(means, key=means.get)
+def best_merge_of(valid) -> str:
+    return min(valid, key=lambda name: sum(valid[name]) / len(valid[name]))
+
+
+def a_merge(name, valid, right, plain, choices) -> None:
+    wanted = best_merge_of(valid)
     score = {key: sum(s.count("1") for s in strings) for key, strings in right.items()}
-    if name != wanted:
-        best_seed = min(valid, key=lambda key: min(valid[key]))
-        need(
-            wanted != plain or name == best_seed or name == max(means, key=means.get),
-            "The plain merge is one of those to choose from: here its loss is the"
-            " lowest.",
-        )
-        slips = {
-            min(valid, key=lambda key: sorted(valid[key])[1]): "You take the lowest"
-            " median, or the lowest loss of one seed: take the mean over the seeds.",
-            min(valid, key=lambda key: max(valid[key])): "You take the one whose worst"
-            " seed is the best: take the mean over the seeds.",
-            max(score, key=score.get): "You choose on the test. Then its score is too"
-            " good: it was the best of four because it had luck too. Choose by the"
-            " validation loss, and look at the test once.",
-            max(means, key=means.get): "You take the largest loss: lower is better.",
-            best_seed: "You take the one with the lowest loss in any seed. One lucky"
-            " seed is no reason: take the mean over the seeds.",
-            plain: "You return the plain merge: the question is what you choose.",
-        }
-        raise Wrong(
-            slips.get(name, f"You choose {name!r}; by the mean validation loss it is")
-            + ("" if name in slips else f" {wanted!r}.")
-        )
-    a, b = (wanted, plain) if of == "chosen" else (plain, wanted)
-    right_verdict = told_apart(right[a], right[b]).verdict
-    same_verdict(
+    others = {key: losses for key, losses in valid.items() if key != plain}
+    slips = by_one_look(valid) | {
+        "You choose on the test. Then its score is too good: it was the best of four"
+        " because it had luck too. Choose by the validation loss, and look at the test"
+        " once.": max(score, key=score.get),
+        "You take the largest loss: lower is better.": max(
+            valid, key=lambda key: sum(valid[key])
+        ),
+        "You return the plain merge: the question is what you choose.": plain,
+        "The plain merge is one of those to choose from, too.": best_merge_of(others),
+    }
+    choices.add(
+        name,
+        wanted,
+        slips,
+        f"You choose {name!r}; by the mean validation loss it is {wanted!r}.",
+    )
+
+
+def of_the_answers(verdict, valid, right, plain, of, verdicts) -> None:
+    chosen = best_merge_of(valid)
+    a, b = (chosen, plain) if of == "chosen" else (plain, chosen)
+
+    def pooled(name):
+        return [int(answer) for answer in "".join(right[name])]
+
+    def each_question(name):
+        return [row.count("1") for row in map("".join, zip(*right[name]))]
+
+    def percent(name):
+        return [100 * s.count("1") / len(s) for s in right[name]]
+
+    wanted = told_apart(right[a], right[b]).verdict
+    verdicts.add_verdict(
         verdict,
-        right_verdict,
+        wanted,
         "compare(a, b) says whether *a* is ahead of b, and right answers are not a"
         " loss.",
-        f"You say {verdict!r}; the course's rule says {right_verdict!r} of {a!r}"
-        f" against {b!r}. Give `compare` the strings of all seeds, so that it sees"
-        " every answer.",
+        f"You say {verdict!r}; the course's rule says {wanted!r} of {a!r} against"
+        f" {b!r}. Give `compare` the strings of all seeds, so that it sees every"
+        " answer.",
+        {
+            "You pool the answers of all seeds: then nothing is left that says how much"
+            " the seeds differ. Give `compare` one string a seed, so that it sees every"
+            " answer and every seed.": [
+                told_apart(way(a), way(b)).verdict for way in (pooled, each_question)
+            ],
+            "You compare one number a seed, and the rule no longer knows how many"
+            " answers it stands for: give `compare` the strings, so that it sees every"
+            " answer.": told_apart(percent(a), percent(b)).verdict,
+        },
     )
 
 
@@ -587,6 +617,7 @@ def gradients_of_mixture(slot, mixture, deltas, x):
 def who_is_in_it(function, b_first=False) -> None:
     """function(W_now, W_base, adapters) -> {name: whole number}; an adapter is (A, B,
     s), or (B, A, s) with b_first."""
+    choices = Choices()
     for counts, alike in (
         ((4, 0, 1), True),  # first what tells most slips apart
         ((1, 2, 0), False),
@@ -610,10 +641,11 @@ def who_is_in_it(function, b_first=False) -> None:
             for name, (A, B, s) in adapters.items()
         }
         got = function(now.clone(), W.clone(), given)
-        judge_counts(got, right, now - W, now, adapters)
+        some_counts(got, right, now - W, now, adapters, choices)
+    choices.judge()
 
 
-def judge_counts(got, right, change, now, adapters):
+def some_counts(got, right, change, now, adapters, choices) -> None:
     no_return(got)
     need(
         isinstance(got, dict) and got.keys() == right.keys(),
@@ -635,58 +667,43 @@ def judge_counts(got, right, change, now, adapters):
 
     unscaled = {name: B @ A for name, (A, B, s) in adapters.items()}
     found = together(deltas, change)
-    slips = [
-        (
-            "The scaling of the adapters is missing.",
-            {n: round(v) for n, v in together(unscaled, change).items()},
+    slips = {
+        "The scaling of the adapters is missing.": {
+            n: round(v) for n, v in together(unscaled, change).items()
+        },
+        "You look at W_now itself: what counts is its difference from the base.": {
+            n: round(v) for n, v in together(deltas, now).items()
+        },
+        "The signs are turned round: W_now less W_base.": {
+            name: -n for name, n in right.items()
+        },
+        "An adapter that was taken out once too often counts -1: you lose the sign.": {
+            name: abs(n) for name, n in right.items()
+        },
+        "You count whether it is there, not how often: merged twice is a fault of its"
+        " own.": {name: int(n != 0) for name, n in right.items()},
+        "An adapter that was taken out once too often counts -1; you say 0.": {
+            name: max(n, 0) for name, n in right.items()
+        },
+        "You look at each adapter alone. Adapters of one base overlap, and one then"
+        " shows in the other's place: ask for all together (least squares).": (
+            alone(change)
         ),
-        (
-            "You look at W_now itself: what counts is its difference from the base.",
-            {n: round(v) for n, v in together(deltas, now).items()},
-        ),
-        (
-            "The signs are turned round: W_now less W_base.",
-            {name: -n for name, n in right.items()},
-        ),
-        (
-            "An adapter that was taken out once too often counts -1: you lose the"
-            " sign.",
-            {name: abs(n) for name, n in right.items()},
-        ),
-        (
-            "You count whether it is there, not how often: merged twice is a fault"
-            " of its own.",
-            {name: int(n != 0) for name, n in right.items()},
-        ),
-        (
-            "An adapter that was taken out once too often counts -1; you say 0.",
-            {name: max(n, 0) for name, n in right.items()},
-        ),
-        (
-            "You look at each adapter alone. Adapters of one base overlap, and one"
-            " then shows in the other's place: ask for all together (least squares).",
-            alone(change),
-        ),
-        *(
-            (
-                "Round to the nearest whole number: int and math.floor cut 2.999 to 2,"
-                " and math.ceil makes 3 of 2.001.",
-                {name: cut(value) for name, value in found.items()},
-            )
+        "Round to the nearest whole number: int and math.floor cut 2.999 to 2, and"
+        " math.ceil makes 3 of 2.001.": [
+            {name: cut(value) for name, value in found.items()}
             for cut in (int, math.floor, math.ceil)
-        ),
-    ]
+        ],
+    }
     strange = f"Counts are whole numbers; you have {got!r}."
     need(not any(isinstance(n, str) for n in got.values()), strange)
     try:
         values = {name: float(n) for name, n in got.items()}
     except (TypeError, ValueError) as error:
         raise Wrong(strange) from error
-    if values == right:
-        return
-    if all(math.isclose(values[n], right[n], abs_tol=1e-3) for n in right):
+    if values != right and all(
+        math.isclose(values[n], right[n], abs_tol=1e-3) for n in right
+    ):
         raise Wrong("Nearly: round to whole numbers, and to the nearest (int cuts).")
-    for message, wrong in slips:
-        if values == wrong and wrong != right:
-            raise Wrong(message)
-    raise Wrong(f"You find {got}; it is {right}. Small remainders are rounding.")
+    said = f"You find {got}; it is {right}. Small remainders are rounding."
+    choices.add(values, right, slips, said)

@@ -12,6 +12,7 @@ from ...config import LayerConfig
 from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
 from ..comparison import compare as told_apart
+from .kinds import Choices
 from .teacher import Wrong, checks, need
 
 __all__ = [
@@ -32,16 +33,6 @@ def no_return(got):
 
 def is_whole(number):
     return hasattr(number, "__index__") and not isinstance(number, bool)
-
-
-def named(got, right, mistakes):
-    """Raise the message of the mistake that gives what the learner got."""
-    if got == right:
-        return
-    for message, wrong in mistakes.items():
-        if got == wrong:
-            raise Wrong(message)
-    raise Wrong(f"You get {got!r}; I get {right!r}.")
 
 
 # ---- 1. a search that is fair --------------------------------------------------------
@@ -291,32 +282,31 @@ def leaked(function) -> None:
     around = [
         i for i, t in enumerate(test) if any(plain(one) in plain(t) for one in train)
     ]
-    named(
-        sorted(int(index) for index in got),
-        hidden,
-        {
-            "A question that stands *within* a longer one is another question.": within,
-            "A question that holds a shorter one is another question.": around,
-            "A question may stand twice in test: each place counts, so go through the"
-            " places (enumerate) and not through the texts (index).": twice,
-            "You name a question that stands twice in test once: each place"
-            " counts.": once,
-            "Of a question that stands twice in test you name the last place: each"
-            " counts.": last,
-            "You give the indices in train: what is thrown out are test questions.": (
-                matches(test, train, plain)
-            ),
-            "You give those that did not leak.": [
-                i for i in range(len(test)) if i not in hidden
-            ],
-            "You count from 1: the first index is 0.": [i + 1 for i in hidden],
-        }
-        | {
-            message: found
-            for message, key in LEAK_SLIPS.items()
-            if (found := matches(train, test, key)) != hidden
-        },
+    found = sorted(int(index) for index in got)
+    choices = Choices()
+    slips = {
+        "A question that stands *within* a longer one is another question.": within,
+        "A question that holds a shorter one is another question.": around,
+        "A question may stand twice in test: each place counts, so go through the"
+        " places (enumerate) and not through the texts (index).": twice,
+        "You name a question that stands twice in test once: each place counts.": once,
+        "Of a question that stands twice in test you name the last place: each"
+        " counts.": last,
+        "You give the indices in train: what is thrown out are test questions.": (
+            matches(test, train, plain)
+        ),
+        "You give those that did not leak.": [
+            i for i in range(len(test)) if i not in hidden
+        ],
+        "You count from 1: the first index is 0.": [i + 1 for i in hidden],
+    } | {message: matches(train, test, key) for message, key in LEAK_SLIPS.items()}
+    choices.add(
+        tuple(found),
+        tuple(hidden),
+        {message: tuple(wrong) for message, wrong in slips.items()},
+        f"You get {found}; I get {hidden}.",
     )
+    choices.judge()
 
 
 # ---- 3. how many questions -----------------------------------------------------------
@@ -330,6 +320,7 @@ def items_needed(function) -> None:
         (random.randint(12, 44) / 100, random.randint(23, 97) / 1000) for _ in range(3)
     ]
     cases += [(0.5, 0.1), (0.5, 0.1225)]  # the last needs 128, without a rest
+    choices = Choices()
     for p, gap in cases:
         got = function(p, gap)
         no_return(got)
@@ -338,7 +329,7 @@ def items_needed(function) -> None:
             f"A number of questions is a whole number: yours is {got!r}. Round up.",
         )
         exact = 2 * 1.96**2 * p * (1 - p) / gap**2
-        named(
+        choices.add(
             int(got),
             math.ceil(exact),
             {
@@ -381,7 +372,9 @@ def items_needed(function) -> None:
                 "That is the root of it: n is where the margin, squared, meets the"
                 " difference, squared.": math.ceil(math.sqrt(exact)),
             },
+            f"You get {got}; I get {math.ceil(exact)}.",
         )
+    choices.judge()
 
 
 # ---- 4. seeds or questions -----------------------------------------------------------

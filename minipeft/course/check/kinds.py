@@ -3,6 +3,7 @@ the check computes, a choice is judged by the course's rule, and a method that i
 is put on a layer, compared with its equation, merged, and trained."""
 
 import math
+import operator
 import random
 from collections import OrderedDict
 from statistics import median
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 
 from ... import Base, LayerConfig, get_peft_model
-from ..comparison import compare as told_apart
 from .practice import fit, numbers
 from .teacher import Wrong, compare, need, same
 
@@ -29,6 +29,65 @@ def judge_numbers(predicted, cases: dict, near: float = 0.05) -> None:
 
 
 # ---- choices -------------------------------------------------------------------------
+
+
+TURNED = {"ahead": "behind", "behind": "ahead", "not told apart": "not told apart"}
+
+
+class Choices:
+    """What a learner chooses in each draw, judged together. In one draw two mistakes
+    may choose alike: one is named only if it explains every choice, and no other one
+    does."""
+
+    def __init__(self, same=operator.eq):
+        self.same, self.draws = same, []
+
+    def add(self, got, right, mistakes: dict, otherwise: str) -> None:
+        """mistakes: {message: what this mistake chooses here, or a list of what its
+        forms choose}, in each draw the same messages; otherwise: what to say of a wrong
+        choice that has no name."""
+        forms = {
+            message: wrong if isinstance(wrong, list) else [wrong]
+            for message, wrong in mistakes.items()
+        }
+        self.draws.append((got, right, forms, otherwise))
+
+    def add_verdict(self, said, wanted, turned, otherwise, mistakes=None) -> None:
+        """`said` should be the verdict of the course's rule, a word. turned: what to
+        say of verdicts that are turned round."""
+        need(
+            isinstance(said, str),
+            "The verdict is a word: `compare(…).verdict`. You return a"
+            f" {type(said).__name__}.",
+        )
+        mistakes = {f"Your verdict is turned round: {turned}": TURNED[wanted]} | (
+            mistakes or {}
+        )
+        self.add(said, wanted, mistakes, otherwise + agreeing(said, wanted))
+
+    def judge(self) -> None:
+        fits = [self.same(got, right) for got, right, *_ in self.draws]
+        if all(fits):
+            return
+        messages = [text for text in self.draws[0][2] if self.explained(text)]
+        first = self.draws[fits.index(False)]
+        raise Wrong(messages[0] if len(messages) == 1 else first[-1])
+
+    def explained(self, message: str) -> bool:
+        """Whether one form of this mistake gives every choice."""
+        made = [got for got, *_ in self.draws]
+        forms = zip(*(mistakes[message] for *_, mistakes, _ in self.draws))
+        return any(all(map(self.same, made, form)) for form in forms)
+
+
+def agreeing(said: str, wanted: str) -> str:
+    """A word on seeds that agree, where the rule does not tell the two apart."""
+    if said not in ("ahead", "behind") or wanted != "not told apart":
+        return ""
+    return (
+        " That all seeds agree, or that their ranges do not overlap, is not enough:"
+        " the rule asks how much their differences vary."
+    )
 
 
 def told_by_the_mean() -> list:
@@ -52,28 +111,6 @@ def right_answers(share: float, questions: int, seeds: int = 3) -> list:
     ]
 
 
-def judge_verdict(said, right, other, what: str) -> None:
-    """`said` is the course's verdict on the answers `right` against `other`: {seed:
-    string}."""
-    verdict = told_apart(right, other).verdict
-    if isinstance(said, str) and said == verdict:
-        return
-    need(
-        isinstance(said, str),
-        f"{what}: the verdict is a word, `compare(…).verdict`; you return a"
-        f" {type(said).__name__}.",
-    )
-    turned = {"ahead": "behind", "behind": "ahead"}
-    raise Wrong(
-        f"{what}: your verdict is turned round. compare(a, b) says whether *a* is ahead"
-        " of b, and right answers are not a loss."
-        if turned.get(verdict) == said
-        else f"{what}: you say {said!r}; the course's rule says {verdict!r}. Give"
-        " `compare` the answers of all seeds, {seed: string}, so that it sees every"
-        " answer."
-    )
-
-
 # how far from a mean, in steps, three seeds' losses lie: of the right choice, and of
 # another one, whose mean is a step higher
 TRAPS = {
@@ -81,35 +118,38 @@ TRAPS = {
     "worst": ((-2, -2, 4), (1, 1, 1)),
     "median": ((-6, 2, 4), (-3, 1, 5)),
     "first": ((2, -1, -1), (1, -0.5, 2.5)),
+    "last": ((-1, -1, 2), (2.5, -0.5, 1)),
 }
-LOOKS = {
+LOOKS = {  # {message: the looks at the seeds that it tells of}
     "You take the lowest loss of any seed. One lucky seed is no reason: take the mean"
-    " over the seeds.": min,
-    "You look at the worst seed: take the mean over the seeds.": max,
-    "You take the median of the seeds: the mean is asked for.": median,
-    "You look at the first seed alone: take the mean over all seeds.": lambda losses: (
-        losses[0]
-    ),
+    " over the seeds.": [min],
+    "You look at the worst seed: take the mean over the seeds.": [max],
+    "You take the median of the seeds: the mean is asked for.": [median],
+    "You look at the first or the last seed alone: take the mean over all seeds.": [
+        lambda losses: losses[0],
+        lambda losses: losses[-1],
+    ],
 }
 
 
 def trap(kind: str, mean: float, step: float) -> tuple:
     """Losses, one a seed, of the right choice and of another one that is better by one
-    look at the seeds: in the lucky seed, the worst, the median, or the first."""
+    look at the seeds: in the lucky seed, the worst, the median, the first, or the
+    last."""
     own, other = TRAPS[kind]
-    if kind != "first":
+    if kind not in ("first", "last"):
         own, other = random.sample(own, 3), random.sample(other, 3)
     return [mean + step * at for at in own], [mean + step * at for at in other]
 
 
-def only_one_seed(losses: dict, chosen) -> str:
-    """The slip by which `chosen` is the best of {choice: [a loss a seed]}, or "". A
-    choice may be a tuple that begins with what is chosen."""
-    for message, look in LOOKS.items():
-        best = min(losses, key=lambda choice: look(losses[choice]))
-        if chosen in (best, best[0]):
-            return message
-    return ""
+def by_one_look(losses: dict) -> dict:
+    """{message: the best ones of {choice: [a loss a seed]} by its looks}"""
+    return {
+        message: [
+            min(losses, key=lambda choice: look(losses[choice])) for look in looks
+        ]
+        for message, looks in LOOKS.items()
+    }
 
 
 def alike_answers(share: float, questions: int, seeds: int = 3) -> list:

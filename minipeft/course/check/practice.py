@@ -1,6 +1,6 @@
 """What several chapters' checks need: a small model and a small task to train a
-learner's own method on, predictions that were written down, verdicts, and what an
-answer forms on its way."""
+learner's own method on, predictions that were written down, and what an answer forms
+on its way."""
 
 import copy
 import gc
@@ -128,8 +128,8 @@ def without_seeding(make):
 def written(
     predicted, cases, todo="write your prediction", form="{case: number}"
 ) -> None:
-    """A prediction is a dictionary that has all cases. todo, form: the words for one
-    that is empty, or something else."""
+    """A prediction is a dictionary that has all cases and no other. todo, form: the
+    words for one that is empty, or something else."""
     need(
         predicted is not None,
         f"There is nothing here yet: {todo} in the place of None.",
@@ -140,13 +140,17 @@ def written(
     )
     missing = [case for case in cases if case not in predicted]
     need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
+    unknown = [case for case in predicted if case not in cases]
+    need(
+        not unknown,
+        f"{', '.join(map(repr, unknown))} is not one of"
+        f" {', '.join(map(repr, cases))}: leave it out.",
+    )
 
 
 def numbers(predicted, cases) -> dict:
     """{case: the learner's number}, for a prediction that has all of them."""
     written(predicted, cases)
-    unknown = [case for case in predicted if case not in cases]
-    need(not unknown, f"{unknown[:1]!r} is not one of {', '.join(map(repr, cases))}.")
     return {case: number(case, predicted[case]) for case in cases}
 
 
@@ -161,33 +165,6 @@ def number(case, value) -> float:
         usable = False
     need(usable, f"{case!r}: expected a number, found {value!r}.")
     return float(value)
-
-
-# ---- verdicts ------------------------------------------------------------------------
-
-
-def same_verdict(said, wanted: str, turned: str, otherwise: str) -> None:
-    """`said` is the verdict of the course's rule, a word. turned: what to say of one
-    that is turned round; otherwise: of another one."""
-    need(
-        isinstance(said, str),
-        "The verdict is a word: `compare(…).verdict`. You return a"
-        f" {type(said).__name__}.",
-    )
-    opposite = {"ahead": "behind", "behind": "ahead"}.get(wanted)
-    need(said != opposite, f"Your verdict is turned round: {turned}")
-    more = agreeing(wanted) if said in ("ahead", "behind") else ""
-    need(said == wanted, otherwise + more)
-
-
-def agreeing(wanted: str) -> str:
-    """A word on seeds that agree, where the rule does not tell the two apart."""
-    if wanted != "not told apart":
-        return ""
-    return (
-        " That all seeds agree, or that their ranges do not overlap, is not enough:"
-        " the rule asks how much their differences vary."
-    )
 
 
 # ---- what is formed on the way -------------------------------------------------------
