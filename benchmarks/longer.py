@@ -67,6 +67,8 @@ LADDER = tuple(
     float(f"{digit}e{power}") for power in range(-5, 2) for digit in (1, 2, 5)
 )
 LOOKS = (30, 100, 300)  # steps after which the validation loss is measured on the way
+# what tells a run from the others: with the same, it is the same run made again
+WHAT = ("case", "task", "examples", "steps", "lr", "seed", "fields")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
@@ -376,7 +378,8 @@ def keep(run: dict, chapters: list) -> None:
             "test": TEST,
             "seeds": SEEDS,
         }
-        runs = runs if run in runs else [*runs, run]
+        if not found(runs, **{key: run.get(key) for key in WHAT}):
+            runs = [*runs, run]
         record["long_runs"] = facts() | about | {"runs": runs}
         save(path_of(chapter), record)
 

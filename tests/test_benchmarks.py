@@ -198,6 +198,27 @@ def test_longer_runs_climb_then_repeat_the_best_rate(monkeypatch):
     assert [job["lr"] for job in longer.next_jobs(line)] == [1e-3, 3e-3]
 
 
+@pytest.mark.parametrize(
+    "again, kept",
+    [
+        ({"seconds": 9}, 1),  # the same run, made for another chapter
+        ({"seed": 1}, 2),
+        ({"fields": {"rate_B": 1e-2}}, 2),
+        ({"lr": 1e-2}, 2),
+    ],
+)
+def test_a_run_that_was_made_twice_is_kept_once(monkeypatch, again, kept):
+    record = {}
+    monkeypatch.setattr(longer, "records", lambda: {"12": record})
+    monkeypatch.setattr(longer, "ground", lambda: "weights")
+    monkeypatch.setattr(longer, "save", lambda path, record: None)
+    run = {"case": "full", "task": "sql", "examples": None, "steps": 300}
+    run |= {"lr": 1e-3, "seed": 0, "seconds": 8}
+    for each in (run, run | again):
+        longer.keep(each, ["12"])
+    assert len(record["long_runs"]["runs"]) == kept
+
+
 def test_a_longer_run_without_validation_or_score_is_printed():
     run = {"task": "mix", "case": "fusion", "steps": 80, "lr": 3e-3, "seed": 0}
     run |= {"valid_loss": None, "test_loss": 0.5, "score": 50.0, "seconds": 9}
