@@ -5,6 +5,7 @@ Both start from one adapter file, take the same batches, and must log the same l
 """
 
 import copy
+import importlib.util
 import json
 from pathlib import Path
 
@@ -380,6 +381,18 @@ class TestRecognition:
             minipeft.get_peft_model(BASES["llama"].make(), minipeft.LoraConfig()),
             peft.PeftModel,
         )
+
+    @pytest.mark.parametrize("name", ["hf_llama", "hf_gpt2", "hf_qwen2"])
+    def test_where_peft_is_not_installed_it_is_not_recognized(self, name, monkeypatch):
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda wanted, *more: None if wanted == "peft" else find(wanted, *more),
+        )
+        base = BASES[name]
+        model = minipeft.get_peft_model(base.make(), METHODS["lora"](base))
+        assert type(model) is PeftModel and not isinstance(model, peft.PeftModel)
 
     def test_copies_and_pickles(self, tmp_path):
         model, _ = pair(tmp_path)
