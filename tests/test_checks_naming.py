@@ -285,3 +285,23 @@ def test_what_is_said_of_an_untouched_stub_is_true(name):
     assert message.startswith("There is nothing here yet"), message
     assert ("raise NotImplementedError" in message) == ("NotImplementedError" in stub)
     assert "place of None" not in message or "None" in stub
+
+
+# -------------------------------------------------- a case that was not asked about
+
+PREDICTIONS = sorted(
+    name
+    for name, (_, marks, _) in cells("question").items()
+    if marks["kind"] == "predict" and name.startswith("predict_")
+)
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_a_prediction_has_no_other_case(name):
+    _, source, names, settings = SOLUTIONS[name]
+    (predicted,) = mutants.built(ast.parse(source), names[:1])
+    numbers = [eval(one) for one in names[1:]]  # of the variant
+    for more in ({"no such case": 1}, {17: 0.5}, {next(iter(predicted)) + " ": 1}):
+        verdict = getattr(check, name)(predicted | more, *numbers, **settings)
+        assert not verdict and "is not one of" in verdict.message
+        assert repr(next(iter(more))) in verdict.message
