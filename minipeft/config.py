@@ -277,7 +277,7 @@ def method_of(peft_type):
 def as_config(config):
     """A configuration of this package, from one of Hugging Face PEFT's or its dict."""
     if isinstance(config, PeftConfig):
-        if not config.peft_type:
+        if type(config).create is PeftConfig.create:
             raise ConfigError(
                 f"{type(config).__name__} is not a method: expected one of"
                 f" {', '.join(cls.__name__ for cls in METHODS.values())}"

@@ -194,6 +194,25 @@ class TestNamesOfAdapters:
         with pytest.raises(TargetError, match="put adapters into the model itself"):
             get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
 
+    @pytest.mark.parametrize("kind", ["PeftConfig", "LayerConfig", "LoraConfig"])
+    def test_a_method_of_ones_own_needs_no_name(self, kind):
+        """As the checks of chapters 11, 12, 13 and 15 put a learner's adapter around a
+        model: with `create`, and without `peft_type`."""
+        made = []
+
+        class Silent(minipeft.Adapter):
+            def forward(self, base, *args, **kwargs):
+                return base(*args, **kwargs)
+
+        class Own(getattr(minipeft, kind, None) or getattr(minipeft.config, kind)):
+            def create(self, base, path):
+                made.append(path)
+                return Silent()
+
+        fields = {} if kind == "PeftConfig" else {"target_modules": ["q_proj"]}
+        get_peft_model(BASE.make(), Own(**fields))
+        assert made
+
     @pytest.mark.parametrize("kind", ["PeftConfig", "LayerConfig"])
     def test_a_configuration_of_no_method(self, kind):
         base = BASE.make()
