@@ -89,7 +89,7 @@ def run(given, folder):
     before, scored_before = look()
     print("\nBefore:")
     for example, text in zip(examples, before):
-        print(f"  {example.prompt!r}\n    {' '.join(text.split())[:100]}")
+        print(f"  {example.prompt!r}\n    {' '.join(text.split())[:80]}")
     print()
     history = train(
         model,
@@ -103,7 +103,7 @@ def run(given, folder):
     print("\nAfter:")
     for example, text in zip(examples, after):
         print(
-            f"  {example.prompt!r}\n    {' '.join(text.split())[:100]}\n   "
+            f"  {example.prompt!r}\n    {' '.join(text.split())[:80]}\n   "
             f" {example.completion.strip()}   <- expected"
         )
 

@@ -42,6 +42,13 @@ API = [
 LINK = re.compile(r"(?<!\!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.S)
+# code, formulas, and headings, which links name by their words
+NOT_PROSE = re.compile(rf"{CODE.pattern}|\$[^$]*\$|^#.*?$", re.S | re.M)
+TOGETHER = re.compile(
+    r"(?<=≈) (?=[\d−-])"  # ≈ 5
+    r"|(?<=\d) (?=%|[kMGT]i?B\b)"  # 5 %, 24 GB
+    r"|(?<=\b\w) (?== \d)|(?<=\b\w =) (?=\d)"  # r = 8
+)
 # A verdict's class and sign; the notebooks' emoji need a font that not every reader has
 VERDICTS = {
     "RIGHT": ("right", "✔\N{VARIATION SELECTOR-15}"),
@@ -133,12 +140,21 @@ def badge(match):
     return f'<span class="verdict {kind}">{sign} {match[1]}</span>'
 
 
-def set_output(markdown):
-    """An output's Markdown with verdicts as badges, and numbers that stay in one line
-    with what belongs to them."""
-    markdown = re.sub(r"≈ (?=[\d−-])", "≈\N{NO-BREAK SPACE}", markdown)
-    markdown = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", markdown)
-    return VERDICT.sub(badge, markdown)
+def kept_together(markdown):
+    """Markdown whose numbers stay in one line with what belongs to them: their sign,
+    their unit, the letter that they are the value of."""
+    parts, at = [], 0
+    for match in NOT_PROSE.finditer(markdown):
+        parts += [markdown[at : match.start()], match[0]]
+        at = match.end()
+    parts.append(markdown[at:])
+    parts[::2] = [TOGETHER.sub("\N{NO-BREAK SPACE}", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def set_text(markdown):
+    """Markdown with verdicts as badges, and numbers that are kept together."""
+    return VERDICT.sub(badge, kept_together(markdown))
 
 
 def name_fold(cell):
@@ -167,12 +183,12 @@ def prepare_notebook(path, known, out):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             take_images_along(cell.source, page, out)
-            cell.source = relinked(cell.source, page, known)
+            cell.source = kept_together(relinked(cell.source, page, known))
         elif cell.cell_type == "code":
             name_fold(cell)
             for output in cell.outputs:
                 if markdown := output.get("data", {}).get("text/markdown"):
-                    output.data["text/markdown"] = set_output(markdown)
+                    output.data["text/markdown"] = set_text(markdown)
     nbformat.write(notebook, out / RENAMED.get(page, page))
 
 
@@ -182,7 +198,7 @@ def prepare_text(page, known, out):
     if page.startswith("chapters/"):
         text = VERDICT.sub(badge, linked(text, names))
     take_images_along(text, page, out)
-    text = relinked(text, page, known)
+    text = kept_together(relinked(text, page, known))
     if page == "README.md":
         text += "\n\n" + contents(known)
     (out / RENAMED.get(page, page)).write_text(text, encoding="utf-8")

@@ -151,6 +151,25 @@ class TestEachPage:
         )
         assert not wide, wide
 
+    def test_sentences_are_read_without_scrolling(self, page, browser):
+        """On a telephone too, what is printed without columns goes on below."""
+        resize(browser, WIDTHS[1])
+        wide = browser.execute_script(
+            "return [...document.querySelectorAll('.cell_output pre')]"
+            ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.offsetParent)"
+            ".map(e => e.innerText.trim())"
+        )
+        assert all(re.search(r"\S {2,}\S|[─│┌└═║]", text) for text in wide), wide
+
+    def test_tables_and_code_fit_a_desk(self, page, browser):
+        resize(browser, WIDTHS[0])
+        wide = browser.execute_script(
+            "return [...document.querySelectorAll('article pre, .table-wrapper')]"
+            ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.offsetParent)"
+            ".map(e => e.innerText.slice(0, 80))"
+        )
+        assert not wide, wide
+
     def test_needs_no_scrolling_sideways(self, page, browser):
         for width in WIDTHS:
             resize(browser, width)
@@ -218,6 +237,17 @@ class TestEachPage:
             summary = details.find_element(By.TAG_NAME, "summary")
             browser.execute_script("arguments[0].click()", summary)
         assert text_of(browser, "innerText").count("BEGIN SOLUTION") == everywhere
+
+    def test_numbers_stay_with_their_units(self, page):
+        """No line ends between 90 and %."""
+        if page.startswith("api/"):
+            return  # docstrings
+        soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")
+        article = soup.select_one("article")
+        for part in article.select("h1, h2, h3, pre, code, .math, svg"):
+            part.decompose()
+        parted = re.search(r".{20}\d (?:%|[kMGT]i?B\b).{9}", article.get_text())
+        assert not parted, parted[0]
 
     def test_links_hold(self, page):
         soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")

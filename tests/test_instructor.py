@@ -29,6 +29,7 @@ def test_quotations_are_what_the_checks_say():
     quoted = re.findall(r"`(\w+)`: “([^”]+)”", GUIDE)
     assert len(quoted) >= 25
     for name, words in quoted:
+        assert words.count("`") % 2 == 0, (name, "half of a code's marks", words)
         assert words.removeprefix("grad_A ") in said_by(getattr(check, name)), (
             name,
             words,

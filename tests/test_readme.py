@@ -99,12 +99,15 @@ def readmes_block(tmp_path_factory):
     block = block.replace("tokenizer, sql))", "tokenizer, sql, limit=20))")
     scope, printed = {}, io.StringIO()
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the fastest for a model this small on a busy machine
     with (
         contextlib.chdir(tmp_path_factory.mktemp("readme")),
         contextlib.redirect_stdout(printed),
     ):
         exec(compile(block, "README.md", "exec"), scope)
         assert (Path("my-adapter") / "adapter_model.safetensors").is_file()
+    torch.set_num_threads(threads)
     return scope, printed.getvalue()
 
 
@@ -127,6 +130,15 @@ def test_examples_are_answered_rightly(readmes_block):
         sql = generate(scope["model"], scope["tokenizer"], prompt)
         expected = scoring.answer(right)
         assert expected and scoring.answer(sql) == expected, (question, sql)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_fits_beside_the_contents(page):
+    """A line of a page's code or output is read without scrolling sideways."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```.*?^```", text, re.M | re.S):
+        for line in block.splitlines():
+            assert len(line) <= 88, line
 
 
 def test_all_say_how_long_the_demo_takes():

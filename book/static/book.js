@@ -16,8 +16,16 @@ function linkFigures() {
     link.append(image);
   }
 }
+// Printed sentences go on below; what stands in columns keeps its lines.
+function wrapSentences() {
+  for (const part of document.querySelectorAll(".cell_output pre")) {
+    const columns = /\S {2,}\S|[─│┌└═║]/.test(part.innerText.trim());
+    part.classList.toggle("sentences", !columns);
+  }
+}
 window.addEventListener("load", async () => {
   linkFigures();
+  wrapSentences();
   await window.MathJax?.startup?.promise;
   markScrolling();
   new ResizeObserver(markScrolling).observe(document.body);
