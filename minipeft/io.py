@@ -224,11 +224,7 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-DISK_ERRORS = {
-    number
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS")
-    if (number := getattr(errno, name, None))  # Windows has no quotas
-}
+DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS
 
 
 @contextlib.contextmanager
@@ -241,12 +237,12 @@ def named(place, hidden):
         error.args = (str(error).replace(str(hidden), str(place)),)
         raise
     except OSError as error:
-        # of two files the second is the one that is written
+        # of two files the second is the one that is written; a failed write names none
         found = error.filename2 or error.filename
-        if found is None and error.errno in DISK_ERRORS:
-            found = hidden  # a write that fails names no file
-        if isinstance(found, (str, os.PathLike)) and Path(found).is_relative_to(hidden):
-            error.filename = str(Path(place) / Path(found).relative_to(hidden))
+        unnamed = found is None and error.errno in DISK_ERRORS
+        if unnamed or str(found).startswith(str(hidden)):
+            found = str(found or hidden)
+            error.filename = found.replace(str(hidden), str(place))
             del error.filename2
         raise
 
