@@ -80,12 +80,20 @@ def chapter(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def handout(tmp_path_factory):
+    """The folder of all chapters' editions."""
+    folder = tmp_path_factory.mktemp("handout")
+    write_all(CHAPTERS, folder)
+    return folder
+
+
 class TestStudentsEdition:
     """All chapters: the answers are gone, and nothing else."""
 
     @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-    def test_nothing_but_the_answers_is_gone(self, path, tmp_path):
-        full, mine = read(path), read(write(path, tmp_path / "mine"))
+    def test_nothing_but_the_answers_is_gone(self, path, handout):
+        full, mine = read(path), read(handout / path.name)
         text = "\n".join(cell.source for cell in mine.cells)
         assert "BEGIN SOLUTION" not in text and "BEGIN HIDDEN" not in text
         assert not any(
