@@ -444,8 +444,9 @@ class TestMethods:
         config = make_config(usual, method, 100, {}, fields)
         assert config.num_virtual_tokens == 3
         usual, method = find_method("lora")
-        config = make_config(usual, method, 100, {"r": 4}, parse_fields(["r=2"]))
-        assert (config.r, config.lora_alpha) == (4, 8)
+        for options, fields in [({"r": 4}, {}), ({}, parse_fields(["r=4"]))]:
+            config = make_config(usual, method, 100, options, fields)
+            assert (config.r, config.lora_alpha) == (4, 8)
 
     @pytest.mark.parametrize(
         "name, near",
