@@ -352,7 +352,7 @@ class TestOwnFiles:
             (
                 "a.jsonl",
                 records() + '{"prompt": "x", "completion"\n',
-                "a.jsonl, line 21: not JSON",
+                "a.jsonl, line 21 is not JSON",
             ),
             (
                 "a.jsonl",

@@ -96,7 +96,7 @@ class TestConfigurations:
             (dict(r="8"), "r = '8'"),
             (dict(r=True), "r = True"),
             (dict(r=None), "r = None"),
-            (dict(rank_pattern={"q_proj": 0}), "q_proj = 0"),
+            (dict(rank_pattern={"q_proj": 0}), r"q_proj'\] = 0"),
             (dict(lora_dropout=1.5), "lora_dropout = 1.5"),
             (dict(lora_dropout="0.1"), "lora_dropout = '0.1': expected float"),
             (dict(lora_alpha=None), "lora_alpha = None"),

@@ -138,7 +138,7 @@ class TestConfig:
         [
             (dict(r=0), "r = 0"),
             (dict(r=1.5), "r = 1.5"),
-            (dict(rank_pattern={"q_proj": -1}), "q_proj = -1"),
+            (dict(rank_pattern={"q_proj": -1}), r"q_proj'\] = -1"),
             (dict(rank_dropout=1.0), "rank_dropout = 1.0"),
             (dict(module_dropout=-0.1), "module_dropout = -0.1"),
         ],

@@ -340,6 +340,7 @@ def card_count(function, reserve=0) -> None:
         (70.0, 1.0, 24.0, (1, 3, 6)),  # 24.33, 24.67 and 25.2 on three
         (71.0, 1.0, 24.0, (1, 3, 6)),
         (72.6, 1.0, 24.0, (1, 3, 6)),
+        (74.6, 1.0, 24.0, (1, 3, 6)),  # 2 GB are more than GiB against GB
         (94.0, 3.0, 24.0, (1, 2, 4, 8)),
         (10.0, 40.0, 24.0, (1, 2, 4, 8)),  # what each needs is too large
     ]
