@@ -85,6 +85,16 @@ def axe():
     return (folder / "package" / "axe.min.js").read_text(encoding="utf-8")
 
 
+def too_wide(browser, selector):
+    """The texts of what is shown of these elements and scrolls sideways in itself."""
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.offsetParent)"
+        ".map(e => e.innerText.trim())",
+        selector,
+    )
+
+
 def resize(browser, width):
     """The width of the page itself: a headless window has a smallest one."""
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -144,30 +154,18 @@ class TestEachPage:
 
     def test_formulas_fit_a_desk(self, page, browser):
         resize(browser, WIDTHS[0])
-        wide = browser.execute_script(
-            "return [...document.querySelectorAll('mjx-container')]"
-            ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.offsetParent)"
-            ".map(e => e.innerText)"
-        )
+        wide = too_wide(browser, "mjx-container")
         assert not wide, wide
 
     def test_sentences_are_read_without_scrolling(self, page, browser):
         """On a telephone too, what is printed without columns goes on below."""
         resize(browser, WIDTHS[1])
-        wide = browser.execute_script(
-            "return [...document.querySelectorAll('.cell_output pre')]"
-            ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.offsetParent)"
-            ".map(e => e.innerText.trim())"
-        )
+        wide = too_wide(browser, ".cell_output pre")
         assert all(re.search(r"\S {2,}\S|[─│┌└═║]", text) for text in wide), wide
 
     def test_tables_and_code_fit_a_desk(self, page, browser):
         resize(browser, WIDTHS[0])
-        wide = browser.execute_script(
-            "return [...document.querySelectorAll('article pre, .table-wrapper')]"
-            ".filter(e => e.scrollWidth > e.clientWidth + 1 && e.offsetParent)"
-            ".map(e => e.innerText.slice(0, 80))"
-        )
+        wide = too_wide(browser, "article pre, .table-wrapper")
         assert not wide, wide
 
     def test_needs_no_scrolling_sideways(self, page, browser):

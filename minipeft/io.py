@@ -114,7 +114,8 @@ def check_file(path, error=FileError):
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
         reason = getattr(problem, "strerror", problem)
-        raise error(f"cannot read {brief(str(path), 5000)[1:-1]}: {reason}") from None
+        # repr shows a zero byte; the path is named whole
+        raise error(f"cannot read {repr(str(path))[1:-1]}: {reason}") from None
     for is_kind, kind in KINDS:
         if is_kind(mode):
             raise error(f"{path} is {kind}; expected a file")

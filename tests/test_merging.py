@@ -599,6 +599,18 @@ class Twice(nn.Module):
 class TestPlaces:
     """Where a slot in a layer's place would not be called, or not always."""
 
+    @staticmethod
+    def changes_alike_when_merged(base, config, x):
+        """The model, merged: what it gives differs from the base's, and is the same
+        as before merging."""
+        plain = base(x)
+        model = shake(get_peft_model(base, config)).eval()
+        apart = model(x).detach()
+        differ(apart, plain)
+        model.merge_adapter()
+        close(model(x), apart, 1e-5)
+        return model
+
     @pytest.mark.parametrize(
         "config",
         [
@@ -622,11 +634,7 @@ class TestPlaces:
         config = getattr(minipeft, f"{kind}Config")(target_modules=[name])
         base, x = Twice().eval(), torch.randn(3, 8)
         plain = base(x)
-        model = shake(get_peft_model(base, config)).eval()
-        apart = model(x).detach()
-        differ(apart, plain)
-        model.merge_adapter()
-        close(model(x), apart, 1e-5)
+        model = self.changes_alike_when_merged(base, config, x)
         assert torch.equal(model.unload()(x), plain)
 
     @pytest.mark.parametrize(
@@ -646,12 +654,7 @@ class TestPlaces:
             get_peft_model(base, config)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            plain = base(x)
-            model = shake(get_peft_model(base, config)).eval()
-            apart = model(x).detach()
-            differ(apart, plain)
-            model.merge_adapter()
-            close(model(x), apart, 1e-5)
+            self.changes_alike_when_merged(base, config, x)
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
 
