@@ -380,6 +380,7 @@ def keep(run: dict, chapters: list) -> None:
         }
         if not found(runs, **{key: run.get(key) for key in WHAT}):
             runs = [*runs, run]
+        about["command"] = f"python benchmarks/longer.py --chapters {chapter}"
         record["long_runs"] = facts() | about | {"runs": runs}
         save(path_of(chapter), record)
 
