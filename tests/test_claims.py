@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minipeft.course import claim
-from minipeft.course.claims import load_claims, page
+from minipeft.course.claims import load_claims, page, typeset
 
 CHAPTERS = Path(__file__).parents[1] / "chapters"
 NOTEBOOKS = [*sorted(CHAPTERS.glob("[0-9][0-9]_*.ipynb")), CHAPTERS / "claims.ipynb"]
@@ -71,6 +71,23 @@ class TestQuotations:
         for notebook in NOTEBOOKS:
             for name in names_judged(notebook):
                 assert name in CLAIMS, (notebook.name, name)
+
+    def test_formulas_are_typeset_and_nothing_else_changes(self):
+        def words(text):
+            for mark in ("\\(", "\\)", "$", " "):
+                text = text.replace(mark, "")
+            for name, bar in (("\\Vert", "\\|"), ("\\vert", "|")):
+                text = text.replace(name, bar)
+            return text
+
+        for name, entry in CLAIMS.items():
+            quote = entry.get("quote", "")
+            shown = typeset(quote)
+            assert words(shown) == words(quote), name
+            assert "\\" not in "".join(shown.split("$")[::2]), name
+            assert ("$" in shown) == ("\\" in quote), name
+            formulas = shown.split("$")[1::2]
+            assert all(f == f.strip() and "|" not in f for f in formulas), name
 
 
 class TestCards:

@@ -29,6 +29,26 @@ def load_claims():
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def typeset(quote: str) -> str:
+    """The quotation with its formulas as formulas, which in claims.json stand in the
+    source's TeX: a part that is one formula, or those between \\( and \\). No other
+    character changes."""
+    parts = []
+    for part in quote.split(" … "):
+        if "\\" in part and "$" not in part and "\\(" not in part:
+            part = f"${part}$"
+        pieces = part.replace("\\(", "$").replace("\\)", "$").split("$")
+        pieces[1::2] = [named_bars(formula) for formula in pieces[1::2]]
+        parts.append("$".join(pieces))
+    return " … ".join(parts)
+
+
+def named_bars(formula: str) -> str:
+    """A bar would end a cell of claims.md's table; TeX has names for it."""
+    named = formula.replace("\\|", "\\Vert ").replace("|", "\\vert ")
+    return " ".join(named.split())
+
+
 def quotation(entry):
     """One claim as Markdown: a quotation with its source, or a statement."""
     where = entry.get("where", "")
@@ -38,8 +58,9 @@ def quotation(entry):
     title = (
         f"[{source['title']}]({source['url']})" if source["url"] else source["title"]
     )
-    quote = f"`{entry['quote']}`" if "\\" in entry["quote"] else entry["quote"]
-    return f"> “{quote}”  \n> *{title}{', ' + where if where else ''}*"
+    return (
+        f"> “{typeset(entry['quote'])}”  \n> *{title}{', ' + where if where else ''}*"
+    )
 
 
 def claim(name: str, computed: str, verdict: bool | str, why: str = "") -> Markdown:
