@@ -7,6 +7,7 @@ import enum
 import math
 import types
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -396,6 +397,13 @@ class LayerConfig(PeftConfig):
             excluded = targets.resolve_targets(
                 modules, self.exclude_modules, "exclude_modules"
             )
+            if not set(excluded) & set(found) and not self.from_checkpoint:
+                warnings.warn(
+                    f"exclude_modules = {io.brief(self.exclude_modules)} excludes"
+                    " nothing: no target is called so (a name does not stand for what"
+                    " is inside that module)",
+                    stacklevel=7,
+                )
         inside = tuple(f"{path}." for path in self.copied_modules(modules))
         found = [
             path

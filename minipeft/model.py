@@ -463,12 +463,13 @@ class PeftModel(HFMethods):
         Raises AdapterFileError, ConfigError or TargetError, and then leaves the model
         as it was.
         """
-        config, tensors = saving.prepare_load(
+        config, tensors, rows = saving.prepare_load(
             model_id, model, is_trainable, config, **more
         )
         loaded = cls(
             model, config, adapter_name, autocast_adapter_dtype, tensors=tensors
         )
+        saving.write_rows(rows)
         return loaded.train(is_trainable and model.training)
 
     def load_adapter(
@@ -486,14 +487,18 @@ class PeftModel(HFMethods):
         An adapter of that name, if there is one with an equal configuration, takes the
         values of the file: its parameters stay those that an optimizer knows.
         """
-        config, tensors = saving.prepare_load(
-            model_id, self.get_base_model(), is_trainable, **more
-        )
+        with merging.unmerged(self):
+            config, tensors, rows = saving.prepare_load(
+                model_id, self.get_base_model(), is_trainable, **more
+            )
         if adapter_name in self.peft_config:
             self._reload(adapter_name, config, tensors)
         else:
             with adding(self, adapter_name, config, autocast_adapter_dtype) as new:
                 saving.load_tensors(new, tensors)
+        if rows:
+            with merging.unmerged(self):
+                saving.write_rows(rows)
         if not self.active_adapters:
             self.set_adapter(adapter_name, inference_mode=not is_trainable)
         if not is_trainable:

@@ -265,17 +265,20 @@ def load(folder, config=None, **more):
 
 
 def prepare_load(folder, model, is_trainable=False, config=None, **more):
-    """(configuration, {key: tensor}) of an adapter's folder, made to fit the base
-    `model`. config: used in place of the folder's."""
+    """(configuration, {key: tensor}, new rows of embeddings) of an adapter's folder,
+    made to fit the base `model`. config: used in place of the folder's. New rows: see
+    drop_base_weights."""
     config = None if config is None else copy.deepcopy(as_config(config))
     config, tensors = load(folder, config, **more)
     config.from_checkpoint = True
     config.on_load()
     config.inference_mode = not is_trainable
     config.drop_missing_targets(model)
-    drop_base_weights(tensors, model)
+    rows = drop_base_weights(tensors, model)
+    if getattr(config, "modules_to_save", None):
+        drop_second_names(tensors)
     add_saved_embeddings(config, tensors, model)
-    return config, tensors
+    return config, tensors, rows
 
 
 # fields of a configuration that say nothing about the adapter's tensors
@@ -296,16 +299,55 @@ def check_same_config(name, here, found):
 
 
 def drop_base_weights(tensors, model):
-    """PEFT saves adapted embeddings with their base, which this model has already."""
+    """PEFT saves adapted embeddings with their base, which this model has already, but
+    for the rows of tokens that were added to it. Returns what of these differs:
+    [(the model's weight, the number of the first such row, the saved rows)]."""
     modules = {tensor_key(p, ""): m for p, m in targets.modules_by_path(model).items()}
+    embeddings = {tensor_key(path, "") for path in embedding_paths(model)}
+    rows = []
     for key in [key for key in tensors if ".base_layer." in key]:
         before, _, name = key.partition("base_layer.")
         here = getattr(modules.get(before), name, None)
         saved = tensors.pop(key)
-        if here is None or here.shape != saved.shape or not same(here, saved):
-            raise AdapterFileError(
-                f"{key}: this adapter belongs to a model with another base weight there"
-            )
+        if here is not None and here.shape == saved.shape:
+            other = (here.detach().cpu() != saved.to("cpu", here.dtype)).flatten(1)
+            first = int(other.any(1).int().argmax()) if other.any() else None
+            if first is None:
+                continue
+            if first > 0 and before in embeddings and saved.isfinite().all():
+                rows.append((here, first, saved[first:]))
+                continue
+        elif here is not None and before in embeddings:
+            raise AdapterFileError(other_vocabulary(key, saved, here))
+        raise AdapterFileError(
+            f"{key}: this adapter belongs to a model with another base weight there"
+        )
+    return rows
+
+
+def write_rows(rows):
+    """Give the base the rows that drop_base_weights found, as PEFT does."""
+    with torch.no_grad():
+        for weight, first, saved in rows:
+            weight[first:] = saved.to(weight)
+
+
+def drop_second_names(tensors):
+    """PEFT writes an embedding of modules_to_save under two more names, where it saves
+    embeddings."""
+    for key in list(tensors):
+        if ".modules_to_save." in key:
+            plain = key.replace(".modules_to_save.", ".")
+            tensors[plain] = tensors.pop(key)
+        elif ".original_module." in key:
+            del tensors[key]
+
+
+def other_vocabulary(key, saved, here):
+    return (
+        f"{key} has {len(saved)} rows, the model's vocabulary {len(here)}: call"
+        f" model.resize_token_embeddings({len(saved)}) before loading"
+    )
 
 
 def add_saved_embeddings(config, tensors, model):
@@ -319,10 +361,7 @@ def add_saved_embeddings(config, tensors, model):
             continue
         here, there = modules[path].weight, tensors[key]
         if here.shape != there.shape:
-            raise AdapterFileError(
-                f"{key} has {len(there)} rows, the model's vocabulary {len(here)}: call"
-                f" model.resize_token_embeddings({len(there)}) before loading"
-            )
+            raise AdapterFileError(other_vocabulary(key, there, here))
         if same(here, there):
             del tensors[key]
         else:

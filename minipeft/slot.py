@@ -13,7 +13,6 @@ knows names, order, rows and merging. The adapter knows its own equation and own
 nothing but its own parameters.
 """
 
-import copy
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -131,9 +130,10 @@ class Base:
         """The frozen layer as it was before adapters of this slot were merged."""
         for module, parameters, buffers in self.slot.unmerged_params:
             if module is self.module:
-                before = copy.copy(module)
-                before._parameters = parameters
-                before._buffers = buffers
+                before = object.__new__(type(module))  # copy.copy may be refused
+                vars(before).update(
+                    vars(module), _parameters=parameters, _buffers=buffers
+                )
                 return before
         return self.module
 

@@ -16,6 +16,16 @@ def frozen(tensor):
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
+def check_not_computed(layer, name):
+    """Raise NotMergeableError where the layer's weight or bias is no parameter."""
+    if name not in layer._parameters:
+        raise NotMergeableError(
+            f"the {name} of this {type(layer).__name__} is computed from other"
+            " parameters (weight_norm or another parametrization), so nothing can be"
+            " written into it. Remove the parametrization first"
+        )
+
+
 class DenseStorage:  # stored as (d_out, d_in): nn.Linear
     @staticmethod
     def read(layer):
@@ -23,12 +33,7 @@ class DenseStorage:  # stored as (d_out, d_in): nn.Linear
 
     @staticmethod
     def write(layer, weight):
-        if "weight" not in layer._parameters:
-            raise NotMergeableError(
-                f"the weight of this {type(layer).__name__} is computed from other"
-                " parameters (weight_norm or another parametrization), so nothing can"
-                " be written into it. Remove the parametrization first"
-            )
+        check_not_computed(layer, "weight")
         # a new Parameter, never written in place: ties to other layers end here
         old = layer.weight
         layer.weight = frozen(weight.to(old.device, old.dtype).contiguous())
@@ -255,6 +260,7 @@ def write_bias(layer, bias):
         raise NotMergeableError(
             f"this {type(layer).__name__} has no bias to merge a bias into"
         )
+    check_not_computed(layer, "bias")
     layer.bias = frozen(bias.to(layer.bias.device, layer.bias.dtype))
 
 

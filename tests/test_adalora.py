@@ -88,6 +88,24 @@ class TestRegularization:
         with ours.disable_adapter():
             close(loss(ours).detach(), loss(HF.make()).detach())
 
+    @pytest.mark.parametrize(
+        "copied", [["lm_head"], ["norm"], ["embed_tokens", "norm"], ["o_proj"]]
+    )
+    def test_beside_modules_to_save(self, copied, tmp_path):
+        config = peft.AdaLoraConfig(**FIELDS, modules_to_save=copied)
+        theirs = peft.get_peft_model(HF.make(), config).train()
+        theirs.save_pretrained(str(tmp_path))
+        ours = PeftModel.from_pretrained(HF.make().train(), tmp_path, is_trainable=True)
+        for _ in range(3):
+            losses = [loss(model) for model in (ours, theirs)]
+            close(losses[0].detach(), losses[1].detach())
+            for model, each in zip((ours, theirs), losses):
+                each.backward()
+                trained = [p for p in model.parameters() if p.requires_grad]
+                torch.optim.SGD(trained, lr=0.5).step()
+                model.zero_grad()
+        close(run(ours.eval()), run(theirs.eval()))
+
     def test_it_is_zero_for_orthonormal_factors(self):
         model = get_peft_model(LLAMA.make(), METHOD.ours(LLAMA))
         for part in model.modules():

@@ -488,6 +488,35 @@ class TestTensorsInFiles:
         found = refused(plain, folder)
         assert message in found and name in found and found.count("model.layers") == 1
 
+    @pytest.mark.parametrize("bad", ["nan", "-inf", "int"])
+    @pytest.mark.parametrize(
+        "method", ["ia3", "prompt", "prefix", "vera", "bottleneck", "subspace", "copy"]
+    )
+    def test_of_other_methods(self, plain, tmp_path, method, bad):
+        fields = dict(modules_to_save=["norm"]) if method == "copy" else {}
+        model = adapted(METHODS.get(method, LORA), BASE, **fields)
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        last = sorted(tensors)[-1]
+        values = tensors[last].clone()
+        tensors[last] = values.int() if bad == "int" else values.fill_(float(bad))
+        save_file(tensors, file)
+        found = refused(plain, tmp_path)
+        assert last in found and {"int": "torch.int32"}.get(bad, "not finite") in found
+
+    @pytest.mark.parametrize("bad", ["nan", "inf", "int"])
+    def test_tensors_that_a_script_gives(self, bad):
+        model = adapted(LORA, BASE)
+        values = minipeft.get_peft_model_state_dict(model)
+        first = min(values)
+        one = values[first].clone()
+        values[first] = one.int() if bad == "int" else one.fill_(float(bad))
+        before = run(model)
+        with pytest.raises(AdapterFileError, match="torch.int32|not finite"):
+            minipeft.set_peft_model_state_dict(model, values)
+        assert torch.equal(run(model), before)
+
 
 class TestFiles:
     @pytest.mark.parametrize("size", [0, 4, 100, -1])

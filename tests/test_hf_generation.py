@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "Qwen2": dict(num_key_value_heads=2),
     "Qwen3": GROUPED,
     "OPT": dict(ffn_dim=24, word_embed_proj_dim=WIDTH),
+    "OPT, projected": dict(ffn_dim=24, word_embed_proj_dim=8),
     "GPTNeoX": {},
     "GPTJ": dict(rotary_dim=2),
     "Gemma": GROUPED,
@@ -46,6 +47,9 @@ ARCHITECTURES = {
     "Falcon": dict(alibi=False),
     "Falcon, one key": dict(multi_query=True, new_decoder_architecture=False),
     "Falcon, few keys": dict(num_kv_heads=2, new_decoder_architecture=True),
+    "Falcon, ALiBi": dict(alibi=True, multi_query=True, new_decoder_architecture=False),
+    "GPTBigCode": dict(multi_query=True),
+    "Mpt": {},
 }
 CLASSES = {"Gemma3": "Gemma3TextConfig", "GPT2": "GPT2Config"}
 KINDS = {
@@ -83,7 +87,7 @@ def base_model(name):
     # the GPT-2 family has its own names for the feed-forward layers and the positions
     other = dict(intermediate_size=24, max_position_embeddings=48)
     config = getattr(transformers, CLASSES.get(architecture, f"{architecture}Config"))
-    if architecture in ("GPTJ", "Bloom", "GPT2"):
+    if architecture in ("GPTJ", "Bloom", "GPT2", "GPTBigCode"):
         other = dict(n_positions=48)
     config = config(**sizes | other | ARCHITECTURES[name])
     with torch.random.fork_rng():
@@ -162,8 +166,11 @@ class TestGenerate:
     @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_equals_step_by_step_forward(self, name, kind):
         model = adapted(name, kind)
-        mask = torch.ones_like(MASK) if "window" in name else MASK
-        check_all_ways(model, name, mask=mask)
+        mask = torch.ones_like(MASK) if "window" in name or name == "Mpt" else MASK
+        caches = dict(CACHES)
+        if name == "Mpt":  # "Cannot use prefill chunking without a cache", without us
+            caches.pop("text in pieces", None)
+        check_all_ways(model, name, mask=mask, caches=caches)
         # the adapter does something, and generate leaves no trace
         first = generate(model, mask=mask).logits[0]
         with model.disable_adapter():
@@ -193,6 +200,26 @@ class TestGenerate:
         model = adapted(name, kind)
         with pytest.raises(ValueError, match="static cache.*Leave out"):
             generate(model, cache_implementation="static")
+
+    @pytest.mark.parametrize("kind", ["prompt", "prefix"])
+    @pytest.mark.parametrize("how", ["given", "its own", "an object", "in forward"])
+    def test_a_static_cache_that_is_asked_for_elsewhere(self, how, kind):
+        model = adapted("Llama", kind)
+        config = model.get_base_model().config
+        cache = transformers.StaticCache(config, max_cache_len=20)
+        cache = {cache_name(model.get_base_model()): cache}
+        given = transformers.GenerationConfig(
+            cache_implementation="static", pad_token_id=0, max_new_tokens=2
+        )
+        if how == "its own":
+            model.generation_config.cache_implementation = "static"
+        options = {"given": dict(generation_config=given), "an object": cache}
+        with pytest.raises(ValueError, match="static cache.*Leave out"):
+            if how == "in forward":
+                model(input_ids=IDS, **cache)
+            else:
+                options = options.get(how, {})
+                model.generate(IDS, attention_mask=MASK, **options)
 
     @pytest.mark.parametrize("name", ["Llama", "GPT2", "OPT"])
     def test_a_mixed_batch_with_a_cache_is_refused(self, name):
@@ -232,6 +259,18 @@ class TestGenerate:
             model(input_ids=IDS[1:], **{name: cache}, use_cache=True)
         with pytest.raises(ValueError, match="give the whole text"):
             model.generate(IDS[1:], **{name: cache})
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_left_padding_that_a_model_counts_is_refused(self, kind):
+        """MPT's ALiBi is measured in places, padding included."""
+        model = adapted("Mpt", kind)
+        for call in (generate, lambda model: model(IDS, attention_mask=MASK)):
+            with pytest.raises(ValueError, match="mpt counts the padding.*pad on the"):
+                call(model)
+        right = MASK.flip(1)
+        together = model(IDS, attention_mask=right).logits[0, -5:-2]
+        alone = model(IDS[:1, :3]).logits[0, -3:]
+        torch.testing.assert_close(together, alone, atol=2e-5, rtol=2e-5)
 
     @pytest.mark.parametrize("kind", ["prompt", "prefix"])
     @pytest.mark.parametrize("name", ["Mistral, small window", "Gemma3, small window"])

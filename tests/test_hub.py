@@ -473,7 +473,12 @@ class TestDamagedFiles:
         with pytest.raises(ModelFileError, match="wrong type: model.norm.weight I64"):
             load_pretrained(tiny)
 
-    @pytest.mark.parametrize("content", [b"", b"{}", b"\x00\xff" * 50, b"cut", b"[]"])
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"{}", b"\x00\xff" * 50, b"cut", b"[]", b"null", b"5", b"[" * 100_000]
+        + [b'{"model": null}', b'{"version": "1.0", "model": {"type": "Nope"}}'],
+        ids=lambda content: repr(content[:12]),
+    )
     def test_a_tokenizer(self, tmp_path, content):
         from minipeft.errors import FileError
 
@@ -490,4 +495,17 @@ class TestDamagedFiles:
         file.unlink()
         file.mkdir()
         with pytest.raises(FileError, match="is a folder"):
+            load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize("template", [5, ["x"], {"a": 1}, [{"name": "default"}, 3]])
+    def test_a_chat_template(self, tmp_path, template):
+        from minipeft.errors import FileError
+
+        load_tokenizer("lanternwick").save_pretrained(tmp_path)
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps({"chat_template": template}))
+        if isinstance(template, list):  # several with names, none of which is default
+            assert load_tokenizer(tmp_path).chat_template is None
+            return
+        with pytest.raises(FileError, match="chat_template = .*expected a Jinja"):
             load_tokenizer(tmp_path)

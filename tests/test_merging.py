@@ -215,15 +215,16 @@ class TestDisabled:
 
 
 class TestMergedAndActive:
-    @pytest.mark.parametrize("method", ["lora", "ia3"])
-    def test_as_in_peft(self, method, tmp_path):
+    @pytest.mark.parametrize(
+        "config", ["LoraConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "VeraConfig"]
+    )
+    def test_as_in_peft(self, config, tmp_path):
         """Merging "b" while "a" is active gives base + b on the layers of "b"."""
         import peft
 
         fields = dict(target_modules=["q_proj", "v_proj"])
-        if method == "ia3":
+        if config == "IA3Config":
             fields |= dict(feedforward_modules=[])
-        config = {"lora": "LoraConfig", "ia3": "IA3Config"}[method]
         make = BASES["hf_llama"].make
         ours = get_peft_model(make(), getattr(minipeft, config)(**fields), "a")
         fields["target_modules"] = ["q_proj"]
@@ -341,38 +342,52 @@ class TestTrainingAMergedModel:
 
 class TestUnload:
     @pytest.mark.parametrize(
-        "name",
-        ["BertModel", "GPT2Model", "GPT2ForSequenceClassification", "T5EncoderModel"],
+        "name, targets",
+        [
+            ("BertModel", ["query", "word_embeddings"]),
+            ("BertForSequenceClassification", ["query", "word_embeddings"]),
+            ("GPT2Model", ["c_attn"]),
+            ("GPT2ForSequenceClassification", ["c_attn", "wte"]),
+            ("T5EncoderModel", ["q", "v"]),
+            ("LlamaForSequenceClassification", ["q_proj", "embed_tokens"]),
+            ("LlamaForTokenClassification", ["q_proj", "embed_tokens"]),
+            ("Qwen2ForQuestionAnswering", ["q_proj", "embed_tokens"]),
+            ("RobertaModel", ["query", "word_embeddings"]),
+            ("OPTModel", ["q_proj", "embed_tokens"]),
+            ("BloomModel", ["query_key_value", "word_embeddings"]),
+            ("MT5EncoderModel", ["q", "v", "shared"]),
+        ],
     )
-    def test_tied_embeddings_without_a_head(self, name):
+    def test_tied_embeddings_without_a_head(self, name, targets, tmp_path):
         import transformers
 
-        sizes = dict(vocab_size=40, pad_token_id=0, tie_word_embeddings=True)
-        if name.startswith("GPT2"):
-            config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, **sizes)
-            target = ["c_attn"]
-        elif name == "BertModel":
-            config = transformers.BertConfig(
+        kind = getattr(transformers, name)
+        if "T5" in name:
+            sizes = dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+        elif name.startswith("GPT2"):
+            sizes = dict(n_embd=16, n_layer=1, n_head=2)
+        else:
+            sizes = dict(
                 hidden_size=16,
                 intermediate_size=24,
                 num_hidden_layers=1,
                 num_attention_heads=2,
-                **sizes,
+                max_position_embeddings=32,
             )
-            target = ["query", "word_embeddings"]
-        else:
-            config = transformers.T5Config(
-                d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, **sizes
-            )
-            target = ["q", "v"]
+        if name == "OPTModel":
+            sizes |= dict(ffn_dim=24, word_embed_proj_dim=16)
+        sizes |= dict(vocab_size=40, pad_token_id=0, tie_word_embeddings=True)
         torch.manual_seed(0)
-        base = getattr(transformers, name)(config).eval()
-        model = shake(get_peft_model(base, LoraConfig(target_modules=target)))
+        base = kind(kind.config_class(**sizes)).eval()
+        model = shake(get_peft_model(base, LoraConfig(target_modules=targets)))
         ids = inputs()["input_ids"]
         with torch.no_grad():
             expected = model(input_ids=ids)[0]
             plain = model.merge_and_unload()
-            close(plain(input_ids=ids)[0], expected, 1e-5)
+            close(plain(input_ids=ids)[0], expected)
+            plain.save_pretrained(tmp_path)
+            again = kind.from_pretrained(tmp_path).eval()
+            close(again(input_ids=ids)[0], expected)
         assert not any(isinstance(m, minipeft.Slot) for m in plain.modules())
 
     def test_a_refused_merge_keeps_what_was_merged(self):
@@ -392,26 +407,47 @@ class TestUnload:
         assert model.merged_adapters == ["a"] and torch.equal(run(model), merged)
 
 
+def pruned(layer):
+    return torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+def computed_bias(layer):
+    return torch.nn.utils.parametrize.register_parametrization(
+        layer, "bias", nn.Identity()
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 class TestComputedWeights:
     """Layers whose weight is no parameter can be adapted, but not merged."""
 
     @pytest.mark.parametrize(
-        "wrap",
+        "wrap, method",
         [
-            torch.nn.utils.parametrizations.weight_norm,
-            torch.nn.utils.parametrizations.spectral_norm,
-            torch.nn.utils.weight_norm,
-            torch.nn.utils.spectral_norm,
+            (torch.nn.utils.parametrizations.weight_norm, "Lora"),
+            (torch.nn.utils.parametrizations.spectral_norm, "Lora"),
+            (torch.nn.utils.parametrizations.orthogonal, "LoHa"),
+            (torch.nn.utils.parametrizations.weight_norm, "Dora"),
+            (torch.nn.utils.parametrizations.orthogonal, "Dora"),
+            (torch.nn.utils.parametrizations.weight_norm, "IA3"),
+            (torch.nn.utils.weight_norm, "Lora"),
+            (torch.nn.utils.weight_norm, "Dora"),
+            (torch.nn.utils.spectral_norm, "Lora"),
+            (pruned, "Lora"),
+            (pruned, "Dora"),
+            (computed_bias, "IA3"),
+            (computed_bias, "BitFit"),
         ],
     )
-    @pytest.mark.filterwarnings("ignore::FutureWarning")
-    def test_merging_says_so(self, wrap):
+    def test_merging_says_so(self, wrap, method):
         torch.manual_seed(0)
         layers = OrderedDict(one=wrap(nn.Linear(8, 8)), two=nn.Linear(8, 8))
         base = nn.Sequential(layers).eval()
         x = torch.randn(3, 8)
         start = base(x).detach()
-        model = get_peft_model(base, LoraConfig(r=2, target_modules=["one", "two"]))
+        fields = dict(feedforward_modules=[]) if method == "IA3" else {}
+        config = getattr(minipeft, f"{method}Config")
+        model = get_peft_model(base, config(target_modules=["one", "two"], **fields))
         shake(model)
         apart = model(x).detach()
         differ(apart, start)
@@ -420,6 +456,28 @@ class TestComputedWeights:
                 merge()
             assert torch.equal(model(x), apart) and model.merged_adapters == []
         assert torch.equal(model.unload()(x), start)
+
+    @pytest.mark.parametrize("method", ["Lora", "Dora", "LoHa"])
+    def test_beside_a_computed_bias_the_weight_is_merged(self, method):
+        torch.manual_seed(0)
+        base = nn.Sequential(OrderedDict(one=computed_bias(nn.Linear(8, 8)))).eval()
+        x = torch.randn(3, 8)
+        config = getattr(minipeft, f"{method}Config")
+        model = shake(get_peft_model(base, config(target_modules=["one"])))
+        apart = model(x).detach()
+        model.merge_adapter()
+        close(model(x), apart)
+
+    @pytest.mark.parametrize("target", ["two", "three"])
+    def test_a_copy_that_torch_refuses(self, target):
+        layers = {name: nn.Linear(8, 8) for name in ("one", "two", "three")}
+        base = nn.Sequential(OrderedDict(layers))
+        torch.nn.utils.weight_norm(base.one)
+        before = base(torch.ones(1, 8))  # from now on its weight has a history
+        config = LoraConfig(target_modules=[target], modules_to_save=["one"])
+        with pytest.raises(TargetError, match="cannot be copied.*Remove its weight"):
+            get_peft_model(base, config)
+        assert torch.equal(base(torch.ones(1, 8)), before)
 
 
 class Doubled(nn.Linear):
@@ -711,8 +769,16 @@ class TestNeededAdapters:
         return model
 
     @pytest.mark.parametrize("name", ["a", "b"])
-    def test_an_expert_cannot_be_deleted(self, name):
+    @pytest.mark.parametrize("state", ["active", "inactive", "a copy", "second fusion"])
+    def test_an_expert_cannot_be_deleted(self, name, state):
         model = self.fused()
+        if state == "inactive":
+            model.set_adapter("c")
+        elif state == "a copy":
+            model = copy.deepcopy(model)
+        elif state == "second fusion":
+            model.add_adapter("other", FusionConfig(adapters=["c", "a"]))
+            model.set_adapter("other")
         before = run(model)
         with pytest.raises(AdapterNameError, match=f"'fusion' needs '{name}'"):
             model.delete_adapter(name)
@@ -725,6 +791,16 @@ class TestNeededAdapters:
             model.delete_adapter("fusion")
         model.delete_adapter("b")
         assert list(model.peft_config) == ["a"]
+
+    def test_an_expert_that_one_of_two_fusions_needs(self):
+        model = self.fused()
+        model.add_adapter("other", FusionConfig(adapters=["c", "a"]))
+        model.set_adapter("other")
+        model.delete_adapter("fusion")
+        model.delete_adapter("b")
+        for name in ("a", "c"):
+            with pytest.raises(AdapterNameError, match=f"'other' needs '{name}'"):
+                model.delete_adapter(name)
 
 
 class TestThreads:

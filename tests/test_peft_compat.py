@@ -216,6 +216,43 @@ class TestConfigurations:
             with pytest.warns(UserWarning, match="init_r"):
                 package.AdaLoraConfig(r=r, total_step=10)
 
+    @pytest.mark.parametrize(
+        "config, fields, message",
+        [
+            ("PromptTuning", dict(prompt_tuning_init_text="Hello"), "_init_text is ig"),
+            (
+                "PromptTuning",
+                dict(prompt_tuning_init="SAMPLE_VOCAB", tokenizer_name_or_path="gpt2"),
+                "tokenizer_name_or_path is ignored",
+            ),
+            ("PrefixTuning", dict(encoder_hidden_size=8), "prefix_projection=True"),
+            ("PromptEncoder", dict(encoder_dropout=0.1), "the MLP ignores them"),
+            ("PromptEncoder", dict(encoder_num_layers=3), "the MLP ignores them"),
+        ],
+    )
+    def test_what_another_field_would_have_to_ask_for_is_said(
+        self, config, fields, message
+    ):
+        config = getattr(minipeft, f"{config}Config")
+        with pytest.warns(UserWarning, match=message):
+            config(num_virtual_tokens=2, **fields)
+
+    @pytest.mark.parametrize("name", ["LoHaConfig", "LoKrConfig"])
+    def test_convolutions_are_refused(self, name):
+        with pytest.raises(ConfigError, match="use_effective_conv2d=True is for conv"):
+            getattr(minipeft, name)(use_effective_conv2d=True)
+
+    @pytest.mark.parametrize(
+        "excluded", [["layers"], ["mlp", "self_attn"], ["down_proj"], r".*\.mlp"]
+    )
+    def test_an_exclusion_that_excludes_nothing_is_said(self, excluded):
+        fields = dict(FIELDS, exclude_modules=excluded)
+        with pytest.warns(UserWarning, match="exclude_modules = .*excludes nothing"):
+            ours = get_peft_model(BASE.make(), LoraConfig(**fields))
+        theirs = peft.get_peft_model(BASE.make(), peft.LoraConfig(**fields))
+        counts = (model.get_nb_trainable_parameters() for model in (ours, theirs))
+        assert len(set(counts)) == 1  # PEFT says nothing
+
     def test_alpha_zero_would_train_nothing(self):
         with pytest.raises(ConfigError, match="lora_alpha = 0"):
             LoraConfig(lora_alpha=0)
@@ -419,7 +456,18 @@ class TestWhatFallsThrough:
         }
         words += ("set_input", "set_output", "init_w", "initialize")
         ours = [c for c in PeftModel.__mro__ if c.__module__.startswith("minipeft")]
-        for name in dir(BASE.make()):
+        others = (  # of other families, with an encoder, of images and of speech
+            "GPT2LMHeadModel",
+            "BertForMaskedLM",
+            "T5ForConditionalGeneration",
+            "BartForConditionalGeneration",
+            "ViTForImageClassification",
+            "CLIPModel",
+            "WhisperForConditionalGeneration",
+        )
+        kinds = [type(BASE.make()), *(getattr(transformers, name) for name in others)]
+        kinds.append(type(BASES["llama"].make()))
+        for name in {*dir(BASE.make()), *(n for kind in kinds for n in dir(kind))}:
             if name.startswith("_") or not any(word in name for word in words):
                 continue
             own = any(name in vars(c) for c in ours) or name in CHANGES_OF_EMBEDDINGS
@@ -676,6 +724,9 @@ class TestFilesOfPeft:
             dict(ensure_weight_tying=True),
             dict(init_lora_weights="eva"),
             dict(init_lora_weights="orthogonal"),
+            dict(init_lora_weights="mica"),
+            dict(init_lora_weights="gaussian"),
+            dict(exclude_modules=["mlp"]),
             dict(loftq_config={"loftq_bits": 4}, eva_config={"rho": 2.0}),
             dict(a_field_of_next_year=None, runtime_config={"x": False}),
             dict(enable_lora=None, merge_weights=False, layers_pattern=""),  # 2023
@@ -689,11 +740,43 @@ class TestFilesOfPeft:
         wanted = self.saved(tmp_path, change)
         close(run(PeftModel.from_pretrained(BASE.make(), tmp_path)), wanted)
 
-    @pytest.mark.parametrize("init", ["corda", "lora_ga"])
-    def test_changed_bases_are_said(self, tmp_path, init):
+    @pytest.mark.parametrize(
+        "init, remedy",
+        [
+            ("corda", "path_initial_model_for_weight"),
+            ("lora_ga", "path_initial_model_for_weight"),
+            ("pissa_niter_4", "save the adapter as a plain LoRA"),
+            ("pissa_niter_16", 'write "init_lora_weights": true'),
+            ("PISSA", "did you mean 'pissa'"),
+            ("next_year", "expected one of True"),
+        ],
+    )
+    def test_changed_bases_are_said(self, tmp_path, init, remedy):
         self.saved(tmp_path, dict(init_lora_weights=init))
-        with pytest.raises(ConfigError, match="path_initial_model_for_weight"):
+        with pytest.raises(ConfigError, match=remedy):
             PeftModel.from_pretrained(BASE.make(), tmp_path)
+
+    @pytest.mark.parametrize(
+        "name, fields",
+        [
+            (
+                "PromptTuningConfig",
+                dict(prompt_tuning_init_text="a", tokenizer_name_or_path="x"),
+            ),
+            ("PrefixTuningConfig", dict(encoder_hidden_size=8)),
+            ("LoHaConfig", dict(use_effective_conv2d=True)),
+            ("LoKrConfig", dict(use_effective_conv2d=True, decompose_both=True)),
+        ],
+    )
+    def test_fields_that_did_nothing(self, tmp_path, name, fields):
+        """PEFT takes them, and notes them; they do not change what is computed."""
+        if name.startswith("Lo"):
+            fields = dict(fields, r=2, target_modules=["q_proj"], init_weights=False)
+        else:
+            fields = dict(fields, num_virtual_tokens=3, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(BASE.make(), getattr(peft, name)(**fields)).eval()
+        model.save_pretrained(str(tmp_path))
+        close(run(PeftModel.from_pretrained(BASE.make(), tmp_path)), run(model))
 
     def test_ties_are_not_ignored(self, tmp_path):
         tied = BASES["hf_qwen2"]
@@ -733,6 +816,61 @@ class TestFilesOfPeft:
         for size in (40, 45):
             with pytest.raises(AdapterFileError, match=r"resize_token_embeddings\(44"):
                 PeftModel.from_pretrained(base(size), tmp_path)
+
+    @pytest.mark.parametrize(
+        "name, size, fields",
+        [
+            ("hf_qwen2", 44, {}),  # tied
+            ("hf_llama", 38, {}),  # smaller
+            ("hf_llama", 44, dict(modules_to_save=["norm"])),
+            ("hf_llama", 44, dict(modules_to_save=["lm_head"])),
+            ("hf_llama", 44, dict(modules_to_save=["embed_tokens", "lm_head"])),
+            ("hf_llama", 44, dict(target_modules=["q_proj", "embed_tokens"])),
+            ("hf_qwen2", 43, dict(target_modules=["q_proj", "embed_tokens"])),
+        ],
+    )
+    def test_new_tokens_of_other_models(self, tmp_path, name, size, fields):
+        """Their rows were drawn at random, and are trained: only the file has them."""
+
+        def base():
+            torch.manual_seed(5)
+            model = BASES[name].make()
+            model.resize_token_embeddings(size)
+            return model
+
+        config = peft.LoraConfig(**FIELDS | fields, init_lora_weights=False)
+        theirs = peft.get_peft_model(base(), config)
+        with torch.no_grad():
+            theirs.get_input_embeddings().weight[size - 2 :] += 1.0
+        theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
+        ids = torch.tensor([[3, size - 1, size - 2]])
+        wanted = theirs(input_ids=ids).logits
+        differ(base()(input_ids=ids).logits, wanted)
+        ours = PeftModel.from_pretrained(base(), tmp_path)
+        close(ours(input_ids=ids).logits, wanted)
+        one_more = get_peft_model(base(), LoraConfig(**FIELDS), "other")
+        one_more.merge_adapter()
+        one_more.load_adapter(tmp_path, "new")
+        with pytest.warns(UserWarning, match="Unmerging"):
+            one_more.set_adapter("new")
+        close(one_more(input_ids=ids).logits, wanted)
+
+    @pytest.mark.parametrize("change", ["shape", "first row"])
+    def test_an_adapter_on_embeddings_of_another_base(self, tmp_path, change):
+        config = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
+        theirs = peft.get_peft_model(BASE.make(), config)
+        theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
+        base = BASE.make()
+        if change == "shape":
+            base.resize_token_embeddings(44)
+        else:
+            with torch.no_grad():
+                base.get_input_embeddings().weight[0] += 1
+        before = run(base)
+        message = {"shape": r"resize_token_embeddings\(40", "first row": "another base"}
+        with pytest.raises(AdapterFileError, match=message[change]):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert torch.equal(run(base), before)
 
 
 class TestSaving:

@@ -616,7 +616,9 @@ class TestCommand:
             == 0
         )
         assert (tmp_path / "course" / "nbgrader_config.py").is_file()
-        assert main(["student", "--all", "nope.ipynb", "--out", str(tmp_path)]) == 1
+        for names in (["nope.ipynb"], [str(chapter)], [str(chapter), "nope.ipynb"]):
+            argv = ["student", "--all", *names, "--out", str(tmp_path / "none")]
+            assert main(argv) == 1 and not (tmp_path / "none").exists()
         assert (
             main(["student", "--out", str(tmp_path)]) == 1
             and main(["student", "no.ipynb", "--out", str(tmp_path)]) == 1

@@ -240,6 +240,31 @@ class TestForward:
             x = model.get_input_embeddings()(inputs()["input_ids"])
             close(model(inputs_embeds=x).logits[:, -6:], run(model))
 
+    @pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+    @pytest.mark.parametrize("name", ["Albert", "Electra", "OPT"])
+    def test_embeddings_narrower_than_the_model(self, kind, name):
+        """Then the prompt is as wide as they are."""
+        import transformers
+
+        width = dict(Albert="embedding_size", OPT="word_embed_proj_dim")
+        base = getattr(transformers, f"{name}Model")(
+            getattr(transformers, f"{name}Config")(
+                vocab_size=40,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                pad_token_id=0,
+                **{width.get(name, "embedding_size"): 8},
+            )
+        ).eval()
+        ids, embed = inputs()["input_ids"], base.get_input_embeddings()
+        plain = copy.deepcopy(base)
+        model = shake(get_peft_model(base, config(kind)))
+        P = model.base_model.adapters["default"].embeddings()
+        assert P.shape == (N, 8)
+        x = torch.cat((P.expand(3, -1, -1), embed(ids)), dim=1)
+        close(model(input_ids=ids)[0].detach(), plain(inputs_embeds=x)[0].detach())
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @three
     def test_autocast_and_16_bits(self, kind, dtype):

@@ -237,5 +237,12 @@ def read_chat_template(folder, config):
         return read_text(folder / "chat_template.jinja")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, with names
-        template = {t.get("name"): t.get("template") for t in template}.get("default")
+        named = [one for one in template if isinstance(one, dict)]
+        template = {one.get("name"): one.get("template") for one in named}
+        template = template.get("default")
+    if not isinstance(template, (str, type(None))):
+        raise FileError(
+            f"{folder / 'tokenizer_config.json'}: chat_template = {brief(template)}:"
+            " expected a Jinja template"
+        )
     return template

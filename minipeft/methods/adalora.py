@@ -171,5 +171,6 @@ class AdaLoraConfig(LoraConfig):
         return adapter
 
     def regularization_loss(self, adapters):
-        losses = [adapter.regularization_loss() for adapter in adapters]
+        ours = [a for a in adapters if isinstance(a, AdaLora)]  # not modules_to_save
+        losses = [adapter.regularization_loss() for adapter in ours]
         return self.orth_reg_weight * sum(losses) / (2 * len(losses))

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .. import kernels, targets, weights
-from ..config import LayerConfig
+from ..config import ConfigError, LayerConfig
 from ..slot import LinearDelta
 from .scaling import check_alpha, check_rank
 
@@ -106,6 +106,15 @@ class LycorisConfig(LayerConfig):
         self.check_positive("r", **self.pattern("rank_pattern"))
         self.check_probability("rank_dropout", "module_dropout")
         check_alpha(alpha=self.alpha, **self.pattern("alpha_pattern"))
+        if self.use_effective_conv2d:
+            raise ConfigError(
+                "use_effective_conv2d=True is for convolutions, which get no adapters"
+                " here: leave it out"
+            )
+
+    @classmethod
+    def from_file_fields(cls, data):  # of no effect on the linear layers of a file
+        return super().from_file_fields(data | {"use_effective_conv2d": False})
 
     def create(self, base, path):
         r = targets.match_pattern(self.rank_pattern, path, self.r)

@@ -23,7 +23,14 @@ class ModuleCopy(Adapter):
                 " quantised, so a copy of it cannot be trained. Leave it out of"
                 " quantisation, or put a LoRA on it"
             )
-        self.module = copy.deepcopy(module)
+        try:
+            self.module = copy.deepcopy(module)
+        except RuntimeError as error:  # torch's old weight_norm, once it was called
+            raise TargetError(
+                f"modules_to_save: this {type(module).__name__} cannot be copied"
+                f" ({str(error).partition('. ')[0]}). Remove its weight_norm first, or"
+                " take torch.nn.utils.parametrizations"
+            ) from None
 
     def forward(self, base, *args, **kwargs):
         return self.module(*args, **kwargs)

@@ -9,6 +9,7 @@ and works best from the embeddings of real tokens: their entries are some hundre
 those of RANDOM are about 1.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,6 +68,20 @@ class PromptTuningConfig(VirtualTokensConfig):
                 "prompt_tuning_init='TEXT' needs prompt_tuning_init_text and"
                 " tokenizer_name_or_path"
             )
+        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
+            if self.prompt_tuning_init != "TEXT" and getattr(self, name) is not None:
+                warnings.warn(
+                    f"{name} is ignored: it belongs to prompt_tuning_init='TEXT'",
+                    stacklevel=4,
+                )
+                setattr(self, name, None)
+
+    @classmethod
+    def from_file_fields(cls, data):
+        if data.get("prompt_tuning_init") != "TEXT":  # PEFT may have noted them
+            ignored = ("prompt_tuning_init_text", "tokenizer_name_or_path")
+            data = {k: v for k, v in data.items() if k not in ignored}
+        return super().from_file_fields(data)
 
     def create(self, base, path):
         n = self.num_virtual_tokens

@@ -125,10 +125,12 @@ class VirtualTokensConfig(PeftConfig):
                 f"task_type={self.task_type!r}: virtual tokens are for CAUSAL_LM only"
             )
 
-    def shape(self, config):
-        """The fields above, from the model's configuration."""
+    def shape(self, model):
+        """The fields above, from the model and its configuration."""
+        config = model.config
         return {
-            "token_dim": config.hidden_size,
+            # not always hidden_size: some project their embeddings to that
+            "token_dim": model.get_input_embeddings().weight.shape[-1],
             "num_attention_heads": config.num_attention_heads,
             "num_layers": config.num_hidden_layers,
             "num_transformer_submodules": 1,
@@ -141,7 +143,7 @@ class VirtualTokensConfig(PeftConfig):
     def resolve(self, model):
         self.check_model(model)
         config = super().resolve(model)
-        for field, value in self.shape(model.config).items():
+        for field, value in self.shape(model).items():
             if getattr(self, field) not in (None, value):
                 raise ConfigError(
                     f"{field} = {getattr(self, field)}, but this model's is {value}:"

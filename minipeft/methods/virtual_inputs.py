@@ -85,10 +85,22 @@ def named_inputs(model, args, kwargs):
     return inputs
 
 
-def check_window(config, mask, n):
-    """Raise ValueError where a sliding window would count a row's left padding."""
+# their ALiBi counts places in the batch, where others' counts tokens by the mask
+COUNT_PADDING = ("mpt",)
+
+
+def check_left_padding(config, mask, n):
+    """Raise ValueError where a row's left padding, which stands between the virtual
+    tokens and the text, would be counted."""
+    padded = not mask[:, 0].all()
+    if padded and getattr(config, "model_type", None) in COUNT_PADDING:
+        raise ValueError(
+            f"a row is padded on the left, and {config.model_type} counts the padding"
+            f" between it and the {n} virtual tokens: pad on the right, or run rows of"
+            " unequal length one at a time"
+        )
     window = getattr(config, "sliding_window", None)
-    if window and n + mask.shape[1] > window and not mask[:, 0].all():
+    if window and n + mask.shape[1] > window and padded:
         raise ValueError(
             f"{n} virtual tokens and {mask.shape[1]} others, padded on the left, exceed"
             f" the sliding window of {window}, which the padding between them shifts:"
@@ -100,7 +112,7 @@ def shifted_inputs(model, inputs, n):
     """`inputs` whose mask and positions count n virtual tokens before the text."""
     inputs = dict(inputs)
     if "attention_mask" in inputs:  # (B, T) -> (B, n + T)
-        check_window(model.config, inputs["attention_mask"], n)
+        check_left_padding(model.config, inputs["attention_mask"], n)
         inputs["attention_mask"] = F.pad(inputs["attention_mask"], (n, 0), value=1)
     if "position_ids" in inputs:  # (B, T)
         inputs["position_ids"] = inputs["position_ids"] + n
