@@ -10,6 +10,7 @@ import pytest
 import torch
 from bases import BASES, CASES, adapted, close, differ, inputs, run, shake
 from torch import nn
+from torch.nn.utils import prune
 
 import minipeft
 from minipeft import (
@@ -374,6 +375,8 @@ class TestUnload:
                 num_attention_heads=2,
                 max_position_embeddings=32,
             )
+        if name.startswith("Qwen2"):
+            sizes |= dict(num_key_value_heads=2)
         if name == "OPTModel":
             sizes |= dict(ffn_dim=24, word_embed_proj_dim=16)
         sizes |= dict(vocab_size=40, pad_token_id=0, tie_word_embeddings=True)
@@ -408,7 +411,7 @@ class TestUnload:
 
 
 def pruned(layer):
-    return torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5)
+    return prune.l1_unstructured(layer, "weight", amount=0.5)
 
 
 def computed_bias(layer):
