@@ -199,8 +199,16 @@ def draw(record: dict, path: Path) -> None:
         targets: sorted({run["r"] for run in runs if run["targets"] == targets})
         for targets in labels
     }
+
+    # every seed is a point, the line goes through the means
+    def at_best(**what):
+        return found(runs, lr=rate_of(runs, **what)[0], **what)
+
     scores = {
-        targets: [best(runs, targets=targets, r=r)["score"] for r in ranks[targets]]
+        targets: [
+            [run["score"] for run in at_best(targets=targets, r=r)]
+            for r in ranks[targets]
+        ]
         for targets in labels
     }
     figures.curves(
