@@ -1,6 +1,7 @@
 """Sphinx's settings for the book (`make book`)."""
 
 import dataclasses
+import enum
 import importlib.util
 import re
 import shutil
@@ -101,16 +102,26 @@ add_module_names = False
 default_role = "literal"
 
 
+CATCH_ALL = r"\(\*args: (~typing\.)?Any, \*\*kwargs: (~typing\.)?Any\)"
+
+
 def without_catch_all(app, what, name, obj, options, signature, annotation):
     """(*args, **kwargs) says nothing: a configuration's fields stand below."""
-    if what == "class" and dataclasses.is_dataclass(obj):
+    if what == "class" and (dataclasses.is_dataclass(obj) or is_enum(obj)):
         return "", annotation
-    if signature and signature.startswith("(*args: Any, **kwargs: Any)"):
+    if signature and re.match(CATCH_ALL, signature):
         return "", annotation
+
+
+def is_enum(thing):
+    return isinstance(thing, type) and issubclass(thing, enum.Enum)
 
 
 def fields_of(config):
-    """A line for each field that the dataclass adds to those it inherits."""
+    """A line for each field that the dataclass adds to those it inherits; for each
+    member of an enumeration."""
+    if is_enum(config):
+        return [f"{member.name} = {member.value!r}" for member in config]
     lines = []
     for field in dataclasses.fields(config):
         if field.name not in vars(config).get("__annotations__", {}):
@@ -139,7 +150,7 @@ def plain_text(app, what, name, obj, options, lines):
     if lines and lines[0].startswith("Define the computation performed at every call"):
         lines[:] = []  # torch's words, of a method that has none
     blocks = "\n".join(lines).split("\n\n")
-    if what == "class" and dataclasses.is_dataclass(obj):
+    if what == "class" and (dataclasses.is_dataclass(obj) or is_enum(obj)):
         blocks.append("\n".join(f"  {line}" for line in fields_of(obj)))
     lines[:] = []
     for block in filter(str.strip, blocks):
@@ -150,20 +161,48 @@ def plain_text(app, what, name, obj, options, lines):
             lines += [*map(as_text, rows), ""]
 
 
-def levelled(app, page, template, context, doctree):
-    """For those who listen: the level of the sidebar's headings, which Sphinx leaves
-    out; and a folded part is called as its words say, not "Toggle hidden content". For
-    all: that a class has the base `object` is not said."""
+FORMULA = r'<span class="math notranslate nohighlight">\\\((?:(?!</span>).)*\\\)</span>'
+TOGETHER = re.compile(rf"(?P<before>[(\[“‘]*){FORMULA}(?P<after>[.,;:?!)\]’”']*)", re.S)
+
+
+def together(match):
+    """A formula with the comma behind it, the bracket before it."""
+    if match["before"] or match["after"]:
+        return f'<span class="together">{match[0]}</span>'
+    return match[0]
+
+
+def breakable(title):
+    """A title whose names in code may be parted behind a full stop."""
+    return re.sub(
+        r'(?<=<span class="pre">)[\w.]+',
+        lambda name: name[0].replace(".", ".<wbr>"),
+        title,
+    )
+
+
+def finished(app, page, template, context, doctree):
+    """The page's last touches. For those who listen: the level of the sidebar's
+    headings, which Sphinx leaves out; and a folded part is called as its words say, not
+    "Toggle hidden content". For all: that a class has the base `object` is not said;
+    formulas are not parted from their commas, but long names of modules are parted."""
     tree = context.get("furo_navigation_tree")
     if tree:
         level = 'role="heading" aria-level="2"'
         context["furo_navigation_tree"] = tree.replace('role="heading"', level)
     body = context.get("body", "").replace(' aria-label="Toggle hidden content"', "")
-    context["body"] = re.sub(r"<p>Bases: (?:(?!</p>).)*>object<.*?</p>\s*", "", body)
+    body = re.sub(r"<p>Bases: (?:(?!</p>).)*>object<.*?</p>\s*", "", body)
+    body = TOGETHER.sub(together, body)
+    context["body"] = re.sub(
+        "<h1>.*?</h1>", lambda h1: breakable(h1[0]), body, flags=re.S
+    )
+    for way in ("prev", "next"):
+        if context.get(way):
+            context[way]["title"] = breakable(context[way]["title"])
 
 
 def setup(app):
     app.connect("build-finished", copy_mathjax)
-    app.connect("html-page-context", levelled, priority=900)  # after the theme
+    app.connect("html-page-context", finished, priority=900)  # after the theme
     app.connect("autodoc-process-docstring", plain_text)
     app.connect("autodoc-process-signature", without_catch_all)

@@ -45,8 +45,9 @@ CODE = re.compile(r"```.*?```|`[^`\n]*`", re.S)
 # code, formulas, and headings, which links name by their words
 NOT_PROSE = re.compile(rf"{CODE.pattern}|\$[^$]*\$|^#.*?$", re.S | re.M)
 TOGETHER = re.compile(
-    r"(?<=≈) (?=[\d−-])"  # ≈ 5
-    r"|(?<=\d) (?=%|[kMGT]i?B\b)"  # 5 %, 24 GB
+    r"(?<=≈) (?=[\d−+-])"  # ≈ 5
+    r"|(?<=\d) (?=± \d)|(?<=\d ±) (?=\d)"  # 4 ± 1
+    r"|(?<=\d) (?=(?:%|[kMGT]i?B\b|ms\b))"  # 5 %, 24 GB
     r"|(?<=\b\w) (?== \d)|(?<=\b\w =) (?=\d)"  # r = 8
 )
 # A verdict's class and sign; the notebooks' emoji need a font that not every reader has
@@ -180,6 +181,7 @@ def prepare_notebook(path, known, out):
     drop = ("install", "navigation")
     notebook.cells = [cell for cell in notebook.cells if role(cell) not in drop]
     describe_figures(notebook.cells)
+    others = {other.name[:2]: other.name for other in chapters() if other != path}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             take_images_along(cell.source, page, out)
@@ -188,6 +190,7 @@ def prepare_notebook(path, known, out):
             name_fold(cell)
             for output in cell.outputs:
                 if markdown := output.get("data", {}).get("text/markdown"):
+                    markdown = relinked(linked(markdown, others), page, known)
                     output.data["text/markdown"] = set_text(markdown)
     nbformat.write(notebook, out / RENAMED.get(page, page))
 
@@ -235,20 +238,33 @@ def contents(known):
 
 
 def write_api(out):
-    """One page a module: its public names, with their docstrings, each once."""
+    """One page a module: its public names, and the classes that these are made from,
+    with their docstrings, each once."""
     (out / "api").mkdir()
     seen = []
     for name, what in API:
         module = importlib.import_module(name)
-        members = [n for n in public(module) if getattr(module, n) not in seen]
-        seen += [getattr(module, n) for n in members]
+        things = {f"{name}.{n}": getattr(module, n) for n in public(module)}
+        things |= bases([*things.values(), *seen])
+        new = {n: thing for n, thing in things.items() if thing not in seen}
+        seen += new.values()
         text = f"# `{name}`: {what}\n\n```{{eval-rst}}\n"
         text += f".. automodule:: {name}\n   :no-members:\n\n"
-        directives = [
-            f".. auto{kind(getattr(module, n))}:: {name}.{n}" for n in members
-        ]
-        text += "\n\n".join(sorted(directives)) + "\n```\n"
+        directives = [f".. auto{kind(thing)}:: {n}" for n, thing in new.items()]
+        directives.sort(key=lambda line: (line.split("::")[0], line.rpartition(".")[2]))
+        text += "\n\n".join(directives) + "\n```\n"
         (out / "api" / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def bases(things):
+    """{name: class} of what this package's classes inherit from, and is not public: it
+    has fields and methods that their users need."""
+    found = [base for t in things if isinstance(t, type) for base in t.__mro__[1:]]
+    return {
+        f"{base.__module__}.{base.__qualname__}": base
+        for base in found
+        if base.__module__.split(".")[0] == "minipeft" and base not in things
+    }
 
 
 def kind(thing):

@@ -160,8 +160,44 @@ class TestEachPage:
     def test_sentences_are_read_without_scrolling(self, page, browser):
         """On a telephone too, what is printed without columns goes on below."""
         resize(browser, WIDTHS[1])
-        wide = too_wide(browser, ".cell_output pre")
+        wide = too_wide(browser, ".cell_output .stream pre")
         assert all(re.search(r"\S {2,}\S|[─│┌└═║]", text) for text in wide), wide
+
+    def test_code_keeps_its_lines(self, page, browser):
+        """On a telephone too, source code that a cell shows is not set as prose."""
+        resize(browser, WIDTHS[1])
+        broken = browser.execute_script(
+            "return [...document.querySelectorAll('.highlight-python pre')]"
+            ".filter(e => getComputedStyle(e).whiteSpace.includes('wrap'))"
+            ".map(e => e.innerText)"
+        )
+        assert not broken, broken[0]
+
+    def test_no_line_for_what_is_not_seen(self, page, browser):
+        """The link of a heading or a signature, hidden until the mouse stands over it,
+        makes no line of its own; that to the source stands beside the signature."""
+        for width in WIDTHS:
+            resize(browser, width)
+            taller = browser.execute_script(
+                "const all = [...document.querySelectorAll("
+                "  'article :is(h1, h2, h3, h4, dt.sig)')];"
+                "const before = all.map(e => e.offsetHeight);"
+                "const style = document.createElement('style');"
+                "style.textContent = '.headerlink {display: none !important}';"
+                "document.head.append(style);"
+                "const found = all.filter((e, i) => e.offsetHeight < before[i])"
+                "  .map(e => e.innerText);"
+                "style.remove();"
+                "return found;"
+            )
+            assert not taller, (width, taller)
+        inside = browser.execute_script(
+            "return [...document.querySelectorAll('dt.sig .viewcode-link')]"
+            ".filter(e => e.getBoundingClientRect().bottom"
+            " > e.closest('dt').getBoundingClientRect().bottom + 1)"
+            ".map(e => e.closest('dt').innerText)"
+        )
+        assert not inside, inside
 
     def test_tables_and_code_fit_a_desk(self, page, browser):
         resize(browser, WIDTHS[0])
@@ -244,8 +280,17 @@ class TestEachPage:
         article = soup.select_one("article")
         for part in article.select("h1, h2, h3, pre, code, .math, svg"):
             part.decompose()
-        parted = re.search(r".{20}\d (?:%|[kMGT]i?B\b).{9}", article.get_text())
+        parted = re.search(r".{20}\d (?:%|±|[kMGT]i?B\b|ms\b).{9}", article.get_text())
         assert not parted, parted[0]
+
+    def test_commas_stay_with_their_formulas(self, page):
+        """Nor does a line end between a formula and the bracket before it."""
+        soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")
+        for formula in soup.select("article span.math"):
+            if "together" not in formula.parent.get("class", []):
+                after, before = formula.next_sibling, formula.previous_sibling
+                assert not re.match(r"[.,;:?!)\]]", str(after or "")), formula.parent
+                assert not re.search(r"[(\[]$", str(before or "")), formula.parent
 
     def test_links_hold(self, page):
         soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")
@@ -314,6 +359,28 @@ def test_reference_has_every_public_name():
     expected = {"LoraConfig", "PeftModel", "get_peft_model", "train", "evaluate"}
     expected |= {"generate", "load_data", "load_pretrained", "load_tokenizer"}
     assert expected <= found, expected - found
+
+
+def test_reference_says_something_of_every_class():
+    """More than its bases and a signature that takes everything; and what it inherits
+    from this package is there too, which is what one has to know to use it."""
+    for page in (page for page in PAGES if page.startswith("api/")):
+        soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")
+        for entry in soup.select("dl.py.class, dl.py.exception"):
+            said = [
+                part.get_text()
+                for part in entry.select_one("dd").select("p, pre")
+                if not part.get_text().startswith("Bases:")
+            ]
+            name = entry.select_one("dt")["id"]
+            assert any(len(text) > 9 for text in said), (page, name)
+            assert "*args: Any" not in entry.select_one("dt").get_text(), name
+    text = BeautifulSoup((HTML / "api/minipeft.html").read_text(encoding="utf-8"))
+    shown = {pre.get_text() for pre in text.select("article pre")}
+    for field in ("num_virtual_tokens: int", "alpha: float", "module_dropout: float"):
+        assert any(field in block for block in shown), field
+    methods = {name["id"].rpartition(".")[2] for name in text.select("dt.sig[id]")}
+    assert {"print_trainable_parameters", "enable_input_require_grads"} <= methods
 
 
 def test_every_page_of_the_course_is_there():

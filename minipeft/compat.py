@@ -33,6 +33,9 @@ PeftType = enum.Enum("PeftType", {name: name for name in METHODS}, type=str)
 PromptTuningInit = enum.Enum(
     "PromptTuningInit", {name: name for name in PROMPT_INITS}, type=str
 )
+TaskType.__doc__ = "What a model is for; a configuration's task_type."
+PeftType.__doc__ = "The methods; a configuration's peft_type."
+PromptTuningInit.__doc__ = "Where the vectors of a prompt begin."
 
 
 @dataclass
@@ -127,30 +130,42 @@ class BaseAutoPeftModel:
 
 
 class AutoPeftModelForCausalLM(BaseAutoPeftModel):
+    """An adapter on a transformers.AutoModelForCausalLM."""
+
     task_type = "CAUSAL_LM"
     base_class = "AutoModelForCausalLM"
 
 
 class AutoPeftModelForSeq2SeqLM(BaseAutoPeftModel):
+    """An adapter on a transformers.AutoModelForSeq2SeqLM."""
+
     task_type = "SEQ_2_SEQ_LM"
     base_class = "AutoModelForSeq2SeqLM"
 
 
 class AutoPeftModelForSequenceClassification(BaseAutoPeftModel):
+    """An adapter on a transformers.AutoModelForSequenceClassification."""
+
     task_type = "SEQ_CLS"
     base_class = "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(BaseAutoPeftModel):
+    """An adapter on a transformers.AutoModelForTokenClassification."""
+
     task_type = "TOKEN_CLS"
     base_class = "AutoModelForTokenClassification"
 
 
 class AutoPeftModelForQuestionAnswering(BaseAutoPeftModel):
+    """An adapter on a transformers.AutoModelForQuestionAnswering."""
+
     task_type = "QUESTION_ANS"
     base_class = "AutoModelForQuestionAnswering"
 
 
 class AutoPeftModelForFeatureExtraction(BaseAutoPeftModel):
+    """An adapter on a transformers.AutoModel."""
+
     task_type = "FEATURE_EXTRACTION"
     base_class = "AutoModel"

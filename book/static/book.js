@@ -16,9 +16,10 @@ function linkFigures() {
     link.append(image);
   }
 }
-// Printed sentences go on below; what stands in columns keeps its lines.
+// Printed sentences go on below; what stands in columns keeps its lines, and so does
+// code.
 function wrapSentences() {
-  for (const part of document.querySelectorAll(".cell_output pre")) {
+  for (const part of document.querySelectorAll(".cell_output .stream pre")) {
     const columns = /\S {2,}\S|[─│┌└═║]/.test(part.innerText.trim());
     part.classList.toggle("sentences", !columns);
   }
