@@ -157,6 +157,10 @@ class TestLinks:
             ("chapter 77", "chapter 77"),
             ("chapter 041", "chapter 041"),
             ("# From chapter 04\\nchapter 4", "# From chapter 04\\nchapter 4"),
+            (
+                "# 05 On\\n\\nSee chapter 04.",
+                "# 05 On\\n\\nSee [chapter 04](04_lora.ipynb).",
+            ),
             ("`chapter 04` $chapter 04$", "`chapter 04` $chapter 04$"),
             ("[chapter 04](04_lora.ipynb)", "[chapter 04](04_lora.ipynb)"),
             ("```\\nchapter 04\\n```", "```\\nchapter 04\\n```"),

@@ -45,7 +45,7 @@ import os
 NOT_THERE = 'raise RuntimeError("open this chapter in the folder of the whole course")'
 MENTION = re.compile(r"[Cc]hapters? \d\d(?:(?:, | and | or | to |, and )\d\d)*\b")
 UNTOUCHED = re.compile(
-    r"```.*?```|`[^`]*`|\[[^\]]*\]\([^)]*\)|\$[^$]*\$|^#.*$", re.M | re.S
+    r"```.*?```|`[^`]*`|\[[^\]]*\]\([^)]*\)|\$[^$]*\$|^#[^\n]*$", re.M | re.S
 )
 
 
