@@ -557,7 +557,7 @@ class PeftModel(HFMethods):
         return trainable, sum(count for count, _ in counts)
 
     def print_trainable_parameters(self):
-        """Print that, and the share in percent, in Hugging Face PEFT's words."""
+        """Print these two and the share in percent, in PEFT's words."""
         trainable, everything = self.get_nb_trainable_parameters()
         print(
             f"trainable params: {trainable:,d} || all params: {everything:,d} || "
