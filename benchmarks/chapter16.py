@@ -273,7 +273,7 @@ def alone_in(folder: Path):
 
 class Record:
     """The file. Every change reads it again under a lock, so that processes can
-    share it."""
+    share it. It names every machine that added to it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -315,7 +315,10 @@ class Record:
                 for name in ("costs", "yardsticks", "runs")
                 if name in record
             }
-            save(self.path, self.about | parts)
+            machines = record.get("machine", "").split("; ")
+            machines += [self.about["machine"]]
+            known = {"machine": "; ".join(filter(None, dict.fromkeys(machines)))}
+            save(self.path, self.about | known | parts)
 
 
 # -------------------------------------------------------------------------- the plan
