@@ -478,3 +478,10 @@ class TestBakeOff:
         record = other.read()
         assert [run["case"] for run in record["runs"]] == ["a", "b"]
         assert record["costs"] == {"full": 1}
+
+    def test_it_names_every_machine_once(self, tmp_path):
+        for machine in ("one", "other", "one"):
+            record = chapter16.Record(tmp_path / "record.json")
+            record.about["machine"] = machine
+            record.change("runs", {"case": machine})
+        assert record.read()["machine"] == "one; other"
