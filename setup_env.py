@@ -99,7 +99,7 @@ def wait(process, downloads):
     """The exit status of a process that fills a folder; prints how far it is."""
     started = time.monotonic()
     back, end = ("\r", "") if sys.stdout.isatty() else ("", "\n")
-    ticked = False
+    ticked, before = False, None
     while True:
         try:
             status = process.wait(TICK)
@@ -107,8 +107,11 @@ def wait(process, downloads):
         except subprocess.TimeoutExpired:
             ticked = True
             size, seconds = size_of(downloads), time.monotonic() - started
-            line = f"  {size / 1e6:,.0f} MB downloaded, {seconds:.0f} s"
-            print(f"{back}{line}", end=end, flush=True)
+            still = ": unpacking, or waiting for the network" if size == before else ""
+            line = f"  {size / 1e6:,.0f} MB downloaded, {seconds:.0f} s{still}"
+            before = size
+            # a shorter line covers a longer one
+            print(f"{back}{line:<72}" if back else line, end=end, flush=True)
     if ticked and back:
         print(flush=True)
     return status

@@ -229,6 +229,8 @@ class TestSetUp:
         assert setup_env.wait(process, tmp_path) == 7
         said = capfd.readouterr().out
         assert "  3 MB downloaded, " in said and "  5 MB downloaded, " in said
+        last = [line for line in said.splitlines() if "5 MB downloaded" in line][-1]
+        assert last.endswith(" s: unpacking, or waiting for the network")
 
     def test_an_old_python_is_told(self, project, indexes, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "version_info", (3, 10, 0))
