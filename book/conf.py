@@ -172,11 +172,40 @@ def together(match):
     return match[0]
 
 
+# What a line must not part: 1e-4, an arrow; in printed lines also a number's sign and
+# unit (elsewhere the spaces between them are of the kind that holds).
+HYPHENS = re.compile(r"\d[\d.]*e-\d+|-&gt;")
+NUMBER = r"[-+−]?\d[\d.,]*\d|[-+−]?\d"
+PRINTED = re.compile(
+    rf"{HYPHENS.pattern}|≈ (?:{NUMBER})(?: %)?|(?:{NUMBER}) (?:%|± [\d.]*\d)"
+)
+PARTS = re.compile(rf"({FORMULA}|<pre.*?</pre>|<[^>]*>)", re.S)
+STREAM = re.compile(
+    r'(?<=<div class="output stream highlight-myst-ansi notranslate">)'
+    r'(<div class="highlight"><pre>)(.*?)(?=</pre>)',
+    re.S,
+)
+
+
+def hold(match):
+    return f'<span class="together">{match[0]}</span>'
+
+
+def held_together(body):
+    """The page with what its lines must not part: not in code, whose lines are kept."""
+    parts = PARTS.split(body)
+    parts[::2] = [HYPHENS.sub(hold, text) for text in parts[::2]]
+    return STREAM.sub(lambda m: m[1] + PRINTED.sub(hold, m[2]), "".join(parts))
+
+
 def breakable(title):
-    """A title whose names in code may be parted behind a full stop."""
+    """A title, or a table's cell, whose names in code may be parted behind a full stop
+    and, if they are long, behind an underscore: not within a word."""
     return re.sub(
         r'(?<=<span class="pre">)[\w.]+',
-        lambda name: name[0].replace(".", ".<wbr>"),
+        lambda name: re.sub(
+            r"[._](?=\w)" if len(name[0]) > 16 else r"\.(?=\w)", r"\g<0><wbr>", name[0]
+        ),
         title,
     )
 
@@ -192,9 +221,9 @@ def finished(app, page, template, context, doctree):
         context["furo_navigation_tree"] = tree.replace('role="heading"', level)
     body = context.get("body", "").replace(' aria-label="Toggle hidden content"', "")
     body = re.sub(r"<p>Bases: (?:(?!</p>).)*>object<.*?</p>\s*", "", body)
-    body = TOGETHER.sub(together, body)
+    body = held_together(TOGETHER.sub(together, body))
     context["body"] = re.sub(
-        "<h1>.*?</h1>", lambda h1: breakable(h1[0]), body, flags=re.S
+        "<h1>.*?</h1>|<td.*?</td>", lambda part: breakable(part[0]), body, flags=re.S
     )
     for way in ("prev", "next"):
         if context.get(way):

@@ -292,6 +292,19 @@ class TestEachPage:
                 assert not re.match(r"[.,;:?!)\]]", str(after or "")), formula.parent
                 assert not re.search(r"[(\[]$", str(before or "")), formula.parent
 
+    def test_no_warning_names_a_machine(self, page):
+        """What a notebook prints has no path of the machine that ran it."""
+        text = (HTML / page).read_text(encoding="utf-8")
+        found = re.search(r"/\S+\.py:\d+: \w*Warning", text)
+        assert not found, found[0]
+
+    def test_folded_code_is_as_large_as_other_code(self, page, browser):
+        sizes = browser.execute_script(
+            "return [...document.querySelectorAll('article .cell_input pre')]"
+            ".map(e => getComputedStyle(e).fontSize)"
+        )
+        assert len(set(sizes)) < 2, set(sizes)
+
     def test_links_hold(self, page):
         soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")
         for link in soup.select("article a[href]"):

@@ -24,6 +24,13 @@ function wrapSentences() {
     part.classList.toggle("sentences", !columns);
   }
 }
+// What a search shows of a page has no words of the folds ("Show the solution").
+document.addEventListener("DOMContentLoaded", () => {
+  if (typeof Search === "undefined") return;
+  const plain = Search.htmlToText;
+  const folds = /<p class="(collapsed|expanded) admonition-title">.*?<\/p>/gs;
+  Search.htmlToText = (page, anchor) => plain(page.replace(folds, ""), anchor);
+});
 window.addEventListener("load", async () => {
   linkFigures();
   wrapSentences();
