@@ -55,8 +55,18 @@ def solutions() -> dict:
 
 
 def fingerprint(source: str) -> str:
-    """Of what a solution computes: its syntax tree, without comments and layout."""
-    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:12]
+    """Of what a solution computes: its syntax tree, without comments and layout, and
+    without empty fields, of which each Python has others."""
+
+    def said(node):
+        if isinstance(node, list):
+            return [said(one) for one in node]
+        if not isinstance(node, ast.AST):
+            return node
+        kept = [(n, said(v)) for n, v in ast.iter_fields(node) if v not in (None, [])]
+        return (type(node).__name__, kept)
+
+    return hashlib.sha256(repr(said(ast.parse(source))).encode()).hexdigest()[:12]
 
 
 def asked(source: str):
