@@ -165,11 +165,13 @@ FORMULA = r'<span class="math notranslate nohighlight">\\\((?:(?!</span>).)*\\\)
 TOGETHER = re.compile(rf"(?P<before>[(\[“‘]*){FORMULA}(?P<after>[.,;:?!)\]’”']*)", re.S)
 
 
+def hold(match):
+    return f'<span class="together">{match[0]}</span>'
+
+
 def together(match):
     """A formula with the comma behind it, the bracket before it."""
-    if match["before"] or match["after"]:
-        return f'<span class="together">{match[0]}</span>'
-    return match[0]
+    return hold(match) if match["before"] or match["after"] else match[0]
 
 
 # What a line must not part: 1e-4, an arrow; in printed lines also a number's sign and
@@ -185,10 +187,6 @@ STREAM = re.compile(
     r'(<div class="highlight"><pre>)(.*?)(?=</pre>)',
     re.S,
 )
-
-
-def hold(match):
-    return f'<span class="together">{match[0]}</span>'
 
 
 def held_together(body):

@@ -246,7 +246,7 @@ class TestForward:
         """Then the prompt is as wide as they are."""
         import transformers
 
-        width = dict(Albert="embedding_size", OPT="word_embed_proj_dim")
+        width = "word_embed_proj_dim" if name == "OPT" else "embedding_size"
         base = getattr(transformers, f"{name}Model")(
             getattr(transformers, f"{name}Config")(
                 vocab_size=40,
@@ -254,7 +254,7 @@ class TestForward:
                 num_hidden_layers=1,
                 num_attention_heads=2,
                 pad_token_id=0,
-                **{width.get(name, "embedding_size"): 8},
+                **{width: 8},
             )
         ).eval()
         ids, embed = inputs()["input_ids"], base.get_input_embeddings()
