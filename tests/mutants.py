@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import io
 import json
+import linecache
 import sys
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from minipeft.course.check import sandbox
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "data" / "mutants.json"
 LIMIT = 5  # seconds for one mutant
-# a message that names no mistake
-UNNAMED = "none of the usual slips", "I cannot work with", "Your code stopped with"
+# a message that names no mistake; an error that is shown with its place does: it quotes
+# the expression and says what its names hold
+UNNAMED = "none of the usual slips", "I cannot work with"
+STOPPED, PLACED = "Your code stopped with", " of your cell, at `"
 
 
 # ----------------------------------------------------------------------- the solutions
@@ -105,8 +108,10 @@ def built(tree: ast.Module, names) -> list:
     """The answers that a solution's tree defines, without its call of the check."""
     body = [node for node in tree.body if not ast.unparse(node).startswith("check.")]
     values = namespace()
-    module = ast.fix_missing_locations(ast.Module(body, []))
-    exec(compile(module, "<answer>", "exec"), values)
+    text = ast.unparse(ast.fix_missing_locations(ast.Module(body, [])))
+    # as a notebook does it, so that a message can quote the line
+    linecache.cache["<answer>"] = len(text), None, text.splitlines(True), "<answer>"
+    exec(compile(text, "<answer>", "exec"), values)
     return [values[name] for name in names]
 
 
@@ -358,6 +363,12 @@ def differs(reference, mutant, calls) -> bool:
 # --------------------------------------------------------------------------- the table
 
 
+def is_named(message: str) -> bool:
+    if any(words in message for words in UNNAMED):
+        return False
+    return STOPPED not in message or PLACED in message
+
+
 def analysed(name: str, source: str, names, settings, step: int = 1) -> dict:
     """The row of an exercise: how many mutants, how many killed, named, and left."""
     judge = functools.partial(getattr(check, name), **settings)
@@ -380,7 +391,7 @@ def analysed(name: str, source: str, names, settings, step: int = 1) -> dict:
             verdict = judge(*mutant)
         if not verdict:
             row["killed"] += 1
-            row["named"] += not any(words in verdict.message for words in UNNAMED)
+            row["named"] += is_named(verdict.message)
         elif not judged:
             row["unjudged"].append(what)
         else:

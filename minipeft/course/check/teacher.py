@@ -2,12 +2,12 @@
 by what it computes, and a word on errors."""
 
 import functools
-from pathlib import Path
 
 import torch
 
 from . import sandbox
 from .sandbox import NOTHING, TooLong, Watch, Wrong, guarded
+from .stop import place
 
 # what 32 bits leave of a result of our sizes: 168 times their rounding, relative to the
 # largest entry. A learner may compute in 32 bits where a check computes in 64.
@@ -105,27 +105,12 @@ def changed_settings(names) -> str:
 def explain(error: BaseException, shapes: str, form: str) -> str:
     """An error in the learner's code: what, where, and the usual reason. form: the
     check's docstring, which says what an answer looks like."""
-    where = line_of(error)
+    where = place(error)
     if not where and watch.returned is not NOTHING:
         return unusable(form)
     text = str(error)
     kind = type(error).__name__
     return f"Your code stopped with {kind}: {text}{where}.{hint(text, shapes)}"
-
-
-def line_of(error: BaseException) -> str:
-    """The deepest line that is neither the course's nor a library's."""
-    where, trace = "", error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if (
-            Path(file).parent != Path(__file__).parent
-            and "site-packages" not in file
-            and "/lib/python" not in file
-        ):
-            where = f" (line {trace.tb_lineno} of your cell)"
-        trace = trace.tb_next
-    return where
 
 
 def unusable(form: str) -> str:
