@@ -410,6 +410,11 @@ def test_entry_solution():
         ),
         ("Only one number per output", starting(buffer_for_shift)),
         (
+            "each of the layer's 16 inputs",
+            starting(set_parameter("scale", lambda i, o: torch.ones(i))),
+        ),
+        ("each of the layer's 16 inputs", config_of(lambda i, o: Scale(o, i))),
+        (
             "You shift before you scale",
             computing(lambda s, base, x: s.scale * (base(x) + s.shift)),
         ),

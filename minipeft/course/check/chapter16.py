@@ -530,11 +530,17 @@ def own_entry(config_class) -> None:
     ids = torch.randint(64, (2, 7))
     with torch.no_grad():
         before = base(input_ids=ids).logits
-    outputs = base.model.layers[0].mlp.up_proj.out_features
+    layer = base.model.layers[0].mlp.up_proj
+    inputs, outputs = layer.in_features, layer.out_features
     # create is called here: what is not written yet says so
     model = get_peft_model(base, config_class(target_modules=["up_proj"]))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     need(trained, "Nothing is trained: scale and shift must be nn.Parameters.")
+    need(
+        not any(p.numel() == inputs for p in trained.values()),
+        f"You train a number for each of the layer's {inputs} inputs: scale and shift"
+        f" belong to its {outputs} outputs. linear_features(...) gives (d_in, d_out).",
+    )
     look_at_count(sum(p.numel() for p in trained.values()), outputs)
     with torch.no_grad():
         start = model(input_ids=ids).logits
