@@ -15,7 +15,13 @@ from nbclient import NotebookClient
 from minipeft import course
 from minipeft.course import approx, figures, finding, notebook, show, table
 from minipeft.course.alt_text import contrast, describe
-from minipeft.course.records import at_best_rate, longer_runs, matching, real_size
+from minipeft.course.records import (
+    at_best_rate,
+    longer_curves,
+    longer_runs,
+    matching,
+    real_size,
+)
 from minipeft.course.show import source
 
 matplotlib.use("Agg")
@@ -209,7 +215,44 @@ DRAWN = [
         {"note": "to scale"},
         "Thin. A drawing with the labels W; 8×8; +; to scale.",
     ),
+    (
+        (
+            "against_steps",
+            {"a": {30: [2, 4], 100: [1, 2]}},
+            {"a": {100: [70, 80]}},
+            "A",
+        ),
+        {},
+        "A. On the way to 100 steps. Across: steps (log scale) (logarithmic). Up:"
+        " validation loss (nats a token, log scale) (logarithmic). Lines: a: from 3 to"
+        " 1.5. At the end of a run. Across: steps of the run (log scale) (logarithmic)."
+        " Up: test answers right (%). Lines: a: 75.",
+    ),
 ]
+
+
+def test_two_panels_against_steps_differ_in_colour_and_shape(monkeypatch):
+    losses = {name: {30: [4, 2], 100: [1, 3], 300: [1, 1]} for name in "abcdef"}
+    scores = {name: {100: [50, 60], 1000: [90, 100]} for name in "abcdef"}
+    figure = drawn(monkeypatch, "against_steps", losses, scores, "title")
+    figure.draw_without_rendering()
+    left, right = figure.axes
+    means = [line for line in left.lines if not line.get_label().startswith("_")]
+    seeds = [line for line in left.lines if line not in means]
+    assert [line.get_ydata().tolist() for line in means] == [[3, 2, 1]] * 6
+    assert [line.get_ydata().tolist() for line in seeds] == [[4, 1, 1], [2, 3, 1]] * 6
+    for look in ("get_color", "get_marker"):
+        for ax_lines in (means, right.lines):
+            assert len({getattr(line, look)() for line in ax_lines}) == 6
+    assert [line.get_ydata().tolist() for line in right.lines] == [[55, 95]] * 6
+    points = [y for group in right.collections for _, y in group.get_offsets()]
+    assert points == [50, 60, 90, 100] * 6
+    words = [text.get_text() for text in right.get_xticklabels()]
+    assert words == ["100", "1,000"] and right.get_ylabel() == "test answers right (%)"
+    (legend,) = figure.legends
+    for ax in figure.axes:
+        assert not legend.get_window_extent().overlaps(ax.get_window_extent())
+    assert all(text.get_fontsize() >= 10 for text in figure.findobj(figures.Text))
 
 
 def test_a_grid_may_lie_above_its_top(monkeypatch):
@@ -630,6 +673,68 @@ class TestLongerRuns:
         assert "9.000" in row
         with pytest.raises(ValueError):
             longer_runs(self.record(), ["b"], 300, task="voice")
+
+
+class TestLongerCurves:
+    """The same runs against their steps."""
+
+    RUNS = [
+        {"case": case, "task": "sql", "examples": None, "steps": steps, "lr": lr}
+        | {"seed": seed, "valid_loss": loss, "along": along, "score": score}
+        for case, steps, lr, seed, loss, along, score in (
+            ("a", 300, 0.1, 0, 0.5, {"30": 2.0, "100": 1.0}, 80),
+            ("a", 300, 0.1, 1, 0.7, {"30": 3.0, "100": 2.0}, 90),
+            ("a", 300, 0.2, 0, 0.9, {"30": 9.0, "100": 9.0}, 10),  # not its best rate
+            ("a", 1000, 0.1, 0, 0.1, {"30": 4.0, "100": 3.0, "300": 2.0}, 99),
+            ("b", 300, 0.1, 0, 0.4, {"30": 5.0, "100": 4.0}, 70),
+        )
+    ]
+    RECORD = {"long_runs": {"runs": [*RUNS, RUNS[0] | {"task": "voice", "score": 0}]}}
+
+    @staticmethod
+    def seen(monkeypatch, *arguments, **settings):
+        seen = []
+        monkeypatch.setattr(
+            "minipeft.course.records.against_steps", lambda *what: seen.append(what)
+        )
+        longer_curves(*arguments, **settings)
+        return seen[0]
+
+    def test_losses_of_the_greatest_length_that_all_have_and_every_score(
+        self, monkeypatch
+    ):
+        losses, scores, title = self.seen(
+            monkeypatch, self.RECORD, {"first": "a", "second": "b"}, "title"
+        )
+        assert losses == {
+            "first": {30: [2.0, 3.0], 100: [1.0, 2.0], 300: [0.5, 0.7]},
+            "second": {30: [5.0], 100: [4.0], 300: [0.4]},
+        }
+        assert scores == {"first": {300: [80, 90], 1000: [99]}, "second": {300: [70]}}
+        assert title == "title"
+
+    def test_a_length_may_be_asked_for(self, monkeypatch, tmp_path):
+        (tmp_path / "record.json").write_text(json.dumps(self.RECORD))
+        at = tmp_path / "record.json"
+        losses = self.seen(monkeypatch, at, ["a"], "title")[0]
+        assert losses == {"a": {30: [4.0], 100: [3.0], 300: [2.0], 1000: [0.1]}}
+        losses = self.seen(monkeypatch, at, ["a"], "title", steps=300)[0]
+        assert [*losses["a"]] == [30, 100, 300]
+        losses, scores, _ = self.seen(monkeypatch, at, ["a"], "title", task="voice")
+        assert scores == {"a": {300: [0]}}
+
+    def test_shorter_runs_of_the_chapter_are_put_first(self, monkeypatch):
+        shorter = {80: {"a": [{"score": 40}, {"score": 50}]}}
+        losses, scores, _ = self.seen(
+            monkeypatch, self.RECORD, ["a", "b"], "title", shorter=shorter
+        )
+        assert [*scores["a"].items()] == [(80, [40, 50]), (300, [80, 90]), (1000, [99])]
+        assert scores["b"] == {300: [70]} and 80 not in losses["a"]
+
+    def test_cases_without_a_common_length_are_refused(self, monkeypatch):
+        record = {"long_runs": {"runs": self.RUNS[3:]}}
+        with pytest.raises(ValueError, match="no length that all of a, b have"):
+            self.seen(monkeypatch, record, ["a", "b"], "title")
 
 
 def test_a_text_of_several_lines_stays_one_line_of_a_table():

@@ -47,6 +47,7 @@ from .figures import approx, table  # noqa: E402
 from .finding import finding  # noqa: E402
 from .records import (  # noqa: E402
     at_best_rate,
+    longer_curves,
     longer_runs,
     matching,
     real_size,
@@ -62,6 +63,7 @@ __all__ = [
     "compare",
     "figures",
     "finding",
+    "longer_curves",
     "longer_runs",
     "matching",
     "real_size",

@@ -8,9 +8,10 @@ MOST = 8  # series, bars or labels that are named one by one
 
 
 def describe(figure) -> str:
-    """The figure in words: for each pair of axes its title, what the axes measure, and
-    each curve, bar, grid and label with its values to three digits."""
-    parts = [describe_axes(ax) for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    """The figure in words: its title; for each pair of axes theirs, what they measure,
+    and each curve, bar, grid and label with its values to three digits."""
+    parts = [sentence(figure.get_suptitle())] if figure.get_suptitle() else []
+    parts += [describe_axes(ax) for ax in figure.axes if ax.get_label() != "<colorbar>"]
     return " ".join(part for part in parts if part) or "An empty figure."
 
 

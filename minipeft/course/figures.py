@@ -8,7 +8,7 @@ from IPython.display import Markdown, display
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from .alt_text import contrast, describe
@@ -208,6 +208,47 @@ def seed_points(ax, place: float, values, colour="black", width=0.3) -> None:
         linewidth=0.6,
         zorder=3,
     )
+
+
+def against_steps(losses: dict, scores: dict, title: str, size=(8.4, 4.2)) -> None:
+    """Two panels: on the left losses along the way, on the right scores at the end of
+    runs of several lengths. Both are {label: {steps: values, one a seed}}: a line goes
+    through the means; each seed is a thin line on the left, a point on the right."""
+    longest = max(max(by_steps) for by_steps in losses.values())
+    loss, score = "validation loss\n(nats a token, log scale)", "test answers right (%)"
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=size)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+        left.set_title(f"On the way to {longest:,} steps", weight="normal")
+        right.set_title("At the end of a run", weight="normal")
+    left.set(xlabel="steps (log scale)", ylabel=loss, yscale="log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    right.set(xlabel="steps of the run (log scale)", ylabel=score)
+    for ax, lines in ((left, losses), (right, scores)):
+        ticks = sorted(set().union(*lines.values()))
+        ax.set_xscale("log")
+        apart = 0 if ax is left else 0.01 * np.log(2 * ticks[-1] / ticks[0])
+        for number, (label, by_steps) in enumerate(lines.items()):
+            look = {"color": COLOURS[number], "marker": MARKERS[number], "label": label}
+            # a little apart, so that equal scores can be seen
+            at = np.array([*by_steps]) * np.exp(apart * (number - (len(lines) - 1) / 2))
+            means = [np.mean(values) for values in by_steps.values()]
+            ax.plot(at, means, **look, linewidth=1.8, markersize=6, zorder=4)
+            if ax is left:
+                ax.plot(at, [*by_steps.values()], color=COLOURS[number], linewidth=0.7)
+            else:
+                for place, values in zip(at, by_steps.values()):
+                    seed_points(ax, place, values, COLOURS[number], width=0)
+        ax.margins(x=0.08)
+        ax.set_xticks(ticks)
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_minor_locator(NullLocator())
+    with plt.rc_context(STYLE):
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    finish(right, legend=False)
 
 
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))

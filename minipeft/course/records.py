@@ -3,7 +3,7 @@
 
 from ..io import read_json
 from .comparison import compare
-from .figures import table
+from .figures import against_steps, table
 
 
 def matching(runs: list, **wanted) -> list:
@@ -52,6 +52,45 @@ def longer_runs(record, cases, steps, against=None, task="sql", examples=None):
     header = [f"{steps} steps", "parameters", "best rate", "test loss", "right (%)"]
     judged = [f"against {against}: loss", "answers"] if against is not None else []
     return table(rows, header + judged)
+
+
+def longer_curves(
+    record, cases, title, task="sql", examples=None, steps=None, shorter=None
+):
+    """Draw the longer runs of a chapter against their steps, a line for each case.
+    Left: the validation loss along the runs of `steps`, or of the greatest length that
+    all cases have. Right: the score on the test split at the end of runs of each
+    length. Every length has a best rate of its own, as in `longer_runs`.
+
+    record, cases, task, examples: as in `longer_runs`. shorter: {steps: {name to show:
+    its runs}}, other runs of the chapter, for the right panel."""
+    if not isinstance(record, dict):
+        record = read_json(record)
+    runs = matching(record["long_runs"]["runs"], task=task, examples=examples)
+    cases = cases if isinstance(cases, dict) else dict(zip(cases, cases))
+    ends = {}  # {name to show: {steps: the runs of all seeds}}
+    for shown, case in cases.items():
+        lengths = {run["steps"] for run in matching(runs, case=case)}
+        ends[shown] = {n: at_best_rate(runs, case=case, steps=n) for n in lengths}
+    common = set.intersection(*map(set, ends.values()))
+    if not common:
+        raise ValueError(f"there is no length that all of {', '.join(cases)} have")
+    steps = steps or max(common)
+    losses = {shown: on_the_way(ended[steps]) for shown, ended in ends.items()}
+    for length, others in (shorter or {}).items():
+        for shown, their_runs in others.items():
+            ends[shown][length] = their_runs
+    scores = {
+        shown: {n: [run["score"] for run in ended[n]] for n in sorted(ended)}
+        for shown, ended in ends.items()
+    }
+    against_steps(losses, scores, title)
+
+
+def on_the_way(runs):
+    """{steps: the validation loss of each run after so many}, to the end."""
+    along = [run["along"] | {run["steps"]: run["valid_loss"]} for run in runs]
+    return {int(look): [losses[look] for losses in along] for look in along[0]}
 
 
 def rate_and_edge(runs, case):
