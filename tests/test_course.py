@@ -723,8 +723,11 @@ class TestLongerCurves:
         losses, scores, _ = self.seen(monkeypatch, at, ["a"], "title", task="voice")
         assert scores == {"a": {300: [0]}}
 
-    def test_shorter_runs_of_the_chapter_are_put_first(self, monkeypatch):
+    def test_shorter_runs_of_the_chapter_stand_where_longer_ones_lack(
+        self, monkeypatch
+    ):
         shorter = {80: {"a": [{"score": 40}, {"score": 50}]}}
+        shorter[300] = {"a": [{"score": 1}]}
         losses, scores, _ = self.seen(
             monkeypatch, self.RECORD, ["a", "b"], "title", shorter=shorter
         )

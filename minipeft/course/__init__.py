@@ -50,6 +50,7 @@ from .records import (  # noqa: E402
     longer_curves,
     longer_runs,
     matching,
+    on_the_way,
     real_size,
     versus,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "longer_curves",
     "longer_runs",
     "matching",
+    "on_the_way",
     "real_size",
     "show",
     "table",

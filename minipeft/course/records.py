@@ -63,7 +63,7 @@ def longer_curves(
     length. Every length has a best rate of its own, as in `longer_runs`.
 
     record, cases, task, examples: as in `longer_runs`. shorter: {steps: {name to show:
-    its runs}}, other runs of the chapter, for the right panel."""
+    its runs}}, other runs of the chapter, where the longer ones lack a length."""
     if not isinstance(record, dict):
         record = read_json(record)
     runs = matching(record["long_runs"]["runs"], task=task, examples=examples)
@@ -79,7 +79,7 @@ def longer_curves(
     losses = {shown: on_the_way(ended[steps]) for shown, ended in ends.items()}
     for length, others in (shorter or {}).items():
         for shown, their_runs in others.items():
-            ends[shown][length] = their_runs
+            ends[shown].setdefault(length, their_runs)
     scores = {
         shown: {n: [run["score"] for run in ended[n]] for n in sorted(ended)}
         for shown, ended in ends.items()
@@ -88,7 +88,7 @@ def longer_curves(
 
 
 def on_the_way(runs):
-    """{steps: the validation loss of each run after so many}, to the end."""
+    """{steps: the validation losses of all `runs` after so many}, to the end."""
     along = [run["along"] | {run["steps"]: run["valid_loss"]} for run in runs]
     return {int(look): [losses[look] for losses in along] for look in along[0]}
 
