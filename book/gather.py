@@ -50,7 +50,6 @@ TOGETHER = re.compile(
     r"|(?<=\d) (?=(?:%|[kMGT]i?B\b|ms\b))"  # 5 %, 24 GB
     r"|(?<=\b\w) (?== \d)|(?<=\b\w =) (?=\d)"  # r = 8
 )
-NUMBER = re.compile(r"(?:≈ )?[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: %)?")
 # A verdict's class and sign; the notebooks' emoji need a font that not every reader has
 VERDICTS = {
     "RIGHT": ("right", "✔\N{VARIATION SELECTOR-15}"),
@@ -154,27 +153,9 @@ def kept_together(markdown):
     return "".join(parts)
 
 
-def aligned(markdown):
-    """An output's table whose columns of numbers are set right, those too that are
-    texts: ≈ 0.15, 60 %."""
-    lines = markdown.strip().split("\n")
-    rows = [line[2:-2].split(" | ") for line in lines]
-    if len(rows) < 3 or not all(re.fullmatch("---:?", mark) for mark in rows[1]):
-        return markdown
-    if len({len(row) for row in rows}) > 1:
-        return markdown
-    marks = ["---:" if numbers(column) else "---" for column in zip(*rows[2:])]
-    return "\n".join([lines[0], "| " + " | ".join(marks) + " |", *lines[2:]])
-
-
-def numbers(column):
-    """Whether its cells are numbers, some may be empty."""
-    return any(column) and all(not cell or NUMBER.fullmatch(cell) for cell in column)
-
-
 def set_text(markdown):
     """Markdown with verdicts as badges, and numbers that are kept together."""
-    return VERDICT.sub(badge, kept_together(aligned(markdown)))
+    return VERDICT.sub(badge, kept_together(markdown))
 
 
 def name_fold(cell):

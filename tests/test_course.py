@@ -4,12 +4,14 @@ saves chapters."""
 import io
 import json
 import warnings
+from pathlib import Path
 
 import matplotlib
 import nbformat
 import numpy as np
 import pytest
 import tqdm
+from matplotlib.colors import to_hex
 from nbclient import NotebookClient
 
 from minipeft import course
@@ -81,9 +83,33 @@ class TestTables:
             "| b | 3 | y |",
         ]
 
+    @pytest.mark.parametrize(
+        "column, right",
+        [
+            (["≈ 0.15", "≈ -1.2", "≈ 10 %"], True),
+            (["60 %", "100 %"], True),
+            (["5.8 GB", "92.4 GB"], True),
+            (["+1,200", "−3", "1e-4"], True),
+            (["3.0 ± 2.0", "10 ± 9 points"], True),
+            ([3, "≈ 4"], True),
+            (["≈ 1.2", "–", ""], True),
+            (["", "–"], False),
+            (["1. loaded", "2. trained"], False),
+            (["0.02 (at the edge)", "0.02"], False),
+            (["4, 5, 6", "5, 6, 7"], False),
+            (["4 bits of 8", "8"], False),
+        ],
+    )
+    def test_columns_of_numbers_are_set_right(self, column, right):
+        made = table([["a", cell, "z"] for cell in column], ["a", "b", "c"])
+        marks = made.data.splitlines()[1]
+        assert marks == f"| --- | {'---:' if right else '---'} | --- |"
+
+    def test_a_table_without_rows(self):
+        assert table([], ["a", "b"]).data == "| a | b |\n| --- | --- |"
+
     def test_numbers_made_by_training_are_not_compared(self):
         import re
-        from pathlib import Path
 
         from nbval.plugin import get_sanitize_patterns
 
@@ -188,6 +214,11 @@ def test_curves_of_single_values_have_no_points_of_seeds(monkeypatch):
 
 CURVES = {"LoRA": [3.0, 1.0, 2.0], "full": ([1, 2, 4], [3.0, 2.5, 0.5])}
 PLACES = {"x": (0, 0, 1, figures.GREY), "the layer\nW x": (2, 0, 1.5, figures.BLUE)}
+COMMITTED = [
+    "chapters/figures/rank_sweep.png",
+    "data/base/warmup.png",
+    "data/base/curve.png",
+]
 DRAWN = [
     (
         ("curves", CURVES, "LoRA comes down", "step", "loss"),
@@ -288,6 +319,36 @@ class TestNamedPoints:
         for place in ax.transData.transform(list(points.values())):
             assert not any(box.contains(*place) for box in found)
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_no_name_covers_a_seed_or_touches_a_name(self, monkeypatch, seed):
+        draw = np.random.default_rng(seed)
+        x, y = draw.uniform(0.7, 1.2, 25), draw.choice([55, 90, 90, 91], 25)
+        points = {f"method {n}": (x[n], y[n] + draw.normal(0, 3, 3)) for n in range(25)}
+        ax, boxes = self.boxes(monkeypatch, points, size=(8, 6.4), ylim=(0, 108))
+        places = np.vstack([part.get_offsets() for part in ax.collections])
+        found = list(boxes.values())
+        for place in ax.transData.transform(places):
+            assert not any(box.padded(2).contains(*place) for box in found)
+        for n, box in enumerate(found):
+            assert not box.padded(2).count_overlaps(found[:n])
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_no_line_to_a_point_crosses_a_name(self, monkeypatch, seed):
+        draw = np.random.default_rng(seed)
+        points = {f"method {n}": draw.uniform(0.5, 0.6, 2) for n in range(8)}
+        points |= {"far away": (0, 0), "far above": (1, 1)}
+        ax, boxes = self.boxes(monkeypatch, points, size=(8, 6.4))
+        names = [text for text in ax.texts if text.arrow_patch]
+        assert names, "nothing stands apart"
+        for text in names:
+            line = text.arrow_patch.get_path().interpolated(30).vertices
+            line = text.arrow_patch.get_transform().transform(line)
+            for other, box in boxes.items():
+                crossed = other != text.get_text() and any(
+                    box.contains(*p) for p in line
+                )
+                assert not crossed, (text.get_text(), other)
+
     def test_what_is_marked_is_a_circle(self, monkeypatch):
         points = {"full": (1, 90), "LoRA": (2, 80)}
         ax, _ = self.boxes(monkeypatch, points, marked=["LoRA"], ylim=(0, 100))
@@ -321,6 +382,15 @@ class TestReadableByEverybody:
         figure = drawn(monkeypatch, *call, **settings)
         texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text()]
         assert texts and min(t.get_fontsize() for t in texts) >= 10
+
+    @pytest.mark.parametrize("name", COMMITTED)
+    def test_committed_figures_have_the_colours_of_today(self, name):
+        picture = figures.plt.imread(Path(__file__).parents[1] / name)[..., :3]
+        hue = picture.max(-1) - picture.min(-1) > 0.3  # neither black, white nor grey
+        found, count = np.unique(picture[hue], axis=0, return_counts=True)
+        flat = found[count > 0.05 * count.sum()]  # rather than the edges of lines
+        palette = {to_hex(colour) for colour in figures.COLOURS}
+        assert len(flat) and {to_hex(colour) for colour in flat} <= palette
 
     def test_small_letters_of_a_chapter_are_raised(self):
         ax = figures.axes("title", "x", "y")

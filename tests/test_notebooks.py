@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from minipeft.course import check
+from minipeft.course.figures import are_numbers
 from minipeft.course.layout import SCREEN, is_plumbing, lay_out
 from minipeft.course.student import read_chapter, student_edition
 
@@ -203,6 +204,19 @@ def test_images_have_alternative_texts(chapter):
         for picture in pictures(chapter.cells)
     ]
     assert all(len(alt) > 20 for alt in alts), alts
+
+
+def test_numbers_in_tables_stand_below_each_other(chapter):
+    for cell in code(chapter):
+        for output in cell.outputs:
+            head, *rows = [
+                line[2:-2].split(" | ")
+                for line in output.get("data", {}).get("text/markdown", "").split("\n")
+            ]
+            if rows and set(rows[0]) <= {"---", "---:"}:
+                for name, mark, *column in zip(head, *rows):
+                    right = mark == "---:" or not are_numbers(column)
+                    assert right, f"run the chapter again: {name}"
 
 
 def test_laid_out(path, chapter):

@@ -1,6 +1,9 @@
 """One style for all figures: titles that say what one sees, axes with units, colours
 that everybody can tell apart, letters of 10 points or more, and an alternative text."""
 
+import re
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython import get_ipython
@@ -251,7 +254,10 @@ def against_steps(losses: dict, scores: dict, title: str, size=(8.4, 4.2)) -> No
     finish(right, legend=False)
 
 
-DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+DISTANCES = (8, 14, 22, 32, 44, 58, 74, 92, 112, 134)  # in points
+# Right, left, up, down, the diagonals, and between these
+TURNS = np.radians([0, 180, 90, 270, 45, 135, 315, 225, *np.arange(22.5, 360, 45)])
+DIRECTIONS = np.stack([np.cos(TURNS), np.sin(TURNS)], 1)
 
 
 def named_points(points: dict, title, xlabel, ylabel, marked=(), **options) -> None:
@@ -274,36 +280,77 @@ def named_points(points: dict, title, xlabel, ylabel, marked=(), **options) -> N
     ax.margins(x=0.15)
     ax.set(**options)
     ax.figure.draw_without_rendering()  # now points have their places on the page
-    at = {name: ax.transData.transform(place) for name, place in points.items()}
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in at.values()]
+    seeds = [part.get_offsets() for part in ax.collections]
+    marks = ax.transData.transform(np.vstack([*points.values(), *seeds]))
+    marks = [around(place, 5) for place in marks]
+    names, lines = [], np.empty((0, 2))
     for name in sorted(points, key=lambda name: -points[name][1]):
-        taken.append(named(ax, name, points[name], taken))
+        box, line = named(ax, name, points[name], marks, names, lines)
+        names.append(box)
+        lines = np.vstack([lines, line])
     finish(ax, legend=False, save=save)
 
 
-def named(ax, name, point, taken):
-    """Write the name near its point, free of the boxes `taken`; returns its own box."""
-    for far in (8, 14, 22, 32, 44, 58, 74, 92):  # points of a font
-        for right, up in DIRECTIONS:
-            text = ax.annotate(
-                name,
-                point,
-                xytext=(far * right, far * up),
-                textcoords="offset points",
-                ha={1: "left", 0: "center", -1: "right"}[right],
-                va={1: "bottom", 0: "center", -1: "top"}[up],
-                arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.7}
-                if far > 8
-                else None,
-            )
-            text.update_positions(ax.figure.canvas.get_renderer())
-            box = Text.get_window_extent(text)
-            inside = ax.bbox.containsx(box.x0) and ax.bbox.containsx(box.x1)
-            inside = inside and ax.bbox.containsy(box.y0) and ax.bbox.containsy(box.y1)
-            if inside and not any(box.overlaps(other) for other in taken):
-                return box
-            text.remove()
-    raise ValueError(f"no free place for the name {name!r}: make the figure larger")
+def around(place, size):
+    return Bbox([place - size, place + size])
+
+
+def named(ax, name, point, marks, names, lines):
+    """Write the name near its point, free of the boxes of all marks and names, and so
+    that no line crosses a name, if there is such a place. lines: the points that these
+    go through. Returns the name's box and its line's points."""
+    place, pixels = ax.transData.transform(point), ax.figure.dpi / 72
+    text = ax.annotate(name, point, xytext=(0, 0), textcoords="offset points")
+    size = Text.get_window_extent(text).size
+    text.remove()
+    places = []
+    for far, side in product(DISTANCES, DIRECTIONS):
+        # from its middle, half its size lies before its corner or side
+        away = side * far * pixels + np.clip(1.4 * side, -1, 1) * size / 2
+        box = around(place + away, size / 2).padded(2)
+        inside = ax.bbox.containsx(box.x0) and ax.bbox.containsx(box.x1)
+        inside = inside and ax.bbox.containsy(box.y0) and ax.bbox.containsy(box.y1)
+        if inside and not box.count_overlaps(marks + names):
+            places.append((away / pixels, box, leader(box, place, far)))
+    if not places:
+        raise ValueError(f"no free place for the name {name!r}: make the figure larger")
+
+    def clear(place):
+        _, box, line = place
+        return not within(box, lines) and not any(
+            within(other, line) for other in names
+        )
+
+    away, box, line = next(filter(clear, places), places[0])
+    write_beside(ax, name, point, away, len(line) > 0)
+    return box, line
+
+
+def leader(box, place, far):
+    """Points along the line from a name's box to its point, if that stands apart."""
+    middle = box.min + box.size / 2
+    steps = int(np.hypot(*(place - middle)) // 3) if far > DISTANCES[0] else 0
+    line = np.linspace(middle, place, steps)
+    return line[[not box.contains(*at) for at in line]] if steps else line
+
+
+def within(box, line):
+    """Whether a box has one of these points in it."""
+    return bool(((line > box.min) & (line < box.max)).all(1).any())
+
+
+def write_beside(ax, name, point, away, with_line):
+    ax.annotate(
+        name,
+        point,
+        xytext=away,
+        textcoords="offset points",
+        ha="center",
+        va="center",
+        arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.7}
+        if with_line
+        else None,
+    )
 
 
 def matrices(parts: list, title: str, note: str = "") -> None:
@@ -472,8 +519,23 @@ def approx(number: float, form: str = "{:.2f}") -> str:
     return "≈ " + form.format(number)
 
 
+# What a cell of numbers holds: 1,200, ≈ 0.15, +60 %, 5.8 GB, 3.0 ± 2.0, 1e-4
+DIGITS = r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?"
+UNIT = r" ?(?:%|°|[kMGT]?i?B|ms|s|min|points)"
+NUMBER = re.compile(rf"(?:≈ ?)?[-+−]?{DIGITS}(?: ± {DIGITS})?(?:{UNIT})?")
+MISSING = ("", "-", "–", "—")
+
+
+def are_numbers(column) -> bool:
+    """Whether a table's column holds numbers, those too that are written as texts; some
+    may be missing."""
+    texts = [cell for cell in column if isinstance(cell, str) and cell not in MISSING]
+    written = all(NUMBER.fullmatch(text) for text in texts)
+    return written and any(cell not in MISSING for cell in column)
+
+
 def table(rows: list, header: list) -> Markdown:
-    """A table; numbers are set right, texts left and on one line."""
+    """A table; columns of numbers are set right, texts left and on one line."""
     text = [
         [
             cell.replace("\n", " ") if isinstance(cell, str) else f"{cell:,}"
@@ -481,8 +543,6 @@ def table(rows: list, header: list) -> Markdown:
         ]
         for row in rows
     ]
-    right = [
-        all(not isinstance(row[i], str) for row in rows) for i in range(len(header))
-    ]
-    lines = [header, ["---:" if is_number else "---" for is_number in right], *text]
+    marks = ["---:" if are_numbers(column) else "---" for column in zip(*rows)]
+    lines = [header, marks or ["---"] * len(header), *text]
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
