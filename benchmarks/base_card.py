@@ -39,8 +39,7 @@ def curves(history):
         ylim=(0, 1),
         save=FOLDER / "warmup.png",
     )
-    loss = torch.tensor(history["loss"])
-    smooth = loss.unfold(0, 50, 10).mean(1).tolist()
+    smooth = smooth_loss(history)
     figures.curves(
         {"loss": ([50 + 10 * i for i in range(len(smooth))], smooth)},
         "Then text, never the same twice",
@@ -48,6 +47,29 @@ def curves(history):
         "loss (nats a token), mean of 50 steps",
         ylim=(0, None),
         save=FOLDER / "curve.png",
+    )
+
+
+def smooth_loss(history):
+    return torch.tensor(history["loss"]).unfold(0, 50, 10).mean(1).tolist()
+
+
+def warmup_in_words(history):
+    copied, told_apart = history["warmup"].values()
+    return (
+        f"The warm-up, {len(copied)} steps: copying comes first, {copied[99]:.2f} of it"
+        f" right at step 100 and {copied[-1]:.2f} at the end; telling apart follows it,"
+        f" jumps up and down, and ends at {told_apart[-1]:.2f}"
+    )
+
+
+def loss_in_words(history):
+    smooth = smooth_loss(history)
+    first, second = max(smooth[100:250]), max(smooth[260:350])
+    return (
+        f"The loss over {len(history['loss']):,} steps: from {smooth[0]:.1f} nats a"
+        f" token to {smooth[-1]:.2f}, with a jump to {first:.1f} near step 1,500 and"
+        f" one to {second:.1f} near step 2,800"
     )
 
 
@@ -94,8 +116,8 @@ A Llama-style language model of {parameters:,} parameters that was pretrained on
 | time | {history["minutes"]:g} minutes on one core of {history["machine"]} |
 | loss | {sum(history["loss"][-100:]) / 100:.3f} nats per label over the last 100 steps; {loss:.3f} per token on 400 fresh documents, every token counted |
 
-![The warm-up: how often copying and recall are right, step by step](warmup.png)
-![The loss of the pretraining, step by step](curve.png)
+![{warmup_in_words(history)}](warmup.png)
+![{loss_in_words(history)}](curve.png)
 
 First a warm-up on random tokens (upper figure), which two hand-written pairs of heads begin. Then 9 % of the steps on people and stories of which only
 the answers, and what was named before, are scored; until 17 % nearly all text demands copying; then all kinds are mixed, and from 75 % on there are
