@@ -104,23 +104,61 @@ def version():
         return "(not installed)"
 
 
+# What other programs call our options
+ELSEWHERE = {
+    "--r": ("--rank", "--lora-r", "--lora-rank"),
+    "--alpha": ("--lora-alpha",),
+    "--targets": ("--target-modules", "--lora-target"),
+    "--lr": ("--learning-rate",),
+    "--steps": ("--epochs", "--num-train-epochs", "--max-steps", "--iters"),
+    "--accumulate": ("--gradient-accumulation-steps", "--grad-accum"),
+    "--base": ("--model", "--model-name", "--model-name-or-path", "--base-model"),
+    "--data": ("--train-file", "--train", "--file"),
+    "--out": ("--output-dir", "--save", "--save-path", "-o"),
+    "--adapter": ("--lora", "--adapter-path", "--peft", "--checkpoint"),
+    "--load-in-4bit": ("--4bit", "--qlora", "--quantize", "--quantization"),
+    "--max-new-tokens": ("-n", "--length", "--max-length"),
+    "--num-samples": ("--n-samples", "--num-return-sequences", "--samples"),
+    "--device": ("--gpu", "--cpu", "--cuda"),
+}
+
+
+def nearest(option, own):
+    """ " (did you mean '--lr'?)" for an option that is near to one of `own`, or that
+    other programs have for it; else "" """
+    option = option.lower().replace("_", "-")
+    for ours, theirs in ELSEWHERE.items():
+        if option in theirs and ours in own:
+            return f" (did you mean {ours!r}?)"
+    return did_you_mean(option, own)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that says which options it does not know, with the nearest of
     its own, before it asks for those that are missing."""
 
+    needed = ()  # actions
+
     def parse_known_args(self, args=None, namespace=None):
-        required = [action for action in self._actions if action.required]
-        for action in required:
+        self.needed = [action for action in self._actions if action.required]
+        for action in self.needed:
             action.required = False
         _, unknown = super().parse_known_args(args, argparse.Namespace())
-        for action in required:
-            action.required = True
+        self.require()
         if unknown:
             own = re.findall(r"--[\w-]+", self.format_usage())
             options = [word for word in unknown if word.startswith("-")]
-            near = [did_you_mean(word.partition("=")[0], own) for word in options]
+            near = [nearest(word.partition("=")[0], own) for word in options]
             self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(near)}")
         return super().parse_known_args(args, namespace)
+
+    def require(self):
+        for action in self.needed:
+            action.required = True
+
+    def error(self, message):
+        self.require()  # so that the usage says so, too
+        super().error(message)
 
 
 def parser():

@@ -35,9 +35,11 @@ def brief(value, length=80):
 
 
 def did_you_mean(value, valid):
-    """ " (did you mean 'lora'?)", or "" where no valid choice is near. Ignores case."""
-    known = {str(choice).lower(): choice for choice in valid}
-    close = difflib.get_close_matches(str(value)[:200].lower(), known, n=1)
+    """ " (did you mean 'lora'?)", or "" where no valid choice is near. Ignores case,
+    and the dashes of options: they make no two of them near."""
+    known = {str(choice).lower().lstrip("-"): choice for choice in valid}
+    wanted = str(value)[:200].lower().lstrip("-")
+    close = difflib.get_close_matches(wanted, known, n=1)
     return f" (did you mean {known[close[0]]!r}?)" if close else ""
 
 

@@ -798,7 +798,8 @@ class TestMistakes:
         "change, message",
         [
             (("--data", "sqll"), "did you mean 'sql'"),
-            (("--data", "none.txt"), "cannot read none.txt"),
+            (("--data", "none.txt"), "cannot read none.txt: there is no such file"),
+            (("--data", "."), ". is a folder: expected a .txt, .jsonl or .csv file"),
             (("--base", "./nowhere"), "nowhere"),
             (("--method", "lroa"), "did you mean 'lora'?"),
             (("--targets", "q_prj"), "q_proj"),
@@ -855,6 +856,33 @@ class TestMistakes:
                     for a in tune(base, mine, tmp_path / "out", *change, "--traceback")
                 ]
             )
+
+    @pytest.mark.parametrize(
+        "name, given, message",
+        [
+            ("list.json", "list.json", "is a .json file: expected a .txt, .jsonl or"),
+            ("list.json", "list.json", ".jsonl is JSON with one record a line"),
+            ("data.xlsx", "data.xlsx", "is a .xlsx file: expected a .txt, .jsonl or"),
+            ("notes", "notes", "is a file without a suffix: expected a .txt, .jsonl"),
+            ("town.jsonl", "town.json", "town.jsonl'?): expected one of mood"),
+            ("town.jsonl", "twon.jsonl", "there is no such file (did you mean"),
+            ("a.csv", "a.csv", "line 1: found 'prompt;completion', whose fields are"),
+        ],
+    )
+    def test_a_file_that_is_not_data(
+        self, base, mine, tmp_path, capsys, name, given, message
+    ):
+        (tmp_path / name).write_text("prompt;completion\na;b\n")
+        change = ("--data", tmp_path / given)
+        code, _, err = run(capsys, *tune(base, mine, tmp_path / "out", *change))
+        assert code == 1 and message in err and str(tmp_path / given) in err
+
+    def test_the_usage_says_what_is_required(self, capsys):
+        for wrong in (["--steps", "many"], ["--bogus"]):
+            with pytest.raises(SystemExit):
+                main(["finetune", "--data", "sql", "--out", "x", *wrong])
+            err = " ".join(capsys.readouterr().err.split())
+            assert "[--data" not in err and "--data DATA --out OUT" in err
 
     def test_a_line_of_the_users_file_is_named(self, base, mine, tmp_path, capsys):
         with open(mine, "a") as file:
@@ -1095,6 +1123,37 @@ class TestUsage:
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2 and near in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "option, ours",
+        [
+            ("--learning_rate=1", "--lr"),
+            ("--rank", "--r"),
+            ("--epochs", "--steps"),
+            ("--model", "--base"),
+            ("--output-dir", "--out"),
+            ("--4bit", "--load-in-4bit"),
+        ],
+    )
+    def test_what_other_programs_call_it(self, capsys, option, ours):
+        with pytest.raises(SystemExit):
+            main(["finetune", "--data", "sql", "--out", "x", option])
+        assert f"did you mean '{ours}'?" in capsys.readouterr().err
+
+    def test_names_of_other_programs_lead_to_options_that_exist(self, capsys):
+        for command in cli_options.parser().commands:
+            with pytest.raises(SystemExit):
+                main([command, "--help"])
+        own = set(re.findall(r"(?<![\w-])--?\w[\w-]*", capsys.readouterr().out))
+        assert set(cli_options.ELSEWHERE) <= own
+        assert not own.intersection(*[sum(cli_options.ELSEWHERE.values(), ())])
+
+    @pytest.mark.parametrize("option", ["--bogus", "--frobnicate", "-x", "--zz=3"])
+    @pytest.mark.parametrize("command", ["finetune", "generate", "student", "doctor"])
+    def test_what_is_near_to_nothing_has_no_suggestion(self, capsys, command, option):
+        with pytest.raises(SystemExit):
+            main([command, option])
+        assert f"unrecognized arguments: {option}\n" in capsys.readouterr().err
 
     def test_version(self, capsys):
         with pytest.raises(SystemExit) as stop:

@@ -21,6 +21,8 @@ class TestChecks:
         assert io.did_you_mean("LORA", ["lora", "ia3"]) == " (did you mean 'lora'?)"
         assert io.did_you_mean("Nf4", ["nf4"]) == " (did you mean 'nf4'?)"
         assert io.did_you_mean(None, ["lora"]) == ""
+        assert io.did_you_mean("--dta", ["--data"]) == " (did you mean '--data'?)"
+        assert io.did_you_mean("--bogus", ["--out", "--json"]) == ""
         assert io.did_you_mean("x" * 10**7, ["lora"]) == ""
 
     @pytest.mark.parametrize("value", [[1], {}, None, 3, "y"])

@@ -16,6 +16,7 @@ import zlib
 from array import array
 from collections import defaultdict
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,13 +39,37 @@ def load_data(name, tokenizer=None):
         return load_task(name)
     if name in PUBLIC_DATASETS:
         return PUBLIC_DATASETS[name]()
-    if Path(name).suffix in SUFFIXES:
-        return load_file(Path(name), tokenizer)
+    path = Path(name)
+    if path.suffix in SUFFIXES and path.exists():
+        return load_file(path, tokenizer)
+    raise DataError(not_there(name, path))
+
+
+def not_there(name, path):
+    """Why there are no data of this name: what it is instead, or what is near."""
+    if path.is_dir():
+        return f"{name} is a folder: expected a .txt, .jsonl or .csv file"
+    if path.is_file():
+        kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+        hint = ". .jsonl is JSON with one record a line" * (path.suffix == ".json")
+        return f"{name} is {kind}: expected a .txt, .jsonl or .csv file{hint}"
     names = [*TASKS, *PUBLIC_DATASETS]
-    raise DataError(
-        f"no data set {str(name)!r}{did_you_mean(name, names)}: expected one of"
-        f" {', '.join(names)}, or a .txt, .jsonl or .csv file"
+    near = did_you_mean(name, [*names, *files_beside(path)])
+    if path.suffix in SUFFIXES:
+        return f"cannot read {name}: there is no such file{near}"
+    return (
+        f"no data set {str(name)!r}{near}: expected one of {', '.join(names)}, or a"
+        " .txt, .jsonl or .csv file"
     )
+
+
+def files_beside(path, most=1000):
+    """The files of data in a path's folder, as the path would be written."""
+    try:
+        found = list(islice(path.parent.iterdir(), most))
+    except (OSError, ValueError):
+        return []
+    return [str(file) for file in found if file.suffix in SUFFIXES]
 
 
 def split(groups):

@@ -82,6 +82,13 @@ def csv_rows(path):
     rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
         columns = rows.fieldnames or []
+        for other in (
+            mark for mark in ";\t|" if [mark in c for c in columns] == [True]
+        ):
+            raise DataError(
+                f"{path}, line 1: found {brief(columns[0])}, whose fields are separated"
+                f" by {other!r}: expected commas"
+            )
         twice = [name for name in FIELDS if columns.count(name) > 1]
         if twice:
             raise DataError(f"{path}: two columns are called {brief(twice[0])}")
