@@ -14,13 +14,22 @@ import shutil
 import sys
 import tempfile
 import warnings
+from itertools import islice
 from pathlib import Path
 
 from . import cli_options
-from .io import all_or_nothing, check_file, make_folder, replacing, write_text
+from .io import (
+    all_or_nothing,
+    check_file,
+    did_you_mean,
+    make_folder,
+    replacing,
+    write_text,
+)
 from .model_card import CARD, is_ours
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG = "adapter_config.json"
+ADAPTER_FILES = (CONFIG, "adapter_model.safetensors")
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CURVES = ("loss.csv", "loss.png")
@@ -144,11 +153,35 @@ def base_of(args):
     from . import PeftConfig
 
     adapter = getattr(args, "adapter", None)
-    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(f"no adapter in {adapter}: it has no adapter_config.json")
+    if adapter and not (Path(adapter) / CONFIG).is_file():
+        what = f"it has no {CONFIG}"
+        if not Path(adapter).is_dir():
+            near = did_you_mean(adapter, adapters_beside(Path(adapter)))
+            what = f"there is no such folder{near}"
+        raise UserError(f"no adapter in {adapter}: {what}")
+    check_base(args.base, "say --adapter")
     if adapter and not args.base:
         return PeftConfig.from_pretrained(adapter).base_model_name_or_path
     return args.base
+
+
+def adapters_beside(path, most=1000):
+    """The folders of adapters beside a path, as the path would be written."""
+    try:
+        beside = list(islice(path.parent.iterdir(), most))
+        return [str(place) for place in beside if (place / CONFIG).is_file()]
+    except (OSError, ValueError):
+        return []
+
+
+def check_base(base, instead):
+    """UserError if --base is an adapter's folder, which is no model."""
+    if base and (Path(base) / CONFIG).is_file() and not is_model(Path(base)):
+        raise UserError(f"--base {base} holds an adapter, and no model: {instead}")
+
+
+def is_model(folder):
+    return any((folder / name).exists() for name in MODEL_FILES)
 
 
 def open_model(args, base):
@@ -186,6 +219,7 @@ def finetune(args):
         check_fsdp(method, distributed.processes())
     if method is None:
         refuse_adapter_options(args)
+    check_base(args.base, "take its base, or make a model of both: minipeft merge")
     config = None if method is None else configuration(args, name, method)
     args.load_in_4bit |= method is not None and method.in_4bit
     out = run_folder(args.out, method is None, args.restart, resolve(args.base))

@@ -99,6 +99,7 @@ ALIASES = {
     "full-fine-tuning": "full",
 }
 
+OPTIONS = {"r": "--r", "lora_alpha": "--alpha", "target_modules": "--targets"}
 
 # fields that a run fills in itself
 NOTED = {
@@ -149,16 +150,16 @@ def make_config(name, method, steps, options, fields):
     None for what was not given; fields: from --set."""
     config_class = METHODS[method.kind]
     known = {field.name: field for field in dataclasses.fields(config_class)}
+    choices = ", ".join(field_name for field_name in known if field_name not in NOTED)
+    has = f"it has {choices}: --set FIELD=VALUE"
     for option, value in options.items():
         if value is not None and option not in known:
-            raise MethodError(
-                f"{name} has no field {option}; it has {', '.join(known)}"
-            )
+            raise MethodError(f"{OPTIONS[option]}: {name} has no field {option}; {has}")
     for option in fields:
         if option not in known:
             raise MethodError(
                 f"--set: {name} has no field {option!r}{did_you_mean(option, known)};"
-                f" it has {', '.join(known)}"
+                f" {has}"
             )
         if option in NOTED:
             raise MethodError(f"--set: {option} is not a choice: {NOTED[option]}")

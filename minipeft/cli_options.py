@@ -149,6 +149,8 @@ class Parser(argparse.ArgumentParser):
             own = re.findall(r"--[\w-]+", self.format_usage())
             options = [word for word in unknown if word.startswith("-")]
             near = [nearest(word.partition("=")[0], own) for word in options]
+            if not options and any(each.dest == "prompt" for each in self._actions):
+                near = ['. A prompt of several words stands in quotes: "like this"']
             self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(near)}")
         return super().parse_known_args(args, namespace)
 
@@ -191,7 +193,7 @@ def parse(argv):
     if not argv:
         top.error(f"no command: expected one of {names}")
     if not argv[0].startswith("-") and argv[0] not in top.commands:
-        near = did_you_mean(argv[0], top.commands)
+        near = did_you_mean(argv[0], [*top.commands, "--help", "--version"])
         top.error(f"no command {argv[0]!r}{near}: expected one of {names}")
     return top.parse_args(argv)
 

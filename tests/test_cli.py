@@ -815,6 +815,7 @@ class TestMistakes:
             (("--set", "target_modules=(("), "'((' is not a regular expression"),
             (("--set", "rank_pattern=[8]"), "rank_pattern = [8]: expected dict"),
             (("--set", "peft_type=IA3"), "lora has no field 'peft_type'"),
+            (("--method", "ia3", "--r", "4"), "--r: ia3 has no field r; it has"),
             (("--set", "r=2", "--r", "4"), "--set: r has an option of its own"),
             (
                 ("--targets", "q_proj", "--set", 'target_modules=["v_proj"]'),
@@ -895,6 +896,18 @@ class TestMistakes:
             capsys, "merge", "--adapter", tmp_path, "--out", tmp_path / "m"
         )
         assert code == 1 and "no adapter_config.json" in err
+
+    def test_a_folder_that_is_no_adapter_or_no_model(self, tmp_path, capsys):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+        code, _, err = run(capsys, "generate", "x", "--adapter", tmp_path / "mien")
+        assert code == 1 and "there is no such folder (did you mean" in err
+        for command in (["generate", "x"], ["evaluate", "--data", "sql"]):
+            code, _, err = run(capsys, *command, "--base", tmp_path / "mine")
+            assert code == 1 and "mine holds an adapter, and no model: say" in err
+        argv = tune(tmp_path / "mine", "sql", tmp_path / "out")
+        code, _, err = run(capsys, *argv)
+        assert code == 1 and "mine holds an adapter, and no model: take" in err
 
     @pytest.mark.parametrize(
         "text",
@@ -1098,6 +1111,8 @@ class TestUsage:
             (["finetun", "--data", "sql"], "no command 'finetun' (did you mean"),
             (["Merge"], "(did you mean 'merge'?)"),
             (["method"], "(did you mean 'methods'?)"),
+            (["help"], "(did you mean '--help'?)"),
+            (["generate", "the", "cat"], "several words stands in quotes"),
             (["sing"], "expected one of pretrain, finetune, generate"),
             (["generate", "x", "--temprature", "1"], "(did you mean '--temperature'?)"),
             (["evaluate", "--data", "sql", "--spilt=test"], "mean '--split'?)"),

@@ -653,7 +653,7 @@ class TestSettings:
         "change, message",
         [
             (dict(betas=(0.9, 0.95)), "betas"),
-            (dict(lr=2e-3), "initial_lr"),
+            (dict(lr=2e-3), r"groups: initial_lr 0.0\d+ .now 0.002."),
             (dict(weight_decay=0.1), "weight_decay"),
             (dict(seed=7), "seed 0 .now 7."),
             (dict(optimizer="adamw8bit"), "optimizer AdamW .now AdamW8bit."),

@@ -261,12 +261,26 @@ def as_json(settings):
     return json.loads(json.dumps(settings, default=plain))
 
 
+def difference(name, saved, now):
+    """In words; of dictionaries, as an optimizer's groups are, what differs in the
+    first two that do."""
+    pairs = [(saved, now)]
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        pairs = [(old, new) for old, new in zip(saved, now) if old != new]
+    old, new = pairs[0]
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        changes = [f"{key} {old.get(key)} (now {new.get(key)})" for key in keys]
+        return f"{name}: {', '.join(changes)}"
+    return f"{name} {saved} (now {now})"
+
+
 def check_settings(path, settings):
     """ValueError that names what differs between a checkpoint's settings and these."""
     saved = {"processes": 1} | read_metadata(path).get("settings", {})
     names = [*settings, *(name for name in saved if name not in settings)]
     other = [
-        f"{name} {saved.get(name)} (now {settings.get(name)})"
+        difference(name, saved.get(name), settings.get(name))
         for name in names
         if saved.get(name) != settings.get(name)
     ]
