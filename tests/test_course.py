@@ -409,6 +409,12 @@ class TestReadableByEverybody:
         assert said == "title. Lines: late: from 5 to 6. Points: seeds (2)."
         figures.plt.close("all")
 
+    def test_named_points_are_described_by_name_and_value(self, monkeypatch):
+        points = {"LoRA": (1, [90, 92]), "prompt": (2, 3)}
+        figure = drawn(monkeypatch, "named_points", points, "title", "cost", "score")
+        said = describe(figure)
+        assert "Points: LoRA 91; prompt 3." in said and "Lines" not in said
+
     @pytest.mark.parametrize("names", ["ab", ["LoRA\nattention", "none"], ["2", "1"]])
     def test_lines_over_names_are_described(self, names):
         """matplotlib hands categories back as they were given."""

@@ -133,7 +133,7 @@ def grids(ax) -> list:
 
 
 def lines(ax) -> list:
-    named, unnamed = [], 0
+    named, alone, unnamed = [], [], 0
     for line in ax.get_lines():
         x, y = (np.ma.asarray(data, float) for data in line.get_data(orig=False))
         finite = np.isfinite(np.ma.filled(y, np.nan))
@@ -144,7 +144,10 @@ def lines(ax) -> list:
             unnamed += 1
             continue
         y = np.asarray(y)[finite]
-        if len(y) == 1 or np.ptp(y) == 0:
+        if len(y) == 1:
+            alone.append(f"{label} {number(y[0])}")
+            continue
+        if np.ptp(y) == 0:
             named.append(f"{label}: {number(y[0])}")
             continue
         path = f"{label}: from {number(y[0])} to {number(y[-1])}"
@@ -154,7 +157,8 @@ def lines(ax) -> list:
             path += f", highest {number(max(y))}"
         named.append(path)
     said = [f"Lines: {listed(named)}."] if named else []
-    if unnamed and not named:
+    said += [f"Points: {listed(alone)}."] if alone else []
+    if unnamed and not said:
         said.append("One line." if unnamed == 1 else f"{unnamed} lines.")
     return said
 

@@ -276,7 +276,8 @@ def named_points(points: dict, title, xlabel, ylabel, marked=(), **options) -> N
         if np.size(y) > 1:
             seed_points(ax, x, y, colour, width=0)
         points = points | {name: (x, np.mean(y))}
-        ax.plot(*points[name], "o" if name in marked else "x", color=colour)
+        shape = "o" if name in marked else "x"
+        ax.plot(*points[name], shape, color=colour, label=name)
     ax.margins(x=0.15)
     ax.set(**options)
     ax.figure.draw_without_rendering()  # now points have their places on the page
