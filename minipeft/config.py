@@ -22,10 +22,18 @@ METHODS = {}  # peft_type: its dataclass; PeftConfig.__init_subclass__ fills it
 
 class ConfigType(type):
     """Lets configurations be called with all of Hugging Face PEFT's arguments: those
-    that are not built here are dropped where they ask for nothing."""
+    that are not built here are dropped where they ask for nothing, and those without
+    effect with a warning."""
 
     def __call__(cls, *args, **kwargs):
-        return super().__call__(*args, **cls.known_fields(kwargs))
+        config = super().__call__(*args, **cls.known_fields(kwargs))
+        for name, default in cls.without_effect(vars(config)).items():
+            owner, value = cls.belongs_to[name]
+            warnings.warn(
+                f"{name} is ignored: it belongs to {owner}={value!r}", stacklevel=2
+            )
+            setattr(config, name, default)
+        return config
 
 
 @dataclass(kw_only=True)
@@ -43,6 +51,8 @@ class PeftConfig(metaclass=ConfigType):
     # True for an adapter that is loaded: what a start needs is not looked up
     from_checkpoint: ClassVar[bool] = False
     is_prompt_learning: ClassVar[bool] = False  # PEFT's word for virtual tokens
+    # {field: (another, the value of that without which the field has no effect)}
+    belongs_to: ClassVar[dict] = {}
     # one of TASK_HEADS; the new head of a classifier is trained and saved whole
     task_type: str | None = None
     base_model_name_or_path: str | None = None  # noted in files
@@ -176,6 +186,8 @@ class PeftConfig(metaclass=ConfigType):
             is_switch = matches_type(False, field.type)
             if is_switch and data.get(field.name, True) is None:  # as PEFT reads it
                 data = data | {field.name: False}
+        ignored = cls.without_effect(data)  # PEFT notes them all the same
+        data = {k: v for k, v in data.items() if k not in ignored}
         names = {field.name for field in dataclasses.fields(cls)} | UNSUPPORTED.keys()
         asked = {k: v for k, v in data.items() if k not in names and v}
         if asked:
@@ -210,6 +222,18 @@ class PeftConfig(metaclass=ConfigType):
                 )
         return known
 
+    @classmethod
+    def without_effect(cls, given):
+        """{field: its default} of those fields that are given, but belong to a value
+        that another field does not have."""
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(cls)}
+        return {
+            name: defaults[name]
+            for name, (owner, value) in cls.belongs_to.items()
+            if given.get(name, defaults[name]) != defaults[name]
+            and given.get(owner, defaults[owner]) != value
+        }
+
     def save_pretrained(self, folder):
         folder = io.make_folder(folder, AdapterFileError)
         io.write_json(folder / CONFIG, self.to_dict(), sort_keys=True)
@@ -230,6 +254,13 @@ class PeftConfig(metaclass=ConfigType):
             return cls.from_dict(data)
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"{file}: {error}") from None
+
+
+def default_of(field):
+    """The value that a dataclass gives to a field of its own accord."""
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
 
 
 def matches_type(value, kind):

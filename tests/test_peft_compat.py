@@ -226,8 +226,8 @@ class TestConfigurations:
                 "tokenizer_name_or_path is ignored",
             ),
             ("PrefixTuning", dict(encoder_hidden_size=8), "prefix_projection=True"),
-            ("PromptEncoder", dict(encoder_dropout=0.1), "the MLP ignores them"),
-            ("PromptEncoder", dict(encoder_num_layers=3), "the MLP ignores them"),
+            ("PromptEncoder", dict(encoder_dropout=0.1), "encoder_dropout is ignored"),
+            ("PromptEncoder", dict(encoder_num_layers=3), "_type='LSTM'"),
         ],
     )
     def test_what_another_field_would_have_to_ask_for_is_said(

@@ -2,7 +2,6 @@
 lora_init.py."""
 
 import math
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -23,6 +22,7 @@ class LoraConfig(LayerConfig):
     """Hugging Face PEFT's fields and defaults."""
 
     peft_type: ClassVar[str] = "LORA"
+    belongs_to: ClassVar[dict] = {"loftq_config": ("init_lora_weights", "loftq")}
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0  # on A's input, in training
@@ -44,13 +44,6 @@ class LoraConfig(LayerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loftq_config and self.init_lora_weights != "loftq":
-            warnings.warn(
-                f"loftq_config = {self.loftq_config} is ignored: it belongs to"
-                " init_lora_weights='loftq'",
-                stacklevel=5,
-            )
-            self.loftq_config = {}
         self.check_ranks()
         self.check_probability("lora_dropout")
         check_alpha(lora_alpha=self.lora_alpha, **self.pattern("alpha_pattern"))
@@ -79,8 +72,6 @@ class LoraConfig(LayerConfig):
                 " path_initial_model_for_weight_conversion; or, for the changed base"
                 ' itself, write "init_lora_weights": true into the file'
             )
-        if init != "loftq":
-            data = {k: v for k, v in data.items() if k != "loftq_config"}
         return super().from_file_fields(data)
 
     def select(self, model):

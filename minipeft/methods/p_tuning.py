@@ -8,7 +8,6 @@ only: files hold f(Z), an ordinary prompt. (P-tuning v2 is a different method: s
 prefix.py.)
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +38,10 @@ class PromptEncoderConfig(VirtualTokensConfig):
     """Hugging Face PEFT's fields and defaults."""
 
     peft_type: ClassVar[str] = "P_TUNING"
+    belongs_to: ClassVar[dict] = {
+        "encoder_num_layers": ("encoder_reparameterization_type", "LSTM"),
+        "encoder_dropout": ("encoder_reparameterization_type", "LSTM"),
+    }
     # or "LSTM", bidirectional, as in the paper
     encoder_reparameterization_type: str = "MLP"
     encoder_hidden_size: int | None = None  # None: the model's width
@@ -52,14 +55,6 @@ class PromptEncoderConfig(VirtualTokensConfig):
         self.check_number("encoder_hidden_size", whole=True, least=1, also=(None,))
         self.check_positive("encoder_num_layers")
         self.check_probability("encoder_dropout")
-        if self.encoder_reparameterization_type == "MLP" and (
-            self.encoder_num_layers != 2 or self.encoder_dropout
-        ):
-            warnings.warn(
-                "encoder_num_layers and encoder_dropout are for the LSTM: the MLP"
-                " ignores them",
-                stacklevel=3,
-            )
 
     def create(self, base, path):
         d = self.token_dim

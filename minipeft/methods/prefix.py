@@ -15,7 +15,6 @@ a no-op: zero keys and values (init_weights="zero") take their share too. And n 
 virtual tokens get equal gradients, and stay equal: they learn as one.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -97,6 +96,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
     those of keys and values."""
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    belongs_to: ClassVar[dict] = {"encoder_hidden_size": ("prefix_projection", True)}
     # None: N(0, 1), and nn.Linear's in the projection; "zero"
     init_weights: str | None = None
     encoder_hidden_size: int | None = None  # of the projection; None: token_dim
@@ -107,19 +107,6 @@ class PrefixTuningConfig(VirtualTokensConfig):
         # from a text: initialize_kv_prefix_from_text
         self.check_choice("init_weights", (None, "zero"))
         self.check_number("encoder_hidden_size", whole=True, least=1, also=(None,))
-        if self.encoder_hidden_size is not None and not self.prefix_projection:
-            warnings.warn(
-                f"encoder_hidden_size = {self.encoder_hidden_size} is ignored: it"
-                " belongs to prefix_projection=True",
-                stacklevel=4,
-            )
-            self.encoder_hidden_size = None
-
-    @classmethod
-    def from_file_fields(cls, data):
-        if not data.get("prefix_projection"):  # PEFT notes it there all the same
-            data = {k: v for k, v in data.items() if k != "encoder_hidden_size"}
-        return super().from_file_fields(data)
 
     def check_model(self, model):
         super().check_model(model)

@@ -9,7 +9,6 @@ and works best from the embeddings of real tokens: their entries are some hundre
 those of RANDOM are about 1.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,6 +51,10 @@ class PromptTuningConfig(VirtualTokensConfig):
     """Hugging Face PEFT's fields and defaults."""
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    belongs_to: ClassVar[dict] = {
+        "prompt_tuning_init_text": ("prompt_tuning_init", "TEXT"),
+        "tokenizer_name_or_path": ("prompt_tuning_init", "TEXT"),
+    }
     # N(0, 1); SAMPLE_VOCAB: embeddings of random tokens; TEXT: of a text's
     prompt_tuning_init: str = "RANDOM"
     prompt_tuning_init_text: str | None = None  # repeated until the prompt is full
@@ -68,20 +71,6 @@ class PromptTuningConfig(VirtualTokensConfig):
                 "prompt_tuning_init='TEXT' needs prompt_tuning_init_text and"
                 " tokenizer_name_or_path"
             )
-        for name in ("prompt_tuning_init_text", "tokenizer_name_or_path"):
-            if self.prompt_tuning_init != "TEXT" and getattr(self, name) is not None:
-                warnings.warn(
-                    f"{name} is ignored: it belongs to prompt_tuning_init='TEXT'",
-                    stacklevel=4,
-                )
-                setattr(self, name, None)
-
-    @classmethod
-    def from_file_fields(cls, data):
-        if data.get("prompt_tuning_init") != "TEXT":  # PEFT may have noted them
-            ignored = ("prompt_tuning_init_text", "tokenizer_name_or_path")
-            data = {k: v for k, v in data.items() if k not in ignored}
-        return super().from_file_fields(data)
 
     def create(self, base, path):
         n = self.num_virtual_tokens
