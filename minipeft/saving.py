@@ -309,20 +309,31 @@ def drop_base_weights(tensors, model):
         before, _, name = key.partition("base_layer.")
         here = getattr(modules.get(before), name, None)
         saved = tensors.pop(key)
-        if here is not None and here.shape == saved.shape:
-            other = (here.detach().cpu() != saved.to("cpu", here.dtype)).flatten(1)
-            first = int(other.any(1).int().argmax()) if other.any() else None
-            if first is None:
-                continue
-            if first > 0 and before in embeddings and saved.isfinite().all():
-                rows.append((here, first, saved[first:]))
-                continue
-        elif here is not None and before in embeddings:
-            raise AdapterFileError(other_vocabulary(key, saved, here))
-        raise AdapterFileError(
-            f"{key}: this adapter belongs to a model with another base weight there"
-        )
+        first = first_other_row(key, here, saved, before in embeddings)
+        if first is not None:
+            rows.append((here, first, saved[first:]))
     return rows
+
+
+def first_other_row(key, here, saved, is_embedding):
+    """The number of the first row in which a saved base weight is not the model's, or
+    None. Raises AdapterFileError where that cannot be a row added to an embedding."""
+    other_base = AdapterFileError(
+        f"{key}: this adapter belongs to a model with another base weight there"
+    )
+    if here is None:
+        raise other_base
+    if here.shape != saved.shape:
+        if is_embedding:
+            raise AdapterFileError(other_vocabulary(key, saved, here))
+        raise other_base
+    other = (here.detach().cpu() != saved.to("cpu", here.dtype)).flatten(1).any(1)
+    if not other.any():
+        return None
+    first = int(other.int().argmax())
+    if first == 0 or not is_embedding or not saved.isfinite().all():
+        raise other_base
+    return first
 
 
 def write_rows(rows):
