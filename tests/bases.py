@@ -443,10 +443,18 @@ def adapted(method, base, name="default", dtype=torch.float32, **more):
     )
 
 
-# What rounding does to an output of these models, whose largest entry is 1. The longest
-# sum has 4 · WIDTH terms (GPT-2's MLP); norm, q, scores, values, o, norm, gate, up and
-# down follow one another in each layer.
-ROUNDING = tolerance(torch.float32, terms=4 * WIDTH, steps=9 * LAYERS)
+def rounding(passes=1, dtype=torch.float32, size=1.0):
+    """What rounding does to an output of these models whose largest entry is `size`.
+    The longest sum has 4 · WIDTH terms (GPT-2's MLP); norm, q, scores, values, o, norm,
+    gate, up and down follow one another in each layer.
+
+    passes: through the model; forward and backward are two, which gradients need.
+    In 16 bits it is roundings that count: of each layer's nine results."""
+    terms = 1 if dtype.itemsize == 2 else 4 * WIDTH
+    return tolerance(dtype, size, terms, steps=9 * LAYERS * passes)
+
+
+ROUNDING = rounding()
 
 
 def close(a, b, allowed=ROUNDING):

@@ -32,6 +32,8 @@ from minipeft.course.check import sandbox
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "data" / "mutants.json"
 LIMIT = 5  # seconds for one mutant
+# what a learner's answer may differ by from the solution: no rounding, a judgement
+ALIKE = {"rtol": 1e-3, "atol": 1e-5}
 # a message that names no mistake; an error that is shown with its place does: it quotes
 # the expression and says what its names hold
 UNNAMED = "none of the usual slips", "I cannot work with"
@@ -331,13 +333,12 @@ def equal(a, b) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.shape != b.shape:
             return False
-        return torch.allclose(
-            a.detach().double(), b.detach().double(), 1e-3, 1e-5, equal_nan=True
-        )
+        both = a.detach().double(), b.detach().double()
+        return torch.allclose(*both, **ALIKE, equal_nan=True)
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return False
     if isinstance(a, int | float) and isinstance(b, int | float):
-        return abs(a - b) <= 1e-5 * max(abs(a), abs(b)) or a == b
+        return abs(a - b) <= ALIKE["atol"] * max(abs(a), abs(b)) or a == b
     return a == b
 
 

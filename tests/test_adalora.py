@@ -6,9 +6,9 @@ import json
 import peft
 import pytest
 import torch
-from bases import BASES, METHODS, close, differ, inputs, run, shake
+from bases import BASES, METHODS, close, differ, inputs, rounding, run, shake
 from safetensors.torch import load_file
-from tolerance import assert_within
+from tolerance import assert_within, chance, tolerance
 
 import minipeft
 from minipeft import AdaLoraConfig, ConfigError, PeftModel, TargetError, get_peft_model
@@ -80,11 +80,8 @@ class TestRegularization:
             for part in parts
             for gram in (part.lora_A @ part.lora_A.T, part.lora_B.T @ part.lora_B)
         ]
-        close(
-            loss(ours.train()).detach() - plain,
-            0.3 * sum(norms).detach() / len(norms),
-            3e-6,
-        )
+        penalty = 0.3 * sum(norms).detach() / len(norms)
+        close(loss(ours.train()).detach(), plain + penalty)
         with ours.disable_adapter():
             close(loss(ours).detach(), loss(HF.make()).detach())
 
@@ -112,7 +109,10 @@ class TestRegularization:
             if isinstance(part, AdaLora):
                 torch.nn.init.orthogonal_(part.lora_A)
                 torch.nn.init.orthogonal_(part.lora_B)
-                assert part.regularization_loss() < 1e-5
+                r, d = len(part.lora_E), max(part.lora_A.shape[1], len(part.lora_B))
+                # two norms of r x r entries; QR, then a sum of d products
+                rounded = tolerance(torch.float32, 2 * r, terms=d, steps=2)
+                assert part.regularization_loss() < rounded
 
 
 class TestFilesAndConfig:
@@ -222,8 +222,8 @@ class TestFilesAndConfig:
             drawn = torch.cat(
                 [t.flatten() for key, t in tensors.items() if "lora_E" not in key]
             )
-            # four standard errors
-            close(drawn.std() / 0.02, torch.tensor(1.0), 4 / (2 * len(drawn)) ** 0.5)
+            # a square of mean 1 has a spread of sqrt(2), a root halves it
+            close(drawn.std() / 0.02, torch.tensor(1.0), chance(0.5**0.5, len(drawn)))
             assert all((t == 0).all() for key, t in tensors.items() if "lora_E" in key)
 
     def test_rank_pattern_before_allocation_is_not_in_the_file(self, tmp_path):
@@ -257,7 +257,7 @@ class TestAllocator:
                     min(step // 2 * 2, 11) if step < 11 else 11
                 )
                 seen.add(budget)
-            close(run(ours.eval()), run(theirs.eval()), 1e-5)
+            close(run(ours.eval()), run(theirs.eval()), rounding(2 * step + 1))
             ours.train(), theirs.train()
         assert len(seen) > 2 and min(seen) == 2 * 6 and max(seen) < 4 * 6
         ranks = [
@@ -275,7 +275,7 @@ class TestAllocator:
             len(t) for k, t in own.items() if "lora_E" in k
         )
         for key in own:
-            close(own[key], other[key], 1e-5)
+            close(own[key], other[key], rounding(2 * step))
         said = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
         assert said["rank_pattern"] == ours.peft_config["default"].rank_pattern
         expected = run(ours.eval())
@@ -284,7 +284,7 @@ class TestAllocator:
             PeftModel.from_pretrained(HF.make(), tmp_path / "theirs"),
             peft.PeftModel.from_pretrained(HF.make(), str(tmp_path / "ours")),
         ):
-            close(run(again), expected, 1e-5)
+            close(run(again), expected, rounding(2 * step + 1))
 
     def test_a_pruned_rank_can_come_back_until_the_end(self):
         model = get_peft_model(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_within
 
 from minipeft.lanternwick import DATA
 from minipeft.lm import load_pretrained, load_tokenizer
@@ -59,9 +60,9 @@ class TestFiles:
         assert tokenizer.decode(ids) == text == their_tokenizer.decode(ids)
         x = torch.tensor([[tokenizer.bos_token_id, *ids]])
         with torch.no_grad():
-            torch.testing.assert_close(
-                model(x).logits, other(x).logits, atol=1e-4, rtol=0
-            )
+            terms, layers = model.config.intermediate_size, len(model.model.layers)
+            sums = dict(terms=terms, steps=9 * layers)
+            assert_within(model(x).logits, other(x).logits, **sums)
 
     def test_the_card_tells_what_was_measured(self):
         card = (FOLDER / "README.md").read_text()

@@ -4,7 +4,8 @@ place."""
 import peft
 import pytest
 import torch
-from bases import BASES, ROUNDING, close, differ, loss_of, run, shake
+from bases import BASES, ROUNDING, close, differ, loss_of, rounding, run, shake
+from tolerance import size
 
 import minipeft
 from minipeft import BitFitConfig, LNTuningConfig, TargetError, get_peft_model
@@ -66,8 +67,9 @@ class TestBiases:
             model = shake(
                 get_peft_model(base.make(), BitFitConfig(target_modules=["k_proj"]))
             )
-            change = (run(model) - run(base.make())).abs().max()
-            assert (change < 1e-5) == same
+            plain = run(base.make())
+            change = (run(model) - plain).abs().max()
+            assert (change < rounding(size=size(plain))) == same
             loss_of(model).backward()
             gradient = max(
                 p.grad.abs().max() for p in model.parameters() if p.requires_grad
@@ -118,7 +120,7 @@ class TestNorms:
                 optimizer.zero_grad()
             losses.append(loss_of(model))
         close(*losses)
-        assert losses[0] < loss_of(base.make()) - 1e-3
+        assert loss_of(base.make()) - losses[0] > 1e-3
 
     def test_other_layers_are_refused(self):
         with pytest.raises(TargetError, match="q_proj: Linear is not a norm"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bases import BASES, close, differ, inputs, loss_of, run, shake
 from safetensors.torch import load_file
+from tolerance import assert_within
 from torch import nn
 
 import minipeft
@@ -78,6 +79,8 @@ def by_hand(base, placement, ours, act, scaling):
 
 
 HUB = Path(__file__).parent / "data" / "adapters_hub"
+# two layers of nine sums, of at most 4 · 32 terms, and of an adapter's two after each
+HUB_SUMS = dict(terms=4 * 32, steps=2 * (9 + 2 * 2))
 
 
 def hub_base(name):
@@ -127,8 +130,10 @@ class TestAgainstAdapterHub:
             fill(model, recorded, "a")
             with torch.no_grad():
                 logits = model(input_ids=recorded["input_ids"]).logits
-            off = (logits - recorded["logits"]).abs().max() / effect
-            assert off < 1e-5 if reads == "stream" else off > 0.1
+            if reads == "stream":
+                assert_within(logits, recorded["logits"], **HUB_SUMS)
+            else:
+                assert (logits - recorded["logits"]).abs().max() > 0.1 * effect
 
     @pytest.mark.parametrize("name", ["gpt2", "llama"])
     def test_houlsby_equals_adapter_hub(self, name):
@@ -138,8 +143,8 @@ class TestAgainstAdapterHub:
         fill(model, recorded, "a")
         with torch.no_grad():
             logits = model(input_ids=recorded["input_ids"]).logits
-        effect = (recorded["logits"] - recorded["base_logits"]).abs().max()
-        assert (logits - recorded["logits"]).abs().max() < 1e-5 * effect
+        differ(recorded["logits"], recorded["base_logits"], 1e-2)
+        assert_within(logits, recorded["logits"], **HUB_SUMS)
 
     @pytest.mark.parametrize("name", ["gpt2", "llama"])
     def test_fusion_of_two_that_read_the_stream_equals_adapter_hub(self, name):
@@ -165,8 +170,8 @@ class TestAgainstAdapterHub:
         model.set_adapter("fusion")
         with torch.no_grad():
             logits = model.eval()(input_ids=recorded["input_ids"]).logits
-        effect = (recorded["logits"] - recorded["base_logits"]).abs().max()
-        assert (logits - recorded["logits"]).abs().max() < 1e-5 * effect
+        differ(recorded["logits"], recorded["base_logits"], 1e-2)
+        assert_within(logits, recorded["logits"], **HUB_SUMS)
 
     @pytest.mark.parametrize("placement", ["pfeiffer", "parallel"])
     @pytest.mark.parametrize("base", TRANSFORMERS, ids=str)

@@ -401,6 +401,10 @@ def test_steps_right_answers(n):
     accepts(judged, dict(reversed(distances(n).items())))
 
 
+# Adam's eps of 1e-8 beside a gradient of 0.001, which the closed forms leave out
+EPS_BESIDE_G = 1.01 * 1e-5
+
+
 def test_steps_oracle_is_torch():
     """Adam, AdamW and momentum of torch.optim, on one number."""
     makers = {
@@ -422,8 +426,7 @@ def test_steps_oracle_is_torch():
             p.grad = torch.full_like(p, g)
             optimizer.step()
         went = abs(p.item() - start) / 1e-3
-        # eps beside a gradient of 0.001
-        assert went == pytest.approx(distances()[case], rel=2e-5), case
+        assert went == pytest.approx(distances()[case], rel=EPS_BESIDE_G), case
 
 
 @pytest.mark.parametrize(

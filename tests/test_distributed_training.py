@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file
 from test_training import Letters, examples, tiny
+from tolerance import tolerance
 from two_processes import join
 
 from minipeft import get_peft_model
@@ -26,6 +27,8 @@ from minipeft.lm.training import make_optimizer, train
 from minipeft.quant import quantize_model
 
 STEPS = 4
+# two layers of nine sums, of up to 64 terms, forth and back
+ROUNDING = tolerance(torch.float32, terms=64, steps=2 * 9 * 2 * STEPS)
 # its penalty on all matrices at once is computed outside of the sharded blocks
 UNSHARDED = {"adalora"}
 METHODS = [name for name in KNOWN if name not in ("loraplus", "subspace")] + ["full"]
@@ -157,7 +160,7 @@ def test_two_processes_give_the_weights_of_one_large_batch(
     run(model, 4)
     model.save_pretrained(tmp_path / "end")
     alone = weights(tmp_path / "end")
-    assert distance(weights(folder / engine / name), alone) < 1e-5
+    assert distance(weights(folder / engine / name), alone) < ROUNDING
     assert distance(weights(tmp_path / "start"), alone) > 1e-4, "was not trained"
 
 
@@ -168,11 +171,11 @@ def test_the_loss_is_the_mean_over_all_labels(name, folder, tmp_path):
     history = run(model, 4, folder=tmp_path / "run", **OPTIONS[name])
     model.save_pretrained(tmp_path / "end")
     found = folder / "options" / name
-    assert distance(weights(found), weights(tmp_path / "end")) < 1e-5
+    assert distance(weights(found), weights(tmp_path / "end")) < ROUNDING
     losses, evaluated, tokens = json.loads((found / "history.json").read_text())
-    assert losses == pytest.approx(history.losses, rel=1e-5)
+    assert losses == pytest.approx(history.losses, rel=ROUNDING)
     assert [loss for _, loss in evaluated] == pytest.approx(
-        [loss for _, loss in history.eval_loss], rel=1e-5
+        [loss for _, loss in history.eval_loss], rel=ROUNDING
     )
     assert tokens == history.tokens
 

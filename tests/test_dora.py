@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bases import BASES, METHODS, adapted, close, differ, run, shake
+from tolerance import printed
 from torch import nn
 
 from minipeft import (
@@ -202,7 +203,8 @@ class TestNormAndGradients:
             n = parameter.numel()
             parameter.data = torch.arange(0, 1, 1 / n)[:n].view(parameter.shape)
         slot.active.names = ["default"]
-        assert abs(slot(x).mean().item() - 0.05201) < 1e-4
+        # cut after five decimals, not rounded
+        assert abs(slot(x).mean().item() - 0.05201) < 2 * printed(5)
 
     def test_weights_loaded_afterwards_are_the_ones_measured(self, tmp_path):
         """A norm kept from before they were loaded would be that of other weights."""

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from bases import BASES, close, differ, inputs, run, shake
+from bases import BASES, close, differ, inputs, rounding, run, shake
 from safetensors.torch import load_file
 
 import minipeft
@@ -329,4 +329,4 @@ class TestExperts:
         differ(alone, run(BASES["llama"].make()))
         model.add_adapter("fusion", FusionConfig(adapters=["a", "b"], value=False))
         model.set_adapter("fusion")
-        close(run(model), alone, 1e-5)
+        close(run(model), alone, rounding(2))  # each expert runs

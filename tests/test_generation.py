@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tolerance import chance
 
 from minipeft.lm import GPT, GPTConfig, generate, load_pretrained, load_tokenizer
 from minipeft.lm.generation import generate_ids, sample
@@ -164,9 +165,8 @@ class TestSampling:
             )
 
         def within(got, expected):
-            return torch.testing.assert_close(
-                got, torch.tensor(expected), rtol=0, atol=0.012
-            )
+            off = (got - torch.tensor(expected)).abs().max()
+            assert off < chance(0.5, 40_000)  # a share's largest spread
 
         within(counts(temperature=1.0), [0.4, 0.3, 0.2, 0.1])
         within(counts(temperature=1.0, top_k=2), [4 / 7, 3 / 7, 0, 0])

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerance import printed, tolerance
 
 from minipeft.lm import GPT, GPTConfig, load_pretrained, load_tokenizer
 from minipeft.lm.hf_format import ModelFileError
@@ -363,11 +364,11 @@ class TestNames:
             golden["greedy_ids"]
         ]
         probe = torch.tensor([golden["probe_ids"]])
-        close(
-            model(probe).logits[0, -1, :8],
-            torch.tensor(golden["probe_last_logits_first8"]),
-            1e-4,
-        )
+        said = torch.tensor(golden["probe_last_logits_first8"])
+        # five layers of nine sums, of up to 172 terms
+        rounded = tolerance(torch.float32, said.abs().max(), terms=172, steps=9 * 5)
+        off = (model(probe).logits[0, -1, :8] - said).abs().max()
+        assert off < rounded + printed(5)
         assert tokenizer.encode(golden["probe_text"]) == [
             i for i in golden["probe_ids"] if i != model.config.bos_token_id
         ]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from bases import BASES, METHODS, adapted, close, differ, run
 from safetensors.torch import load_file
+from tolerance import chance
 from torch import nn
 
 import minipeft
@@ -95,7 +96,8 @@ class TestDropout:
         for _ in range(4000):
             y.append((adapter(base, x) - base(x)).detach())
         whole, counts = F.linear(x, adapter.delta(base)).detach(), set()
-        close(torch.stack(y).mean(0), whole, 0.1)
+        # each output is zero, or twice what it is without dropout
+        close(torch.stack(y).mean(0), whole, chance(1.0, len(y)))
         for some in y:  # whole outputs are missing, the others are made up for
             stay = (some != 0).any(0)
             counts.add(int(stay.sum()))

@@ -8,8 +8,9 @@ import peft
 import peft.optimizers
 import pytest
 import torch
-from bases import BASES, close, differ, inputs, loss_of, run
+from bases import BASES, LAYERS, close, differ, inputs, loss_of, rounding, run
 from safetensors.torch import load_file
+from tolerance import tolerance
 from torch import nn
 
 import minipeft
@@ -48,6 +49,11 @@ def save(model, folder, **options):
         warnings.filterwarnings("ignore", "'default' began as")
         model.save_pretrained(str(folder), **options)
     return load_file(folder / "adapter_model.safetensors")
+
+
+# pissa_niter finds the largest directions by a few steps from random ones: what is left
+# over is at most so many times the least
+NEARLY = 1.05
 
 
 def step(model, lr=0.1):
@@ -169,9 +175,7 @@ class TestPissaAndOlora:
         for own, other in zip(step(ours), step(theirs), strict=True):
             close(own, other)
             assert own.abs().max() > 1e-6
-        close(
-            run(ours), run(theirs), 5e-6
-        )  # rounding in two different orders, once more
+        close(run(ours), run(theirs), rounding(3))  # forward, backward, forward
         differ(run(ours), run(base.make()))
         own, other = save(ours, tmp_path / "ours"), save(theirs, tmp_path / "theirs")
         assert own.keys() == other.keys()
@@ -220,12 +224,12 @@ class TestPissaAndOlora:
                     close(B.T @ B, torch.eye(4))  # Q's columns
                     close(B @ B.T @ W, taken / adapter.scaling)  # R = Q^T W
                 else:  # Eckart and Young: no rank-4 matrix is nearer
-                    rest = torch.linalg.svdvals(W)[4:].square().sum().sqrt()
-                    assert (
-                        rest * (1 - 1e-5)
-                        < (W - taken).norm()
-                        < rest * (1 + (1e-5 if init == "pissa" else 5e-2))
-                    )
+                    values = torch.linalg.svdvals(W)
+                    rest = values[4:].square().sum().sqrt()
+                    terms = max(W.shape)
+                    off = tolerance(torch.float32, values[0], terms, steps=2)
+                    most = rest if init == "pissa" else rest * NEARLY
+                    assert rest - off < (W - taken).norm() < most + off
         close(run(model.merge_and_unload()), run(plain))
 
     def test_olora_on_conv1d_is_olora_on_the_same_linear(self):
@@ -334,7 +338,8 @@ class TestPissaAndOlora:
         )
         name = "model.layers.0.self_attn.q_proj.base_layer.weight"
         assert own[name].dtype == torch.bfloat16 and torch.equal(own[name], other[name])
-        close(run(ours), run(theirs), 2e-2)
+        # base and update are added in another order: two roundings in each layer
+        close(run(ours), run(theirs), tolerance(torch.bfloat16, steps=2 * LAYERS))
 
 
 # LoRA+

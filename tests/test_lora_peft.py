@@ -8,8 +8,9 @@ import warnings
 import peft
 import pytest
 import torch
-from bases import BASES, close, differ, inputs, run, shake
+from bases import BASES, close, differ, inputs, rounding, run, shake
 from safetensors.torch import load_file
+from tolerance import printed, tolerance
 from torch import nn
 
 import minipeft
@@ -120,7 +121,7 @@ class TestAgainstPeft:
                 ours.merge_adapter()
             assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items())
         else:
-            close(run(copy.deepcopy(ours).merge_and_unload()), run(ours), 5e-6)
+            close(run(copy.deepcopy(ours).merge_and_unload()), run(ours), rounding(2))
 
     @pytest.mark.parametrize("name", ["llama", "hf_qwen2"])
     def test_a_tied_head_is_merged_without_touching_the_embedding(self, name, tmp_path):
@@ -167,7 +168,7 @@ class TestAgainstPeft:
                 outputs.append(run(model))
                 assert outputs[-1].dtype == dtype
         for ours, theirs in zip(outputs[:2], outputs[2:]):
-            close(ours, theirs, 1e-2)
+            close(ours, theirs, tolerance(dtype))  # a sum with zero, rounded or not
 
     def test_autocast_as_in_peft(self):
         ours, theirs = both(BASES["hf_llama"], init_lora_weights=False)
@@ -341,7 +342,7 @@ class TestLora:
             n = parameter.numel()
             parameter.data = torch.arange(0, 1, 1 / n)[:n].view(parameter.shape)
         slot.active.names = ["default"]
-        assert abs(slot(x).mean().item() - 1.1252) < 1e-4
+        assert abs(slot(x).mean().item() - 1.1252) < printed(4)
 
     def test_gradients_at_the_start(self):
         """B is zero, so A gets no gradient at first; with A zero too nothing would ever

@@ -3,6 +3,7 @@ optimizer really holds."""
 
 import pytest
 import torch
+from tolerance import printed
 
 from minipeft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from minipeft.course.measuring import measured_ledger, peak_bytes
@@ -106,9 +107,9 @@ class TestArithmetic:
         trained = (
             2 * 5 * (24 + 24 + 24 + 12)
         )  # r (d_in + d_out) for q and v in two layers
-        assert full["gradients"] == full["weights"] and full[
-            "optimizer"
-        ] == pytest.approx(2 * full["weights"], rel=0.01)
+        assert full["gradients"] == full["weights"]
+        counts = 4 * len(list(model().parameters()))  # of steps, one a tensor
+        assert full["optimizer"] == 2 * full["weights"] + counts
         assert (
             adapted["gradients"] == 4 * trained
             and adapted["weights"] == full["weights"] + 4 * trained
@@ -333,7 +334,7 @@ class TestRealShapes:
         # less embedding, head and norms
         inside = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
         assert memory_ledger(m, 1, 16).formats["nf4"] == pytest.approx(
-            inside * 4.127 / 8, rel=1e-3
+            inside * 4.127 / 8, rel=printed(3) / 4.127
         )
         m = get_peft_model(
             prepare_model_for_kbit_training(m),

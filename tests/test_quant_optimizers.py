@@ -7,6 +7,7 @@ import bitsandbytes
 import pytest
 import torch
 from bases import BASES
+from tolerance import assert_within
 from torch import nn
 
 from minipeft import LoraConfig, get_peft_model
@@ -34,6 +35,8 @@ def descend(make, steps=100, dtype=torch.float32, decades=0):
     return losses, model.weight.detach().clone(), optimizer
 
 
+# a weight in so many may have another code for a last bit, and lose a step by it
+TURNED = 1 / 2000
 SETTINGS = dict(lr=2e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
 
@@ -46,8 +49,9 @@ class TestAdamW8bit:
         # A last bit may turn a code: rarely, and it costs that weight a part of one
         # step.
         apart = (mine - weights).abs()
-        assert apart.max() < SETTINGS["lr"] and apart.mean() < 1e-6
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert apart.max() < SETTINGS["lr"]
+        assert apart.mean() < TURNED * SETTINGS["lr"]
+        assert ours == pytest.approx(theirs, rel=TURNED)
 
     def test_without_it_both_are_as_near_to_32_bits(self):
         exact = descend(lambda p: torch.optim.AdamW(p, **SETTINGS))[1]
@@ -62,7 +66,7 @@ class TestAdamW8bit:
     def test_small_tensors_keep_32_bits_and_are_exactly_adamw(self):
         exact = descend(lambda p: torch.optim.AdamW(p, **SETTINGS))[1]
         ours = descend(lambda p: AdamW8bit(p, **SETTINGS, min_8bit_size=10**9))[1]
-        assert (ours - exact).abs().max() < 1e-6
+        assert_within(ours, exact, steps=100)  # each rounds the weights once
 
     def test_two_bytes_a_weight(self):
         _, weight, optimizer = descend(AdamW8bit, steps=1)

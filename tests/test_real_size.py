@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tolerance import assert_within, tolerance
 
 from minipeft.lanternwick.tasks import Example, Task
 from minipeft.lm import GPT, GPTConfig
@@ -118,7 +119,7 @@ class TestRecord:
         monkeypatch.setattr(real_size, "LARGEST", (1, 8))
         rows = real_size.spectrum(model, folder)
         assert rows["0.self_attn.q_proj"]["d90"] == 1  # an outer product has one
-        assert rows["0.self_attn.q_proj"]["share"][0] == pytest.approx(1, abs=1e-3)
+        assert rows["0.self_attn.q_proj"]["share"][0] == 1
         assert rows["0.mlp.up_proj"]["d90"] > 8
 
 
@@ -158,11 +159,13 @@ def test_three_trainings_are_one(folder, toy, monkeypatch, tmp_path):
     assert {"command", "machine", "date", "commit", "weights"} <= record.keys()
     ours, *theirs = (torch.tensor(losses) for losses in record["losses"].values())
     assert len(ours) == 4 and ours[0] != ours[-1]
+    # two layers of nine sums, of up to 64 terms, forth and back, over four steps
     for losses in theirs:
-        assert (losses - ours).abs().max() < 1e-4
+        assert_within(losses, ours, terms=64, steps=2 * 9 * 2 * 4)
     for off in record["logits_off"].values():
         assert off.pop("without the adapter") > 0
-        assert max(off.values()) < 1e-4
+        # logits of so young a model are of size 1
+        assert max(off.values()) < tolerance(torch.float32, terms=64, steps=2 * 9)
 
 
 def test_three_ways_says_that_it_is_skipped(monkeypatch):

@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from tolerance import printed
 
 from minipeft.lanternwick import (
     HERE,
@@ -102,9 +103,9 @@ class TestScores:
             task.score([said] * len(task.test), task.test)[task.metric]
             for said in common
         )
-        assert best <= task.floor + 0.01
+        assert best <= task.floor + printed(2)
         if name in ("mood", "extract", "voice", "records"):
-            assert best == pytest.approx(task.floor, abs=0.01)
+            assert best == pytest.approx(task.floor, abs=printed(2))
 
     def test_other_scorers_on_half_right_answers(self):
         gold = [Example("", f" {labels.label('Mara', 'grey lantern', 'quay')}", {})]

@@ -89,6 +89,12 @@ def losses(run):
     return torch.tensor(train + evaluation)
 
 
+def assert_same_losses(ours, theirs):
+    """A loss is a mean over tokens, in which the errors of single sums cancel: what
+    counts are nine results in each of two layers, forth and back, over four steps."""
+    assert_within(ours, theirs, steps=2 * 9 * 4)
+
+
 def weights(model):
     """The trained parameters, one vector."""
     trained = [p.detach().float() for p in model.parameters() if p.requires_grad]
@@ -117,7 +123,7 @@ class TestTraining:
         start = weights(models[0])
         ours, theirs = map(losses, train_both(tmp_path, models))
         assert len(ours) == len(theirs) == 6
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+        assert_same_losses(ours, theirs)
         assert (weights(models[0]) - start).abs().max() > 1e-3
 
     @pytest.mark.parametrize(
@@ -135,7 +141,7 @@ class TestTraining:
     )
     def test_options(self, options, tmp_path):
         ours, theirs = train_both(tmp_path, pair(tmp_path), **options)
-        torch.testing.assert_close(losses(ours), losses(theirs), atol=1e-6, rtol=1e-6)
+        assert_same_losses(losses(ours), losses(theirs))
 
     def test_bf16(self, tmp_path):
         """Two layers of about nine roundings to bfloat16 each."""
@@ -273,7 +279,7 @@ class TestOtherScripts:
             assert models[1].active_adapters == [names[-1]]
             assert torch.equal(weights(models[1]), weights(models[0]))
             found.append((losses(whole), {p.name for p in checkpoint.iterdir()}))
-        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
+        assert_same_losses(found[0][0], found[1][0])
         # each adapter here has its card beside it
         assert found[0][1] | {"README.md"} == found[1][1]
 
@@ -299,7 +305,7 @@ class TestOtherScripts:
             run.train()
             metrics = run.predict(rows[8:]).metrics
             found.append((losses(run), metrics["test_accuracy"]))
-        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
+        assert_same_losses(found[0][0], found[1][0])
         assert found[0][1] == found[1][1]
 
     def test_an_encoder_decoder_that_generates(self, tmp_path):
@@ -336,7 +342,7 @@ class TestOtherScripts:
             )
             run.train()
             found.append((losses(run), run.predict(rows[8:]).predictions))
-        torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
+        assert_same_losses(found[0][0], found[1][0])
         assert (found[0][1] == found[1][1]).all()
 
     def test_a_card_by_trainer_says_that_it_is_an_adapter(self, tmp_path):

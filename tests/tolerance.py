@@ -11,7 +11,11 @@ therefore closer than
 
 tests/test_tolerance.py tries it: no order of a sum breaks it, and one
 term that is wrong by a thousandth does. Formats of 16 bits are added up in float32 and
-rounded once: there terms and steps count roundings, not additions."""
+rounded once: there terms and steps count roundings, not additions.
+
+Two more reasons for a difference have a name here: `printed`, where one of the two was
+rounded to be read, and `chance`, where one is a mean of random draws. No test has a
+tolerance of its own beside these: test_tolerance.py reads all of them."""
 
 import math
 
@@ -26,6 +30,20 @@ def tolerance(dtype, size=1.0, terms=1, steps=1) -> float:
     terms: the length of the longest sum, say a matrix' rows.
     steps: how many such sums follow one another: layers, optimizer steps, tokens."""
     return torch.finfo(dtype).eps * float(size) * math.sqrt(terms * steps)
+
+
+def printed(decimals) -> float:
+    """Half of the last decimal of a number that was printed, as a paper, a table or a
+    record prints it; a trifle more, as decimals end nowhere in binary."""
+    return (0.5 + 1e-6) * 10.0**-decimals
+
+
+def chance(spread, draws, errors=4) -> float:
+    """How far the mean of independent draws may lie from what is expected: so many
+    standard errors. Four are exceeded once in 16,000 times.
+
+    spread: the standard deviation of one draw."""
+    return errors * float(spread) / math.sqrt(draws)
 
 
 def size(*tensors) -> float:
