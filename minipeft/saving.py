@@ -321,12 +321,10 @@ def first_other_row(key, here, saved, is_embedding):
     other_base = AdapterFileError(
         f"{key}: this adapter belongs to a model with another base weight there"
     )
-    if here is None:
+    if here is None or (here.shape != saved.shape and not is_embedding):
         raise other_base
     if here.shape != saved.shape:
-        if is_embedding:
-            raise AdapterFileError(other_vocabulary(key, saved, here))
-        raise other_base
+        raise AdapterFileError(other_vocabulary(key, saved, here))
     other = (here.detach().cpu() != saved.to("cpu", here.dtype)).flatten(1).any(1)
     if not other.any():
         return None

@@ -1,7 +1,9 @@
 """The parts of a transformer's blocks, found by structure."""
 
 import inspect
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from .. import targets, weights
@@ -69,3 +71,20 @@ def hidden_states(output):
 def with_hidden_states(output, y):
     """`output` with y in the place of that tensor."""
     return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+@contextmanager
+def recorded_input(module):
+    """Yields a list that collects the inputs of `module`. None stands for one that ran
+    without gradients although they were on, as a reentrant checkpoint does."""
+    inputs = []
+    grad = torch.is_grad_enabled()
+
+    def read(module, args):
+        inputs.append(args[0] if torch.is_grad_enabled() == grad else None)
+
+    handle = module.register_forward_pre_hook(read)
+    try:
+        yield inputs
+    finally:
+        handle.remove()

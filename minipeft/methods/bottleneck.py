@@ -22,7 +22,6 @@ Because of the non-linearity A does not modify a weight, so it cannot be merged.
 Defaults are those of the library `adapters`; Hugging Face PEFT does not have it.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,6 +38,7 @@ from .blocks import (
     hidden_states,
     in_out_features,
     norm_before_feed_forward,
+    recorded_input,
     with_hidden_states,
 )
 
@@ -106,34 +106,13 @@ class ParallelToBlock(Bottleneck):
         return with_hidden_states(output, y)
 
 
-@contextmanager
-def recorded_input(module):
-    """Yields a list that collects the inputs of `module`. None stands for one that ran
-    without gradients although they were on, as a reentrant checkpoint does."""
-    inputs = []
-    grad = torch.is_grad_enabled()
-
-    def read(module, args):
-        inputs.append(args[0] if torch.is_grad_enabled() == grad else None)
-
-    handle = module.register_forward_pre_hook(read)
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
 # placement: (where in the block, reduction factor, non-linearity, scaling)
 PLACEMENTS = {
     "houlsby": (("attention", "feed-forward"), 16, "swish", 1.0),
     "pfeiffer": (("feed-forward",), 16, "relu", 1.0),
     "parallel": (("feed-forward",), 2, "relu", 4.0),
 }
-
-
 INITS = ("identity", "bert", "mam")
-
-
 READS = ("sublayer", "stream")
 
 
