@@ -256,7 +256,9 @@ def test_longer_runs_say_how_they_were_made_and_keep_their_answers(path):
             skills = 3 if run["task"] == "mix" else 1
             assert len(run["right"]) == skills * record["test"]
             share = 100 * run["right"].count("1") / len(run["right"])
-            assert share == pytest.approx(run["score"], abs=printed(2))
+            # of three skills it is the mean of three that were rounded too
+            rounded = printed(2) * (1 if skills == 1 else 2)
+            assert share == pytest.approx(run["score"], abs=rounded)
 
 
 def test_verdicts_of_every_chapter_that_has_runs(capsys, monkeypatch):

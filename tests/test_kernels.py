@@ -4,6 +4,7 @@ all gradients, and LinearDelta.forward really chooses it."""
 import pytest
 import torch
 from bases import close
+from tolerance import tolerance
 from torch import nn
 
 from minipeft import (
@@ -67,13 +68,13 @@ def run(slot, leaves, dtype, autocast):
     return y, dict(zip(every, gradients))
 
 
-def tolerance(*settings):
-    """Sums of up to `ROWS` products, each rounded: eps times the sum's length, relative
-    to the largest entry. bf16 numbers are rounded at every step of a chain of four."""
-    layer, _, autocast, _ = settings
+def rounding(layer, dtype, autocast, bias):
+    """A chain of four sums of up to `ROWS` products, and its backward, in either form.
+    bf16 numbers are rounded at every step, factors and results."""
     coarse = autocast or layer == torch.bfloat16
-    eps = torch.finfo(torch.bfloat16 if coarse else layer).eps
-    return 4 * eps if coarse else ROWS * eps
+    if coarse:
+        return tolerance(torch.bfloat16, steps=2 * 4 * 2)
+    return tolerance(layer, terms=ROWS, steps=2 * 4)
 
 
 class Count:
@@ -116,7 +117,7 @@ class TestFusedEqualsPlain:
         plain(type(slot.adapters["default"]))
         y, gradients = run(slot, leaves, dtype, autocast)
         assert fused.dtype == y.dtype
-        allowed = tolerance(*SETTINGS[setting])
+        allowed = rounding(*SETTINGS[setting])
         close(fused, y, allowed)
         for name, gradient in gradients.items():
             assert gradient.abs().max() > 0, name

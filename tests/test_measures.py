@@ -69,8 +69,14 @@ def test_functions_are_short(part):
 
 
 @pytest.mark.parametrize(
-    "files, most", [(HOUSE, 6000), (PACKAGES["lm"], 3160)], ids=["adapters", "lm"]
+    "files, most", [(HOUSE, 5995), (PACKAGES["lm"], 3160)], ids=["adapters", "lm"]
 )
 def test_nothing_grows_unseen(files, most):
     """Code lines. Raise a limit knowingly, or make room first."""
     assert measure(files).lines <= most
+
+
+@pytest.mark.parametrize("path", PACKAGES["methods"], ids=lambda path: path.stem)
+def test_a_file_of_a_method_holds_one_idea(path):
+    """Code lines: the equation, its configuration, and no more."""
+    assert measure([path]).lines <= 130
