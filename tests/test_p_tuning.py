@@ -94,5 +94,5 @@ class TestConfig:
         for field, value in wrong.items():
             with pytest.raises(minipeft.ConfigError, match=field):
                 PromptEncoderConfig(num_virtual_tokens=2, **{field: value})
-        with pytest.warns(UserWarning, match="the MLP ignores them"):
+        with pytest.warns(UserWarning, match="it belongs to .*='LSTM'"):
             PromptEncoderConfig(num_virtual_tokens=2, encoder_num_layers=3)
