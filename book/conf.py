@@ -174,12 +174,12 @@ def together(match):
     return hold(match) if match["before"] or match["after"] else match[0]
 
 
-# What a line must not part: 1e-4, an arrow; in printed lines also a number's sign and
+# What a line must not part: 1e-4, an arrow, Llama-3-8B; in printed lines also a number's sign and
 # unit (elsewhere the spaces between them are of the kind that holds).
-HYPHENS = re.compile(r"\d[\d.]*e-\d+|-&gt;")
+HYPHENS = re.compile(r"\d[\d.]*e-\d+|-&gt;|\b[A-Z]\w+(?:-\d[\w.]*)+")
 NUMBER = r"[-+−]?\d[\d.,]*\d|[-+−]?\d"
 PRINTED = re.compile(
-    rf"{HYPHENS.pattern}|≈ (?:{NUMBER})(?: %)?|(?:{NUMBER}) (?:%|± [\d.]*\d)"
+    rf"{HYPHENS.pattern}|≈ (?:{NUMBER})(?: %)?|(?:{NUMBER}) (?:%|± [\d.]*\d(?: points)?)"
 )
 PARTS = re.compile(rf"({FORMULA}|<pre.*?</pre>|<[^>]*>)", re.S)
 STREAM = re.compile(
@@ -189,10 +189,19 @@ STREAM = re.compile(
 )
 
 
+LONG_NAME = re.compile(r"[A-Za-z_][\w.]{19,}")
+
+
+def seams(name):
+    """A long name that may be parted between its words, rather than within one."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[._])(?=\w)", "<wbr>", name[0])
+
+
 def held_together(body):
-    """The page with what its lines must not part: not in code, whose lines are kept."""
+    """The page with what its lines must not part, and long names with places where they
+    may: not in code, whose lines are kept."""
     parts = PARTS.split(body)
-    parts[::2] = [HYPHENS.sub(hold, text) for text in parts[::2]]
+    parts[::2] = [HYPHENS.sub(hold, LONG_NAME.sub(seams, t)) for t in parts[::2]]
     return STREAM.sub(lambda m: m[1] + PRINTED.sub(hold, m[2]), "".join(parts))
 
 

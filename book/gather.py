@@ -47,8 +47,12 @@ NOT_PROSE = re.compile(rf"{CODE.pattern}|\$[^$]*\$|^#.*?$", re.S | re.M)
 TOGETHER = re.compile(
     r"(?<=≈) (?=[\d−+-])"  # ≈ 5
     r"|(?<=\d) (?=± \d)|(?<=\d ±) (?=\d)"  # 4 ± 1
-    r"|(?<=\d) (?=(?:%|[kMGT]i?B\b|ms\b))"  # 5 %, 24 GB
+    r"|(?<=\d) (?=(?:%|[kMGT]i?B\b|ms\b|points\b))"  # 5 %, 24 GB
+    r"|(?<=\d) (?=to (?:≈ )?\d)|(?<=\d to) (?=(?:≈ )?\d)"  # 0.06 to 0.08
     r"|(?<=\b\w) (?== \d)|(?<=\b\w =) (?=\d)"  # r = 8
+    r"|(?<=\br) (?=\d)"  # LoRA r 4
+    r"|(?<=\(\d,) (?=\d\))"  # φ(8, 8)
+    r"|(?<=\w) (?=/ [a-z]\b)|(?<=\w /) (?=[a-z]\b)"  # alpha / r
 )
 # A verdict's class and sign; the notebooks' emoji need a font that not every reader has
 VERDICTS = {

@@ -95,6 +95,14 @@ def too_wide(browser, selector):
     )
 
 
+def in_columns(text):
+    """Whether printed lines, one below the other, have a gap that ends at one place."""
+    lines = [line for line in text.split("\n") if re.search(r"\S {2,}\S", line)]
+    gaps = [{gap.end() for gap in re.finditer(r" {2,}(?=\S)", line)} for line in lines]
+    aligned = any(one & other for one, other in zip(gaps, gaps[1:]))
+    return aligned or bool(re.search("[─│┌└═║]", text))
+
+
 def resize(browser, width):
     """The width of the page itself: a headless window has a smallest one."""
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -161,7 +169,26 @@ class TestEachPage:
         """On a telephone too, what is printed without columns goes on below."""
         resize(browser, WIDTHS[1])
         wide = too_wide(browser, ".cell_output .stream pre")
-        assert all(re.search(r"\S {2,}\S|[─│┌└═║]", text) for text in wide), wide
+        assert all(map(in_columns, wide)), wide
+
+    def test_no_word_is_broken_within(self, page, browser):
+        """On a telephone a long name goes on below at one of its seams."""
+        resize(browser, WIDTHS[1])
+        broken = browser.execute_script(
+            "const texts = document.createTreeWalker("
+            "  document.querySelector('article'), NodeFilter.SHOW_TEXT);"
+            "const found = [], range = document.createRange();"
+            "for (let node; (node = texts.nextNode());) {"
+            "  if (node.parentElement.closest('pre, svg, mjx-container')) continue;"
+            "  for (const word of node.data.matchAll(/[A-Za-z]{6,}/g)) {"
+            "    range.setStart(node, word.index);"
+            "    range.setEnd(node, word.index + word[0].length);"
+            "    if (range.getClientRects().length > 1) found.push(word[0]);"
+            "  }"
+            "}"
+            "return found;"
+        )
+        assert not broken, broken
 
     def test_code_keeps_its_lines(self, page, browser):
         """On a telephone too, source code that a cell shows is not set as prose."""
@@ -280,8 +307,18 @@ class TestEachPage:
         article = soup.select_one("article")
         for part in article.select("h1, h2, h3, pre, code, .math, svg"):
             part.decompose()
-        parted = re.search(r".{20}\d (?:%|±|[kMGT]i?B\b|ms\b).{9}", article.get_text())
+        text = article.get_text()
+        parted = re.search(r".{20}\d (?:%|±|[kMGT]i?B\b|ms\b|points\b).{9}", text)
+        parted = parted or re.search(r".{20}(?:\d to \d| / r\b|\(\d, \d\)).{9}", text)
         assert not parted, parted[0]
+
+    def test_names_of_models_stay_in_one_line(self, page):
+        """Llama-3-8B is not parted at its hyphens."""
+        soup = BeautifulSoup((HTML / page).read_text(encoding="utf-8"), "html.parser")
+        for name in soup.select("article")[0].find_all(string=re.compile(r"[a-z]-\d")):
+            if not name.find_parent(["pre", "code", "h1", "h2", "h3", "svg"]):
+                held = "together" in name.parent.get("class", [])
+                assert held or not re.search(r"\b[A-Z]\w+-\d", name), name
 
     def test_commas_stay_with_their_formulas(self, page):
         """Nor does a line end between a formula and the bracket before it."""

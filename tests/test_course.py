@@ -94,6 +94,7 @@ class TestTables:
             (["3.0 ± 2.0", "10 ± 9 points"], True),
             ([3, "≈ 4"], True),
             (["≈ 1.2", "–", ""], True),
+            (["**15.2**", "*28.7*", "143.5"], True),
             (["", "–"], False),
             (["1. loaded", "2. trained"], False),
             (["0.02 (at the edge)", "0.02"], False),

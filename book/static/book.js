@@ -16,12 +16,16 @@ function linkFigures() {
     link.append(image);
   }
 }
-// Printed sentences go on below; what stands in columns keeps its lines, and so does
-// code.
+// Printed sentences go on below; what stands in columns, line below line, keeps its
+// lines, and so does code.
 function wrapSentences() {
   for (const part of document.querySelectorAll(".cell_output .stream pre")) {
-    const columns = /\S {2,}\S|[─│┌└═║]/.test(part.innerText.trim());
-    part.classList.toggle("sentences", !columns);
+    const lines = part.innerText.split("\n").filter(line => /\S {2,}\S/.test(line));
+    const gaps = lines.map(line => [...line.matchAll(/ {2,}(?=\S)/g)]
+      .map(gap => gap.index + gap[0].length));
+    const columns = gaps.some((ends, n) => n && ends.some(end => gaps[n - 1].includes(end)));
+    const drawn = /[─│┌└═║]/.test(part.innerText);
+    part.classList.toggle("sentences", !columns && !drawn);
   }
 }
 // What a search shows of a page has no words of the folds ("Show the solution").

@@ -528,10 +528,10 @@ MISSING = ("", "-", "–", "—")
 
 
 def are_numbers(column) -> bool:
-    """Whether a table's column holds numbers, those too that are written as texts; some
-    may be missing."""
+    """Whether a table's column holds numbers, those too that are written as texts, in
+    **bold** say; some may be missing."""
     texts = [cell for cell in column if isinstance(cell, str) and cell not in MISSING]
-    written = all(NUMBER.fullmatch(text) for text in texts)
+    written = all(NUMBER.fullmatch(text.strip("*")) for text in texts)
     return written and any(cell not in MISSING for cell in column)
 
 
