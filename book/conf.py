@@ -174,12 +174,13 @@ def together(match):
     return hold(match) if match["before"] or match["after"] else match[0]
 
 
-# What a line must not part: 1e-4, an arrow, Llama-3-8B; in printed lines also a number's sign and
-# unit (elsewhere the spaces between them are of the kind that holds).
+# What a line must not part: 1e-4, an arrow, Llama-3-8B; in printed lines also a
+# number's sign and unit (elsewhere the spaces between them are of the kind that holds).
 HYPHENS = re.compile(r"\d[\d.]*e-\d+|-&gt;|\b[A-Z]\w+(?:-\d[\w.]*)+")
 NUMBER = r"[-+−]?\d[\d.,]*\d|[-+−]?\d"
 PRINTED = re.compile(
-    rf"{HYPHENS.pattern}|≈ (?:{NUMBER})(?: %)?|(?:{NUMBER}) (?:%|± [\d.]*\d(?: points)?)"
+    rf"{HYPHENS.pattern}|≈ (?:{NUMBER})(?: %)?"
+    rf"|(?:{NUMBER}) (?:%|± [\d.]*\d(?: points)?)"
 )
 PARTS = re.compile(rf"({FORMULA}|<pre.*?</pre>|<[^>]*>)", re.S)
 STREAM = re.compile(
