@@ -124,3 +124,18 @@ def test_a_check_says_it():
         and "(line 2 of your cell, at `alpha / r * A @ B`" in said
     )
     assert "A is (" in said and "B is (" in said
+
+
+def test_a_loop_that_cannot_begin_shows_what_it_goes_through():
+    source = "def f(x):\n    if True:\n        for p in x.foo:\n            pass\n"
+    model = nn.Linear(2, 3)
+    model.foo = nn.Linear(2, 3)
+    assert stopped(source, model) == " (line 3 of your cell, at `x.foo`)"
+
+
+def test_a_line_of_the_package_is_no_line_of_the_cell():
+    """An error that the package raises is shown where the cell calls it."""
+    source = "def f(names):\n    return LoraConfig(r=names)\n"
+    source = "from minipeft import LoraConfig\n" + source
+    text = stopped(source, -3)
+    assert text == " (line 3 of your cell, at `LoraConfig(r=names)`: names is -3)"

@@ -15,6 +15,7 @@ from ...lm import GPT, GPTConfig
 from ..comparison import compare as told_apart
 from .kinds import TRAPS, Choices, by_one_look, trap
 from .practice import SEEDS, Adam, written
+from .slips import Formula
 from .teacher import Wrong, checks, compare, need
 
 __all__ = [
@@ -40,6 +41,13 @@ class WithoutCrossEntropy(TorchFunctionMode):
             f"You call F.{name}: the exercise is to write the loss without it.",
         )
         return function(*args, **(kwargs or {}))
+
+
+def asked_loss(logits, labels):
+    logp = logits[:, :-1].log_softmax(-1)
+    target = labels[:, 1:]
+    asked = target != -100
+    return -logp[asked].gather(-1, target[asked][:, None]).mean()
 
 
 def check_large_logits(function) -> None:
@@ -144,7 +152,8 @@ def next_token_loss(function) -> None:
                 for message, wrong in mistakes.items()
                 if "rows' means" not in message
             }
-        compare(got, right, mistakes, "Your loss")
+        formula = Formula(asked_loss, logits, labels)
+        compare(got, right, mistakes, "Your loss", formula=formula)
     check_large_logits(function)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..comparison import compare as told_apart
 from .kinds import Choices
 from .practice import SEEDS, chains, loss_on_new, numbers, small_gpt
+from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -26,6 +27,15 @@ __all__ = [
 
 
 # --------------------------------------------------------------------------- adamw_step
+
+
+def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    p = p * (1 - lr * weight_decay)
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    return p - lr * m_hat / (v_hat.sqrt() + eps), m, v
 
 
 @checks(
@@ -46,7 +56,8 @@ def adamw_step(function) -> None:
             0.02,
             random.uniform(0.1, 0.4),
         )
-        got = function(p, g, m, v, t, lr, b1, b2, eps, decay)
+        given = p, g, m, v, t, lr, b1, b2, eps, decay
+        got = function(*given)
         need(
             got is not None, "Your function gives None: is there a `return` at its end?"
         )
@@ -54,6 +65,7 @@ def adamw_step(function) -> None:
             isinstance(got, (tuple, list)) and len(got) == 3,
             "Give three tensors: the new p, m and v.",
         )
+        formula = Formula(adamw, *given, whole=got)
         new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         compare(
             got[1],
@@ -78,6 +90,7 @@ def adamw_step(function) -> None:
                 "m has not changed.": m,
             },
             "The new m",
+            formula=formula,
         )
         compare(
             got[2],
@@ -105,6 +118,7 @@ def adamw_step(function) -> None:
                 "v has not changed.": v,
             },
             "The new v",
+            formula=formula,
         )
 
         def step(
@@ -173,6 +187,7 @@ def adamw_step(function) -> None:
                 ),
             },
             "The new p",
+            formula=formula,
         )
 
 

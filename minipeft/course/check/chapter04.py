@@ -22,6 +22,7 @@ from .practice import (
     small_gpt,
     without_seeding,
 )
+from .slips import Formula
 from .teacher import checks, compare, need, same
 
 __all__ = [
@@ -75,6 +76,15 @@ def wrong_scales(product, alpha, r) -> dict:
     }
 
 
+def scaled(A, B, alpha, r):
+    return alpha / r * B @ A
+
+
+def scaled_of(x, A, B, alpha, r):
+    low = x @ A.T
+    return alpha / r * low @ B.T
+
+
 @checks(
     "Your update is (alpha / r) B A, for every shape that I tried, and gradients flow"
     " through it.",
@@ -99,7 +109,8 @@ def lora_delta(function) -> None:
             wrong["In a square matrix yours lies on its side: it is B @ A."] = (
                 alpha / r * product.T
             )
-        compare(got, alpha / r * product, wrong, "Your update")
+        formula = Formula(scaled, A, B, alpha, r)
+        compare(got, alpha / r * product, wrong, "Your update", formula=formula)
 
 
 @checks(
@@ -158,6 +169,7 @@ def lora_layer(layer_class) -> None:
             mistakes,
             "Your output",
             {"A": A, "B": B, "x": x},
+            formula=Formula(scaled_of, x, A, B, alpha, r, after=base.detach().add),
         )
         check_dropout(layer_class, alpha)
         check_rate(layer_class, alpha)
@@ -765,7 +777,14 @@ def look_at_layer(slot, r, alpha):
     wrong = {m: y + w for m, w in wrong_scales(low, alpha, r).items()}
     wrong |= {twice: 2 * y + alpha / r * low, "The update never reaches the output.": y}
     right = y + alpha / r * low
-    compare(slot(x), right, wrong, "The layer's output", {"A": A, "B": B, "x": x})
+    compare(
+        slot(x),
+        right,
+        wrong,
+        "The layer's output",
+        {"A": A, "B": B, "x": x},
+        formula=Formula(scaled_of, x, A, B, alpha, r, after=y.detach().add),
+    )
     base = Base(slot, "default")
     with torch.no_grad(), LargestTensor() as watched:
         slot.adapters["default"].update(base, x)
@@ -784,7 +803,8 @@ def look_at_layer(slot, r, alpha):
     wrong["delta is the new weight itself: return what is added to it."] = (
         slot.base_layer.weight + alpha / r * product
     )
-    compare(delta, alpha / r * product, wrong, "delta(base)")
+    formula = Formula(scaled, A, B, alpha, r)
+    compare(delta, alpha / r * product, wrong, "delta(base)", formula=formula)
 
 
 def look_at_merge(model):

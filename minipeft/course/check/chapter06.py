@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .kinds import Built, Choices, judge_numbers
 from .sandbox import unwatched
+from .slips import Formula
 from .teacher import checks, compare, need, same
 
 __all__ = [
@@ -94,6 +95,12 @@ def wrong_norms(W, A, B, s) -> dict:
     }
 
 
+def expanded_norms(W, A, B, s):
+    middle = 2 * s * (B * (W @ A.T)).sum(1)
+    last = s**2 * (B * (B @ (A @ A.T))).sum(1)
+    return (W.norm(dim=1) ** 2 + middle + last).sqrt()
+
+
 def right_norms(W, A, B, s):
     return (W + s * B @ A).detach().norm(dim=1)
 
@@ -131,7 +138,13 @@ def gram_norms(function) -> None:
         got = function(W, A, B, s)
         with Largest(W.shape, allowed=(len(W), len(W))) as largest:
             unwatched(function)(W, A, B, s)
-        compare(got, right_norms(W, A, B, s), wrong_norms(W, A, B, s), "Your norm")
+        compare(
+            got,
+            right_norms(W, A, B, s),
+            wrong_norms(W, A, B, s),
+            "Your norm",
+            formula=Formula(expanded_norms, W, A, B, s),
+        )
         need(
             not largest.made,
             "The numbers are right, but you make a tensor as large as W"
@@ -145,6 +158,12 @@ def gram_norms(function) -> None:
 
 
 # ---- the faults in a layer -----------------------------------------------------------
+
+
+def dora_of_output(y, x, W, b, A, B, m, s):
+    bias = 0 if b is None else b
+    norm = (W + s * B @ A).norm(dim=1)
+    return m / norm * (y - bias + s * (x @ A.T) @ B.T) + bias
 
 
 @checks(
@@ -235,6 +254,7 @@ def one_output(function, y, x, W, b, A, B, m, s):
             "The outputs are right, but m gets no gradient: only the norm is a"
             " constant.": g.detach() * (Wx + low) + shift,
         },
+        formula=Formula(dora_of_output, y, x, W, b, A, B, m, s),
     )
 
 
@@ -317,6 +337,18 @@ def dora_cases(c: float) -> dict:
 
 
 # ---- gradients by hand ---------------------------------------------------------------
+
+
+def dora_gradients(x, W, A, B, m, s, G):
+    norm = (W + s * B @ A).norm(dim=1)
+    z = x @ W.T + s * (x @ A.T) @ B.T
+    G_z = m / norm * G
+    G_low = s * G_z @ B
+    dx = G_z @ W + G_low @ A
+    dA = G_low.T @ x
+    dB = s * G_z.T @ (x @ A.T)
+    dm = (G * z / norm).sum(0)
+    return dx, dA, dB, dm
 
 
 @checks(
@@ -408,13 +440,14 @@ def one_backward(function, x, W, A, B, m, s, G):
         None,
         right[3] * (W + s * B @ A).norm(dim=1),
     ]
+    formula = Formula(dora_gradients, x, W, A, B, m, s, G, whole=got)
     for at, name in enumerate(names):
         mistakes = {
             f"{name}: {text}": parts[at]
             for text, parts in wrong.items()
             if parts[at] is not None and not same(parts[at], right[at])
         }
-        compare(got[at], right[at], mistakes, name, learnt={})
+        compare(got[at], right[at], mistakes, name, learnt={}, formula=formula)
 
 
 def by_autograd(x, W, A, B, m, s, G, constant=True, whole=True) -> list:

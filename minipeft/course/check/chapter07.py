@@ -23,6 +23,7 @@ from .kinds import (
 )
 from .practice import python_bytes
 from .sandbox import unwatched
+from .slips import Formula
 from .teacher import checks, compare, need, same
 
 __all__ = [
@@ -33,6 +34,15 @@ __all__ = [
     "self_pruning",
     "when_it_pays",
 ]
+
+
+def sensitivity_and_uncertainty(weights, gradients, beta1, beta2):
+    I = U = torch.zeros_like(weights[0])
+    for w, g in zip(weights, gradients):
+        now = (w * g).abs()
+        I = beta1 * I + (1 - beta1) * now
+        U = beta2 * U + (1 - beta2) * (now - I).abs()
+    return I * U
 
 
 @checks("Smoothed sensitivity times smoothed uncertainty.")
@@ -137,6 +147,7 @@ def importance(function) -> None:
                 ),
             },
             "Your score",
+            formula=Formula(sensitivity_and_uncertainty, weights, gradients, *betas),
         )
 
 
@@ -194,6 +205,12 @@ def allocate(function) -> None:
         need(
             isinstance(got, dict) and set(got) == set(scores),
             "Return a dictionary with the same names.",
+        )
+        single = [name for name, mask in got.items() if isinstance(mask, bool)]
+        need(
+            not single,
+            f"{single[:1]}: one boolean, where each triplet of the matrix has its own:"
+            " give a list.",
         )
         need(
             all(one in (False, True) for mask in got.values() for one in mask),

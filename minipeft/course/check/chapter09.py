@@ -15,6 +15,7 @@ from ...slot import Base
 from ..comparison import compare as told_apart
 from .kinds import Choices, configured, told_by_the_mean
 from .practice import fit, held_entries, written
+from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -609,6 +610,7 @@ def one_layer_in_four_bits(adapter_class, W, code, size):
         right - W,
         slips_of_rounding(W, code, size, right),
         "delta(base)",
+        formula=Formula(rounding, W, code, size),
     )
     x = torch.randn(2, 3, W.shape[1], dtype=W.dtype, requires_grad=True)
     y = x @ right.T + layer.bias
@@ -668,6 +670,15 @@ def kept_in_four_bits(adapter, W, size):
         f"You keep {rest} numbers beside the bytes; {W.numel() // size} scales, and"
         " perhaps the 16 of the codebook, are all that is needed.",
     )
+
+
+def rounding(W, code, block_size):
+    rows = W.reshape(-1, block_size)
+    scale = rows.abs().amax(1, keepdim=True)
+    y = rows / torch.where(scale == 0, 1.0, scale)
+    index = torch.bucketize(y, (code[1:] + code[:-1]) / 2)
+    W_hat = (code[index] * scale).view(W.shape)
+    return W_hat - W
 
 
 def slips_of_rounding(W, code, size, right) -> dict:

@@ -17,6 +17,7 @@ from ...slot import Base
 from ..comparison import compare as told_apart
 from .kinds import TRAPS, Choices, by_one_look, configured, trap
 from .practice import fit, held, held_entries, written
+from .slips import Formula
 from .teacher import checks, compare, need, same
 
 __all__ = [
@@ -759,6 +760,11 @@ def trained_loss(adapter_class, seed: int) -> float:
 # ---- 6. what merging loses -----------------------------------------------------------
 
 
+def lost_in_merging(W, delta, quantize):
+    wanted = W + delta
+    return (quantize(wanted) - wanted).norm() / delta.norm()
+
+
 @checks(
     "What rounding does to the merged weight, measured against what the adapter wanted:"
     " the number that matters."
@@ -825,4 +831,5 @@ def merge_error(function) -> None:
             error / delta.norm(),
             mistakes,
             "Your error",
+            formula=Formula(lost_in_merging, W, delta, quantize),
         )

@@ -14,6 +14,7 @@ from ...slot import Adapter
 from ..comparison import compare as told_apart
 from .kinds import TRAPS, Choices, by_one_look, trap
 from .practice import numbers
+from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -235,6 +236,13 @@ def places(function) -> None:
     whole_numbers(positions, "positions")
 
 
+def gate(q, k, prefix_k):
+    root = q.shape[-1] ** 0.5
+    past = torch.ones(len(q), len(q)).tril().bool()
+    text = (q @ k.T / root).masked_fill(~past, -torch.inf)
+    return torch.sigmoid((q @ prefix_k.T / root).logsumexp(1) - text.logsumexp(1))
+
+
 @checks(
     "This is the gate: each token's share of attention that falls on the prefix. It"
     " lies between 0 and 1 and depends on the token's query.",
@@ -349,7 +357,8 @@ def prefix_gate(function) -> None:
                 ),
             }
         )
-        compare(got, right, slips, "Your gate")
+        formula = Formula(gate, q, k, pk)
+        compare(got, right, slips, "Your gate", formula=formula)
 
 
 # ---- the gate, predicted -------------------------------------------------------------

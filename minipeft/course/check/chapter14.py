@@ -9,6 +9,7 @@ from torch import nn
 
 from ..comparison import compare as told_apart
 from .kinds import Choices, judge_numbers, told_by_the_mean
+from .slips import Formula
 from .teacher import checks, compare, need, same
 
 __all__ = [
@@ -32,6 +33,12 @@ def draw(*shape):
 
 def leaf(*shape):
     return draw(*shape).requires_grad_()
+
+
+def attention_over_experts(y, updates, W_q, W_k, W_v):
+    scores = ((y @ W_q.T) * (updates @ W_k.T)).sum(-1)
+    p = scores.softmax(0)
+    return y + (p[..., None] * (updates @ W_v.T)).sum(0)
 
 
 @checks(
@@ -130,11 +137,17 @@ def fuse(function) -> None:
                 ),
             },
             "Your output",
+            formula=Formula(attention_over_experts, y, u, W_q, W_k, W_v),
         )
 
 
 def one_hot(scores):
     return nn.functional.one_hot(scores.argmax(0), len(scores)).movedim(-1, 0).double()
+
+
+def weighed(y, query, keys, values):
+    p = (query * keys).sum(-1).softmax(0)
+    return y + (p[..., None] * values).sum(0)
 
 
 @checks(
@@ -257,6 +270,9 @@ def fusion_module(module_class) -> None:
                     ),
                 },
                 "Your output",
+                formula=Formula(
+                    weighed, y, module.query(y), module.key(u), module.value(u)
+                ),
             )
             for p in (module.query.weight, module.key.weight, module.value.weight):
                 p += torch.randn(p.shape)
@@ -280,6 +296,10 @@ def fusion_module(module_class) -> None:
         ),
         "An expert's weight has changed.",
     )
+
+
+def distance(W_v, one, strength):
+    return strength * (W_v - one).square().sum()
 
 
 @checks("The distance from the identity, squared and summed.")
@@ -342,6 +362,7 @@ def fusion_penalty(function) -> None:
                 "That is each entry's part: sum them.": strength * off.square(),
             },
             "Your penalty",
+            formula=Formula(distance, W, torch.eye(d).double(), strength),
         )
 
 

@@ -13,6 +13,7 @@ from ... import Base, LayerConfig, LinearDelta, LoraConfig, get_peft_model
 from ..comparison import compare as told_apart
 from .kinds import Choices, by_one_look, judge_numbers, told_by_the_mean
 from .practice import LargestTensor
+from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -368,6 +369,15 @@ def nearest(M, r):
     return U[:, :r] * S[:r] @ V[:r]
 
 
+def merged_from_factors(adapters, weights, r):
+    A = torch.cat([a for a, b, s in adapters])
+    B = torch.cat([w * s * b for (a, b, s), w in zip(adapters, weights)], 1)
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, S, V = torch.linalg.svd(R_B @ R_A.T)
+    return (Q_B @ (U[:, :r] * S[:r])) @ (V[:r] @ Q_A.T)
+
+
 def one_merge(function, adapters, weights, r, dense):
     kept = copy.deepcopy(adapters)
     with LargestTensor() as watched:
@@ -427,7 +437,8 @@ def one_merge(function, adapters, weights, r, dense):
         "The weights are in it twice (in A and in B).": nearest(twice, r),
     }
     mistakes = {m: wrong for m, wrong in mistakes.items() if not same(wrong, right)}
-    compare(B @ A, right, mistakes, "B A")
+    formula = Formula(merged_from_factors, kept, weights, r)
+    compare(B @ A, right, mistakes, "B A", formula=formula)
     need(
         all(
             torch.equal(p, q)
@@ -520,6 +531,10 @@ def one_layer_config(adapter_class):
     return Configured(target_modules=["0"])
 
 
+def mixed(weights, experts):
+    return sum(w * expert for w, expert in zip(weights, experts))
+
+
 def compare_mixture(model, x):
     slot = model.get_base_model()[0]
     mixture = slot.adapters["mixture"]
@@ -568,13 +583,16 @@ def compare_mixture(model, x):
             "Only the first two experts are heard.": y
             + sum(w_i * x @ delta.T for w_i, delta in zip(w[:2], deltas)),
         }
-        compare(slot(x), right, mistakes, "The layer's output")
+        updates = [x @ delta.T for delta in deltas]
+        formula = Formula(mixed, w, updates, after=lambda total, y=y: y + total)
+        compare(slot(x), right, mistakes, "The layer's output", formula=formula)
         base = Base(slot, "mixture")
         compare(
             mixture.delta(base),
             sum(w_i * delta for w_i, delta in zip(w, deltas)),
             {"delta misses the scaling α/r.": sum(map(torch.mul, w, plain))},
             "delta(base)",
+            formula=Formula(mixed, w, deltas),
         )
         gradients_of_mixture(slot, mixture, deltas, x)
         with torch.no_grad():

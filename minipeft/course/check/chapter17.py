@@ -12,6 +12,7 @@ from ..comparison import compare as told_apart
 from .chapter06 import Largest
 from .kinds import Choices, told_by_the_mean
 from .practice import written
+from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -474,6 +475,12 @@ def permuted(W, heads, back=False):
     return W.reshape(shape).transpose(1, 2).reshape(out, k)
 
 
+def in_halves(A, B, heads):
+    half = len(B) // heads // 2
+    moved = B.reshape(heads, 2, half, -1).transpose(1, 2).reshape(B.shape)
+    return moved @ A
+
+
 @checks(
     "The rows of B move, and A can stay: (PB)A is P(BA).",
     "A is (r, k), B (heads · head_dim, r). Return (A, B) in llama.cpp's order.",
@@ -531,6 +538,7 @@ def gguf_lora(function) -> None:
                 " the head.": permuted(B, 1) @ A,
             },
             "Your B A",
+            formula=Formula(in_halves, A, B, heads),
         )
 
 

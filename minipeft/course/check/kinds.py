@@ -229,9 +229,12 @@ class Built:
             for p in self.adapter.parameters():
                 p.copy_(size * torch.randn_like(p))
 
-    def compare(self, delta, mistakes: dict, same_values: dict | None = None) -> None:
+    def compare(
+        self, delta, mistakes: dict, same_values: dict | None = None, formula=None
+    ) -> None:
         """The output, its gradients, `delta` and the merged layer are those of W +
-        delta. mistakes, same_values: {message: another delta}."""
+        delta. mistakes, same_values: {message: another delta}; formula: a
+        slips.Formula of delta."""
         x = self.x.clone().requires_grad_()
         learnt = dict(self.adapter.named_parameters()) | {"x": x}
 
@@ -245,8 +248,16 @@ class Built:
             "The layer's output",
             learnt=learnt,
             same_values={m: output(wrong) for m, wrong in (same_values or {}).items()},
+            formula=formula and formula.then(output),
         )
-        compare(self.delta(), delta.detach(), mistakes, "delta(base)", learnt={})
+        compare(
+            self.delta(),
+            delta.detach(),
+            mistakes,
+            "delta(base)",
+            learnt={},
+            formula=formula,
+        )
         self.check_merging()
 
     def delta(self):

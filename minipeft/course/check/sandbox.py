@@ -199,6 +199,7 @@ class Watch:
     def __init__(self):
         self.returned = NOTHING
         self.names = {}  # id of a tensor: the parameter's name
+        self.given = {}  # a parameter's name: what it was in the last call
 
     def wrap(self, answer, in_place: bool):
         """A function that notes what `answer` returns; other answers as they are."""
@@ -209,6 +210,7 @@ class Watch:
         def watched(*args, **kwargs):
             named = names_of(answer, args)
             self.names |= {id(arg): name for name, arg in named.items()}
+            self.given = named
             before = {name: copied(arg) for name, arg in named.items()}
             self.returned = plain(answer(*args, **kwargs))
             changed = [

@@ -7,6 +7,7 @@ and what each of its names held.
 import ast
 import itertools
 import linecache
+import textwrap
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 
@@ -14,13 +15,16 @@ import torch
 from torch import nn
 
 SHOWN = 90  # characters of an expression
+PACKAGE = Path(__file__).parents[2]
 
 
 def place(error: BaseException) -> str:
-    """The deepest place that is neither the course's nor a library's, or nothing."""
+    """The deepest place that is neither the package's nor a library's, or nothing;
+    "<string>" is a dataclass's own `__init__`."""
     where, trace = "", error.__traceback__
     while trace is not None:
-        if of_the_learner(trace.tb_frame.f_code.co_filename):
+        file = trace.tb_frame.f_code.co_filename
+        if of_the_learner(file) and not (where and file == "<string>"):
             where = f" (line {trace.tb_lineno} of your cell{at(trace)})"
         trace = trace.tb_next
     return where
@@ -28,7 +32,7 @@ def place(error: BaseException) -> str:
 
 def of_the_learner(file: str) -> bool:
     return (
-        Path(file).parent != Path(__file__).parent
+        PACKAGE not in Path(file).parents
         and "site-packages" not in file
         and "/lib/python" not in file
     )
@@ -38,10 +42,10 @@ def at(trace: TracebackType) -> str:
     """The expression that failed, and what its names held."""
     text = expression(trace.tb_frame.f_code, trace.tb_lasti)
     try:
-        tree = ast.parse(text, mode="eval") if text else None
-    except SyntaxError:  # a statement, such as `raise` or a loop's head
+        tree = ast.parse(text, mode="eval")
+    except SyntaxError:
         return ""
-    if tree is None or len(text) > SHOWN:
+    if len(text) > SHOWN:
         return ""
     values = [(name, held(node, trace.tb_frame)) for name, node in names(tree)]
     told = [f"{name} is {value}" for name, value in values if value]
@@ -60,7 +64,20 @@ def expression(code: CodeType, instruction: int) -> str:
     ]
     lines[-1] = lines[-1][:end]
     lines[0] = lines[0][begin:]
-    return " ".join(b"".join(lines).decode(errors="ignore").split())
+    text = b"".join(lines).decode(errors="ignore")
+    return looped_over(text, begin) or " ".join(text.split())
+
+
+def looped_over(text: str, begin: int) -> str:
+    """Where a whole loop failed, what it goes through; else nothing. begin: how far
+    the first line was indented."""
+    if not text.startswith("for "):
+        return ""
+    try:
+        (loop,) = ast.parse(textwrap.dedent(" " * begin + text)).body
+    except SyntaxError:
+        return ""
+    return ast.unparse(loop.iter)
 
 
 def names(tree: ast.AST) -> list:

@@ -195,9 +195,11 @@ def compare(
     what: str,
     learnt: dict | None = None,
     same_values: dict | None = None,
+    formula=None,
 ) -> None:
     """Raise the message of the known mistake that gives what the learner got; mistakes:
-    {message: the wrong result}.
+    {message: the wrong result}. formula: a slips.Formula, for mistakes in one step of
+    it.
 
     The gradients are compared too, for every leaf of the graph of `right` that the
     learner's function was given, or for those of learnt: {name: leaf}. same_values:
@@ -221,6 +223,8 @@ def compare(
     for message, wrong in mistakes.items():
         if same(got, wrong):
             raise Wrong(message)
+    if formula is not None:
+        formula.explain(got, what)
     need(
         got.shape == right.shape,
         f"{what} has the shape {tuple(got.shape)}; expected {tuple(right.shape)}.",
@@ -251,18 +255,12 @@ def difference(got, right, what: str) -> str:
 
 def kind_of_difference(got, right, error: float) -> str:
     """What is wrong with numbers of the right shape, where that can be seen from them
-    alone: a factor, another order, some of the entries, or rounding."""
-    factor = ((got * right).sum() / right.square().sum()).item()
-    if got.numel() > 1 and same(got, factor * right):
-        return (
-            f"it is {factor:.4g} times what the formula gives: a factor is missing, or"
-            " there is one too many."
-        )
-    if got.numel() > 1 and same(got.flatten().sort()[0], right.flatten().sort()[0]):
-        return (
-            "the numbers are right, in other places: something is transposed, flipped,"
-            " sorted, or read in another order."
-        )
+    alone: a factor, a term, another order, some of the entries, or rounding."""
+    if got.numel() > 1:
+        looks = of_a_factor, of_signs, of_order, of_a_term
+        words = next(filter(None, (look(got, right) for look in looks)), "")
+        if words:
+            return words
     fits = (got - right).abs() <= TOLERANCE * right.abs().max()
     first = [int(at) for at in (~fits).nonzero()[0]]
     if 0.1 <= fits.double().mean() and fits.numel() > 1:
@@ -271,11 +269,83 @@ def kind_of_difference(got, right, error: float) -> str:
             f" wrong one is {first}: {got[tuple(first)]:.4g} instead of"
             f" {right[tuple(first)]:.4g}."
         )
+    words = of_one_dimension(got, right)
+    if words:
+        return words
     if error < 0.01:
         return (
             f"it is nearly right, but off by {100 * error:.2g} % of the largest entry,"
             " more than rounding in 32 bits: do you compute in 16 bits, or add an ε?"
         )
+    return ""
+
+
+def of_a_factor(got, right) -> str:
+    factor = ((got * right).sum() / right.square().sum()).item()
+    if same(got, factor * right):
+        return (
+            f"it is {factor:.4g} times what the formula gives: a factor is missing, or"
+            " there is one too many."
+        )
+    powers = {"the square": right.square(), "the root": right.abs().sqrt()}
+    powers["one divided by it"] = 1 / right
+    for words, power in powers.items():
+        if same(got, power):
+            return f"it is {words}, where the formula gives the number itself."
+    return ""
+
+
+def of_signs(got, right) -> str:
+    if not same(got.abs(), right.abs()):
+        return ""
+    off = int((got.sign() != right.sign()).sum())
+    return (
+        f"the sizes are right, and {off} of {got.numel()} signs are not: an absolute"
+        " value is taken or left out, or a part has the other sign."
+    )
+
+
+def of_order(got, right) -> str:
+    if same(got.flatten().sort()[0], right.flatten().sort()[0]):
+        return (
+            "the numbers are right, in other places: something is transposed, flipped,"
+            " sorted, or read in another order."
+        )
+    return ""
+
+
+def of_a_term(got, right) -> str:
+    """The same number everywhere, or one of the arguments, is added or left out."""
+    off = got - right
+    if same(off, off.mean().expand_as(off)):
+        return f"every entry is off by {off.mean():.4g}: one term more, or one less."
+    found = {}
+    for name, given in watch.given.items():
+        if isinstance(given, torch.Tensor) and given.shape == off.shape:
+            given = given.detach().double()
+            factor = ((off * given).sum() / given.square().sum()).item()
+            if given.any() and same(off, factor * given):
+                found[name] = factor
+    if len(found) != 1:
+        return ""
+    ((name, factor),) = found.items()
+    return f"it is off by {factor:.4g} times `{name}`."
+
+
+def of_one_dimension(got, right) -> str:
+    """Along one dimension it is right but for a factor, or for a term."""
+    for dim, size in enumerate(got.shape):
+        if got.dim() < 2 or size < 2 or right.square().sum(dim).min() == 0:
+            continue
+        factor = (got * right).sum(dim, True) / right.square().sum(dim, True)
+        term = (got - right).mean(dim, True)
+        for words, other in (("factor", factor * right), ("term", term + right)):
+            if same(got, other):
+                return (
+                    f"along dimension {dim} all entries are off by one {words}, and"
+                    f" elsewhere by another: a {words} is computed over the wrong"
+                    " dimension, or missing."
+                )
     return ""
 
 
