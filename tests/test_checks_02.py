@@ -272,7 +272,7 @@ def test_accumulated_oracle_is_autograd():
         ("two at a time", halved),
         ("last batch's gradient", lambda grads, labels: grads[-1]),
         ("in place", adds_into_the_first),
-        ("none of the usual slips", lambda grads, labels: weighed(grads, labels) + 1),
+        ("every entry is off by 1", lambda grads, labels: weighed(grads, labels) + 1),
         ("is there a `return`", lambda grads, labels: None),
         ("nothing here yet", stub),
     ],
@@ -683,7 +683,7 @@ def test_fine_tune_right_answers(answer):
         ("Nothing decays", tuned(decays=lambda p: False)),
         ("got into the gradient", tuned(maker=torch.optim.Adam)),
         ("plain gradient descent", tuned(maker=torch.optim.SGD)),
-        ("none of the usual slips", tuned(maker=torch.optim.NAdam)),
+        ("every entry is off by 1", tuned(maker=torch.optim.NAdam)),
         ("The rate rises on and on", tuned(rate=lambda lr, t, w: lr * t / w)),
         (
             "set behind the step",

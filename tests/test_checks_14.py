@@ -600,7 +600,7 @@ def test_the_fewest_by_the_mean():
         ),
         (
             "fusion_module",
-            "right shape, but differs",
+            "after .eval() is what the formula gives when the term",
             with_forward(lambda s, y: attend(s, y) if s.training else y),
         ),
         (

@@ -11,7 +11,7 @@ from torch import nn
 
 from ... import Base, LayerConfig, LinearDelta, get_peft_model
 from ..comparison import compare as told_apart
-from .kinds import Choices
+from .kinds import Choices, update_fits
 from .practice import (
     SEEDS,
     Adam,
@@ -766,6 +766,8 @@ def look_at_layer(slot, r, alpha):
     check_shapes(A, B, r, d_in, d_out)
     x = torch.randn(2, 5, d_in, dtype=torch.float64, requires_grad=True)
     y = slot.base_layer(x)
+    lies_on_its_side(adapter, slot)
+    update_fits(slot, x)
     start = slot(x)
     twice = "update holds the base's output too: LinearDelta adds it."
     need(not same(start, 2 * y), twice)
@@ -794,10 +796,6 @@ def look_at_layer(slot, r, alpha):
         " `update(base, x)`: x meets A first, then B.",
     )
     delta = slot.adapters["default"].delta(base)
-    need(
-        not (isinstance(delta, torch.Tensor) and delta.shape == (d_in, d_out)),
-        "delta lies on its side: a weight is (d_out, d_in), and so is B @ A.",
-    )
     product = B @ A
     wrong = wrong_scales(product, alpha, r)
     wrong["delta is the new weight itself: return what is added to it."] = (
@@ -805,6 +803,16 @@ def look_at_layer(slot, r, alpha):
     )
     formula = Formula(scaled, A, B, alpha, r)
     compare(delta, alpha / r * product, wrong, "delta(base)", formula=formula)
+
+
+def lies_on_its_side(adapter, slot):
+    delta = adapter.delta(Base(slot, "default"))
+    need(
+        not isinstance(delta, torch.Tensor)
+        or delta.shape != slot.base_layer.weight.T.shape
+        or delta.shape[0] == delta.shape[1],
+        "delta lies on its side: a weight is (d_out, d_in), and so is B @ A.",
+    )
 
 
 def look_at_merge(model):

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..comparison import compare as told_apart
 from .kinds import TURNED, Built, Choices, judge_numbers
+from .slips import Formula
 from .teacher import checks, need, same
 
 __all__ = [
@@ -397,6 +398,11 @@ def no_plan(got, wanted) -> str:
 # ---- PiSSA without touching the base -------------------------------------------------
 
 
+def since_the_start(A, B, start, alpha, r):
+    s = alpha / r
+    return s * (B @ A - start)
+
+
 @checks(
     "The start of PiSSA, and a base that stays what it was: what is added is the change"
     " since the start.",
@@ -428,7 +434,9 @@ def pissa_adapter(config_class) -> None:
             - best,
         }
         right = s * B @ A - best
-        built.compare(right, {m: w for m, w in mistakes.items() if not same(w, right)})
+        mistakes = {m: w for m, w in mistakes.items() if not same(w, right)}
+        formula = Formula(since_the_start, A, B, best / s, alpha, r)
+        built.compare(right, mistakes, formula=formula)
     Built(config_class, 8, 10, r=2, lora_alpha=4).check_learning()
 
 

@@ -463,6 +463,11 @@ def by_autograd(x, W, A, B, m, s, G, constant=True, whole=True) -> list:
 # ---- a DoRA of the columns -----------------------------------------------------------
 
 
+def columns_scaled(W, A, B, m, alpha, r):
+    V = W + alpha / r * B @ A
+    return m * V / V.norm(dim=0) - W
+
+
 @checks(
     "One length for each input, a constant norm, a start at the base, and a merge: this"
     " is the paper's formula, read literally.",
@@ -523,6 +528,7 @@ def column_dora(config_class) -> None:
                 "The outputs are right, but the norm is not detached: it is a constant"
                 " to the backward pass.": moving
             },
+            Formula(columns_scaled, built.W, A, B, m, alpha, r),
         )
         look_at_another_weight(built, alpha / r)
     Built(config_class, 8, 10, r=2, lora_alpha=4).check_learning()

@@ -600,6 +600,10 @@ def one_decomposition(got, B, E, A) -> None:
 # ---- an adapter that prunes itself ---------------------------------------------------
 
 
+def triplets(A, B, E, alpha, r):
+    return alpha / r * B * E @ A
+
+
 @checks(
     "Triplets that start silent, and a pruning that keeps the largest and leaves the"
     " parameters themselves in place.",
@@ -633,7 +637,8 @@ def self_pruning(config_class) -> None:
             "delta is the new weight itself: return what is added to W.": built.W
             + s * B * E @ A,
         }
-        built.compare(s * B * E @ A, mistakes)
+        formula = Formula(triplets, A, B, E, alpha, r)
+        built.compare(s * B * E @ A, mistakes, formula=formula)
         check_pruning(built, [r, r - 1, 1, 0])
     Built(config_class, 8, 10, r=3, lora_alpha=6).check_learning(steps=60)
 

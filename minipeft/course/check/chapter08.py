@@ -22,6 +22,7 @@ from .kinds import (
 )
 from .practice import python_bytes
 from .sandbox import unwatched
+from .slips import Formula
 from .teacher import TOLERANCE, checks, compare, need
 
 __all__ = [
@@ -450,6 +451,11 @@ def a_verdict_within(verdict, runs, budget: int, plain: str, verdicts) -> None:
 # ---- a Kronecker adapter -------------------------------------------------------------
 
 
+def applied(x, C, D):
+    X = x.unflatten(-1, (C.shape[1], len(D)))
+    return (C @ X @ D.T).flatten(-2)
+
+
 @checks(
     "C ⊗ D, silent at the start, applied by reshaping and merged when asked: a LoKr of"
     " your own.",
@@ -492,7 +498,7 @@ def kron_adapter(config_class) -> None:
             parts.shape
         )
         mistakes["The change is in it twice."] = 2 * parts
-        built.compare(right, mistakes)
+        built.compare(right, mistakes, update=Formula(applied, built.x, C, D))
         base = Base(built.slot, "default")
         row = built.x[:1, 0]  # (1, d_in)
         with torch.no_grad(), Largest(built.W.shape) as largest:

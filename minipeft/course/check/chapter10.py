@@ -58,6 +58,10 @@ def four_bit_product(function_class) -> None:
         one_product(function_class, W, x)
 
 
+def product(x, W):
+    return x @ W.T
+
+
 def one_product(function_class, W, x):
     calls, kept = [], []
 
@@ -79,7 +83,7 @@ def one_product(function_class, W, x):
         mistakes["You compute x Ŵ. A layer's weight is (d_out, d_in): x Ŵᵀ."] = (
             x @ W
         ).detach()
-    compare(y.detach(), right, mistakes, "Your output")
+    compare(y.detach(), right, mistakes, "Your output", formula=Formula(product, x, W))
     need(
         y.requires_grad,
         "Your output has lost touch with x: nothing below this layer could learn.",
@@ -615,7 +619,11 @@ def adapter_of_one(adapter_class, W, Q, r, s):
     base = Base(slot, "default")
     lost = W - Q
     compare(
-        adapter.delta(base).detach(), best(lost, r), slips_of_start(W, Q, r, s), "s B A"
+        adapter.delta(base).detach(),
+        best(lost, r),
+        slips_of_start(W, Q, r, s),
+        "s B A",
+        formula=Formula(started, W, Q, r, s),
     )
     equation_holds(slot, adapter, base, W, s)
     before = slot(torch.eye(len(W.T), dtype=W.dtype)).detach()
@@ -627,6 +635,14 @@ def adapter_of_one(adapter_class, W, Q, r, s):
         "Your adapter keeps something as large as W beside A and B (in a list, or in a"
         " closure?).",
     )
+
+
+def started(W, Q, r, s):
+    U, S, V = torch.linalg.svd(W - Q, full_matrices=False)
+    root = (S[:r] / s).sqrt()
+    A = root[:, None] * V[:r]
+    B = U[:, :r] * root
+    return s * B @ A
 
 
 def slips_of_start(W, Q, r, s) -> dict:
@@ -826,8 +842,10 @@ def merge_error(function) -> None:
         }
         got = function(W.clone(), delta.clone(), quantize)
         need(got is not None, "Your result is None: is there a `return` at the end?")
+        if not isinstance(got, torch.Tensor) or got.numel() == 1:
+            got = torch.as_tensor(got, dtype=torch.float64).reshape(())
         compare(
-            torch.as_tensor(got, dtype=torch.float64).reshape(()),
+            got,
             error / delta.norm(),
             mistakes,
             "Your error",

@@ -13,6 +13,7 @@ from ...lm import GPT, GPTConfig
 from ..comparison import compare as told_apart
 from .kinds import Choices, configured
 from .practice import fit, written
+from .slips import Formula
 from .teacher import checks, compare, need, same
 
 __all__ = [
@@ -40,6 +41,10 @@ def draw():
 
 
 # ---- 1. the faults in an equation ----------------------------------------------------
+
+
+def bottleneck(h, W_down, b_down, W_up, b_up, act):
+    return h + act(h @ W_down.T + b_down) @ W_up.T + b_up
 
 
 @checks(
@@ -108,6 +113,7 @@ def sequential_adapter(function) -> None:
             },
             "Your output",
             dict(zip(("h", "W_down", "b_down", "W_up", "b_up"), given)),
+            formula=Formula(bottleneck, *given, act),
         )
 
 
@@ -200,6 +206,11 @@ def predict_changes(predicted, steps=1) -> None:
 # ---- 3. the one kind that can be merged ----------------------------------------------
 
 
+def folded(W, b, W_down, b_down, W_up, b_up):
+    step = W_up @ W_down
+    return W + step @ W, b + step @ b + W_up @ b_down + b_up
+
+
 @checks(
     "The same outputs without the adapter. So what keeps a real adapter from being"
     " merged is its activation alone.",
@@ -227,6 +238,7 @@ def fold_linear_adapter(function) -> None:
             "Give me two tensors: return W_new, b_new.",
         )
         step = up @ down
+        formula = Formula(folded, W, b, down, b_down, up, b_up, whole=got)
         compare(
             got[0],
             W + step @ W,
@@ -247,6 +259,7 @@ def fold_linear_adapter(function) -> None:
                 " stands on the right.": W + W @ step if more == 0 else None,
             },
             "W_new",
+            formula=formula,
         )
         right = b + step @ b + up @ b_down + b_up
         compare(
@@ -267,6 +280,7 @@ def fold_linear_adapter(function) -> None:
                 " of b, are missing.": up @ b_down + b_up,
             },
             "b_new",
+            formula=formula,
         )
 
 

@@ -269,7 +269,7 @@ def fusion_module(module_class) -> None:
                         y + torch.einsum("nbt,nbtd->btd", scores.softmax(0), u)
                     ),
                 },
-                "Your output",
+                "Your output" if training else "Your output after .eval()",
                 formula=Formula(
                     weighed, y, module.query(y), module.key(u), module.value(u)
                 ),

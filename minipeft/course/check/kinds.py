@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from ... import Base, LayerConfig, get_peft_model
+from ... import Base, LayerConfig, LinearDelta, get_peft_model
 from .practice import fit, numbers
 from .teacher import Wrong, compare, need, same
 
@@ -171,6 +171,27 @@ def configured(make):
     return Configured
 
 
+@torch.no_grad()
+def update_fits(slot, x, name: str = "default") -> None:
+    """A LinearDelta's two answers have the shapes of what they are added to."""
+    adapter, base = slot.adapters[name], Base(slot, name)
+    delta = adapter.delta(base)
+    need(
+        isinstance(delta, torch.Tensor),
+        f"delta(base) should be a tensor; yours is a {type(delta).__name__}.",
+    )
+    answers = {
+        "delta(base)": (delta, slot.base_layer.weight),
+        "update(base, x)": (adapter.update(base, x), slot.base_layer(x)),
+    }
+    for what, (mine, there) in answers.items():
+        need(
+            not isinstance(mine, torch.Tensor) or mine.shape == there.shape,
+            f"{what} has the shape {tuple(getattr(mine, 'shape', ()))}, and what it is"
+            f" added to has {tuple(there.shape)}.",
+        )
+
+
 class Built:
     """A learner's method on one linear layer: `layer` is frozen, `adapter` is the
     learner's, `model` the PeftModel around both."""
@@ -211,6 +232,8 @@ class Built:
 
     def check_start(self) -> None:
         """At first the model is the base, bit for bit in its weights."""
+        if isinstance(self.adapter, LinearDelta):
+            update_fits(self.slot, self.x)
         need(
             torch.equal(self.layer.weight, self.W),
             "You change the base's weight: what you learn belongs into the adapter.",
@@ -230,17 +253,25 @@ class Built:
                 p.copy_(size * torch.randn_like(p))
 
     def compare(
-        self, delta, mistakes: dict, same_values: dict | None = None, formula=None
+        self,
+        delta,
+        mistakes: dict,
+        same_values: dict | None = None,
+        formula=None,
+        update=None,
     ) -> None:
         """The output, its gradients, `delta` and the merged layer are those of W +
-        delta. mistakes, same_values: {message: another delta}; formula: a
-        slips.Formula of delta."""
+        delta. mistakes, same_values: {message: another delta}; formula, update: a
+        slips.Formula of delta, and one of what `update` gives, if it is another."""
         x = self.x.clone().requires_grad_()
         learnt = dict(self.adapter.named_parameters()) | {"x": x}
 
         def output(change):
             return nn.functional.linear(x, self.W + change, self.layer.bias)
 
+        formula_of_output = formula and formula.then(output)
+        if update is not None:
+            formula_of_output = update.then(output(0 * self.W).detach().add)
         compare(
             self.slot(x),
             output(delta),
@@ -248,7 +279,7 @@ class Built:
             "The layer's output",
             learnt=learnt,
             same_values={m: output(wrong) for m, wrong in (same_values or {}).items()},
-            formula=formula and formula.then(output),
+            formula=formula_of_output,
         )
         compare(
             self.delta(),
@@ -281,6 +312,8 @@ class Built:
         y = nn.functional.linear(x, target, self.layer.bias).detach()
         learnt = [p for p in self.model.parameters() if p.requires_grad]
         losses = []
+        if isinstance(self.adapter, LinearDelta):
+            update_fits(self.slot, x)
 
         def loss():
             distance = (self.slot(x) - y).square().mean()

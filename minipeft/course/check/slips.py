@@ -13,6 +13,7 @@ import copy
 import functools
 import inspect
 import textwrap
+import warnings
 
 import torch
 
@@ -50,13 +51,14 @@ class Formula:
     def steps_that_give(self, got) -> list:
         """The ways of doing one step otherwise that give this, in words."""
         right, found = self.result(self.function), []
-        for words, other in variations(self.function):
-            try:
-                wrong = self.result(other)
-            except Exception:  # the shapes no longer fit, or there is no such dimension
-                continue
-            if alike(got, wrong) and not alike(wrong, right):
-                found.append(words)
+        with warnings.catch_warnings(action="ignore"):
+            for words, other in variations(self.function):
+                try:
+                    wrong = self.result(other)
+                except Exception:  # shapes that do not fit, a dimension that is not
+                    continue
+                if alike(got, wrong) and not alike(wrong, right):
+                    found.append(words)
         return list(dict.fromkeys(found))
 
     def result(self, function):
