@@ -652,6 +652,16 @@ def always(params, clip):
             p.grad.mul_(clip / (total + 1e-6))
 
 
+def without_biases(model, *given):
+    few = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
+    for p in few:
+        p.requires_grad_(False)
+    losses = tune(model, *given)
+    for p in few:
+        p.requires_grad_(True)
+    return losses
+
+
 def on_a_copy(model, *given):
     return tune(copy.deepcopy(model), *given)
 
@@ -683,7 +693,8 @@ def test_fine_tune_right_answers(answer):
         ("Nothing decays", tuned(decays=lambda p: False)),
         ("got into the gradient", tuned(maker=torch.optim.Adam)),
         ("plain gradient descent", tuned(maker=torch.optim.SGD)),
-        ("every entry is off by 1", tuned(maker=torch.optim.NAdam)),
+        ("none of the usual slips", tuned(maker=torch.optim.NAdam)),
+        ("not trained, for no parameter group", without_biases),
         ("The rate rises on and on", tuned(rate=lambda lr, t, w: lr * t / w)),
         (
             "set behind the step",

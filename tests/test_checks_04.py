@@ -631,6 +631,7 @@ def test_my_lora_right_answers(answer):
             own(update=lambda s, b, x: x @ s.delta(b).T),
         ),
         ("delta lies on its side", own(delta=lambda s, b: Own.delta(s, b).T)),
+        ("update(base, x) has the shape", own(update=lambda s, b, x: x @ s.A.T)),
         ("alpha / r is missing", own(delta=lambda s, b: s.B @ s.A)),
         ("The bias is added twice", own(update=with_bias)),
         ("the new weight itself", own(delta=lambda s, b: b.weight + Own.delta(s, b))),

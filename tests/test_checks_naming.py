@@ -8,6 +8,7 @@ import random
 
 import mutants
 import pytest
+import torch
 
 from minipeft.course import check
 from minipeft.course.check import sandbox
@@ -265,6 +266,33 @@ def test_ranks_by_the_test_loss_in_every_form():
     ):
         verdict = check.choose_rank(answer)
         assert not verdict and says in verdict.message, verdict.message
+
+
+# ---------------------------------------------------------- one step of a formula
+
+STEPWISE = [
+    *("adamw_step", "next_token_loss", "gram_norms", "dora_output", "dora_backward"),
+    *("importance", "merge_error", "prefix_gate", "fuse", "fusion_penalty"),
+    *("best_merge", "gguf_lora", "lora_delta", "sequential_adapter"),
+    *("fold_linear_adapter", "loha_as_lora"),
+]
+
+
+def disturbed(result):
+    """The same with every number off by some per cent, each by others."""
+    if isinstance(result, list | tuple):
+        return type(result)(map(disturbed, result))
+    return result * (1.05 + 0.1 * torch.rand_like(result))
+
+
+@pytest.mark.parametrize("name", STEPWISE)
+def test_a_result_that_no_step_gives_has_no_name(name):
+    _, source, names, settings = SOLUTIONS[name]
+    (solution,) = mutants.built(ast.parse(source), names)
+    judge = functools.partial(getattr(check, name), **settings)
+    assert judge(solution)
+    verdict = judge(lambda *given: disturbed(solution(*given)))
+    assert not verdict and "what the formula gives when" not in verdict.message
 
 
 # ------------------------------------------------------------------- an untouched stub

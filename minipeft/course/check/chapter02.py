@@ -563,7 +563,7 @@ def reference_run(model, batches, lr, warmup, clip, decay, slip=None):
         sums = grads = clipped(grads, clip, slip)
         with torch.no_grad():
             for i, (p, g) in enumerate(zip(params, grads)):
-                rate = lr * warmed_up(t, warmup, p, slip)
+                rate = (slip == "no rate" or lr) * warmed_up(t, warmup, p, slip)
                 if slip in ("L2", "SGD"):
                     g = g + decay * decays(p, slip) * p
                 else:
@@ -624,6 +624,7 @@ SLIPS = {
     "from 0": "Your first step has the rate 0: it is step 1 of `warmup`.",
     "no end": "The rate rises on and on: after the warm-up it stays at lr, so"
     " min(1, t / warmup).",
+    "no rate": "The rate is lr times the share of the warm-up: lr is missing.",
     "late": "The rate is set behind the step, so each step has the one before: set it"
     " first.",
     "one ahead": "The rate is one step ahead: step 1 has lr / warmup.",
@@ -692,6 +693,21 @@ def weights_of(model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def look_at_still_ones(model, start, right) -> None:
+    """Parameters that have not moved, and should have."""
+    before, wanted = (dict(one.named_parameters()) for one in (start, right))
+    still = [
+        name
+        for name, p in model.named_parameters()
+        if torch.equal(p, before[name]) and not torch.equal(p, wanted[name])
+    ]
+    need(
+        not still,
+        f"{', '.join(still[:3])}{' …' * (len(still) > 3)}: not trained, for no"
+        " parameter group has the parameter itself.",
+    )
+
+
 def judge_run(got, model, start, batches, settings):
     table = model.model.get_input_embeddings().weight
     need(
@@ -714,6 +730,9 @@ def judge_run(got, model, start, batches, settings):
     if not same(mine, right):
         for slip, message in SLIPS.items():
             need(not same(mine, by(slip)[0]), message)
+        other = copy.deepcopy(start)
+        reference_run(other, batches, *settings)
+        look_at_still_ones(model, start, other)
         raise Wrong(
             "After 7 batches your weights are not those of the formula, and it is none"
             " of the usual slips. Compare one step: the gradient's norm, the rate, and"

@@ -255,6 +255,12 @@ def loha_as_lora(function) -> None:
         )
 
 
+def by_terms(B1, A1, B2, A2):
+    B = (B1[:, :, None] * B2[:, None, :]).flatten(1)
+    A = (A1[:, None, :] * A2[None, :, :]).flatten(0, 1)
+    return B @ A
+
+
 def compare_loha(made, B1, A1, B2, A2) -> None:
     def terms(order):
         """Column i, j of B meets row order(i, j) of A."""
@@ -297,7 +303,8 @@ def compare_loha(made, B1, A1, B2, A2) -> None:
         if not torch.allclose(wrong, right)
     }
     learnt = {"B1": B1, "A1": A1, "B2": B2, "A2": A2}
-    compare(made, right, mistakes, "B A", learnt=learnt)
+    formula = Formula(by_terms, B1, A1, B2, A2)
+    compare(made, right, mistakes, "B A", learnt=learnt, formula=formula)
 
 
 # ---- a choice within a budget --------------------------------------------------------
