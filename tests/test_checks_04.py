@@ -53,7 +53,7 @@ def test_lora_delta_solution():
         ("lost touch", lambda A, B, alpha, r: alpha / r * (B @ A).detach()),
         ("is there a `return`", lambda A, B, alpha, r: None),
         ("should be a tensor", lambda A, B, alpha, r: 3.0),
-        ("none of the usual slips", lambda A, B, alpha, r: alpha / r * B @ A + 1),
+        ("every entry is off by 1", lambda A, B, alpha, r: alpha / r * B @ A + 1),
         ("the shape", lambda A, B, alpha, r: alpha / r * (B @ A)[:, :2]),
         (
             "leave the arguments as they are",
