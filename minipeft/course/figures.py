@@ -421,20 +421,12 @@ def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=size)
         ax.set_title(title)
-    tall = 0.62
+    tall, drawn = 0.62, []
     for label, (x, y, width, colour) in places.items():
         if colour:
-            ax.add_patch(
-                Rectangle(
-                    (x - width / 2, y - tall / 2),
-                    width,
-                    tall,
-                    facecolor=colour,
-                    alpha=0.85,
-                    edgecolor="black",
-                    zorder=2,
-                )
-            )
+            box = Rectangle((x - width / 2, y - tall / 2), width, tall, zorder=2)
+            box.set(facecolor=colour, alpha=0.85, edgecolor="black")
+            drawn.append(ax.add_patch(box))
         ax.text(
             x,
             y,
@@ -445,6 +437,13 @@ def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
             zorder=3,
             color=letters_on(colour) if colour else "black",
         )
+    frame(ax)
+    ax.figure.draw_without_rendering()  # now words have their size on the page
+    words = [Text.get_window_extent(text).height for text in ax.texts]
+    pixels = ax.transData.transform((0, 1))[1] - ax.transData.transform((0, 0))[1]
+    tall = max(tall, 1.2 * max(words) / pixels)
+    for box in drawn:
+        box.set(y=box.get_y() - (tall - box.get_height()) / 2, height=tall)
     for start, end, *colour in arrows:
         (x0, y0, w0, _), (x1, y1, w1, _) = places[start], places[end]
         if y0 == y1:
@@ -468,11 +467,17 @@ def boxes(places: dict, arrows: list, title: str, size=(8, 3.2)) -> None:
                 "linewidth": 1.3,
             },
         )
+    frame(ax)
+    finish(ax, legend=False)
+
+
+def frame(ax) -> None:
+    """All that is drawn, to scale, and no axes."""
+    ax.relim()
     ax.autoscale_view()
     ax.margins(0.04, 0.12)
     ax.set_aspect("equal")
     ax.axis("off")
-    finish(ax, legend=False)
 
 
 def heat(
