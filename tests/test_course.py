@@ -705,10 +705,13 @@ def test_a_table_of_the_runs_at_real_size(tmp_path):
     few = real_size({"runs": runs}, {"BLEU": "bleu"}, ["full", "before"]).data
     assert few.splitlines()[2:] == ["| full | not run |  |  |  |", lines[2]]
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
-    assert real_size(tmp_path / "runs.json", {"BLEU": "bleu"}).data.splitlines() == [
-        few.splitlines()[0],  # in `few` no column holds numbers alone
-        *lines[1:],
-    ]
+    assert (
+        real_size(tmp_path / "runs.json", {"BLEU": "bleu"}).data.splitlines()
+        == [
+            few.splitlines()[0],  # in `few` no column holds numbers alone
+            *lines[1:],
+        ]
+    )
 
 
 class TestLongerRuns:
