@@ -802,7 +802,7 @@ class TestMistakes:
         "change, message",
         [
             (("--data", "sqll"), "did you mean 'sql'"),
-            (("--data", "none.txt"), "cannot read none.txt: there is no such file"),
+            (("--data", "none.txt"), "cannot read none.txt: No such file"),
             (("--data", "."), ". is a folder: expected a .txt, .jsonl or .csv file"),
             (("--base", "./nowhere"), "nowhere"),
             (("--method", "lroa"), "did you mean 'lora'?"),
@@ -870,7 +870,7 @@ class TestMistakes:
             ("data.xlsx", "data.xlsx", "is a .xlsx file: expected a .txt, .jsonl or"),
             ("notes", "notes", "is a file without a suffix: expected a .txt, .jsonl"),
             ("town.jsonl", "town.json", "town.jsonl'?): expected one of mood"),
-            ("town.jsonl", "twon.jsonl", "there is no such file (did you mean"),
+            ("town.jsonl", "twon.jsonl", "No such file or directory (did you mean"),
             ("a.csv", "a.csv", "line 1: found 'prompt;completion', whose fields are"),
         ],
     )

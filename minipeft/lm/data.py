@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..io import check_number, did_you_mean, progress, read_text
+from ..io import check_file, check_number, did_you_mean, progress, read_text
 from ..lanternwick.scoring import bleu, percent, plain
 from ..lanternwick.tasks import TASKS, Example, Task, load_task
 from .fetch import DataError, fetch
@@ -56,7 +56,10 @@ def not_there(name, path):
     names = [*TASKS, *PUBLIC_DATASETS]
     near = did_you_mean(name, [*names, *files_beside(path)])
     if path.suffix in SUFFIXES:
-        return f"cannot read {name}: there is no such file{near}"
+        try:
+            check_file(path, DataError)
+        except DataError as problem:
+            return f"{problem}{near}"
     return (
         f"no data set {str(name)!r}{near}: expected one of {', '.join(names)}, or a"
         " .txt, .jsonl or .csv file"
