@@ -56,10 +56,7 @@ def not_there(name, path):
     names = [*TASKS, *PUBLIC_DATASETS]
     near = did_you_mean(name, [*names, *files_beside(path)])
     if path.suffix in SUFFIXES:
-        try:
-            check_file(path, DataError)
-        except DataError as problem:
-            return f"{problem}{near}"
+        check_file(path, lambda reason: DataError(f"{reason}{near}"))
     return (
         f"no data set {str(name)!r}{near}: expected one of {', '.join(names)}, or a"
         " .txt, .jsonl or .csv file"
