@@ -346,6 +346,11 @@ class TestRecords:
         with pytest.raises(DataError, match=r"cannot read a\\x00b.*null"):
             load_data(f"a\0b{suffix}")
 
+    @pytest.mark.parametrize("suffix", [".txt", ".csv", ".xlsx", ""])
+    def test_a_name_that_is_too_long(self, suffix):
+        with pytest.raises(DataError, match="File name too long|no data set"):
+            load_data("a" * 300 + suffix)
+
     @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
     def test_what_is_not_a_file_does_not_hang(self, tmp_path, suffix):
         os.mkfifo(tmp_path / f"pipe{suffix}")

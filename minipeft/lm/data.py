@@ -11,6 +11,7 @@ All are a Task: Examples in train, valid and test, and a score. The cache is
 """
 
 import csv
+import os
 import random
 import zlib
 from array import array
@@ -40,16 +41,16 @@ def load_data(name, tokenizer=None):
     if name in PUBLIC_DATASETS:
         return PUBLIC_DATASETS[name]()
     path = Path(name)
-    if path.suffix in SUFFIXES and path.exists():
+    if path.suffix in SUFFIXES and os.path.exists(path):
         return load_file(path, tokenizer)
     raise DataError(not_there(name, path))
 
 
 def not_there(name, path):
     """Why there are no data of this name: what it is instead, or what is near."""
-    if path.is_dir():
+    if os.path.isdir(path):  # no error for a name that is too long
         return f"{name} is a folder: expected a .txt, .jsonl or .csv file"
-    if path.is_file():
+    if os.path.isfile(path):
         kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
         hint = ". .jsonl is JSON with one record a line" * (path.suffix == ".json")
         return f"{name} is {kind}: expected a .txt, .jsonl or .csv file{hint}"
@@ -57,10 +58,8 @@ def not_there(name, path):
     near = did_you_mean(name, [*names, *files_beside(path)])
     if path.suffix in SUFFIXES:
         check_file(path, lambda reason: DataError(f"{reason}{near}"))
-    return (
-        f"no data set {str(name)!r}{near}: expected one of {', '.join(names)}, or a"
-        " .txt, .jsonl or .csv file"
-    )
+    expected = f"expected one of {', '.join(names)}, or a .txt, .jsonl or .csv file"
+    return f"no data set {str(name)!r}{near}: {expected}"
 
 
 def files_beside(path, most=1000):
