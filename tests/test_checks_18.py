@@ -1,8 +1,10 @@
 """Chapter 18's checks accept the solution, refuse the blank stub, and name the mistake
 in what is plausibly wrong."""
 
+from fractions import Fraction
 from itertools import zip_longest
 
+import numpy as np
 import pytest
 import torch
 from judging import accepts, rejects
@@ -200,9 +202,9 @@ def test_cost_solution():
         ("A frozen base costs less", lambda f, c: 3 + c),
         ("once more, frozen or not", lambda f, c: cost(f, False)),
         ("not the whole step", lambda f, c: cost(f, False) * (2 if c else 1)),
-        ("not in FLOPs", lambda f, c: 2 * cost(f, c)),
-        ("not beside full", lambda f, c: cost(f, c) / 3),
-        ("I count 3", lambda f, c: 1),
+        ("all are 2 times too large", lambda f, c: 2 * cost(f, c)),
+        ("not in forward passes", lambda f, c: cost(f, c) / 3),
+        ("that of 1 forward passes", lambda f, c: 1),
         ("expected a number", lambda f, c: "3"),
         ("expected a number", lambda f, c: True),
         ("is there a `return`", lambda f, c: None),
@@ -439,6 +441,162 @@ def by_what_is_called(calls):
 )
 def test_what_learners_wrote(name, says, answer):
     rejects(says, getattr(check, name), answer)
+
+
+# -------------------------------------------- once accepted wrong, or refused right
+
+
+def reading_memory(buffers, send, W_up_to=9, halves=2):
+    """Sends as many numbers as it should, and adds up what it was never sent."""
+    W, total = len(buffers), sum(buffers)
+    for _ in range(halves * (W - 1)):
+        for i in range(W):
+            send(i, (i + 1) % W, buffers[i].chunk(W)[0])
+    return [total.clone() for _ in buffers]
+
+
+def one_for_all(buffers, send):
+    total = ring(buffers, send)[0]
+    return [total.clone() for _ in buffers]
+
+
+def own_copy(buffers, send):
+    """What arrives is thrown away: the neighbour's chunk is read in its place."""
+
+    def lost(source, target, tensor):
+        send(source, target, tensor)
+        return tensor
+
+    return ring(buffers, lost)
+
+
+def second_half_unsent(buffers, send):
+    left = len(buffers) * (len(buffers) - 1)
+
+    def some(source, target, tensor):
+        nonlocal left
+        left -= 1
+        return send(source, target, tensor) if left >= 0 else tensor.clone()
+
+    return ring(buffers, some)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("does not use what arrives", reading_memory),
+        ("does not use what arrives", one_for_all),
+        ("does not use what arrives", own_copy),
+        ("too few", second_half_unsent),
+        ("too few", lambda b, send: reading_memory(b, send, halves=1)),
+        (
+            "Nothing was sent",
+            lambda b, send: (
+                ring(b, send) if len(b) < 5 else [sum(b).clone() for _ in b]
+            ),
+        ),
+        ("keep the dtype", lambda b, send: [each.float() for each in ring(b, send)]),
+    ],
+)
+def test_what_a_process_knows_was_sent_to_it(says, answer):
+    rejects(says, check.ring_all_reduce, answer)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("Only the first three", lambda g, n: combined(g[:3], n[:3])),
+        ("You sort the labels", lambda g, n: combined(g, sorted(n))),
+        (
+            "a single label",
+            lambda g, n: combined(*zip(*[(a, k) for a, k in zip(g, n) if k > 1])),
+        ),
+        (
+            "The sum of the processes' means",
+            lambda g, n: sum(g) if len({*n}) == 1 else combined(g, n),
+        ),
+    ],
+)
+def test_labels_in_any_order_and_of_any_number(says, answer):
+    rejects(says, check.combined_gradient, answer)
+
+
+def test_a_cost_may_be_any_kind_of_number():
+    accepts(check.step_cost, lambda f, c: Fraction(cost(f, c)))
+    accepts(check.step_cost, lambda f, c: torch.tensor(float(cost(f, c))))
+    accepts(check.step_cost, lambda f, c: np.float32(cost(f, c)))
+
+
+@pytest.mark.parametrize("factor", [1, 2e12, 4e3])
+def test_a_cost_in_another_unit_is_told(factor):
+    def other(frozen, checkpointing):
+        return factor * cost(frozen, checkpointing)
+
+    rejects("ratios of your costs are right", check.step_cost, other, forward=2)
+
+
+def test_the_names_may_be_written_in_another_way():
+    accepts(check.traffic_order, [name.lower().replace(" ", "") for name in RIGHT])
+
+
+def with_free(free=0, card=1.0, divided=0):
+    def count(sharded, whole, size, sizes):
+        return fewest(sharded + divided, whole + free, size * card, sizes)
+
+    return count
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("is not divided", with_free(divided=2)),
+        ("convert nothing", with_free(free=2, card=2**30 / 1e9)),
+        ("I find", lambda s, w, c, sizes: with_free(2)(s, w, c, range(1, 9))),
+        ("I find", with_free(free=1.95)),
+        (
+            "Your code stopped with IndexError",
+            lambda s, w, c, sizes: (sizes[0], with_free(2)(s, w, c, sizes))[1],
+        ),
+        (
+            "Your code stopped with ZeroDivisionError",
+            lambda s, w, c, sizes: min(
+                (n for n in sizes if n >= s / (c - 2 - w) > 0), default=None
+            ),
+        ),
+        ("`sizes` is empty", lambda s, w, c, z: with_free(2)(s, w, c, z or [8])),
+    ],
+)
+def test_cards_at_the_edges(says, answer):
+    rejects(says, check.card_count, answer, reserve=2)
+
+
+def where(differ):
+    """The first call in which differ(names) is true."""
+
+    def answer(calls):
+        for index, names in enumerate(zip_longest(*calls)):
+            if differ(names):
+                return index, dict(enumerate(names))
+        return None
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("some of the processes only", where(lambda names: names[0] != names[-1])),
+        ("where all processes differ", where(lambda n: len({*n}) == len(n))),
+        ("is never reached", where(lambda n: len({*n}) == 2)),
+        ("You find no difference", where(lambda n: len({*n[:3]}) > 1)),
+        (
+            "You find no difference",
+            where(lambda n: len({str(name).split()[0] for name in n}) > 1),
+        ),
+    ],
+)
+def test_every_process_and_every_name_counts(says, answer):
+    rejects(says, check.first_mismatch, answer)
 
 
 def test_a_list_is_as_good_as_a_tuple():

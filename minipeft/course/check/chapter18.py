@@ -6,6 +6,8 @@ import random
 import torch
 
 from .kinds import Choices
+from .practice import number
+from .sandbox import unwatched
 from .teacher import Wrong, checks, compare, need
 
 __all__ = [
@@ -29,10 +31,10 @@ def draw(*shape):
 )
 def combined_gradient(function) -> None:
     """function(gradients, labels) -> the gradient of the mean loss over all labels."""
-    for processes in (2, 3):
-        labels = sorted(random.sample(range(1, 30), processes))
+    for labels in numbers_of_labels():
+        processes = len(labels)
         # the last size is W, so that a product that pairs the wrong sizes shows
-        gradients = [draw(4, processes) for _ in labels]
+        gradients = [draw(4, processes) * (n > 0) for n in labels]
         given = [g.clone() for g in gradients]
         got = function(given, list(labels))
         need(
@@ -60,7 +62,7 @@ def combined_gradient(function) -> None:
                 " of processes.": weighted / total / processes,
                 "You divide each mean by its labels: it is a mean already. Multiply,"
                 " which makes it a sum again.": (
-                    sum(g / n for g, n in zip(gradients, labels))
+                    sum(g / max(n, 1e-9) for g, n in zip(gradients, labels))
                 ),
                 "You divide the sum of the means by all labels.": (
                     sum(gradients) / total
@@ -71,9 +73,9 @@ def combined_gradient(function) -> None:
                     weighted / max(labels)
                 ),
                 "You weigh by 1 / n: a process with more labels counts more.": sum(
-                    g / n for g, n in zip(gradients, labels)
+                    g / max(n, 1e-9) for g, n in zip(gradients, labels)
                 )
-                / sum(1 / n for n in labels),
+                / sum(1 / max(n, 1e-9) for n in labels),
                 "You weigh by the softmax of the labels: weigh by their shares.": sum(
                     g * w
                     for g, w in zip(gradients, torch.tensor(labels).double().softmax(0))
@@ -85,19 +87,40 @@ def combined_gradient(function) -> None:
                 "The weights run along the wrong dimension: each process has one.": (
                     (torch.stack(gradients) * torch.tensor(labels)).sum(0) / total
                 ),
-                "Only the first two processes count.": sum(
-                    g * n for g, n in zip(gradients[:2], labels)
-                )
-                / sum(labels[:2])
-                if processes > 2
-                else None,
-                "Only the first process counts.": gradients[0],
                 "You take the process with the most labels: all of them count.": (
                     gradients[labels.index(max(labels))]
                 ),
-            },
+                "You sort the labels: each number belongs to its own gradient.": sum(
+                    g * n for g, n in zip(gradients, sorted(labels))
+                )
+                / total,
+                "A process with a single label counts too.": sum(
+                    g * n for g, n in zip(gradients, labels) if n != 1
+                )
+                / sum(n for n in labels if n != 1),
+            }
+            | only_the_first(gradients, labels),
             "Your gradient",
         )
+
+
+def numbers_of_labels() -> list:
+    """For two, three and five processes, in no order; alike; with a one and a zero."""
+    low = random.randint(2, 9)  # near each other, so that a softmax has no winner
+    middle = low + random.randint(2, 5)
+    high = middle + random.randint(2, 5)
+    return [[low, high], [middle, high, low], [high, 1, low, 0, middle], [high] * 3]
+
+
+def only_the_first(gradients, labels) -> dict:
+    """{message: what a sum over the first few processes gives}"""
+    found = {"Only the first process counts.": gradients[0]}
+    for few, word in ((2, "two"), (3, "three"), (4, "four")):
+        part = sum(g * n for g, n in zip(gradients[:few], labels))
+        if few < len(labels):
+            words = f"Only the first {word} processes count."
+            found[words] = part / sum(labels[:few])
+    return found
 
 
 @checks(
@@ -109,42 +132,78 @@ def combined_gradient(function) -> None:
 def ring_all_reduce(function) -> None:
     """function(buffers, send) -> list of W tensors, each the sum; send(source, target,
     tensor) -> the tensor as it arrives."""
-    for W in (2, 3, 4):
-        buffers = [draw(3 * W) for _ in range(W)]
-        sent = [0] * W
-        pairs = set()
-
-        def send(source, target, tensor):
-            need(
-                source in range(W) and target in range(W),
-                f"send(source, target, tensor): processes are 0 to {W - 1}; the"
-                f" neighbour of the last one is 0. You have {source} and {target}.",
-            )
-            sent[source] += tensor.numel()
-            pairs.add((source, target))
-            return tensor.clone()
-
-        got = function([b.clone() for b in buffers], send)
+    for W, size in ((2, 3), (3, 3), (4, 3), (5, 1)):
+        buffers = [draw(size * W) for _ in range(W)]
+        cable = Cable(W)
+        got = function([b.clone() for b in buffers], cable.send)
         check_sums(got, buffers, W)
+        sent, enough = cable.sent, 2 * (W - 1) * size
         need(
             sum(sent) > 0,
             "Nothing was sent: processes share no memory. What one needs from another"
             " goes through send(source, target, tensor).",
         )
         need(
-            len({(b - a) % W for a, b in pairs}) == 1,
+            len({(b - a) % W for a, b in cable.pairs}) == 1,
             "Somebody sends to more than one neighbour: in a ring, process i sends to"
             " i + 1 (the last one to 0) in every round.",
         )
         need(
-            max(sent) <= 2 * (W - 1) * 3,
-            f"A process sent {max(sent)} numbers of a buffer of {3 * W}, and"
-            f" 2 (W − 1) / W of it, {2 * (W - 1) * 3}, are enough: send chunks of 1/W,"
+            max(sent) <= enough,
+            f"A process sent {max(sent)} numbers of a buffer of {size * W}, and"
+            f" 2 (W − 1) / W of it, {enough}, are enough: send chunks of 1/W,"
             " first to add up, then to hand round.",
+        )
+        need(
+            min(sent) == enough,
+            f"A process sent {min(sent)} numbers of a buffer of {size * W}, too few:"
+            " somebody reads another's memory. What a process knows is its own buffer,"
+            " and what `send` gives.",
         )
         need(
             len({tensor.data_ptr() for tensor in got}) == W,
             "All processes hold one and the same tensor: each has a memory of its own.",
+        )
+        if W == 3:
+            look_at_each_message(unwatched(function), buffers, len(cable.pairs_in_turn))
+
+
+class Cable:
+    """What goes from process to process. altered: the message that arrives changed."""
+
+    def __init__(self, W, altered=None):
+        self.W, self.altered = W, altered
+        self.sent, self.pairs_in_turn = [0] * W, []
+
+    @property
+    def pairs(self):
+        return {*self.pairs_in_turn}
+
+    def send(self, source, target, tensor):
+        need(
+            source in range(self.W) and target in range(self.W),
+            f"send(source, target, tensor): processes are 0 to {self.W - 1}; the"
+            f" neighbour of the last one is 0. You have {source} and {target}.",
+        )
+        self.sent[source] += tensor.numel()
+        self.pairs_in_turn.append((source, target))
+        changed = len(self.pairs_in_turn) - 1 == self.altered
+        return tensor + 1 if changed else tensor.clone()
+
+
+def look_at_each_message(function, buffers, messages: int) -> None:
+    """Where one message arrives changed, the process that it reached ends with another
+    sum."""
+    right = sum(buffers)
+    for at in random.sample(range(messages), min(messages, 24)):
+        cable = Cable(len(buffers), altered=at)
+        got = function([b.clone() for b in buffers], cable.send)
+        source, target = cable.pairs_in_turn[at]
+        need(
+            not torch.allclose(got[target], right),
+            f"Process {target} does not use what arrives from process {source}: I have"
+            " changed it on the way, and the sum is the same. What a process knows is"
+            " its own buffer, and what `send` gives.",
         )
 
 
@@ -158,6 +217,12 @@ def check_sums(got, buffers, W):
     first = got[0]
     same = [isinstance(g, torch.Tensor) and g.shape == right.shape for g in got]
     need(all(same), "Each process ends with a tensor of the buffer's shape.")
+    kinds = {tensor.dtype for tensor in got} - {right.dtype}
+    need(
+        not kinds,
+        f"The buffers are {right.dtype}, and your sums {', '.join(map(str, kinds))}:"
+        " keep the dtype.",
+    )
     for rank, tensor in enumerate(got):
         if torch.allclose(tensor, right):
             continue
@@ -191,6 +256,14 @@ def check_sums(got, buffers, W):
 ORDER = ["DDP, LoRA", "FSDP2, QLoRA", "DDP, full", "FSDP2, LoRA", "FSDP2, full"]
 
 
+def plain_name(name) -> str:
+    """Without spaces and capitals."""
+    return "".join(str(name).lower().split())
+
+
+KNOWN = {plain_name(name): name for name in ORDER}
+
+
 @checks(
     "DDP sends the gradients of what is trained; FSDP2 gathers what is stored, twice,"
     " and the gradients come on top."
@@ -199,6 +272,8 @@ def traffic_order(names, first="least") -> None:
     """names: the five ways, the one that sends least first (or "most")."""
     need(names is not None, "There is nothing here yet: give a list of the five names.")
     names = names.tolist() if hasattr(names, "tolist") else names
+    if isinstance(names, (list, tuple)):
+        names = [KNOWN.get(plain_name(name), name) for name in names]
     need(
         isinstance(names, (list, tuple)) and sorted(map(str, names)) == sorted(ORDER),
         f"Give each of these once: {', '.join(map(repr, sorted(ORDER)))}.",
@@ -267,10 +342,9 @@ def step_cost(function, forward=1) -> None:
         all(value is not None for value in got.values()),
         "Your cost is None: is there a `return` at the end?",
     )
-    for given, value in got.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        need(number, f"Your cost is a {type(value).__name__}; expected a number.")
-    got = {given: value / forward for given, value in got.items()}
+    said = {given: number(f"your cost for {given}", got[given]) for given in right}
+    got = {given: value / forward for given, value in said.items()}
+    look_at_the_unit(got, right, forward)
     slips = {
         "A frozen base still sends gradients to its inputs: one forward's cost, not"
         " none.": {**right, (True, False): 1, (True, True): 2},
@@ -292,12 +366,6 @@ def step_cost(function, forward=1) -> None:
             (False, True): 6,
             (True, True): 4,
         },
-        "Count in forward passes, not in FLOPs a parameter (a forward pass is 2).": {
-            given: 2 * cost for given, cost in right.items()
-        },
-        "Give the cost beside a forward pass, not beside full fine-tuning.": {
-            given: cost / 3 for given, cost in right.items()
-        },
     }
     slips |= {
         message: {(f, c): cost(f, c) for f, c in right}
@@ -310,10 +378,26 @@ def step_cost(function, forward=1) -> None:
             value,
             expected,
             {text: wrong[frozen, checkpointing] for text, wrong in slips.items()},
-            f"frozen={frozen}, checkpointing={checkpointing}: I count {expected}"
-            f" forward passes, you {value:g}. Which products are computed?",
+            f"frozen={frozen}, checkpointing={checkpointing}: your cost is that of"
+            f" {value:g} forward passes. Which of the three products are computed, and"
+            " which one twice?",
         )
     choices.judge()
+
+
+def look_at_the_unit(got, right, forward) -> None:
+    """All costs are the right ones times one number."""
+    factors = [got[given] / right[given] for given in right]
+    factor = factors[0]
+    if abs(factor - 1) < 1e-9 or max(factors) - min(factors) > 1e-9 * abs(factor):
+        return
+    unit = "forward passes" if forward == 1 else "the unit of the question"
+    raise Wrong(
+        f"The ratios of your costs are right, and all are {factor:g} times too large:"
+        f" they are not in {unit}. What is the cost of one forward pass?"
+        if factor > 0
+        else "All your costs are zero, or negative."
+    )
 
 
 def cards_needed(sharded, whole, card, sizes, ddp=False):
@@ -341,13 +425,21 @@ def card_count(function, reserve=0) -> None:
         (71.0, 1.0, 24.0, (1, 3, 6)),
         (72.6, 1.0, 24.0, (1, 3, 6)),
         (74.6, 1.0, 24.0, (1, 3, 6)),  # 2 GB are more than GiB against GB
+        (74.85, 1.0, 24.0, (1, 3, 6)),  # 25.95: GiB of all of a card
+        (69.03, 1.0, 24.0, (1, 3, 6)),  # 24.01
         (94.0, 3.0, 24.0, (1, 2, 4, 8)),
+        (380.0, 4.0, 24.0, (32, 16, 64, 24)),
         (10.0, 40.0, 24.0, (1, 2, 4, 8)),  # what each needs is too large
+        (10.0, 24.0, 24.0, (1, 2, 4, 8)),  # and fills the card
     ]
     got = [function(a, b, c + reserve, list(sizes)) for a, b, c, sizes in cases]
     right = [cards_needed(a, b, c, sorted(sizes)) for a, b, c, sizes in cases]
     full = [cards_needed(a, b, c + reserve, sorted(s)) for a, b, c, s in cases]
     slips = {f"{reserve} GB of each card have to stay free.": full} if reserve else {}
+    if reserve:
+        slips["What has to stay free is not divided: it stays free on each card."] = [
+            cards_needed(a + reserve, b, c + reserve, sorted(s)) for a, b, c, s in cases
+        ]
     slips |= {
         "You divide everything by the number of cards: activations and the gathered"
         " block are there on each card.": [
@@ -395,7 +487,8 @@ def card_count(function, reserve=0) -> None:
             for a, b, c, s in cases
         ],
         "All numbers are in one unit, GB: convert nothing.": [
-            cards_needed(a, b, c * 2**30 / 1e9, sorted(s)) for a, b, c, s in cases
+            cards_needed(a, b, (c + reserve) * 2**30 / 1e9 - reserve, sorted(s))
+            for a, b, c, s in cases
         ],
         "Return the number of cards, not its place in `sizes`.": [
             None if n is None else sorted(s).index(n)
@@ -414,6 +507,11 @@ def card_count(function, reserve=0) -> None:
             f" I find {expected}, you {mine}.",
         )
     choices.judge()
+    need(
+        function(100.0, 10.0, 24.0 + reserve, []) is None,
+        "No cards can be rented at all (`sizes` is empty), and you find some that are"
+        " enough.",
+    )
 
 
 @checks(
@@ -446,11 +544,28 @@ def first_mismatch(function, missing=None) -> None:
             [good, [good[1], good[0], *good[2:]]],
             (0, {0: "all-gather", 1: "all-reduce"}),
         ),
+        (  # the first and the last agree
+            [good, [*good[:2], "barrier", good[3]], good],
+            (2, {0: "all-reduce", 1: "barrier", 2: "all-reduce"}),
+        ),
+        (  # each calls another
+            [good, [good[0], "barrier"], [good[0], "broadcast", good[2]]],
+            (1, {0: "all-reduce", 1: "barrier", 2: "broadcast"}),
+        ),
+        (  # the fourth alone
+            [good, good, good, good[:2]],
+            (2, {0: "all-reduce", 1: "all-reduce", 2: "all-reduce", 3: missing}),
+        ),
+        (  # one collective, of two blocks
+            [["all-gather block 1"], ["all-gather block 2"]],
+            (0, {0: "all-gather block 1", 1: "all-gather block 2"}),
+        ),
+        ([[], []], None),
     ]
     got = [function([list(one) for one in calls]) for calls, _ in cases]
     need(
         got != [None] * len(got),
-        "Your answer is None for every run: two of them are fine, the others hang.",
+        "Your answer is None for every run: some of them are fine, the others hang.",
     )
     shortest = [got[i] for i in (3, 4, 6)]
     need(
@@ -459,8 +574,22 @@ def first_mismatch(function, missing=None) -> None:
         " lets the others wait. zip is too short here.",
     )
     need(
-        got[5] is not None,
+        got[5] is not None or got[10] is None or got[9] is not None,
+        "You stop only where all processes differ: one that differs from the others is"
+        " enough.",
+    )
+    need(
+        got[5] is not None or got[9] is None,
         "You compare the first two processes only: there may be more.",
+    )
+    need(
+        got[5] is None or got[9] is not None,
+        "You compare some of the processes only: look at all of them in each call.",
+    )
+    from_one = all(
+        isinstance(answer, list | tuple) and answer[:1] in ((at[0] + 1,), [at[0] + 1])
+        for answer, (_, at) in zip(got, cases)
+        if at is not None
     )
     for answer, (calls, right) in zip(got, cases):
         answer = tuple(answer) if isinstance(answer, list) else answer
@@ -473,7 +602,7 @@ def first_mismatch(function, missing=None) -> None:
             "Return (index, {rank: name}), or None.",
         )
         index, names = answer
-        need(index != right[0] + 1, "You count from 1: the first call has index 0.")
+        need(not from_one, "You count from 1: the first call has index 0.")
         need(
             index == right[0],
             f"You name call {index}, the first difference is in call {right[0]}: what"
