@@ -2,7 +2,9 @@
 wrong."""
 
 from statistics import mean
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,6 +302,98 @@ def test_dora_output_mistakes(says, answer):
     rejects(says, check.dora_output, answer)
 
 
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("W in the norm", lambda *g: knob(*g, norm=lambda W, BA: W + BA.detach())),
+        ("s B A in the norm", lambda *g: knob(*g, norm=lambda W, BA: W.detach() + BA)),
+        ("no absolute value of it", lambda *g: output(*g[:6], g[6].abs(), g[7])),
+        ("gradient reaches b", lambda *g: added(*g[:3], cut(g[3]), *g[4:])),
+        (
+            "sign of s is lost",
+            lambda *g: knob(*g, norm=lambda W, BA: (W + sign(g) * BA).detach()),
+        ),
+        (
+            "Under torch.no_grad()",
+            lambda *g: output(*g) if torch.is_grad_enabled() else g[0],
+        ),
+        ("differs", lambda *g: knob(*g, least=1.0)),
+        (
+            "stopped with RuntimeError",
+            lambda y, x, W, b, A, B, m, s: output(
+                y, torch.einsum("bti->bti", x), W, b, A, B, m, s
+            ),
+        ),
+        (
+            "bias is scaled too",
+            lambda y, x, W, b, A, B, m, s: output(
+                y, x, W, b if b is None or b.all() else None, A, B, m, s
+            ),
+        ),
+    ],
+)
+def test_the_whole_norm_is_a_constant_and_any_layer_counts(says, answer):
+    rejects(says, check.dora_output, answer)
+
+
+def cut(b):
+    return None if b is None else b.detach()
+
+
+def sign(given):
+    """Of the scale, wherever it stands."""
+    return 1 if next(one for one in given[::-1] if isinstance(one, float)) > 0 else -1
+
+
+def knob(y, x, W, b, A, B, m, s, norm=None, least=0.0):
+    BA = s * B @ A
+    V = (W + BA).detach() if norm is None else norm(W, BA)
+    shift = 0 if b is None else b
+    g = m / V.norm(dim=1).clamp(min=least)
+    return g * (y - shift + s * (x @ A.T) @ B.T) + shift
+
+
+def in_numpy(W, A, B, s):
+    w, a, b = (tensor.detach().numpy() for tensor in (W, A, B))
+    return torch.from_numpy(np.linalg.norm(w + s * b @ a, axis=1))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("outside torch", in_numpy),
+        ("not detached", lambda W, A, B, s: gram(W, A, B, s) + 0 * W[:, 0]),
+        ("sign of s is lost", lambda W, A, B, s: gram(W, A, B, abs(s))),
+        ("", lambda W, A, B, s: gram(W, A, B, s) ** (1 if s else 2)),
+        ("", lambda W, A, B, s: (gram(W, A, B, s) ** 2 - 1e-4).sqrt()),
+    ],
+)
+def test_norms_of_any_size_and_scale(says, answer):
+    rejects(says, check.gram_norms, answer)
+
+
+@pytest.mark.parametrize(
+    "agree",
+    [
+        lambda found: len({(gap > 0) - (gap < 0) for gap in found}) == 1,
+        lambda found: min(found) > 1e-3 or max(found) < -1e-3,
+    ],
+    ids=["all equal", "by a thousandth"],
+)
+def test_all_seeds_agree_that_one_is_better(agree):
+    rejects("agree", check.fair_gap, lambda runs: (mean(gaps(runs)), agree(gaps(runs))))
+
+
+def test_seeds_have_any_numbers():
+    def of_three(runs):
+        return verdict(gaps([run for run in runs if run["seed"] < 3]))
+
+    rejects("stopped with", check.fair_gap, of_three)
+    rejects(
+        "", check.fair_gap, lambda runs: (sum(gaps(runs)) / 3, verdict(gaps(runs))[1])
+    )
+
+
 # ------------------------------------------------------------------------- predict_dora
 
 
@@ -385,13 +479,31 @@ def without_scale(d, x, W, A, B, m, s, G):
     return scaled @ W + scaled @ B @ A
 
 
+def by_vjp(x, W, A, B, m, s, G):
+    norm = (W + s * B @ A).norm(dim=1)
+
+    def layer(x, A, B, m):
+        return m / norm * (x @ W.T + s * (x @ A.T) @ B.T)
+
+    return torch.func.vjp(layer, x, A, B, m)[1](G)
+
+
+def through_the_knob(d, x, W, A, B, m, s, G):
+    g = m / norms(W, A, B, s)
+    return (G * g * (x @ W.T + s * (x @ A.T) @ B.T)).sum(0) / m
+
+
+def clamped(x, W, A, B, m, s, G):
+    norm = norms(W, A, B, s)
+    return backward(x, W, A, B, m * norm / norm.clamp(min=1), s, G)
+
+
 def half_scaled(d, x, W, A, B, m, s, G):
     return G @ W + s * (G * m / norms(W, A, B, s)) @ B @ A
 
 
 def test_dora_backward_right_answers():
     accepts(check.dora_backward, backward)
-    accepts(check.dora_backward, with_autograd)
     accepts(
         check.dora_backward,
         lambda x, W, A, B, m, s, G: (
@@ -408,6 +520,12 @@ def test_dora_backward_right_answers():
     [
         ("nothing here yet", blank),
         ("Return four", lambda *given: backward(*given)[:3]),
+        ("autograd computes them", with_autograd),
+        ("autograd computes them", by_vjp),
+        ("dm contains nan", part(3, through_the_knob)),
+        ("dx: the sign of s is lost", lambda *g: backward(*g[:5], abs(g[5]), g[6])),
+        ("dx: m may be negative", lambda *g: backward(*g[:4], g[4].abs(), *g[5:])),
+        ("dx has the right shape", clamped),
         ("differentiated too", lambda *given: with_autograd(*given, detach=False)),
         ("dx: that is LoRA's", lambda *given: backward(*given, knob=False)),
         ("dA: the scale s is missing", part(1, lambda d, *g: d / g[5])),
@@ -589,4 +707,90 @@ def test_column_dora_right_answers():
     ],
 )
 def test_column_dora_mistakes(says, answer):
+    rejects(says, check.column_dora, answer)
+
+
+class OwnFunction(Columns):
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        self.update_of = lambda: self.s * self.B @ self.A
+
+    def delta(self, base):
+        V = base.weight + self.update_of()
+        return self.m * V / V.detach().norm(dim=0) - base.weight
+
+
+class Keeps(Columns):
+    kept = None
+
+    def delta(self, base):
+        if self.training or self.kept is None:
+            self.kept = super().delta(base)
+        return self.kept
+
+
+class LastOne(Columns):
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        LastOne.newest = [self]
+
+    def delta(self, base):
+        return Columns.delta(LastOne.newest[0], base)
+
+
+class AtFirst(Columns):
+    done = False
+
+    def delta(self, base):
+        if not self.done:
+            self.m.data, self.done = base.weight.norm(dim=0), True
+        return super().delta(base)
+
+
+class FoldsOnce(Columns):
+    kept = None
+
+    def fold(self, base):
+        self.kept = self.delta(base).detach() if self.kept is None else self.kept
+        base.weight = base.weight + self.kept
+
+
+def same_draw(self, W):
+    draws = torch.Generator().manual_seed(0)
+    self.A.data = torch.randn(self.A.shape, generator=draws)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("rank below r", starting(lambda s, W: s.A.data.fill_(0.3))),
+        ("seeds torch's global", starting(lambda s, W: torch.manual_seed(0))),
+        ("the same A", starting(same_draw)),
+        ("In a copy of the model", configured(OwnFunction)),
+        ("does not follow a change", configured(Keeps)),
+        ("", configured(LastOne)),
+        ("Loaded into another layer", configured(AtFirst)),
+        ("", configured(FoldsOnce)),
+        (
+            "After model.eval() the layer gives",
+            with_delta(
+                lambda s, b: Columns.delta(s, b) if s.training else 0 * b.weight
+            ),
+        ),
+        (
+            "as large as the weight",
+            starting(lambda s, W: s.register_buffer("W", W.detach().clone())),
+        ),
+        (
+            "base.module",
+            with_delta(
+                lambda s, b: (
+                    new_weight(s, SimpleNamespace(weight=b.module.weight))
+                    - b.module.weight
+                )
+            ),
+        ),
+    ],
+)
+def test_a_layer_is_the_same_in_every_state(says, answer):
     rejects(says, check.column_dora, answer)

@@ -62,7 +62,7 @@ def test_soft_prompt_solutions():
         check.soft_prompt,
         lambda prompt, x, mask, labels: (
             torch.cat((prompt[None].repeat(len(x), 1, 1), x), 1),
-            torch.cat((torch.ones_like(mask)[:, : len(prompt)], mask), 1),
+            torch.cat((mask.new_ones(len(x), len(prompt)), mask), 1),
             torch.cat((labels.new_full((len(x), len(prompt)), -100), labels), 1),
         ),
     )
@@ -774,3 +774,170 @@ def test_factors_of_rank_one_and_a_start_that_moves():
         ("change `start` in place", zeroed),
     ):
         rejects(says, check.low_rank_prompt, starting(change))
+
+
+# ------------------------------------------------------------------ once accepted wrong
+
+
+def prompts_of(B, n):
+    """Right for B rows and n vectors alone."""
+
+    def answer(prompt, x, mask, labels):
+        each = prompt.expand(B or len(x), -1, -1)
+        return (
+            torch.cat((each, x), 1),
+            F.pad(mask, (n or len(prompt), 0), value=1),
+            F.pad(labels, (n or len(prompt), 0), value=-100),
+        )
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("", prompts_of(4, None)),
+        ("", prompts_of(None, 2)),
+        (
+            "Your mask has the shape",
+            with_mask(lambda m, n: torch.cat((torch.ones_like(m[:, :n]), m), 1)),
+        ),
+        (
+            "Your labels differs",
+            with_labels(
+                lambda y, n: F.pad(y.masked_fill(y < 1, -100), (n, 0), "constant", -100)
+            ),
+        ),
+        (
+            "Under torch.no_grad()",
+            lambda p, *g: soft_prompt(p if torch.is_grad_enabled() else 0 * p, *g),
+        ),
+    ],
+)
+def test_prompts_of_any_size(says, answer):
+    rejects(says, check.soft_prompt, answer)
+
+
+def in_8_bits(mask, n):
+    return (mask.to(torch.int8).cumsum(1, dtype=torch.int8) - 1).clamp(min=0) + n
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [("For a row", positions(in_8_bits)), ("", lambda mask, n: places(mask, 2))],
+)
+def test_places_of_any_number(says, answer):
+    rejects(says, check.places, answer)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("keeps its diagonal", lambda q, k, pk: strict(q, k, pk)),
+        ("", lambda q, k, pk: prefix_gate(q, k, pk[:3])),
+        ("", lambda q, k, pk: prefix_gate(q, k, pk) if len(q) > 1 else q[:, 0] * 0 + 1),
+        (
+            "nothing is divided by `q.shape[1] ** 0.5`",
+            lambda q, k, pk: prefix_gate(q, k, pk * q.shape[1] ** 0.5),
+        ),
+    ],
+)
+def test_gates_of_any_size(says, answer):
+    rejects(says, check.prefix_gate, answer)
+
+
+def strict(q, k, pk):
+    scores = torch.cat((q @ pk.T, q @ k.T), 1) / q.shape[1] ** 0.5
+    seen = torch.ones(len(q), len(pk) + len(k)).tril(len(pk) - 1).bool()
+    seen[:, : len(pk)] = True
+    shares = scores.masked_fill(~seen, -torch.inf).softmax(1)
+    return shares[:, : len(pk)].sum(1)
+
+
+def test_a_rate_that_diverged_closes_its_side():
+    def hidden(losses, best, rate, worse):
+        out = [r for r in losses if (r > best) == (rate > best) and r != best]
+        finite = [r for r in out if np.isfinite(losses[r]).all()]
+        return worse(rate) and not (rate not in finite and finite)
+
+    rejects("", check.search_on, lambda losses: searched(losses, hidden))
+
+
+def test_what_is_said_of_a_search_is_in_the_words_of_the_question():
+    def one_side(losses):
+        return searched(losses)[0], {"smaller"}
+
+    wrong = check.search_on(one_side, "done")
+    assert "it is done at" in wrong.message and "go on" not in wrong.message
+
+
+class OfTheFirst(LowRank):
+    def __init__(self, start, r):
+        super().__init__(start, r)
+        self.prompt = lambda: self.start + self.A @ self.B
+
+
+class Keeping(LowRank):
+    kept = None
+
+    def prompt(self):
+        if torch.is_grad_enabled() or self.kept is None:
+            self.kept = LowRank.prompt(self)
+        return self.kept
+
+
+class LabelsAndMask(LowRank):
+    def forward(self, base, input_ids, attention_mask=None, labels=None, **others):
+        n = len(self.start)
+        if attention_mask is not None:
+            attention_mask = self.mask(attention_mask, n)
+            labels = None if labels is None else self.labels(labels, n)
+        x = self.embedded(base, input_ids)
+        given = dict(attention_mask=attention_mask, labels=labels)
+        return base(inputs_embeds=x, **given, **others)
+
+
+class Bypassing(LowRank):
+    def forward(self, base, *args, **others):
+        return super().forward(Below(base.module), *args, **others)
+
+
+class Below:
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, **given):
+        return self.module(**given)
+
+
+class RankTwo(LowRank):
+    def __init__(self, start, r):
+        super().__init__(start, 2)
+
+
+def without_positions(self, base, *args, position_ids=None, **others):
+    return LowRank.forward(self, base, *args, **others)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("In a copy of the model", OfTheFirst),
+        ("does not follow a change", Keeping),
+        ("", LabelsAndMask),
+        ("base.module", Bypassing),
+        ("should have the shape", RankTwo),
+        ("`position_ids`", low_rank(forward=without_positions)),
+        ("seeds torch's global", starting(lambda *_: torch.manual_seed(0))),
+        (
+            "After model.eval()",
+            low_rank(
+                prompt=lambda s: (
+                    LowRank.prompt(s) if s.training else s.start + 0 * s.A[:, :1]
+                )
+            ),
+        ),
+    ],
+)
+def test_a_prompt_is_the_same_in_every_call(says, answer):
+    rejects(says, check.low_rank_prompt, answer)

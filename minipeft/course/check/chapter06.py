@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ... import Base
 from .kinds import Built, Choices, judge_numbers
+from .practice import calls_of_autograd, python_bytes, without_seeding
 from .sandbox import unwatched
 from .slips import Formula
 from .teacher import checks, compare, need, same
@@ -74,6 +76,8 @@ def wrong_norms(W, A, B, s) -> dict:
             .clamp(min=0)
             .sqrt()
         ),
+        "The sign of s is lost: a scale may be negative, and the middle term shows it"
+        " (or is it an absolute value?).": (W + abs(s) * BA).norm(dim=1),
         "In the middle term the scale is missing: (w + s c)² has 2 s w c.": (
             (W.norm(dim=1) ** 2 + 2 * (W * BA).sum(1) + s**2 * BA.norm(dim=1) ** 2)
             .clamp(min=0)
@@ -133,8 +137,12 @@ class Largest(TorchDispatchMode):
 @checks("The same norms, and no matrix of W's size was made on the way.", SHAPES)
 def gram_norms(function) -> None:
     """function(W, A, B, s) -> (d_out,), without tensors of W's size."""
-    for _ in range(3):
+    for kind in ("any", "any", "s < 0", "s = 0", "small", "learnt"):
         W, A, B, s = draw()
+        s = {"s < 0": -s, "s = 0": 0.0}.get(kind, s)
+        if kind == "small":
+            W, B = 1e-3 * W, (1e-3 * B).detach().requires_grad_()
+        W.requires_grad_(kind == "learnt")
         got = function(W, A, B, s)
         with Largest(W.shape, allowed=(len(W), len(W))) as largest:
             unwatched(function)(W, A, B, s)
@@ -153,8 +161,15 @@ def gram_norms(function) -> None:
         )
         need(
             not got.requires_grad,
-            "The numbers are right, but the norm is not detached.",
+            "The numbers are right, but the norm is not detached: it is a constant for"
+            " W, A and B alike.",
         )
+    W, A, B = torch.randn(300, 400), torch.randn(2, 400), torch.randn(300, 2)
+    need(
+        python_bytes(unwatched(function), W, A, B, 0.7) < W.nbytes,
+        "The numbers are right, but you make something as large as W outside torch (a"
+        " numpy array, a list): that costs as much memory as a tensor does.",
+    )
 
 
 # ---- the faults in a layer -----------------------------------------------------------
@@ -173,16 +188,40 @@ def dora_of_output(y, x, W, b, A, B, m, s):
 )
 def dora_output(function) -> None:
     """function(y, x, W, b, A, B, m, s) -> (..., d_out)"""
-    for square, with_bias in ((True, True), (False, True), (False, False)):
+    for square, with_bias, kind in (
+        (True, True, "any"),
+        (False, True, "any"),
+        (False, False, "any"),
+        (False, True, "small"),
+        (False, True, "s < 0"),
+        (False, False, "m < 0"),
+        (False, True, "one token"),
+        (False, True, "rank 1"),
+    ):
         W, A, B, s = draw()
         if square:
             W = torch.randn(len(W), len(W), dtype=torch.float64)
             A = torch.randn(len(A), len(W), dtype=torch.float64).requires_grad_()
+        if kind == "rank 1":
+            A, B = A[:1].detach().requires_grad_(), B[:, :1].detach().requires_grad_()
+        if kind == "small":  # every other row
+            W[::2] *= 0.05
+            B = B.detach()
+            B[::2] *= 0.05
+            B.requires_grad_()
+        s = -s if kind == "s < 0" else s
         b = torch.randn(len(W), dtype=torch.float64) if with_bias else None
-        x = torch.randn(4, 3, W.shape[1], dtype=torch.float64).requires_grad_()
-        y = F.linear(x.detach(), W, b) + 0.5 * torch.randn(4, 3, len(W)).double()
+        if kind == "small":
+            b[::2] = 0
+        rows = () if kind == "one token" else (4, 3)
+        x = torch.randn(*rows, W.shape[1], dtype=torch.float64).requires_grad_()
+        y = F.linear(x.detach(), W, b) + 0.5 * torch.randn(*rows, len(W)).double()
         m = W.norm(dim=1) * (1 + 0.3 * torch.rand(len(W), dtype=torch.float64))
-        one_output(function, y.requires_grad_(), x, W, b, A, B, m.requires_grad_(), s)
+        if kind == "m < 0":
+            m[::3] *= -1
+        for leaf in (y, m, W, *([] if b is None else [b])):
+            leaf.requires_grad_()
+        one_output(function, y, x, W, b, A, B, m, s)
 
 
 def one_output(function, y, x, W, b, A, B, m, s):
@@ -190,7 +229,15 @@ def one_output(function, y, x, W, b, A, B, m, s):
     shift = 0 if b is None else b
     norm, low = right_norms(W, A, B, s), s * (x @ A.T) @ B.T
     g, Wx = m / norm, y - shift
-    moving = m / (W + s * B @ A).norm(dim=1)
+    BA = s * B @ A
+    moving = m / (W + BA).norm(dim=1)
+    halves = [
+        m / (W + s * B.detach() @ A).norm(dim=1),
+        m / (W + s * B @ A.detach()).norm(dim=1),
+        m / (W.detach() + BA).norm(dim=1),
+        m / (W + BA.detach()).norm(dim=1),
+    ]
+    halves = [half * (Wx + low) + shift for half in halves]
     mistakes = {
         "The bias is scaled too: the magnitude belongs to the weight. Take b off"
         " first, scale, and add b again.": g * (y + low),
@@ -219,6 +266,9 @@ def one_output(function, y, x, W, b, A, B, m, s):
             norm / m * (Wx + low) + shift
         ),
         "You multiply by m, but do not divide by the norm.": m * (Wx + low) + shift,
+        "m is trained, and may become negative: no absolute value of it.": (
+            m.abs() / norm * (Wx + low) + shift
+        ),
         "You divide by the norm, but do not multiply by m.": (
             (Wx + low) / norm + shift
         ),
@@ -245,8 +295,14 @@ def one_output(function, y, x, W, b, A, B, m, s):
         right,
         {text: wrong for text, wrong in mistakes.items() if not same(wrong, right)},
         "Your output",
-        learnt={"y": y, "x": x, "A": A, "B": B, "m": m},
+        learnt={"y": y, "x": x, "A": A, "B": B, "m": m, "W": W}
+        | ({} if b is None else {"b": b}),
         same_values={
+            f"The outputs are right, but {what} in the norm is not detached: the whole"
+            " norm is a constant.": half
+            for what, half in zip(("A", "B", "s B A", "W"), halves)
+        }
+        | {
             "The outputs are right, but the norm is not detached: the gradient flows"
             " through it, and each layer keeps a matrix of W's size.": (
                 moving * (Wx + low) + shift
@@ -256,6 +312,11 @@ def one_output(function, y, x, W, b, A, B, m, s):
         },
         formula=Formula(dora_of_output, y, x, W, b, A, B, m, s),
     )
+    with torch.no_grad():
+        need(
+            same(unwatched(function)(y, x, W, b, A, B, m, s), right),
+            "Under torch.no_grad(), as in evaluation, your output is another one.",
+        )
 
 
 # ---- predictions ---------------------------------------------------------------------
@@ -358,11 +419,18 @@ def dora_gradients(x, W, A, B, m, s, G):
 )
 def dora_backward(function) -> None:
     """function(x, W, A, B, m, s, G) -> (dx, dA, dB, dm)"""
-    for n, kind in ((5, "any"), (1, "any"), (4, "B = 0"), (6, "float32")):
+    kinds = "any", "any", "B = 0", "float32", "small", "s < 0", "m <= 0"
+    for n, kind in zip((5, 1, 4, 6, 5, 4, 5), kinds):
         W, A, B, s = draw()
         x = torch.randn(n, W.shape[1], dtype=torch.float64)
         G = torch.randn(n, len(W), dtype=torch.float64)
         m = W.norm(dim=1) * (0.4 + torch.rand(len(W), dtype=torch.float64))
+        if kind == "m <= 0":
+            m[::3], m[1] = -m[::3], 0
+        if kind == "small":  # every other row
+            W[::2], B, m[::2] = 0.05 * W[::2], B.detach(), 0.05 * m[::2]
+            B[::2] *= 0.05
+        s = -s if kind == "s < 0" else s
         given = [x, W, A.detach(), B.detach(), m]
         if kind == "B = 0":
             given[3] = torch.zeros_like(given[3])
@@ -401,7 +469,11 @@ def one_backward(function, x, W, A, B, m, s, G):
         "the norm is that of W alone.": by_autograd(x, W, A, B, m, s, G, whole=False),
     }
     scaled = m / (W + s * B @ A).norm(dim=1) * G
+    wrong["the sign of s is lost."] = by_autograd(x, W, A, B, m, abs(s), G)
     wrong["the sign is turned round."] = [-part for part in right]
+    wrong["m may be negative: no absolute value of it."] = by_autograd(
+        x, W, A, B, m.abs(), s, G
+    )
     wrong["g does not stand before W: it scales both ways."] = [
         G @ W + s * scaled @ B @ A,
         None,
@@ -448,6 +520,11 @@ def one_backward(function, x, W, A, B, m, s, G):
             if parts[at] is not None and not same(parts[at], right[at])
         }
         compare(got[at], right[at], mistakes, name, learnt={}, formula=formula)
+    need(
+        not calls_of_autograd(function, x, W, A, B, m, s, G),
+        "The gradients are right, but autograd computes them: the exercise asks for"
+        " matrix products alone.",
+    )
 
 
 def by_autograd(x, W, A, B, m, s, G, constant=True, whole=True) -> list:
@@ -481,7 +558,9 @@ def column_dora(config_class) -> None:
         (6, 6, 3, 3, True),
         (5, 8, 2, 3, False),
     ):
-        built = Built(config_class, d_in, d_out, bias, r=r, lora_alpha=alpha)
+        built = without_seeding(
+            lambda: Built(config_class, d_in, d_out, bias, r=r, lora_alpha=alpha)
+        )
         built.check_parameters({"A": (r, d_in), "B": (d_out, r), "m": (d_in,)})
         built.check_start()
         A, B, m = built.adapter.A, built.adapter.B, built.adapter.m
@@ -489,6 +568,16 @@ def column_dora(config_class) -> None:
             bool((B == 0).all()) and bool((A != 0).any()),
             "A starts with random numbers and B with zeros, as LoRA's do: with both"
             " zero neither would ever get a gradient.",
+        )
+        need(
+            int(torch.linalg.matrix_rank(A.detach())) == r,
+            "A starts with a rank below r (all numbers alike?), and stays so: make it"
+            " random.",
+        )
+        other = Built(config_class, d_in, d_out, bias, r=r, lora_alpha=alpha)
+        need(
+            not torch.equal(other.adapter.A, A),
+            "Two layers start with the same A: each draws its own.",
         )
         built.fill()
         V = built.W + alpha / r * B @ A
@@ -531,6 +620,8 @@ def column_dora(config_class) -> None:
             Formula(columns_scaled, built.W, A, B, m, alpha, r),
         )
         look_at_another_weight(built, alpha / r)
+        built.check_modes()
+        built.check_copies(other)
     Built(config_class, 8, 10, r=2, lora_alpha=4).check_learning()
 
 
@@ -556,11 +647,28 @@ def look_at_another_weight(built, s):
         "delta(base) for another weight",
         learnt={},
     )
+    below = Base(built.slot, "default")
+    below.__class__ = Stacked
+    below.given = old
+    need(
+        same(
+            built.adapter.delta(below),
+            m / (old + s * B @ A).norm(dim=0) * (old + s * B @ A) - old,
+        ),
+        "You read the frozen layer's weight (base.module): what is below may be more"
+        " than that layer, and its weight is base.weight.",
+    )
+
+
+class Stacked(Base):
+    """A layer below whose weight is not the frozen module's."""
+
+    weight = property(lambda self: self.given)
 
 
 # ---- a fair comparison ---------------------------------------------------------------
 
-RATES, SEEDS = (5e-3, 1e-2, 2e-2, 5e-2), (0, 1, 2)
+RATES = 5e-3, 1e-2, 2e-2, 5e-2
 VALID, TEST = 0, 1
 
 
@@ -640,9 +748,14 @@ def signs(losses) -> set:
     return {(one > 0) - (one < 0) for one in gap(losses, chosen(losses))}
 
 
-def sweep(wanted: set) -> dict:
+def sweep(wanted: set, seeds: int = 3) -> dict:
     """Made-up losses of both methods, with these signs of their differences, in which
     each slip gives another difference."""
+    if wanted == {0}:  # all of them equal
+        losses = sweep({0, 1}, seeds)
+        for seed in range(seeds):
+            tied(losses, seed)
+        return losses
 
     def noise():
         return round(random.uniform(-0.06, 0.06), 3)
@@ -655,13 +768,13 @@ def sweep(wanted: set) -> dict:
                         0.4 + 0.05 * abs(rate - at) + noise(),
                         0.4 + 0.05 * abs(rate - at) + noise(),
                     )
-                    for _ in SEEDS
+                    for _ in range(seeds)
                 ]
                 for rate in range(len(RATES))
             ]
             for method, at in zip(("LoRA", "DoRA"), random.sample(range(4), 2))
         }
-        losses = tied(losses, random.choice(SEEDS)) if 0 in wanted else losses
+        losses = tied(losses, random.randrange(seeds)) if 0 in wanted else losses
         best = chosen(losses)
         right = gap(losses, best)
         if signs(losses) == wanted and chosen(losses, TEST) != best != chosen(
@@ -672,6 +785,13 @@ def sweep(wanted: set) -> dict:
             if apart and has_clear_winners(losses):
                 return losses
     raise RuntimeError("no such runs were found")
+
+
+def scaled(losses, factor: float) -> dict:
+    return {
+        method: [[(a * factor, b * factor) for a, b in row] for row in table]
+        for method, table in losses.items()
+    }
 
 
 @checks(
@@ -686,8 +806,11 @@ def fair_gap(function, one="LoRA", other="DoRA") -> None:
         return abs(a - b) < 1e-6
 
     differences, agreements = Choices(near), Choices()
-    for wanted in ({1}, {1, -1}, {-1}, {0, 1}, {0, -1}):
-        losses = sweep(wanted)
+    for wanted in ({1}, {1, -1}, {-1}, {0, 1}, {0, -1}, {0}):
+        losses = sweep(wanted, seeds=4 if wanted == {1, -1} else 3)
+        if wanted == {-1}:  # small losses: how far they are apart decides nothing
+            losses = scaled(losses, 0.02)
+        seeds = random.sample(range(100), 4)
         runs = [
             {
                 "method": names[method],
@@ -698,7 +821,7 @@ def fair_gap(function, one="LoRA", other="DoRA") -> None:
             }
             for method, table in losses.items()
             for lr, row in zip(RATES, table)
-            for seed, both in zip(SEEDS, row)
+            for seed, both in zip(seeds, row)
         ]
         random.shuffle(runs)
         got = function(runs)
@@ -726,7 +849,7 @@ def fair_gap(function, one="LoRA", other="DoRA") -> None:
                 "With one seed both losses are equal, so that neither is better there:"
                 " then not all seeds agree.": [
                     len(wanted) == 1 or wanted in ties
-                    for ties in ([{0, 1}], [{0, -1}], [{0, 1}, {0, -1}])
+                    for ties in ([], [{0, 1}], [{0, -1}], [{0, 1}, {0, -1}])
                 ]
             },
             "The difference is right, but whether the seeds agree is not: subtract seed"

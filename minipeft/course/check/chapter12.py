@@ -2,6 +2,7 @@
 gate predicted and computed, a search over rates that has to go on, and a prompt of low
 rank."""
 
+import copy
 import math
 import random
 
@@ -10,10 +11,11 @@ import torch
 from ...config import PeftConfig
 from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
-from ...slot import Adapter
+from ...slot import Adapter, Base
 from ..comparison import compare as told_apart
 from .kinds import TRAPS, Choices, by_one_look, trap
-from .practice import numbers
+from .practice import numbers, without_seeding
+from .sandbox import unwatched
 from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
@@ -41,19 +43,26 @@ def sizes():
 def soft_prompt(function) -> None:
     """function(prompt, x, mask, labels) -> (x, mask, labels), each longer by n."""
     n, T, d = sizes()
-    B = 4
+    for B, length in ((4, n), (1, n + 1), (2, T + 2)):  # one longer than the text
+        one_prompt(function, B, length, T, d)
+
+
+def one_prompt(function, B, n, T, d):
     prompt = torch.randn(n, d, dtype=torch.float64, requires_grad=True)
     x = torch.randn(B, T, d, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(B, T, dtype=torch.long)
     # padding on the right in one row, on the left in another
-    mask[0, -2:] = mask[1, :1] = 0
-    labels = torch.randint(1, 90, (B, T)).masked_fill(mask == 0, -100)
+    mask[0, -2:] = mask[1:2, :1] = 0
+    labels = torch.randint(1, 90, (B, T))
+    labels[:, 2] = 0  # a token, too
+    labels.masked_fill_(mask == 0, -100)
     got = function(prompt, x, mask, labels)
     need(
         isinstance(got, (tuple, list)) and len(got) == 3,
         "Give me three tensors: return x, mask, labels.",
     )
     each = prompt.expand(B, -1, -1)
+    short = each[:, :T]
     new_x, new_mask, new_labels = got
     compare(
         new_x,
@@ -62,7 +71,7 @@ def soft_prompt(function) -> None:
             "Your prompt stands behind the text. Tokens see only what comes before"
             " them: so nothing would see it.": torch.cat((x, each), 1),
             "You add the prompt to the embeddings. A prompt is put in front of them:"
-            " the sequence becomes longer.": torch.cat((each + x[:, :n], x[:, n:]), 1),
+            " the sequence becomes longer.": torch.cat((short + x[:, :n], x[:, n:]), 1),
             "The prompt takes the place of the first tokens: they must stay, behind"
             " it.": torch.cat((each, x[:, n:]), 1),
             "The prompt's vectors come in reversed order.": torch.cat(
@@ -127,6 +136,12 @@ def soft_prompt(function) -> None:
         "Your labels are no whole numbers any more (torch.full with -100.0?): the loss "
         "wants token ids.",
     )
+    with torch.no_grad():
+        again = unwatched(function)(prompt, x, mask, labels)
+        need(
+            same(again[0], torch.cat((each, x), 1)),
+            "Under torch.no_grad(), as in evaluation, your x is another one.",
+        )
 
 
 def whole_numbers(tensor, what: str) -> None:
@@ -148,6 +163,11 @@ def as_numbers(tensor):
 def places(function) -> None:
     """function(mask, n) -> (mask (B, n + T), position_ids (B, T)); n: of the prefix."""
     n, T, _ = sizes()
+    for tokens, prefix in ((T, n), (T, n + 3), (300, n)):  # more than 8 bits can count
+        one_batch(function, prefix, tokens)
+
+
+def one_batch(function, n, T):
     mask = torch.ones(3, T, dtype=torch.long)
     mask[0, :2], mask[1, -2:] = 0, 0
     got = function(mask.clone(), n)
@@ -229,18 +249,25 @@ def places(function) -> None:
                     for message, wrong in slips.items()
                     if same(of_text(positions), of_text(wrong))
                 ),
-                f"For a row {side} and n = {n} you give {positions[off[0]].tolist()};"
-                f" its real tokens should have {right[off[0]][real[off[0]]].tolist()}.",
+                f"For a row {side} and n = {n} you give {shown(positions[off[0]])}; its"
+                f" real tokens should have {shown(right[off[0]][real[off[0]]])}.",
             )
         )
     whole_numbers(positions, "positions")
 
 
+def shown(positions) -> str:
+    """A row of numbers; of a long one its ends."""
+    row = [str(number) for number in positions.tolist()]
+    row = row if len(row) < 20 else [*row[:3], "…", *row[-3:]]
+    return f"[{', '.join(row)}]"
+
+
 def gate(q, k, prefix_k):
-    root = q.shape[-1] ** 0.5
     past = torch.ones(len(q), len(q)).tril().bool()
-    text = (q @ k.T / root).masked_fill(~past, -torch.inf)
-    return torch.sigmoid((q @ prefix_k.T / root).logsumexp(1) - text.logsumexp(1))
+    text = (q @ k.T / q.shape[1] ** 0.5).masked_fill(~past, -torch.inf)
+    prefix = q @ prefix_k.T / q.shape[1] ** 0.5
+    return torch.sigmoid(prefix.logsumexp(1) - text.logsumexp(1))
 
 
 @checks(
@@ -251,8 +278,10 @@ def gate(q, k, prefix_k):
 def prefix_gate(function) -> None:
     """function(q, k, prefix_k) -> (T,): the share of each token's softmax that falls on
     the prefix."""
-    for large in (False, True, "negative"):
+    for large in (False, True, "negative", "one token"):
         n, T, h = sizes()
+        if large == "one token":
+            large, n, T = False, 5, 1
         size = 90 if large else 1
         q, k, pk = (torch.randn(rows, h).double() * size for rows in (T, T, n))
         if large == "negative":  # all scores are far below zero
@@ -313,6 +342,9 @@ def prefix_gate(function) -> None:
                 ),
                 "The scores are divided by the root of the text's length: it is √h.": (
                     share(mass(T**0.5, pk), mass(T**0.5, k, causal))
+                ),
+                "A token sees itself: the mask keeps its diagonal.": share(
+                    on_prefix, mass(root, k, causal.tril(-1))
                 ),
                 "The mask is turned round: a token sees what comes before it.": share(
                     on_prefix, mass(root, k, causal.T)
@@ -424,7 +456,8 @@ def predict_gate(predicted, n=10, T=30) -> None:
         )
         need(
             abs(got - true) <= 0.02,
-            f"{case!r}: you say {got:.3g}, and it is {true:.3f}. Think of this: {why}.",
+            f"{case!r}: {got:.3g} is too {'large' if got > true else 'small'}. Think of"
+            f" this: {why}.",
         )
 
 
@@ -439,6 +472,7 @@ SEARCHES = {  # for each rate of a ladder, the mean loss; noise: how far seeds d
     "told apart further on": ((0.9, 0.7, 0.2, 0.21, 0.8), 0.03),
     "diverges above": ((0.9, 0.7, 0.5, 0.2, math.nan), 0.005),
     "one seed diverges": ((0.9, 0.7, 0.5, 0.2, 0.1), 0.005),
+    "noisy, and diverges before": ((0.9, 0.7, 0.2, math.nan, 0.48), 0.005),
     "one lucky seed": ((0.9, 0.5, 0.2, 0.3, 0.9), 0.005),
     "noisy above": ((0.9, 0.7, 0.6, 0.2, 0.48), 0.005),
     "noisy end": ((0.9, 0.7, 0.2, 0.5, 0.48), 0.005),
@@ -591,13 +625,15 @@ def some_sides(sides, losses, asked, ends) -> None:
             both - right
         ),
     }
-    shown = {rate: [round(loss, 3) for loss in losses[rate]] for rate in sorted(losses)}
+    seen = {rate: [round(loss, 3) for loss in losses[rate]] for rate in sorted(losses)}
+    verb = "the search has to go on at" if asked == "open" else "it is done at"
+    named = right if asked == "open" else both - right
     ends.add(
         found,
         right,
         slips,
-        f"Of {shown} you say {sorted(sides)}; the search has to go on at"
-        f" {' and '.join(sorted(right)) or 'neither side'}.",
+        f"Of {seen} you say {sorted(sides)}; {verb}"
+        f" {' and '.join(sorted(named)) or 'neither side'}.",
     )
 
 
@@ -658,10 +694,15 @@ def low_rank_prompt(adapter_class) -> None:
         isinstance(adapter_class, type) and issubclass(adapter_class, Adapter),
         "Give me the class itself, a subclass of Adapter.",
     )
-    n, r, d = random.choice([3, 4]), 2, 16
+    for r in (2, 3):
+        one_low_rank(adapter_class, random.choice([3, 4]), r)
+
+
+def one_low_rank(adapter_class, n, r):
+    d = 16
     start = torch.randn(n, d, dtype=torch.float64)
     given = start.clone()
-    model = around(small_model(), adapter_class, given, r)
+    model = without_seeding(lambda: around(small_model(), adapter_class, given, r))
     need(
         torch.equal(given, start),
         "You change `start` in place: leave it as it is, and keep a copy or itself.",
@@ -679,6 +720,72 @@ def low_rank_prompt(adapter_class) -> None:
         adapter.A.normal_()
         adapter.B.normal_()
     compare_prompts(model, adapter, base, start, batch)
+    look_at_other_calls(model, adapter, base, start, batch)
+
+
+@torch.no_grad()
+def look_at_other_calls(model, adapter, base, start, batch):
+    """In evaluation, with labels alone, with positions, through `base`, in a copy."""
+    ids, mask, labels = batch
+    n, (B, T) = len(start), ids.shape
+    for mode in ("train", "eval"):
+        model.train(mode == "train")
+        for name in "AB":
+            getattr(adapter, name).normal_()
+            P = start + adapter.A @ adapter.B
+            logits, loss = read_with(base, P, *batch)
+            out = run(model, *batch)
+            need(
+                same(out.logits[:, n:], logits)
+                and out.loss is not None
+                and same(out.loss, loss),
+                f"After model.{mode}() under torch.no_grad() the prompt does not follow"
+                f" a change of {name}, or mask and labels are treated in another way.",
+            )
+    out = model(input_ids=ids, labels=ids)
+    need(
+        out.loss is not None
+        and same(out.loss, read_with(base, P, ids, torch.ones_like(mask), ids)[1]),
+        "With labels and without a mask the loss is wrong: each of the two may be None"
+        " alone.",
+    )
+    places = torch.arange(n + T).expand(B, -1) + 3 * torch.arange(n + T)
+    given = dict(input_ids=ids, position_ids=places)
+    each = torch.cat((P.expand(B, -1, -1), base.get_input_embeddings()(ids)), 1)
+    need(
+        same(
+            model(**given).logits, base(inputs_embeds=each, position_ids=places).logits
+        ),
+        "`position_ids` does not reach the model as it came: hand on whatever other"
+        " arguments come (**others).",
+    )
+    below = Through(model.base_model, "default")
+    adapter(below, input_ids=ids)
+    need(
+        below.calls == 1,
+        "You run the frozen model itself (base.module), which leaves out other adapters"
+        " around it: run `base(...)`, once.",
+    )
+    twin = copy.deepcopy(model)
+    own = twin.base_model.adapters["default"]
+    for name in "AB":
+        before = run(twin, *batch).logits
+        getattr(own, name).normal_()
+        need(
+            not same(run(twin, *batch).logits, before),
+            f"In a copy of the model (copy.deepcopy) {name} has no effect: a function"
+            " that you made at the start still holds the first adapter.",
+        )
+
+
+class Through(Base):
+    """What stands below, counting how often it is run."""
+
+    calls = 0
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return super().__call__(*args, **kwargs)
 
 
 def run(model, ids, mask, labels):

@@ -2,6 +2,7 @@
 the check computes, a choice is judged by the course's rule, and a method that is built
 is put on a layer, compared with its equation, merged, and trained."""
 
+import copy
 import math
 import operator
 import random
@@ -303,6 +304,67 @@ class Built:
             self.model.unmerge_adapter()
         need(same(merged, before), "Merged, the layer gives something else.")
         need(torch.equal(self.layer.weight, self.W), "Unmerging gives another base.")
+
+    @torch.no_grad()
+    def check_modes(self) -> None:
+        """In evaluation the layer is what it is in training (for a method without
+        dropout), and it follows its parameters, merged too."""
+        trained = self.model.train() and self.slot(self.x)
+        need(
+            same(self.model.eval() and self.slot(self.x), trained),
+            "After model.eval() the layer gives something else, and nothing in this"
+            " method depends on the mode.",
+        )
+        for name, p in self.adapter.named_parameters():
+            before = self.slot(self.x)
+            p.add_(0.5 * torch.randn_like(p))
+            need(
+                not same(self.slot(self.x), before),
+                f"After model.eval() the layer does not follow a change of {name}:"
+                " something is kept from an earlier call.",
+            )
+            merged = self.slot(self.x)
+            self.model.merge_adapter()
+            fits = same(self.slot(self.x), merged)
+            self.model.unmerge_adapter()
+            need(fits, "Merged once more, the layer gives something of before.")
+        self.model.train()
+
+    @torch.no_grad()
+    def check_copies(self, other) -> None:
+        """A deep copy is a layer of its own; the parameters are all that is learnt,
+        and another layer of this kind, `other`, takes them over; nothing as large as
+        the weight is saved."""
+        twin = copy.deepcopy(self.model)
+        slot = twin.get_base_model().proj
+        for name, p in slot.adapters["default"].named_parameters():
+            before, mine = slot(self.x), self.slot(self.x)
+            p.add_(0.5 * torch.randn_like(p))
+            need(
+                not same(slot(self.x), before) and torch.equal(self.slot(self.x), mine),
+                f"In a copy of the model (copy.deepcopy) {name} has no effect, or one"
+                " on the first model: a function or a class that you made at the start"
+                " still holds the first adapter.",
+            )
+        saved = self.adapter.state_dict()
+        large = [
+            name
+            for name, kept in saved.items()
+            if name not in dict(self.adapter.named_parameters())
+            and kept.numel() >= self.W.numel()
+        ]
+        need(
+            not large,
+            f"{', '.join(large)} is as large as the weight, and would be saved with"
+            " each adapter.",
+        )
+        other.layer.load_state_dict(self.layer.state_dict())
+        other.adapter.load_state_dict(saved)
+        need(
+            same(other.slot(self.x), self.slot(self.x)),
+            "Loaded into another layer, the same parameters give something else:"
+            " something is set at the first call, or kept beside them.",
+        )
 
     def check_learning(self, steps: int = 40, lr: float = 0.05) -> None:
         """Adam makes the layer come nearer to another one that is not far away."""

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
 from ..comparison import compare as told_apart
+from .sandbox import unwatched
 from .teacher import need
 
 SEEDS = 0, 1, 2
@@ -192,6 +193,22 @@ def python_bytes(function, *args) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def calls_of_autograd(function, *args) -> int:
+    """How often a call asks autograd for gradients."""
+    asked, engine = [], torch.autograd._engine_run_backward
+
+    def noting(*given, **options):
+        asked.append(1)
+        return engine(*given, **options)
+
+    torch.autograd._engine_run_backward = noting
+    try:
+        unwatched(function)(*args)
+    finally:
+        torch.autograd._engine_run_backward = engine
+    return len(asked)
 
 
 # ---- what is kept --------------------------------------------------------------------
