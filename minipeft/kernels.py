@@ -115,7 +115,7 @@ def dora(adapter, base, x):
         z = y.addmm_(h, B.T, alpha=adapter.scaling)  # (W + s B A) x (N, d_out)
     else:
         y = base(x).reshape(-1, len(B))
-        z = y.to(h.dtype) if b is None else y.to(h.dtype) - b
+        z = y.to(h.dtype) if b is None else y.to(h.dtype) - b.to(h.dtype)
         z = torch.addmm(z, h, B.T, alpha=adapter.scaling)
     out = g * z if b is None else torch.addcmul(b.to(z.dtype), g, z)
     return out.view(*x.shape[:-1], len(B)).to(y.dtype)

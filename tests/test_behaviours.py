@@ -586,6 +586,33 @@ class TestTraining:
             close(run(compiled, adapter_names=["a", "b", "a"])[1], with_b[1])
 
 
+class TestPrecision:
+    @crossed
+    @pytest.mark.parametrize("kept", [torch.float64, torch.bfloat16, torch.float16])
+    def test_trained_numbers_in_another_precision_than_the_base(
+        self, method, base, kept
+    ):
+        """As after `for p in model.parameters(): if p.requires_grad: p.data = …`, with
+        which PEFT's users move them."""
+        model = adapted(method, base)
+        with_adapter = run(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.data = parameter.data.to(kept).to(parameter.dtype)
+        rounded = run(model)  # what the rounding of the numbers themselves changes
+        for parameter in trained:
+            parameter.data = parameter.data.to(kept)
+        wide = kept if kept.itemsize == 2 else torch.float32
+        close(run(model), rounded, rounding(2, wide))
+        differ(run(model), run(base.make()))
+        if method.mergeable and base.dense:
+            model.merge_adapter()
+            close(run(model), with_adapter, rounding(2, wide))
+            model.unmerge_adapter()
+        loss_of(model).backward()
+        assert {p.grad.dtype for p in trained if p.grad is not None} == {kept}
+
+
 class TestStartAndCount:
     @crossed
     def test_a_new_adapter_changes_nothing_and_a_shaken_one_does(self, method, base):

@@ -42,14 +42,19 @@ class DenseLora(LinearDelta):
         self.mergeable = config.activation == "linear"
         self.activation = nn.Identity() if self.mergeable else F.gelu
 
+    def factors(self, base):
+        """E (r, d_in), D (d_out, r), in M's precision"""
+        shared, dtype = base.shared[self.kind], self.lora_M.dtype
+        return shared.encoder.to(dtype), shared.decoder.to(dtype)
+
     def delta(self, base):
-        shared = base.shared[self.kind]
-        return self.scaling * shared.decoder @ self.lora_M @ shared.encoder
+        E, D = self.factors(base)
+        return self.scaling * D @ self.lora_M @ E
 
     def update(self, base, x):
-        shared, f = base.shared[self.kind], self.activation
-        h = F.linear(f(F.linear(x, shared.encoder)), self.lora_M)  # (..., r)
-        return self.scaling * f(F.linear(h, shared.decoder))
+        E, D = self.factors(base)
+        h = F.linear(self.activation(F.linear(x, E)), self.lora_M)  # (..., r)
+        return self.scaling * self.activation(F.linear(h, D))
 
 
 class SharedFactors(nn.Module):
@@ -92,13 +97,8 @@ class DenseLoraConfig(LayerConfig):
     def create_shared(self, bases):
         for base in bases.values():
             check_rank(self.r, base.module)
-        return nn.ModuleDict(
-            {
-                kind: SharedFactors(d_in, d_out, self)
-                for path, base in bases.items()
-                for kind, d_in, d_out in [share_key(base, path)]
-            }
-        )
+        kinds = [share_key(base, path) for path, base in bases.items()]
+        return nn.ModuleDict({kind: SharedFactors(i, o, self) for kind, i, o in kinds})
 
     def create(self, base, path):
         adapter = DenseLora(share_key(base, path)[0], self)

@@ -47,8 +47,9 @@ class Vera(LinearDelta):
             nn.init.normal_(self.vera_lambda_d)
 
     def projections(self, base):
-        """A (r, d_in), B (d_out, r)"""
-        return base.shared.vera_A[:, : self.d_in], base.shared.vera_B[: self.d_out]
+        """A (r, d_in), B (d_out, r), in the precision of b and d"""
+        A, B = base.shared.vera_A[:, : self.d_in], base.shared.vera_B[: self.d_out]
+        return A.to(self.vera_lambda_d.dtype), B.to(self.vera_lambda_d.dtype)
 
     def delta(self, base):
         A, B = self.projections(base)
@@ -66,10 +67,8 @@ class Projection(nn.Module):
     def __init__(self, d_in, d_out, config):
         super().__init__()
         generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-        for name, shape in (
-            ("vera_A", (config.r, d_in)),
-            ("vera_B", (d_out, config.r)),
-        ):
+        shapes = {"vera_A": (config.r, d_in), "vera_B": (d_out, config.r)}
+        for name, shape in shapes.items():
             bound = sqrt(6 / shape[1])  # uniform numbers with variance 2 / columns
             drawn = torch.empty(shape, device="cpu").uniform_(
                 -bound, bound, generator=generator
