@@ -720,13 +720,17 @@ def chapters(args):
         )
     if not args.all and not args.chapters:
         raise UserError("name a chapter, or say --all")
-    if not args.all:
-        for name in args.chapters:
-            if not Path(name).is_file():
-                raise UserError(f"{name}: no such notebook")
-        return [Path(name) for name in args.chapters]
     home = Path(__file__).parents[1] / "chapters"
-    if not (found := sorted(home.glob("[0-9][0-9]_*.ipynb"))):
+    found = sorted(home.glob("[0-9][0-9]_*.ipynb"))
+    if not args.all:
+        for path in map(Path, args.chapters):
+            if not path.is_file():
+                others = sorted(path.parent.glob("*.ipynb")) or found
+                near = did_you_mean(path.name, [other.name for other in others])
+                there = f"; {others[0].parent.resolve()} has others" if others else ""
+                raise UserError(f"{path}: no such notebook{near}{there}")
+        return [Path(name) for name in args.chapters]
+    if not found:
         raise UserError(
             "--all: the chapters are in minipeft's repository, not in the installed"
             " package. Get the repository, or name the notebooks"

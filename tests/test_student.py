@@ -623,7 +623,9 @@ class TestCommand:
             main(["student", "--out", str(tmp_path)]) == 1
             and main(["student", "no.ipynb", "--out", str(tmp_path)]) == 1
         )
+        assert main(["student", "04_lra.ipynb", "--out", str(tmp_path)]) == 1
         out, err = capsys.readouterr()
+        assert "(did you mean '04_lora.ipynb'?)" in err and "chapters has others" in err
         assert (
             "nbgrader generate_assignment 04_lora" in out
             and "name a chapter" in err
