@@ -122,8 +122,8 @@ def learner(case: str, seed: int):
 
 def one_run(job: dict) -> dict:
     """job: {"case", "examples", "lr", "seed", "trial"}; a trial is not scored, what is
-    free is not trained. "items": more answers a skill than usual, and which of them are
-    right."""
+    free is not trained. "steps": others than usual. "items": more answers a skill than
+    usual, which of them are right, and the loss on validation examples."""
     torch.set_num_threads(1)
     tokenizer, model = load_tokenizer(), learner(job["case"], job["seed"])
     done = {
@@ -132,12 +132,16 @@ def one_run(job: dict) -> dict:
         )
     }
     if job["case"] not in FREE:
-        steps = STEPS // 2 if job["trial"] else STEPS
-        fit(model, mix(job["examples"]), tokenizer, job, steps=steps, warmup=WARMUP)
+        steps = STEPS // 2 if job["trial"] else job.get("steps", STEPS)
+        warmup = WARMUP if job["trial"] else WARMUP * steps // STEPS
+        fit(model, mix(job["examples"]), tokenizer, job, steps=steps, warmup=warmup)
     tasks = {skill: load_data(skill) for skill in SKILLS}
+    if job["trial"] or "items" in job:
+        limit = 32 if job["trial"] else 128
+        losses = [valid_loss(model, tokenizer, task, limit) for task in tasks.values()]
+        done["valid_loss"] = finite(sum(losses) / len(losses))
     if job["trial"]:
-        losses = [valid_loss(model, tokenizer, task, 32) for task in tasks.values()]
-        return job | done | {"valid_loss": finite(sum(losses) / len(losses))}
+        return job | done
     tests = {
         skill: evaluate(
             model,

@@ -191,12 +191,12 @@ PLAN = [  # the most telling first
         for case, first in {
             "LoRA r 1": 2e-2,
             "LayerNorm tuning": 1e-1,
-            "full": [2e-3, 3e-3],
-            "LoRA r 8": [1e-2],
-            "BitFit": [1e-1],
-            "(IA)³": [2e-1, 5e-1],
-            "LoRA r 1, q and v": [2e-2, 5e-2],
-            "prompt, 10 tokens": [2.0, 5.0],
+            "full": 2e-3,
+            "LoRA r 8": 1e-2,
+            "BitFit": 1e-1,
+            "(IA)³": 5e-1,
+            "LoRA r 1, q and v": 5e-2,
+            "prompt, 10 tokens": 2.0,
         }.items()
     ),
     # 07: the final rank, from the start or searched
@@ -230,10 +230,10 @@ PLAN = [  # the most telling first
     *(
         entry("11", case, 100, rates)
         for case, rates in {
-            "Pfeiffer": [2e-2],
-            "Pfeiffer, after the block": [1e-2, 2e-2],
-            "parallel": [1e-2],
-            "parallel, raw stream": [5e-3, 1e-2],
+            "Pfeiffer": 2e-2,
+            "Pfeiffer, after the block": 1e-2,
+            "parallel": 1e-2,
+            "parallel, raw stream": 1e-2,
         }.items()
     ),
     # 05: the best cells of the map with more seeds, and the column beside its edge
@@ -260,16 +260,16 @@ PLAN = [  # the most telling first
     entry("12", "prefix, 6 tokens", 100, 2e-1, "voice"),
     entry("12", "prefix, 6 tokens, reparametrised", 100, 5e-3, "voice"),
     # 07: is the searched pattern better than another one?
-    entry("07", "LoRA, AdaLoRA's ranks", 300, [2e-2]),
-    entry("07", "LoRA, AdaLoRA's ranks reversed", 300, [2e-2]),
+    entry("07", "LoRA, AdaLoRA's ranks", 300, 2e-2),
+    entry("07", "LoRA, AdaLoRA's ranks reversed", 300, 2e-2),
     # 12: few examples of a task that is not already known
     *(
         entry("12", case, 100, first, "sql", 64)
         for case, first in {
-            "prompt, 10 tokens": [1e-1, 5e-1],
-            "prefix, 6 tokens": [1e-1, 3e-1],
-            "LoRA r 1": [1e-2, 2e-2],
-            "full": [5e-4, 1e-3],
+            "prompt, 10 tokens": 5e-1,
+            "prefix, 6 tokens": 1e-1,
+            "LoRA r 1": 1e-2,
+            "full": 5e-4,
         }.items()
     ),
     # rates beside the ones above
@@ -278,7 +278,7 @@ PLAN = [  # the most telling first
     entry("02 04 06", "full", 300, 5e-4),
     entry("11 04", "LoRA r 6, MLP", 300, 1e-2),
     entry("11", "parallel", 300, 1e-2),
-    entry("11", "Pfeiffer", 300, [1e-2, 2e-2]),
+    entry("11", "Pfeiffer", 300, 2e-2),
     # 05: few examples, below the edge of the rates that were tried
     *(
         entry("05", f"{case}, {n} examples", 100, first, examples=n, fields=fields)
@@ -290,27 +290,46 @@ PLAN = [  # the most telling first
     ),
     # 13 again: longer
     *(
-        entry("13", case, 180, first, "stowaway")
+        entry("13", case, 300, first, "stowaway")
         for case, first in {
-            "(IA)³": [2e-1],
-            "LayerNorm tuning": [1e-1],
-            "BitFit": [5e-2],
-            "LoRA r 1": [2e-2],
-            "full": [1e-3],
+            "(IA)³": 2e-1,
+            "LayerNorm tuning": 1e-1,
+            "BitFit": 5e-2,
+            "LoRA r 1": 2e-2,
+            "full": 1e-3,
+            "LoRA r 1, q and v": 5e-2,
+            "prompt, 10 tokens": 2.0,
         }.items()
     ),
     entry("04 06 08 12", "LoRA r 1", 300, 2e-2),
     entry("08", "VeRA r 256", 300, 1e-1),
     entry("08", "LoKr r 64", 300, 5e-2),
-    entry("04", "LoRA r 32", 300, [2e-3]),
+    entry("04", "LoRA r 32", 300, 2e-3),
     entry("04 06 08", "LoRA r 4", 300, 1e-2),
     entry("06", "DoRA r 8", 300, 5e-3),
     entry("11 04", "LoRA r 11, attention", 300, 1e-2),
     # where training goes on improving
     entry("07", "LoRA r 3", 1000, 1e-2),
     entry("07", "AdaLoRA 6 to 3", 1000, 2e-2),
-    entry("02 04", "full", 1000, [5e-4]),
-    entry("02 04", "LoRA r 8", 1000, [5e-3]),
+    entry("02 04 08", "full", 1000, 2e-4),
+    entry("02 04 08", "LoRA r 8", 1000, 2e-3),
+    entry("08", "LoRA r 1", 1000, 1e-2),
+    entry("08", "VeRA r 256", 1000, 5e-2),
+    entry("08", "LoKr r 64", 1000, 1e-2),
+    *(
+        entry("13", case, 1000, first, "stowaway")
+        for case, first in {"(IA)³": 1e-1, "LayerNorm tuning": 5e-2}.items()
+    ),
+    # 14: longer, with a ladder of rates of its own
+    *(
+        entry("14", case, 300, first, "mix", size)
+        for size in (24, 192)
+        for case, first in {
+            "fusion": 2e-3,
+            "one LoRA": 2e-3,
+            "one adapter": 2e-2,
+        }.items()
+    ),
     # the rest
     *(
         entry("14", case, 80, [rate], "mix", size)
@@ -323,8 +342,8 @@ PLAN = [  # the most telling first
     ),
     entry("06", "DoRA r 1", 300, 2e-2),
     entry("05 11 13", "LoRA r 22, q and v", 60, 1e-2, "stowaway"),
-    entry("11", "after attention", 300, [2e-2]),
-    entry("11", "Houlsby", 300, [2e-2]),
+    entry("11", "after attention", 300, 2e-2),
+    entry("11", "Houlsby", 300, 2e-2),
     entry("08", "LoHa r 2", 300, 5e-2),
     entry("08", "DenseLoRA r 16", 300, 2e-2),
     # 06: low ranks, longer
@@ -424,14 +443,12 @@ def update_of(update, read, _):
 
 def mixed_run(job: dict) -> dict:
     """A run of chapter 14: all answers to the three skills, one after the other."""
-    asked = {"case": job["case"], "examples": job["examples"], "lr": job["lr"]}
-    run = chapter14.one_run(
-        asked | {"seed": job["seed"], "trial": False, "items": TEST}
-    )
+    asked = {key: job[key] for key in ("case", "examples", "steps", "lr", "seed")}
+    run = chapter14.one_run(asked | {"trial": False, "items": TEST})
     scores, losses = run["scores"].values(), run["losses"].values()
     return {
         "parameters": run["parameters"],
-        "valid_loss": None,
+        "valid_loss": run["valid_loss"],
         "test_loss": sum(losses) / len(losses),
         "score": round(sum(scores) / len(scores), 2),
         "scores": run["scores"],
