@@ -466,9 +466,9 @@ def chosen(models, unit=bytewise, join=mean, pick=min, judged=bytewise, **settin
 
 
 def in_bits(models):
-    """In another unit, with numpy, and a list."""
+    """In another unit, with numpy, by seed, and a list."""
     unit = {
-        name: np.array(list(model["loss"].values()))
+        name: np.array([loss for _, loss in sorted(model["loss"].items())])
         * model["tokens"]
         / model["bytes"]
         / np.log(2)
@@ -815,3 +815,83 @@ def test_a_decoder_that_learns_nothing_is_not_accepted():
 
     verdict = check.my_decoder(Faint)
     assert not verdict and "not their order" in verdict.message
+
+
+# ------------------------------------------------------------ what a trial got through
+
+
+def fifty_at_most(probs, p):
+    best = probs.topk(min(50, len(probs))).indices
+    kept = top_p(probs, p, scale=False) * torch.zeros_like(probs).index_fill(0, best, 1)
+    return kept / kept.sum()
+
+
+def rounded(total, ordered, p):
+    return (100 * (total - ordered)).round() / 100 < p
+
+
+@pytest.mark.parametrize("answer", [fifty_at_most, nucleus_with(keep=rounded)])
+def test_nucleus_of_many_and_of_near_sums(answer):
+    for verdict in judge(
+        check.nucleus, lambda probs, p: answer(probs, p) if p else top_p(probs, p)
+    ):
+        assert not verdict
+
+
+def test_loss_of_one_place():
+    def answer(logits, labels):
+        number = (labels[:, 1:] != -100).sum()
+        return loss(logits, labels) * number / number.clamp(min=2)
+
+    rejects("one place that is asked", check.next_token_loss, answer)
+
+
+def test_bases_are_paired_by_seed():
+    def in_the_order_given(models):
+        best, _ = chosen(models)
+        token = min(models, key=lambda name: mean(models[name]["loss"].values()))
+        pair = [list(bytewise(models[name]).values()) for name in (best, token)]
+        return best, compare(*pair, loss=True).verdict
+
+    rejects("belong together", check.choose_base, in_the_order_given)
+    rejects("belong together", check.choose_base, lambda m: chosen(m, paired=False))
+
+
+class OneHead(MyBlock):
+    """`heads` counts in the scale alone."""
+
+    def attend(self, x):
+        q, k, v = (
+            z.transpose(1, 2).flatten(2)[:, None] * (1 if at else self.heads**0.5)
+            for at, z in enumerate(self.split(x))
+        )
+        return self.o(self.look(q, k, v)[:, 0])
+
+
+def placed(places):
+    return decoder(begin=lambda s, i: s.table(i) + s.place(places(i.shape[1])))
+
+
+class NoMLP(MyBlock):
+    def __init__(self, d, heads):
+        super().__init__(d, heads)
+        del self.mlp, self.second
+
+    def forward(self, x):
+        return x + self.attend(self.first(x))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("four times", type("Mine", (MyDecoder,), {"block": OneHead})),
+        ("when more tokens follow", placed(lambda n: torch.arange(n).flip(0))),
+        ("one 2 places after", placed(lambda n: torch.arange(n) % 2)),
+        ("one 16 places after", placed(lambda n: torch.arange(n) % 16)),
+        ("index out of range", placed(lambda n: torch.arange(n) * 64 // 63)),
+        ("Is there an MLP", type("Mine", (MyDecoder,), {"block": NoMLP})),
+    ],
+)
+def test_places_heads_and_parts_of_a_decoder(says, answer):
+    for verdict in judge(check.my_decoder, answer, variants=1):
+        assert not verdict and says in verdict.message, verdict.message

@@ -721,3 +721,128 @@ def test_fine_tune_right_answers(answer):
 def test_fine_tune_mistakes(says, answer):
     for verdict in judge(check.fine_tune, answer, variants=2):
         assert not verdict and says in verdict.message, verdict.message
+
+
+# ---------------------------------------------- what a second trial by learners found
+
+
+def flat_decay(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    decay = weight_decay * (p.ndim > 1)
+    return adamw(p, g, m, v, t, lr, beta1, beta2, eps, decay)
+
+
+def decay_with_a_gradient(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    decay = weight_decay * (g != 0)
+    return adamw(p, g, m, v, t, lr, beta1, beta2, eps, decay)
+
+
+def by_count(grads, labels):
+    found = dict(zip(labels, grads))
+    return sum(g * n for n, g in found.items()) / sum(found)
+
+
+@pytest.mark.parametrize(
+    "says, checker, answer",
+    [
+        ("if it is a vector", "adamw_step", flat_decay),
+        ("gradient is zero", "adamw_step", decay_with_a_gradient),
+        ("labels are sorted", "accumulated", lambda g, n: weighed(g, sorted(n))),
+        ("replace each other", "accumulated", by_count),
+        ("eight batches alone", "accumulated", lambda g, n: weighed(g[:8], n[:8])),
+        (
+            "they are different places",
+            "kept_numbers",
+            lambda widths, trained: sum(
+                {w for i, w in enumerate(widths[:-1]) if any(trained[: i + 1])}
+            ),
+        ),
+    ],
+)
+def test_what_learners_wrote(says, checker, answer):
+    rejects(says, getattr(check, checker), answer)
+
+
+def in_order(order):
+    """Losses are compared without their seeds."""
+
+    def alike(a, b):
+        return compare(order(a.values()), order(b.values()), loss=True)
+
+    return lambda *g: chosen(*g, judge=lambda a, b: alike(a, b).verdict != "behind")
+
+
+def smallest_bill(methods, card):
+    fit = {n: w for n, w in methods.items() if of_all(w) - 2 * w["trained"] <= card}
+    best = min(fit, key=lambda n: mean(fit[n]["loss"].values()))
+    good = [n for n in fit if not_behind(fit[n]["loss"], fit[best]["loss"])]
+    return min(good, key=lambda n: of_all(fit[n]) - 2 * fit[n]["trained"])
+
+
+def first_behind(methods, card):
+    fit = {n: w for n, w in methods.items() if of_all(w) - 2 * w["trained"] <= card}
+    found = best = min(fit, key=lambda n: mean(fit[n]["loss"].values()))
+    for name in sorted(fit, key=lambda n: -fit[n]["trained"]):
+        if fit[name]["trained"] < fit[best]["trained"]:
+            if not not_behind(fit[name]["loss"], fit[best]["loss"]):
+                break
+            found = name
+    return found
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("pairs two dictionaries", in_order(list)),
+        ("pairs two dictionaries", in_order(sorted)),
+        ("smallest bill", smallest_bill),
+        ("stop at the first method", first_behind),
+        ("median", lambda *g: chosen(*g, join=lambda x: sorted(x)[1])),
+    ],
+)
+def test_what_learners_chose(says, answer):
+    rejects(says, check.choose_method, answer)
+
+
+def zeroed_late(model, batches, *given):
+    """zero_grad() at the end of a step."""
+
+    def own(params, clip):
+        nn.utils.clip_grad_norm_(params, clip)
+
+    first = {id(p): p.grad.clone() for p in model.parameters() if p.grad is not None}
+
+    def clipping(params, clip):
+        for p in params:
+            if id(p) in first and p.grad is not None:
+                p.grad += first.pop(id(p))
+        own(params, clip)
+
+    return tune(model, batches, *given, clipping=clipping)
+
+
+def with_the_frozen(model, *given):
+    def clipping(params, clip):
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+
+    return tune(model, *given, clipping=clipping)
+
+
+def frozen_at_the_end(model, *given):
+    losses = tune(model, *given)
+    model.requires_grad_(False)
+    return losses
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("an earlier run left in .grad", zeroed_late),
+        ("count in your norm", with_the_frozen),
+        ("leave requires_grad as it was", frozen_at_the_end),
+        ("one number, decays", tuned(decays=lambda p: p.dim() != 1)),
+        ("with a single row", tuned(decays=lambda p: p.numel() > max((*p.shape, 1)))),
+    ],
+)
+def test_what_learners_trained(says, answer):
+    for verdict in judge(check.fine_tune, answer, variants=2):
+        assert not verdict and says in verdict.message, verdict.message

@@ -618,3 +618,174 @@ def blank(*answers):
 @pytest.mark.parametrize("name", ["choose_d", "fast_hadamard", "hash_project", "d90"])
 def test_a_blank_stub_is_refused_kindly(name):
     rejects("There is nothing here yet", getattr(check, name), blank)
+
+
+# ------------------------------------------------------- found by trying to fool them
+
+
+def by_each_seed(runs, start, full):
+    """Each seed at a stride of its own."""
+    best = {}
+    for run in runs:
+        key = run["d"], run["seed"]
+        if key not in best or run["valid_loss"] < best[key]["valid_loss"]:
+            best[key] = run
+    runs = [run | {"stride": 1} for run in best.values()]
+    return chosen(runs, start, full)
+
+
+def from_above(runs, start, full):
+    sizes = sorted({run["d"] for run in runs}, reverse=True)
+    found = None
+    for d in sizes:
+        own = [run for run in runs if run["d"] in (d, min(sizes))]
+        got = chosen(own, start, full)
+        if got is None:
+            break
+        found = d
+    return found and (found, "ahead")
+
+
+def at_ones_stride(runs, start, full):
+    """The smaller d at the stride of the chosen one."""
+    found = chosen(runs, start, full)
+    if found is None:
+        return None
+    tried = sorted({run["d"] for run in runs})
+    d, smaller = found[0], tried[tried.index(found[0]) - 1]
+    sums = {}
+    for run in runs:
+        if run["d"] == d:
+            sums[run["stride"]] = sums.get(run["stride"], 0) + run["valid_loss"]
+    stride = min(sums, key=sums.get)
+    pair = [
+        {
+            run["seed"]: run["test_loss"]
+            for run in runs
+            if (run["d"], run["stride"]) == (one, stride)
+        }
+        for one in (d, smaller)
+    ]
+    return d, compare(*pair, loss=True).verdict
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("a stride of its own", by_each_seed),
+        ("go down from the largest", from_above),
+        ("at the stride of yours", at_ones_stride),
+        ("does not pair the seeds", lambda *g: chosen(*g, paired=False)),
+        ("median", lambda *g: chosen(*g, join=lambda v: sorted(v)[1])),
+    ],
+)
+def test_dimensions_that_seem_right(says, answer):
+    rejects(says, check.choose_d, answer)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        (
+            "89.8 %",
+            lambda losses, start, full: min(
+                (d for d in losses if start - losses[d] >= 0.895 * (start - full)),
+                default=None,
+            ),
+        ),
+        (
+            "far below full's",
+            lambda losses, start, full: min(
+                (d for d in losses if abs(losses[d] - full) <= 0.1 * (start - full)),
+                default=None,
+            ),
+        ),
+        (
+            "not to the best",
+            lambda losses, start, full: right(
+                losses, start, min(full, *losses.values())
+            ),
+        ),
+    ],
+)
+def test_gains_of_another_whole(says, answer):
+    rejects(says, check.d90, answer)
+
+
+def test_columns_of_many_entries_and_the_dtype():
+    def in_eight_bits(theta, index, sign):
+        count = torch.bincount(index).to(torch.uint8).to(theta.dtype)
+        return theta[index] * sign / count.sqrt()[index]
+
+    def in_double(theta, index, sign):
+        return theta[index] * sign / torch.bincount(index).double().sqrt()[index]
+
+    rejects("1,498 entries", check.hash_project, in_eight_bits)
+    rejects("theta's dtype", check.hash_project, in_double)
+
+
+def test_a_matrix_made_by_numpy():
+    def answer(x):
+        H = np.ones((1, 1))
+        while len(H) < len(x):
+            H = np.block([[H, H], [H, -H]])
+        return torch.from_numpy(H @ x.double().numpy()).to(x.dtype)
+
+    verdict = check.fast_hadamard(answer)
+    assert not verdict and "in numpy" in verdict.message, verdict.message
+
+
+def few_rows(size, d, draws):
+    P = torch.zeros(size, d)
+    P[:60] = torch.randn(60, d, generator=draws) / 60**0.5
+    return P / P.norm(dim=0)
+
+
+def by_order():
+    """P depends on how many layers were made before."""
+    config = own()
+
+    def create(self, base, path):
+        self.made = getattr(self, "made", 0) + 1
+        return Own(*linear_features(base.module), self.d, 1000 * self.seed + self.made)
+
+    config.create = create
+    return config
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        (
+            "get the same P: 'model.layers",
+            own(
+                seeds=lambda s, p: 999 * s + int("0" + "".join(filter(str.isdigit, p)))
+            ),
+        ),
+        ("get the same P: 'model", own(seeds=lambda s, p: 9999 * s + sum(map(ord, p)))),
+        (
+            "get the same P: 'model",
+            own(seeds=lambda s, p: s + zlib.crc32(p.encode()) % 997),
+        ),
+        ("made before it", by_order()),
+        ("never move", own(draw=drawn(few_rows))),
+    ],
+)
+def test_directions_that_are_tied(says, answer):
+    verdict = check.my_subspace(answer)
+    assert not verdict and says in verdict.message, verdict.message
+
+
+def bound(self):
+    self.delta = lambda base: Own.delta(self, base)
+
+
+def biased(self, base, x):
+    return nn.functional.linear(x, self.delta(base), base.bias)
+
+
+def test_subspaces_that_are_right_on_one_layer_only():
+    for answer in (own(finish=bound), own(update=biased)):
+        verdict = check.my_subspace(answer)
+        assert not verdict
+        assert "deep copy" in verdict.message or "base gives" in verdict.message

@@ -30,6 +30,16 @@ def test_lora_delta_solution():
     accepts(check.lora_delta, lambda A, B, alpha, r: alpha / r * B @ A)
 
 
+def remembered():
+    """The first update of each shape, for ever."""
+    known = {}
+
+    def update(A, B, alpha, r):
+        return known.setdefault((A.shape, B.shape), alpha / r * B @ A)
+
+    return update
+
+
 @pytest.mark.parametrize(
     "says, answer",
     [
@@ -50,6 +60,8 @@ def test_lora_delta_solution():
                 alpha / r * (B @ A if len(B) != A.shape[1] else A.T @ B.T)
             ),
         ),
+        ("times what the formula", lambda A, B, alpha, r: round(alpha / r, 2) * B @ A),
+        ("After a step of training", remembered()),
         ("lost touch", lambda A, B, alpha, r: alpha / r * (B @ A).detach()),
         ("is there a `return`", lambda A, B, alpha, r: None),
         ("should be a tensor", lambda A, B, alpha, r: 3.0),
@@ -127,6 +139,31 @@ def set_parameters(**shapes):
             for name, shape in shapes.items()
         ]
     )
+
+
+def of_one_seed():
+    return torch.Generator().manual_seed(3)
+
+
+class WithClosure(Lora):
+    """A lambda made in __init__ holds A and B: a deep copy has the first one's."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        A, B = self.A, self.B
+        self.change = lambda x: self.scale * x @ A.T @ B.T
+
+    def update(self, x):
+        return self.change(self.dropout(x))
+
+
+def masked(self, shape):
+    """One mask of each layer, drawn at its first call."""
+    if not self.training:
+        return torch.ones(shape)
+    if "mask" not in vars(self):
+        self.mask = self.dropout(torch.ones(shape))
+    return self.mask
 
 
 def drop(self, x):
@@ -306,6 +343,42 @@ class BlankLora(nn.Module):
             ),
         ),
         ("seeds torch's global generator", after_init(lambda s: torch.manual_seed(0))),
+        (
+            "begin with the same A",
+            set_parameters(A=lambda s: torch.randn(s.A.shape, generator=of_one_seed())),
+        ),
+        (
+            "then the gradient of B is as small",
+            set_parameters(A=lambda s: 1e-9 * torch.randn(s.A.shape)),
+        ),
+        ("the base's has", with_forward(lambda s, x: Lora.forward(s, x).squeeze(0))),
+        (
+            "Under torch.no_grad()",
+            with_forward(
+                lambda s, x: (
+                    Lora.forward(s, x) if torch.is_grad_enabled() else s.linear(x)
+                )
+            ),
+        ),
+        ("still computes with the first one's A and B", WithClosure),
+        (
+            "drop the same inputs",
+            with_forward(
+                lambda s, x: (
+                    s.linear(x)
+                    + s.scale * (x * masked(s, x.shape[-1:])) @ s.A.T @ s.B.T
+                )
+            ),
+        ),
+        (
+            "All tokens lose the same inputs",
+            with_forward(
+                lambda s, x: (
+                    s.linear(x)
+                    + s.scale * (x * s.dropout(torch.ones(x.shape[-1]))) @ s.A.T @ s.B.T
+                )
+            ),
+        ),
         ("whole part", after_init(lambda s: setattr(s, "scale", s.alpha // s.r))),
         (
             "alpha / r is missing",
@@ -375,6 +448,8 @@ def test_first_steps_that_are_not_all_there():
     some = {case: v for case, v in steps().items() if "loss" not in case}
     rejects("no prediction for 'SGD, loss × 3'", check.predict_first_step, some)
     rejects("Give a dictionary", check.predict_first_step, list(steps().values()))
+    respelt = {case.upper().replace(" × ", "x"): said for case, said in steps().items()}
+    accepts(check.predict_first_step, respelt)
     rejects("nothing here yet", check.predict_first_step, None)
 
 
@@ -410,6 +485,33 @@ def chosen(
     best = pick(losses, key=lambda r: mean(losses[r].values()))
     good = [r for r in sorted(losses) if judge(losses[r], losses[best])]
     r = good[-1] if largest else good[0]
+    return r, own[r]
+
+
+def unpaired(a, b):
+    sides = list(a.values()), list(b.values())
+    return compare(*sides, paired=False, loss=True).verdict != "behind"
+
+
+def by_place(a, b):
+    return compare([*a.values()], [*b.values()], loss=True).verdict != "behind"
+
+
+def stepwise(runs, budget, neighbour):
+    """From the best rank down, until one is behind."""
+    found = {}
+    for run in runs:
+        if run["parameters"] <= budget:
+            place = found.setdefault(run["r"], {}).setdefault(run["lr"], {})
+            place[run["seed"]] = run["valid_loss"]
+    own = {r: min(at, key=lambda lr: mean(at[lr].values())) for r, at in found.items()}
+    losses = {r: found[r][own[r]] for r in own}
+    best = r = min(losses, key=lambda r: mean(losses[r].values()))
+    for smaller in sorted((q for q in losses if q < r), reverse=True):
+        other = losses[r if neighbour else best]
+        if compare(losses[smaller], other, loss=True).verdict == "behind":
+            break
+        r = smaller
     return r, own[r]
 
 
@@ -460,7 +562,11 @@ def test_choose_rank_right_answers():
         ("more than the budget", lambda runs, budget: chosen(runs, None)),
         ("largest rank that is not behind", lambda *g: chosen(*g, largest=True)),
         ("ake the mean", lambda *g: chosen(*g, join=statistics.median)),
-        ("", lambda runs, budget: chosen(runs, budget - 1)),
+        ("exactly as many", lambda runs, budget: chosen(runs, budget - 1)),
+        ("belongs together", lambda *g: chosen(*g, judge=unpaired)),
+        ("belongs together", lambda *g: chosen(*g, judge=by_place)),
+        ("compare each rank with the next one", partial(stepwise, neighbour=True)),
+        ("stop at the first rank", partial(stepwise, neighbour=False)),
         ("its own best rate", lambda *g: (chosen(*g)[0], 3e-4)),
         ("There is no run with", lambda *g: chosen(*g)[::-1]),
         ("Return two numbers", lambda *g: chosen(*g)[0]),
@@ -592,6 +698,14 @@ class Blank(LayerConfig):
         raise NotImplementedError
 
 
+def held_by_a_lambda(A):
+    return lambda x: x @ A.T
+
+
+def dropped(x):
+    return nn.functional.dropout(x, 0.1)
+
+
 def parameters(**made):
     def finish(self):
         for name, value in made.items():
@@ -636,6 +750,31 @@ def test_my_lora_right_answers(answer):
         ("The bias is added twice", own(update=with_bias)),
         ("the new weight itself", own(delta=lambda s, b: b.weight + Own.delta(s, b))),
         ("A has the shape (4, 16)", Capped),
+        (
+            "begin with the same A",
+            own(
+                finish=parameters(
+                    A=lambda s: torch.randn(s.A.shape, generator=of_one_seed())
+                )
+            ),
+        ),
+        (
+            "still computes with the first one's A and B",
+            own(
+                finish=lambda s: setattr(s, "low", held_by_a_lambda(s.A)),
+                update=lambda s, b, x: s.scale * s.low(x) @ s.B.T,
+                delta=Own.delta,
+            ),
+        ),
+        (
+            "keeps tensors of each call",
+            own(
+                finish=lambda s: setattr(s, "seen", []),
+                update=lambda s, b, x: s.seen.append(x) or Own.update(s, b, x),
+            ),
+        ),
+        ("Here is none", own(update=lambda s, b, x: Own.update(s, b, dropped(x)))),
+        ("self.alpha", own(finish=lambda s: setattr(s, "scale", 16 / s.r))),
         ("whole part", own(finish=lambda s: setattr(s, "scale", s.alpha // s.r))),
         ("seeds torch's global generator", own(finish=lambda s: torch.manual_seed(0))),
         ("the size", own(finish=parameters(A=lambda s: 30 * torch.randn(s.A.shape)))),
@@ -696,7 +835,10 @@ def test_six_million_solution(answer):
         ("5,120 r each", [(4, ["q_proj", "v_proj"])]),
         ("are called", [(8, ["q", "k", "v", "o"])]),
         ("Write it as", [8, 16]),
-        ("Write it as", [(8, "q_proj")]),
+        ("stand in a list", [(26, "q_proj")]),
+        ("whole number, 1 or more", [(41.6, ["k_proj"])]),
+        ("whole number, 1 or more", [(-16, ["q_proj", "v_proj"])]),
+        ("adapted once", [(13, ["q_proj", "q_proj"])]),
         ("nothing here yet", []),
         ("nothing here yet", None),
     ],

@@ -670,3 +670,160 @@ def test_pissa_adapter_right_answers():
 )
 def test_pissa_adapter_mistakes(says, answer):
     rejects(says, check.pissa_adapter, answer)
+
+
+# ------------------------------------------------------- what a trial by learners found
+
+
+def by_endings(shapes, layers, targets, budget):
+    names = [name for name in shapes if name.endswith(tuple(targets))]
+    return budget // (layers * cost(shapes, names))
+
+
+def test_a_target_is_a_whole_name():
+    rejects("only contain a target's", check.rank_at_budget, by_endings)
+
+
+def listed(runs, one, other, cut=None, **options):
+    """The losses as the runs stand, without their seeds."""
+    got = planned(runs, one, other)
+    if got[0] == "extend":
+        return got
+    pair = []
+    for case in (one, other):
+        at = at_best_rate([run for run in runs if run["case"] == case])
+        at = [run for run in runs if run in at]
+        at = sorted(at, key=lambda run: run["seed"]) if cut else at
+        pair.append([run["test_loss"] for run in at][:cut])
+    return "verdict", compare(*pair, loss=True, **options).verdict
+
+
+def by_name(runs, one, other):
+    """Another case's name begins like this one's."""
+    of = [{**run, "case": one} if run["case"] == "one more" else run for run in runs]
+    return planned(of, one, other)
+
+
+def test_seeds_belong_together_and_all_of_them_count():
+    rejects("a seed belongs to the same seed", check.judge_sweep, listed)
+    rejects(
+        "a seed belongs to the same seed",
+        check.judge_sweep,
+        lambda *given: listed(*given, paired=False),
+    )
+    rejects("*all* seeds", check.judge_sweep, lambda *given: listed(*given, cut=3))
+    for verdict in judge(check.judge_sweep, by_name):
+        assert not verdict
+
+
+def leaving(**changed):
+    def answer(layer, optimizer):
+        found = diagnose(layer, optimizer)
+        for name, value in changed.items():
+            setattr(layer, name, value)
+        return found
+
+    return answer
+
+
+def unfreezing(layer, optimizer):
+    found = diagnose(layer, optimizer)
+    layer.B.requires_grad_()
+    return found
+
+
+def looking_at(x_of, part=lambda y: y, atol=0.0):
+    """Doubled is what differs in this part, for these inputs, by more than this."""
+
+    def answer(layer, optimizer):
+        x = x_of(4, layer.linear.in_features)
+        found = diagnose(layer, optimizer)
+        near = torch.allclose(part(layer(x)), part(layer.linear(x)), atol=atol)
+        return "healthy" if found == "twice" and near else found
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("enabled is not what it was", leaving(enabled=False)),
+        ("merged is not what it was", leaving(merged=False)),
+        ("B.requires_grad is not", unfreezing),
+        ("not 0", with_other(no_scale=lambda p, o: p.scale <= 0)),
+        ("not 0", with_other(no_scale=lambda p, o: abs(p.scale) < 1e-3)),
+        (
+            "and not 0",
+            with_other(
+                no_rate=lambda p, o: max(g["lr"] for g in o.param_groups) < 1e-6
+            ),
+        ),
+        (
+            "the group in which B is",
+            with_other(no_rate=lambda p, o: any(not g["lr"] for g in o.param_groups)),
+        ),
+        (
+            "as it should be",
+            with_other(dead=lambda p, o: p.A.max() == 0 and p.B.max() == 0),
+        ),
+        (
+            "as it should be",
+            with_other(dead=lambda p, o: not (p.A[0].any() or p.B.any())),
+        ),
+        (
+            "as it should be",
+            with_other(dead=lambda p, o: p.A.abs().max() < 1e-2 and not p.B.any()),
+        ),
+        ("only what rounding makes", looking_at(torch.randn, atol=0.03)),
+        ("for random inputs", looking_at(torch.ones, atol=1e-4)),
+        ("for random inputs", looking_at(torch.randn, lambda y: y[:, 0])),
+        ("for random inputs", looking_at(torch.randn, lambda y: y.sum(1), 1e-4)),
+        ("for random inputs", looking_at(lambda n, d: torch.eye(d)[:1])),
+    ],
+)
+def test_the_doctor_looks_at_all_and_changes_nothing(says, answer):
+    """Patients come in a random order: another one may be mistaken first."""
+    verdicts = judge(check.diagnose, answer, variants=20)
+    assert not any(verdicts)
+    assert any(says in verdict.message for verdict in verdicts)
+
+
+class OfTheClass(Pissa):
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        OfTheClass.s = self.__dict__.pop("s")
+
+
+class OnACopy(Pissa):
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        self.change = lambda: self.s * (self.B @ self.A - self.start)
+
+    def delta(self, base):
+        return self.change()
+
+
+class AtTheFirstCall(Pissa):
+    def __init__(self, W, r, alpha):
+        super().__init__(W, r, alpha)
+        del self.start
+        self.first = None
+
+    def delta(self, base):
+        if self.first is None:
+            self.first = (self.B @ self.A).detach().clone()
+        return self.s * (self.B @ self.A - self.first)
+
+
+class InTraining(Pissa):
+    def delta(self, base):
+        return super().delta(base) * self.training
+
+
+def test_an_adapter_lives_in_a_model():
+    rejects("not on the class", check.pissa_adapter, configured(OfTheClass))
+    rejects("A copy of your layer", check.pissa_adapter, configured(OnACopy))
+    rejects(
+        "loaded into a new adapter", check.pissa_adapter, configured(AtTheFirstCall)
+    )
+    rejects("In evaluation", check.pissa_adapter, configured(InTraining))

@@ -632,3 +632,73 @@ def test_a_pruned_triplet_may_come_back():
     rejects("get no gradient any more", check.self_pruning, changed(prune=hooked))
     flat = starting(lambda t: t.A.data.fill_(0.1))
     rejects("make them random", check.self_pruning, flat)
+
+
+# -------------------------------------------------- what a second trial got through
+
+
+def halved(scores, budget):
+    return allocate({name: s.bfloat16().float() for name, s in scores.items()}, budget)
+
+
+def as_they_come(runs):
+    """Lists of answers, in the order of the runs."""
+    found, count = [], {}
+    for run in runs:
+        key = run["method"], run["steps"], run["lr"]
+        count[key] = count.get(key, -1) + 1
+        found.append(run | {"seed": count[key]})
+    return paying(found)
+
+
+def test_close_scores_are_not_equal():
+    rejects("hundred thousandths", check.allocate, halved)
+
+
+def test_answers_belong_together():
+    rejects("belong together", check.when_it_pays, as_they_come)
+
+
+def scale_follows(self, keep):
+    Triplets.prune(self, keep)
+    self.s = self.s * len(self.E) / max(keep, 1)
+
+
+def while_training(self, keep):
+    if self.training:
+        Triplets.prune(self, keep)
+
+
+def by_gradient(t):
+    return (t.E * (1 if t.E.grad is None else t.E.grad)).abs()
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("another scale", changed(prune=scale_follows)),
+        ("leaves", changed(prune=while_training)),
+        ("prune keeps other triplets", pruned_by(by_gradient)),
+        ("‖B_i‖ is missing", pruned_by(lambda t: t.E.abs() * t.A.norm(dim=1))),
+        ("‖A_i‖ is missing", pruned_by(lambda t: t.E.abs() * t.B.norm(dim=0))),
+        ("E_i is missing", pruned_by(lambda t: t.A.norm(dim=1) * t.B.norm(dim=0))),
+        ("by E with its sign.", pruned_by(lambda t: t.E)),
+        (
+            "prune keeps other triplets",
+            pruned_by(
+                lambda t: t.E.abs() * (t.A.norm(dim=1) * t.B.norm(dim=0)).square()
+            ),
+        ),
+        (
+            "saves more than A, E and B: W",
+            starting(lambda t: t.register_buffer("W", torch.ones(3))),
+        ),
+    ],
+)
+def test_other_ways_to_prune(says, answer):
+    rejects(says, check.self_pruning, answer)
+
+
+def test_a_prediction_of_zero_is_shown_as_zero():
+    verdict = check.predict_adalora(numbers() | {"steady": 1})
+    assert "and it is 0." in verdict.message

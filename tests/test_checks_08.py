@@ -297,7 +297,7 @@ def within(runs, budget, over=mean, key="valid_loss", limit=True, plain="LoRA r 
         (r["method"], r["lr"]) for r in runs if not limit or r["numbers"] <= budget
     }
     best = min(tried, key=lambda pair: score(*pair))
-    rates = {lr for method, lr in tried if method == plain}
+    rates = {r["lr"] for r in runs if r["method"] == plain}
     own = plain, min(rates, key=lambda lr: score(plain, lr))
     sides = [
         {r["seed"]: r["right"] for r in runs if (r["method"], r["lr"]) == pair}
@@ -495,3 +495,100 @@ def test_kron_starts_at_exactly_zero():
     tiny = starting(lambda a: a.C.data.fill_(1e-7))
     rejects("exactly zero", check.kron_adapter, tiny)
     accepts(check.kron_adapter, starting(lambda a: a.D.data.copy_(torch.eye(len(a.D)))))
+
+
+# ---------------------------------------------- what a second trial by learners found
+
+
+def square_slips(x, C, D):
+    turned = D.T if D.shape[0] == D.shape[1] else D
+    return lokr(x, C, turned)
+
+
+def by_rows(T, p, m, q, n, D=None, rounds=100):
+    """Power iteration from the first block, or from ones."""
+    R = T.reshape(p, q, m, n).transpose(1, 2).reshape(p * m, q * n)
+    D = R[0] if D is None else D
+    for _ in range(rounds):
+        D = (R @ D) @ R
+        D = D / D.norm()
+    return (R @ D).view(p, m), D.view(q, n)
+
+
+def a_few_rounds(T, p, m, q, n):
+    return by_rows(T, p, m, q, n, torch.ones(q * n, dtype=T.dtype), rounds=5)
+
+
+def cut_to_the_width(B1, A1, B2, A2):
+    """No more terms than ΔW has rows."""
+    B, A = as_lora(B1, A1, B2, A2)
+    kept = min(B.shape)
+    return B[:, :kept], A[:kept]
+
+
+def unpaired(runs, budget, answers=None):
+    name, _ = within(runs, budget)
+
+    def of(method):
+        own = [r for r in runs if r["method"] == method]
+        rates = {r["lr"] for r in own}
+        at = {lr: mean(r["valid_loss"] for r in own if r["lr"] == lr) for lr in rates}
+        return [r["right"] for r in own if r["lr"] == min(at, key=at.get)]
+
+    return name, compare(of(name), of("LoRA r 1")).verdict
+
+
+def never_the_plain_one(runs, budget):
+    others = [r for r in runs if r["method"] != "LoRA r 1"]
+    return within(others, budget, plain=others[0]["method"])[0], within(runs, budget)[1]
+
+
+@pytest.mark.parametrize(
+    "says, checker, answer",
+    [
+        ("", "lokr_apply", square_slips),
+        ("nan or inf", "nearest_kron", by_rows),
+        ("Not the nearest", "nearest_kron", a_few_rounds),
+        ("B should be", "loha_as_lora", cut_to_the_width),
+        ("what belongs together", "choose_within", unpaired),
+        ("You choose", "choose_within", never_the_plain_one),
+    ],
+)
+def test_what_learners_wrote(says, checker, answer):
+    rejects(says, getattr(check, checker), answer)
+
+
+class Closed(Kron):
+    """Its update is a function that holds the first adapter's numbers."""
+
+    def __init__(self, W, block):
+        super().__init__(W, block)
+        self.run = lambda x: Kron.update(self, None, x)
+
+    def update(self, base, x):
+        return self.run(x)
+
+
+class FewDimensions(Kron):
+    def update(self, base, x):
+        X = x.reshape(-1, self.C.shape[1], len(self.D))
+        flat = (self.C @ X @ self.D.T).flatten(1)
+        return flat.view(*x.shape[:2], -1) if x.ndim > 2 else flat
+
+
+class Seeded(Kron):
+    def __init__(self, W, block):
+        torch.manual_seed(0)
+        super().__init__(W, block)
+
+
+@pytest.mark.parametrize(
+    "says, adapter",
+    [
+        ("numbers of the first one", configured(Closed)),
+        ("", configured(FewDimensions)),
+        ("seeds torch's global generator", configured(Seeded)),
+    ],
+)
+def test_what_learners_built(says, adapter):
+    rejects(says, check.kron_adapter, adapter)

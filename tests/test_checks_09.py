@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from judging import accepts, judge, rejects
+from torch import nn
 
 from minipeft import LinearDelta
 from minipeft.course import check, compare
@@ -548,3 +549,121 @@ def test_the_verdict_is_against_the_best_by_the_mean():
             check.choose_format,
             functools.partial(answer, look=look),
         )
+
+
+# ------------------------------------------------------- found by trying to fool them
+
+
+def choosing_by(look, bits=math.ceil, names=lambda name: name.startswith("int")):
+    def answer(weights, codes, sizes, budget):
+        errors = {}
+        for name, code in codes.items():
+            for size in sizes:
+                if bits(math.log2(len(code))) + 16 / size <= budget:
+                    near = [rounded(w, code, size) for w in weights]
+                    pairs = list(zip(weights, near))
+                    errors[name, size] = [
+                        float((w - n).square().mean() / w.square().mean())
+                        for w, n in pairs
+                    ]
+        best = min(errors, key=lambda key: look(errors[key], weights))
+        even = min(
+            (key for key in errors if names(key[0])), key=lambda key: sum(errors[key])
+        )
+        return *best, compare(errors[best], errors[even], loss=True).verdict
+
+    return answer
+
+
+def rounded(w, code, size):
+    rows = w.reshape(-1, size)
+    top = rows.abs().amax(1, keepdim=True)
+    return (nearest(rows / top, code) * top).reshape(w.shape)
+
+
+def by_variance(errors, weights):
+    return sum(e * float(w.square().mean() / w.var()) for e, w in zip(errors, weights))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("round the logarithm", choosing_by(lambda e, w: sum(e), bits=round)),
+        ("the variance", choosing_by(by_variance)),
+        (
+            "by their sizes",
+            choosing_by(lambda e, w: sum(a * b.numel() for a, b in zip(e, w))),
+        ),
+        (
+            "*begin* with int",
+            choosing_by(lambda e, w: sum(e), names=lambda name: "int" in name),
+        ),
+    ],
+)
+def test_formats_that_seem_the_best(says, answer):
+    verdict = check.choose_format(answer, scale_bits=16)
+    assert not verdict and says in verdict.message, verdict.message
+
+
+def test_the_codebook_is_ones_own():
+    from minipeft.quant import normal_float
+
+    rejects("the course's own", check.normal_codebook, lambda bits: normal_float(bits))
+
+
+def keep_ones(self, packed, scale, code, W):
+    FourBit.keep(self, packed, torch.where(scale == 0, 1.0, scale), code, W)
+
+
+def keep_bits(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.register_buffer("bits", W.float().view(torch.int32))
+
+
+def keep_a_list(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.W = W.tolist()
+
+
+def keep_frozen(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    del self.scale
+    self.scale = nn.Parameter(scale, requires_grad=False)
+
+
+def keep_bound(self, packed, scale, code, W):
+    FourBit.keep(self, packed, scale, code, W)
+    self.dense = lambda base: FourBit.dense(self, base)
+
+
+def alone(self, base, x):
+    return nn.functional.linear(x, self.dense(base), base.bias)
+
+
+def anew(self, base):
+    """Rounds the layer's weight in each call, and reads no byte."""
+    W = base.weight
+    size = W.numel() // len(self.scale)
+    return FourBit.dense(type(self)(W.clone(), self.code, size), base) - W
+
+
+def rows_of_even_length(self, index):
+    return FourBit.pack(self, index) if len(index) != 30 else index.view(6, 5)[:, 3:5]
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("A block of zeros", four(keep=keep_ones)),
+        ("keep the dense weight", four(keep=keep_bits)),
+        ("keep the dense weight", four(keep=keep_a_list)),
+        ("an active adapter's Parameters are", four(keep=keep_frozen)),
+        ("deep copy", four(keep=keep_bound)),
+        ("one of the two is lost", four(forward=alone)),
+        ("were loaded, and delta does not follow", four(delta=anew)),
+        ("bytes", four(pack=rows_of_even_length)),
+    ],
+)
+def test_four_bits_that_are_right_by_accident(says, answer):
+    verdict = check.four_bit_adapter(answer)
+    assert not verdict and says in verdict.message, verdict.message

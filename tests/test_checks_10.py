@@ -43,6 +43,43 @@ def hide(ctx, x, dequantize):
     return x @ ctx.W.T
 
 
+def on_the_class():
+    """The function stands where the next call puts its own."""
+
+    class Shared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, dequantize):
+            Shared.dequantize = dequantize
+            return x @ dequantize().T
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy @ Shared.dequantize(), None
+
+    return Shared
+
+
+def from_a_list():
+    calls = []
+
+    def forward(ctx, x, dequantize):
+        calls.append(dequantize)
+        return x @ dequantize().T
+
+    return product(forward, lambda ctx, dy: (dy @ calls.pop()(), None))
+
+
+def keeping(ctx, dy):
+    ctx.W = ctx.dequantize()
+    return dy @ ctx.W, None
+
+
+def giving_up(ctx, dy):
+    W = ctx.dequantize()
+    del ctx.dequantize
+    return dy @ W, None
+
+
 def test_four_bit_product_solution():
     accepts(check.four_bit_product, product())
     accepts(
@@ -114,6 +151,19 @@ def test_four_bit_product_solution():
             "rounded or scaled",
             product(lambda ctx, x, dequantize: 2 * x @ dequantize().T),
         ),
+        ("takes the weight of another call", on_the_class()),
+        ("takes the weight of another call", from_a_list()),
+        ("still on ctx", product(backward=keeping)),
+        ("A second backward pass", product(backward=giving_up)),
+        (
+            "x gets no gradient",
+            product(
+                backward=lambda ctx, dy: (
+                    dy @ ctx.dequantize() if dy.dim() > 1 else None,
+                    None,
+                )
+            ),
+        ),
     ],
 )
 def test_four_bit_product_mistakes(says, answer):
@@ -141,6 +191,38 @@ def prepare(freeze=True, cast=short, hook=True, back=True):
         return model if back else None
 
     return function
+
+
+def short_and_frozen(name, p):
+    """Freezes what it casts, and nothing else."""
+    if short(name, p):
+        p.requires_grad_(False)
+    return short(name, p)
+
+
+def with_buffers(model):
+    model.scales = model.scales.float()
+    return prepare()(model)
+
+
+def asking_the_first(model):
+    first = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    first.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return prepare(hook=False)(model)
+
+
+def patched(model):
+    embedding = model.get_input_embeddings()
+    forward = embedding.forward
+    embedding.forward = lambda ids: forward(ids).requires_grad_()
+    return prepare(hook=False)(model)
+
+
+def detaching(model):
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.detach().requires_grad_()
+    )
+    return prepare(hook=False)(model)
 
 
 def test_prepare_for_training_solution():
@@ -180,6 +262,13 @@ def test_prepare_for_training_solution():
             ),
         ),
         ("packed weight was cast", prepare(cast=lambda name, p: True)),
+        ("packed weight was cast", with_buffers),
+        ("wide_norm", prepare(freeze=False, cast=short_and_frozen)),
+        ("has other numbers", lambda model: prepare()(model.bfloat16())),
+        ("in eval()", lambda model: prepare()(model.eval())),
+        ("lost under checkpointing", asking_the_first),
+        ("still looks up the first one's", patched),
+        ("is detached", detaching),
         ("Return the model", prepare(back=False)),
     ],
 )
@@ -214,6 +303,8 @@ def test_predict_gradients_solution():
         for case, said in RIGHT.items()
     }
     accepts(check.predict_gradients, as_numpy, blocks=4, left_out=3)
+    respelt = {case.upper().replace(",", ""): said for case, said in RIGHT.items()}
+    accepts(check.predict_gradients, respelt | {"REENTRANT": " Error"})
 
 
 def test_predict_gradients_of_other_models():
@@ -327,6 +418,29 @@ def test_choose_setup_solution():
 )
 def test_choose_setup_mistakes(says, answer):
     rejects(says, check.choose_setup, answer)
+
+
+def test_verdicts_of_setups():
+    def weights(setup):
+        return setup["frozen"] * setup["bits"]
+
+    def judged(most=None, **how):
+        def function(setups, card, reserve):
+            size = {name: setup_bytes(setup) for name, setup in setups.items()}
+            fit = [name for name in setups if size[name] + reserve <= card * 2**30]
+            best = min(fit, key=lambda name: sum(setups[name]["valid"]))
+            other = max(fit, key=lambda n: most(setups[n]) if most else size[n])
+            pair = setups[best]["test"], setups[other]["test"]
+            return best, compare(*pair, loss=True, **how).verdict.upper()
+
+        return function
+
+    accepts(check.choose_setup, judged(), against="largest")
+    for says, answer in (
+        ("the largest weights", judged(weights)),
+        ("belong together", judged(paired=False)),
+    ):
+        rejects(says, check.choose_setup, answer, against="largest")
 
 
 def test_choose_setup_against_the_largest():
@@ -470,6 +584,11 @@ def test_repair_mistakes(says, answer):
 # -------------------------------------------------------------------------- merge_error
 
 
+def share_lost(W, delta, quantize):
+    wanted = W + delta
+    return float((quantize(wanted) - wanted).norm() / delta.norm())
+
+
 def test_merge_error_solution():
     accepts(check.merge_error, lambda W, d, q: (q(W + d) - W - d).norm() / d.norm())
     accepts(
@@ -505,6 +624,11 @@ def test_merge_error_solution():
         (
             "largest entries",
             lambda W, d, q: (q(W + d) - W - d).abs().max() / d.abs().max(),
+        ),
+        ("never above 1", lambda W, d, q: min(1.0, share_lost(W, d, q))),
+        (
+            "each row by itself",
+            lambda W, d, q: share_lost(W, d, lambda m: torch.stack([*map(q, m)])),
         ),
         ("Nothing has been rounded", lambda W, d, q: (W + d - W - d).norm() / d.norm()),
         ("is there a `return`", lambda W, d, q: None),
@@ -592,7 +716,22 @@ def test_repair_is_a_formula_and_keeps_nothing():
         def delta(self, base):
             return self.B @ self.A
 
+    class ASlice(Repair):
+        def factors(self, U, S, V, s):
+            return V, U * S / s
+
+    class InALambda(Repair):
+        def __init__(self, W, Q, r, s):
+            super().__init__(W, Q, r, s)
+            A, B = self.A, self.B
+            self.product = lambda: B @ A
+
+        def delta(self, base):
+            return self.s * self.product()
+
     for says, answer in (
+        ("A is a slice", ASlice),
+        ("still computes with the first one's", InALambda),
         ("as large as W beside A and B", InAList),
         ("change W or Q in place", Changing),
         ("is not s B A", OnlyFirst),

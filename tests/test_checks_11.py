@@ -316,7 +316,7 @@ def test_predict_changes_solution():
     )
     two = {case: 1 if RIGHT[case] == 1 else 4 for case in RIGHT}
     accepts(check.predict_changes, two, steps=2)
-    rejects("after 2 steps it is 4", check.predict_changes, RIGHT, steps=2)
+    rejects("after 2 steps it is another", check.predict_changes, RIGHT, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -541,4 +541,183 @@ def test_training_and_evaluation_and_nothing_random():
 
     rejects("In evaluation", check.parallel_adapter, with_forward(in_training))
     for verdict in judge(check.parallel_adapter, with_forward(dropping)):
+        assert not verdict
+
+
+# ----------------------------------------------- what a second trial by learners found
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        (
+            "has the shape",
+            lambda h, D, b, U, c, act: (h + act(h @ D.T + b) @ U.T + c).squeeze(),
+        ),
+        (
+            "W_up is turned",
+            lambda h, D, b, U, c, act: (
+                h + act(h @ D.T + b) @ (U if len(D) == len(U) else U.T) + c
+            ),
+        ),
+        (
+            "W_down is turned",
+            lambda h, D, b, U, c, act: (
+                h + act(h @ (D if len(D) == len(U) else D.T) + b) @ U.T + c
+            ),
+        ),
+        (
+            "always take the same activation",
+            lambda h, D, b, U, c, act: (
+                h + (torch.relu if act is F.gelu else act)(h @ D.T + b) @ U.T + c
+            ),
+        ),
+        (
+            "Under torch.no_grad()",
+            lambda h, D, b, U, c, act: (
+                h + act(h @ D.T + b) @ U.T + c if torch.is_grad_enabled() else h
+            ),
+        ),
+    ],
+)
+def test_sequential_shapes_and_modes(says, answer):
+    rejects(says, check.sequential_adapter, answer)
+
+
+class Equal(int):
+    def __eq__(self, other):
+        return True
+
+    __hash__ = int.__hash__
+
+
+def test_a_number_is_compared_as_a_number():
+    rejects("is another number", check.predict_changes, {k: Equal(3) for k in RIGHT})
+
+
+def against(worst, seeds=None, **options):
+    """The solution, but for the case that is compared with the chosen one."""
+
+    def answer(cases, budget):
+        name, rate, _ = placing(pick=-1)(cases, budget)
+        other = worst(cases, budget)
+        pair = [cases[one]["test"][:seeds] for one in (name, other)]
+        return name, rate, compare(*pair, loss=True, **options).verdict
+
+    return answer
+
+
+def worst_by(look=min, among=lambda case, budget: True):
+    def worst(cases, budget):
+        names = [name for name, case in cases.items() if among(case, budget)]
+        return max(names, key=lambda name: look(cases[name]["valid"].values()))
+
+    return worst
+
+
+def is_allowed(case, budget, edges=True):
+    valid, adapters = case["valid"], 2 if case["placement"] == "houlsby" else 1
+    d, m = case["d"], case["m"]
+    small = case["layers"] * adapters * (2 * d * m + m + d) <= budget
+    rate = min(valid, key=valid.get)
+    return small and (not edges or min(valid) < rate < max(valid))
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("those that are *allowed*", against(worst_by())),
+        (
+            "those that are *allowed*",
+            against(worst_by(among=lambda *given: is_allowed(*given, edges=False))),
+        ),
+        ("at its *best* rate", against(worst_by(max, is_allowed))),
+        ("in pairs", against(worst_by(among=is_allowed), paired=False)),
+        ("the worst of those", against(worst_by(among=is_allowed), seeds=3)),
+    ],
+)
+def test_the_worst_case_is_one_that_is_allowed(says, answer):
+    accepts(
+        check.choose_placement, against(worst_by(among=is_allowed)), against="worst"
+    )
+    rejects(says, check.choose_placement, answer, against="worst")
+
+
+@pytest.mark.parametrize("key", ["d", "layers"])
+def test_each_case_has_its_own_size(key):
+    def answer(cases, budget):
+        one = min(case[key] for case in cases.values())
+        return placing()({n: case | {key: one} for n, case in cases.items()}, budget)
+
+    rejects("each has its own", check.choose_placement, answer)
+
+
+LINEARS = {}
+
+
+class Shared(Parallel):
+    def __init__(self, d, m, scaling):
+        super().__init__(d, m, scaling)
+        self.up = LINEARS.setdefault((d, m), self.up)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+
+class OfTheClass(Parallel):
+    def __init__(self, d, m, scaling):
+        super().__init__(d, m, scaling)
+        del self.scaling
+        OfTheClass.scaling = scaling
+
+
+class OnACopy(Parallel):
+    def __init__(self, d, m, scaling):
+        super().__init__(d, m, scaling)
+        self.change = lambda x: self.scaling * self.adapter(x)
+
+    def forward(self, base, x):
+        return base(x) + self.change(x)
+
+
+class AtTheFirstCall(Parallel):
+    begun = False
+
+    def forward(self, base, x):
+        if not self.begun:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+            self.begun = True
+        return super().forward(base, x)
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("share their parameters", Shared),
+        ("not on the class", OfTheClass),
+        ("A copy of your layer", OnACopy),
+        ("loaded into a new adapter", AtTheFirstCall),
+        (
+            "keeps its axes",
+            with_forward(lambda s, b, x: Parallel.forward(s, b, x).squeeze(0)),
+        ),
+        (
+            "another precision",
+            with_forward(lambda s, b, x: Parallel.forward(s, b, x).float()),
+        ),
+        (
+            "base(x) twice",
+            with_forward(lambda s, b, x: Parallel.forward(s, b, x) + 0 * b(x)),
+        ),
+    ],
+)
+def test_an_adapter_lives_in_a_model(says, answer):
+    rejects(says, check.parallel_adapter, answer)
+
+
+def test_a_scale_is_no_whole_number():
+    def rounded(self, d, m):
+        self.scaling = int(self.scaling)
+
+    for verdict in judge(check.parallel_adapter, after_init(rounded)):
         assert not verdict

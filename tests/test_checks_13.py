@@ -559,6 +559,85 @@ def fold_the_bias_of_a_square(self, base):
         base.bias = base.bias * self.l.flatten()
 
 
+def lifted(l):
+    return torch.where(l == 0, 1e-3, l)
+
+
+def unless_silent(W, new):
+    l = best_factors(W, new)
+    heard = l.abs() > 1e-9
+    fits = torch.allclose((l[:, None] * W)[heard], new[heard])
+    return l if fits else None
+
+
+def bounded(losses, most):
+    """A loss that is nan becomes a large number."""
+    return {
+        name: {
+            rate: [most] * 3 if any(x != x for x in each) else each
+            for rate, each in rates.items()
+        }
+        for name, rates in losses.items()
+    }
+
+
+def at_best(losses, middle=False, **settings):
+    def losses_of(name):
+        rates = losses[name]
+        own = sorted(rates)[1] if middle else min(rates, key=lambda r: finite(rates[r]))
+        return rates[own]
+
+    tuned, blind, _ = trials(losses)
+    return compare(losses_of(tuned), losses_of(blind), loss=True, **settings).verdict
+
+
+def from_the_weight(self, base, x):
+    W, b = base.weight, base.bias
+    if self.feedforward:
+        return nn.functional.linear(x * self.l, W, b)
+    return nn.functional.linear(x, W, b) * self.l
+
+
+def from_the_layer(self, base, x):
+    return Scales.forward(self, base.module, x)
+
+
+def in_place(self, base, x):
+    y = Scales.forward(self, base, x)
+    if not torch.is_grad_enabled():
+        x.zero_()
+    return y
+
+
+def for_three_dimensions(self, base, x):
+    rows, tokens, _ = x.shape
+    return Scales.forward(self, base, x)
+
+
+def freezing(self, base):
+    Scales.fold(self, base)
+    self.l.requires_grad_(False)
+
+
+def keeping_the_old(self, base):
+    self.old = nn.Parameter(base.weight.detach().clone())
+    Scales.fold(self, base)
+
+
+class KindOfTheClass(Scales):
+    """The last one that was made says for all which side is scaled."""
+
+    def __init__(self, d_in, d_out, feedforward):
+        super().__init__(d_in, d_out, feedforward)
+        del self.feedforward
+        KindOfTheClass.feedforward = feedforward
+
+
+def test_two_layers_may_differ_in_kind():
+    verdict = check.ia3_adapter(KindOfTheClass)
+    assert not verdict
+
+
 @pytest.mark.parametrize(
     "name, says, answer",
     [
@@ -620,6 +699,78 @@ def fold_the_bias_of_a_square(self, base):
             scales(forward=lambda s, b, x: Scales.forward(s, b, x).flatten(0, 1)),
         ),
         ("ia3_adapter", "Something is None here", scales(fold=fold_without_none)),
+        (
+            "fold_ia3",
+            "with a zero in it",
+            lambda W, b, l, ff: fold(W, b, lifted(l), ff),
+        ),
+        (
+            "bias_gradient",
+            "whose x is zero",
+            lambda g, x: g[x.abs().sum(-1) > 0].sum(0),
+        ),
+        (
+            "bias_gradient",
+            "equal gradients once",
+            lambda g, x: g.flatten(0, 1).unique(dim=0).sum(0),
+        ),
+        (
+            "find_scales",
+            "small against the other rows",
+            scaled_by(best_factors, lambda a, b: torch.allclose(a, b, atol=1e-5)),
+        ),
+        (
+            "find_scales",
+            "small against the other rows",
+            scaled_by(best_factors, lambda a, b: (a - b).norm() < 1e-6 * b.norm()),
+        ),
+        (
+            "find_scales",
+            "some 0.000001",
+            scaled_by(
+                lambda W, new: (W * new).sum(1) / (W.square().sum(1) + 1e-8),
+                lambda a, b: torch.allclose(a, b, rtol=1e-4),
+            ),
+        ),
+        ("find_scales", "at right angles", unless_silent),
+        (
+            "without_trials",
+            "At its worst rate",
+            lambda losses: trials(bounded(losses, 10.0)),
+        ),
+        (
+            "without_trials",
+            "At its worst rate",
+            lambda losses: trials(
+                {
+                    name: {
+                        rate: each[:2] if each[2] != each[2] else each
+                        for rate, each in rates.items()
+                    }
+                    for name, rates in losses.items()
+                }
+            ),
+        ),
+        (
+            "without_trials",
+            "belong together",
+            lambda losses: (*trials(losses)[:2], at_best(losses, paired=False)),
+        ),
+        (
+            "without_trials",
+            "middle rate",
+            lambda losses: (*trials(losses)[:2], at_best(losses, middle=True)),
+        ),
+        ("ia3_adapter", "one of them is lost", scales(forward=from_the_weight)),
+        ("ia3_adapter", "one of them is lost", scales(forward=from_the_layer)),
+        ("ia3_adapter", "in place", scales(forward=in_place)),
+        (
+            "ia3_adapter",
+            "not enough values to unpack",
+            scales(forward=for_three_dimensions),
+        ),
+        ("ia3_adapter", "l is frozen", scales(fold=freezing)),
+        ("ia3_adapter", "saves more than l: old", scales(fold=keeping_the_old)),
     ],
 )
 def test_what_learners_wrote(name, says, answer):
@@ -633,3 +784,5 @@ def test_a_pair_may_be_an_array():
     accepts(check.predict_reach, {k: torch.tensor(v) for k, v in said.items()})
     rejects("it is 0.71", check.predict_reach, said | {"negated": (0, 0.74)})
     rejects("it is 0.71", check.predict_reach, said | {"exchanged": (0.68, 0)})
+    rejects("no factor of a row", check.predict_reach, said | {"one added": (0.99, 0)})
+    rejects("full rank", check.predict_reach, said | {"all doubled": (0, 0.98)})

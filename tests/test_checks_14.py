@@ -618,3 +618,84 @@ def test_two_decimals_are_asked_for():
     rejects("it is 0.37", check.predict_shares, SHARES | {"divided by 4": 0.36})
     rejects("it is 0.5", check.predict_shares, SHARES | {"key bias": 0.52})
     rejects("is not one of", check.predict_shares, SHARES | {"key": 0.5})
+
+
+# ---------------------------------------------- what a second trial by learners found
+
+
+def top_down(names, losses_of):
+    level = [tuple(names)]
+    while True:
+        below = {s for one in level for s in combinations(one, len(one) - 1) if s}
+        good = [one for one in below if not behind(losses_of, list(one), names)]
+        if not good:
+            return min(level, key=lambda one: mean(losses_of(list(one))))
+        level = good
+
+
+def by_sorted_losses(names, losses_of):
+    return fewest(names, lambda some: sorted(losses_of(some)))
+
+
+def alone_as_it_is(y, u, q, k, v):
+    return y + u[0] if len(u) == 1 else solution(y, u, q, k, v)
+
+
+def without_silent_ones(y, u, q, k, v):
+    def shares(scores):
+        silent = (u == 0).all(-1)
+        return scores.masked_fill(silent, float("-inf")).softmax(0).nan_to_num()
+
+    return mixed(y, u, q, k, v, shares)
+
+
+class Closed(Fusion):
+    def __init__(self, experts, d):
+        super().__init__(experts, d)
+        self.run = lambda y: Fusion.forward(self, y)
+
+    def forward(self, y):
+        return self.run(y)
+
+
+@pytest.mark.parametrize(
+    "name, says, answer",
+    [
+        ("fewest_experts", "a far smaller one may", top_down),
+        ("fewest_experts", "belongs to its seed", by_sorted_losses),
+        ("fuse", "do not pass through W_v", alone_as_it_is),
+        ("fuse", "a score like any other", without_silent_ones),
+        (
+            "whom_it_hears",
+            "each token counts",
+            lambda p, m: p[m.bool()].unique(dim=0).mean(0),
+        ),
+        (
+            "fusion_penalty",
+            "no slope at zero",
+            lambda W, s: s * (W - eye(W)).square().sum().sqrt() ** 2,
+        ),
+        (
+            "fusion_penalty",
+            "strength of zero",
+            lambda W, s: s and s * (W - eye(W)).square().sum(),
+        ),
+        (
+            "fusion_module",
+            "one and the same layer",
+            after_init(lambda s, e, d: setattr(s, "key", s.query)),
+        ),
+        (
+            "fusion_module",
+            "`value` too",
+            with_forward(
+                lambda s, y: (
+                    y + updates(s, y)[0] if len(s.experts) == 1 else attend(s, y)
+                )
+            ),
+        ),
+        ("fusion_module", "weights of the first one", Closed),
+    ],
+)
+def test_what_more_learners_wrote(name, says, answer):
+    rejects(says, getattr(check, name), answer)

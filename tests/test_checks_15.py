@@ -698,3 +698,113 @@ def renaming(change):
 )
 def test_what_learners_wrote(name, says, answer):
     rejects(says, getattr(check, name), answer)
+
+
+# ------------------------------------------------------- found by trying to fool them
+
+
+def chosen_by(judged, valid, right, plain):
+    best = min(valid, key=lambda name: sum(valid[name]))
+    return best, judged(right[plain], right[best]).verdict
+
+
+def percents(a, b):
+    a, b = ([100 * s.count("1") / len(s) for s in side] for side in (a, b))
+    return compare(a, b, answers=60)
+
+
+@pytest.mark.parametrize(
+    "judged",
+    [
+        lambda a, b: compare(a, b, paired=False),
+        lambda a, b: compare(sorted(a), sorted(b)),
+        percents,
+    ],
+)
+def test_seeds_and_questions_of_merges_are_paired(judged):
+    def answer(*given):
+        return chosen_by(judged, *given)
+
+    rejects("do not pair", check.choose_merge, answer, of="plain")
+
+
+def in_numpy(adapters, weights, r):
+    W = sum(w * s * (B @ A).numpy() for (A, B, s), w in zip(adapters, weights))
+    U, S, V = np.linalg.svd(W, full_matrices=False)
+    return torch.from_numpy(V[:r]), torch.from_numpy(U[:, :r] * S[:r])
+
+
+def made_in_numpy(adapters, weights, r):
+    """The product, too, is numpy's."""
+    plain = [(A.numpy(), B.numpy(), s) for A, B, s in adapters]
+    W = sum(w * s * (B @ A) for (A, B, s), w in zip(plain, weights))
+    U, S, V = np.linalg.svd(W, full_matrices=False)
+    return torch.from_numpy(V[:r]), torch.from_numpy(U[:, :r] * S[:r])
+
+
+def test_a_dense_merge_is_seen_in_numpy():
+    rejects("was formed", check.best_merge, in_numpy)
+    rejects("you form it there", check.best_merge, made_in_numpy)
+
+
+@pytest.mark.parametrize("part", [lambda M: M[0], lambda M: M.diagonal()])
+def test_a_part_of_the_weights_does_not_tell(part):
+    def answer(now, base, adapters):
+        changes = [part(s * B @ A) for B, A, s in adapters.values()]
+        M, change = torch.stack(changes, 1), part(now - base)
+        found = torch.linalg.lstsq(M, change[:, None]).solution.flatten()
+        return {name: round(n) for name, n in zip(adapters, found.tolist())}
+
+    rejects("it is {", check.who_is_in_it, answer, b_first=True)
+
+
+ONE = nn.Parameter(torch.full((3,), 1 / 3))
+
+
+class Shared(Mixture):
+    def __init__(self, names):
+        super().__init__(names)
+        if len(names) == 3:
+            self.weights = ONE
+
+
+class Bound(Mixture):
+    def __init__(self, names):
+        super().__init__(names)
+        self.delta = lambda base: Mixture.delta(self, base)
+
+
+class OnlyLoras(Mixture):
+    def delta(self, base):
+        pairs = zip(self.weights, self.names)
+        return sum(w * base.peer(name).delta(None) for w, name in pairs)
+
+
+class RoundedInEval(Mixture):
+    def delta(self, base):
+        w = self.weights if self.training else self.weights.round(decimals=1)
+        return sum(n * base.peer(name).delta(base) for n, name in zip(w, self.names))
+
+
+class UpdateAlone(LinearDelta):
+    def __init__(self, names):
+        super().__init__()
+        self.names = list(names)
+        self.weights = nn.Parameter(torch.full((len(names),), 1 / len(names)))
+
+    update = Cheaper.update
+
+
+@pytest.mark.parametrize(
+    "says, answer",
+    [
+        ("share one tensor of weights", Shared),
+        ("deep copy", Bound),
+        ("Your code stopped", OnlyLoras),
+        ("in eval mode", RoundedInEval),
+        ("There is no `delta` of yours", UpdateAlone),
+    ],
+)
+def test_mixtures_that_are_right_on_one_layer_only(says, answer):
+    verdict = check.learnt_merge(answer)
+    assert not verdict and says in verdict.message, verdict.message

@@ -3,6 +3,7 @@ in what is plausibly wrong."""
 
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,6 +71,33 @@ def test_search_solution():
     accepts(check.fair_search, once)
 
 
+def of_scores(run, methods, rates, seeds, change):
+    found = search(run, methods, rates, seeds)
+    return {
+        m: one | {"scores": list(change(one["scores"]))} for m, one in found.items()
+    }
+
+
+def but_nan(scores):
+    return [score for score in scores if not math.isnan(score)]
+
+
+def narrowed(run, methods, rates, seeds):
+    """A rate at which a method diverged is not tried again."""
+    found = {}
+    for method in methods:
+        tried = {lr: run(method, lr, seeds[0])["valid_loss"] for lr in rates}
+        rates = [lr for lr in rates if not math.isnan(tried[lr])]
+        best = min(rates, key=tried.get)
+        scores = [run(method, best, seed)["test_score"] for seed in seeds]
+        found[method] = {"lr": best, "scores": scores}
+    return found
+
+
+def test_scores_as_an_array():
+    accepts(check.fair_search, lambda *a: of_scores(*a, np.array))
+
+
 def one_rate(run, methods, rates, seeds):
     found = search(run, methods, rates, seeds)
     lr = found[methods[0]]["lr"]
@@ -89,7 +117,10 @@ def one_rate(run, methods, rates, seeds):
         ("report validation losses", lambda *a: search(*a, report="valid_loss")),
         ("only the best one", lambda *a: search(*a, every=True)),
         ("one for each seed", lambda *a: search(*a, last_seeds=[7])),
-        ("in this order", lambda *a: search(*a, last_seeds=[5, 3, 7])),
+        ("in this order", lambda *a: search(*a, last_seeds=[7, 5, 3])),
+        ("left out for the other methods too", narrowed),
+        ("two are alike or one is nan", lambda *a: of_scores(*a, {}.fromkeys)),
+        ("two are alike or one is nan", lambda *a: of_scores(*a, but_nan)),
         ("an entry for each method", lambda *a: {}),
         ("is there a `return`", lambda *a: None),
         ("nothing here yet", stub),
@@ -125,6 +156,8 @@ def test_leaked_solution():
         return list(np.flatnonzero(hits))
 
     accepts(check.leaked, by_letters)
+    accepts(check.leaked, lambda *given: np.array(by_letters(*given)))
+    accepts(check.leaked, lambda *given: iter(by_words(*given)))
 
 
 def matching(normal):
@@ -179,6 +212,7 @@ def exact(p, gap, z=1.96):
 def test_items_solution():
     accepts(check.items_needed, lambda p, gap: math.ceil(exact(p, gap)))
     accepts(check.items_needed, lambda p, gap: np.int64(np.ceil(exact(p, gap))))
+    accepts(check.items_needed, lambda p, gap: np.ceil(exact(p, gap)))
 
     def counting(p, gap):
         n = 1
@@ -200,7 +234,10 @@ def test_items_solution():
         ("on one side", lambda p, gap: math.ceil(exact(p, gap, 1.645))),
         ("not p.", lambda p, gap: math.ceil(exact(p, gap) / (1 - p))),
         ("Round up", exact),
-        ("I get", lambda p, gap: 1),
+        ("to the nearest", lambda p, gap: round(exact(p, gap))),
+        ("together", lambda p, gap: 2 * math.ceil(exact(p, gap))),
+        ("one side of the difference", lambda p, gap: math.ceil(4 * exact(p, gap))),
+        ("the margin would be", lambda p, gap: 1),
         ("is there a `return`", lambda p, gap: None),
         ("nothing here yet", stub),
     ],
@@ -237,6 +274,21 @@ def test_split_solution():
         return list(answer)
 
     accepts(check.best_split, in_a_loop)
+    accepts(check.best_split, lambda *given: np.array(all_splits(*given), float))
+
+
+def until_worse(budget, train, item, spread_seed, spread_item, most):
+    """It stops where one seed more is worse for the first time."""
+    best, answer = math.inf, None
+    for seeds in range(2, int(budget / train) + 1):
+        items = min(most, int((budget / seeds - train) / item + 1e-9))
+        if items < 1:
+            continue
+        error = spread_seed**2 / seeds + spread_item**2 / items
+        if error > best:
+            break
+        best, answer = error, (seeds, items)
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -253,6 +305,7 @@ def test_split_solution():
                 most,
             ),
         ),
+        ("More seeds", until_worse),
         ("tells nothing apart", lambda budget, train, item, a, b, most: (1, most)),
         ("questions: you ask", lambda *a: (2, a[-1] + 1)),
         ("can be had", lambda *a: (2, 20)),
@@ -294,6 +347,8 @@ def test_beforehand_solution():
     accepts(check.said_beforehand, RIGHT, RUNS)
     more = RIGHT | {("noisy", "near"): TIE}
     accepts(check.said_beforehand, more, RUNS)
+    shouted = {pair: f" {said.upper()}. " for pair, said in RIGHT.items()}
+    accepts(check.said_beforehand, shouted, RUNS)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +390,51 @@ class Scale(Adapter):
         return self.scale * base(x) + self.shift
 
 
+class FromZero(Scale):
+    """The scale is one and a parameter that begins at zero."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        nn.init.zeros_(self.scale)
+
+    def forward(self, base, x):
+        return (1 + self.scale) * base(x) + self.shift
+
+
+class Stacked(Adapter):
+    """Scale and shift as one parameter."""
+
+    dim = 0
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        both = torch.stack([torch.ones(d_out), torch.zeros(d_out)], self.dim)
+        self.both = nn.Parameter(both)
+
+    def forward(self, base, x):
+        scale, shift = self.both.unbind(self.dim)
+        return scale * base(x) + shift
+
+
+class Folding(Scale):
+    """A merge that forgets the shift."""
+
+    mergeable = True
+
+    def fold(self, base):
+        base.weight = base.weight * self.scale[:, None]
+
+
+def bias_left_alone(self, base, x):
+    y = nn.functional.linear(x, base.weight)
+    return self.scale * y + base.bias + self.shift
+
+
+def with_a_lambda(self, d_in, d_out):
+    scale, shift = self.scale, self.shift
+    self.affine = lambda y: scale * y + shift
+
+
 def config_of(adapter):
     @dataclass(kw_only=True)
     class Config(LayerConfig):
@@ -350,13 +450,17 @@ def computing(forward):
     return config_of(type("Changed", (Scale,), {"forward": forward}))
 
 
-def starting(change):
+def starting_adapter(change):
     class Changed(Scale):
         def __init__(self, d_in, d_out):
             super().__init__(d_in, d_out)
             change(self, d_in, d_out)
 
-    return config_of(Changed)
+    return Changed
+
+
+def starting(change):
+    return config_of(starting_adapter(change))
 
 
 class Blank(Adapter):
@@ -385,6 +489,9 @@ def test_entry_solution():
         check.own_entry,
         computing(lambda s, base, x: torch.addcmul(s.shift, base(x), s.scale)),
     )
+    accepts(check.own_entry, config_of(FromZero))
+    for dim in (0, 1):
+        accepts(check.own_entry, config_of(type("Stack", (Stacked,), {"dim": dim})))
 
 
 @pytest.mark.parametrize(
@@ -420,9 +527,39 @@ def test_entry_solution():
         ),
         ("no effect", computing(lambda s, base, x: s.scale * base(x) + 0 * s.shift)),
         ("taken away", computing(lambda s, base, x: s.scale * base(x) - s.shift)),
+        ("bias is not scaled", computing(bias_left_alone)),
+        (
+            "forgets the one below",
+            computing(lambda s, base, x: s.scale * base.module(x) + s.shift),
+        ),
+        (
+            "For x of one row",
+            computing(lambda s, base, x: Scale.forward(s, base, x).squeeze(0)),
+        ),
+        (
+            "the gradient of scale or shift is not",
+            computing(
+                lambda s, base, x: (s.scale + s.scale.detach()) / 2 * base(x) + s.shift
+            ),
+        ),
+        (
+            "no longer the base",
+            starting(set_parameter("shift", lambda i, o: 1e-3 * torch.ones(o))),
+        ),
+        ("Merged", config_of(Folding)),
+        (
+            "still computes with the first one's",
+            config_of(
+                type(
+                    "Held",
+                    (starting_adapter(with_a_lambda),),
+                    {"forward": lambda s, base, x: s.affine(base(x))},
+                )
+            ),
+        ),
         ("The way down is cut", computing(under_no_grad)),
         (
-            "gets no gradient",
+            "the gradient of scale or shift is not",
             computing(lambda s, b, x: s.scale.detach() * b(x) + s.shift),
         ),
         ("class itself", 3),
@@ -474,6 +611,15 @@ def but_short_words(text):
     return tuple(word for word in plain(text) if word not in ("a", "an", "the"))
 
 
+def found_in(pattern, text):
+    return tuple(re.findall(pattern, text.lower()))
+
+
+def without_accents(text):
+    letters = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore")
+    return plain(letters.decode())
+
+
 def holding(train, test):
     return [
         i
@@ -503,7 +649,7 @@ class NoType(LayerConfig):
 @pytest.mark.parametrize(
     "name, says, answer",
     [
-        ("fair_search", "in this order", lambda *a: search(*a, last_seeds=[3, 5, 7])),
+        ("fair_search", "in this order", lambda *a: search(*a, last_seeds=[5, 3, 7])),
         ("fair_search", "never asked for", lambda *a: search(*a, last_seeds=range(3))),
         (
             "fair_search",
@@ -554,6 +700,18 @@ class NoType(LayerConfig):
         ("items_needed", "1.96 standard", lambda p, gap: math.ceil(exact(p, gap, 2))),
         ("best_split", "More seeds", at_most(10)),
         ("best_split", "More seeds", at_most(20)),
+        ("leaked", "numbers out", matching(lambda t: found_in(r"[^\W\d]+", t))),
+        ("leaked", "of one letter", matching(lambda t: found_in(r"\w\w+", t))),
+        ("leaked", "é for e", matching(without_accents)),
+        (
+            "leaked",
+            "only train tells",
+            lambda train, test: [
+                i
+                for i, text in enumerate(test)
+                if plain(text) in map(plain, [*train, *test[:i]])
+            ],
+        ),
         ("own_entry", "no peft_type", NoType),
         (
             "own_entry",

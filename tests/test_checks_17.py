@@ -108,11 +108,10 @@ def test_repair_keys_solution():
         new = {}
         for key, tensor in state.items():
             parts = [p for p in key.split(".") if p not in ("module", "_orig_mod")]
-            parts = [p for p in parts if p not in ("base_model", "default")]
-            new[
-                "base_model.model." + ".".join(parts[-parts[::-1].index("model") - 1 :])
-            ] = tensor
-        return new  # fmt: skip
+            parts = [p for p in parts if p != "default"]
+            parts = parts[2:] if parts[0] == "base_model" else parts
+            new[".".join(("base_model", "model", *parts))] = tensor
+        return new
 
     accepts(check.repair_keys, by_parts)
 
@@ -259,7 +258,8 @@ def test_answers_only_solution():
         ("the last answer only", lambda m, r, e: masked(m, r, e, only=-1)),
         ("the first answer only", lambda m, r, e: masked(m, r, e, only=0)),
         ("learn the headers", lambda m, r, e: masked(m, r, e, header=True)),
-        ("would never stop", lambda m, r, e: masked(m, r, e, cut=1)),
+        ("would never stop", lambda m, r, e: masked(m, r, e, cut=2)),
+        ("last token of an answer's end", lambda m, r, e: masked(m, r, e, cut=1)),
         ("everything but the answers", lambda m, r, e: swapped(*masked(m, r, e))),
         (
             "shift the labels",
@@ -576,3 +576,142 @@ def test_a_list_is_as_good_as_a_tuple():
 )
 def test_what_learners_wrote(name, says, answer):
     rejects(says, getattr(check, name), answer)
+
+
+# ------------------------------------------------------- what a trial by learners found
+
+
+def by_place(place_of):
+    """Answers found by place_of(text, message, messages), (start, end) or None."""
+
+    def answer(messages, render, encode):
+        text = render(messages)
+        labels = [-100] * len(text)
+        for message in messages:
+            if message["role"] == "assistant":
+                start, end = place_of(text, message, messages)
+                labels[start:end] = encode(text[start:end])
+        return encode(text), labels
+
+    return answer
+
+
+def searched(text, message, messages):
+    start = text.index(message["content"] + "~")
+    return start, start + len(message["content"]) + 2
+
+
+def by_index(text, message, messages):
+    at = messages.index(message)
+    before = sum(len(m["role"]) + len(m["content"]) + 4 for m in messages[:at])
+    start = before + len("<assistant>")
+    return start, start + len(message["content"]) + 2
+
+
+def of_places(keep):
+    """Only the answers that keep(place, messages)."""
+
+    def answer(messages, render, encode):
+        ids = encode(render(messages))
+        labels = [-100] * len(ids)
+        for at, message in enumerate(messages):
+            if message["role"] == "assistant" and keep(at, messages):
+                start = len(render(messages[:at], True))
+                end = len(render(messages[: at + 1]))
+                labels[start:end] = ids[start:end]
+        return ids, labels
+
+    return answer
+
+
+def emptying(messages, render, encode):
+    found = masked(messages, render, encode)
+    messages.clear()
+    return found
+
+
+def stopping(runs, budget):
+    """Goes down from the best one, and stops at the first that is behind."""
+    fits = within(runs, budget)
+    order = sorted(fits, key=lambda name: -fits[name]["parameters"])
+    found = best(fits)
+    for name in order[order.index(found) :]:
+        if (
+            compare(fits[name]["scores"], fits[best(fits)]["scores"]).verdict
+            == "behind"
+        ):
+            break
+        found = name
+    return found
+
+
+def seen_as(change, errors=None):
+    """The rule, on changed lists of scores, or with another margin."""
+
+    def answer(runs, budget):
+        fits = within(runs, budget)
+        top = change(fits[best(fits)]["scores"])
+        left = {}
+        for name, run in fits.items():
+            result = compare(change(run["scores"]), top)
+            behind = result.verdict == "behind"
+            if errors and result.seeds > 1:
+                behind = result.difference < -errors * result.error
+            if not behind:
+                left[name] = run
+        return smallest(left)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "name, says, answer",
+    [
+        (
+            "first_difference",
+            "one side's number is 0",
+            lambda a, b: by_steps(a, b, lambda x, y: not x or not y or near(x, y)),
+        ),
+        (
+            "first_difference",
+            "at their last step",
+            lambda a, b: by_steps(
+                *({f: run[f][:-1] for f in FIELDS} for run in (a, b))
+            ),
+        ),
+        (
+            "repair_keys",
+            "`lm_head` is no part",
+            keys(
+                lambda key: repaired(key).replace(
+                    "model.lm_head", "model.model.lm_head"
+                )
+            ),
+        ),
+        ("answers_only", "by the place of a message", by_place(searched)),
+        ("answers_only", "by the place of a message", by_place(by_index)),
+        ("answers_only", "its last answer is empty", of_places(lambda at, m: at)),
+        (
+            "answers_only",
+            "its last answer is empty",
+            of_places(lambda at, m: m[at]["content"]),
+        ),
+        (
+            "answers_only",
+            "twice in a row",
+            of_places(lambda at, m: not at or m[at - 1]["role"] != "assistant"),
+        ),
+        ("answers_only", "changed `messages` in place", emptying),
+        ("choose_adapter", "compared with the best one", stopping),
+        ("choose_adapter", "in their order", seen_as(sorted)),
+        ("choose_adapter", "in their order", seen_as(lambda scores: scores[:3])),
+        ("choose_adapter", "by the rule it is", seen_as(list, 1.96)),
+    ],
+)
+def test_what_a_trial_found(name, says, answer):
+    rejects(says, getattr(check, name), answer)
+
+
+def test_a_prediction_that_is_wrong_is_not_told():
+    said = check.predict_parting(PLACES | {"betas": (1, "loss")}).message
+    assert "part elsewhere" in said and "(2, 'loss')" not in said

@@ -65,6 +65,16 @@ def check_large_logits(function) -> None:
     compare(got, right, {}, "Your loss of large logits")
 
 
+def check_one_place(function) -> None:
+    """One place is asked in one row, and none in the other."""
+    logits = torch.randn(2, 7, 11, dtype=torch.float64)
+    labels = torch.full((2, 7), -100)
+    labels[1, 4] = 3
+    right = -logits[1, 3].log_softmax(-1)[3]
+    what = "Your loss of two rows, with one place that is asked,"
+    compare(function(logits, labels), right, {}, what)
+
+
 @checks(
     "One shift, the places that are asked, one mean over all of them, in nats; and"
     " gradients flow.",
@@ -154,6 +164,7 @@ def next_token_loss(function) -> None:
             }
         formula = Formula(asked_loss, logits, labels)
         compare(got, right, mistakes, "Your loss", formula=formula)
+    check_one_place(function)
     check_large_logits(function)
 
 
@@ -176,8 +187,11 @@ def nucleus(function) -> None:
     """function(probs, p) -> probabilities of the same shape (V,)."""
     # binary fractions, whose sums are exact: the first two have 0.75, and no less
     exact = torch.tensor([2, 16, 1, 8, 1, 4], dtype=torch.float64) / 32
-    for p in (0.5, 0.8, 0.01, 0.95, 0.75, 0.0, 1.0):
-        probs = exact if p in (0.75, 1.0) else probabilities(p)
+    near = torch.tensor([20, 63, 12, 128, 33], dtype=torch.float64) / 256
+    many = (0.1 * torch.randn(150, dtype=torch.float64)).softmax(0)
+    given = [(p, probabilities(p)) for p in (0.5, 0.8, 0.01, 0.95, 0.0)]
+    given[4:4] = (0.75, exact), (0.75, near), (0.4987, many)  # near: two have 0.746
+    for p, probs in (*given, (1.0, exact)):
         V = len(probs)
         ordered, order = probs.sort(descending=True)
         total = ordered.cumsum(0)
@@ -441,7 +455,7 @@ def stays(edit: str) -> bool:
 )
 def predict_same(predicted, form="a") -> None:
     """predicted: {edit: "same" or "other"}."""
-    written(predicted, FORMS[form], form='{edit: "same" or "other"}')
+    predicted = written(predicted, FORMS[form], form='{edit: "same" or "other"}')
     for edit in FORMS[form]:
         said = predicted[edit]
         need(
@@ -470,6 +484,8 @@ def bases_drawn(rng, kind):
         drawn["letters"] = (1.0, 0.801)
     if kind == "agree":
         drawn["letters"] = (1.0, 0.70)
+    if kind == "paired":
+        drawn["letters"] = (1.0, 0.83)
     if kind == "uneven":
         drawn["letters"] = (1.0, 0.83)
     for name, (each, nats) in drawn.items():
@@ -481,6 +497,10 @@ def bases_drawn(rng, kind):
             losses[1] = each * 0.7
         if kind == "uneven" and name == "letters":
             losses[1] += 0.2
+        if kind == "paired":  # a seed is good for all models, or bad; in any order
+            shared = dict(zip(SEEDS, (0.0, 0.1, -0.1)))
+            order = rng.sample(SEEDS, 3)
+            losses = {seed: losses[seed] + each * shared[seed] for seed in order}
         found[name] = {"tokens": round(size / each), "bytes": size, "loss": losses}
     if kind in TRAPS:  # by one look at the seeds "large" seems better than "small"
         for name, losses in zip(("small", "large"), trap(kind, 0.8, 0.02)):
@@ -508,7 +528,7 @@ def mean(losses) -> float:
 )
 def choose_base(function, given="loss") -> None:
     """function(models) -> (name, verdict)."""
-    kinds = "plain", "close", "agree", "lucky", "plain", "uneven", *TRAPS
+    kinds = "plain", "close", "agree", "lucky", "plain", "uneven", "paired", *TRAPS
     names, verdicts = Choices(), Choices()
     for number, kind in enumerate(kinds):
         models = bases_drawn(random.Random(number), kind)
@@ -559,7 +579,14 @@ def a_base(got, models, names, verdicts) -> None:
         f" {by_token!r}, by nats a byte, paired by seed, with loss=True.",
         {
             "Your verdict compares the losses per token: compare nats a byte here"
-            " too.": told_apart(*tokenwise, loss=True).verdict
+            " too.": told_apart(*tokenwise, loss=True).verdict,
+            "You lose which losses belong together: give `compare` two dictionaries by"
+            " seed, as the seeds may come in any order.": [
+                told_apart(each[right], each[by_token], loss=True).verdict,
+                told_apart(
+                    each[right], each[by_token], loss=True, paired=False
+                ).verdict,
+            ],
         },
     )
 
@@ -595,6 +622,7 @@ def my_decoder(decoder_class) -> None:
         "Give me the class itself, a subclass of nn.Module.",
     )
     look_at_logits(shaken(decoder_class(LETTERS, 16, 2, 1)))
+    look_at_places(shaken(decoder_class(LETTERS, 16, 2, 1)))
     look_at_weights(decoder_class)
     look_at_heads(decoder_class)
     look_at_sums(decoder_class)
@@ -622,8 +650,57 @@ def shaken(model, seed: int = 1):
 
 
 @torch.no_grad()
+def look_at_places(model):
+    """Up to 64 places, no two of them alike, and none that depends on how many come
+    after it."""
+    ids = torch.arange(64)[None] * 5 % 7  # the tokens 0 to 6
+    ids[:, [0, 1, 2, 4, 8, 16, 32]] = torch.tensor([11, 7, 8, 9, 10, 8, 9])
+    logits = model(ids)
+    need(
+        torch.allclose(model(ids[:, :5]), logits[:, :5], atol=1e-4),
+        "The logits of the first five places change when more tokens follow them:"
+        " something in your model depends on the length of the row (places counted"
+        " from its end?), and so on the future.",
+    )
+    for apart in (1, 2, 4, 8, 16, 32):
+        order = list(range(64))
+        order[0], order[apart] = apart, 0
+        need(
+            bool((model(ids[:, order]) - logits)[0, -1].abs().max() > 1e-6),
+            f"The first token and the one {apart} places after it may change places,"
+            " and the last place does not notice: two of your 64 places are alike.",
+        )
+
+
+class AttentionRows(TorchFunctionMode):
+    """Within it, for how many queries attention weighs places: the rows of all
+    softmaxes over them."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.places, self.rows = places, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
+        # both give a row for each query
+        weighs = name == "softmax" and result.shape[-1] == self.places
+        if weighs or name == "scaled_dot_product_attention":
+            self.rows += result.numel() // result.shape[-1]
+        return result
+
+
+@torch.no_grad()
+def attention_rows(model, ids) -> int:
+    with AttentionRows(ids.shape[1]) as seen:
+        model(ids)
+    return seen.rows
+
+
+@torch.no_grad()
 def look_at_heads(decoder_class):
-    """One head and four, with the same weights: the scores are other ones."""
+    """One head and four, with the same weights: the scores are other ones, and there
+    are four times as many."""
     one, four = (shaken(decoder_class(LETTERS, 16, n, 1)) for n in (1, 4))
     shapes = [[p.shape for p in model.parameters()] for model in (one, four)]
     if shapes[0] != shapes[1]:
@@ -634,6 +711,13 @@ def look_at_heads(decoder_class):
         not torch.allclose(one(ids), four(ids), atol=1e-5),
         "`heads` has no effect: with the same weights one head and four give the same"
         " logits.",
+    )
+    few, many = (attention_rows(model, ids) for model in (one, four))
+    need(
+        many == 4 * few,
+        "With four heads each place should weigh the others four times, once for each"
+        f" head; with one head your model weighs {few // ids.numel()} times a place,"
+        f" and with four {many // ids.numel()} times.",
     )
 
 
@@ -709,6 +793,11 @@ def look_at_weights(decoder_class):
         for n in (1, 2)
     )
     need(two > one, "`layers` has no effect: two layers have the parameters of one.")
+    need(
+        two - one > 4.5 * 24**2,
+        f"A block of width 24 has {two - one:,} parameters: attention's four matrices"
+        " alone have 2,304. Is there an MLP in each block?",
+    )
     model(periodic(4, 0)).square().sum().backward()
     idle = [n for n, p in model.named_parameters() if p.grad is None]
     need(

@@ -6,6 +6,7 @@ import builtins
 import copy
 import functools
 import random
+from statistics import median
 from unittest import mock
 
 import torch
@@ -15,7 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ... import Base, LayerConfig, LinearDelta, get_peft_model
 from ..comparison import compare as told_apart
 from .kinds import Choices
-from .practice import SEEDS, chains, needs_to_learn, numbers, small_gpt, without_seeding
+from .practice import (
+    SEEDS,
+    chains,
+    copy_stands_alone,
+    needs_to_learn,
+    numbers,
+    python_bytes,
+    small_gpt,
+    without_seeding,
+)
 from .sandbox import package_calls, unwatched
 from .teacher import Wrong, checks, compare, need, same
 
@@ -127,6 +137,18 @@ def fast_hadamard(function) -> None:
         not borrowed,
         f"You call the course's own {borrowed[:1]}: the exercise is to write it.",
     )
+    x = torch.randn(2**13)
+    got, right = function(x), stages(x, [2**j for j in range(13)])
+    need(
+        isinstance(got, torch.Tensor) and same(got, right),
+        "For n = 8,192 your result is another one than for small n.",
+    )
+    taken = python_bytes(unwatched(function), torch.randn(1024))
+    need(
+        taken < 1024**2 / 2,
+        "Right numbers, but on the way you build a matrix of n² entries, in numpy or in"
+        " lists: add and subtract instead, in log₂ n stages.",
+    )
     n = 512
     with Largest() as seen:
         unwatched(function)(torch.randn(n))
@@ -193,12 +215,20 @@ def hash_project(function) -> None:
             },
             "Your P θ",
         )
-    theta = torch.randn(d, dtype=torch.float64)
-    got = function(theta, index, sign)
+    for bits, dtype in ((64, torch.float64), (32, torch.float32)):
+        got = function(torch.randn(d, dtype=dtype), index, sign.to(dtype))
+        need(
+            got.dtype == dtype,
+            f"With theta in {bits} bits your result is {got.dtype}: it has theta's"
+            " dtype. torch.zeros(D) alone has 32.",
+        )
+    long = torch.zeros(1500, dtype=torch.long)
+    long[:2] = torch.tensor([1, 2])
+    got = function(torch.ones(3), long, torch.ones(1500))
     need(
-        got.dtype == theta.dtype,
-        f"With theta in 64 bits your result is {got.dtype}: it has theta's dtype."
-        " torch.zeros(D) alone has 32.",
+        same(got[-1:], torch.tensor([1498**-0.5])),
+        f"In a column of 1,498 entries yours are {got[-1].item():.4g}, and should be"
+        " 1/√1498: is the count kept in too few bits, or bounded?",
     )
 
 
@@ -282,6 +312,30 @@ def d90(function) -> None:
         full,
         64,
         {"89 % are not enough, and nothing is rounded: at least 90 %.": 16},
+    )
+    ask(  # 1.306 is 89.8 % of the gain
+        {16: 1.306, 64: 1.29},
+        start,
+        full,
+        64,
+        {"89.8 % are not enough, and nothing is rounded: at least 90 %.": 16},
+    )
+    ask(  # the second's loss is 110 % of the gain
+        {4: 2.0, 16: 0.5, 64: 1.2},
+        start,
+        full,
+        16,
+        {
+            "A loss far below full's counts too: it is more than the whole gain, and"
+            " the gain is counted to `full`, not to the best that was tried.": 64
+        },
+    )
+    ask(
+        {8: 1.25, 64: 0.0},
+        start,
+        full,
+        8,
+        {"The gain is counted from start to `full`, not to the best d's loss.": 64},
     )
     ask(
         {8: 8.0, 64: 1.2},
@@ -377,7 +431,11 @@ def sweep_drawn(rng, kind):
         reached[256] = 0.383
     if kind == "unlucky":  # one seed of 256 is bad, and its mean is good enough
         reached[256] = 0.33
-    best = {16: 54, 64: 18, 256: 18, 1024: 6, 4096: 18, 16384: 6}
+    if kind == "dip":  # 256 is good enough, and the next larger one is not
+        reached |= {256: 0.35, 1024: 0.9}
+    if kind == "ladder":  # the next smaller one is no quarter
+        reached |= {192: 0.8, 640: 0.45}
+    best = dict.fromkeys(reached, 6) | {16: 54, 256: 18, 4096: 18}
     runs = []
     for d, loss in reached.items():
         for stride in (2, 6, 18, 54):
@@ -392,6 +450,11 @@ def sweep_drawn(rng, kind):
                     valid = (0.2, 1.2, 1.3)[seed]
                 if kind == "unlucky" and (d, stride) == (256, 18):
                     valid += (0.0, 0.0, 0.1)[seed]
+                if kind == "median" and (d, stride) == (64, 6):
+                    valid = (0.36, 0.1, 2.0)[seed]
+                if kind == "scattered" and d == 64:  # good at a stride for each seed
+                    lucky = {18: 0, 54: 1, 2: 2}.get(stride) == seed
+                    valid = 0.2 if lucky else loss + 0.3 * (stride != 6)
                 test = loss + worse + noise
                 test += -0.4 if (d, stride) == (256, 6) else 0.05
                 if kind == "uneven valid" and (d, stride) == (256, 18):
@@ -404,6 +467,50 @@ def sweep_drawn(rng, kind):
                 )
     rng.shuffle(runs)
     return runs
+
+
+# the test losses, one a seed, of the right d and of the next smaller one, each at its
+# own best stride
+TESTS = {
+    "paired": ((0.5, 0.9, 0.7), (0.504, 0.9042, 0.7041)),  # ahead by little
+    "behind": ((0.5, 0.52, 0.51), (0.45, 0.471, 0.46)),
+    "ladder": ((0.5, 0.52, 0.51), (0.47, 0.56, 0.51)),
+    "own stride": ((0.5, 0.52, 0.51), (0.47, 0.56, 0.51)),
+    "dip": ((0.5, 0.55, 0.51), (0.7, 0.8, 0.72)),
+}
+
+
+def with_tests(rng, runs, share, kind):
+    """The runs with test losses on which the verdict of this kind depends, and in which
+    the seeds of the two do not stand in one order."""
+    if kind not in TESTS:
+        return runs
+    pair = pair_of(runs, d_by_rule(runs, share))
+    strides = [stride_of(runs, d) for d in pair]
+    for run in runs:
+        for d, stride, tests in zip(pair, strides, TESTS[kind]):
+            if (run["d"], run["stride"]) == (d, stride):
+                run["test_loss"] = tests[run["seed"]]
+    if kind == "own stride":  # and at the stride of the right d the smaller one is bad
+        for run in runs:
+            if (run["d"], run["stride"]) == (pair[1], strides[0]):
+                run["test_loss"] = 0.9 + 0.01 * run["seed"]
+    one, other = (list(losses_of(runs, *at)) for at in zip(pair, strides))
+    while one == other:
+        rng.shuffle(runs)
+        one, other = (list(losses_of(runs, *at)) for at in zip(pair, strides))
+    return runs
+
+
+def pair_of(runs, d):
+    """d, and the next smaller one that was tried."""
+    tried = sorted({run["d"] for run in runs})
+    return d, tried[tried.index(d) - 1]
+
+
+def stride_of(runs, d, key="valid_loss", join=None):
+    strides = {run["stride"] for run in runs if run["d"] == d}
+    return min(strides, key=lambda s: (join or mean)(losses_of(runs, d, s, key)))
 
 
 def losses_of(runs, d, stride, key="valid_loss"):
@@ -424,17 +531,35 @@ def d_by_rule(runs, share, key="valid_loss", join=mean, by_score=False):
     goal = START - share * (START - FULL)
     goal = FULL / share if by_score else goal
     for d in sorted({run["d"] for run in runs}):
-        strides = {run["stride"] for run in runs if run["d"] == d}
-        stride = min(strides, key=lambda s: join(losses_of(runs, d, s, key)))
+        stride = stride_of(runs, d, key, join)
         if join(losses_of(runs, d, stride, key)) <= goal:
             return d
     return None
 
 
-def at_own_stride(runs, d, key="test_loss"):
-    strides = {run["stride"] for run in runs if run["d"] == d}
-    stride = min(strides, key=lambda s: mean(losses_of(runs, d, s)))
-    return losses_of(runs, d, stride, key)
+def d_by_each_seed(runs, share):
+    """The smallest d whose seeds, each at a stride of its own, have this share."""
+    for d in sorted({run["d"] for run in runs}):
+        own = [run for run in runs if run["d"] == d]
+        least = [
+            min(run["valid_loss"] for run in own if run["seed"] == seed)
+            for seed in SEEDS
+        ]
+        if sum(least) / len(least) <= START - share * (START - FULL):
+            return d
+    return None
+
+
+def d_from_above(runs, share):
+    """The last d that has the share, from the largest down to the first that has it
+    not."""
+    found = None
+    for d in sorted({run["d"] for run in runs}, reverse=True):
+        reached = mean(losses_of(runs, d, stride_of(runs, d)))
+        if reached > START - share * (START - FULL):
+            break
+        found = d
+    return found
 
 
 @checks(
@@ -444,10 +569,11 @@ def at_own_stride(runs, d, key="test_loss"):
 def choose_d(function, share=0.9) -> None:
     """function(runs, start, full) -> (d, verdict), or None."""
     kinds = "plain", "earlier", "lucky", "never", "close", "unlucky", "uneven"
-    kinds += "lucky first", "uneven valid"
+    kinds += "lucky first", "uneven valid", "median", "scattered", *TESTS
     sizes, verdicts = Choices(), Choices()
     for number, kind in enumerate(kinds):
-        runs = sweep_drawn(random.Random(number), kind)
+        rng = random.Random(number)
+        runs = with_tests(rng, sweep_drawn(rng, kind), share, kind)
         got = function(copy.deepcopy(runs), START, FULL)
         need(
             got is None or isinstance(got, (tuple, list)) and len(got) == 2,
@@ -478,6 +604,13 @@ def a_size(d, runs, share, sizes) -> None:
         "You choose by the test loss: the validation loss chooses.": d_by_rule(
             runs, share, "test_loss"
         ),
+        "You take the median of the seeds: take the mean.": d_by_rule(
+            runs, share, join=lambda losses: median(losses.values())
+        ),
+        "Each seed takes a stride of its own: a stride is chosen for a d, by the mean"
+        " over its seeds.": d_by_each_seed(runs, share),
+        "You go down from the largest d, and stop where one has not enough. Curves are"
+        " noisy: a smaller one may have it again.": d_from_above(runs, share),
     }
     said = (
         f"You choose d = {d!r}; the smallest with {share:.0%} of the gain, each at its"
@@ -492,22 +625,31 @@ def a_size(d, runs, share, sizes) -> None:
 
 def verdict_on(verdict, runs, d, verdicts) -> None:
     """The verdict on d against the next smaller one."""
-    tried = sorted({run["d"] for run in runs})
-    smaller = tried[tried.index(d) - 1]
-    pair, valid = (
-        [at_own_stride(runs, one, key) for one in (d, smaller)]
-        for key in ("test_loss", "valid_loss")
-    )
-    true = told_apart(*pair, loss=True).verdict
+    pair = pair_of(runs, d)
+    own = [stride_of(runs, one) for one in pair]
+
+    def judged(strides, key="test_loss", **settings):
+        a, b = (losses_of(runs, *at, key) for at in zip(pair, strides))
+        return told_apart(a, b, loss=True, **settings).verdict
+
+    a, b = (list(losses_of(runs, *at, "test_loss").values()) for at in zip(pair, own))
+    true = judged(own)
     verdicts.add_verdict(
         verdict,
         true,
         "these are losses (loss=True), and it is of your d against the smaller one.",
         f"You say {verdict!r}; the course's rule says {true!r} of d = {d} against d"
-        f" = {smaller}, on the test losses, paired by seed, with loss=True.",
+        f" = {pair[1]}, on the test losses, paired by seed, with loss=True.",
         {
             "Your verdict compares validation losses: they have chosen already, so"
-            " compare the test losses.": told_apart(*valid, loss=True).verdict
+            " compare the test losses.": judged(own, "valid_loss"),
+            "Your verdict takes the smaller d at the stride of yours: it has a best"
+            " stride of its own.": judged([own[0]] * 2),
+            "Your verdict does not pair the seeds: a seed's two losses belong together,"
+            " and the runs stand in no order.": [
+                judged(own, paired=False),
+                told_apart(a, b, loss=True).verdict,
+            ],
         },
     )
 
@@ -539,7 +681,10 @@ def my_subspace(config_class) -> None:
         f" {6 * len(layers)}.",
     )
     look_at_directions(layers, config_class)
-    for slot in layers[:2]:
+    look_at_paths(config_class, layers[0])
+    with_bias = nn.Sequential(nn.Linear(7, 5))
+    with_bias = get_peft_model(with_bias, config_class(d=6, target_modules=["0"]))
+    for slot in [*layers[:2], with_bias.get_base_model()[0]]:
         look_at_layer(slot)
     ids = chains(3, 5)
     model.double().eval()
@@ -643,6 +788,12 @@ def look_at_directions(layers, config_class):
             bool((cosines - torch.eye(len(cosines))).abs().max() < 0.5),
             "The columns of P should be nearly orthogonal: draw each by itself.",
         )
+        still = (P == 0).all(1).double().mean()
+        need(
+            bool(still < 0.5),
+            f"{still:.0%} of a layer's weights never move, whatever theta is: their"
+            " rows of P are zero.",
+        )
     need(
         not same(drawn[0], drawn[2]),
         "Two layers of one shape get the same P: then their changes are tied together."
@@ -669,6 +820,41 @@ def look_at_directions(layers, config_class):
     )
 
 
+def look_at_paths(config_class, slot):
+    """Layers of one shape, of all names: each has a P of its own, whatever was made
+    before it."""
+    parts = "self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.gate_proj"
+    paths = [f"model.layers.{n}.{part}" for n in range(32) for part in parts]
+
+    def drawn(order, seed):
+        config = config_class(d=6, seed=seed, target_modules=["q_proj"])
+        base, found = Base(slot, "default"), {}
+        with torch.no_grad():
+            for path in order:
+                adapter = config.create(base, path)
+                adapter.theta.fill_(1.0)
+                found[path] = adapter.delta(base).clone()
+        return found
+
+    found = {(path, 0): change for path, change in drawn(paths, seed=0).items()}
+    again = drawn(paths[:6:-1], seed=0)
+    need(
+        all(torch.equal(change, found[path, 0]) for path, change in again.items()),
+        "A layer's P depends on which layers were made before it. Draw it from the seed"
+        " and the path alone.",
+    )
+    found |= {(path, 5): change for path, change in drawn(paths[:8], seed=5).items()}
+    known = {}
+    for key, change in found.items():
+        first = known.setdefault(tuple(change.flatten()[:4].tolist()), key)
+        need(
+            first == key,
+            "Two layers of one shape get the same P:"
+            f" {first[0]!r} with seed {first[1]} and {key[0]!r} with seed {key[1]}."
+            " Let the whole path count, beside the seed.",
+        )
+
+
 def look_at_layer(slot):
     adapter = slot.adapters["default"].double()
     slot.base_layer.double()
@@ -689,3 +875,4 @@ def look_at_layer(slot):
     }
     learnt = {"theta": adapter.theta, "x": x}
     compare(slot(x), y + x @ change.T, mistakes, "The layer's output", learnt)
+    copy_stands_alone(slot, x)

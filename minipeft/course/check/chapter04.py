@@ -17,6 +17,8 @@ from .practice import (
     Adam,
     LargestTensor,
     chains,
+    held,
+    needs_own_parameters,
     needs_to_learn,
     numbers,
     small_gpt,
@@ -44,7 +46,7 @@ def draw(kind="plain"):
     """r, d_in, d_out, alpha: all different, so that no slip can hide behind two equal
     numbers; "small": alpha is smaller than r, else alpha // r is at least 2; "square":
     d_in is d_out."""
-    r = random.choice([2, 3, 5])
+    r = 3 if kind == "square" else random.choice([2, 3, 5])  # alpha / 3 has no end
     d_in = random.randint(7, 11)
     d_out = d_in if kind == "square" else random.randint(12, 17)
     alpha = 1.5 if kind == "small" else random.choice([11.0, 13.0, 19.0])
@@ -111,6 +113,14 @@ def lora_delta(function) -> None:
             )
         formula = Formula(scaled, A, B, alpha, r)
         compare(got, alpha / r * product, wrong, "Your update", formula=formula)
+        with torch.no_grad():
+            A += 1  # as a step of training does
+        again = function(A, B, alpha, r)
+        need(
+            same(again, alpha / r * B @ A),
+            "After a step of training A has other numbers, and your update is the old"
+            " one: compute it at each call, and keep nothing.",
+        )
 
 
 @checks(
@@ -134,8 +144,11 @@ def lora_layer(layer_class) -> None:
         A, B = (matrix(layer, name) for name in "AB")
         check_shapes(A, B, r, d_in, d_out)
         check_start(A, B)
+        other = layer_class(nn.Linear(d_in, d_out), r, alpha)
+        need(not torch.equal(matrix(other, "A"), A), ONE_START)
         check_trainable(layer, original, A, B)
-        x = torch.randn(4, 3, d_in)  # (B, T, d_in), as in a transformer
+        # (B, T, d_in), as in a transformer; a single row too
+        x = torch.randn(1 if kind == "small" else 4, 3, d_in)
         weight, bias = original.weight.detach(), original.bias.detach()
         base = x @ weight.T + bias
         need(same(layer(x), base), at_start(layer(x), base, bias))
@@ -171,6 +184,13 @@ def lora_layer(layer_class) -> None:
             {"A": A, "B": B, "x": x},
             formula=Formula(scaled_of, x, A, B, alpha, r, after=base.detach().add),
         )
+        with torch.no_grad():
+            need(
+                same(layer(x), base + alpha / r * update),
+                "Under torch.no_grad(), as in generation, your layer gives another"
+                " output.",
+            )
+        needs_own_parameters(layer, lambda module: module(x), "A and B")
         check_dropout(layer_class, alpha)
         check_rate(layer_class, alpha)
         layer.train()
@@ -232,6 +252,12 @@ def check_shapes(A, B, r, d_in, d_out) -> None:
     )
 
 
+ONE_START = (
+    "Two layers begin with the same A: it is drawn with a fixed seed. Each layer should"
+    " draw its own."
+)
+
+
 def check_start(A, B) -> None:
     a, b = bool(A.any()), bool(B.any())
     need(
@@ -256,7 +282,12 @@ def check_start(A, B) -> None:
         " enormous. About 1 / √d_in is usual.",
     )
     need(
-        A.std() > 0 and not torch.allclose(A[0], A[1]),
+        A.std() == 0 or A.std() > 1e-4,
+        f"A's numbers have the size {A.std():.2g}: then the gradient of B is as small."
+        " About 1 / √d_in is usual.",
+    )
+    need(
+        not torch.allclose(A[0], A[1], rtol=1e-2),
         "The rows of A are all alike: then all r of them learn the same thing. Draw"
         " them at random.",
     )
@@ -289,6 +320,11 @@ def check_trainable(layer, original, A, B) -> None:
 def at_start(got, base, bias) -> str:
     if got is None:
         return "forward gives None: is there a `return` at its end?"
+    if isinstance(got, torch.Tensor) and got.shape != base.shape:
+        return (
+            f"Your output has the shape {tuple(got.shape)}, where the base's has"
+            f" {tuple(base.shape)}."
+        )
     if same(got, base + bias):
         return (
             "The bias is added twice: the base's output holds it already, and LoRA has"
@@ -319,6 +355,11 @@ def check_dropout(layer_class, alpha) -> None:
         need(
             not same(got, update),
             "In train() mode your dropout does nothing: is it used in forward?",
+        )
+        need(
+            not same(layer(x), got),
+            "Two calls in train() mode drop the same inputs: draw them anew at each"
+            " call.",
         )
         nothing = got == 0
         need(
@@ -356,12 +397,18 @@ def zero_linear(d_in, d_out):
 @torch.no_grad()
 def check_rate(layer_class, alpha) -> None:
     """How many inputs are dropped: A reads one input, so each zero is one dropped."""
-    for p in (0.1, 0.4):
+    x = torch.ones(4000, 8)
+    for p in (0.4, 0.1):
         layer = layer_class(zero_linear(8, 6), 1, alpha, p).train()
         A, B = (matrix(layer, name) for name in "AB")
         A.copy_(torch.eye(8)[:1])
         B.fill_(1.0)
-        rate = (layer(torch.ones(4000, 8))[:, 0] == 0).double().mean().item()
+        rates = [(layer(x)[:, 0] == 0).double().mean().item() for _ in range(20)]
+        need(
+            max(rates) < 1 or min(rates) > 0,
+            "All tokens lose the same inputs: draw for each entry of x by itself.",
+        )
+        rate = rates[0]
         need(
             abs(rate - p) < 0.05,  # 6 standard deviations of 4,000 draws
             f"With dropout={p} your layer drops {rate:.0%} of the inputs: `dropout` is"
@@ -397,15 +444,23 @@ def six_million(answer) -> None:
     pairs = isinstance(answer, list | tuple) and all(
         isinstance(one, list | tuple) and len(one) == 2 for one in answer
     )
-    need(
-        pairs
-        and all(
-            isinstance(r, int) and not isinstance(targets, str) for r, targets in answer
-        ),
-        "Write it as [(r, [targets]), (r, [targets])].",
-    )
+    need(pairs, "Write it as [(r, [targets]), (r, [targets])].")
     found = set()
     for r, targets in answer:
+        need(
+            isinstance(r, int) and not isinstance(r, bool) and r > 0,
+            f"r = {r!r}: a rank is a whole number, 1 or more.",
+        )
+        need(
+            isinstance(targets, list | tuple | set | frozenset),
+            f"The targets stand in a list, also when there is one; yours is"
+            f" {targets!r}.",
+        )
+        need(
+            len(set(targets)) == len(targets),
+            f"{', '.join(map(str, targets))}: a module is adapted once, however often"
+            " it is named.",
+        )
         attention = {
             name: shape for name, shape in LLAMA3_8B.items() if name[1:] == "_proj"
         }
@@ -506,6 +561,37 @@ def predict_first_step(predicted, factor=3) -> None:
 
 
 SPLITS = "valid", "test"
+# {kind: {rank: the three seeds' losses at its best rate}}
+EXACT = {
+    # 8 is behind 16; 4, whose mean is worse, is not
+    "gap": {
+        2: (0.5, 0.51, 0.5),
+        4: (0.26, 0.2, 0.3),
+        8: (0.23, 0.24, 0.236),
+        16: (0.2, 0.21, 0.205),
+    },
+    # 8 is not behind 16, and 4 is not behind 8; but 4 is behind 16
+    "chain": {
+        2: (0.5, 0.51, 0.5),
+        4: (0.23, 0.242, 0.236),
+        8: (0.21, 0.21, 0.225),
+        16: (0.2, 0.21, 0.205),
+    },
+    # one seed of 4 is the best of all
+    "lucky top": {
+        2: (0.5, 0.51, 0.505),
+        4: (0.1, 0.4, 0.4),
+        8: (0.256, 0.266, 0.2612),
+        16: (0.25, 0.26, 0.255),
+    },
+    # the test puts 2 first
+    "test top": {
+        2: (0.3, 0.31, 0.306),
+        4: (0.26, 0.27, 0.266),
+        8: (0.23, 0.24, 0.236),
+        16: (0.2, 0.21, 0.205),
+    },
+}
 
 
 def sweep_drawn(rng, kind):
@@ -535,10 +621,15 @@ def sweep_drawn(rng, kind):
                 # one unlucky seed at the rate that is best for all others
                 if kind == "unlucky" and r == 4 and lr == 1e-2:
                     valid = (0.28, 0.28, 0.60)[seed]
+                if kind in EXACT:
+                    exact = EXACT[kind] | {64: (0.1, 0.1, 0.1)}
+                    valid = exact[r][seed] + (0 if lr == rates[r] else 0.3 + 0.1 * away)
                 test = 0.5 + valid / 2 + rng.uniform(-0.01, 0.01)
                 test -= 0.3 * (lr == on_test[r])
+                if kind == "test top" and r == 2 and lr == rates[2]:
+                    test = 0.1 + 0.01 * seed
                 runs.append(
-                    {"r": r, "lr": lr, "seed": seed, "parameters": 1000 * r}
+                    {"r": r, "lr": lr, "seed": seed + 1, "parameters": 1000 * r}
                     | {"valid_loss": valid, "test_loss": test}
                 )
     rng.shuffle(runs)
@@ -568,15 +659,36 @@ def not_behind(a, b) -> bool:
 
 
 def rank_by_rule(
-    runs, budget, rate=rate_of, alike=not_behind, key="valid_loss", pick=min
+    runs,
+    budget,
+    rate=rate_of,
+    alike=not_behind,
+    key="valid_loss",
+    pick=min,
+    top=None,
+    join=sum,
 ):
     """(r, lr) of the smallest rank within the budget that is not behind the best
-    there."""
+    there. top: the loss that says which is the best; join: what of its seeds."""
     ranks = sorted({run["r"] for run in runs if run["parameters"] <= budget})
     losses = {r: losses_of(runs, r, rate(runs, r), key) for r in ranks}
-    best = min(ranks, key=lambda r: sum(losses[r].values()))
+    tops = {r: losses_of(runs, r, rate(runs, r), top or key) for r in ranks}
+    best = min(ranks, key=lambda r: join(tops[r].values()))
     r = pick(r for r in ranks if alike(losses[r], losses[best]))
     return r, rate(runs, r)
+
+
+def rank_by_steps(runs, budget, neighbour):
+    """The same, from the best rank down until one is behind: behind the best, or
+    behind its neighbour."""
+    ranks = sorted({run["r"] for run in runs if run["parameters"] <= budget})
+    losses = {r: losses_of(runs, r, rate_of(runs, r)) for r in ranks}
+    best = r = min(ranks, key=lambda r: sum(losses[r].values()))
+    for smaller in reversed(ranks[: ranks.index(best)]):
+        if not not_behind(losses[smaller], losses[r if neighbour else best]):
+            break
+        r = smaller
+    return r, rate_of(runs, r)
 
 
 @checks(
@@ -585,11 +697,12 @@ def rank_by_rule(
 )
 def choose_rank(function, metric="loss") -> None:
     """function(runs, budget) -> (r, lr)."""
-    kinds = "plain", "rank counts", "lucky", "all alike", "unlucky"
+    kinds = "plain", "rank counts", "lucky", "all alike", "unlucky", *EXACT
     choices = Choices()
     for number, kind in enumerate(kinds):
         runs = sweep_drawn(random.Random(number), kind)
-        for budget in (20_000, 16_000, 8_000, 5_000):
+        more = () if kind in EXACT else (16_000, 5_000)
+        for budget in (20_000, 8_000, *more):
             got = function([shown(run, metric) for run in runs], budget)
             a_rank(got, runs, budget, metric, choices)
     choices.judge()
@@ -617,7 +730,7 @@ def a_rank(got, runs, budget, metric, choices) -> None:
     right = rank_by_rule(runs, budget)
     said = (
         f"You choose r = {r}; the smallest rank that is not behind the best within the"
-        f" budget, each at its own rate, is {right[0]}. Are the runs paired by seed?"
+        f" budget, each at its own rate, is {right[0]}."
     )
     if 1000 * r > budget:
         said = (
@@ -650,6 +763,13 @@ def rank_slips(runs, budget, metric) -> dict:
     def always(a, b):
         return True
 
+    def apart(a, b):
+        found = told_apart(list(a.values()), list(b.values()), paired=False, loss=True)
+        return found.verdict != "behind"
+
+    def in_file_order(a, b):
+        return not_behind(list(a.values()), list(b.values()))
+
     def looked(join):
         """What is chosen by another look at the seeds than the mean."""
 
@@ -676,6 +796,9 @@ def rank_slips(runs, budget, metric) -> dict:
             rank_by_rule(runs, budget, by_test),
             rank_by_rule(runs, budget, by_test, key="test_loss"),
             rank_by_rule(runs, budget, by_test, never, "test_loss"),
+            rank_by_rule(runs, budget, key="test_loss"),
+            rank_by_rule(runs, budget, key="test_loss", top="valid_loss"),
+            rank_by_rule(runs, budget, top="test_loss"),
             single("test_loss"),
         ],
         f"That is the rank with the {best} mean. A smaller one is not told apart from"
@@ -684,6 +807,22 @@ def rank_slips(runs, budget, metric) -> dict:
         ],
         f"You take the rate with the {best} {metric} of any seed: one lucky seed is no"
         " reason. Take the mean over the seeds.": looked(min),
+        f"The best rank is that with the {best} mean; you take the {best} {metric} of"
+        " any seed.": rank_by_rule(runs, budget, join=min),
+        "A rank that trains exactly as many parameters as the budget is within it.": (
+            rank_by_rule(runs, budget - 1)
+        ),
+        "The same seed of both sides belongs together, and the runs stand in no order:"
+        " you compare other seeds with each other.": [
+            rank_by_rule(runs, budget, alike=apart),
+            rank_by_rule(runs, budget, alike=in_file_order),
+        ],
+        "You compare each rank with the next one: each is compared with the best.": (
+            rank_by_steps(runs, budget, neighbour=True)
+        ),
+        "You stop at the first rank that is behind: a smaller one may not be.": (
+            rank_by_steps(runs, budget, neighbour=False)
+        ),
         "You take the median over the seeds: take the mean.": looked(statistics.median),
         f"You take the rate with the worst {metric}: the {best} is the best.": [
             rank_by_rule(runs, budget, largest),
@@ -725,6 +864,10 @@ def my_lora(config_class) -> None:
     slots = [layer.mlp for layer in model.get_base_model().model.layers]
     slots = [slot for mlp in slots for slot in (mlp.up_proj, mlp.down_proj)]
     trained = {id(p) for p in model.parameters() if p.requires_grad}
+    need(
+        len({id(slot.adapters["default"]) for slot in slots}) == len(slots),
+        "create gives one adapter to several layers: each layer needs a new one.",
+    )
     for slot in slots:
         adapter = slot.adapters["default"]
         need(
@@ -740,6 +883,8 @@ def my_lora(config_class) -> None:
         more = [n for n, p in adapter.named_parameters() if p is not A and p is not B]
         need(not more, f"The adapter has more than A and B: {', '.join(more)}.")
     need(not trained, "Something else would train beside A and B.")
+    starts = [matrix(slot.adapters["default"], "A") for slot in slots]
+    need(not torch.equal(starts[0], starts[2]), ONE_START)  # of two layers, alike
     for slot in slots[:2]:
         look_at_layer(slot, r=3, alpha=12)
     slot = plugged_in(config_class, r=6, alpha=5, names=["up_proj"])
@@ -775,8 +920,20 @@ def look_at_layer(slot, r, alpha):
     with torch.no_grad():
         A.copy_(torch.randn(A.shape))
         B.copy_(torch.randn(B.shape))
+    need(
+        same(slot(x), slot(x)),
+        "Two calls with the same x give two outputs: is there a dropout? Here is none.",
+    )
     low = x @ A.T @ B.T
     wrong = {m: y + w for m, w in wrong_scales(low, alpha, r).items()}
+    wrong |= {
+        "Your alpha is 16, the default, whatever is asked for: self.alpha.": (
+            y + 16 / r * low
+        ),
+        "You divide by 8, the default rank, whatever is asked for: self.r.": (
+            y + alpha / 8 * low
+        ),
+    }
     wrong |= {twice: 2 * y + alpha / r * low, "The update never reaches the output.": y}
     right = y + alpha / r * low
     compare(
@@ -788,6 +945,14 @@ def look_at_layer(slot, r, alpha):
         formula=Formula(scaled_of, x, A, B, alpha, r, after=y.detach().add),
     )
     base = Base(slot, "default")
+    needs_own_parameters(adapter, lambda one: one(base, x), "A and B")
+    kept = len(held(adapter))
+    for _ in range(3):
+        slot(x.clone())
+    need(
+        len(held(adapter)) <= kept,
+        "Your adapter keeps tensors of each call: memory grows with every step.",
+    )
     with torch.no_grad(), LargestTensor() as watched:
         slot.adapters["default"].update(base, x)
     need(

@@ -112,6 +112,7 @@ def rank_at_budget(function) -> None:
             "v_proj": (d // 4, d),
             "up_proj": (f, d),
             "down_proj": (d, f),
+            "gate_up_proj": (2 * f, d),
         }
         two_alike = ["q_proj", "k_proj", "v_proj"]
         places = ["q_proj", "v_proj"], ["up_proj", "down_proj"], two_alike, list(shapes)
@@ -138,6 +139,7 @@ def a_budget(function, shapes, layers, targets, budget, choices) -> None:
     one = layers * sum(map(sum, (shapes[name] for name in targets)))
     right = budget // one
     different = {shapes[name]: name for name in targets}.values()
+    alike = [name for name in shapes if name.endswith(tuple(targets))]
     mistakes = {
         "One too many: you round, and the budget is exceeded. What is left over does"
         " not pay for another rank.": [
@@ -168,6 +170,8 @@ def a_budget(function, shapes, layers, targets, budget, choices) -> None:
         "You count two targets of one shape once: each has a LoRA of its own.": costs(
             both, different
         ),
+        "You count layers whose names only contain a target's: gate_up_proj is another"
+        " one than up_proj.": costs(both, alike),
         "Where the budget does not pay for one rank the answer is 0: there is no least"
         " rank.": max(1, right),
     }
@@ -270,6 +274,8 @@ EDGES = {
     "short ladder": (2, 3),
     "other seeds": (2, 1),
     "first seed": (2, 1),
+    "pairs": (1, 2),
+    "five seeds": (2, 3),
 }  # where the best rate of either case lies on the ladder
 
 
@@ -300,10 +306,12 @@ def sweep_drawn(kind: str) -> list:
     runs = []
     for case, at in zip(("one", "other"), EDGES[kind]):
         gain = {"inside": 0.1, "trap": 0.1, "behind": -0.1}.get(kind, 0.0)
-        gain = 0.1 if kind in ("other seeds", "first seed") else gain
+        if kind in ("other seeds", "first seed", "pairs", "five seeds"):
+            gain = 0.1
         short = kind == "short ladder" and case == "other"
         for number, lr in enumerate(LADDER[:4] if short else LADDER):
-            for seed in range(3 if number == at else 1):
+            seeds = 5 if kind == "five seeds" else 3
+            for seed in range(seeds if number == at else 1):
                 valid = 0.3 + 0.05 * abs(number - at) + random.uniform(-0.01, 0.01)
                 test = 0.5 + 0.05 * abs(number - at) + random.uniform(-0.005, 0.005)
                 if kind == "other seeds" and seed:  # only seed 0 chooses the rate
@@ -312,6 +320,10 @@ def sweep_drawn(kind: str) -> list:
                     test += 0.4
                 if kind == "tie":
                     test += (0.06, -0.06, 0)[seed] * (1 if case == "one" else -1)
+                if kind == "pairs":  # the seeds differ, and both cases do with them
+                    test += (0.0, 0.3, 0.6)[seed]
+                if kind == "five seeds" and seed > 2:  # they turn the order
+                    test += (0.3, -0.3)[seed - 3] * (1 if case == "one" else -1)
                 if kind == "trap" and number == 4:  # lucky on the test, at an edge
                     test -= 0.4
                 if case == "one":
@@ -319,8 +331,25 @@ def sweep_drawn(kind: str) -> list:
                 runs.append(
                     dict(case=case, lr=lr, seed=seed, valid_loss=valid, test_loss=test)
                 )
+    for lr in (*LADDER, 5e-2):  # another case, of which nothing was asked
+        valid, test = abs(lr - 2e-2), random.uniform(0.1, 0.2)
+        runs.append(
+            dict(case="one more", lr=lr, seed=0, valid_loss=valid, test_loss=test)
+        )
     random.shuffle(runs)
+    while kind == "pairs" and in_one_order(runs):
+        random.shuffle(runs)
     return runs
+
+
+def in_one_order(runs) -> bool:
+    """Whether the seeds of both cases' best rates stand in the same order."""
+    best = [(case, LADDER[at]) for case, at in zip(("one", "other"), EDGES["pairs"])]
+    seeds = [
+        [run["seed"] for run in runs if (run["case"], run["lr"]) == place]
+        for place in best
+    ]
+    return seeds[0] == seeds[1]
 
 
 def losses_at(runs, case: str, key: str) -> dict:
@@ -336,7 +365,19 @@ def of_seed_0(losses: dict) -> float:
     return losses[0]
 
 
-def plan(runs, key="valid_loss", look=of_seed_0, edges=True, judged="test_loss"):
+def as_listed(losses: dict) -> list:
+    return list(losses.values())
+
+
+def plan(
+    runs,
+    key="valid_loss",
+    look=of_seed_0,
+    edges=True,
+    judged="test_loss",
+    given=dict,
+    **options,
+):
     """What to do by the rule: extend a ladder, or compare."""
     pair = []
     for case in ("one", "other"):
@@ -344,8 +385,8 @@ def plan(runs, key="valid_loss", look=of_seed_0, edges=True, judged="test_loss")
         rate = min(chosen, key=lambda rate: look(chosen[rate]))
         if edges and rate in (min(chosen), max(chosen)):
             return "extend", case, "up" if rate == max(chosen) else "down"
-        pair.append(losses_at(runs, case, judged)[rate])
-    return "verdict", told_apart(*pair, loss=True).verdict
+        pair.append(given(losses_at(runs, case, judged)[rate]))
+    return "verdict", told_apart(*pair, loss=True, **options).verdict
 
 
 def plan_slips(runs) -> dict:
@@ -371,6 +412,11 @@ def plan_slips(runs) -> dict:
         " next rate is better. Ask for it before you compare.": plan(runs, edges=False),
         "You judge by the validation loss, which has chosen already: judge by the test"
         " loss.": plan(runs, judged="valid_loss"),
+        "You compare the losses in the order in which they stand, or unpaired: a seed"
+        " belongs to the same seed of the other case.": [
+            plan(runs, given=as_listed),
+            plan(runs, paired=False),
+        ],
     }
 
 
@@ -437,6 +483,7 @@ def pissa_adapter(config_class) -> None:
         mistakes = {m: w for m, w in mistakes.items() if not same(w, right)}
         formula = Formula(since_the_start, A, B, best / s, alpha, r)
         built.compare(right, mistakes, formula=formula)
+        built.check_life(r=r + 1, lora_alpha=alpha + 4)
     Built(config_class, 8, 10, r=2, lora_alpha=4).check_learning()
 
 
@@ -533,12 +580,25 @@ def patient(disease, trained=False, other=False) -> tuple:
         if disease == "dead" or other == "A zero":
             layer.A.zero_()
         if other == "small":  # an update that is there, and small
-            layer.B.mul_(0.02)
+            layer.B.mul_(5e-4)
         if other == "balanced":
             layer.A[1] = -layer.A[0]
-    if other == "small scale":
-        layer.scale = 0.05
+        if other == "one-sided":
+            layer.A.copy_(-layer.A.abs())
+            layer.A[0] = 0
+        if other == "small A":
+            layer.A.mul_(1e-4)
+        if other == "hidden":  # from x of ones, from one input or output, from a sum
+            layer.A[:, 0] = layer.B[0] = 0
+            layer.A[:, 1:] -= layer.A[:, 1:].mean(1, keepdim=True)
+            layer.B[1:] -= layer.B[1:].mean(0, keepdim=True)
+    if other in ("small scale", "negative scale"):
+        layer.scale = 5e-4 if other == "small scale" else -2.0
     rates, kept = {"A": 1e-3, "B": 1e-3}, "AB"
+    if other == "small rate":
+        rates = {"A": 1e-8, "B": 1e-8}
+    if other == "A at rate 0":
+        rates["A"] = 0.0
     if disease == "frozen":
         layer.requires_grad_(False)
     elif disease == "no scale":
@@ -568,6 +628,18 @@ HEALTHY = {
         " zero.",
     ),
     "small scale": ("no scale", "its scale is small, and not 0."),
+    "negative scale": (
+        "no scale",
+        "its scale is below 0, so that the update is taken off. That is not 0.",
+    ),
+    "small rate": (
+        "no rate",
+        "its rate is small, as in the first steps of a warm-up, and not 0.",
+    ),
+    "A at rate 0": (
+        "no rate",
+        "A's rate is 0, and B's is not. Look for the group in which B is.",
+    ),
     "B alone": (
         "frozen",
         "its A is, but its B learns. LoRA-FA trains B alone, and that is no disease.",
@@ -578,6 +650,8 @@ MORE = {
     "a copy": " Its optimizer holds another tensor with B's numbers: look for the"
     " parameter that *is* B (`is`), not for one that is equal.",
     "small": " Its update is small: allow the difference only what rounding makes.",
+    "hidden": " Its update does not show at every input and output: compare all"
+    " outputs, for random inputs.",
 }
 
 PATIENTS = [
@@ -588,10 +662,16 @@ PATIENTS = [
     ("healthy", True, "B alone"),
     ("healthy", True, "A zero"),
     ("healthy", True, "small scale"),
+    ("healthy", True, "negative scale"),
+    ("healthy", False, "small rate"),
+    ("healthy", True, "A at rate 0"),
     ("healthy", False, "balanced"),
+    ("healthy", False, "one-sided"),
+    ("healthy", False, "small A"),
     ("dead", False, False),
     ("twice", True, False),
     ("twice", True, "small"),
+    ("twice", True, "hidden"),
     ("no rate", True, "a copy"),
     ("no rate", False, "a copy"),
     ("no rate", False, True),
@@ -604,6 +684,17 @@ PATIENTS += [
 ]
 
 
+def switches_of(layer) -> dict:
+    """What may be switched in a patient, besides its weights."""
+    return {
+        "enabled": layer.enabled,
+        "merged": layer.merged,
+        "scale": layer.scale,
+        "A.requires_grad": layer.A.requires_grad,
+        "B.requires_grad": layer.B.requires_grad,
+    }
+
+
 @checks("Every patient was found out, and the healthy ones were sent home.")
 def diagnose(function, dead="dead", twice="twice") -> None:
     """function(layer, optimizer) -> one of the words of FOUND; of two of them a variant
@@ -614,6 +705,7 @@ def diagnose(function, dead="dead", twice="twice") -> None:
     for disease, trained, other in random.sample(PATIENTS, len(PATIENTS)):
         layer, optimizer = patient(disease, trained, other)
         before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        switches = switches_of(layer)
         said = function(layer, optimizer)
         need(
             all(
@@ -622,6 +714,14 @@ def diagnose(function, dead="dead", twice="twice") -> None:
             ),
             "Your examination changed the patient's weights: look, compute gradients if"
             " you like, but do not step.",
+        )
+        changed = [
+            name for name, now in switches_of(layer).items() if now != switches[name]
+        ]
+        need(
+            not changed,
+            f"After your examination {', '.join(changed)} is not what it was. The"
+            " doctor only looks: put back what you change for a test.",
         )
         need(
             said is not None,
@@ -639,6 +739,7 @@ def diagnose(function, dead="dead", twice="twice") -> None:
                 disease == "healthy"
                 and not trained
                 and said not in ("healthy", "twice")
+                and (other, said) != ("small rate", "no rate")
             ),
             f"You called a healthy one {word!r}: its B is zero because it has not been"
             " trained yet, and that is as it should be. Only with A zero too is it"

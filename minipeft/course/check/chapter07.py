@@ -4,6 +4,7 @@ itself."""
 
 import copy
 import random
+from itertools import combinations
 from statistics import fmean
 
 import torch
@@ -185,6 +186,21 @@ def check_ties(function) -> None:
         need(least >= max(lost), "With equal scores a better triplet is pruned.")
 
 
+def check_close_scores(function) -> None:
+    """Scores that differ by some hundred thousandths are not equal."""
+    values = 1e-9 * (1 + 1e-5 * torch.randperm(12).double())
+    scores = {"a": values[:5], "b": values[5:]}
+    got = function(copy.deepcopy(scores), 4)
+    kept = torch.tensor([bool(one) for name in scores for one in got[name]])
+    best = torch.zeros_like(kept)
+    best[values.argsort(descending=True)[:4]] = True
+    need(
+        torch.equal(kept, best),
+        "Where scores differ by some hundred thousandths of their size, a better"
+        " triplet is pruned: do you round, or compute in 16 bits?",
+    )
+
+
 @checks(
     "The best triplets of all matrices together, and exactly as many as the budget"
     " allows, with ties and without."
@@ -231,6 +247,7 @@ def allocate(function) -> None:
             for some in (0, 1, sum(sizes)):
                 check_budget(function, scores, some)
             check_ties(function)
+            check_close_scores(function)
             continue
         count = sum(map(sum, kept.values()))
         need(
@@ -373,35 +390,37 @@ def runs_drawn(one: str, other: str) -> list:
     way, and than the other slips."""
     for _ in range(1000):
         found = [some_runs(one, other) for _ in range(3)]
-        ways = list(zip(*(all_ways(runs, one, other) for runs in found)))
-        if all(a != b for at, a in enumerate(ways) for b in ways[:at]):
+        ways = [list(zip(*w)) for w in zip(*(all_ways(r, one, other) for r in found))]
+        if all(not {*map(str, a)} & {*map(str, b)} for a, b in combinations(ways, 2)):
             return found
     raise RuntimeError("no such runs were found")
 
 
 def all_ways(runs, one: str, other: str) -> list:
-    """The right verdicts, and those of each slip."""
-    groups = grouped(runs)
-    ways = [right_way(groups, one, other)]
-    for wrong in wrong_ways(groups, one, other).values():
-        ways += wrong if isinstance(wrong, list) else [wrong]
-    return ways
+    """The right verdicts, and those of each form of each slip."""
+    ways = [[right_way(grouped(runs), one, other)]]
+    for wrong in wrong_ways(runs, one, other).values():
+        ways.append(wrong if isinstance(wrong, list) else [wrong])
+    return [[dict(sorted(form.items())) for form in forms] for forms in ways]
 
 
 def some_runs(one: str, other: str) -> list:
     """Each method with four lengths at four rates with three seeds. Which rate is best
     in validation is drawn, which one only seems so, and how well they do on the
-    test."""
-    shares = random.sample([(0.3, 0.75), (0.6, 0.52), (0.85, 0.45), (0.5, 0.5)], 4)
+    test. At one length, `None`, a seed is good for both methods, or for neither."""
+    shares = random.sample([(0.3, 0.75), (0.6, 0.52), (0.85, 0.45), None], 4)
     runs = []
     for length, pair in zip((50, 100, 300, 1000), shares):
-        for method, share in zip((one, other), pair):
+        places = random.sample(range(80), 80)
+        for method, share, lead in zip((one, other), pair or (0.5, 0.5), (10, 0)):
             own = random.sample(LADDER, 4)
             valid = dict(zip(own, trap(random.choice(list(TRAPS)), 0.2, 0.02)))
             for lr in LADDER:
                 rights = share if lr == own[0] else random.choice((0.15, 0.5, 0.95))
                 losses = valid.get(lr) or [random.uniform(0.32, 0.5) for _ in range(3)]
                 answers = alike_answers(rights, 80)
+                if pair is None and lr == own[0]:
+                    answers = leading_answers(places, lead)
                 for seed, (loss, right) in enumerate(zip(losses, answers)):
                     found = dict(method=method, steps=length, lr=lr, seed=seed)
                     runs.append(found | {"valid_loss": loss, "right": right})
@@ -409,25 +428,34 @@ def some_runs(one: str, other: str) -> list:
     return runs
 
 
-def grouped(runs) -> dict:
-    """{(method, steps): {rate: its runs, by seed}}"""
+def leading_answers(places, lead: int) -> list:
+    """For three seeds, a bad one, a middling one and a good one, which questions are
+    right: the first ones in `places`, and `lead` more."""
+    return [
+        "".join("1" if place < right + lead else "0" for place in places)
+        for right in (14, 35, 58)
+    ]
+
+
+def grouped(runs, by_seed=True) -> dict:
+    """{(method, steps): {rate: its runs, by seed or as they come}}"""
     groups = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in sorted(runs, key=lambda run: by_seed and run["seed"]):
         rates = groups.setdefault((run["method"], run["steps"]), {})
         rates.setdefault(run["lr"], []).append(run)
     return groups
 
 
-def verdicts(groups, one, other, rate, score=str) -> dict:
+def verdicts(groups, one, other, rate, score=str, **settings) -> dict:
     """rate(method, steps) -> the rate that is chosen; score: what a string of answers
-    becomes."""
+    becomes; settings: `compare`'s."""
     found = {}
     for steps in {steps for _, steps in groups}:
         answers = [
             [score(run["right"]) for run in groups[method, steps][rate(method, steps)]]
             for method in (one, other)
         ]
-        found[steps] = told_apart(*answers).verdict
+        found[steps] = told_apart(*answers, **settings).verdict
     return found
 
 
@@ -453,16 +481,18 @@ def percent(answers: str) -> float:
     return 100 * answers.count("1") / len(answers)
 
 
-def right_way(groups, one, other, score=str) -> dict:
+def right_way(groups, one, other, score=str, **settings) -> dict:
     def rate(method, steps):
         return best_rate(groups[method, steps])
 
-    return verdicts(groups, one, other, rate, score)
+    return verdicts(groups, one, other, rate, score, **settings)
 
 
-def wrong_ways(groups, one, other) -> dict:
+def wrong_ways(runs, one, other) -> dict:
     """{message: the verdicts that a slip gives}"""
+    groups = grouped(runs)
     right = right_way(groups, one, other)
+    questions = len(runs[0]["right"])
     rates = {
         "You choose the rates on the test answers: then they cannot judge any more."
         " Choose by the validation loss.": lambda *case: best_on_test(groups[case]),
@@ -486,6 +516,15 @@ def wrong_ways(groups, one, other) -> dict:
         " stand for: give `compare` the strings themselves."
     ] = right_way(groups, one, other, percent)
     found[
+        "You lose which answers belong together: the rule compares seed by seed and"
+        " question by question. The runs come in any order: give `compare` the strings"
+        " by seed."
+    ] = [
+        right_way(grouped(runs, by_seed=False), one, other),
+        right_way(groups, one, other, paired=False),
+        right_way(groups, one, other, percent, answers=questions),
+    ]
+    found[
         "Your verdicts are turned round: compare(a, b) says whether *a* is ahead, and"
         " right answers are not a loss."
     ] = {steps: TURNED[word] for steps, word in right.items()}
@@ -505,7 +544,7 @@ def some_lengths(got, runs, one, other, choices) -> None:
     choices.add(
         got,
         right,
-        wrong_ways(groups, one, other),
+        wrong_ways(runs, one, other),
         f"At {steps} steps you say {got.get(steps)!r}, and the course's rule says"
         f" {right.get(steps)!r}: each method at the rate with the lowest mean"
         " validation loss, and then `compare` on the answers of all seeds.",
@@ -542,8 +581,8 @@ def orthonormal_triplets(function) -> None:
         numpys = python_bytes(unwatched(function), *[part.clone() for part in wide])
         need(
             not largest.made and numpys < 4 * 400 * 300,
-            "Right, but you form a matrix as large as W. The QR of each thin factor"
-            " leaves a small (r, r) matrix in the middle: take its SVD.",
+            "Right, but you form a matrix as large as W. Take each thin factor apart by"
+            " itself: what is left between the two is small.",
         )
 
 
@@ -611,8 +650,10 @@ def triplets(A, B, E, alpha, r):
 )
 def self_pruning(config_class) -> None:
     """config_class(target_modules=..., r=..., lora_alpha=...), a LayerConfig."""
+    orders = Choices()
     for d_in, d_out, r, alpha in ((9, 7, 4, 6), (6, 8, 3, 3), (7, 7, 5, 2)):
         built = Built(config_class, d_in, d_out, r=r, lora_alpha=alpha)
+        built.model.train(r != 3)  # pruning does not ask whether one trains
         built.check_parameters({"A": (r, d_in), "B": (d_out, r), "E": (r,)})
         built.check_start()
         A, B, E = (getattr(built.adapter, name) for name in "ABE")
@@ -639,12 +680,16 @@ def self_pruning(config_class) -> None:
         }
         formula = Formula(triplets, A, B, E, alpha, r)
         built.compare(s * B * E @ A, mistakes, formula=formula)
-        check_pruning(built, [r, r - 1, 1, 0])
+        check_pruning(built, s, orders)
+        more = [name for name in built.adapter.state_dict() if name not in "ABE"]
+        need(not more, f"It saves more than A, E and B: {', '.join(more)}.")
+    orders.judge()
     Built(config_class, 8, 10, r=3, lora_alpha=6).check_learning(steps=60)
 
 
-def check_pruning(built, keeps) -> None:
-    """prune(keep) in steps: fewer and fewer are left."""
+def check_pruning(built, s, orders) -> None:
+    """prune(keep) in steps: fewer and fewer are left, and the scale s is what it was.
+    orders: which ones stay, judged when all layers have been seen."""
     adapter = built.adapter
     A, B, E = adapter.A, adapter.B, adapter.E
     need(callable(getattr(adapter, "prune", None)), "I look for a method prune(keep).")
@@ -652,10 +697,11 @@ def check_pruning(built, keeps) -> None:
         E[0] = 9.0
         A[0] *= 1e-4
         spread(A[1:], B[:, 1:].T, E[1:])
-    for keep in keeps:
+    built.slot(built.x).square().sum().backward()  # as a step of training leaves it
+    for keep in range(len(E), -1, -1):
         before = E.detach().clone()
         factors = A.detach().clone(), B.detach().clone()
-        sizes = before.abs() * A.detach().norm(dim=1) * B.detach().norm(dim=0)
+        long, wide = factors[0].norm(dim=1), factors[1].norm(dim=0)
         adapter.prune(keep)
         need(
             adapter.E is E and adapter.A is A and adapter.B is B,
@@ -669,32 +715,47 @@ def check_pruning(built, keeps) -> None:
             " column, and may come back.",
         )
         kept = set((E.detach() != 0).nonzero().flatten().tolist())
-        wanted = set(sizes.argsort(descending=True)[:keep].tolist())
-        by_E = set(before.abs().argsort(descending=True)[:keep].tolist())
-        signed = set(before.argsort(descending=True)[:keep].tolist())
         need(
             len(kept) == keep, f"prune({keep}) leaves {len(kept)} of {len(E)} triplets."
         )
-        need(
-            kept == wanted or kept != by_E,
+        sizes = {
             "You rank by |E|. Without orthonormal factors that is not the size of a"
-            " triplet: ‖B_i‖ and ‖A_i‖ belong to it (section 2.1).",
-        )
-        need(kept == wanted or kept != signed, "You rank by E with its sign.")
-        need(
-            kept == wanted,
+            " triplet: ‖B_i‖ and ‖A_i‖ belong to it (section 2.1).": before.abs(),
+            "You rank by E with its sign.": before,
+            "You rank by E with its sign, times the two norms: a size has none.": (
+                before * long * wide
+            ),
+            "‖B_i‖ is missing from the size by which you rank.": before.abs() * long,
+            "‖A_i‖ is missing from the size by which you rank.": before.abs() * wide,
+            "E_i is missing from the size by which you rank.": long * wide,
+            "You keep the smallest: the largest stay.": -before.abs() * long * wide,
+        }
+        orders.add(
+            kept,
+            first_of(before.abs() * long * wide, keep),
+            {message: first_of(size, keep) for message, size in sizes.items()},
             "prune keeps other triplets than the largest, by |E_i| ‖B_i‖ ‖A_i‖.",
         )
         need(
             torch.equal(E.detach()[sorted(kept)], before[sorted(kept)]),
             "prune changes the E of triplets that stay.",
         )
+        need(
+            same(built.delta(), s * (B * E @ A).detach()),
+            "After pruning the update has another scale: α/r stays what it was, as the"
+            " triplets that are left were trained with it.",
+        )
+    E.grad = None
     built.slot(built.x).square().sum().backward()
     need(
         E.grad is not None and bool((E.grad != 0).all()),
         "After pruning some E_i get no gradient any more (a mask or a hook?): a triplet"
         " may come back.",
     )
+
+
+def first_of(sizes, keep: int) -> set:
+    return set(sizes.argsort(descending=True)[:keep].tolist())
 
 
 def spread(A, B, E) -> None:

@@ -2,6 +2,8 @@
 written as a LoRA, a choice within a budget, the nearest Kronecker product, and a
 Kronecker adapter."""
 
+import copy
+import functools
 import math
 import random
 from statistics import fmean
@@ -20,10 +22,10 @@ from .kinds import (
     judge_numbers,
     trap,
 )
-from .practice import python_bytes
+from .practice import python_bytes, without_seeding
 from .sandbox import unwatched
 from .slips import Formula
-from .teacher import TOLERANCE, checks, compare, need
+from .teacher import TOLERANCE, checks, compare, need, same
 
 __all__ = [
     "choose_within",
@@ -48,6 +50,8 @@ def lokr_apply(function) -> None:
     """function(x, C, D) -> (N, p q)"""
     for rows in (3, 1, 2):
         p, m, q, n = random.sample(range(4, 9), 4)
+        if rows == 2:  # square factors of one size: nothing can be read from shapes
+            p = m = q = n
         C, D, x = double(p, m), double(q, n), double(rows, m * n)
         with Largest(torch.empty(p * q, m * n).shape) as largest:
             unwatched(function)(x, C, D)
@@ -69,7 +73,7 @@ def lokr_apply(function) -> None:
         }
         swapped_reading = (C @ x.view(rows, n, m).mT @ D.T).flatten(1)
         mistakes[
-            "You read x column by column: X is (m, n), row by row, x.view(-1, m, n)."
+            "You read x column by column: of its two indices, which runs faster?"
         ] = swapped_reading
         compare(got, x @ torch.kron(C, D).T, mistakes, "Your output")
         large = double(1, 400), double(20, 20), double(20, 20)
@@ -87,10 +91,14 @@ def lokr_apply(function) -> None:
 )
 def nearest_kron(function) -> None:
     """function(T, p, m, q, n) -> (C, D) with the smallest ||T - C ⊗ D||"""
-    for _ in range(3):
+    for kind in ("any", "any", "first block of zeros", "close", "any"):
         p, m, q, n = random.sample(range(3, 8), 4)
         exact = torch.kron(double(p, m), double(q, n))
         T = exact + random.choice([0.0, 0.8]) * double(p * q, m * n)
+        if kind == "first block of zeros":
+            T[:q, :n] = 0
+        if kind == "close":  # two products that are nearly as large as each other
+            T = two_products(p, m, q, n, 0.9)
         got = function(T.clone(), p, m, q, n)
         need(isinstance(got, tuple | list) and len(got) == 2, "Return the pair (C, D).")
         C, D = (torch.as_tensor(part).detach().double() for part in got)
@@ -112,6 +120,10 @@ def nearest_kron(function) -> None:
         laid_out = T.reshape(p, q, m, n).transpose(1, 2).reshape(p * m, q * n)
         U, S, V = torch.linalg.svd(laid_out)
         fit = torch.outer(C.flatten(), D.flatten())
+        need(
+            bool(fit.isfinite().all()),
+            "C or D contains nan or inf: what does your way do with a block of zeros?",
+        )
         away, best = (laid_out - fit).norm(), S[1:].norm()
         if away <= best + TOLERANCE * S[0]:
             continue
@@ -131,8 +143,8 @@ def nearest_kron(function) -> None:
             ),
             "You take the smallest singular value; the nearest product has the"
             " largest.": pair(len(S) - 1, S[-1]),
-            "Your SVD is of T's numbers in the order in which they lie. Lay out each"
-            " block as one row first: view(p, q, m, n), then swap q and m.": (
+            "Your SVD is of T's numbers in the order in which they lie: each block has"
+            " to become one row first.": (
                 as_it_lies[1][0] * torch.outer(as_it_lies[0][:, 0], as_it_lies[2][0])
             ),
             "Right up to its sign: the SVD's two vectors belong together.": -pair(
@@ -147,6 +159,14 @@ def nearest_kron(function) -> None:
             " Each block of C ⊗ D is a number times D: with the blocks laid out as"
             " rows you look for the nearest matrix of rank 1.",
         )
+
+
+def two_products(p, m, q, n, second):
+    """A sum of two Kronecker products at right angles; the second has this size, the
+    first has size 1."""
+    U, V = (torch.linalg.qr(double(rows, 2))[0] for rows in (p * m, q * n))
+    laid_out = U @ torch.diag(torch.tensor([1.0, second]).double()) @ V.T
+    return laid_out.view(p, m, q, n).transpose(1, 2).reshape(p * q, m * n)
 
 
 # ---- predictions ---------------------------------------------------------------------
@@ -218,7 +238,7 @@ def rank_cases(r: int) -> dict:
 )
 def loha_as_lora(function) -> None:
     """function(B1, A1, B2, A2) -> (B, A) with B A = (B1 A1) ⊙ (B2 A2)"""
-    for r, d_out, d_in in ((3, 23, 31), (1, 9, 11), (2, 19, 17)):
+    for r, d_out, d_in in ((3, 23, 31), (1, 9, 11), (2, 19, 17), (4, 9, 14)):
         shapes = ((d_out, r), (r, d_in)) * 2
         factors = [double(*shape) for shape in shapes]
         with Largest(torch.empty(d_out, d_in).shape) as largest:
@@ -247,6 +267,8 @@ def loha_as_lora(function) -> None:
             f" {tuple(B.shape)} and {tuple(A.shape)}.",
         )
         compare_loha(B @ A, B1, A1, B2, A2)
+        if r * r > d_out:  # B and A themselves are larger than ΔW
+            continue
         large = [double(*shape) for shape in ((400, 2), (2, 400)) * 2]
         need(
             not largest.made and python_bytes(unwatched(function), *large) < 4 * 400**2,
@@ -329,6 +351,8 @@ def choose_within(function, plain="LoRA r 1") -> None:
         (20_000, -0.35, "first"),
         (20_000, -0.35, "last"),
         (16_000, 0.06, "percent"),
+        (50_000, 0.0, "plain"),  # it may be the best itself
+        (50_000, 0.05, "paired"),
     ):
         runs = runs_within(budget, gain, kind, plain)
         got = function([dict(run) for run in runs], budget)
@@ -344,11 +368,12 @@ def choose_within(function, plain="LoRA r 1") -> None:
 
 def runs_within(budget: int, gain: float, kind: str, plain: str) -> list:
     """Runs; one method is the best within the budget by validation. kind: another one
-    is lucky on the test, or by one look at the seeds."""
+    is lucky on the test, or by one look at the seeds; the plain one is the best; or the
+    seeds weigh more than the methods."""
     allowed = [name for name, size in SIZES.items() if size <= budget and name != plain]
     exact = [name for name in allowed if SIZES[name] == budget]
-    best = random.choice(exact or allowed)
-    other = random.choice([name for name in allowed if name != best])
+    best = plain if kind == "plain" else random.choice(exact or allowed)
+    other = random.choice([name for name in allowed if name != best] or [None])
     own, seeming = trap(kind, 0.1, 0.02) if kind in TRAPS else ([0.1] * 3, [0.12] * 3)
     runs = []
     for name, size in SIZES.items():
@@ -364,17 +389,28 @@ def runs_within(budget: int, gain: float, kind: str, plain: str) -> list:
         elif name == other:
             losses[0] = seeming
             shares[1] = 0.99 if kind == "test" else shares[1]
-        if name == plain:  # of its two best rates one only seems so
+        if name == plain and kind != "plain":  # of its two best rates one only seems so
             losses[:2] = trap(kind if kind in TRAPS else "first", 0.3, 0.02)
             losses[2] = [0.6] * 3
             shares = [0.5, 0.9 if gain > 0 else 0.05, 0.3]
         for lr, valid, tested in zip(rates, losses, shares):
             answers = alike_answers(tested, 160)
+            if kind == "paired":
+                answers = nested_answers(name == best)
             for seed, (loss, right) in enumerate(zip(valid, answers)):
                 found = dict(method=name, numbers=size, lr=lr, seed=seed)
                 runs.append(found | {"valid_loss": loss, "right": right})
     random.shuffle(runs)
+    if kind == "paired":  # the seeds of the plain one stand in another order
+        runs.sort(key=lambda run: (run["seed"] + (run["method"] == plain)) % 3)
     return runs
+
+
+def nested_answers(better: bool) -> list:
+    """For each seed a string: the seeds differ widely, and the better one answers the
+    same questions and a few more in each."""
+    rights = [int(160 * share) + 13 * better for share in (0.3, 0.5, 0.7)]
+    return ["1" * right + "0" * (160 - right) for right in rights]
 
 
 def grouped(runs, budget: int) -> dict:
@@ -427,8 +463,8 @@ def a_choice_within(name, runs, budget: int, plain: str, choices) -> None:
 
 
 def a_verdict_within(verdict, runs, budget: int, plain: str, verdicts) -> None:
-    groups = grouped(runs, budget)
-    best = best_within(groups)
+    best = best_within(grouped(runs, budget))
+    groups = grouped(runs, math.inf)  # the plain one may cost more
     own = best_within({key: groups[key] for key in groups if key[0] == plain})
 
     def answers(key, score=str):
@@ -437,7 +473,14 @@ def a_verdict_within(verdict, runs, budget: int, plain: str, verdicts) -> None:
     def percent(right):
         return 100 * right.count("1") / len(right)
 
+    def as_they_stand(key):
+        return [r["right"] for r in runs if (r["method"], r["lr"]) == key]
+
     wanted = told_apart(answers(best), answers(own)).verdict
+    apart = (
+        told_apart(as_they_stand(best), as_they_stand(own)),
+        told_apart(answers(best, percent), answers(own, percent), answers=160),
+    )
     verdicts.add_verdict(
         verdict,
         wanted,
@@ -450,7 +493,11 @@ def a_verdict_within(verdict, runs, budget: int, plain: str, verdicts) -> None:
             "You compare percentages, and the rule no longer knows how many answers"
             " they stand for: give `compare` the strings themselves.": told_apart(
                 answers(best, percent), answers(own, percent)
-            ).verdict
+            ).verdict,
+            "The rule is not told what belongs together: {seed: string} pairs the"
+            " seeds, in whatever order their runs stand, and the questions.": [
+                result.verdict for result in apart
+            ],
         },
     )
 
@@ -471,7 +518,9 @@ def applied(x, C, D):
 def kron_adapter(config_class) -> None:
     """config_class(target_modules=..., block=...), a LayerConfig."""
     for d_in, d_out, block in ((12, 20, 4), (6, 9, 3), (8, 8, 2)):
-        built = Built(config_class, d_in, d_out, block=block)
+        built = without_seeding(
+            functools.partial(Built, config_class, d_in, d_out, block=block)
+        )
         shapes = {"C": (d_out // block, d_in // block), "D": (block, block)}
         built.check_parameters(shapes)
         built.check_start()
@@ -507,12 +556,35 @@ def kron_adapter(config_class) -> None:
         mistakes["The change is in it twice."] = 2 * parts
         built.compare(right, mistakes, update=Formula(applied, built.x, C, D))
         base = Base(built.slot, "default")
+        again_and_elsewhere(built, base, C, D)
         row = built.x[:1, 0]  # (1, d_in)
         with torch.no_grad(), Largest(built.W.shape) as largest:
             built.adapter.update(base, row)
         need(
             not largest.made,
-            "Right, but `update` forms a matrix of W's size. Read x as a matrix X of"
-            " shape (…, d_in / block, block): C X D^T, read as a vector again.",
+            "Right, but `update` forms a matrix of W's size. Read x as a matrix in its"
+            " place, as in section 2.2.",
         )
     Built(config_class, 8, 12, block=2).check_learning()
+
+
+@torch.no_grad()
+def again_and_elsewhere(built, base, C, D) -> None:
+    """`update` takes x of any number of dimensions, and a copy has its own numbers."""
+    for x in (built.x, built.x[0, 0], built.x[:, None]):
+        compare(
+            built.adapter.update(base, x),
+            applied(x, C, D),
+            {},
+            f"update(base, x), for x of shape {tuple(x.shape)},",
+            learnt={},
+        )
+    copied = copy.deepcopy(built.adapter)
+    for p in copied.parameters():
+        p *= 2
+    need(
+        not same(copied.update(base, built.x), applied(built.x, C, D)),
+        "A copy of the adapter (copy.deepcopy) goes on computing with the numbers of"
+        " the first one: use self.C and self.D where they are needed, and keep no"
+        " function that holds them.",
+    )

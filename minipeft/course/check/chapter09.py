@@ -14,7 +14,8 @@ from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
 from .kinds import Choices, configured, told_by_the_mean
-from .practice import fit, held_entries, written
+from .practice import copy_stands_alone, fit, held_entries, written
+from .sandbox import package_calls
 from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
@@ -235,6 +236,11 @@ def normal_codebook(function) -> None:
             " the inverse of the normal distribution.",
         )
         compare(got, right, mistakes, "Your codebook")
+    borrowed = package_calls(function, 4)
+    need(
+        not borrowed,
+        f"You call the course's own {borrowed[:1]}: the exercise is to write it.",
+    )
 
 
 # ---- 3. errors and bits, said beforehand ---------------------------------------------
@@ -245,9 +251,9 @@ def in_blocks(w, code, size: int):
     absmax."""
     rows = w.reshape(-1, size)
     scale = rows.abs().amax(1, keepdim=True)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    index = torch.bucketize(rows / scale, (code[1:] + code[:-1]) / 2)
-    return (code[index] * scale).reshape(w.shape)
+    y = rows / torch.where(scale == 0, torch.ones_like(scale), scale)
+    index = torch.bucketize(y, (code[1:] + code[:-1]) / 2)
+    return (code[index] * scale).reshape(w.shape)  # a block of zeros stays zero
 
 
 def relative_error(w, w_hat) -> float:
@@ -317,7 +323,7 @@ def true_numbers(outlier: float, block: int) -> dict:
 )
 def predict_errors(predicted, outlier=64.0, block=32) -> None:
     """predicted: {situation: a number}."""
-    written(predicted, WHY, "put your eight numbers", "{situation: number}")
+    predicted = written(predicted, WHY, "put your eight numbers", "{situation: number}")
     for case, true in true_numbers(outlier, block).items():
         one_number(case, predicted[case], true)
 
@@ -353,6 +359,10 @@ def matrices(kind: str) -> list:
     found = []
     for place in range(3):
         w = torch.randn(8, 256, dtype=torch.float64)
+        if place == 1 and kind == "sizes":
+            w = 2 * torch.rand(96, 256, dtype=torch.float64) - 1
+        if place == 1 and kind == "shifted":  # all are nearly one number
+            w = 0.95 + 0.1 * torch.rand(8, 256, dtype=torch.float64)
         if place in uniform:
             w = 2 * torch.rand(8, 256, dtype=torch.float64) - 1
         if kind == "signs" and place != 1:  # nearly all of one size
@@ -374,6 +384,7 @@ def formats_drawn() -> dict:
         "nf3": normal_code(3),
         "int3": equal_steps(3),
         "int5": equal_steps(5),
+        "nine-point": normal_code(4)[[0, 2, 4, 6, 7, 8, 10, 12, 15]],
     }
 
 
@@ -396,6 +407,9 @@ def choose_format(function, scale_bits=32) -> None:
         ("one", 4.3, [256, 64]),
         ("signs", 4.5, [64]),
         ("uniform", 4.45, [256, 64]),
+        ("sizes", 4.5, [64]),
+        ("shifted", 4.5, [64]),
+        ("outliers", 5.2, [32, 256]),
         ("by hand", 4.2, [256]),
         ("by hand, four", 4.2, [256]),
     ):
@@ -435,6 +449,9 @@ def by_hand(five: bool) -> tuple:
     errors = dict(zip(names, told_by_the_mean()))
     if five:
         errors["nf4"] = [error - 0.15 for error in errors["int4"]]
+        errors["point"] = [  # between the two by its mean, and not told apart from nf4
+            error + more for error, more in zip(errors["nf4"], (0.3, -0.2, 0.2))
+        ]
     codes = {}
     for name, three in errors.items():
         wide = sizes * (1 + (0.1 * torch.tensor(three).double()).sqrt())
@@ -488,6 +505,21 @@ def a_format(key, errors, allowed, needs, weights, codes, formats) -> None:
         "You take the best format of all, whatever it needs: the budget counts.": (
             best_of(errors)
         ),
+        "You weigh the matrices by their sizes: the mean counts each alike.": min(
+            allowed,
+            key=lambda one: sum(e * w.numel() for e, w in zip(allowed[one], weights)),
+        ),
+        "You divide by the variance, from which the mean is taken off: divide by the"
+        " mean square.": min(
+            allowed,
+            key=lambda one: sum(
+                e * w.square().mean().item() / w.var(correction=0).item()
+                for e, w in zip(allowed[one], weights)
+            ),
+        ),
+        "You take the format with the most bits: the error decides.": max(
+            allowed, key=lambda one: (needs[0][one], -sum(allowed[one]))
+        ),
     }
     slips |= bit_slips(errors, codes, needs)
     formats.add(key, right, slips, no_format(key, right, errors, needs))
@@ -507,6 +539,9 @@ def bit_slips(errors, codes, needs) -> dict:
         "You forget that each weight pays its share of its block's scale.": whole,
         "You take the logarithm as it is: an index into the codes has a whole number"
         " of bits.": lambda key: bits[key] - whole(key) + exact(key),
+        "You round the logarithm: 3 bits tell 8 codes apart, and nine need a fourth.": (
+            lambda key: bits[key] - whole(key) + round(exact(key))
+        ),
     }
     found = {}
     for message, count in counts.items():
@@ -541,6 +576,7 @@ def a_verdict(verdict, allowed, verdicts) -> None:
     right = best_of(allowed)
     even = {key: each for key, each in allowed.items() if key[0].startswith("int")}
     plain = best_of(even)
+    named = best_of({key: each for key, each in allowed.items() if "int" in key[0]})
 
     def against(other):
         return told_apart(allowed[right], allowed[other], loss=True).verdict
@@ -553,6 +589,7 @@ def a_verdict(verdict, allowed, verdicts) -> None:
         " are better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of {right} against"
         f" {plain}, the best allowed format of equal steps by the mean of its errors.",
+        {"Equal steps are the formats whose names *begin* with int.": against(named)},
     )
 
 
@@ -574,11 +611,13 @@ def four_bit_adapter(adapter_class) -> None:
         (6, 16, 8, normal_code()),
         (4, 12, 16, equal_steps(4)),
         (8, 8, 8, normal_code()),
+        (6, 5, 10, normal_code(3)),
+        (4, 8, 8, torch.linspace(-1, 1, 16, dtype=torch.float64)),  # without a zero
     ):
         W = torch.randn(d_out, d_in, dtype=torch.float64)
         W = W * torch.logspace(-1, 1, d_out, dtype=torch.float64)[:, None]
         if size == d_in:
-            W[0] = 0  # a block of zeros
+            W[0], W[1, 2] = 0, 0  # a block of zeros, and one zero in another
         one_layer_in_four_bits(adapter_class, W, code, size)
     result = told_apart(
         [trained_beside(adapter_class, seed) for seed in range(3)],
@@ -619,12 +658,50 @@ def one_layer_in_four_bits(adapter_class, W, code, size):
         " delta is Ŵ - W.": (y + x @ W.T).detach()
     }
     compare(slot(x), y, mistakes, "The layer's output", {"x": x})
+    copy_stands_alone(slot, x)
+    beside_another(model, slot, x, y)
+    need(held_entries(adapter) < W.numel(), DENSE)
+    need(
+        bool(from_other_bytes(adapter_class, adapter, base, code, size)),
+        "Bytes and scales of another weight were loaded, and delta does not follow:"
+        " make Ŵ from what is kept, and from nothing else.",
+    )
     model.merge_adapter()
     need(held_entries(slot.adapters) < W.numel(), DENSE)
     need(
         same(slot.base_layer.weight.detach(), right),
         "Merged, the layer's weight is not W in four bits.",
     )
+
+
+@torch.no_grad()
+def beside_another(model, slot, x, y) -> None:
+    """A LoRA below it or above it is heard, too."""
+    model.add_adapter("lora", LoraConfig(r=2, target_modules=["0"]))
+    model.double()
+    lora = slot.adapters["lora"]
+    lora.lora_B.weight.normal_()
+    right = y + x @ lora.delta(Base(slot, "lora")).T
+    for order in ("lora", "default"), ("default", "lora"):
+        model.set_adapter(list(order))
+        need(
+            same(slot(x), right),
+            "With a LoRA beside it one of the two is lost: `base(x)` has what the"
+            " adapters before it give, so add to it, and do not compute the layer"
+            " anew.",
+        )
+    model.set_adapter("default")
+
+
+@torch.no_grad()
+def from_other_bytes(adapter_class, adapter, base, code, size) -> bool:
+    """Whether delta is that of the bytes and scales which were loaded."""
+    other = torch.randn(base.weight.shape, dtype=base.weight.dtype)
+    kept = copy.deepcopy(adapter.state_dict())
+    adapter.load_state_dict(adapter_class(other.clone(), code, size).state_dict())
+    found = adapter.delta(base)
+    adapter.load_state_dict(kept)
+    return same(found, in_blocks(other, code, size) - base.weight)
 
 
 DENSE = (
@@ -635,11 +712,11 @@ DENSE = (
 
 def kept_in_four_bits(adapter, W, size):
     kept = adapter.state_dict()
-    loose = [name for name, p in adapter.named_parameters() if p.requires_grad]
+    loose = [name for name, _ in adapter.named_parameters()]
     need(
         not loose,
-        f"{', '.join(loose)} would be trained: rounding has no gradient. Use"
-        " register_buffer.",
+        f"{', '.join(loose)} would be trained: an active adapter's Parameters are, and"
+        " rounding has no gradient. Use register_buffer.",
     )
     need(
         kept,
@@ -662,7 +739,7 @@ def kept_in_four_bits(adapter, W, size):
         count == W.numel() // 2,
         f"You keep {count} bytes; {W.numel()} codes of four bits are {W.numel() // 2}.",
     )
-    rest = sum(t.numel() for t in kept.values() if t.is_floating_point())
+    rest = sum(t.numel() for t in kept.values() if t.dtype != torch.uint8)
     allowed = W.numel() // size + 16
     need(rest < W.numel() and held_entries(adapter) < W.numel(), DENSE)
     need(
@@ -696,9 +773,12 @@ def slips_of_rounding(W, code, size, right) -> dict:
     largest = rows.amax(1, keepdim=True)
     signed = torch.where(largest == 0, torch.ones_like(largest), largest)
     one_sided = code[torch.bucketize(rows / signed, middles)] * signed
+    filled = code[index] * scale
     wrong = {
         "delta is zero: it is Ŵ - W.": W,
         "Your blocks run down the columns: they are neighbours in a row.": across,
+        "A block of zeros does not stay zero: divide it by 1, but keep 0 as its"
+        " scale.": filled,
         "A scale is the largest entry without its sign: take abs() first.": one_sided,
         "You always use NF4's code: `code` is given.": in_blocks(
             W, normal_code(), size

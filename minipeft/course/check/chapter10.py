@@ -16,7 +16,7 @@ from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
 from .kinds import TRAPS, Choices, by_one_look, configured, trap
-from .practice import fit, held, held_entries, written
+from .practice import fit, held, held_entries, needs_own_parameters, written
 from .slips import Formula
 from .teacher import checks, compare, need, same
 
@@ -52,10 +52,52 @@ def four_bit_product(function_class) -> None:
         (7, 7, (3, 4), torch.float32),
         (random.randint(5, 9), random.randint(10, 14), (1,), torch.float64),
         (random.randint(10, 14), random.randint(5, 9), (3, 2), torch.float32),
+        (6, 8, (1, 3), torch.float32),
+        (6, 8, (), torch.float32),
     ):
         W = torch.randn(d_out, d_in, dtype=dtype)
         x = torch.randn(*rows, d_in, dtype=dtype, requires_grad=True)
         one_product(function_class, W, x)
+    for order in ((0, 1), (1, 0)):
+        two_products(function_class, order)
+
+
+def again(W):
+    """A function that dequantises."""
+    return lambda: W.clone()
+
+
+def two_products(function_class, order):
+    """Two layers, and a call whose gradient nobody wants; then a second backward()."""
+    Ws, xs = torch.randn(2, 4, 5), torch.randn(2, 3, 5)
+    inputs = [x.clone().requires_grad_() for x in xs]
+    functions = [again(W) for W in Ws]
+    ys = [function_class.apply(*both) for both in zip(inputs, functions)]
+    with torch.no_grad():
+        function_class.apply(xs[0], again(torch.randn(4, 5)))
+    dy = torch.randn(3, 4)
+    for at in order:
+        dx = torch.autograd.grad(ys[at], inputs[at], dy, retain_graph=True)[0]
+        need(
+            same(dx, dy @ Ws[at]),
+            "With two layers in a model, the backward pass of one takes the weight of"
+            " another call: what belongs to one call stands on its ctx.",
+        )
+    y, x = ys[order[0]], inputs[order[0]]
+    need(
+        not any(t.shape == Ws[0].shape for t in held(vars(y.grad_fn), functions)),
+        "After the backward pass the dense weight is still on ctx: use it, and let it"
+        " go.",
+    )
+    try:
+        dx = torch.autograd.grad(y, x, dy)[0]
+    except Exception:
+        dx = None
+    need(
+        same(dx, dy @ Ws[order[0]]),
+        "A second backward pass through the same graph (retain_graph=True) fails: the"
+        " first one has changed what stands on ctx.",
+    )
 
 
 def product(x, W):
@@ -221,7 +263,8 @@ def gradients_that_arrive(case: str, blocks: int, left_out: int):
 )
 def predict_gradients(predicted, blocks=4, left_out=3) -> None:
     """predicted: {situation: a number of matrices, or "error"}."""
-    written(predicted, SITUATIONS, "put your eight predictions", "{situation: number}")
+    form = "{situation: number}"
+    predicted = written(predicted, SITUATIONS, "put your eight predictions", form)
     for case, why in SITUATIONS.items():
         one_prediction(predicted[case], case, why, blocks, left_out)
 
@@ -232,6 +275,7 @@ def one_prediction(said, case, why, blocks, left_out):
         f" {said!r}."
     )
     if isinstance(said, str):
+        said = said.strip().lower()
         need(said == "error", wanted)
     else:
         number = isinstance(said, int | float) and not isinstance(said, bool)
@@ -252,12 +296,17 @@ class Tiny(nn.Module):
 
     def __init__(self):
         super().__init__()
+        # not the one that get_input_embeddings gives
+        self.positions = nn.Embedding(9, 6, dtype=torch.bfloat16)
         self.embed = nn.Embedding(11, 6, dtype=torch.bfloat16)
+        self.wide_norm = nn.LayerNorm(6)  # in 32 bits already
+        self.register_buffer("scales", torch.randint(0, 255, (3,), dtype=torch.uint8))
         self.norm = nn.LayerNorm(6, dtype=torch.bfloat16)
         self.packed = nn.Parameter(
             torch.randint(0, 255, (18, 1), dtype=torch.uint8), requires_grad=False
         )
         self.last_norm = nn.LayerNorm(6, dtype=torch.float16)
+        nn.init.normal_(self.last_norm.weight)
         self.head = nn.Linear(6, 11, dtype=torch.bfloat16)
         self.head.weight = self.embed.weight  # tied, as in many models
 
@@ -286,6 +335,7 @@ def prepare_for_training(function) -> None:
     """function(model) -> the model. Changed in place or not, as you like."""
     model = Tiny()
     bytes_before = model.packed.detach().clone()
+    before = {name: t.detach().clone() for name, t in model.state_dict().items()}
     result = function(model)
     need(result is not None, "Return the model at the end.")
     need(
@@ -293,7 +343,9 @@ def prepare_for_training(function) -> None:
         f"Return the model; yours is a {type(result).__name__}.",
     )
     need(
-        result.packed.dtype == torch.uint8 and torch.equal(result.packed, bytes_before),
+        result.packed.dtype == torch.uint8
+        and torch.equal(result.packed, bytes_before)
+        and result.scales.dtype == torch.uint8,
         "The packed weight was cast too: its bytes are codes, not numbers. Cast only"
         " what is float16 or bfloat16.",
     )
@@ -322,6 +374,20 @@ def prepare_for_training(function) -> None:
         f"Still in 16 bits: {', '.join(short)}. Norms, embeddings and the head all go"
         " to 32.",
     )
+    other = [
+        name
+        for name, t in result.state_dict().items()
+        if name in before and not torch.equal(t, before[name].to(t.dtype))
+    ]
+    need(
+        not other,
+        f"{', '.join(other)} has other numbers than before: cast once, with float(),"
+        " and not by way of the other kind of 16 bits.",
+    )
+    need(
+        result.training,
+        "Your function leaves the model in eval(): it comes in train(), for training.",
+    )
     need(
         result.head.weight is result.embed.weight,
         "Embedding and head were one tied table, and are two now: cast a parameter's"
@@ -344,6 +410,22 @@ def prepare_for_training(function) -> None:
         torch.equal(result.embed(ids).detach(), table[ids]),
         "Your hook changes what the embedding gives: it only has to require a"
         " gradient.",
+    )
+    twin = copy.deepcopy(result)
+    with torch.no_grad():
+        twin.embed.weight += 1
+    moved = twin.embed(ids)
+    need(
+        moved.requires_grad and same(moved, table[ids] + 1),
+        "A deep copy of the model still looks up the first one's embedding: its forward"
+        " is another function now. A forward hook moves along.",
+    )
+    table.requires_grad_(True)
+    result.embed(ids).sum().backward()
+    need(
+        table.grad is not None,
+        "The embedding's output is detached: what somebody trains in the embedding"
+        " later, an adapter say, would get no gradient.",
     )
 
 
@@ -436,6 +518,15 @@ def setups_drawn(kind: str, card, reserve) -> dict:
     for name, setup in setups.items():
         setup["valid"] = losses_around(valid[name])
         setup["test"] = losses_around(test[name])
+    if kind == "test":  # the largest of those that fit, and few of it are weights
+        setups[decoy]["activations"] += 3 * 10**9
+        setups[decoy]["frozen"] -= int(3 * 10**9 * 8 / setups[decoy]["bits"])
+        setups[good]["test"] = losses_around(0.3)
+    if kind == "nearly":  # the seeds differ more than the setups do
+        seeds = (0.2, -0.1, 0.0)
+        for name, mean in ((good, 0.45), (thrifty, 0.5), (other, 0.5)):
+            near = losses_around(mean, 0.002)
+            setups[name]["test"] = [a + b for a, b in zip(near, seeds)]
     if kind in TRAPS:
         setups[good]["valid"], setups[decoy]["valid"] = trap(kind, 0.4, 0.02)
     if kind == "exact":  # whole numbers, so that every order of adding gives the same
@@ -492,7 +583,7 @@ def a_setup(name, setups, card, reserve, choices) -> None:
     )
     fit = fitting(setups, card, reserve)
     slips = {
-        f"You count too few bytes: {text}.": best_setup(
+        f"You count too few bytes, by about as many as this: {text}.": best_setup(
             setups, fitting(setups, card, reserve, part)
         )
         for part, text in LEFT_OUT.items()
@@ -502,8 +593,8 @@ def a_setup(name, setups, card, reserve, choices) -> None:
         "You take the best by validation, whether it fits on the card or not.": (
             best_setup(setups, setups)
         ),
-        "A better one fits. A card of so many GB has so many times 2³⁰ bytes, and not"
-        " 10⁹.": best_setup(setups, fitting(setups, card, reserve, unit=10**9)),
+        "A better one fits: you count too many bytes, or a GB is 10⁹ bytes to you, and"
+        " it is 2³⁰.": best_setup(setups, fitting(setups, card, reserve, unit=10**9)),
         "A better one fits: it needs exactly as many bytes as may be used, and that is"
         " not too many.": best_setup(setups, fitting(setups, card, reserve, spare=1)),
         "You choose on the test. Choose by the validation loss, and look at the test"
@@ -528,10 +619,17 @@ def of_the_test(verdict, setups, fit, against, verdicts) -> None:
     right = best_setup(setups, fit)
     other = (max if against == "largest" else min)(fit, key=fit.get)
 
-    def judged(key):
-        return told_apart(setups[right][key], setups[other][key], loss=True).verdict
+    def judged(key, other=other, **how):
+        pair = setups[right][key], setups[other][key]
+        return told_apart(*pair, loss=True, **how).verdict
 
-    wanted = judged("test")
+    wanted, heaviest = judged("test"), {}
+    if against == "largest":
+        most = max(fit, key=lambda name: setup_parts(setups[name], 0)["frozen"])
+        heaviest = {
+            "You compare with the setup that has the largest weights: all of its bytes"
+            " count.": judged("test", most)
+        }
     verdicts.add_verdict(
         verdict,
         wanted,
@@ -541,8 +639,11 @@ def of_the_test(verdict, setups, fit, against, verdicts) -> None:
         f" {right!r} against those of {other!r}, the {against} that fits.",
         {
             "You compare validation losses, which have chosen already: compare the test"
-            " losses.": judged("valid")
-        },
+            " losses.": judged("valid"),
+            "Losses of one seed belong together: `compare` pairs them, and yours are"
+            " compared as if they did not.": judged("test", paired=False),
+        }
+        | heaviest,
     )
 
 
@@ -626,6 +727,7 @@ def adapter_of_one(adapter_class, W, Q, r, s):
         formula=Formula(started, W, Q, r, s),
     )
     equation_holds(slot, adapter, base, W, s)
+    needs_own_parameters(adapter, lambda one: one.delta(base), "A and B")
     before = slot(torch.eye(len(W.T), dtype=W.dtype)).detach()
     model.merge_adapter()
     after = slot(torch.eye(len(W.T), dtype=W.dtype)).detach()
@@ -635,6 +737,12 @@ def adapter_of_one(adapter_class, W, Q, r, s):
         "Your adapter keeps something as large as W beside A and B (in a list, or in a"
         " closure?).",
     )
+    for name, p in trained.items():
+        need(
+            p.untyped_storage().nbytes() == p.nbytes,
+            f"{name} is a slice of a larger matrix, all of which stays in memory:"
+            " .clone() it.",
+        )
 
 
 def started(W, Q, r, s):
@@ -789,13 +897,18 @@ def merge_error(function) -> None:
     """function(W, delta, quantize) -> the error of requantising, relative to the
     adapter's change. W is dequantised."""
 
-    # steps that are not equal, as in NF4
+    # blocks of 39, each with a scale, and steps that are not equal: as in NF4
     def quantize(W):
-        return W.sign() * ((3 * W.abs().sqrt()).round() / 3) ** 2
+        blocks = []
+        for block in W.flatten().split(39):
+            scale = block.abs().max().clamp(min=1e-300)
+            roots = (5 * (block / scale).abs().sqrt()).round() / 5
+            blocks.append(scale * block.sign() * roots**2)
+        return torch.cat(blocks).reshape(W.shape)
 
-    for _ in range(3):
+    for size in (0.2, 0.2, 0.02):  # of the last one rounding takes more than all
         W = quantize(torch.randn(9, 13, dtype=torch.float64))
-        delta = 0.2 * torch.randn(9, 13, dtype=torch.float64)
+        delta = size * torch.randn(9, 13, dtype=torch.float64)
         wanted, stored = W + delta, quantize(W + delta)
         error = (stored - wanted).norm()
         mistakes = {
@@ -820,6 +933,11 @@ def merge_error(function) -> None:
             ),
             "You compare the largest entries. Take norms: all entries count.": (
                 (stored - wanted).abs().max() / delta.abs().max()
+            ),
+            "Your error is never above 1: rounding may cost more than the adapter's"
+            " whole change.": (error / delta.norm()).clamp(max=1),
+            "You quantise each row by itself: hand the whole matrix to `quantize`.": (
+                (torch.stack([*map(quantize, wanted)]) - wanted).norm() / delta.norm()
             ),
             "You give per cent: a share is asked for.": 100 * error / delta.norm(),
             "You take the largest singular value: the Frobenius norm is asked for.": (

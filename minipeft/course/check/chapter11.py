@@ -11,7 +11,7 @@ from torch import nn
 from ... import Adapter, get_peft_model
 from ...lm import GPT, GPTConfig
 from ..comparison import compare as told_apart
-from .kinds import Choices, configured
+from .kinds import Choices, check_life, configured
 from .practice import fit, written
 from .slips import Formula
 from .teacher import checks, compare, need, same
@@ -30,9 +30,10 @@ SHAPES = (
 )
 
 
-def draw():
-    """d, m, and double-precision weights of an adapter."""
-    d, m = random.randint(9, 13), random.choice([2, 3, 5])
+def draw(m=None):
+    """d, m, and double-precision weights of an adapter; m = 0: as wide as d."""
+    d = random.randint(9, 13)
+    m = random.choice([2, 3, 5]) if m is None else m or d
 
     def randn(*shape):
         return torch.randn(*shape, dtype=torch.float64)
@@ -53,9 +54,10 @@ def bottleneck(h, W_down, b_down, W_up, b_up, act):
 def sequential_adapter(function) -> None:
     """function(h, W_down, b_down, W_up, b_up, act) -> (..., d), what goes on from the
     place where h was."""
-    for act in (torch.relu, torch.tanh):
-        d, m, down, b_down, up, b_up = draw()
-        h = torch.randn(3, 4, d, dtype=torch.float64)
+    draws = (torch.relu, (3, 4), None), (torch.tanh, (1, 1), None), (F.gelu, (5,), 0)
+    for act, rows, width in draws:
+        d, m, down, b_down, up, b_up = draw(width)
+        h = torch.randn(*rows, d, dtype=torch.float64)
         given = [
             tensor.clone().requires_grad_() for tensor in (h, down, b_down, up, b_up)
         ]
@@ -100,6 +102,12 @@ def sequential_adapter(function) -> None:
                 "W_down and W_up have changed places: their shapes fit that way round"
                 " without a .T, but W_down is (m, d), and down comes first: h @"
                 " W_down.T.": (h + act(h @ up + b_down) @ down + b_up),
+                "W_up is turned: where m is d it fits either way round, but W_up is (d,"
+                " m).": h + act(z) @ up + b_up if m == d else None,
+                "W_down is turned: where m is d it fits either way round, but W_down"
+                " is (m, d).": h + act(h @ down + b_down) @ up.T + b_up
+                if m == d
+                else None,
                 "You always take the same activation: it is given to you, as"
                 " `act`.": next(
                     (
@@ -115,6 +123,12 @@ def sequential_adapter(function) -> None:
             dict(zip(("h", "W_down", "b_down", "W_up", "b_up"), given)),
             formula=Formula(bottleneck, *given, act),
         )
+        with torch.no_grad():
+            need(
+                same(function(lent.clone(), *given[1:], act), h + a),
+                "Under torch.no_grad(), as in evaluation, your function gives something"
+                " else.",
+            )
 
 
 # ---- 2. which of the four learn ------------------------------------------------------
@@ -188,7 +202,7 @@ def changed_after(case: str, steps: int) -> int:
 )
 def predict_changes(predicted, steps=1) -> None:
     """predicted: {start: how many of the four tensors change}."""
-    written(predicted, STARTS, "put your seven numbers", "{start: number}")
+    predicted = written(predicted, STARTS, "put your seven numbers", "{start: number}")
     for case, (_, why) in STARTS.items():
         said, true = predicted[case], changed_after(case, steps)
         number = isinstance(said, int | float) and not isinstance(said, bool)
@@ -197,9 +211,9 @@ def predict_changes(predicted, steps=1) -> None:
             f"{case!r}: a number from 0 to 4 is wanted, you have {said!r}.",
         )
         need(
-            said == true,
+            float(said) == true,
             f"{case!r}: you say {said:g}, and after {steps} step{'s'[: steps - 1]} it"
-            f" is {true}. Think again: {why}.",
+            f" is another number. Think again: {why}.",
         )
 
 
@@ -304,6 +318,12 @@ def sweep(best: float, edge: str = "") -> dict:
     return {rate: losses[rate] for rate in random.sample(rates, 5)}  # in any order
 
 
+OF_EACH_SEED = {  # test losses of the best case, and of those that it is compared with
+    "pairs": ([0.2, 0.4, 0.6], [0.3, 0.51, 0.7]),
+    "five seeds": ([0.30, 0.31, 0.30, 0.55, 0.20], [0.40, 0.41, 0.40, 0.20, 0.55]),
+}
+
+
 def cases_drawn(kind: str):
     """(cases, budget)"""
     d, layers = random.choice([96, 128]), random.choice([4, 5, 6])
@@ -316,6 +336,10 @@ def cases_drawn(kind: str):
         "twice": {"placement": "houlsby", "m": 12},
         "biases": {"placement": "parallel", "m": 17},
     }.get(kind, {"placement": "pfeiffer", "m": 8})
+    wide = {"d": d, "layers": layers}
+    if kind in ("own width", "own depth"):  # that is what makes it too large
+        wide |= {"d": 2 * d} if kind == "own width" else {"layers": 9}
+        decoy = {"placement": good["placement"], "m": 16}
     if kind == "biases":  # one parameter too many
         budget = trained_numbers({"d": d, "layers": layers} | decoy) - 1
     drawn = {
@@ -323,25 +347,38 @@ def cases_drawn(kind: str):
         "decoy": decoy | {"valid": sweep(0.20), "test": 0.25},
         "plain": {"placement": "houlsby", "m": 4, "valid": sweep(0.40), "test": 0.40},
         "other": {"placement": "parallel", "m": 4, "valid": sweep(0.50), "test": 0.30},
+        # not allowed, and worse than all: too large, or its best rate at an edge
+        "huge": {"placement": "houlsby", "m": 64, "valid": sweep(0.80), "test": 0.80},
+        "edge": {"placement": "parallel", "m": 4, "valid": sweep(0.70, "low")}
+        | {"test": 0.70},
     }
+    if kind == "steep":  # the worst at its worst rate, and not at its best
+        rates = drawn["plain"]["valid"]
+        rates[max(rates, key=rates.get)] = 2.0
     if kind in ("low", "high"):
         drawn["decoy"]["valid"] = sweep(0.20, kind)
     if kind == "test":
         drawn["decoy"] |= {"valid": sweep(0.45), "test": 0.10}
     if kind == "exact":
         drawn["decoy"]["valid"] = sweep(0.60)
+    if kind == "steep" or kind in OF_EACH_SEED:
+        drawn["decoy"]["valid"] = sweep(0.45)
     if kind == "flat":  # better in its mean and at its worst rate, not at its best
         losses = 0.32, 0.33, 0.32, 0.31, 0.32
         drawn["decoy"]["valid"] = dict(zip(sorted(drawn["good"]["valid"]), losses))
     if kind == "tie":
         drawn["decoy"]["valid"], drawn["plain"]["test"] = sweep(0.6), 0.30
-    names = random.sample(["a", "b", "c", "d"], 4)
+    names = random.sample(["a", "b", "c", "d", "e", "f"], 6)
+    seeds = 5 if kind == "five seeds" else 3
     cases, spread = {}, 0.2 if kind == "tie" else 0.01
     for name, (role, case) in zip(names, drawn.items()):
-        losses = [case["test"] + spread * random.uniform(-1, 1) for _ in range(3)]
+        losses = [case["test"] + spread * random.uniform(-1, 1) for _ in range(seeds)]
         if kind == "tie" and role in ("good", "plain"):  # one seed turns the order
             losses = [0.4, 0.3, 0.5] if role == "good" else [0.42, 0.52, 0.32]
-        cases[name] = case | {"d": d, "layers": layers, "test": losses}
+        if kind in OF_EACH_SEED and role in ("good", "plain", "other"):
+            losses = OF_EACH_SEED[kind][role != "good"]
+        size = wide if role == "decoy" else {"d": d, "layers": layers}
+        cases[name] = case | size | {"test": list(losses)}
     return {name: cases[name] for name in sorted(cases)}, budget
 
 
@@ -352,6 +389,7 @@ def cases_drawn(kind: str):
 def choose_placement(function, against="second") -> None:
     """function(cases, budget) -> (name, rate, verdict)."""
     kinds = "test", "budget", "twice", "biases", "exact", "low", "high", "flat", "tie"
+    kinds += "own width", "own depth", "steep", *OF_EACH_SEED
     names, rates, verdicts = Choices(), Choices(), Choices()
     for kind in kinds:
         cases, budget = cases_drawn(kind)
@@ -401,6 +439,7 @@ def placement_slips(cases, budget) -> dict:
         return chosen(count=lambda case: trained_numbers(case, **changed))
 
     allowed = allowed_cases(cases, budget)
+    smallest = min(cases.values(), key=lambda case: case["d"] * case["layers"])
     return {
         "You count too few parameters: Houlsby has two adapters in each block.": (
             counted(houlsby=1)
@@ -410,6 +449,19 @@ def placement_slips(cases, budget) -> dict:
         "You take the best of all, and it may be too large: the budget counts.": chosen(
             count=lambda case: 0
         ),
+        "You count with the d or the layers of another case: each has its own.": [
+            chosen(count=lambda case: trained_numbers(case | {"d": smallest["d"]})),
+            chosen(
+                count=lambda case: trained_numbers(
+                    case | {"layers": smallest["layers"]}
+                )
+            ),
+            chosen(
+                count=lambda case: trained_numbers(
+                    case | {"d": smallest["d"], "layers": smallest["layers"]}
+                )
+            ),
+        ],
         "A case that trains exactly as many parameters as the budget has is allowed.": (
             best_case(cases, allowed_cases(cases, budget - 1))
         ),
@@ -466,6 +518,29 @@ def of_the_tests(verdict, cases, budget, against, verdicts) -> None:
     good, other = order[0], order[1 if against == "second" else -1]
     wanted = told_apart(cases[good]["test"], cases[other]["test"], loss=True).verdict
     place = "second best" if against == "second" else "worst"
+
+    def worst_of(names, look=min):
+        other = max(names, key=lambda name: look(cases[name]["valid"].values()))
+        pair = cases[good]["test"], cases[other]["test"]
+        return told_apart(*pair, loss=True).verdict
+
+    losses = cases[good]["test"], cases[other]["test"]
+    small = [name for name in cases if trained_numbers(cases[name]) <= budget]
+    mistakes = {
+        "A seed belongs to the same seed of the other case: compare them as they stand,"
+        " in pairs.": told_apart(*losses, loss=True, paired=False).verdict
+    }
+    if against == "worst":
+        mistakes |= {
+            "You compare with the worst of all cases; the worst of those that are"
+            " *allowed* is asked for.": [
+                worst_of(cases),
+                worst_of(small),
+                worst_of(allowed_cases(cases, float("inf"))),
+            ],
+            "The worst case is the one with the highest loss at its *best* rate, and"
+            " not at any rate.": worst_of(allowed, max),
+        }
     verdicts.add_verdict(
         verdict,
         wanted,
@@ -473,6 +548,7 @@ def of_the_tests(verdict, cases, budget, against, verdicts) -> None:
         " better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of {good!r} against"
         f" {other!r}, the {place} of those that are allowed.",
+        mistakes,
     )
 
 
@@ -519,10 +595,12 @@ def equation_of_parallel(adapter_class):
         d, m, scaling = (
             random.randint(9, 13),
             random.choice([2, 3, 5]),
-            random.choice([3.0, 4.0]),
+            random.choice([2.5, 0.4]),
         )
         part = nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d))
         frozen = part.requires_grad_(False)
+        part.called = 0
+        part.register_forward_hook(count_calls)
         layer = Beside(copy.deepcopy(part), adapter_class(d, m, scaling))
         down, up = (linear(layer.adapter, name) for name in ("down", "up"))
         shapes = tuple(down.weight.shape), tuple(up.weight.shape)
@@ -641,12 +719,37 @@ def equation_of_parallel(adapter_class):
                 for kind in ("weight", "bias")
             },
         )
+        layer.part.called = 0
+        layer(x)
         need(
-            same(layer.eval()(x), right.detach()),
-            "In evaluation, after .eval(), your layer gives something else: the adapter"
-            " speaks there, too.",
+            layer.part.called < 2,
+            "You call base(x) twice: the frozen part is the expensive one. Keep what it"
+            " gives.",
         )
-        layer.train()
+        one = x[:1, :1]
+        need(
+            layer(one).shape == one.shape,
+            f"For x of shape {tuple(one.shape)} your layer gives"
+            f" {tuple(layer(one).shape)}: a batch of one keeps its axes.",
+        )
+
+        same_size = adapter_class(d, m, scaling)
+        need(
+            not {id(p) for p in same_size.parameters()} & mine,
+            "Two adapters share their parameters: each has Linears of its own, made in"
+            " __init__.",
+        )
+
+        def another(more=False):
+            size = (d + 1, m + 1, scaling + 1) if more else (d, m, scaling)
+            return Beside(part, adapter_class(*size))
+
+        check_life(layer, lambda layer: layer.adapter, another, x)
+        twice = copy.deepcopy(layer).double()
+        need(
+            twice(x.double()).dtype == torch.float64,
+            "In 64 bits your layer gives another precision than it was given.",
+        )
         below, straight = x.clone().requires_grad_(), x.clone().requires_grad_()
         layer(below).square().sum().backward()
         (
@@ -658,6 +761,10 @@ def equation_of_parallel(adapter_class):
             " part is frozen, and yet what is below learns through it. No"
             " torch.no_grad() and no .detach() in forward.",
         )
+
+
+def count_calls(module, args, output):
+    module.called += 1
 
 
 def down_up(x, down, up):

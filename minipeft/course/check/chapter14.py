@@ -1,6 +1,8 @@
 """Chapter 14, AdapterFusion: how to read it, the attention repaired, its shares
 predicted, the experts that are needed, its penalty, and the module."""
 
+import copy
+import math
 import random
 from itertools import combinations
 
@@ -47,9 +49,13 @@ def attention_over_experts(y, updates, W_q, W_k, W_v):
 )
 def fuse(function) -> None:
     """function(y, updates, W_q, W_k, W_v) -> (B, T, d)."""
-    for N, size in ((2, 1), (3, 1), (3, 400)):  # 400: exp of a score is infinite
+    # 400: exp of a score is infinite
+    for N, size in ((2, 1), (3, 1), (3, 400), (1, 1), (2, 0)):
         B, T, d = 2, random.choice([4, 5]), random.choice([7, 9])
-        y, u = (size * draw(B, T, d)).requires_grad_(), leaf(N, B, T, d)
+        y, u = (max(size, 1) * draw(B, T, d)).requires_grad_(), leaf(N, B, T, d)
+        if size == 0:  # all sizes but d are equal, and one expert says nothing
+            y, u = leaf(N, N, d), leaf(N, N, N, d)
+            u.data[0] = 0
         W_q, W_k, W_v = ((draw(d, d) / d**0.5).requires_grad_() for _ in range(3))
 
         def out(
@@ -75,6 +81,13 @@ def fuse(function) -> None:
             function(y, u, W_q, W_k, W_v),
             out(),
             {
+                "An expert whose update is zero gets no share in yours: its score is a"
+                " score like any other.": y
+                + torch.einsum(
+                    "nbt,nbtd->btd",
+                    scores.masked_fill((u == 0).all(-1), -math.inf).softmax(0),
+                    u @ W_v.T,
+                ),
                 "The residual is forgotten: the layer's own output y goes on too.": out(
                     residual=0 * y
                 ),
@@ -136,7 +149,7 @@ def fuse(function) -> None:
                     y + torch.einsum("nbt,nbtd->btd", one_hot(scores), u @ W_v.T)
                 ),
             },
-            "Your output",
+            "Your output" if N > 1 else "With one expert alone your output",
             formula=Formula(attention_over_experts, y, u, W_q, W_k, W_v),
         )
 
@@ -200,6 +213,10 @@ def fusion_module(module_class) -> None:
         bool((module.value.weight.detach() - torch.eye(d)).abs().max() < 1e-4),
         "W_v must start as the identity, so that the experts' updates arrive"
         " unchanged.",
+    )
+    need(
+        module.query.weight is not module.key.weight,
+        "`query` and `key` are one and the same layer: each has its own weights.",
     )
     expected = {"query", "key", "value"}
     extra = [
@@ -296,10 +313,57 @@ def fusion_module(module_class) -> None:
         ),
         "An expert's weight has changed.",
     )
+    copies_and_one_expert(module_class, module, experts, y, d)
+
+
+@torch.no_grad()
+def copies_and_one_expert(module_class, module, experts, y, d) -> None:
+    mute = [copy.deepcopy(module) for _ in range(2)]
+    for p in (*mute[0].parameters(), *mute[1].query.parameters()):
+        p.zero_()
+    said = torch.stack([expert(y) for expert in experts])
+    need(
+        same(mute[0](y), y) and same(mute[1](y), y + module.value(said).mean(0)),
+        "A copy of your module (copy.deepcopy) goes on computing with the weights of"
+        " the first one: use self.query, self.key and self.value where they are"
+        " needed, and keep no function that holds them.",
+    )
+    expert = nn.Linear(d, d)
+    alone = module_class([expert], d)
+    alone.value.weight.normal_()
+    compare(
+        alone(y),
+        y + alone.value(expert(y)),
+        {"With one expert its update has to pass through `value` too.": y + expert(y)},
+        "With one expert your output",
+        learnt={},
+    )
 
 
 def distance(W_v, one, strength):
     return strength * (W_v - one).square().sum()
+
+
+def at_the_start(function, d) -> None:
+    """At the identity itself, and with a strength of zero."""
+    for strength in (0.5, 0.0):
+        W = torch.eye(d, dtype=torch.float64, requires_grad=True)
+        found = function(W, strength)
+        if not isinstance(found, torch.Tensor) or found.numel() != 1:
+            need(
+                strength > 0 or not isinstance(found, int | float),
+                "With a strength of zero you return a number: a tensor is asked for"
+                " then, too.",
+            )
+            return
+        if not found.requires_grad:
+            return
+        found.sum().backward()
+        need(
+            bool(W.grad.isfinite().all()),
+            "At the identity, where W_v starts, your gradient is nan: the root has no"
+            " slope at zero, and squaring it afterwards does not help.",
+        )
 
 
 @checks("The distance from the identity, squared and summed.")
@@ -317,6 +381,7 @@ def fusion_penalty(function) -> None:
                 " torch.eye gives 32 bits if you say no dtype.",
             )
         off = W - torch.eye(d, dtype=torch.float64)
+        at_the_start(function, d)
         compare(
             got,
             strength * off.square().sum(),
@@ -372,6 +437,7 @@ def whom_it_hears(function) -> None:
     T), 1 for real tokens."""
     B, T, N = 3, 6, 4
     p = (2 * draw(B, T, N)).softmax(-1)
+    p[0, 1] = p[0, 0]  # two tokens may have the same shares
     mask = torch.ones(B, T, dtype=torch.long)
     mask[1, random.choice([2, 3]) :] = 0
     mask[2, :2] = 0  # padding may stand before the text
@@ -412,6 +478,9 @@ def whom_it_hears(function) -> None:
             " Ask the mask.": torch.cat(
                 [row[: int(n)] for row, n in zip(p, mask.sum(1))]
             ).mean(0),
+            "Tokens that have the same shares count once: each token counts.": (
+                p[mask.bool()].unique(dim=0).mean(0)
+            ),
             "That is the median: the mean is wanted.": (
                 p[mask.bool()].median(0).values
             ),
@@ -507,6 +576,8 @@ def fusion_of(kind):
             0 if s >= {b, c} or s >= {a, b, d} else 0.2 if a in s else 0.6
         ),
         "pairs told by the mean": lambda s: 0.0 if len(s) > 2 else 0.9,
+        "one alone": lambda s: 0.0 if s == {a} or len(s) > 3 else 0.4,
+        "seeds in another order": lambda s: 0.5 * (a not in s) + 0.01 * (len(s) < 4),
     }[kind]
     losses = {}
     for chosen in sets_of(names):
@@ -520,6 +591,8 @@ def fusion_of(kind):
             level -= 0.002 * (chosen >= {a, b}) + 0.002 * (chosen == {a, b, c})
             if b not in chosen:
                 noise = random.sample([0.09, -0.02, 0.02], 3)
+        if kind == "seeds in another order":
+            noise = [0.3, 0.1, 0.2] if len(chosen) == 4 else [0.1, 0.2, 0.3]
         losses[chosen] = [level + one for one in noise]
     if kind == "a pair off the path":  # silencing one after the other leads elsewhere
         for chosen, less in (({a, b, d}, 0.001), ({b, c}, 0.002)):
@@ -545,6 +618,8 @@ KINDS = (
     "all are needed",
     "a pair off the path",
     "pairs told by the mean",
+    "one alone",
+    "seeds in another order",
 )
 
 
@@ -594,11 +669,32 @@ def some_experts(function, names, losses, choices) -> None:
     choices.add(got, right, slips, no_experts(got, right, everyone, losses, worse))
 
 
+def fewest_of(losses, mean, worse):
+    good = [chosen for chosen in losses if not worse(chosen)]
+    return min(good, key=lambda chosen: (len(chosen), mean[chosen]))
+
+
+def downwards(losses, mean, worse):
+    """By all sets that are one smaller than a good one, as far as one of them is."""
+    level = [max(losses, key=len)]
+    while True:
+        below = {one - {name} for one in level for name in one if len(one) > 1}
+        good = [chosen for chosen in below if not worse(chosen)]
+        if not good:
+            return min(level, key=mean.get)
+        level = good
+
+
 def expert_slips(right, names, losses, mean, worse) -> dict:
     everyone = frozenset(names)
     one_less = {name: everyone - {name} for name in names}
     alone = frozenset(name for name in names if worse(one_less[name]))
     by_mean = [chosen for chosen in losses if mean[chosen] <= mean[everyone]]
+
+    def sorted_is_worse(chosen):
+        sides = sorted(losses[chosen]), sorted(losses[everyone])
+        return told_apart(*sides, loss=True).verdict == "behind"
+
     return {
         "You silence one expert at a time. Two that say the same can each be missed,"
         " and not both: try sets.": alone,
@@ -611,6 +707,10 @@ def expert_slips(right, names, losses, mean, worse) -> dict:
         "You name the experts that can be spared: name those that are needed.": (
             everyone - right
         ),
+        "You sort the losses before you compare: each belongs to its seed, and"
+        " `compare` pairs them.": fewest_of(losses, mean, sorted_is_worse),
+        "You take one expert away after the other, and go no further where no set one"
+        " smaller will do: a far smaller one may.": downwards(losses, mean, worse),
     }
 
 

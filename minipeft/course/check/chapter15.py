@@ -11,8 +11,9 @@ from torch import nn
 
 from ... import Base, LayerConfig, LinearDelta, LoraConfig, get_peft_model
 from ..comparison import compare as told_apart
-from .kinds import Choices, by_one_look, judge_numbers, told_by_the_mean
-from .practice import LargestTensor
+from .kinds import Choices, by_one_look, configured, judge_numbers, told_by_the_mean
+from .practice import LargestTensor, copy_stands_alone, python_bytes
+from .sandbox import unwatched
 from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
@@ -52,6 +53,7 @@ def serve(function) -> None:
     for names in (
         ["ben", "zoe", "mia", "ben"],
         ["mia", "mia"],
+        ["zoe"],
         ["ben", "none", "zoe", "mia", "none"],
         ["zoe", "mia", "ben", "none", "mia", "zoe", "ben"],
     ):
@@ -213,6 +215,8 @@ MERGES = (
     "equal leads",
     "one seed leads",
     "last seed better",
+    "paired",
+    "nearly alike",
 )
 
 
@@ -273,6 +277,16 @@ def merges_drawn(rng, kind):
         for name, count in ((chosen, 33), ("cat", 30)):
             row = ["1"] * count + ["0"] * (60 - count)
             right[name] = ["".join(rng.sample(row, 60)) for _ in range(3)]
+    if kind == "nearly alike":  # by less than a hundredth
+        valid[other] = [loss + 0.004 for loss in valid[chosen]]
+        share[other] = 0.9
+        valid = {name: valid[name] for name in [other, *names]}
+    if kind == "paired":  # the seeds differ by much, and in each some answers more
+        for name, more, first in ((chosen, 5, "010"), ("cat", 0, "100")):
+            right[name] = [
+                at + "1" * (n + more) + "0" * (59 - n - more)
+                for at, n in zip(first, (50, 10, 30))
+            ]
     if kind == "one seed leads":  # by many answers, and the other two by none
         right["cat"] = ["01" * 30] * 3
         right[chosen] = ["1" * 60, "01" * 30, "10" * 30]
@@ -333,6 +347,12 @@ def of_the_answers(verdict, valid, right, plain, of, verdicts) -> None:
             " answer and every seed.": [
                 told_apart(way(a), way(b)).verdict for way in (pooled, each_question)
             ],
+            "You do not pair the seeds, or not with their own: entry i of one merge"
+            " and of the other come from the same seed and the same questions.": [
+                told_apart(right[a], right[b], paired=False).verdict,
+                told_apart(sorted(right[a]), sorted(right[b])).verdict,
+                told_apart(percent(a), percent(b), answers=60).verdict,
+            ],
             "You compare one number a seed, and the rule no longer knows how many"
             " answers it stands for: give `compare` the strings, so that it sees every"
             " answer.": told_apart(percent(a), percent(b)).verdict,
@@ -362,6 +382,19 @@ def best_merge(function) -> None:
         ]
         weights = [(-0.5, 0.7, 1.3)[i] for i in range(len(ranks))]
         one_merge(function, adapters, weights, r, d_out * d_in)
+    in_python(function)
+
+
+def in_python(function) -> None:
+    """What numpy holds on the way, beside what the factors take."""
+    d = 600
+    adapters = [(torch.randn(2, d), torch.randn(d, 2), 1.0) for _ in range(2)]
+    taken = python_bytes(unwatched(function), adapters, [0.5, 0.7], 2)
+    need(
+        taken < 4 * d * d / 2,
+        f"Right, but numpy (or a list) held {taken / 1e6:.1f} MB on the way for d ="
+        f" {d}, and W has {4 * d * d / 1e6:.1f} MB: you form it there.",
+    )
 
 
 def nearest(M, r):
@@ -495,8 +528,65 @@ def learnt_merge(adapter_class) -> None:
     model.add_adapter("mixture", one_layer_config(adapter_class))
     model.double()
     model.set_adapter("mixture")
-    compare_mixture(model, draw(5, 3, d_in))
-    saves_only_weights(model.get_base_model()[0].adapters["mixture"])
+    x = draw(5, 3, d_in)
+    compare_mixture(model, x)
+    slot = model.get_base_model()[0]
+    saves_only_weights(slot.adapters["mixture"])
+    copy_stands_alone(slot, x)
+    two_layers(adapter_class)
+    other_experts(adapter_class)
+
+
+def two_layers(adapter_class) -> None:
+    """The weights of one layer are not those of another."""
+    one, other = (adapter_class(list(EXPERTS)) for _ in range(2))
+    with torch.no_grad():
+        one.weights.fill_(5.0)
+    need(
+        not same(other.weights, one.weights),
+        "Two layers share one tensor of weights: make a Parameter for each adapter"
+        " that is created, in __init__.",
+    )
+
+
+class ShareOfWeight(LinearDelta):
+    """An expert of another kind: its change depends on the layer below."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(share))
+
+    def delta(self, base):
+        return self.share * base.weight
+
+
+def other_experts(adapter_class) -> None:
+    """Experts that are no LoRAs, in training and in eval mode."""
+    shares = dict(zip(EXPERTS, (0.3, -0.7, 1.1)))
+    model = nn.Sequential(nn.Linear(5, 4))
+    for name, share in shares.items():
+        config = configured(lambda base, share=share: ShareOfWeight(share))
+        config = config(target_modules=["0"])
+        if name == EXPERTS[0]:
+            model = get_peft_model(model, config, name)
+        else:
+            model.add_adapter(name, config)
+    model.add_adapter("mixture", one_layer_config(adapter_class))
+    model.double().set_adapter("mixture")
+    slot, x = model.get_base_model()[0], draw(3, 5)
+    w = torch.tensor([0.37, -1.21, 0.64], dtype=torch.float64)
+    with torch.no_grad():
+        slot.adapters["mixture"].weights.copy_(w)
+        total = sum(w * torch.tensor(list(shares.values())).double())
+        right = slot.base_layer(x) + total * x @ slot.base_layer.weight.T
+        for mode in (True, False):
+            got = model.train(mode)(x)
+            need(
+                same(got, right),
+                "With experts of another kind, whose change depends on the layer below,"
+                f" the output is another one{'' if mode else ' in eval mode'}: ask"
+                " each for its delta(base), and keep nothing of a LoRA's.",
+            )
 
 
 def look_at_weights(mixture, N):
@@ -642,12 +732,20 @@ def who_is_in_it(function, b_first=False) -> None:
         ((0, 1, -1), False),
         ((0, 0, 0), True),
         ((-1, 1, 2), True),
+        ((2, 1, -1), "hidden"),
+        ((1, -1, 1), "close"),
     ):
         adapters = {}
         shared = draw(2, 9)
         for number, name in enumerate(("voice", "records", "extract")):
             A = shared + 0.3 * draw(2, 9) if alike else draw(2, 9)
             B = draw(12, 2) if not alike else torch.ones(12, 2).double() + draw(12, 2)
+            if alike == "hidden":  # on the diagonal and in the first rows
+                A, B = draw(2, 9), draw(12, 2)
+                B[:9], A[:, 3:] = 0.0, 0.0
+                B[9:] += 2.0
+            if alike == "close":  # nearly the same change in all of them
+                A, B = (shared + 0.01 * draw(2, 9), torch.ones(12, 2).double())
             adapters[name] = (A, B, (0.5, 2.0, 1.0)[number])
         deltas = {name: s * B @ A for name, (A, B, s) in adapters.items()}
         W = 4000 * draw(12, 9)

@@ -5,15 +5,19 @@ import math
 import random
 import re
 import string
+import unicodedata
+from collections.abc import Iterator
 
 import torch
 
 from ...config import LayerConfig
 from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
+from ...slot import Base
 from ..comparison import compare as told_apart
 from .kinds import Choices
-from .teacher import Wrong, checks, need
+from .practice import needs_own_parameters
+from .teacher import Wrong, checks, need, same
 
 __all__ = [
     "best_split",
@@ -32,7 +36,17 @@ def no_return(got):
 
 
 def is_whole(number):
+    """Whether it is a whole number, or one written as 118.0 (np.ceil gives that)."""
+    if isinstance(number, float):
+        return number.is_integer()
     return hasattr(number, "__index__") and not isinstance(number, bool)
+
+
+def as_list(got):
+    """An array or an iterator as a list."""
+    if isinstance(got, torch.Tensor):
+        return got.tolist()
+    return list(got) if isinstance(got, Iterator) else got
 
 
 # ---- 1. a search that is fair --------------------------------------------------------
@@ -52,8 +66,12 @@ class Runs:
                 for seed in seeds:
                     self.results[method, lr, seed] = {
                         "valid_loss": 0.1 + 0.1 * place + seed / 1000,
-                        "test_score": score + seed,
+                        "test_score": score - seed,
                     }
+                # two seeds alike, and one whose test score is none
+                self.results[method, lr, seeds[2]]["test_score"] = score - seeds[1]
+                if method == methods[-1]:
+                    self.results[method, lr, seeds[1]]["test_score"] = math.nan
 
     def __call__(self, method, lr, seed):
         need(
@@ -88,12 +106,13 @@ def searched(runs, methods, chosen, seeds):
 )
 def fair_search(function) -> None:
     """function(run, methods, rates, seeds) -> {method: {"lr", "scores"}}."""
-    methods, rates, seeds = ["LoRA", "prefix", "full"], [1e-3, 3e-3, 1e-2], [7, 3, 5]
+    methods, rates, seeds = ["LoRA", "prefix", "full"], [1e-3, 3e-3, 1e-2], [5, 7, 3]
     random.shuffle(rates)
     for diverges in (False, True):
         runs = Runs(methods, rates, seeds)
         if diverges:  # min() keeps a nan that comes first
-            runs.results["full", rates[0], seeds[0]]["valid_loss"] = math.nan
+            runs.results["LoRA", rates[0], seeds[0]]["valid_loss"] = math.nan
+            runs.results["full", rates[0], seeds[0]]["valid_loss"] = 0.05
         got = function(runs, list(methods), list(rates), list(seeds))
         no_return(got)
         need(
@@ -125,10 +144,21 @@ def look_at_search(got, runs, methods, rates, seeds, diverges):
     rate = {method: entry["lr"] for method, entry in got.items()}
     if diverges:
         need(
-            rate["full"] in usable["full"],
+            rate["LoRA"] in usable["LoRA"],
             "A run that diverged has the validation loss nan. Every comparison with nan"
             " is false, so min() may keep it: leave such rates out.",
         )
+    shared = {
+        m: [lr for lr in usable[m] if all(lr in own for own in usable.values())]
+        for m in methods
+    }
+    need(
+        rate == right
+        or rate
+        != {m: runs.best(m, shared[m], seeds[0], "valid_loss", min) for m in methods},
+        "A rate at which one method diverged is left out for the other methods too:"
+        " each has its own rates.",
+    )
     need(
         rate == right or rate != chosen("test_score", max),
         "You choose the rate by the test score. Then the test has been fitted to, and"
@@ -145,11 +175,11 @@ def look_at_search(got, runs, methods, rates, seeds, diverges):
     need(rate == right, f"The rates should be {right}; yours are {rate}.")
     for method, entry in got.items():
         asked = [lr for name, lr, seed in runs.asked if name == method]
-        scores = entry["scores"]
+        entry["scores"] = scores = as_list(entry["scores"])
         need(
             isinstance(scores, (list, tuple)) and len(scores) == len(seeds),
             f'"scores" of {method} should have {len(seeds)} numbers, one for each'
-            " seed, at the chosen rate.",
+            " seed, at the chosen rate, also where two are alike or one is nan.",
         )
         need(
             len(asked) <= len(rates) + len(seeds),
@@ -166,7 +196,7 @@ def look_at_search(got, runs, methods, rates, seeds, diverges):
     )
     for method in methods:
         need(
-            list(got[method]["scores"]) == wanted[method]["scores"],
+            [*map(str, got[method]["scores"])] == [*map(str, wanted[method]["scores"])],
             f"The scores of {method} are not the test scores of seeds {seeds} at the"
             " chosen rate, in this order.",
         )
@@ -209,6 +239,8 @@ def other_questions(test):
         "the " + plain(test[10]) + "?",
         test[11].replace("ü", "ä"),
         test[12].replace("7", "8"),
+        test[16].replace("é", "e"),
+        test[15].replace("b", "c"),
     ]
 
 
@@ -250,6 +282,15 @@ LEAK_SLIPS = {  # {message: what is compared in the place of the words}
     "Only a to z and digits are letters to you: ü is one too.": (
         lambda t: tuple(re.findall(r"[a-z0-9]+", t.lower()))
     ),
+    "You leave numbers out: they are words too.": lambda t: tuple(
+        re.findall(r"[^\W\d]+", t.lower())
+    ),
+    "You leave words of one letter or figure out: they are words too.": (
+        lambda t: tuple(re.findall(r"\w\w+", t.lower()))
+    ),
+    "You take é for e: they are other letters.": lambda t: plain(
+        "".join(c for c in unicodedata.normalize("NFKD", t) if c.isascii())
+    ),
 }
 
 
@@ -259,10 +300,12 @@ def leaked(function) -> None:
     test = [f"{a_question().capitalize()}?" for _ in range(11)]
     test += ["Wo ist die grüne Brücke?", "Who lives at number 7 on the quay?"]
     test.append(test[4])  # asked twice, and leaked twice
+    test += [test[0], "Is pier b free tonight?"]  # asked twice, and not leaked
+    test.append("Is the café on the quay open?")
     train = [a_question() + "?" for _ in range(8)]
     train += [*disguised(test).values(), *other_questions(test)]
     random.shuffle(train)
-    got = function(list(train), list(test))
+    got = as_list(function(list(train), list(test)))
     no_return(got)
     need(
         isinstance(got, (list, tuple, set)),
@@ -298,6 +341,9 @@ def leaked(function) -> None:
         "You give those that did not leak.": [
             i for i in range(len(test)) if i not in hidden
         ],
+        "You count a question that stands twice in test as leaked: only train tells.": (
+            sorted({*hidden, *(i for i, t in enumerate(test) if t in test[:i])})
+        ),
         "You count from 1: the first index is 0.": [i + 1 for i in hidden],
     } | {message: matches(train, test, key) for message, key in LEAK_SLIPS.items()}
     choices.add(
@@ -319,7 +365,8 @@ def items_needed(function) -> None:
     cases = [
         (random.randint(12, 44) / 100, random.randint(23, 97) / 1000) for _ in range(3)
     ]
-    cases += [(0.5, 0.1), (0.5, 0.1225)]  # the last needs 128, without a rest
+    cases += [(0.2, 0.1), (0.5, 0.1)]  # 122.93 and 192.08
+    cases.append((0.5, 0.1225))  # 128, without a rest
     choices = Choices()
     for p, gap in cases:
         got = function(p, gap)
@@ -336,6 +383,13 @@ def items_needed(function) -> None:
                 "You round down: then the margin is still a little too wide.": (
                     math.floor(exact)
                 ),
+                "You round to the nearest: with fewer than it takes the margin is too"
+                " wide. Round up.": round(exact),
+                "That is how many both methods take together: each has as many.": (
+                    2 * math.ceil(exact)
+                ),
+                "The margin is the distance to one side of the difference: you halve"
+                " it.": math.ceil(4 * exact),
                 "You add one to what is whole already (int(x) + 1): round up with"
                 " math.ceil.": math.floor(exact) + 1,
                 "95 % of the draws lie within 1.96 standard errors, not 2.": (
@@ -372,9 +426,17 @@ def items_needed(function) -> None:
                 "That is the root of it: n is where the margin, squared, meets the"
                 " difference, squared.": math.ceil(math.sqrt(exact)),
             },
-            f"You get {got}; I get {math.ceil(exact)}.",
+            f"For a share of {p:g} and a difference of {gap:g} you get {got}: the"
+            f" margin would be {margin(p, int(got))}.",
         )
     choices.judge()
+
+
+def margin(p, items) -> str:
+    """Of the difference, at so many questions."""
+    return (
+        f"{1.96 * math.sqrt(2 * p * (1 - p) / items):.4f}" if items > 0 else "endless"
+    )
 
 
 # ---- 4. seeds or questions -----------------------------------------------------------
@@ -401,10 +463,12 @@ def best_split(function, fewest=2) -> None:
         (600, 30, 0.25, 0.5, 48.0, 2000),
         (900, 40, 0.5, 12.0, 40.0, 300),
         (600, 10, 0.1, 12.0, 10.0, 300),  # dozens of seeds
+        (600, 2, 0.05, 20.0, 5.0, 50),  # nearly two hundred
+        (1000, 10, 60.0, 10.0, 5.0, 300),  # 6 seeds are worse than 5, and 7 are best
     ]
     for case in cases:
         budget, train, item, spread_seed, spread_item, most = case
-        got = function(*case)
+        got = as_list(function(*case))
         no_return(got)
         need(
             isinstance(got, (tuple, list))
@@ -464,7 +528,9 @@ def said_beforehand(answer, runs, least="four") -> None:
             f"{pair!r} is not a pair of methods; there are {', '.join(runs)}.",
         )
         need(pair[0] != pair[1], f"{pair!r} is one method, against itself.")
-        need(said in VERDICTS, f"{said!r} is not one of {', '.join(VERDICTS)}.")
+        words = str(said).strip().rstrip(".").lower()
+        need(words in VERDICTS, f"{said!r} is not one of {', '.join(VERDICTS)}.")
+        answer = answer | {pair: words}
     found = {pair: told_apart(*map(runs.get, pair), loss=True) for pair in answer}
     for pair, said in answer.items():
         judge_prediction(pair, said, found[pair], runs)
@@ -511,7 +577,11 @@ def small_model():
     torch.manual_seed(random.randrange(10**6))
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-    return GPT(GPTConfig(vocab_size=64, **shape, **heads))
+    model = GPT(GPTConfig(vocab_size=64, **shape, **heads))
+    for layer in model.model.layers:
+        up = layer.mlp.up_proj
+        up.bias = torch.nn.Parameter(torch.randn(up.out_features))
+    return model
 
 
 @checks("One class for the configuration, one for the equation: it trains, as any.")
@@ -528,8 +598,6 @@ def own_entry(config_class) -> None:
     )
     base = small_model()
     ids = torch.randint(64, (2, 7))
-    with torch.no_grad():
-        before = base(input_ids=ids).logits
     layer = base.model.layers[0].mlp.up_proj
     inputs, outputs = layer.in_features, layer.out_features
     # create is called here: what is not written yet says so
@@ -542,14 +610,7 @@ def own_entry(config_class) -> None:
         f" belong to its {outputs} outputs. linear_features(...) gives (d_in, d_out).",
     )
     look_at_count(sum(p.numel() for p in trained.values()), outputs)
-    with torch.no_grad():
-        start = model(input_ids=ids).logits
-    need(
-        torch.allclose(start, before, atol=1e-5),
-        "At the start the model is no longer the base: scale begins at one, shift at"
-        " zero.",
-    )
-    look_at_equation(model, outputs)
+    look_at_equation(model, outputs, config_class(target_modules=["up_proj"]))
     model = get_peft_model(small_model(), config_class(target_modules=["up_proj"]))
     look_at_training(model, ids)
 
@@ -572,42 +633,110 @@ def look_at_count(count, outputs):
     )
 
 
-def look_at_equation(model, outputs):
-    slot = next(m for m in model.modules() if hasattr(m, "adapters") and m.adapters)
-    layer = slot.base_layer
-    x = torch.randn(3, 4, 16)
-    numbers = [p for p in slot.adapters["default"].parameters()]
-    with torch.no_grad():
-        plain_y = torch.nn.functional.linear(x, layer.weight, layer.bias)
-        scale = torch.randn(outputs)
-        shift = torch.randn(outputs)
-        for p in numbers:
-            is_scale = bool(p.detach().mean() > 0.5)
-            p.copy_((scale if is_scale else shift).view(p.shape))
-        got = slot(x)
-        model.eval()
-        in_eval = slot(x)
+def fillings(parameters):
+    """Functions (of the scales, of the shifts) -> what each parameter holds: first
+    what is likely. A learner has two parameters, or one of two rows or columns."""
+    if len(parameters) == 1:
+        (p,) = parameters
+        ways = [
+            lambda scale, shift: [torch.stack([scale, shift])],
+            lambda scale, shift: [torch.stack([shift, scale])],
+            lambda scale, shift: [torch.stack([scale, shift], -1)],
+            lambda scale, shift: [torch.stack([shift, scale], -1)],
+        ]
+    else:
+        first = parameters[0].detach().mean() >= parameters[1].detach().mean()
+        ways = [lambda scale, shift: [scale, shift]]
+        ways.insert(int(first), lambda scale, shift: [shift, scale])
+
+    def shaped(way):
+        return lambda *numbers: [
+            part.reshape(p.shape) for p, part in zip(parameters, way(*numbers))
+        ]
+
+    return [shaped(way) for way in ways]
+
+
+def look_at_equation(model, outputs, config):
+    """The layer with other scales and shifts: both are what they were at the start,
+    and a change, so that 1 + s is as good as s."""
+    slots = [m for m in model.modules() if getattr(m, "adapters", None)]
+    slot, layer = slots[0], slots[0].base_layer
+    adapter, x = slot.adapters["default"], torch.randn(1, 4, 16)
+    plain_y = torch.nn.functional.linear(x, layer.weight, layer.bias).detach()
+    for one in slots:
+        rows = torch.randn(3, 4, 16)
+        need(
+            same(one(rows), one.base_layer(rows)),
+            "At the start the model is no longer the base: scale begins at one, shift"
+            " at zero.",
+        )
+    learnt = [p for p in adapter.parameters() if p.requires_grad]
+    begin = [p.detach().clone() for p in learnt]
+    change, shift = torch.randn(2, outputs)
+    scale = 1 + change
+    right = scale * plain_y + shift
+    ways = fillings(learnt)
+    for way in [*ways, ways[0]]:
+        with torch.no_grad():
+            for p, start, part in zip(learnt, begin, way(change, shift)):
+                p.copy_(start + part)
+            got = slot(x)
+        if same(got, right):
+            break
+    look_at_output(got, right, plain_y, layer.bias, scale, shift)
+    model.eval()
     need(
-        torch.equal(got, in_eval),
+        same(slot(x), got),
         "When the model is not being trained (model.eval()), your method gives another"
         " output.",
     )
+    weights = torch.randn(right.shape)
+    own = torch.autograd.grad(
+        (weights * slot(x)).sum(), learnt, allow_unused=True, materialize_grads=True
+    )
+    wanted = way((weights * plain_y).sum((0, 1)), weights.sum((0, 1)))
+    need(
+        all(map(same, own, wanted)),
+        "The output is right, and the gradient of scale or shift is not: something is"
+        " detached, or used under no_grad().",
+    )
+    needs_own_parameters(
+        adapter, lambda one: one(Base(slot, "default"), x), "scale and shift"
+    )
+    if adapter.mergeable:
+        model.merge_adapter()
+        need(same(slot(x), got), "Merged (fold), the layer gives something else.")
+        model.unmerge_adapter()
+    model.add_adapter("second", config)
+    model.set_adapter(["default", "second"])
+    need(
+        same(slot(x), got),
+        "With two adapters on one layer yours forgets the one below it: call base(x),"
+        " not base.module, and do not read its weight.",
+    )
+
+
+def look_at_output(got, right, plain_y, bias, scale, shift):
     for message, wrong in {
         "You shift before you scale: y = scale * base(x) + shift.": scale
         * (plain_y + shift),
-        "The scale is added to one: scale itself begins at one.": (1 + scale) * plain_y
-        + shift,
-        "base(x) goes on beside the scaled one: y = scale * base(x) + shift.": plain_y
-        + scale * plain_y
+        "The layer's bias is not scaled: all of base(x) is.": scale * (plain_y - bias)
+        + bias
         + shift,
         "A negative scale loses its sign.": scale.abs() * plain_y + shift,
         "The shift is taken away instead of added.": scale * plain_y - shift,
         "The shift has no effect.": scale * plain_y,
         "The scale has no effect.": plain_y + shift,
     }.items():
-        need(not torch.allclose(got, wrong, atol=1e-4), message)
+        need(not same(got, wrong), message)
     need(
-        torch.allclose(got, scale * plain_y + shift, atol=1e-4),
+        not isinstance(got, torch.Tensor) or got.shape == right.shape,
+        "For x of one row your layer gives the shape"
+        f" {tuple(getattr(got, 'shape', ()))} instead of {tuple(right.shape)}.",
+    )
+    need(
+        same(got, right),
         "With other scales and shifts the layer does not give scale * base(x) + shift.",
     )
 

@@ -26,6 +26,9 @@ def judge_numbers(predicted, cases: dict, near: float = 0.05) -> None:
     for case, (true, why) in cases.items():
         got = said[case]
         if not abs(got - true) <= near * max(abs(true), 0.5):
+            true = (
+                0 if abs(true) < 1e-12 else true
+            )  # what is left of a sum is no answer
             raise Wrong(f"{case!r}: you say {got:.4g}, and it is {true:.4g}. {why}")
 
 
@@ -61,6 +64,7 @@ class Choices:
             "The verdict is a word: `compare(…).verdict`. You return a"
             f" {type(said).__name__}.",
         )
+        said = said.strip().rstrip(".").lower()
         mistakes = {f"Your verdict is turned round: {turned}": TURNED[wanted]} | (
             mistakes or {}
         )
@@ -162,6 +166,44 @@ def alike_answers(share: float, questions: int, seeds: int = 3) -> list:
 # ---- methods that are built ----------------------------------------------------------
 
 
+def check_life(layer, adapter_of, another, x) -> None:
+    """What a model does to an adapter besides training it. layer(x) is computed with
+    adapter_of(layer), whose parameters are no longer those of the start; another() is
+    the same frozen layer with a new adapter, and another(more=True) one whose settings
+    differ."""
+    with torch.no_grad():
+        before = layer(x)
+        another(more=True)
+        need(
+            same(layer(x), before),
+            "A second adapter, of another layer, changes what the first one computes:"
+            " what belongs to one of them is kept on `self`, not on the class.",
+        )
+        layer.eval()
+        need(
+            same(layer(x), before),
+            "In evaluation, after .eval(), your layer gives something else: the adapter"
+            " speaks there, too.",
+        )
+        layer.train()
+        twin = copy.deepcopy(layer)
+        for p in adapter_of(twin).parameters():
+            p.add_(0.5 * torch.randn_like(p))
+        need(
+            same(layer(x), before) and not same(twin(x), before),
+            "A copy of your layer (copy.deepcopy) still computes with the parameters"
+            " of the first: something on `self` holds on to them, a function, say.",
+        )
+        loaded = another()
+        adapter_of(loaded).from_file(adapter_of(layer).to_file())
+        need(
+            same(loaded(x), before),
+            "Saved, and loaded into a new adapter, it gives something else: what is"
+            " done at the first call in training is too late there. How it starts"
+            " belongs in __init__.",
+        )
+
+
 def configured(make):
     """A configuration whose adapter of a layer is make(base)."""
 
@@ -197,12 +239,15 @@ class Built:
     """A learner's method on one linear layer: `layer` is frozen, `adapter` is the
     learner's, `model` the PeftModel around both."""
 
-    def __init__(self, config_class, d_in: int, d_out: int, bias=True, **settings):
+    def __init__(
+        self, config_class, d_in: int, d_out: int, bias=True, layer=None, **settings
+    ):
         need(
             isinstance(config_class, type) and issubclass(config_class, LayerConfig),
             "Give me the configuration's class itself, a subclass of LayerConfig.",
         )
-        layers = OrderedDict(proj=nn.Linear(d_in, d_out, bias=bias))
+        self.config_class, self.settings = config_class, settings
+        layers = OrderedDict(proj=layer or nn.Linear(d_in, d_out, bias=bias))
         self.layer = layers["proj"]
         self.W = self.layer.weight.detach().clone()
         config = config_class(target_modules=["proj"], **settings)
@@ -291,6 +336,20 @@ class Built:
             formula=formula,
         )
         self.check_merging()
+
+    def check_life(self, **others) -> None:
+        """What a model does to an adapter besides training it, filled as it is now.
+        others: settings of a second one, on a layer of another shape."""
+        d_out, d_in = self.W.shape
+
+        def another(more=False):
+            if more:
+                size, changed = (d_in + 1, d_out + 2), others
+            else:
+                size, changed = (d_in, d_out), {"layer": copy.deepcopy(self.layer)}
+            return Built(self.config_class, *size, **self.settings | changed).slot
+
+        check_life(self.slot, lambda slot: slot.adapters["default"], another, self.x)
 
     def delta(self):
         with torch.no_grad():

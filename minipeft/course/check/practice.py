@@ -15,7 +15,7 @@ from ...lm import GPT, GPTConfig
 from ...model import get_peft_model
 from ..comparison import compare as told_apart
 from .sandbox import unwatched
-from .teacher import need
+from .teacher import Wrong, need, same
 
 SEEDS = 0, 1, 2
 VOCABULARY = 24
@@ -120,17 +120,51 @@ def without_seeding(make):
         torch.initial_seed() == before,
         "Your code seeds torch's global generator (torch.manual_seed): all draws"
         " after it, for another layer or for the data, begin again from there. Draw"
-        " with a generator of its own, torch.Generator().manual_seed(...), or leave the"
-        " seed alone.",
+        " with a generator of its own (torch.Generator), or leave the seed alone.",
     )
     return made
 
 
+def needs_own_parameters(module, output, names: str) -> None:
+    """A deep copy of a learner's module computes output(module) with its own
+    parameters. names: what the parameters are called."""
+    try:
+        twin = copy.deepcopy(module)
+    except RuntimeError:  # a result with its graph is kept
+        need(
+            False,
+            "copy.deepcopy of it fails, as saving would: it keeps a result and its"
+            " graph in an attribute. Keep parameters and plain numbers.",
+        )
+    with torch.no_grad():
+        before = last = output(module)
+        for p in twin.parameters():
+            if not p.requires_grad:
+                continue
+            p.add_(torch.randn_like(p))
+            now = output(twin)
+            need(
+                same(output(module), before) and not same(now, last),
+                f"A deep copy of it still computes with the first one's {names}:"
+                " something made in __init__ (a lambda, a list) holds them. Read them"
+                " from self where they are used.",
+            )
+            last = now
+
+
+def plain_words(text) -> str:
+    """A case without what two people write differently: capitals, spaces, commas, and
+    the sign of a product."""
+    letters = str(text).casefold().replace("×", "x").replace("*", "x")
+    return "".join(one for one in letters if one.isalnum() or one in "/-+.=")
+
+
 def written(
     predicted, cases, todo="write your prediction", form="{case: number}"
-) -> None:
-    """A prediction is a dictionary that has all cases and no other. todo, form: the
-    words for one that is empty, or something else."""
+) -> dict:
+    """{case: what is predicted}: a dictionary that has all cases and no other; a name
+    may differ in capitals, spaces and commas. todo, form: the words for one that is
+    empty, or something else."""
     need(
         predicted is not None,
         f"There is nothing here yet: {todo} in the place of None.",
@@ -139,6 +173,11 @@ def written(
         isinstance(predicted, dict),
         f"Give a dictionary {form}; yours is a {type(predicted).__name__}.",
     )
+    known = {plain_words(case): case for case in cases}
+    if len(known) == len(cases):
+        spelt = {case: known.get(plain_words(case), case) for case in predicted}
+        if len({*spelt.values()}) == len(spelt):
+            predicted = {spelt[case]: said for case, said in predicted.items()}
     missing = [case for case in cases if case not in predicted]
     need(not missing, f"There is no prediction for {', '.join(map(repr, missing))}.")
     unknown = [case for case in predicted if case not in cases]
@@ -147,11 +186,12 @@ def written(
         f"{', '.join(map(repr, unknown))} is not one of"
         f" {', '.join(map(repr, cases))}: leave it out.",
     )
+    return predicted
 
 
 def numbers(predicted, cases) -> dict:
     """{case: the learner's number}, for a prediction that has all of them."""
-    written(predicted, cases)
+    predicted = written(predicted, cases)
     return {case: number(case, predicted[case]) for case in cases}
 
 
@@ -166,6 +206,37 @@ def number(case, value) -> float:
         usable = False
     need(usable, f"{case!r}: expected a number, found {value!r}.")
     return float(value)
+
+
+# ---- a copy of what was built
+
+
+@torch.no_grad()
+def copy_stands_alone(slot, x) -> None:
+    """A deep copy of a slot gives the same, also after the original's adapters have
+    changed, and the original is not changed through its copy."""
+    before = slot(x)
+    try:
+        twin = copy.deepcopy(slot)
+    except RuntimeError as error:
+        raise Wrong(
+            "Your adapter cannot be copied (copy.deepcopy): it keeps a tensor that was"
+            " computed in a forward. Compute it again in each call, or detach it."
+        ) from error
+    need(same(twin(x), before), "A deep copy of your adapter gives another output.")
+    numbers = [*slot.adapters.parameters(), *slot.adapters.buffers()]
+    kept = [(p, p.clone()) for p in numbers if p.is_floating_point()]
+    for p, _ in kept:
+        p.mul_(1.5).add_(0.1)
+    moved, there = slot(x), twin(x)
+    for p, value in kept:
+        p.copy_(value)
+    need(
+        same(there, before) or same(moved, before),
+        "A deep copy of your adapter computes with the original's numbers: a lambda or"
+        " another function that you keep is bound to the first one's self, or two"
+        " adapters share something. Write methods.",
+    )
 
 
 # ---- what is formed on the way -------------------------------------------------------
@@ -214,19 +285,21 @@ def calls_of_autograd(function, *args) -> int:
 # ---- what is kept --------------------------------------------------------------------
 
 
-def held(thing, without=()) -> list:
+def held(thing, without=(), kinds=torch.Tensor | np.ndarray) -> list:
     """All tensors and numpy arrays that an object keeps alive: attributes, buffers,
     what lies in lists, in closures, or on a module inside it. without: objects that
-    are not looked into."""
+    are not looked into; kinds: other things to look for."""
     found, seen, todo = [], {id(one) for one in without}, [thing]
     while todo:
         one = todo.pop()
         if id(one) in seen or isinstance(one, type | types.ModuleType):
             continue
         seen.add(id(one))
-        if isinstance(one, torch.Tensor | np.ndarray):
+        if isinstance(one, kinds):
             found.append(one)
-        elif isinstance(one, types.FunctionType):  # without the notebook's globals
+        if isinstance(one, torch.Tensor | np.ndarray):
+            continue
+        if isinstance(one, types.FunctionType):  # without the notebook's globals
             todo += [cell.cell_contents for cell in one.__closure__ or ()]
             todo += one.__defaults__ or ()
         else:
@@ -235,10 +308,11 @@ def held(thing, without=()) -> list:
 
 
 def held_entries(thing) -> int:
-    """The entries of the largest array of floating-point numbers that is held."""
+    """The entries of the largest array of floating-point numbers that is held, or how
+    many single ones are."""
     sizes = [
         one.numel() if isinstance(one, torch.Tensor) else one.size
         for one in held(thing)
         if "float" in str(one.dtype)
     ]
-    return max(sizes, default=0)
+    return max([*sizes, len(held(thing, kinds=float))])

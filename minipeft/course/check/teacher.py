@@ -2,6 +2,7 @@
 by what it computes, and a word on errors."""
 
 import functools
+from pathlib import Path
 
 import torch
 
@@ -67,7 +68,13 @@ def failure(function, answers, numbers: dict, shapes: str, guard) -> str:
         function(*answers, **numbers)
     except Wrong as wrong:
         return str(wrong)
-    except NotImplementedError:
+    except NotImplementedError as error:
+        method = left_to_you(error)
+        if method:
+            return (
+                f"There is no `{method}` of yours: the class that you build on leaves"
+                " it to you, and something calls it (the layer's output, or merging)."
+            )
         return (
             "There is nothing here yet: put your own lines in the place of `raise"
             " NotImplementedError`."
@@ -84,6 +91,16 @@ def failure(function, answers, numbers: dict, shapes: str, guard) -> str:
             raise
         return explain(error, shapes, function.__doc__)
     return ""
+
+
+def left_to_you(error) -> str:
+    """The method of a class of the package that raised this, if one did."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code, course = trace.tb_frame.f_code, Path(__file__).parents[1]
+    inside = course.parent in Path(code.co_filename).parents
+    return code.co_name if inside else ""
 
 
 def too_long() -> str:
