@@ -788,4 +788,4 @@ def test_subspaces_that_are_right_on_one_layer_only():
     for answer in (own(finish=bound), own(update=biased)):
         verdict = check.my_subspace(answer)
         assert not verdict
-        assert "deep copy" in verdict.message or "base gives" in verdict.message
+        assert "A copy of it" in verdict.message or "base gives" in verdict.message

@@ -360,7 +360,7 @@ class BlankLora(nn.Module):
                 )
             ),
         ),
-        ("still computes with the first one's A and B", WithClosure),
+        ("A copy of it", WithClosure),
         (
             "drop the same inputs",
             with_forward(
@@ -759,7 +759,7 @@ def test_my_lora_right_answers(answer):
             ),
         ),
         (
-            "still computes with the first one's A and B",
+            "A copy of it",
             own(
                 finish=lambda s: setattr(s, "low", held_by_a_lambda(s.A)),
                 update=lambda s, b, x: s.scale * s.low(x) @ s.B.T,

@@ -822,7 +822,7 @@ class InTraining(Pissa):
 
 def test_an_adapter_lives_in_a_model():
     rejects("not on the class", check.pissa_adapter, configured(OfTheClass))
-    rejects("A copy of your layer", check.pissa_adapter, configured(OnACopy))
+    rejects("A copy of it", check.pissa_adapter, configured(OnACopy))
     rejects(
         "loaded into a new adapter", check.pissa_adapter, configured(AtTheFirstCall)
     )

@@ -766,7 +766,7 @@ def same_draw(self, W):
         ("rank below r", starting(lambda s, W: s.A.data.fill_(0.3))),
         ("seeds torch's global", starting(lambda s, W: torch.manual_seed(0))),
         ("the same A", starting(same_draw)),
-        ("In a copy of the model", configured(OwnFunction)),
+        ("A copy of it", configured(OwnFunction)),
         ("does not follow a change", configured(Keeps)),
         ("", configured(LastOne)),
         ("Loaded into another layer", configured(AtFirst)),

@@ -658,7 +658,7 @@ def rows_of_even_length(self, index):
         ("keep the dense weight", four(keep=keep_bits)),
         ("keep the dense weight", four(keep=keep_a_list)),
         ("an active adapter's Parameters are", four(keep=keep_frozen)),
-        ("deep copy", four(keep=keep_bound)),
+        ("A copy of it", four(keep=keep_bound)),
         ("one of the two is lost", four(forward=alone)),
         ("were loaded, and delta does not follow", four(delta=anew)),
         ("bytes", four(pack=rows_of_even_length)),

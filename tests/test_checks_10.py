@@ -731,7 +731,7 @@ def test_repair_is_a_formula_and_keeps_nothing():
 
     for says, answer in (
         ("A is a slice", ASlice),
-        ("still computes with the first one's", InALambda),
+        ("A copy of it", InALambda),
         ("as large as W beside A and B", InAList),
         ("change W or Q in place", Changing),
         ("is not s B A", OnlyFirst),

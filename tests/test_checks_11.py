@@ -695,7 +695,7 @@ class AtTheFirstCall(Parallel):
     [
         ("share their parameters", Shared),
         ("not on the class", OfTheClass),
-        ("A copy of your layer", OnACopy),
+        ("A copy of it", OnACopy),
         ("loaded into a new adapter", AtTheFirstCall),
         (
             "keeps its axes",

@@ -922,7 +922,7 @@ def without_positions(self, base, *args, position_ids=None, **others):
 @pytest.mark.parametrize(
     "says, answer",
     [
-        ("In a copy of the model", OfTheFirst),
+        ("A copy of it", OfTheFirst),
         ("does not follow a change", Keeping),
         ("", LabelsAndMask),
         ("base.module", Bypassing),

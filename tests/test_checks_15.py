@@ -799,7 +799,7 @@ class UpdateAlone(LinearDelta):
     "says, answer",
     [
         ("share one tensor of weights", Shared),
-        ("deep copy", Bound),
+        ("A copy of it", Bound),
         ("Your code stopped", OnlyLoras),
         ("in eval mode", RoundedInEval),
         ("There is no `delta` of yours", UpdateAlone),

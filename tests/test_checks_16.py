@@ -548,7 +548,7 @@ def test_entry_solution():
         ),
         ("Merged", config_of(Folding)),
         (
-            "still computes with the first one's",
+            "A copy of it",
             config_of(
                 type(
                     "Held",

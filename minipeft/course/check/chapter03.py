@@ -875,4 +875,4 @@ def look_at_layer(slot):
     }
     learnt = {"theta": adapter.theta, "x": x}
     compare(slot(x), y + x @ change.T, mistakes, "The layer's output", learnt)
-    copy_stands_alone(slot, x)
+    copy_stands_alone(slot, lambda slot: slot(x), slot.adapters)

@@ -17,8 +17,8 @@ from .practice import (
     Adam,
     LargestTensor,
     chains,
+    copy_stands_alone,
     held,
-    needs_own_parameters,
     needs_to_learn,
     numbers,
     small_gpt,
@@ -190,7 +190,7 @@ def lora_layer(layer_class) -> None:
                 "Under torch.no_grad(), as in generation, your layer gives another"
                 " output.",
             )
-        needs_own_parameters(layer, lambda module: module(x), "A and B")
+        copy_stands_alone(layer, lambda module: module(x))
         check_dropout(layer_class, alpha)
         check_rate(layer_class, alpha)
         layer.train()
@@ -945,7 +945,7 @@ def look_at_layer(slot, r, alpha):
         formula=Formula(scaled_of, x, A, B, alpha, r, after=y.detach().add),
     )
     base = Base(slot, "default")
-    needs_own_parameters(adapter, lambda one: one(base, x), "A and B")
+    copy_stands_alone(adapter, lambda one: one(base, x))
     kept = len(held(adapter))
     for _ in range(3):
         slot(x.clone())

@@ -2,7 +2,6 @@
 written as a LoRA, a choice within a budget, the nearest Kronecker product, and a
 Kronecker adapter."""
 
-import copy
 import functools
 import math
 import random
@@ -22,10 +21,10 @@ from .kinds import (
     judge_numbers,
     trap,
 )
-from .practice import python_bytes, without_seeding
+from .practice import copy_stands_alone, python_bytes, without_seeding
 from .sandbox import unwatched
 from .slips import Formula
-from .teacher import TOLERANCE, checks, compare, need, same
+from .teacher import TOLERANCE, checks, compare, need
 
 __all__ = [
     "choose_within",
@@ -579,12 +578,4 @@ def again_and_elsewhere(built, base, C, D) -> None:
             f"update(base, x), for x of shape {tuple(x.shape)},",
             learnt={},
         )
-    copied = copy.deepcopy(built.adapter)
-    for p in copied.parameters():
-        p *= 2
-    need(
-        not same(copied.update(base, built.x), applied(built.x, C, D)),
-        "A copy of the adapter (copy.deepcopy) goes on computing with the numbers of"
-        " the first one: use self.C and self.D where they are needed, and keep no"
-        " function that holds them.",
-    )
+    copy_stands_alone(built.adapter, lambda adapter: adapter.update(base, built.x))

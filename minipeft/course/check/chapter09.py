@@ -658,7 +658,7 @@ def one_layer_in_four_bits(adapter_class, W, code, size):
         " delta is Ŵ - W.": (y + x @ W.T).detach()
     }
     compare(slot(x), y, mistakes, "The layer's output", {"x": x})
-    copy_stands_alone(slot, x)
+    copy_stands_alone(slot, lambda slot: slot(x), slot.adapters)
     beside_another(model, slot, x, y)
     need(held_entries(adapter) < W.numel(), DENSE)
     need(

@@ -16,7 +16,7 @@ from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
 from .kinds import TRAPS, Choices, by_one_look, configured, trap
-from .practice import fit, held, held_entries, needs_own_parameters, written
+from .practice import copy_stands_alone, fit, held, held_entries, written
 from .slips import Formula
 from .teacher import checks, compare, need, same
 
@@ -727,7 +727,7 @@ def adapter_of_one(adapter_class, W, Q, r, s):
         formula=Formula(started, W, Q, r, s),
     )
     equation_holds(slot, adapter, base, W, s)
-    needs_own_parameters(adapter, lambda one: one.delta(base), "A and B")
+    copy_stands_alone(adapter, lambda one: one.delta(base))
     before = slot(torch.eye(len(W.T), dtype=W.dtype)).detach()
     model.merge_adapter()
     after = slot(torch.eye(len(W.T), dtype=W.dtype)).detach()

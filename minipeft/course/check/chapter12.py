@@ -2,7 +2,6 @@
 gate predicted and computed, a search over rates that has to go on, and a prompt of low
 rank."""
 
-import copy
 import math
 import random
 
@@ -14,7 +13,7 @@ from ...model import get_peft_model
 from ...slot import Adapter, Base
 from ..comparison import compare as told_apart
 from .kinds import TRAPS, Choices, by_one_look, trap
-from .practice import numbers, without_seeding
+from .practice import copy_stands_alone, numbers, without_seeding
 from .sandbox import unwatched
 from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
@@ -766,16 +765,7 @@ def look_at_other_calls(model, adapter, base, start, batch):
         "You run the frozen model itself (base.module), which leaves out other adapters"
         " around it: run `base(...)`, once.",
     )
-    twin = copy.deepcopy(model)
-    own = twin.base_model.adapters["default"]
-    for name in "AB":
-        before = run(twin, *batch).logits
-        getattr(own, name).normal_()
-        need(
-            not same(run(twin, *batch).logits, before),
-            f"In a copy of the model (copy.deepcopy) {name} has no effect: a function"
-            " that you made at the start still holds the first adapter.",
-        )
+    copy_stands_alone(model, lambda model: run(model, *batch).logits)
 
 
 class Through(Base):

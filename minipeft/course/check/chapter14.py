@@ -1,7 +1,6 @@
 """Chapter 14, AdapterFusion: how to read it, the attention repaired, its shares
 predicted, the experts that are needed, its penalty, and the module."""
 
-import copy
 import math
 import random
 from itertools import combinations
@@ -11,6 +10,7 @@ from torch import nn
 
 from ..comparison import compare as told_apart
 from .kinds import Choices, judge_numbers, told_by_the_mean
+from .practice import copy_stands_alone
 from .slips import Formula
 from .teacher import checks, compare, need, same
 
@@ -318,16 +318,7 @@ def fusion_module(module_class) -> None:
 
 @torch.no_grad()
 def copies_and_one_expert(module_class, module, experts, y, d) -> None:
-    mute = [copy.deepcopy(module) for _ in range(2)]
-    for p in (*mute[0].parameters(), *mute[1].query.parameters()):
-        p.zero_()
-    said = torch.stack([expert(y) for expert in experts])
-    need(
-        same(mute[0](y), y) and same(mute[1](y), y + module.value(said).mean(0)),
-        "A copy of your module (copy.deepcopy) goes on computing with the weights of"
-        " the first one: use self.query, self.key and self.value where they are"
-        " needed, and keep no function that holds them.",
-    )
+    copy_stands_alone(module, lambda module: module(y))
     expert = nn.Linear(d, d)
     alone = module_class([expert], d)
     alone.value.weight.normal_()

@@ -532,7 +532,7 @@ def learnt_merge(adapter_class) -> None:
     compare_mixture(model, x)
     slot = model.get_base_model()[0]
     saves_only_weights(slot.adapters["mixture"])
-    copy_stands_alone(slot, x)
+    copy_stands_alone(slot, lambda slot: slot(x), slot.adapters)
     two_layers(adapter_class)
     other_experts(adapter_class)
 

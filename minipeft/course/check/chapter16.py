@@ -16,7 +16,7 @@ from ...model import get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
 from .kinds import Choices
-from .practice import needs_own_parameters
+from .practice import copy_stands_alone
 from .teacher import Wrong, checks, need, same
 
 __all__ = [
@@ -701,9 +701,7 @@ def look_at_equation(model, outputs, config):
         "The output is right, and the gradient of scale or shift is not: something is"
         " detached, or used under no_grad().",
     )
-    needs_own_parameters(
-        adapter, lambda one: one(Base(slot, "default"), x), "scale and shift"
-    )
+    copy_stands_alone(adapter, lambda one: one(Base(slot, "default"), x))
     if adapter.mergeable:
         model.merge_adapter()
         need(same(slot(x), got), "Merged (fold), the layer gives something else.")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ... import Base, LayerConfig, LinearDelta, get_peft_model
-from .practice import fit, numbers
+from .practice import copy_stands_alone, fit, numbers
 from .teacher import Wrong, compare, need, same
 
 # ---- predictions ---------------------------------------------------------------------
@@ -186,14 +186,7 @@ def check_life(layer, adapter_of, another, x) -> None:
             " speaks there, too.",
         )
         layer.train()
-        twin = copy.deepcopy(layer)
-        for p in adapter_of(twin).parameters():
-            p.add_(0.5 * torch.randn_like(p))
-        need(
-            same(layer(x), before) and not same(twin(x), before),
-            "A copy of your layer (copy.deepcopy) still computes with the parameters"
-            " of the first: something on `self` holds on to them, a function, say.",
-        )
+        copy_stands_alone(layer, lambda layer: layer(x), adapter_of(layer))
         loaded = another()
         adapter_of(loaded).from_file(adapter_of(layer).to_file())
         need(
@@ -394,17 +387,7 @@ class Built:
         """A deep copy is a layer of its own; the parameters are all that is learnt,
         and another layer of this kind, `other`, takes them over; nothing as large as
         the weight is saved."""
-        twin = copy.deepcopy(self.model)
-        slot = twin.get_base_model().proj
-        for name, p in slot.adapters["default"].named_parameters():
-            before, mine = slot(self.x), self.slot(self.x)
-            p.add_(0.5 * torch.randn_like(p))
-            need(
-                not same(slot(self.x), before) and torch.equal(self.slot(self.x), mine),
-                f"In a copy of the model (copy.deepcopy) {name} has no effect, or one"
-                " on the first model: a function or a class that you made at the start"
-                " still holds the first adapter.",
-            )
+        copy_stands_alone(self.slot, lambda slot: slot(self.x), self.adapter)
         saved = self.adapter.state_dict()
         large = [
             name

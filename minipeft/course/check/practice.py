@@ -125,33 +125,6 @@ def without_seeding(make):
     return made
 
 
-def needs_own_parameters(module, output, names: str) -> None:
-    """A deep copy of a learner's module computes output(module) with its own
-    parameters. names: what the parameters are called."""
-    try:
-        twin = copy.deepcopy(module)
-    except RuntimeError:  # a result with its graph is kept
-        need(
-            False,
-            "copy.deepcopy of it fails, as saving would: it keeps a result and its"
-            " graph in an attribute. Keep parameters and plain numbers.",
-        )
-    with torch.no_grad():
-        before = last = output(module)
-        for p in twin.parameters():
-            if not p.requires_grad:
-                continue
-            p.add_(torch.randn_like(p))
-            now = output(twin)
-            need(
-                same(output(module), before) and not same(now, last),
-                f"A deep copy of it still computes with the first one's {names}:"
-                " something made in __init__ (a lambda, a list) holds them. Read them"
-                " from self where they are used.",
-            )
-            last = now
-
-
 def plain_words(text) -> str:
     """A case without what two people write differently: capitals, spaces, commas, and
     the sign of a product."""
@@ -208,34 +181,39 @@ def number(case, value) -> float:
     return float(value)
 
 
-# ---- a copy of what was built
+# ---- a copy of what was built --------------------------------------------------------
 
 
 @torch.no_grad()
-def copy_stands_alone(slot, x) -> None:
-    """A deep copy of a slot gives the same, also after the original's adapters have
-    changed, and the original is not changed through its copy."""
-    before = slot(x)
+def copy_stands_alone(module, output, learnt=None) -> None:
+    """A deep copy of what a learner built gives the same, also after the original's
+    numbers have changed. output(module): what it computes; learnt: the part of it whose
+    numbers change, None: all of it."""
+    before = output(module)
     try:
-        twin = copy.deepcopy(slot)
+        twin = copy.deepcopy(module)
     except RuntimeError as error:
         raise Wrong(
-            "Your adapter cannot be copied (copy.deepcopy): it keeps a tensor that was"
-            " computed in a forward. Compute it again in each call, or detach it."
+            "It cannot be copied (copy.deepcopy), nor saved: it keeps a tensor that was"
+            " computed in a forward, with its graph. Keep parameters and plain numbers."
         ) from error
-    need(same(twin(x), before), "A deep copy of your adapter gives another output.")
-    numbers = [*slot.adapters.parameters(), *slot.adapters.buffers()]
-    kept = [(p, p.clone()) for p in numbers if p.is_floating_point()]
-    for p, _ in kept:
+    need(
+        same(output(twin), before), "A copy of it (copy.deepcopy) gives another output."
+    )
+    part = module if learnt is None else learnt
+    numbers = [p for p in part.parameters() if p.requires_grad]
+    numbers += [buffer for buffer in part.buffers() if buffer.is_floating_point()]
+    kept = [p.clone() for p in numbers]
+    for p in numbers:
         p.mul_(1.5).add_(0.1)
-    moved, there = slot(x), twin(x)
-    for p, value in kept:
+    moved, there = output(module), output(twin)
+    for p, value in zip(numbers, kept):
         p.copy_(value)
     need(
         same(there, before) or same(moved, before),
-        "A deep copy of your adapter computes with the original's numbers: a lambda or"
-        " another function that you keep is bound to the first one's self, or two"
-        " adapters share something. Write methods.",
+        "A copy of it (copy.deepcopy) computes with the numbers of the first one: a"
+        " lambda or another function that was made at the start holds them. Read them"
+        " from self where they are used.",
     )
 
 
