@@ -205,7 +205,7 @@ def test_hash_project_solution():
                 theta[index].float() * sign / count(index).sqrt()[index]
             ),
         ),
-        ("theta's dtype", into_zeros),
+        ("the same dtype", into_zeros),
         ("is there a `return`", lambda theta, index, sign: None),
     ],
 )

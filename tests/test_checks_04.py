@@ -426,7 +426,7 @@ def test_first_steps_right_answers(factor):
 @pytest.mark.parametrize(
     "says, answer",
     [
-        ("'SGD, s × 3': you say 3, and the run gives 9", {"SGD, s × 3": 3}),
+        ("'SGD, s × 3': you say 3, which is too small", {"SGD, s × 3": 3}),
         ("only the s before B A is left", {"Adam, s × 3": 9}),
         ("only the s before B A is left", {"Adam, s × 3": 1}),
         ("the smaller step of B loses", {"Adam, s and lr / 3": 3}),

@@ -311,7 +311,9 @@ def test_predict_gradients_of_other_models():
     six = {case: 12 if said == 8 else said for case, said in RIGHT.items()}
     six |= {"reentrant, one block left out": 10, "reentrant, every second block": 10}
     accepts(check.predict_gradients, six, blocks=6, left_out=2)
-    rejects("one backward() gives 12", check.predict_gradients, RIGHT, blocks=6)
+    rejects(
+        "one backward() gives something else", check.predict_gradients, RIGHT, blocks=6
+    )
     two = {case: 4 if said == 8 else said for case, said in RIGHT.items()}
     two |= {"reentrant, one block left out": 4, "reentrant, every second block": 2}
     accepts(check.predict_gradients, two, blocks=2, left_out=1)

@@ -782,7 +782,7 @@ def test_a_pair_may_be_an_array():
     said |= {"exchanged": (0.71, 0), "one added": (1, 0)}
     accepts(check.predict_reach, {k: np.array(v) for k, v in said.items()})
     accepts(check.predict_reach, {k: torch.tensor(v) for k, v in said.items()})
-    rejects("it is 0.71", check.predict_reach, said | {"negated": (0, 0.74)})
-    rejects("it is 0.71", check.predict_reach, said | {"exchanged": (0.68, 0)})
+    rejects("too large", check.predict_reach, said | {"negated": (0, 0.74)})
+    rejects("too small", check.predict_reach, said | {"exchanged": (0.68, 0)})
     rejects("no factor of a row", check.predict_reach, said | {"one added": (0.99, 0)})
     rejects("full rank", check.predict_reach, said | {"all doubled": (0, 0.98)})

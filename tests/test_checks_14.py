@@ -615,8 +615,14 @@ def test_what_learners_wrote(name, says, answer):
 
 
 def test_two_decimals_are_asked_for():
-    rejects("it is 0.37", check.predict_shares, SHARES | {"divided by 4": 0.36})
-    rejects("it is 0.5", check.predict_shares, SHARES | {"key bias": 0.52})
+    rejects(
+        "0.36, which is too small",
+        check.predict_shares,
+        SHARES | {"divided by 4": 0.36},
+    )
+    rejects(
+        "0.52, which is too large", check.predict_shares, SHARES | {"key bias": 0.52}
+    )
     rejects("is not one of", check.predict_shares, SHARES | {"key": 0.5})
 
 

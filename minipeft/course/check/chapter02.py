@@ -13,7 +13,7 @@ from torch import nn
 
 from ..comparison import compare as told_apart
 from .kinds import Choices
-from .practice import SEEDS, chains, loss_on_new, numbers, small_gpt
+from .practice import SEEDS, chains, loss_on_new, missed, numbers, small_gpt
 from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
 
@@ -416,8 +416,7 @@ def predict_steps(predicted, n=50) -> None:
     for case, (true, why) in cases.items():
         need(
             abs(said[case] - true) <= 0.05 * true,
-            f"{case!r}: you say {said[case]:.3g}, and the run gives {true:.3g}. Think"
-            f" of this: {why}.",
+            f"{case!r}: you say {missed(said[case], true)}. Think of this: {why}.",
         )
 
 

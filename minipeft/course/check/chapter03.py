@@ -20,6 +20,7 @@ from .practice import (
     SEEDS,
     chains,
     copy_stands_alone,
+    missed,
     needs_to_learn,
     numbers,
     python_bytes,
@@ -410,8 +411,7 @@ def predict_subspace(predicted, D=10_000, d=100) -> None:
         room = 0 if case in ("rank", "two") else 0.15
         need(
             abs(said[case] - true) <= room * true,
-            f"{case!r}: you say {said[case]:.3g}, and the run gives {true:.3g}. Think"
-            f" of this: {why}.",
+            f"{case!r}: you say {missed(said[case], true)}. Think of this: {why}.",
         )
 
 

@@ -19,6 +19,7 @@ from .practice import (
     chains,
     copy_stands_alone,
     held,
+    missed,
     needs_to_learn,
     numbers,
     small_gpt,
@@ -552,8 +553,7 @@ def predict_first_step(predicted, factor=3) -> None:
         true = changed / first_step(optimizer)
         need(
             abs(said[case] - true) <= 0.02 * true,
-            f"{case!r}: you say {said[case]:.3g}, and the run gives {true:.3g}. Think"
-            f" of this: {why}.",
+            f"{case!r}: you say {missed(said[case], true)}. Think of this: {why}.",
         )
 
 

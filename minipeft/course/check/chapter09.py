@@ -14,7 +14,7 @@ from ... import LinearDelta, LoraConfig, get_peft_model
 from ...slot import Base
 from ..comparison import compare as told_apart
 from .kinds import Choices, configured, told_by_the_mean
-from .practice import copy_stands_alone, fit, held_entries, written
+from .practice import copy_stands_alone, fit, held_entries, missed, written
 from .sandbox import package_calls
 from .slips import Formula
 from .teacher import Wrong, checks, compare, need, same
@@ -338,8 +338,7 @@ def one_number(case: str, said, true: float) -> None:
     near = {"outlier, blocks of 64": 0.2, "bits": 3e-4, "bits, double": 3e-4}
     need(
         abs(said - true) <= near.get(case, 0.1) * true,
-        f"{case!r}: you say {said:.4g}, and it is {true:.4g}. Think again:"
-        f" {WHY[case]}.",
+        f"{case!r}: you say {missed(said, true)}. Think again: {WHY[case]}.",
     )
 
 

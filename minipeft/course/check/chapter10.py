@@ -283,8 +283,8 @@ def one_prediction(said, case, why, blocks, left_out):
     true = gradients_that_arrive(case, blocks, left_out)
     need(
         said == true,
-        f"{case!r}: you say {said}, and one backward() gives {true}. Think again:"
-        f" {why}.",
+        f"{case!r}: you say {said}, and one backward() gives something else. Think"
+        f" again: {why}.",
     )
 
 

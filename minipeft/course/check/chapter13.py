@@ -13,7 +13,7 @@ from ...model import get_peft_model
 from ...slot import Adapter
 from ..comparison import compare as told_apart
 from .kinds import Choices
-from .practice import number, written
+from .practice import missed, number, written
 from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
@@ -385,8 +385,8 @@ def predict_reach(predicted, count=2) -> None:
             # two decimals: sqrt(0.99) may be written as 0.99, as 0.995, or as 1.00
             need(
                 abs(got - true) <= 0.0075,
-                f"{name!r}, {method}: you say {got:.3g}, and it is {true:.2f}. Think"
-                f" of this: {WHY[name, at]}.",
+                f"{name!r}, {method}: you say {missed(got, true)}. Think of this:"
+                f" {WHY[name, at]}.",
             )
 
 

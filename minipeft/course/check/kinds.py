@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ... import Base, LayerConfig, LinearDelta, get_peft_model
-from .practice import copy_stands_alone, fit, numbers
+from .practice import copy_stands_alone, fit, missed, numbers
 from .teacher import Wrong, compare, need, same
 
 # ---- predictions ---------------------------------------------------------------------
@@ -29,7 +29,7 @@ def judge_numbers(predicted, cases: dict, near: float = 0.05) -> None:
             true = (
                 0 if abs(true) < 1e-12 else true
             )  # what is left of a sum is no answer
-            raise Wrong(f"{case!r}: you say {got:.4g}, and it is {true:.4g}. {why}")
+            raise Wrong(f"{case!r}: you say {missed(got, true)}. {why}")
 
 
 # ---- choices -------------------------------------------------------------------------

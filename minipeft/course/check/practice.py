@@ -181,6 +181,15 @@ def number(case, value) -> float:
     return float(value)
 
 
+def missed(said: float, true: float) -> str:
+    """ "3, which is too small": how a predicted number misses, without telling it."""
+    if said * true < 0:
+        return f"{said:.4g}, which has the wrong sign"
+    small, large = sorted((abs(said), abs(true)))
+    far = "far " if large > 3 * small else ""
+    return f"{said:.4g}, which is {far}too {'small' if abs(said) == small else 'large'}"
+
+
 # ---- a copy of what was built --------------------------------------------------------
 
 
