@@ -202,8 +202,8 @@ def test_hash_project_solution():
         (
             "theta's dtype",
             lambda theta, index, sign: (
-                theta[index].float() * sign / count(index).sqrt()[index]
-            ),
+                theta[index] * sign / count(index).sqrt()[index]
+            ).float(),
         ),
         ("the same dtype", into_zeros),
         ("is there a `return`", lambda theta, index, sign: None),

@@ -60,7 +60,10 @@ def remembered():
                 alpha / r * (B @ A if len(B) != A.shape[1] else A.T @ B.T)
             ),
         ),
-        ("times what the formula", lambda A, B, alpha, r: round(alpha / r, 2) * B @ A),
+        (
+            "differs from the formula",
+            lambda A, B, alpha, r: round(alpha / r, 2) * B @ A,
+        ),
         ("After a step of training", remembered()),
         ("lost touch", lambda A, B, alpha, r: alpha / r * (B @ A).detach()),
         ("is there a `return`", lambda A, B, alpha, r: None),

@@ -376,7 +376,7 @@ def test_norms_of_any_size_and_scale(says, answer):
     "agree",
     [
         lambda found: len({(gap > 0) - (gap < 0) for gap in found}) == 1,
-        lambda found: min(found) > 1e-3 or max(found) < -1e-3,
+        lambda found: 1000 * min(found) > 1 or 1000 * max(found) < -1,
     ],
     ids=["all equal", "by a thousandth"],
 )

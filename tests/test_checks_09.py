@@ -181,10 +181,7 @@ def test_predict_errors_solution():
     more |= {"bits": 4.25, "bits, double": 4.0635}
     accepts(check.predict_errors, RIGHT | more, outlier=128.0, block=128)
     rejects(
-        "'bits': you say 5, which is too large",
-        check.predict_errors,
-        RIGHT,
-        block=128,
+        "'bits': you say 5, which is too large", check.predict_errors, RIGHT, block=128
     )
 
 
@@ -532,7 +529,7 @@ def test_the_verdict_is_against_the_best_by_the_mean():
         weights, codes, sizes, budget = given
         if "int4d" not in codes:
             return right
-        even = {name: code for name, code in codes.items() if name != "nf4"}
+        even = {name: code for name, code in codes.items() if name.startswith("int")}
         plain = looking(look)(weights, even, sizes, budget)
         pair = [
             [error(w, codes[name], size) for w in weights]
@@ -549,11 +546,10 @@ def test_the_verdict_is_against_the_best_by_the_mean():
 
     accepts(check.choose_format, functools.partial(answer, look=sum))
     for look in (min, max, lambda e: sorted(e)[1], lambda e: e[0], lambda e: e[-1]):
-        rejects(
-            "the best allowed format of equal",
-            check.choose_format,
-            functools.partial(answer, look=look),
-        )
+        for verdict in judge(check.choose_format, functools.partial(answer, look=look)):
+            # in some draws another mistake gives the very same words
+            words = "the best allowed format of equal", "names *begin* with int"
+            assert not verdict and any(word in verdict.message for word in words)
 
 
 # ------------------------------------------------------- found by trying to fool them

@@ -700,7 +700,7 @@ class Closed(Fusion):
                 )
             ),
         ),
-        ("fusion_module", "weights of the first one", Closed),
+        ("fusion_module", "A copy of it", Closed),
     ],
 )
 def test_what_more_learners_wrote(name, says, answer):

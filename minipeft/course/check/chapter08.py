@@ -392,10 +392,10 @@ def runs_within(budget: int, gain: float, kind: str, plain: str) -> list:
             losses[:2] = trap(kind if kind in TRAPS else "first", 0.3, 0.02)
             losses[2] = [0.6] * 3
             shares = [0.5, 0.9 if gain > 0 else 0.05, 0.3]
-        for lr, valid, tested in zip(rates, losses, shares):
+        for at, (lr, valid, tested) in enumerate(zip(rates, losses, shares)):
             answers = alike_answers(tested, 160)
             if kind == "paired":
-                answers = nested_answers(name == best)
+                answers = nested_answers(13 * (name == best) - 3 * at)
             for seed, (loss, right) in enumerate(zip(valid, answers)):
                 found = dict(method=name, numbers=size, lr=lr, seed=seed)
                 runs.append(found | {"valid_loss": loss, "right": right})
@@ -405,10 +405,10 @@ def runs_within(budget: int, gain: float, kind: str, plain: str) -> list:
     return runs
 
 
-def nested_answers(better: bool) -> list:
-    """For each seed a string: the seeds differ widely, and the better one answers the
-    same questions and a few more in each."""
-    rights = [int(160 * share) + 13 * better for share in (0.3, 0.5, 0.7)]
+def nested_answers(more: int) -> list:
+    """For each seed a string: the seeds differ widely, and whoever is better answers
+    the same questions and a few more in each."""
+    rights = [int(160 * share) + more for share in (0.3, 0.5, 0.7)]
     return ["1" * right + "0" * (160 - right) for right in rights]
 
 
