@@ -442,7 +442,7 @@ def test_orders_that_do_not_matter():
 def test_a_missed_number_is_not_told():
     from minipeft.course.check.practice import missed
 
-    assert missed(3, 9.5) == "3, which is far too small"
+    assert missed(2, 9.5) == "2, which is far too small"
     assert missed(9, 9.5) == "9, which is too small"
     assert missed(-2, -1) == "-2, which is too large"
     assert missed(-2, 2) == "-2, which has the wrong sign"

@@ -186,7 +186,7 @@ def missed(said: float, true: float) -> str:
     if said * true < 0:
         return f"{said:.4g}, which has the wrong sign"
     small, large = sorted((abs(said), abs(true)))
-    far = "far " if large > 3 * small else ""
+    far = "far " if large > 4 * small else ""
     return f"{said:.4g}, which is {far}too {'small' if abs(said) == small else 'large'}"
 
 
