@@ -447,3 +447,4 @@ def test_a_missed_number_is_not_told():
     assert missed(-2, -1) == "-2, which is too large"
     assert missed(-2, 2) == "-2, which has the wrong sign"
     assert missed(0.1, 0) == "0.1, which is far too large"
+    assert missed(-0.1, 3e-16) == "-0.1, which is far too large"

@@ -26,9 +26,6 @@ def judge_numbers(predicted, cases: dict, near: float = 0.05) -> None:
     for case, (true, why) in cases.items():
         got = said[case]
         if not abs(got - true) <= near * max(abs(true), 0.5):
-            true = (
-                0 if abs(true) < 1e-12 else true
-            )  # what is left of a sum is no answer
             raise Wrong(f"{case!r}: you say {missed(got, true)}. {why}")
 
 

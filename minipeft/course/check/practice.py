@@ -182,8 +182,9 @@ def number(case, value) -> float:
 
 
 def missed(said: float, true: float) -> str:
-    """ "3, which is too small": how a predicted number misses, without telling it."""
-    if said * true < 0:
+    """ "3, which is too small": how a predicted number misses, without telling it. What
+    rounding leaves of a sum that is zero has no sign."""
+    if said * true < 0 and abs(true) > 1e-12:
         return f"{said:.4g}, which has the wrong sign"
     small, large = sorted((abs(said), abs(true)))
     far = "far " if large > 4 * small else ""
