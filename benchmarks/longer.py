@@ -158,6 +158,9 @@ CASES = {  # a function from the job to the configuration; None is full fine-tun
     "LoHa r 2": lambda job: LoHaConfig(r=2, alpha=4, target_modules="all-linear"),
     "LoKr r 64": lambda job: LoKrConfig(r=64, alpha=64, target_modules="all-linear"),
     "VeRA r 256": lambda job: VeraConfig(r=256, target_modules="all-linear"),
+    "VeRA r 256, a draw a seed": lambda job: VeraConfig(
+        r=256, projection_prng_key=job["seed"], target_modules="all-linear"
+    ),
     "DenseLoRA r 16": lambda job: DenseLoraConfig(
         r=16, lora_alpha=16, target_modules="all-linear"
     ),
@@ -316,9 +319,16 @@ PLAN = [  # the most telling first
     entry("08", "LoRA r 1", 1000, 1e-2),
     entry("08", "VeRA r 256", 1000, 5e-2),
     entry("08", "LoKr r 64", 1000, 1e-2),
+    # each seed with frozen matrices of its own, at the rate found with one draw
+    entry("08", "VeRA r 256, a draw a seed", 300, [1e-1]),
+    entry("08", "VeRA r 256, a draw a seed", 1000, [5e-2]),
     *(
         entry("13", case, 1000, first, "stowaway")
-        for case, first in {"(IA)³": 1e-1, "LayerNorm tuning": 5e-2}.items()
+        for case, first in {
+            "(IA)³": 1e-1,
+            "LayerNorm tuning": 5e-2,
+            "LoRA r 1, q and v": 2e-2,
+        }.items()
     ),
     # 14: longer, with a ladder of rates of its own
     *(
