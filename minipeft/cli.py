@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from itertools import islice
 from pathlib import Path
 
 from . import cli_options
@@ -151,27 +150,20 @@ def devices():
 def base_of(args):
     """The base's name: --base, or the one that --adapter was made for, or None."""
     from . import PeftConfig
+    from .lm.data import beside
 
     adapter = getattr(args, "adapter", None)
     if adapter and not (Path(adapter) / CONFIG).is_file():
         what = f"it has no {CONFIG}"
         if not Path(adapter).is_dir():
-            near = did_you_mean(adapter, adapters_beside(Path(adapter)))
+            folders = beside(Path(adapter), lambda at: (at / CONFIG).is_file())
+            near = did_you_mean(adapter, folders)
             what = f"there is no such folder{near}"
         raise UserError(f"no adapter in {adapter}: {what}")
     check_base(args.base, "say --adapter")
     if adapter and not args.base:
         return PeftConfig.from_pretrained(adapter).base_model_name_or_path
     return args.base
-
-
-def adapters_beside(path, most=1000):
-    """The folders of adapters beside a path, as the path would be written."""
-    try:
-        beside = list(islice(path.parent.iterdir(), most))
-        return [str(place) for place in beside if (place / CONFIG).is_file()]
-    except (OSError, ValueError):
-        return []
 
 
 def check_base(base, instead):

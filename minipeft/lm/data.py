@@ -55,20 +55,20 @@ def not_there(name, path):
         hint = ". .jsonl is JSON with one record a line" * (path.suffix == ".json")
         return f"{name} is {kind}: expected a .txt, .jsonl or .csv file{hint}"
     names = [*TASKS, *PUBLIC_DATASETS]
-    near = did_you_mean(name, [*names, *files_beside(path)])
+    files = beside(path, lambda file: file.suffix in SUFFIXES)
+    near = did_you_mean(name, [*names, *files])
     if path.suffix in SUFFIXES:
         check_file(path, lambda reason: DataError(f"{reason}{near}"))
     expected = f"expected one of {', '.join(names)}, or a .txt, .jsonl or .csv file"
     return f"no data set {str(name)!r}{near}: {expected}"
 
 
-def files_beside(path, most=1000):
-    """The files of data in a path's folder, as the path would be written."""
+def beside(path, wanted, most=1000):
+    """What stands in a path's folder and is wanted, as the path would be written."""
     try:
-        found = list(islice(path.parent.iterdir(), most))
+        return [str(at) for at in islice(path.parent.iterdir(), most) if wanted(at)]
     except (OSError, ValueError):
         return []
-    return [str(file) for file in found if file.suffix in SUFFIXES]
 
 
 def split(groups):
