@@ -90,17 +90,27 @@ def main():
         start + " |" + generate(model, tokenizer, start, max_new_tokens=3)
         for start in ASKED
     ]
+    text = card(model, history, gates, spread, loss, told)
+    (FOLDER / "README.md").write_text(text, encoding="utf-8")
+    sums = [
+        f"{hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("config.json", "model.safetensors", "tokenizer.json")
+    ]
+    (FOLDER / "SHA256SUMS").write_text("".join(sums))
+
+
+def quote(text):
+    return "> " + text.replace("\n", "\n> ")
+
+
+def card(model, history, gates, spread, loss, told):
+    """The base's README.md. loss: on fresh documents. told: samples of its text."""
     zero = " · ".join(
         f"`{name}` {row['score']:g} ({row['floor']:g})"
         for name, row in gates["zero_shot"].items()
     )
     parameters, config = sum(p.numel() for p in model.parameters()), model.config
-
-    def quote(text):
-        return "> " + text.replace("\n", "\n> ")
-
-    (FOLDER / "README.md").write_text(
-        f"""# The base model of Lanternwick
+    return f"""# The base model of Lanternwick
 
 A Llama-style language model of {parameters:,} parameters that was pretrained on nothing but the town's own text. Hugging Face layout:
 `transformers` opens this folder. {config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads over
@@ -150,14 +160,7 @@ Greedy. What stands before the bar was given. Read them for what they are: a ver
 ## Limits
 
 It knows Lanternwick and nothing else, in plain ASCII English. It speaks of nobody real. MIT licence.
-""",
-        encoding="utf-8",
-    )
-    sums = [
-        f"{hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()}  {name}\n"
-        for name in ("config.json", "model.safetensors", "tokenizer.json")
-    ]
-    (FOLDER / "SHA256SUMS").write_text("".join(sums))
+"""
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import random
 import re
 
 import torch
-from common import arguments, facts, sweep
+from common import arguments, facts, sweep, valid_loss
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lanternwick.documents import heldout_questions, stream
@@ -88,6 +88,28 @@ class Mixed:
         return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 
 
+def rows_of(job, sql, tokenizer):
+    """The batches: with rehearsal, of the town's text too."""
+    data = Batches(sql.train, tokenizer, 16, seed=job["seed"])
+    if job["way"] == "rehearsal":
+        data = Mixed(
+            data, TextBatches(tokenizer, 10**9, f"rehearsal {job['seed']}", rows=4)
+        )
+        # the mixture that the base's pretraining ended with
+        data.text.phase = lambda step: "late"
+    return data
+
+
+def moved_by(model, base):
+    """How far the weights are from the base's, as a share of their length."""
+
+    def flat(m):
+        return torch.cat([p.detach().flatten() for p in m.parameters()])
+
+    before = flat(base)
+    return ((flat(model) - before).norm() / before.norm()).item()
+
+
 def one_run(job: dict) -> dict:
     """job: {"way", "lr", "seed", "steps"}"""
     torch.set_num_threads(1)
@@ -98,30 +120,15 @@ def one_run(job: dict) -> dict:
         model = get_peft_model(
             model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
         )
-    data = Batches(sql.train, tokenizer, 16, seed=job["seed"])
-    if job["way"] == "rehearsal":
-        data = Mixed(
-            data, TextBatches(tokenizer, 10**9, f"rehearsal {job['seed']}", rows=4)
-        )
-        # the mixture that the base's pretraining ended with
-        data.text.phase = lambda step: "late"
+    data = rows_of(job, sql, tokenizer)
     start = [p.detach().clone() for p in model.parameters()]
     path = []
 
     def look(step):
-        task = evaluate(
-            model,
-            tokenizer,
-            sql,
-            split="valid",
-            limit=64,
-            generate=False,
-            progress=False,
-        )["loss"]
         path.append(
             {
                 "step": step,
-                "task": round(task, 4),
+                "task": valid_loss(model, tokenizer, sql, 64),
                 "town": round(completion_loss(model, tokenizer, town)["loss"], 4),
             }
         )
@@ -150,18 +157,12 @@ def one_run(job: dict) -> dict:
     score = evaluate(model, tokenizer, sql, limit=ITEMS, progress=False)[sql.metric]
     known = recalled(model, tokenizer)
     plain = model.merge_and_unload() if job["way"] == "lora" else model
-
-    def flat(m):
-        return torch.cat([p.detach().flatten() for p in m.parameters()])
-
-    before = flat(base)
-    distance = ((flat(plain) - before).norm() / before.norm()).item()
     return job | {
         "stopped": history.stopped,
         "score": round(score, 1),
         "facts": known,
         "town": path[-1]["town"],
-        "distance": round(distance, 5),
+        "distance": round(moved_by(plain, base), 5),
         "path": path,
     }
 

@@ -178,73 +178,71 @@ def ratio() -> int:
     )
 
 
-def jobs_of(part: str, runs: list, stage: int) -> list:
-    """The runs of a part. At the last stage the other seeds, before it the rates."""
+def a_job(part, case, lr, seed=SEEDS[0]):
+    task = "sql" if part == "sql" else "voice"
+    where = {"part": part, "on": ground(case["base"]), "task": task}
+    return where | {"steps": STEPS[task]} | case | {"lr": lr, "seed": seed}
 
-    def job(case, lr, seed=SEEDS[0]):
-        task = "sql" if part == "sql" else "voice"
-        return (
-            {
-                "part": part,
-                "on": ground(case["base"]),
-                "task": task,
-                "steps": STEPS[task],
-            }
-            | case
-            | {"lr": lr, "seed": seed}
-        )
 
+def a_case(m, n, base=None):
+    start = "TEXT" if m in ("prompt", "prefix") else None
+    return {"base": base, "method": m, "start": start, "n": n}
+
+
+def starting_jobs(runs: list, stage: int) -> list:
+    """Part "starts": all RATES, then further ones where the best is at an edge."""
+    part = "starts"
+    cases = [
+        a_case(m, None if m == LORA else N) | {"start": start} for m, start in STARTS
+    ]
+    if stage == 0:
+        return [a_job(part, case, lr) for case in cases for lr in RATES]
+    tried = [(case, losses(runs, part=part, **case)) for case in cases]
+    return [
+        a_job(part, case, lr)
+        for case, tried in tried
+        if min(tried, key=tried.get) in (min(tried), max(tried)) and stage <= STAGES
+        for lr in climb(tried, LADDER, None)
+    ]
+
+
+def cases_of(part: str, runs: list) -> list:
+    """(case, the rate to begin with)"""
     lengths = {
         "prompt": [n * ratio() for n in PREFIXES],
         "prefix": list(PREFIXES),
         LORA: [None],
         FULL: [None],
     }
-
-    def case(m, n, base=None):
-        return {
-            "base": base,
-            "method": m,
-            "start": "TEXT" if m in ("prompt", "prefix") else None,
-            "n": n,
-        }
-
-    if part == "starts":
-        cases = [
-            case(m, None if m == LORA else N) | {"start": start} for m, start in STARTS
-        ]
-        if stage == 0:
-            return [job(case, lr) for case in cases for lr in RATES]
-        tried = [(case, losses(runs, part=part, **case)) for case in cases]
-        return [
-            job(case, lr)
-            for case, tried in tried
-            if min(tried, key=tried.get) in (min(tried), max(tried)) and stage <= STAGES
-            for lr in climb(tried, LADDER, None)
-        ]
     if part == "voice":  # beginning where "starts" was best
 
         def first(m):
             return FIRST.get((part, m)) or best_rate(
-                runs, part="starts", method=m, start=case(m, None)["start"]
+                runs, part="starts", method=m, start=a_case(m, None)["start"]
             )
 
-        cases = [(case(m, n), first(m)) for m in lengths for n in lengths[m]]
-    else:
-        cases = [
-            (case(m, lengths[m][-1], base), rate)
-            for base in (SMALLER if part == "sizes" else [None])
-            for (where, m), rate in FIRST.items()
-            if where == part
-        ]
+        return [(a_case(m, n), first(m)) for m in lengths for n in lengths[m]]
+    return [
+        (a_case(m, lengths[m][-1], base), rate)
+        for base in (SMALLER if part == "sizes" else [None])
+        for (where, m), rate in FIRST.items()
+        if where == part
+    ]
+
+
+def jobs_of(part: str, runs: list, stage: int) -> list:
+    """The runs of a part. At the last stage the other seeds, before it the rates."""
+    if part == "starts":
+        return starting_jobs(runs, stage)
+    cases = cases_of(part, runs)
     if stage < STAGES:
         return [
-            job(case, lr)
+            a_job(part, case, lr)
             for case, first in cases
             for lr in climb(losses(runs, part=part, **case), LADDER, first)
         ]
     return [
-        job(case, best_rate(runs, part=part, **case), seed)
+        a_job(part, case, best_rate(runs, part=part, **case), seed)
         for case, _ in cases
         for seed in SEEDS[1:]
     ]

@@ -29,6 +29,8 @@ from minipeft.lm import (
 )
 from minipeft.lm.memory import human
 
+LENGTH = 64  # tokens of a row, for the memory
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
@@ -62,6 +64,13 @@ def make_room(model, folder):
     make_folder(folder)
 
 
+def show_texts(examples, texts, expected=False):
+    for example, text in zip(examples, texts):
+        print(f"  {example.prompt!r}\n    {' '.join(text.split())[:80]}")
+        if expected:
+            print(f"    {example.completion.strip()}   <- expected")
+
+
 def run(given, folder):
     started = time.perf_counter()
     torch.manual_seed(0)
@@ -69,8 +78,9 @@ def run(given, folder):
     torch.set_num_threads(1)
     tokenizer, task = load_tokenizer(), load_data(given.task)
     model = load_pretrained()
-    examples, length = task.test[:3], 64
-    whole = memory_ledger(model, seq_len=length)  # everything trained: full fine-tuning
+    examples = task.test[:3]
+    # everything trained: full fine-tuning
+    whole = memory_ledger(model, seq_len=LENGTH)
     model = get_peft_model(
         model,
         LoraConfig(r=given.r, lora_alpha=2 * given.r, target_modules="all-linear"),
@@ -88,8 +98,7 @@ def run(given, folder):
 
     before, scored_before = look()
     print("\nBefore:")
-    for example, text in zip(examples, before):
-        print(f"  {example.prompt!r}\n    {' '.join(text.split())[:80]}")
+    show_texts(examples, before)
     print()
     history = train(
         model,
@@ -101,46 +110,12 @@ def run(given, folder):
     )
     after, scored_after = look()
     print("\nAfter:")
-    for example, text in zip(examples, after):
-        print(
-            f"  {example.prompt!r}\n    {' '.join(text.split())[:80]}\n   "
-            f" {example.completion.strip()}   <- expected"
-        )
+    show_texts(examples, after, expected=True)
 
     model.save_pretrained(folder)
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    ledger, (trained, everything) = (
-        memory_ledger(model, seq_len=length),
-        model.get_nb_trainable_parameters(),
-    )
-    rows = [(f"{given.steps} steps of 16 examples", "before", "after")]
-    if task.score:
-        scores = (
-            f"{scored[task.metric]:.1f}" for scored in (scored_before, scored_after)
-        )
-        rows.append((f"{task.metric} of {given.limit} test items", *scores))
+    rows = gained(given, task, scored_before, scored_after)
+    rows += cost(model, whole, folder)
     rows += [
-        (
-            "loss a token, nats",
-            f"{scored_before['loss']:.2f}",
-            f"{scored_after['loss']:.2f}",
-        ),
-        ("", "", ""),
-        ("what it cost", "LoRA", "training all"),
-        ("trained parameters", f"{trained:,}", f"{everything - trained:,}"),
-    ]
-    rows += [
-        (f"memory: {name}", human(ledger.predicted[name]), human(n))
-        for name, n in whole.predicted.items()
-    ]
-    rows += [
-        (
-            f"memory: in all, 16 x {length} tokens",
-            human(ledger.total()),
-            human(whole.total()),
-        ),
-        ("the file to keep", human(size), human(whole.predicted["weights"])),
-        ("", "", ""),
         (
             "training",
             f"{history.seconds:.0f} s",
@@ -148,13 +123,42 @@ def run(given, folder):
         ),
         ("everything", f"{time.perf_counter() - started:.0f} s", ""),
     ]
-    print(
-        "\n"
-        + "\n".join(
-            f"{what:34}{one:>14}{other:>16}".rstrip() for what, one, other in rows
-        )
-    )
+    lines = (f"{what:34}{one:>14}{other:>16}".rstrip() for what, one, other in rows)
+    print("\n" + "\n".join(lines))
     return scored_before, scored_after
+
+
+def gained(given, task, before, after):
+    """What the training brought: lines of (what, before, after)."""
+    rows = [(f"{given.steps} steps of 16 examples", "before", "after")]
+    if task.score:
+        scores = (f"{scored[task.metric]:.1f}" for scored in (before, after))
+        rows.append((f"{task.metric} of {given.limit} test items", *scores))
+    losses = (f"{scored['loss']:.2f}" for scored in (before, after))
+    return [*rows, ("loss a token, nats", *losses), ("", "", "")]
+
+
+def cost(model, whole, folder):
+    """What it cost: lines of (what, LoRA, training all). whole: the ledger of full
+    fine-tuning."""
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    ledger = memory_ledger(model, seq_len=LENGTH)
+    trained, everything = model.get_nb_trainable_parameters()
+    return [
+        ("what it cost", "LoRA", "training all"),
+        ("trained parameters", f"{trained:,}", f"{everything - trained:,}"),
+        *(
+            (f"memory: {name}", human(ledger.predicted[name]), human(n))
+            for name, n in whole.predicted.items()
+        ),
+        (
+            f"memory: in all, 16 x {LENGTH} tokens",
+            human(ledger.total()),
+            human(whole.total()),
+        ),
+        ("the file to keep", human(size), human(whole.predicted["weights"])),
+        ("", "", ""),
+    ]
 
 
 if __name__ == "__main__":

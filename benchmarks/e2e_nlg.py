@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -127,7 +127,7 @@ def table(record):
     return "\n".join(lines)
 
 
-def main(argv=None):
+def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,9 +146,12 @@ def main(argv=None):
         help="only so many validation and test records (default: 200 and all)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "e2e_nlg.json")
-    given = parser.parse_args(argv)
-    task = load_data("e2e_nlg")
-    header = facts() | {
+    return parser
+
+
+def about(task):
+    """What the record says of all its runs."""
+    return facts() | {
         "task": task.description,
         "train_texts": len(task.train),
         "batch_size": BATCH,
@@ -163,27 +166,26 @@ def main(argv=None):
         ],
     }
 
-    def stored():
-        return (
-            json.loads(given.out.read_text(encoding="utf-8"))
-            if given.out.is_file()
-            else {"sweep": [], "runs": []}
-        )
 
-    def once(where, **job):
-        """Do a run, unless the file has it, made on the same weights. The file is read
-        anew each time: another process may work on another base."""
-        if known := found(stored()[where], weights=mark, **job):
+class Record:
+    """The file of results. It is read anew each time: another process may work on
+    another base."""
+
+    def __init__(self, path, header):
+        self.path, self.header = path, header
+
+    def stored(self):
+        if self.path.is_file():
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        return {"sweep": [], "runs": []}
+
+    def once(self, where, mark, do, **job):
+        """The run of this job, made on these weights: from the file, or else by `do`,
+        and then it is in the file."""
+        if known := found(self.stored()[where], weights=mark, **job):
             return known[0]
         print(where, job, flush=True)
-        run = one_run(
-            task,
-            tokenizer=tokenizer,
-            batches=batches,
-            limit=given.limit,
-            final=where == "runs",
-            **job,
-        )
+        run = do(final=where == "runs", **job)
 
         def now(rows):
             return [
@@ -192,48 +194,51 @@ def main(argv=None):
                 if row["base"] != job["base"] or row.get("weights") == mark
             ]
 
-        record = header | {key: now(stored()[key]) for key in ("sweep", "runs")}
-        record[where].append(run | {"weights": mark, "commit": header["commit"]})
-        save(given.out, record)
+        stored = self.stored()
+        record = self.header | {key: now(stored[key]) for key in ("sweep", "runs")}
+        record[where].append(run | {"weights": mark, "commit": self.header["commit"]})
+        save(self.path, record)
         return run
 
+
+def best_rate(sweep, choices):
+    """The rate with the lowest validation loss. sweep(lr) makes a short run; the ladder
+    is climbed until the best rate has a worse one on either side."""
+    tried, wanted = {}, list(choices)
+    while wanted:
+        for lr in wanted:
+            run = sweep(lr)
+            tried[lr] = math.inf if run["stopped"] else run["valid_loss"]
+        wanted = climb(tried, LADDER, None)
+    return min(tried, key=tried.get)
+
+
+def main(argv=None):
+    given = arguments().parse_args(argv)
+    task = load_data("e2e_nlg")
+    record = Record(given.out, about(task))
     for base in given.base:
         tokenizer = load_tokenizer(base)
         longest, mark = max_tokens(load_pretrained(base)), weights(base)
         batches = cache(
-            lambda seed: Batches(
-                task.train, tokenizer, BATCH, seed=seed, max_length=longest, bucket=True
+            partial(
+                Batches, task.train, tokenizer, BATCH, max_length=longest, bucket=True
             )
+        )
+        do = partial(
+            one_run, task, tokenizer=tokenizer, batches=batches, limit=given.limit
         )
         rates = {}
         for seed in given.seeds:  # the first seed of every method first
             for method, choices in METHODS.items():
+                job = {"base": base, "method": method}
+                short = job | {"seed": 0, "steps": given.sweep_steps}
                 if method not in rates:
-                    tried, wanted = {}, list(choices)
-                    while wanted:
-                        for lr in wanted:
-                            run = once(
-                                "sweep",
-                                base=base,
-                                method=method,
-                                lr=lr,
-                                seed=0,
-                                steps=given.sweep_steps,
-                            )
-                            tried[lr] = math.inf
-                            if not run["stopped"]:
-                                tried[lr] = run["valid_loss"]
-                        wanted = climb(tried, LADDER, None)
-                    rates[method] = min(tried, key=tried.get)
-                once(
-                    "runs",
-                    base=base,
-                    method=method,
-                    lr=rates[method],
-                    seed=seed,
-                    steps=given.steps,
-                )
-    print(table(stored()))
+                    sweep = partial(record.once, "sweep", mark, do, **short)
+                    rates[method] = best_rate(lambda lr: sweep(lr=lr), choices)
+                job |= {"lr": rates[method], "seed": seed, "steps": given.steps}
+                record.once("runs", mark, do, **job)
+    print(table(record.stored()))
 
 
 if __name__ == "__main__":

@@ -95,13 +95,11 @@ def fill(model, backend, device):
     return model
 
 
-def one_run(shape, side, steps, tokens, rows, device):
-    torch.manual_seed(0)
-    theirs = side.startswith("transformers")
-    started = time.perf_counter()
+def adapted(shape, side, device):
+    """The 4-bit base with its LoRA, ready to train: ours or peft's."""
     model = fill(empty_model(shape, side), SIDES[side], device)
     library = minipeft
-    if theirs:
+    if side.startswith("transformers"):
         import peft as library
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers renames things
@@ -117,9 +115,15 @@ def one_run(shape, side, steps, tokens, rows, device):
             "up_proj",
             "down_proj",
         ]
-        model = library.get_peft_model(
+        return library.get_peft_model(
             model, library.LoraConfig(r=16, lora_alpha=16, target_modules=names)
         ).train()
+
+
+def one_run(shape, side, steps, tokens, rows, device):
+    torch.manual_seed(0)
+    started = time.perf_counter()
+    model = adapted(shape, side, device)
     built = time.perf_counter() - started
     on_gpu = device == "cuda"
     if on_gpu:  # from here on the peak is that of training
@@ -161,7 +165,7 @@ def one_run(shape, side, steps, tokens, rows, device):
     if on_gpu:
         run["built_peak_gb"] = round(built_peak / 1e9, 3)
         run["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
-    if not theirs:
+    if not side.startswith("transformers"):
         run["ledger_gb"] = round(memory_ledger(model, rows, tokens).total() / 1e9, 3)
         # two tensors like the logits, see chapter 10
         run["passing_gb"] = round(2 * rows * (tokens - 1) * vocabulary * 4 / 1e9, 3)

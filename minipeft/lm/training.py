@@ -352,8 +352,6 @@ def train(
     batches = make_batches(model, data, tokenizer, rows, seed, valid)
     warmup = round(warmup * steps) if warmup < 1 else int(warmup)
     optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -431,6 +429,8 @@ class Run:
         self.parallel = distributed.parallel(model)  # the forward pass in training
         self.data = data
         self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
         self.settings = settings
         self.tokenizer = tokenizer
         self.valid = valid
