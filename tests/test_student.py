@@ -650,6 +650,27 @@ def nbgrader(course, *argv):
     return done.stderr
 
 
+def says_why(marked):
+    """The student sees the check's message, not a bare assertion."""
+    said = str(
+        [
+            cell.outputs
+            for cell in marked.cells
+            if cell.metadata.get("nbgrader", {}).get("grade_id") == "lora_delta-check"
+        ]
+    )
+    assert "forget to divide by r" in said
+
+
+def says_right(marked):
+    for cell in marked.cells:
+        if cell.metadata.get("nbgrader", {}).get("grade"):
+            # shown, and not the cell's value, which nbgrader takes for points
+            (shown,) = cell.outputs
+            assert shown.output_type == "display_data"
+            assert "RIGHT" in str(shown.data).upper()
+
+
 def hand_in(course, student, answers):
     """What a student hands in: the released notebook with these answers put in the
     place of the stubs."""
@@ -705,15 +726,8 @@ class TestNbgrader:
         assert text.count('raise NotImplementedError("Exercise') >= 5
         hand_in(course, "solved", right)
         hand_in(course, "untouched", {})
-        hand_in(
-            course,
-            "nearly",
-            right
-            | {
-                "lora_delta": "def lora_delta(A, B, alpha, r):\n"
-                "    return alpha * B @ A"
-            },
-        )
+        slip = "def lora_delta(A, B, alpha, r):\n    return alpha * B @ A"
+        hand_in(course, "nearly", right | {"lora_delta": slip})
         warned = nbgrader(course, "autograde", "04_lora")
         assert "partial credit" not in warned and "full credit" not in warned, warned
         assert "Traceback" not in warned
@@ -733,24 +747,8 @@ class TestNbgrader:
             "untouched": (0, full),
             "nearly": (full - points["lora_delta"], full),
         }
-        marked = read(course / "autograded" / "nearly" / "04_lora" / "04_lora.ipynb")
-        said = str(
-            [
-                cell.outputs
-                for cell in marked.cells
-                if cell.metadata.get("nbgrader", {}).get("grade_id")
-                == "lora_delta-check"
-            ]
-        )
-        # the student sees the check's message, not a bare assertion
-        assert "forget to divide by r" in said
-        solved = read(course / "autograded" / "solved" / "04_lora" / "04_lora.ipynb")
-        for cell in solved.cells:
-            if cell.metadata.get("nbgrader", {}).get("grade"):
-                # shown, and not the cell's value, which nbgrader takes for points
-                (shown,) = cell.outputs
-                assert shown.output_type == "display_data"
-                assert "RIGHT" in str(shown.data).upper()
+        for student, judge in (("nearly", says_why), ("solved", says_right)):
+            judge(read(course / "autograded" / student / "04_lora" / "04_lora.ipynb"))
 
 
 class TestOtter:
