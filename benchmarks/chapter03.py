@@ -8,11 +8,13 @@ base, which is pretrained here. For each start and each d the stride is climbed 
 seed 0: from a first guess to its neighbours on LADDER, and on, until the best lies
 between two worse ones (by the loss on validation questions). Only that one is run with
 the other seeds. A seed draws the projection, the random weights and the order of the
-questions. Some of the runs are done once more with twice the steps, at the stride that
-was best with the fewer (all parameters climb again). The file is written as the runs
-come in; those that are in it already are not run again, unless the base that they rest
-on has changed. `--starts random small` needs nothing of the course's base but its
-tokenizer. The smaller base is kept in the temporary folder.
+questions. A run records the losses on validation and on test questions, before and
+after, and the score of its answers to the test questions. Some of the runs are done
+once more with twice the steps, at the stride that was best with the fewer (all
+parameters climb again). The file is written as the runs come in; those that are in it
+already are not run again, unless the base that they rest on has changed.
+`--starts random small` needs nothing of the course's base but its tokenizer. The
+smaller base is kept in the temporary folder.
 """
 
 import argparse
@@ -22,10 +24,22 @@ import os
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import RESULTS, facts, found, save, vocabulary, weights
+from common import (
+    RESULTS,
+    facts,
+    finite,
+    fit,
+    found,
+    save,
+    test_scores,
+    valid_loss,
+    vocabulary,
+    weights,
+)
 from tqdm.auto import tqdm
 
 from minipeft import SubspaceConfig, get_peft_model
@@ -36,11 +50,10 @@ from minipeft.lm import (
     load_data,
     load_pretrained,
     load_tokenizer,
-    train,
 )
 from minipeft.lm.pretrain import SHAPE, pretrain
 
-STEPS, WARMUP, QUESTIONS = 60, 10, 128
+STEPS, WARMUP, QUESTIONS, TEST = 60, 10, 128, 300
 LONGER, ONCE_MORE = 120, [64, 1024, 4096, 16384]  # the longer runs: steps, and which d
 DIMENSIONS, SEEDS = [16, 64, 256, 1024, 4096, 16384], (0, 1, 2)
 # strides: how far a step of Adam goes, rate * sqrt(d)
@@ -55,6 +68,7 @@ WAYS = {
     "fastfood": dict(projection="fastfood"),
     "fastfood, structure-aware": dict(projection="fastfood", structure_aware=True),
 }
+CASE = ("start", "way", "d", "on", "steps")
 COMPARED = 256  # the d at which the three ways are compared
 
 
@@ -81,37 +95,23 @@ def one_run(
         load_data("sql"),
     )
     size = sum(p.numel() for p in model.parameters())
-
-    def measure():
-        return evaluate(
-            model,
-            tokenizer,
-            sql,
-            split="valid",
-            limit=QUESTIONS,
-            generate=False,
-            progress=False,
-        )
-
-    before = measure()["loss"]
+    before = {"start_loss": valid_loss(model, tokenizer, sql, QUESTIONS)}
+    before["test_start_loss"] = finite(
+        evaluate(model, tokenizer, sql, limit=TEST, generate=False, progress=False)[
+            "loss"
+        ]
+    )
     if d:
         model = get_peft_model(model, SubspaceConfig(d=d, seed=seed, **WAYS[way]))
-    history = train(
-        model,
-        sql.train[: 16 * steps],
-        tokenizer=tokenizer,
-        steps=steps,
-        lr=stride / (d or size) ** 0.5,
-        warmup=WARMUP,
-        seed=seed,
-        progress=False,
-    )
+    job = {"steps": steps, "lr": stride / (d or size) ** 0.5, "seed": seed}
+    history = fit(model, sql.train[: 16 * steps], tokenizer, job, warmup=WARMUP)
     return {
         "stride": stride,
         "seed": seed,
         "parameters": size,
-        "start_loss": round(before, 4),
-        "loss": round(measure()["loss"], 4),
+        **before,
+        "loss": valid_loss(model, tokenizer, sql, QUESTIONS),
+        **test_scores(model, tokenizer, sql, TEST),
         "losses": " ".join(f"{loss:.2f}" for loss in history.losses),
     }
 
@@ -130,20 +130,13 @@ def measured(job: dict) -> list:
         job.pop(key) for key in ("small", "runs", "first", "climb")
     )
 
-    def ensure(stride, seed):
-        if not found(runs, stride=stride, seed=seed):
-            runs.append(
-                job
-                | one_run(
-                    job["start"],
-                    job["way"],
-                    job["d"],
-                    stride,
-                    seed,
-                    job["steps"],
-                    small,
-                )
+    def ensure(stride, seed, tested=False):
+        old = found(runs, stride=stride, seed=seed)
+        if not old or tested and "test_loss" not in old[0]:
+            new = one_run(
+                job["start"], job["way"], job["d"], stride, seed, job["steps"], small
             )
+            runs[:] = [run for run in runs if run not in old] + [job | new]
 
     ensure(first, SEEDS[0])
     while climb:  # until the best has a worse neighbour on each side
@@ -152,8 +145,8 @@ def measured(job: dict) -> list:
             if 0 <= step < len(ladder):
                 ensure(ladder[step], SEEDS[0])
         climb = ladder[at] != best(runs)
-    for seed in SEEDS[1:]:
-        ensure(best(runs), seed)
+    for seed in SEEDS:
+        ensure(best(runs), seed, tested=True)
     return runs
 
 
@@ -177,7 +170,7 @@ def schooling(folder: Path) -> dict:
     }
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -196,25 +189,12 @@ def main():
         help="pretraining of the smaller base",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "chapter03.json")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    small = school(given.small_steps) if "small" in given.starts else None
-    ground = {"random": vocabulary()}  # what a run rests on
-    ground |= {"pretrained": weights()} if "pretrained" in given.starts else {}
-    ground |= {"small": weights(str(small))} if small else {}
-    before = (
-        json.loads(given.out.read_text(encoding="utf-8"))
-        if given.out.exists()
-        else {"runs": []}
-    )
-    runs = [
-        run
-        for run in before["runs"]
-        if run["on"] == ground.get(run["start"], run["on"])
-        and run["steps"] in (given.steps, LONGER)
-    ]
-    started, record = time.time(), facts()
-    record |= {
+    return parser
+
+
+def about(given) -> dict:
+    """What the record says of all its runs."""
+    return facts() | {
         "base": os.environ.get("MINIPEFT_BASE", "lanternwick"),
         "task": "sql",
         "steps": given.steps,
@@ -226,60 +206,77 @@ def main():
         "dimensions": given.dimensions,
         "once more": ONCE_MORE,
         "questions": QUESTIONS,
+        "test questions": TEST,
         "compared": COMPARED,
     }
+
+
+def grounds(starts, small) -> dict:
+    """{start: a fingerprint of what its runs rest on}"""
+    ground = {"random": vocabulary()}
+    ground |= {"pretrained": weights()} if "pretrained" in starts else {}
+    return ground | ({"small": weights(str(small))} if small else {})
+
+
+def shorter_cases(given):
+    """(start, way, d, steps, the stride to begin with)"""
+    for start in given.starts:
+        for d in [None, *given.dimensions]:
+            yield start, "hash", d, given.steps, FIRST[start if d else "full"]
+    if "pretrained" in given.starts:
+        for way in list(WAYS)[1:]:
+            yield "pretrained", way, COMPARED, given.steps, FIRST["pretrained"]
+
+
+def longer_cases(given, runs):
+    """The same with LONGER steps, at the stride that was best with the fewer."""
+    for start, d in itertools.product(given.starts, [None, *ONCE_MORE]):
+        if start != "small" and d in (None, *given.dimensions):
+            shorter = found(runs, start=start, way="hash", d=d, steps=given.steps)
+            yield start, "hash", d, LONGER, best(shorter)
+
+
+def main():
+    given = arguments().parse_args()
+    torch.set_num_threads(1)
+    small = school(given.small_steps) if "small" in given.starts else None
+    ground = grounds(given.starts, small)
+    before = (
+        json.loads(given.out.read_text(encoding="utf-8"))
+        if given.out.exists()
+        else {"runs": []}
+    )
+    runs = [
+        run
+        for run in before["runs"]
+        if run["on"] == ground.get(run["start"], run["on"])
+        and run["steps"] in (given.steps, LONGER)
+    ]
+    started, record = time.time(), about(given)
     record["small base"] = (
         schooling(small) | {"shape": SMALL} if small else before.get("small base")
     )
     minutes = before.get("minutes", 0.0) if runs else 0.0
 
-    def case(start, way, d, steps, first, **more):
-        job = {"start": start, "way": way, "d": d, "on": ground[start], "steps": steps}
-        return (
-            job
-            | {
-                "runs": found(runs, **job),
-                "small": small,
-                "first": first,
-                "climb": True,
-            }
-            | more
-        )
-
-    def cases():
-        for start in given.starts:
-            for d in [None, *given.dimensions]:
-                yield case(start, "hash", d, given.steps, FIRST[start if d else "full"])
-        if "pretrained" in given.starts:
-            for way in list(WAYS)[1:]:
-                yield case(
-                    "pretrained", way, COMPARED, given.steps, FIRST["pretrained"]
-                )
-
-    def longer():  # where the shorter ones were best
-        for start, d in itertools.product(given.starts, [None, *ONCE_MORE]):
-            if start != "small" and d in (None, *given.dimensions):
-                shorter = found(runs, start=start, way="hash", d=d, steps=given.steps)
-                yield case(start, "hash", d, LONGER, best(shorter), climb=d is None)
+    def job_of(start, way, d, steps, first):
+        case = dict(zip(CASE, (start, way, d, ground[start], steps)))
+        how = {"small": small, "first": first, "climb": steps != LONGER or d is None}
+        return case | how | {"runs": found(runs, **case)}
 
     with ProcessPoolExecutor(given.jobs) as pool:
-        for jobs in (cases, longer):
-            jobs = list(jobs())
+        for cases in (shorter_cases, partial(longer_cases, runs=runs)):
+            jobs = [job_of(*case) for case in cases(given)]
             for done in tqdm(pool.map(measured, jobs), total=len(jobs)):
-                runs += [run for run in done if run not in runs]
-                save(
-                    given.out,
-                    record
-                    | {
-                        "minutes": round(minutes + (time.time() - started) / 60, 1),
-                        "runs": runs,
-                    },
-                )
+                case = {key: done[0][key] for key in CASE}
+                runs[:] = [run for run in runs if not found([run], **case)] + done
+                spent = round(minutes + (time.time() - started) / 60, 1)
+                save(given.out, record | {"minutes": spent, "runs": runs})
     for run in runs:
         print(
             f"{run['steps']:3} {run['start']:10} {run['way']:26} d"
             f" {run['d'] or run['parameters']:9,} stride {run['stride']:5} seed"
             f" {run['seed']} loss {run['start_loss']:.2f} -> {run['loss']:.2f}"
+            f" test {run.get('test_loss', float('nan')):.2f}"
         )
 
 
