@@ -75,6 +75,109 @@ def check_one_place(function) -> None:
     compare(function(logits, labels), right, {}, what)
 
 
+def log_probabilities(z, over: int = -1):
+    return z - z.exp().sum(over, keepdim=True).log()
+
+
+def mean_loss(logp, target, keep=None):
+    """Over the places that are asked, or over those in `keep`."""
+    keep = target != -100 if keep is None else keep
+    return -logp.gather(-1, target.clamp(min=0)[..., None])[..., 0][keep].mean()
+
+
+def prompts_and_answers(rows: int) -> tuple:
+    """Logits and labels."""
+    T, V = random.randint(9, 12), random.randint(17, 23)
+    logits = (2 * torch.randn(rows, T, V, dtype=torch.float64)).requires_grad_()
+    labels = torch.randint(0, V, (rows, T))
+    labels[0, -1] = 0  # a token like any other
+    for row in range(rows):
+        # a prompt, of another length in every row
+        labels[row, : random.randint(2, 6)] = -100
+    return logits, labels
+
+
+def slips_of_places(logits, labels) -> dict:
+    """{message: the loss} of wrong shifts, of places that are not asked, and of other
+    numbers of places."""
+    logp, V = log_probabilities(logits), logits.shape[-1]
+    shifted, target = logp[:, :-1], labels[:, 1:]
+    right, every = mean_loss(shifted, target), torch.ones_like(target, dtype=torch.bool)
+    number = (target != -100).sum()
+    return {
+        "Nothing is shifted: place t is judged by token t, its own input. It"
+        " should be judged by token t + 1.": mean_loss(logp, labels),
+        "You shift the wrong way: place t is judged by the token before it.": mean_loss(
+            logp[:, 1:], labels[:, :-1]
+        ),
+        "You shift twice: place t is judged by token t + 2.": mean_loss(
+            logp[:, :-2], labels[:, 2:]
+        ),
+        "You count the places with -100 as if token 0 were wanted there: leave"
+        " them out.": mean_loss(shifted, target, every),
+        "You count the places with -100 as if the last token were wanted there"
+        " (an index of -100, or -1, wraps around): leave them out.": mean_loss(
+            shifted, torch.where(target < 0, V - 1, target), every
+        ),
+        "You leave token 0 out: only -100 means that nothing is asked.": mean_loss(
+            shifted, target, target > 0
+        ),
+        "You divide by all places, also by those that nobody asked about.": (
+            right * number / target.numel()
+        ),
+        "You give the sum: the mean is wanted.": right * number,
+        "You divide by all places of the input, also by those that nobody asked"
+        " about, and by the last one.": (right * number / labels.numel()),
+        "You choose the places before the shift: by their own label, not by that"
+        " of the token they are to foresee. So the first token of every answer is"
+        " left out.": mean_loss(
+            shifted, target, (target != -100) & (labels[:, :-1] != -100)
+        ),
+    }
+
+
+def slips_of_softmax(z, target) -> dict:
+    """{message: the loss} of softmaxes over another dimension."""
+    return {
+        "Your softmax runs over the places: it belongs to the last dimension, the"
+        " vocabulary.": mean_loss(log_probabilities(z, over=1)[:, :-1], target),
+        "Your softmax runs over the places (after the shift): it belongs to the"
+        " last dimension, the vocabulary.": mean_loss(
+            log_probabilities(z[:, :-1], over=1), target
+        ),
+    }
+
+
+def slips_of_rows(shifted, target) -> dict:
+    """{message: the loss} where each row has a mean of its own; of one row it is the
+    right one."""
+    rows = [mean_loss(*row) for row in zip(shifted, target)]
+    message = (
+        "You take the mean of the rows' means. Rows with few labels would count"
+        " too much: one mean over all places that are asked."
+    )
+    return {message: torch.stack(rows).mean()} if len(rows) > 1 else {}
+
+
+def slips_of_the_logarithm(z, target) -> dict:
+    """{message: the loss} of another function of the probabilities."""
+    shifted = log_probabilities(z)[:, :-1]
+    right = mean_loss(shifted, target)
+    return {
+        "The sign is missing: the loss is minus the log of the probability.": -right,
+        "You give bits (log2): nats are wanted, the natural logarithm.": (
+            right / torch.tensor(2.0).log()
+        ),
+        "That is the perplexity, e to the loss.": right.exp(),
+        "You forgot the logarithm: that is the probability itself.": mean_loss(
+            -shifted.exp(), target
+        ),
+        "You forgot the softmax: logits are not log-probabilities.": mean_loss(
+            z[:, :-1], target
+        ),
+    }
+
+
 @checks(
     "One shift, the places that are asked, one mean over all of them, in nats; and"
     " gradients flow.",
@@ -83,85 +186,14 @@ def check_one_place(function) -> None:
 def next_token_loss(function) -> None:
     """function(logits, labels) -> the mean loss, a tensor of no dimension."""
     for rows in (1, 3):
-        T, V = random.randint(9, 12), random.randint(17, 23)
-        logits = (2 * torch.randn(rows, T, V, dtype=torch.float64)).requires_grad_()
-        labels = torch.randint(0, V, (rows, T))
-        labels[0, -1] = 0  # a token like any other
-        for row in range(rows):
-            # a prompt, of another length in every row
-            labels[row, : random.randint(2, 6)] = -100
-        z = logits
-        logp = z - z.exp().sum(-1, keepdim=True).log()
-
-        def mean(logp, target, keep=None):
-            keep = target != -100 if keep is None else keep
-            return -logp.gather(-1, target.clamp(min=0)[..., None])[..., 0][keep].mean()
-
-        shifted, target = logp[:, :-1], labels[:, 1:]
-        right, every = mean(shifted, target), torch.ones_like(target, dtype=torch.bool)
-        rowwise = torch.stack([mean(shifted[i], target[i]) for i in range(rows)]).mean()
-        number = (target != -100).sum()
+        logits, labels = prompts_and_answers(rows)
+        shifted, target = log_probabilities(logits)[:, :-1], labels[:, 1:]
+        right = mean_loss(shifted, target)
         with WithoutCrossEntropy():
             got = function(logits, labels)
-        mistakes = {
-            "Nothing is shifted: place t is judged by token t, its own input. It"
-            " should be judged by token t + 1.": mean(logp, labels),
-            "You shift the wrong way: place t is judged by the token before it.": mean(
-                logp[:, 1:], labels[:, :-1]
-            ),
-            "You shift twice: place t is judged by token t + 2.": mean(
-                logp[:, :-2], labels[:, 2:]
-            ),
-            "You count the places with -100 as if token 0 were wanted there: leave"
-            " them out.": mean(shifted, target, every),
-            "You count the places with -100 as if the last token were wanted there"
-            " (an index of -100, or -1, wraps around): leave them out.": mean(
-                shifted, torch.where(target < 0, V - 1, target), every
-            ),
-            "You leave token 0 out: only -100 means that nothing is asked.": mean(
-                shifted, target, target > 0
-            ),
-            "You divide by all places, also by those that nobody asked about.": (
-                right * number / target.numel()
-            ),
-            "You give the sum: the mean is wanted.": right * number,
-            "You divide by all places of the input, also by those that nobody asked"
-            " about, and by the last one.": (right * number / labels.numel()),
-            "You choose the places before the shift: by their own label, not by that"
-            " of the token they are to foresee. So the first token of every answer is"
-            " left out.": mean(
-                shifted, target, (target != -100) & (labels[:, :-1] != -100)
-            ),
-            "Your softmax runs over the places: it belongs to the last dimension, the"
-            " vocabulary.": mean(
-                (z - z.exp().sum(1, keepdim=True).log())[:, :-1], target
-            ),
-            "Your softmax runs over the places (after the shift): it belongs to the"
-            " last dimension, the vocabulary.": mean(
-                z[:, :-1] - z[:, :-1].exp().sum(1, keepdim=True).log(), target
-            ),
-            "You take the mean of the rows' means. Rows with few labels would count"
-            " too much: one mean over all places that are asked.": rowwise,
-            "The sign is missing: the loss is minus the log of the probability.": (
-                -right
-            ),
-            "You give bits (log2): nats are wanted, the natural logarithm.": (
-                right / torch.tensor(2.0).log()
-            ),
-            "That is the perplexity, e to the loss.": right.exp(),
-            "You forgot the logarithm: that is the probability itself.": mean(
-                -shifted.exp(), target
-            ),
-            "You forgot the softmax: logits are not log-probabilities.": mean(
-                z[:, :-1], target
-            ),
-        }
-        if rows == 1:
-            mistakes = {
-                message: wrong
-                for message, wrong in mistakes.items()
-                if "rows' means" not in message
-            }
+        mistakes = slips_of_places(logits, labels) | slips_of_softmax(logits, target)
+        mistakes |= slips_of_rows(shifted, target)
+        mistakes |= slips_of_the_logarithm(logits, target)
         formula = Formula(asked_loss, logits, labels)
         compare(got, right, mistakes, "Your loss", formula=formula)
     check_one_place(function)
@@ -182,28 +214,80 @@ def probabilities(p: float):
             return probs
 
 
-@checks("The smallest set that has p, in its old order, and it sums to one.")
-def nucleus(function) -> None:
-    """function(probs, p) -> probabilities of the same shape (V,)."""
+def nucleus_cases() -> list:
+    """[(p, probabilities)]"""
     # binary fractions, whose sums are exact: the first two have 0.75, and no less
     exact = torch.tensor([2, 16, 1, 8, 1, 4], dtype=torch.float64) / 32
     near = torch.tensor([20, 63, 12, 128, 33], dtype=torch.float64) / 256
     many = (0.1 * torch.randn(150, dtype=torch.float64)).softmax(0)
     given = [(p, probabilities(p)) for p in (0.5, 0.8, 0.01, 0.95, 0.0)]
     given[4:4] = (0.75, exact), (0.75, near), (0.4987, many)  # near: two have 0.746
-    for p, probs in (*given, (1.0, exact)):
-        V = len(probs)
-        ordered, order = probs.sort(descending=True)
-        total = ordered.cumsum(0)
-        keep = total - ordered < p  # those before do not have p yet
-        keep[0] = True
-        share = torch.arange(V) < max(1, round(p * V))
+    return [*given, (1.0, exact)]
 
-        def kept(mask, scale=True):
-            result = torch.zeros_like(probs)
-            result[order[mask]] = ordered[mask]
-            return result / result.sum() if scale and result.any() else result
 
+def cut(probs, mask, scale: bool = True):
+    """In their old places the probabilities that a mask over the falling ones keeps."""
+    ordered, order = probs.sort(descending=True)
+    result = torch.zeros_like(probs)
+    result[order[mask]] = ordered[mask]
+    return result / result.sum() if scale and result.any() else result
+
+
+def smallest_set(probs, p):
+    """The mask over the falling probabilities that the exercise asks for."""
+    ordered = probs.sort(descending=True).values
+    keep = ordered.cumsum(0) - ordered < p  # those before do not have p yet
+    keep[0] = True
+    return keep
+
+
+def nucleus_slips(probs, p) -> dict:
+    """{message: the wrong result}"""
+    V = len(probs)
+    ordered, order = probs.sort(descending=True)
+    total, keep = ordered.cumsum(0), smallest_set(probs, p)
+    share = torch.arange(V) < max(1, round(p * V))
+    sums = ordered[keep] / ordered[keep].sum()
+    rising = probs.sort().values
+    rare = rising.cumsum(0) - rising < p
+    from_below = torch.zeros_like(probs)
+    from_below[probs.sort().indices[rare]] = rising[rare]
+    return {
+        "The token that crosses the line is missing: together they must have *at"
+        " least* p.": cut(probs, total <= p),
+        "You keep one token too many where the first ones have exactly p: that is"
+        " enough.": cut(probs, total - ordered <= p),
+        "What you keep does not sum to one: scale it.": cut(probs, keep, scale=False),
+        "You give the probabilities in falling order: put them back in their old"
+        " places.": torch.cat((sums, torch.zeros(V - len(sums), dtype=sums.dtype))),
+        "You put them back by the order of sorting, and the way back is its"
+        " inverse: result[order] = sorted, or take sorted[order.argsort()].": (
+            torch.where(keep, ordered, 0)[order] / ordered[keep].sum()
+        ),
+        "Your mask belongs to the sorted row, and you lay it over the old one: put"
+        " it back first, mask[order] = keep.": probs
+        * keep[order]
+        / (probs * keep[order]).sum().clamp(min=1e-9),
+        "You keep the share p of the tokens: p is the probability that those kept"
+        " have together.": cut(probs, share),
+        "You apply a softmax to probabilities: they need only be divided by their"
+        " sum.": torch.where(cut(probs, keep) > 0, probs, -torch.inf).softmax(0),
+        "You keep the tokens that have p each. p is what they have *together*.": (
+            torch.where(probs >= p, probs, 0) / probs[probs >= p].sum()
+        ),
+        "You keep one token too many: the set has p before it.": cut(
+            probs, total - ordered - torch.cat((torch.zeros(1), ordered[:-1])) < p
+        ),
+        "You begin with the rarest: sort falling.": from_below / from_below.sum(),
+        "You drop what should be kept, and keep the tail.": cut(probs, ~keep),
+        "Nothing is cut off.": probs,
+    }
+
+
+@checks("The smallest set that has p, in its old order, and it sums to one.")
+def nucleus(function) -> None:
+    """function(probs, p) -> probabilities of the same shape (V,)."""
+    for p, probs in nucleus_cases():
         got = function(probs, p)
         if isinstance(got, torch.Tensor) and got.shape == probs.shape:
             need(
@@ -211,44 +295,9 @@ def nucleus(function) -> None:
                 f"For p = {p} you keep nothing. The likeliest token is always kept: the"
                 " set has *at least* p, and p is what its tokens have together.",
             )
-        sums = ordered[keep] / ordered[keep].sum()
-        rising = probs.sort().values
-        rare = rising.cumsum(0) - rising < p
-        from_below = torch.zeros_like(probs)
-        from_below[probs.sort().indices[rare]] = rising[rare]
-        mistakes = {
-            "The token that crosses the line is missing: together they must have *at"
-            " least* p.": kept(total <= p),
-            "You keep one token too many where the first ones have exactly p: that is"
-            " enough.": kept(total - ordered <= p),
-            "What you keep does not sum to one: scale it.": kept(keep, scale=False),
-            "You give the probabilities in falling order: put them back in their old"
-            " places.": torch.cat((sums, torch.zeros(V - len(sums), dtype=sums.dtype))),
-            "You put them back by the order of sorting, and the way back is its"
-            " inverse: result[order] = sorted, or take sorted[order.argsort()].": (
-                torch.where(keep, ordered, 0)[order] / ordered[keep].sum()
-            ),
-            "Your mask belongs to the sorted row, and you lay it over the old one: put"
-            " it back first, mask[order] = keep.": probs
-            * keep[order]
-            / (probs * keep[order]).sum().clamp(min=1e-9),
-            "You keep the share p of the tokens: p is the probability that those kept"
-            " have together.": kept(share),
-            "You apply a softmax to probabilities: they need only be divided by their"
-            " sum.": (torch.where(kept(keep) > 0, probs, -torch.inf).softmax(0)),
-            "You keep the tokens that have p each. p is what they have *together*.": (
-                torch.where(probs >= p, probs, 0) / probs[probs >= p].sum()
-            ),
-            "You keep one token too many: the set has p before it.": kept(
-                total - ordered - torch.cat((torch.zeros(1), ordered[:-1])) < p
-            ),
-            "You begin with the rarest: sort falling.": from_below / from_below.sum(),
-            "You drop what should be kept, and keep the tail.": kept(~keep),
-            "Nothing is cut off.": probs,
-        }
-        if p == 1.0:  # all are kept, and most mistakes do not show
-            mistakes = {}
-        compare(got, kept(keep), mistakes, "Your result")
+        # where p is 1 all are kept, and most mistakes do not show
+        mistakes = {} if p == 1.0 else nucleus_slips(probs, p)
+        compare(got, cut(probs, smallest_set(probs, p)), mistakes, "Your result")
     look_at_equal_ones(function)
 
 

@@ -7,6 +7,7 @@ import functools
 import random
 from statistics import median
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,6 +40,160 @@ def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
     return p - lr * m_hat / (v_hat.sqrt() + eps), m, v
 
 
+class Arguments(NamedTuple):
+    """What a learner's function is given for one step."""
+
+    p: torch.Tensor
+    g: torch.Tensor
+    m: torch.Tensor
+    v: torch.Tensor
+    t: int
+    lr: float
+    b1: float
+    b2: float
+    eps: float
+    decay: float
+
+    def means(self) -> tuple:
+        """The new m and v."""
+        _, g, m, v, _, _, b1, b2, *_ = self
+        return b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+
+    def step(self, m_hat=None, v_hat=None, bottom=None, shrink=None, sign=-1):
+        """The new p, by the formula but for the parts that are given."""
+        new_m, new_v = self.means()
+        m_hat = new_m / (1 - self.b1**self.t) if m_hat is None else m_hat
+        v_hat = new_v / (1 - self.b2**self.t) if v_hat is None else v_hat
+        bottom = v_hat.sqrt() + self.eps if bottom is None else bottom
+        shrink = 1 - self.lr * self.decay if shrink is None else shrink
+        return self.p * shrink + sign * self.lr * m_hat / bottom
+
+
+def arguments(t: int, shape) -> Arguments:
+    p, g, m = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    v = torch.rand(shape, dtype=torch.float64) * (t > 1)
+    m *= t > 1
+    g[-1] = 0  # it moves and decays all the same
+    lr, eps = 0.03, 0.02
+    b1, b2 = random.uniform(0.8, 0.9), random.uniform(0.95, 0.99)
+    return Arguments(p, g, m, v, t, lr, b1, b2, eps, random.uniform(0.1, 0.4))
+
+
+def slips_of_m(given: Arguments) -> dict:
+    """{message: the wrong m}"""
+    p, g, m, _, t, _, b1, b2, _, decay = given
+    new_m, new_v = given.means()
+    return {
+        "m: the weights are swapped: the old mean keeps beta1, the new"
+        " gradient comes with 1 - beta1.": (1 - b1) * m + b1 * g,
+        "m: the gradient comes in whole; it should come with 1 - beta1.": b1 * m + g,
+        "m: you used beta2; the mean of the gradient has beta1.": (
+            b2 * m + (1 - b2) * g
+        ),
+        "m: you give the corrected mean. Keep the plain one; the correction"
+        " is for this step only.": new_m / (1 - b1**t),
+        "m: the decay has got into the gradient. That is L2 with Adam; in"
+        " AdamW the decay goes to p directly.": b1 * m + (1 - b1) * (g + decay * p),
+        "m: you use 0.9, the default: beta1 is an argument.": 0.9 * m + 0.1 * g,
+        "The second of the three is v: return p, m, v, in this order.": new_v,
+        "m has not changed.": m,
+    }
+
+
+def slips_of_v(given: Arguments) -> dict:
+    """{message: the wrong v}"""
+    _, g, _, v, t, _, b1, b2, *_ = given
+    new_m, new_v = given.means()
+    return {
+        "v: it is the mean of the gradient's *square*.": b2 * v + (1 - b2) * g,
+        "v: you used beta1; the mean of the square has beta2.": (
+            b1 * v + (1 - b1) * g * g
+        ),
+        "v: the square comes in whole; it should come with 1 - beta2.": (
+            b2 * v + g * g
+        ),
+        "v: you square the mean m; square the gradient.": (
+            b2 * v + (1 - b2) * new_m * new_m
+        ),
+        "v: you give the corrected mean. Keep the plain one.": new_v / (1 - b2**t),
+        "v: you take the gradient's absolute value: it is its square.": (
+            b2 * v + (1 - b2) * g.abs()
+        ),
+        "v: you use 0.999, the default: beta2 is an argument.": (
+            0.999 * v + 0.001 * g * g
+        ),
+        "v has not changed.": v,
+    }
+
+
+def slips_of_decay(given: Arguments) -> dict:
+    """{message: the wrong p} where it decays otherwise."""
+    p, g, _, _, _, lr, *_, decay = given
+    right, without = given.step(), given.step(shrink=1)
+    return {
+        "p does not decay where the gradient is zero: the decay of AdamW does"
+        " not ask for it.": torch.where(g != 0, right, without),
+        "p does not decay if it is a vector: which tensors decay is for the"
+        " caller to say, who gives `weight_decay`.": without if p.dim() < 2 else right,
+        "The decay has the rate twice.": given.step(shrink=1 - lr * lr * decay),
+        "The decay is missing: each step also shrinks p itself.": without,
+        "The decay is not scaled by the rate: at a rate of zero nothing may"
+        " move.": given.step(shrink=1 - decay),
+        "You let p shrink after the step: the decay comes first, so that it"
+        " does not touch the step itself.": without * (1 - lr * decay),
+    }
+
+
+def slips_of_correction(given: Arguments) -> dict:
+    """{message: the wrong p} where the means are corrected otherwise."""
+    _, _, _, _, t, _, b1, b2, *_ = given
+    m, v = given.means()
+    step = given.step
+    return {
+        "The correction of the means is missing: they start at zero. Without"
+        " it the first steps are far too small, or too large.": step(m, v),
+        "m is not corrected for its start at zero.": step(m_hat=m),
+        "v is not corrected for its start at zero.": step(v_hat=v),
+        "t counts from 1, and you count from 0 (or one too far).": step(
+            m / (1 - b1 ** (t + 1)), v / (1 - b2 ** (t + 1))
+        ),
+        "You correct with t - 1: t is the number of this step.": step(
+            m / (1 - b1 ** max(t - 1, 1)), v / (1 - b2 ** max(t - 1, 1))
+        ),
+        "You correct by 1 - beta · t: it is the power, 1 - beta^t.": step(
+            m / (1 - b1 * t), v / abs(1 - b2 * t)
+        ),
+        "You divide m by v's correction, and v by m's.": step(
+            m / (1 - b2**t), v / (1 - b1**t)
+        ),
+    }
+
+
+def slips_of_step(given: Arguments) -> dict:
+    """{message: the wrong p} where the step itself is another one."""
+    p, g, _, _, t, lr, b1, b2, eps, decay = given
+    new_m, new_v = given.means()
+    v_hat, step = new_v / (1 - b2**t), given.step
+    return {
+        "p goes up the gradient: subtract.": step(sign=1),
+        "The mean of v over all numbers divides each: every number has its own"
+        " v.": step(bottom=v_hat.mean().sqrt() + eps),
+        "You step by the sign of m, and v is not used.": p * (1 - lr * decay)
+        - lr * new_m.sign(),
+        "eps stands under the root: it is added after the root is taken.": step(
+            bottom=(v_hat + eps).sqrt()
+        ),
+        "eps is missing.": step(bottom=v_hat.sqrt()),
+        "The root is missing: divide by √v, not by v.": step(bottom=v_hat + eps),
+        "eps is added before v is corrected: correct first, then the root,"
+        " then eps.": step(bottom=(new_v.sqrt() + eps) / (1 - b2**t) ** 0.5),
+        "You step by the plain gradient: the mean m is what Adam follows.": step(g),
+        "The rate is missing from the step.": (
+            p * (1 - lr * decay) - new_m / (1 - b1**t) / (v_hat.sqrt() + eps)
+        ),
+    }
+
+
 @checks(
     "Means, corrections, the place of eps and the decay are right, at the first step"
     " and later.",
@@ -47,18 +202,7 @@ def adamw(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
 def adamw_step(function) -> None:
     """function(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay) -> (p, m, v)."""
     for t, shape in ((7, (4, 5)), (1, (4, 5)), (3, (6,))):
-        p, g, m = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
-        v = torch.rand(shape, dtype=torch.float64) * (t > 1)
-        m *= t > 1
-        g[-1] = 0  # it moves and decays all the same
-        lr, b1, b2, eps, decay = (
-            0.03,
-            random.uniform(0.8, 0.9),
-            random.uniform(0.95, 0.99),
-            0.02,
-            random.uniform(0.1, 0.4),
-        )
-        given = p, g, m, v, t, lr, b1, b2, eps, decay
+        given = arguments(t, shape)
         got = function(*given)
         need(
             got is not None, "Your function gives None: is there a `return` at its end?"
@@ -68,135 +212,12 @@ def adamw_step(function) -> None:
             "Give three tensors: the new p, m and v.",
         )
         formula = Formula(adamw, *given, whole=got)
-        new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        compare(
-            got[1],
-            new_m,
-            {
-                "m: the weights are swapped: the old mean keeps beta1, the new"
-                " gradient comes with 1 - beta1.": ((1 - b1) * m + b1 * g),
-                "m: the gradient comes in whole; it should come with 1 - beta1.": (
-                    b1 * m + g
-                ),
-                "m: you used beta2; the mean of the gradient has beta1.": (
-                    b2 * m + (1 - b2) * g
-                ),
-                "m: you give the corrected mean. Keep the plain one; the correction"
-                " is for this step only.": (new_m / (1 - b1**t)),
-                "m: the decay has got into the gradient. That is L2 with Adam; in"
-                " AdamW the decay goes to p directly.": (
-                    b1 * m + (1 - b1) * (g + decay * p)
-                ),
-                "m: you use 0.9, the default: beta1 is an argument.": 0.9 * m + 0.1 * g,
-                "The second of the three is v: return p, m, v, in this order.": new_v,
-                "m has not changed.": m,
-            },
-            "The new m",
-            formula=formula,
-        )
-        compare(
-            got[2],
-            new_v,
-            {
-                "v: it is the mean of the gradient's *square*.": b2 * v + (1 - b2) * g,
-                "v: you used beta1; the mean of the square has beta2.": (
-                    b1 * v + (1 - b1) * g * g
-                ),
-                "v: the square comes in whole; it should come with 1 - beta2.": (
-                    b2 * v + g * g
-                ),
-                "v: you square the mean m; square the gradient.": (
-                    b2 * v + (1 - b2) * new_m * new_m
-                ),
-                "v: you give the corrected mean. Keep the plain one.": (
-                    new_v / (1 - b2**t)
-                ),
-                "v: you take the gradient's absolute value: it is its square.": (
-                    b2 * v + (1 - b2) * g.abs()
-                ),
-                "v: you use 0.999, the default: beta2 is an argument.": (
-                    0.999 * v + 0.001 * g * g
-                ),
-                "v has not changed.": v,
-            },
-            "The new v",
-            formula=formula,
-        )
-
-        def step(
-            m_hat=new_m / (1 - b1**t),
-            v_hat=new_v / (1 - b2**t),
-            shrink=1 - lr * decay,
-            sign=-1,
-            bottom=None,
-        ):
-            bottom = v_hat.sqrt() + eps if bottom is None else bottom
-            return p * shrink + sign * lr * m_hat / bottom
-
-        v_hat = new_v / (1 - b2**t)
-        compare(
-            got[0],
-            step(),
-            {
-                "p does not decay where the gradient is zero: the decay of AdamW does"
-                " not ask for it.": torch.where(g != 0, step(), step(shrink=1)),
-                "p does not decay if it is a vector: which tensors decay is for the"
-                " caller to say, who gives `weight_decay`.": step(
-                    shrink=1 if p.dim() < 2 else 1 - lr * decay
-                ),
-                "p goes up the gradient: subtract.": step(sign=1),
-                "The correction of the means is missing: they start at zero. Without"
-                " it the first steps are far too small, or too large.": step(
-                    new_m, new_v
-                ),
-                "m is not corrected for its start at zero.": step(m_hat=new_m),
-                "v is not corrected for its start at zero.": step(v_hat=new_v),
-                "t counts from 1, and you count from 0 (or one too far).": step(
-                    new_m / (1 - b1 ** (t + 1)), new_v / (1 - b2 ** (t + 1))
-                ),
-                "The mean of v over all numbers divides each: every number has its own"
-                " v.": step(bottom=v_hat.mean().sqrt() + eps),
-                "You step by the sign of m, and v is not used.": p * (1 - lr * decay)
-                - lr * new_m.sign(),
-                "The decay has the rate twice.": (step(shrink=1 - lr * lr * decay)),
-                "You correct with t - 1: t is the number of this step.": step(
-                    new_m / (1 - b1 ** max(t - 1, 1)), new_v / (1 - b2 ** max(t - 1, 1))
-                ),
-                "eps stands under the root: it is added after the root is taken.": step(
-                    bottom=(v_hat + eps).sqrt()
-                ),
-                "eps is missing.": step(bottom=v_hat.sqrt()),
-                "The root is missing: divide by √v, not by v.": step(
-                    bottom=v_hat + eps
-                ),
-                "The decay is missing: each step also shrinks p itself.": step(
-                    shrink=1
-                ),
-                "The decay is not scaled by the rate: at a rate of zero nothing may"
-                " move.": step(shrink=1 - decay),
-                "You let p shrink after the step: the decay comes first, so that it"
-                " does not touch the step itself.": (
-                    (p - lr * (new_m / (1 - b1**t)) / (v_hat.sqrt() + eps))
-                    * (1 - lr * decay)
-                ),
-                "eps is added before v is corrected: correct first, then the root,"
-                " then eps.": step(bottom=(new_v.sqrt() + eps) / (1 - b2**t) ** 0.5),
-                "You correct by 1 - beta · t: it is the power, 1 - beta^t.": step(
-                    new_m / (1 - b1 * t), new_v / abs(1 - b2 * t)
-                ),
-                "You divide m by v's correction, and v by m's.": step(
-                    new_m / (1 - b2**t), new_v / (1 - b1**t)
-                ),
-                "You step by the plain gradient: the mean m is what Adam follows.": (
-                    step(m_hat=g)
-                ),
-                "The rate is missing from the step.": (
-                    p * (1 - lr * decay) - new_m / (1 - b1**t) / (v_hat.sqrt() + eps)
-                ),
-            },
-            "The new p",
-            formula=formula,
-        )
+        m, v = given.means()
+        compare(got[1], m, slips_of_m(given), "The new m", formula=formula)
+        compare(got[2], v, slips_of_v(given), "The new v", formula=formula)
+        slips = slips_of_decay(given) | slips_of_correction(given)
+        slips |= slips_of_step(given)
+        compare(got[0], given.step(), slips, "The new p", formula=formula)
 
 
 # -------------------------------------------------------------------------- accumulated
@@ -271,6 +292,68 @@ def a_large_batch(function, labels) -> None:
 # ------------------------------------------------------------------------- kept_numbers
 
 
+def patterns_of_trained(layers: int) -> list:
+    """For each case which layers are trained."""
+    first = 2
+    return [
+        [True] * layers,
+        [i == first for i in range(layers)],
+        [i == layers - 1 for i in range(layers)],
+        [i in (0, layers - 1) for i in range(layers)],
+        [False] * layers,
+        [i > 0 for i in range(layers)],
+    ]
+
+
+def gradient_passes(trained) -> list:
+    """For each place whether a gradient goes back through it."""
+    return [any(trained[:i]) for i in range(len(trained) + 1)]
+
+
+def places_kept(trained) -> list:
+    """For each layer's input whether autograd keeps it."""
+    passes = gradient_passes(trained)
+    return [passes[i] * (i > 0) or trained[i] for i in range(len(trained))]
+
+
+def kept_slips(widths, trained) -> dict:
+    """{message: the wrong number}"""
+    layers, passes, kept = len(trained), gradient_passes(trained), places_kept(trained)
+    right = sum(width for width, k in zip(widths, kept) if k)
+    return {
+        "Places of the same width are counted once: they are different places.": (
+            sum({width for width, k in zip(widths, kept) if k})
+        ),
+        "You count every place between the layers. Below the first trained layer"
+        " no gradient goes, and nothing is kept.": sum(widths[:-1]),
+        "You count the last output too: nobody needs it for the way back (there"
+        " is no ReLU after it).": right + widths[-1],
+        "You count only the inputs of trained layers. Above them each ReLU that a"
+        " gradient passes keeps its output as well.": sum(
+            width for width, k in zip(widths, trained) if k
+        ),
+        "You count places twice: a ReLU's output *is* the next layer's input, and"
+        " it is kept once.": (
+            right + sum(widths[i] for i in range(1, layers) if passes[i] and trained[i])
+        ),
+        "You count only what lies above the first trained layer: that layer keeps"
+        " its own input too.": sum(widths[i] for i in range(1, layers) if passes[i]),
+        "The way back goes from the loss *down* to the trained layers: what"
+        " counts is whether a layer below is trained, not above.": sum(
+            widths[i] for i in range(layers) if any(trained[i:])
+        ),
+        "The input of the chain is kept only if the first layer is trained; no"
+        " ReLU stands before it.": right + widths[0] * (not trained[0]),
+        "You count outputs in the place of inputs: a linear layer keeps what it"
+        " read.": sum(
+            widths[i + 1] for i in range(layers) if passes[i] and i > 0 or trained[i]
+        ),
+        "You count the weights: they are in memory anyway.": (
+            right + sum(a * b for a, b, t in zip(widths, widths[1:], trained) if t)
+        ),
+    }
+
+
 @checks(
     "What you count is what autograd keeps. The layers below the first trained one cost"
     " nothing."
@@ -279,15 +362,7 @@ def kept_numbers(function) -> None:
     """function(widths, trained) -> numbers kept for one row by a chain of Linear and
     ReLU."""
     layers = random.choice([4, 5])
-    first = 2
-    patterns = [
-        [True] * layers,
-        [i == first for i in range(layers)],
-        [i == layers - 1 for i in range(layers)],
-        [i in (0, layers - 1) for i in range(layers)],
-        [False] * layers,
-        [i > 0 for i in range(layers)],
-    ]
+    patterns = patterns_of_trained(layers)
     for number, trained in enumerate(patterns):
         # any two together are larger than a third, so that no two slips agree
         widths = random.sample(range(50, 95), layers + 1)
@@ -297,58 +372,15 @@ def kept_numbers(function) -> None:
         need(
             got is not None, "Your function gives None: is there a `return` at its end?"
         )
-        # does a gradient go back through place i?
-        passes = [any(trained[:i]) for i in range(layers + 1)]
-        kept = [passes[i] * (i > 0) or trained[i] for i in range(layers)]
-        right = sum(width for width, k in zip(widths, kept) if k)
-        inputs = sum(width for width, k in zip(widths, trained) if k)
-        slips = {
-            "Places of the same width are counted once: they are different places.": (
-                sum({width for width, k in zip(widths, kept) if k})
-            ),
-            "You count every place between the layers. Below the first trained layer"
-            " no gradient goes, and nothing is kept.": sum(widths[:-1]),
-            "You count the last output too: nobody needs it for the way back (there"
-            " is no ReLU after it).": right + widths[-1],
-            "You count only the inputs of trained layers. Above them each ReLU that a"
-            " gradient passes keeps its output as well.": inputs,
-            "You count places twice: a ReLU's output *is* the next layer's input, and"
-            " it is kept once.": (
-                right
-                + sum(widths[i] for i in range(1, layers) if passes[i] and trained[i])
-            ),
-            "You count only what lies above the first trained layer: that layer keeps"
-            " its own input too.": sum(
-                widths[i] for i in range(1, layers) if passes[i]
-            ),
-            "The way back goes from the loss *down* to the trained layers: what"
-            " counts is whether a layer below is trained, not above.": sum(
-                widths[i] for i in range(layers) if any(trained[i:])
-            ),
-            "The input of the chain is kept only if the first layer is trained; no"
-            " ReLU stands before it.": (right + widths[0] * (not trained[0])),
-            "You count outputs in the place of inputs: a linear layer keeps what it"
-            " read.": sum(
-                widths[i + 1]
-                for i in range(layers)
-                if passes[i] and i > 0 or trained[i]
-            ),
-            "You count the weights: they are in memory anyway.": (
-                right + sum(a * b for a, b, t in zip(widths, widths[1:], trained) if t)
-            ),
-        }
-        if got != right:
-            raise Wrong(
-                next(
-                    (
-                        message
-                        for message, wrong in slips.items()
-                        if got == wrong and wrong != right
-                    ),
-                    f"For widths {widths} with trained = {trained} you get {got};"
-                    f" autograd keeps {right} numbers a row.",
-                )
-            )
+        right = sum(width for width, k in zip(widths, places_kept(trained)) if k)
+        if got == right:
+            continue
+        for message, wrong in kept_slips(widths, trained).items():
+            need(got != wrong or wrong == right, message)
+        raise Wrong(
+            f"For widths {widths} with trained = {trained} you get {got};"
+            f" autograd keeps {right} numbers a row."
+        )
 
 
 # ------------------------------------------------------------------------ predict_steps
@@ -548,17 +580,8 @@ def tight_cards(methods, frozen) -> list:
     return [bill + 1000 for bill in bills] + [bill - 1000 for bill in bills[1:]]
 
 
-def a_method(name, methods, card, frozen, choices) -> None:
-    need(name is not None, "Your function gives None: is there a `return` at its end?")
-    need(
-        isinstance(name, str) and name in methods,
-        f"{name!r} is not one of {', '.join(methods)}: return the name.",
-    )
-
-    def fits(way, **changed):
-        return bytes_of(way, **{"frozen": frozen} | changed) <= card
-
-    right = method_by_rule(methods, fits)
+def slips_of_bill(methods, frozen, fits) -> dict:
+    """{message: what is chosen by a wrong bill}"""
     bills = {
         f"You count {frozen:g} bytes for the trained parameters as well: those are for"
         " the frozen ones, and a trained one takes 4 + 4 + 8.": {
@@ -571,27 +594,33 @@ def a_method(name, methods, card, frozen, choices) -> None:
         "You leave the frozen parameters out of the bill: they are not trained, but"
         " they are there.": {"frozen": 0},
     }
-    slips = {
+    return {
         message: method_by_rule(
             methods, lambda way, changed=changed: fits(way, **changed)
         )
         for message, changed in bills.items()
     }
-    slips |= {
+
+
+ONE_SEED = (  # looks at the seeds that a lucky one decides
+    lambda losses: min(losses.values()),
+    lambda losses: losses[0],
+    lambda losses: losses[2],
+    lambda losses: next(iter(losses.values())),
+    lambda losses: next(reversed(losses.values())),
+)
+
+
+def slips_of_rule(methods, frozen, fits) -> dict:
+    """{message: what is chosen by another rule, the bills being right}"""
+    return {
         "You take the one with the lowest mean. Another that trains fewer parameters is"
         " not told apart from it by `compare`.": method_by_rule(
             methods, fits, alike=lambda a, b: a == b
         ),
         "You take the lowest of any seed, or one seed alone: one lucky seed is no"
         " reason. Take the mean over the seeds.": [
-            method_by_rule(methods, fits, join=look)
-            for look in (
-                lambda losses: min(losses.values()),
-                lambda losses: losses[0],
-                lambda losses: losses[2],
-                lambda losses: next(iter(losses.values())),
-                lambda losses: next(reversed(losses.values())),
-            )
+            method_by_rule(methods, fits, join=look) for look in ONE_SEED
         ],
         "You take the median of the seeds: the mean is asked for.": method_by_rule(
             methods, fits, join=lambda losses: median(losses.values())
@@ -621,6 +650,20 @@ def a_method(name, methods, card, frozen, choices) -> None:
             methods, lambda way: True
         ),
     }
+
+
+def a_method(name, methods, card, frozen, choices) -> None:
+    need(name is not None, "Your function gives None: is there a `return` at its end?")
+    need(
+        isinstance(name, str) and name in methods,
+        f"{name!r} is not one of {', '.join(methods)}: return the name.",
+    )
+
+    def fits(way, **changed):
+        return bytes_of(way, **{"frozen": frozen} | changed) <= card
+
+    right = method_by_rule(methods, fits)
+    slips = slips_of_bill(methods, frozen, fits) | slips_of_rule(methods, frozen, fits)
     choices.add(name, right, slips, no_method(name, right, methods, card, frozen))
 
 

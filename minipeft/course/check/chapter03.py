@@ -7,6 +7,7 @@ import copy
 import functools
 import random
 from statistics import median
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -87,57 +88,43 @@ def look_at_one_number(function) -> None:
     compare(got, torch.tensor([3.0]), {}, "Your transform of one number")
 
 
-@checks(
-    "Your transform is H x, for every length that I tried, and it never builds the"
-    " matrix.",
-    "The input has n = 2^k numbers, and so has the result.",
-)
-def fast_hadamard(function) -> None:
-    """function(x) -> H x for x (n), n = 2^k, where H[i, j] = (-1)^(number of binary
-    ones that i and j share)."""
-    for k in (1, 3, 5):
-        n = 2**k
-        i = torch.arange(n)
-        ones = sum(((i[:, None] & i[None]) >> bit) & 1 for bit in range(k))
-        H, x = (1 - 2 * (ones % 2)).double(), torch.randn(n, dtype=torch.float64)
-        got, right = function(x), H @ x
-        powers = [2**j for j in range(k)]
-        reverse = torch.tensor([int(f"{j:0{k}b}"[::-1], 2) for j in range(n)])
-        compare(
-            got,
-            right,
-            {
-                "You divide by √n: that makes H orthogonal, but here its entries are"
-                " +1 and -1.": right / n**0.5,
-                "You divide by n: that is the way back, the inverse.": right / n,
-                "Only one stage was done: neighbours are added and subtracted, and"
-                " now the same has to follow for distances 2, 4, 8 …": stages(
-                    x, powers[:1]
-                ),
-                "The last stage is missing: the distance has to run up to n / 2.": (
-                    stages(x, powers[:-1])
-                ),
-                "Only the stage with the largest distance was done: it recurs within"
-                " both halves.": stages(x, powers[-1:]),
-                "Within a pair you have the difference first: it is (a + b, a - b).": (
-                    right.flip(0)
-                ),
-                "The values are right, but in bit-reversed order.": right[reverse],
-                "The second of each pair is a - b, and you have b - a.": (
-                    functools.reduce(subtracted, powers, x)
-                ),
-                "You add only: one of each pair is a difference.": torch.full_like(
-                    x, x.sum().item()
-                ),
-            },
-            "Your transform",
-        )
-    look_at_one_number(function)
-    borrowed = package_calls(function, torch.randn(8))
-    need(
-        not borrowed,
-        f"You call the course's own {borrowed[:1]}: the exercise is to write it.",
-    )
+def hadamard(k: int):
+    """The matrix: its entry at i, j is -1 to the number of binary ones they share."""
+    i = torch.arange(2**k)
+    ones = sum(((i[:, None] & i[None]) >> bit) & 1 for bit in range(k))
+    return (1 - 2 * (ones % 2)).double()
+
+
+def hadamard_slips(x, right, k: int) -> dict:
+    """{message: the wrong transform of x}; right: the right one."""
+    n, powers = 2**k, [2**j for j in range(k)]
+    reverse = torch.tensor([int(f"{j:0{k}b}"[::-1], 2) for j in range(n)])
+    return {
+        "You divide by √n: that makes H orthogonal, but here its entries are"
+        " +1 and -1.": right / n**0.5,
+        "You divide by n: that is the way back, the inverse.": right / n,
+        "Only one stage was done: neighbours are added and subtracted, and"
+        " now the same has to follow for distances 2, 4, 8 …": stages(x, powers[:1]),
+        "The last stage is missing: the distance has to run up to n / 2.": (
+            stages(x, powers[:-1])
+        ),
+        "Only the stage with the largest distance was done: it recurs within"
+        " both halves.": stages(x, powers[-1:]),
+        "Within a pair you have the difference first: it is (a + b, a - b).": (
+            right.flip(0)
+        ),
+        "The values are right, but in bit-reversed order.": right[reverse],
+        "The second of each pair is a - b, and you have b - a.": (
+            functools.reduce(subtracted, powers, x)
+        ),
+        "You add only: one of each pair is a difference.": torch.full_like(
+            x, x.sum().item()
+        ),
+    }
+
+
+def look_at_cost(function) -> None:
+    """No matrix is built, and no more is computed than the stages need."""
     taken = python_bytes(unwatched(function), torch.randn(1024))
     need(
         taken < 1024**2 / 2,
@@ -158,6 +145,27 @@ def fast_hadamard(function) -> None:
         f" all, as many as n² = {n**2:,} has; n log₂ n = {9 * n:,} are enough, a few"
         " times over.",
     )
+
+
+@checks(
+    "Your transform is H x, for every length that I tried, and it never builds the"
+    " matrix.",
+    "The input has n = 2^k numbers, and so has the result.",
+)
+def fast_hadamard(function) -> None:
+    """function(x) -> H x for x (n), n = 2^k, where H[i, j] = (-1)^(number of binary
+    ones that i and j share)."""
+    for k in (1, 3, 5):
+        x = torch.randn(2**k, dtype=torch.float64)
+        got, right = function(x), hadamard(k) @ x
+        compare(got, right, hadamard_slips(x, right, k), "Your transform")
+    look_at_one_number(function)
+    borrowed = package_calls(function, torch.randn(8))
+    need(
+        not borrowed,
+        f"You call the course's own {borrowed[:1]}: the exercise is to write it.",
+    )
+    look_at_cost(function)
     x = torch.randn(2**13)
     got, right = function(x), stages(x, [2**j for j in range(13)])
     need(
@@ -233,28 +241,20 @@ def hash_project(function) -> None:
     )
 
 
-@checks("You count gain, from where training starts to where full fine-tuning ends.")
-def d90(function) -> None:
-    """function({d: loss}, start, full) -> the smallest d with 90 % of full
-    fine-tuning's gain, or None."""
+class Tried(NamedTuple):
+    """Losses by d, and the d that is right."""
 
-    def ask(losses, start, full, right, mistakes):
-        got = function(dict(losses), start, full)
-        if got == right and not isinstance(got, bool):
-            return
-        said = f"From losses {losses}, start {start}, full {full} you get {got!r}"
-        for message, wrong in mistakes.items():
-            need(not (wrong != right and got == wrong), f"{said}. {message}")
-        raise Wrong(
-            f"{said}, and it should be {right}. The gain of d is start - loss, the"
-            " whole gain start - full."
-        )
+    losses: dict
+    right: int | None
+    mistakes: dict  # {message: the wrong d}
+    start: float = 4.0
+    full: float = 1.0  # 90 % of the gain: a loss of 1.3 or less
 
-    start, full = 4.0, 1.0  # 90 % of the gain: a loss of 1.3 or less
-    ask(
+
+BAR = "The bar is 90 % of the whole gain, 0.9 · (start - full)"
+D90_CASES = [
+    Tried(
         {1024: 1.02, 8: 3.0, 128: 1.25, 512: 1.05, 32: 1.6, 4096: 1.01},
-        start,
-        full,
         128,
         {
             "You take the first in the order of the dictionary, which need not be"
@@ -265,93 +265,92 @@ def d90(function) -> None:
             "You give the loss: give the dimension.": 1.25,
             "The threshold lies at 10 % of the gain: it is 90 %.": 8,
             "One of them does reach 90 %. Is there a `return`? And is the whole gain"
-            " start - full, not start?": (None),
+            " start - full, not start?": None,
         },
-    )
-    ask(
+    ),
+    Tried(
         {8: 2.0, 32: 1.01, 128: 1.4, 512: 1.0},
-        start,
-        full,
         32,
         {
             "Curves are noisy: d = 32 reached it, though 128 did not. The smallest"
-            " that does is wanted.": (512)
+            " that does is wanted.": 512
         },
-    )
-    ask(
+    ),
+    Tried(
         {8: 3.9, 32: 3.5, 128: 2.0},
-        start,
-        full,
         None,
         {"None of them reaches 90 % of the gain: give None, not the largest.": 128},
-    )
-    ask(  # the sums are exact: d = 4 has 9 of 10
+    ),
+    Tried(  # the sums are exact: d = 4 has 9 of 10
         {2: 2.0, 4: 1.0, 16: 0.5},
-        10.0,
-        0.0,
         4,
         {"Exactly 90 % is enough: the smallest d with *at least* 90 %.": 16},
-    )
-    share = "The bar is 90 % of the whole gain, 0.9 · (start - full)"
-    ask(  # the bar lies at 1.3; 0.9 · start - full and full + 0.1 · start are at 1.4
-        {8: 1.35, 64: 1.2},
-        start,
-        full,
-        64,
-        {f"{share}: full is multiplied by 0.9 as well.": 8},
-    )
-    ask(  # the bar lies at 3.1, and 0.9 · start at 3.6
+        start=10.0,
+        full=0.0,
+    ),
+    Tried(  # the bar lies at 1.3; 0.9 · start - full and full + 0.1 · start are at 1.4
+        {8: 1.35, 64: 1.2}, 64, {f"{BAR}: full is multiplied by 0.9 as well.": 8}
+    ),
+    Tried(  # the bar lies at 3.1, and 0.9 · start at 3.6
         {8: 3.4, 64: 3.05},
-        4.0,
-        3.0,
         64,
-        {f"{share}, and not a share of the loss itself.": 8},
-    )
-    ask(  # 1.32 is 89.3 % of the gain
+        {f"{BAR}, and not a share of the loss itself.": 8},
+        start=4.0,
+        full=3.0,
+    ),
+    Tried(  # 1.32 is 89.3 % of the gain
         {16: 1.32, 64: 1.29},
-        start,
-        full,
         64,
         {"89 % are not enough, and nothing is rounded: at least 90 %.": 16},
-    )
-    ask(  # 1.306 is 89.8 % of the gain
+    ),
+    Tried(  # 1.306 is 89.8 % of the gain
         {16: 1.306, 64: 1.29},
-        start,
-        full,
         64,
         {"89.8 % are not enough, and nothing is rounded: at least 90 %.": 16},
-    )
-    ask(  # the second's loss is 110 % of the gain
+    ),
+    Tried(  # the second's loss is 110 % of the gain
         {4: 2.0, 16: 0.5, 64: 1.2},
-        start,
-        full,
         16,
         {
             "A loss far below full's counts too: it is more than the whole gain, and"
             " the gain is counted to `full`, not to the best that was tried.": 64
         },
-    )
-    ask(
+    ),
+    Tried(
         {8: 1.25, 64: 0.0},
-        start,
-        full,
         8,
         {"The gain is counted from start to `full`, not to the best d's loss.": 64},
-    )
-    ask(
+    ),
+    Tried(
         {8: 8.0, 64: 1.2},
-        start,
-        full,
         64,
         {"At d = 8 the loss has risen: that is no gain, so do not take abs().": 8},
-    )
-    ask(
+    ),
+    Tried(
         {4: 1.5, 16: 0.9},
-        2.0,
-        1.0,
         16,
         {"A loss below full's counts too: it is more than the whole gain.": None},
-    )
+        start=2.0,
+        full=1.0,
+    ),
+]
+
+
+@checks("You count gain, from where training starts to where full fine-tuning ends.")
+def d90(function) -> None:
+    """function({d: loss}, start, full) -> the smallest d with 90 % of full
+    fine-tuning's gain, or None."""
+    for losses, right, mistakes, start, full in D90_CASES:
+        got = function(dict(losses), start, full)
+        if got == right and not isinstance(got, bool):
+            continue
+        said = f"From losses {losses}, start {start}, full {full} you get {got!r}"
+        for message, wrong in mistakes.items():
+            need(not (wrong != right and got == wrong), f"{said}. {message}")
+        raise Wrong(
+            f"{said}, and it should be {right}. The gain of d is start - loss, the"
+            " whole gain start - full."
+        )
 
 
 # --------------------------------------------------------------------- predict_subspace

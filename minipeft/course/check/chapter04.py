@@ -153,54 +153,12 @@ def lora_layer(layer_class) -> None:
         weight, bias = original.weight.detach(), original.bias.detach()
         base = x @ weight.T + bias
         need(same(layer(x), base), at_start(layer(x), base, bias))
-        with torch.no_grad():
-            A.copy_(torch.randn(A.shape))
-            B.copy_(torch.randn(B.shape))
         x.requires_grad_()
-        base = x @ weight.T + bias
-        update = x @ A.T @ B.T
-        layer.eval()
-        mistakes = {
-            message: base + wrong
-            for message, wrong in wrong_scales(update, alpha, r).items()
-        }
-        mistakes |= {
-            "Your layer gives the update alone: the output of the base is missing.": (
-                alpha / r * update
-            ),
-            "Your layer gives the base's output alone: the update never reaches it.": (
-                base
-            ),
-            "The bias is added twice: the base's output holds it already, and LoRA"
-            " has none.": base + alpha / r * update + bias,
-            "The base's output is scaled too: alpha / r belongs to the update alone.": (
-                alpha / r * (base + update)
-            ),
-        }
-        compare(
-            layer(x),
-            base + alpha / r * update,
-            mistakes,
-            "Your output",
-            {"A": A, "B": B, "x": x},
-            formula=Formula(scaled_of, x, A, B, alpha, r, after=base.detach().add),
-        )
-        with torch.no_grad():
-            need(
-                same(layer(x), base + alpha / r * update),
-                "Under torch.no_grad(), as in generation, your layer gives another"
-                " output.",
-            )
+        check_output(layer, A, B, x, original, alpha, r)
         copy_stands_alone(layer, lambda module: module(x))
         check_dropout(layer_class, alpha)
         check_rate(layer_class, alpha)
-        layer.train()
-        layer(x).square().sum().backward()
-        need(
-            A.grad is not None and B.grad is not None,
-            "After backward() A or B has no gradient: something detaches them in"
-            " forward.",
-        )
+        check_training(layer, A, B, x)
         need(
             same(linear.weight, weight) and same(linear.bias, bias),
             "The base's weight has changed: LoRA never touches it.",
@@ -334,6 +292,55 @@ def at_start(got, base, bias) -> str:
     return (
         "Before training, B is zero, so your layer must give exactly what the base"
         " gives; it does not."
+    )
+
+
+def check_output(layer, A, B, x, original, alpha, r) -> None:
+    """The output and its gradients, with random numbers in A and B."""
+    weight, bias = original.weight.detach(), original.bias.detach()
+    with torch.no_grad():
+        A.copy_(torch.randn(A.shape))
+        B.copy_(torch.randn(B.shape))
+    base, update = x @ weight.T + bias, x @ A.T @ B.T
+    right = base + alpha / r * update
+    layer.eval()
+    compare(
+        layer(x),
+        right,
+        output_slips(base, update, bias, alpha, r),
+        "Your output",
+        {"A": A, "B": B, "x": x},
+        formula=Formula(scaled_of, x, A, B, alpha, r, after=base.detach().add),
+    )
+    with torch.no_grad():
+        need(
+            same(layer(x), right),
+            "Under torch.no_grad(), as in generation, your layer gives another output.",
+        )
+
+
+def output_slips(base, update, bias, alpha, r) -> dict:
+    """{message: the wrong output}; update: B A x, without its scale."""
+    wrong = wrong_scales(update, alpha, r)
+    return {message: base + other for message, other in wrong.items()} | {
+        "Your layer gives the update alone: the output of the base is missing.": (
+            alpha / r * update
+        ),
+        "Your layer gives the base's output alone: the update never reaches it.": base,
+        "The bias is added twice: the base's output holds it already, and LoRA"
+        " has none.": base + alpha / r * update + bias,
+        "The base's output is scaled too: alpha / r belongs to the update alone.": (
+            alpha / r * (base + update)
+        ),
+    }
+
+
+def check_training(layer, A, B, x) -> None:
+    layer.train()
+    layer(x).square().sum().backward()
+    need(
+        A.grad is not None and B.grad is not None,
+        "After backward() A or B has no gradient: something detaches them in forward.",
     )
 
 
@@ -750,64 +757,15 @@ def rank_slips(runs, budget, metric) -> dict:
     """{message: what people choose instead}"""
     best = "lowest" if metric == "loss" else "highest"
     small = [run for run in runs if run["parameters"] <= budget]
-
-    def by_test(runs, r):
-        return rate_of(runs, r, "test_loss")
-
-    def single(key):
-        run = min(small, key=lambda run: run[key])
-        return run["r"], run["lr"]
-
-    def never(a, b):
-        return a == b
-
-    def always(a, b):
-        return True
-
-    def apart(a, b):
-        found = told_apart(list(a.values()), list(b.values()), paired=False, loss=True)
-        return found.verdict != "behind"
-
-    def in_file_order(a, b):
-        return not_behind(list(a.values()), list(b.values()))
-
-    def looked(join):
-        """What is chosen by another look at the seeds than the mean."""
-
-        def rate(runs, r):
-            return rate_of(runs, r, join=join)
-
-        each = {}
-        for run in small:
-            each.setdefault((run["r"], run["lr"]), []).append(run["valid_loss"])
-        lowest = min(each, key=lambda key: join(each[key]))
-        return [
-            rank_by_rule(runs, budget, rate),
-            rank_by_rule(runs, budget, rate, never),
-            lowest,
-        ]
-
-    def largest(runs, r):
-        return rate_of(runs, r, join=lambda losses: -sum(losses))
-
-    top = max(run["r"] for run in small)
     return {
         f"You choose by the test {metric}: then nothing is left that would judge the"
-        f" choice. The validation {metric} chooses.": [
-            rank_by_rule(runs, budget, by_test),
-            rank_by_rule(runs, budget, by_test, key="test_loss"),
-            rank_by_rule(runs, budget, by_test, never, "test_loss"),
-            rank_by_rule(runs, budget, key="test_loss"),
-            rank_by_rule(runs, budget, key="test_loss", top="valid_loss"),
-            rank_by_rule(runs, budget, top="test_loss"),
-            single("test_loss"),
-        ],
+        f" choice. The validation {metric} chooses.": chosen_by_test(runs, budget),
         f"That is the rank with the {best} mean. A smaller one is not told apart from"
         " it by `compare`: take the smallest that is not behind.": [
             rank_by_rule(runs, budget, alike=never)
         ],
         f"You take the rate with the {best} {metric} of any seed: one lucky seed is no"
-        " reason. Take the mean over the seeds.": looked(min),
+        " reason. Take the mean over the seeds.": looked(runs, budget, min),
         f"The best rank is that with the {best} mean; you take the {best} {metric} of"
         " any seed.": rank_by_rule(runs, budget, join=min),
         "A rank that trains exactly as many parameters as the budget is within it.": (
@@ -815,7 +773,7 @@ def rank_slips(runs, budget, metric) -> dict:
         ),
         "The same seed of both sides belongs together, and the runs stand in no order:"
         " you compare other seeds with each other.": [
-            rank_by_rule(runs, budget, alike=apart),
+            rank_by_rule(runs, budget, alike=unpaired),
             rank_by_rule(runs, budget, alike=in_file_order),
         ],
         "You compare each rank with the next one: each is compared with the best.": (
@@ -824,10 +782,12 @@ def rank_slips(runs, budget, metric) -> dict:
         "You stop at the first rank that is behind: a smaller one may not be.": (
             rank_by_steps(runs, budget, neighbour=False)
         ),
-        "You take the median over the seeds: take the mean.": looked(statistics.median),
+        "You take the median over the seeds: take the mean.": looked(
+            runs, budget, statistics.median
+        ),
         f"You take the rate with the worst {metric}: the {best} is the best.": [
-            rank_by_rule(runs, budget, largest),
-            rank_by_rule(runs, budget, largest, always),
+            rank_by_rule(runs, budget, worst_rate),
+            rank_by_rule(runs, budget, worst_rate, always),
         ],
         "You take the smallest rank of all, though it may be behind the best. If you"
         " ask `compare`, you ask the wrong way round: for losses lower is better, and"
@@ -838,11 +798,80 @@ def rank_slips(runs, budget, metric) -> dict:
             rank_by_rule(runs, budget, pick=max)
         ),
         "You take the largest rank within the budget: take the smallest that is not"
-        " behind the best.": (top, rate_of(runs, top)),
+        " behind the best.": largest_rank(runs, budget),
         "You take the first run of the list: the runs stand in no order.": [
             (run["r"], run["lr"]) for run in (runs[0], small[0])
         ],
     }
+
+
+# What stands in the place of `not_behind`.
+
+
+def never(a, b) -> bool:
+    return a == b
+
+
+def always(a, b) -> bool:
+    return True
+
+
+def unpaired(a, b) -> bool:
+    found = told_apart(list(a.values()), list(b.values()), paired=False, loss=True)
+    return found.verdict != "behind"
+
+
+def in_file_order(a, b) -> bool:
+    return not_behind(list(a.values()), list(b.values()))
+
+
+# What people choose instead, in several forms.
+
+
+def worst_rate(runs, r):
+    return rate_of(runs, r, join=lambda losses: -sum(losses))
+
+
+def largest_rank(runs, budget) -> tuple:
+    r = max(run["r"] for run in runs if run["parameters"] <= budget)
+    return r, rate_of(runs, r)
+
+
+def chosen_by_test(runs, budget) -> list:
+    """What is chosen where test losses have a say in the rate, the best, or both."""
+
+    def by_test(runs, r):
+        return rate_of(runs, r, "test_loss")
+
+    small = [run for run in runs if run["parameters"] <= budget]
+    lowest = min(small, key=lambda run: run["test_loss"])
+    return [
+        rank_by_rule(runs, budget, by_test),
+        rank_by_rule(runs, budget, by_test, key="test_loss"),
+        rank_by_rule(runs, budget, by_test, never, "test_loss"),
+        rank_by_rule(runs, budget, key="test_loss"),
+        rank_by_rule(runs, budget, key="test_loss", top="valid_loss"),
+        rank_by_rule(runs, budget, top="test_loss"),
+        (lowest["r"], lowest["lr"]),
+    ]
+
+
+def looked(runs, budget, join) -> list:
+    """What is chosen by another look at the seeds than the mean."""
+
+    def rate(runs, r):
+        return rate_of(runs, r, join=join)
+
+    each = {}
+    for run in runs:
+        if run["parameters"] <= budget:
+            each.setdefault((run["r"], run["lr"]), []).append(run["valid_loss"])
+    lowest = min(each, key=lambda key: join(each[key]))
+    return [
+        rank_by_rule(runs, budget, rate),
+        rank_by_rule(runs, budget, rate, never),
+        lowest,
+    ]
 
 
 # ---- LoRA as a method of one's own ---------------------------------------------------
@@ -915,8 +944,7 @@ def look_at_layer(slot, r, alpha):
     lies_on_its_side(adapter, slot)
     update_fits(slot, x)
     start = slot(x)
-    twice = "update holds the base's output too: LinearDelta adds it."
-    need(not same(start, 2 * y), twice)
+    need(not same(start, 2 * y), TWICE)
     need(same(start, y), at_start(start, y, slot.base_layer.bias))
     with torch.no_grad():
         A.copy_(torch.randn(A.shape))
@@ -926,27 +954,47 @@ def look_at_layer(slot, r, alpha):
         "Two calls with the same x give two outputs: is there a dropout? Here is none.",
     )
     low = x @ A.T @ B.T
-    wrong = {m: y + w for m, w in wrong_scales(low, alpha, r).items()}
-    wrong |= {
-        "Your alpha is 16, the default, whatever is asked for: self.alpha.": (
-            y + 16 / r * low
-        ),
-        "You divide by 8, the default rank, whatever is asked for: self.r.": (
-            y + alpha / 8 * low
-        ),
-    }
-    wrong |= {twice: 2 * y + alpha / r * low, "The update never reaches the output.": y}
-    right = y + alpha / r * low
     compare(
         slot(x),
-        right,
-        wrong,
+        y + alpha / r * low,
+        slot_slips(y, low, alpha, r),
         "The layer's output",
         {"A": A, "B": B, "x": x},
         formula=Formula(scaled_of, x, A, B, alpha, r, after=y.detach().add),
     )
     base = Base(slot, "default")
     copy_stands_alone(adapter, lambda one: one(base, x))
+    look_at_memory(slot, base, x)
+    delta, product = slot.adapters["default"].delta(base), B @ A
+    wrong = wrong_scales(product, alpha, r)
+    wrong["delta is the new weight itself: return what is added to it."] = (
+        slot.base_layer.weight + alpha / r * product
+    )
+    formula = Formula(scaled, A, B, alpha, r)
+    compare(delta, alpha / r * product, wrong, "delta(base)", formula=formula)
+
+
+TWICE = "update holds the base's output too: LinearDelta adds it."
+
+
+def slot_slips(y, low, alpha, r) -> dict:
+    """{message: the wrong output}; y: that of the base, low: B A x."""
+    wrong = {m: y + w for m, w in wrong_scales(low, alpha, r).items()}
+    return wrong | {
+        "Your alpha is 16, the default, whatever is asked for: self.alpha.": (
+            y + 16 / r * low
+        ),
+        "You divide by 8, the default rank, whatever is asked for: self.r.": (
+            y + alpha / 8 * low
+        ),
+        TWICE: 2 * y + alpha / r * low,
+        "The update never reaches the output.": y,
+    }
+
+
+def look_at_memory(slot, base, x) -> None:
+    """Nothing is kept from call to call, and no matrix of the weight's size is made."""
+    adapter = slot.adapters["default"]
     kept = len(held(adapter))
     for _ in range(3):
         slot(x.clone())
@@ -955,20 +1003,12 @@ def look_at_layer(slot, r, alpha):
         "Your adapter keeps tensors of each call: memory grows with every step.",
     )
     with torch.no_grad(), LargestTensor() as watched:
-        slot.adapters["default"].update(base, x)
+        adapter.update(base, x)
     need(
-        watched.entries < d_out * d_in,
+        watched.entries < slot.base_layer.weight.numel(),
         "On the way to the update a matrix of the weight's size is formed. Write"
         " `update(base, x)`: x meets A first, then B.",
     )
-    delta = slot.adapters["default"].delta(base)
-    product = B @ A
-    wrong = wrong_scales(product, alpha, r)
-    wrong["delta is the new weight itself: return what is added to it."] = (
-        slot.base_layer.weight + alpha / r * product
-    )
-    formula = Formula(scaled, A, B, alpha, r)
-    compare(delta, alpha / r * product, wrong, "delta(base)", formula=formula)
 
 
 def lies_on_its_side(adapter, slot):

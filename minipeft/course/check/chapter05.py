@@ -33,7 +33,7 @@ def near(a, b) -> bool:
 def same_run(function) -> None:
     """function(c, rate_A, rate_B, optimizer) -> (rate_A, rate_B) that undo alpha's
     being multiplied by c."""
-    for optimizer, power in (("adam", 1), ("sgd", 2)):
+    for optimizer in ("adam", "sgd"):
         for c in (2.5, 0.4, random.choice([2.0, 3.0, 5.0])):
             a, b = (random.uniform(0.001, 0.01), random.uniform(0.02, 0.1))
             got = function(c, a, b, optimizer)
@@ -45,54 +45,53 @@ def same_run(function) -> None:
                 and not any(isinstance(rate, str) for rate in got),
                 "Give me two numbers: return rate_A, rate_B.",
             )
-            got_a, got_b = (float(rate) for rate in got)
-            said = f"With {optimizer}: "
-            need(
-                not (near(got_a, b) or near(got_b, a)),
-                said + "the two rates are swapped: A's comes first.",
-            )
-            need(
-                not (near(got_a, a) and near(got_b, b)),
-                said
-                + "you changed nothing; but alpha is c times what it was, and so is"
-                " each step of B.",
-            )
-            need(
-                not (near(got_b, b * c**power) and near(got_a, a)),
-                said
-                + "upside down: alpha has grown, so B has to take smaller steps, not"
-                " larger ones.",
-            )
-            need(
-                not near(got_a, a / c),
-                said
-                + "you slow A down too. A's gradient contains s B, and that product is"
-                " to stay as it was: so A's rate stays.",
-            )
-            need(
-                near(got_a, a),
-                said
-                + f"A's rate has become {got_a / a:.2g} times what it was. The function"
-                " s B A x stays the same, and so does A's gradient: leave A's rate"
-                " alone.",
-            )
-            need(
-                not (optimizer == "sgd" and near(got_b, b / c)),
-                said
-                + "B / c needs its steps to be c times smaller, and its gradient has"
-                " become c times larger: plain gradient descent feels both.",
-            )
-            need(
-                not (optimizer == "adam" and near(got_b, b / c**2)),
-                said
-                + "you count the larger gradient, but Adam divides by its size: only"
-                " B's own scale is left.",
-            )
-            need(
-                near(got_b, b / c**power),
-                said + f"B's rate should be {c**-power:.3g} times what it was, for "
-                f"c = {c:g}; yours is {got_b / b:.3g} times.",
-            )
+            judge_rates(*(float(rate) for rate in got), c, a, b, optimizer)
+
+
+def judge_rates(got_a, got_b, c, a, b, optimizer) -> None:
+    """a, b: the rates before alpha was multiplied by c."""
+    said = f"With {optimizer}: "
+    power = 1 if optimizer == "adam" else 2
+    need(
+        not (near(got_a, b) or near(got_b, a)),
+        said + "the two rates are swapped: A's comes first.",
+    )
+    need(
+        not (near(got_a, a) and near(got_b, b)),
+        said + "you changed nothing; but alpha is c times what it was, and so is"
+        " each step of B.",
+    )
+    need(
+        not (near(got_b, b * c**power) and near(got_a, a)),
+        said + "upside down: alpha has grown, so B has to take smaller steps, not"
+        " larger ones.",
+    )
+    need(
+        not near(got_a, a / c),
+        said + "you slow A down too. A's gradient contains s B, and that product is"
+        " to stay as it was: so A's rate stays.",
+    )
+    need(
+        near(got_a, a),
+        said + f"A's rate has become {got_a / a:.2g} times what it was. The function"
+        " s B A x stays the same, and so does A's gradient: leave A's rate"
+        " alone.",
+    )
+    need(
+        not (optimizer == "sgd" and near(got_b, b / c)),
+        said + "B / c needs its steps to be c times smaller, and its gradient has"
+        " become c times larger: plain gradient descent feels both.",
+    )
+    need(
+        not (optimizer == "adam" and near(got_b, b / c**2)),
+        said + "you count the larger gradient, but Adam divides by its size: only"
+        " B's own scale is left.",
+    )
+    need(
+        near(got_b, b / c**power),
+        said + f"B's rate should be {c**-power:.3g} times what it was, for "
+        f"c = {c:g}; yours is {got_b / b:.3g} times.",
+    )
 
 
 @checks("The largest rank that the budget pays for, in every place.")
@@ -130,6 +129,34 @@ def rank_at_budget(function) -> None:
 
 
 def a_budget(function, shapes, layers, targets, budget, choices) -> None:
+    one = layers * sum(map(sum, (shapes[name] for name in targets)))
+    right = budget // one
+    mistakes = budget_slips(shapes, layers, targets, budget, right)
+    got = function(dict(shapes), layers, list(targets), budget)
+    need(
+        not isinstance(got, float) or got.is_integer(),
+        f"A rank is a whole number; yours is {got}. A part of a direction cannot be"
+        " bought.",
+    )
+    need(
+        isinstance(got, int | float),
+        f"The rank should be an int; yours is a {type(got).__name__}.",
+    )
+    said = (
+        f"For a budget of {budget:,} on {', '.join(targets)} ({layers} layers, together"
+        f" {one:,} numbers a rank) the rank is {right}; yours is {got}."
+    )
+    if not right:
+        said = (
+            f"A budget of {budget:,} does not pay for one rank, which costs {one:,}:"
+            f" the answer is 0, and yours is {got}."
+        )
+    choices.add(got, right, mistakes, said)
+
+
+def budget_slips(shapes, layers, targets, budget, right) -> dict:
+    """{message: the wrong rank}"""
+
     def costs(of, names=targets, layers=layers, rounded=math.floor):
         return rounded(budget / (layers * sum(of(*shapes[name]) for name in names)))
 
@@ -137,10 +164,9 @@ def a_budget(function, shapes, layers, targets, budget, choices) -> None:
         return d_out + d_in
 
     one = layers * sum(map(sum, (shapes[name] for name in targets)))
-    right = budget // one
     different = {shapes[name]: name for name in targets}.values()
     alike = [name for name in shapes if name.endswith(tuple(targets))]
-    mistakes = {
+    return {
         "One too many: you round, and the budget is exceeded. What is left over does"
         " not pay for another rank.": [
             costs(both, rounded=round),
@@ -175,26 +201,6 @@ def a_budget(function, shapes, layers, targets, budget, choices) -> None:
         "Where the budget does not pay for one rank the answer is 0: there is no least"
         " rank.": max(1, right),
     }
-    got = function(dict(shapes), layers, list(targets), budget)
-    need(
-        not isinstance(got, float) or got.is_integer(),
-        f"A rank is a whole number; yours is {got}. A part of a direction cannot be"
-        " bought.",
-    )
-    need(
-        isinstance(got, int | float),
-        f"The rank should be an int; yours is a {type(got).__name__}.",
-    )
-    said = (
-        f"For a budget of {budget:,} on {', '.join(targets)} ({layers} layers, together"
-        f" {one:,} numbers a rank) the rank is {right}; yours is {got}."
-    )
-    if not right:
-        said = (
-            f"A budget of {budget:,} does not pay for one rank, which costs {one:,}:"
-            f" the answer is 0, and yours is {got}."
-        )
-    choices.add(got, right, mistakes, said)
 
 
 # ---- predictions ---------------------------------------------------------------------
@@ -695,6 +701,55 @@ def switches_of(layer) -> dict:
     }
 
 
+def examined(function, layer, optimizer):
+    """What the learner's function says of a patient, whom it leaves as it was."""
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    switches = switches_of(layer)
+    said = function(layer, optimizer)
+    need(
+        all(
+            torch.equal(tensor, before[name])
+            for name, tensor in layer.state_dict().items()
+        ),
+        "Your examination changed the patient's weights: look, compute gradients if"
+        " you like, but do not step.",
+    )
+    changed = [
+        name for name, now in switches_of(layer).items() if now != switches[name]
+    ]
+    need(
+        not changed,
+        f"After your examination {', '.join(changed)} is not what it was. The"
+        " doctor only looks: put back what you change for a test.",
+    )
+    return said
+
+
+def spare_the_healthy(said, word, trained, other) -> None:
+    """What looks like a disease and is none. word: what the learner has for `said`."""
+    need(
+        trained
+        or said in ("healthy", "twice")
+        or (other, said) == ("small rate", "no rate"),
+        f"You called a healthy one {word!r}: its B is zero because it has not been"
+        " trained yet, and that is as it should be. Only with A zero too is it"
+        " dead.",
+    )
+    wrong, why = HEALTHY.get(other, ("", ""))
+    need(said != wrong, f"You called a healthy one {word!r}: {why}")
+    need(
+        said != "twice",
+        f"You called a healthy one {word!r}: being merged is no disease. Look"
+        " whether its output differs from layer.linear's, though the weight holds"
+        " the update already.",
+    )
+    need(
+        said != "disabled",
+        "You called a healthy one 'disabled': merged, it adds nothing any more, and"
+        " rightly so.",
+    )
+
+
 @checks("Every patient was found out, and the healthy ones were sent home.")
 def diagnose(function, dead="dead", twice="twice") -> None:
     """function(layer, optimizer) -> one of the words of FOUND; of two of them a variant
@@ -703,26 +758,7 @@ def diagnose(function, dead="dead", twice="twice") -> None:
     names = {word: name for name, word in words.items()}
     # every kind, in any order
     for disease, trained, other in random.sample(PATIENTS, len(PATIENTS)):
-        layer, optimizer = patient(disease, trained, other)
-        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-        switches = switches_of(layer)
-        said = function(layer, optimizer)
-        need(
-            all(
-                torch.equal(tensor, before[name])
-                for name, tensor in layer.state_dict().items()
-            ),
-            "Your examination changed the patient's weights: look, compute gradients if"
-            " you like, but do not step.",
-        )
-        changed = [
-            name for name, now in switches_of(layer).items() if now != switches[name]
-        ]
-        need(
-            not changed,
-            f"After your examination {', '.join(changed)} is not what it was. The"
-            " doctor only looks: put back what you change for a test.",
-        )
+        said = examined(function, *patient(disease, trained, other))
         need(
             said is not None,
             "Your function said nothing of a patient that "
@@ -734,30 +770,8 @@ def diagnose(function, dead="dead", twice="twice") -> None:
             f"{said!r} is none of the words: {', '.join(names)}. (In small letters.)",
         )
         word, said = said, names[said]
-        need(
-            not (
-                disease == "healthy"
-                and not trained
-                and said not in ("healthy", "twice")
-                and (other, said) != ("small rate", "no rate")
-            ),
-            f"You called a healthy one {word!r}: its B is zero because it has not been"
-            " trained yet, and that is as it should be. Only with A zero too is it"
-            " dead.",
-        )
-        wrong, why = HEALTHY.get(other, ("", ""))
-        need(said != wrong, f"You called a healthy one {word!r}: {why}")
-        need(
-            not (disease == "healthy" and said == "twice"),
-            f"You called a healthy one {word!r}: being merged is no disease. Look"
-            " whether its output differs from layer.linear's, though the weight holds"
-            " the update already.",
-        )
-        need(
-            not (disease == "healthy" and said == "disabled"),
-            "You called a healthy one 'disabled': merged, it adds nothing any more, and"
-            " rightly so.",
-        )
+        if disease == "healthy":
+            spare_the_healthy(said, word, trained, other)
         need(
             said == disease,
             f"There was a patient that {FOUND[disease]}, and you said {word!r}."
