@@ -25,7 +25,7 @@ from .kinds import (
 from .practice import python_bytes
 from .sandbox import unwatched
 from .slips import Formula
-from .teacher import checks, compare, need, same
+from .teacher import Wrong, checks, compare, need, same
 
 __all__ = [
     "allocate",
@@ -46,107 +46,97 @@ def sensitivity_and_uncertainty(weights, gradients, beta1, beta2):
     return I * U
 
 
+def averages(
+    weights,
+    gradients,
+    betas,
+    size=lambda w, g: (w * g).abs(),
+    away=torch.abs,
+    early=False,
+    start=None,
+) -> tuple:
+    """Smoothed sensitivity and smoothed uncertainty. What comes after betas does a step
+    as a slip does it; early: the uncertainty compares with the average from before the
+    step; start: where the sensitivity's average starts."""
+    beta1, beta2 = betas
+    spread = torch.zeros_like(weights[0])
+    average = spread if start is None else start
+    for w, g in zip(weights, gradients):
+        now = size(w, g)
+        before, average = average, beta1 * average + (1 - beta1) * now
+        off = now - (before if early else average)
+        spread = beta2 * spread + (1 - beta2) * away(off)
+    return average, spread
+
+
+def slips_of_importance(weights, gradients, betas) -> dict:
+    average, spread = averages(weights, gradients, betas)
+    products = [w * g for w, g in zip(weights, gradients)]
+    sizes = torch.stack(products).abs()
+    mean = sizes.mean(0)
+
+    def score(weights=weights, gradients=gradients, betas=betas, **slip):
+        average, spread = averages(weights, gradients, betas, **slip)
+        return average * spread
+
+    return {
+        "The uncertainty is missing: the score is the product of the two averages.": (
+            average
+        ),
+        "That is the uncertainty alone: the sensitivity is missing.": spread,
+        "You add the two: the score is their product.": average + spread,
+        "You use the last step alone: smooth over all of them.": sizes[-1],
+        "The uncertainty compares with the average from before this step; it should be"
+        " the one after.": score(early=True),
+        "Sensitivity is |w · g|: without the absolute value pluses and minuses"
+        " cancel.": score(size=torch.mul),
+        "That is the size of the gradient: sensitivity is |w · gradient|.": score(
+            size=lambda w, g: g.abs()
+        ),
+        "β₁ smooths both: the uncertainty has β₂.": score(betas=(betas[0], betas[0])),
+        "β₂ smooths both: the sensitivity has β₁.": score(betas=(betas[1], betas[1])),
+        "You leave the first step out.": score(weights[1:], gradients[1:]),
+        "You square w · g: sensitivity is its absolute value.": score(
+            products, products
+        ),
+        "The two betas are swapped: β₁ smooths the sensitivity, β₂ the uncertainty.": (
+            score(betas=betas[::-1])
+        ),
+        "β and 1 - β are swapped: the old average has β.": score(
+            betas=(1 - betas[0], 1 - betas[1])
+        ),
+        "The uncertainty lacks its absolute value: deviations up and down cancel.": (
+            score(away=lambda off: off)
+        ),
+        "The uncertainty squares the deviation: it takes the absolute value.": score(
+            away=torch.square
+        ),
+        "Your average starts at the first sensitivity: both averages start at zero.": (
+            score(weights[1:], gradients[1:], start=sizes[0])
+        ),
+        "You take plain means over the steps: both are smoothed, with β₁ and β₂.": (
+            mean * (sizes - mean).abs().mean(0)
+        ),
+        "You add up the scores of all steps: only the one after the last step"
+        " counts.": sum(
+            score(weights[:t], gradients[:t]) for t in range(1, len(weights) + 1)
+        ),
+    }
+
+
 @checks("Smoothed sensitivity times smoothed uncertainty.")
 def importance(function) -> None:
     """function(weights, gradients, beta1, beta2) -> the score after the last step"""
-
-    def score(
-        weights,
-        gradients,
-        beta1,
-        beta2,
-        early=False,
-        signed=False,
-        gradient=False,
-        away=torch.abs,
-    ):
-        average = spread = torch.zeros_like(weights[0])
-        for w, g in zip(weights, gradients):
-            now = g.abs() if gradient else w * g if signed else (w * g).abs()
-            before, average = average, beta1 * average + (1 - beta1) * now
-            spread = beta2 * spread + (1 - beta2) * away(
-                now - (before if early else average)
-            )
-        return average, spread
-
-    def late_start(weights, gradients, beta1, beta2):
-        average, spread = (
-            (weights[0] * gradients[0]).abs(),
-            torch.zeros_like(weights[0]),
-        )
-        for w, g in zip(weights[1:], gradients[1:]):
-            now = (w * g).abs()
-            average = beta1 * average + (1 - beta1) * now
-            spread = beta2 * spread + (1 - beta2) * (now - average).abs()
-        return average, spread
-
     for _ in range(3):
         steps = random.randint(3, 6)
         weights = [torch.randn(3, 4, dtype=torch.float64) for _ in range(steps)]
         gradients = [torch.randn(3, 4, dtype=torch.float64) for _ in range(steps)]
         betas = random.choice([(0.85, 0.7), (0.6, 0.9)])
-        average, spread = score(weights, gradients, *betas)
-        last = (weights[-1] * gradients[-1]).abs()
-        products = [w * g for w, g in zip(weights, gradients)]
-
-        def times(pair):
-            return pair[0] * pair[1]
-
-        sizes = torch.stack([(w * g).abs() for w, g in zip(weights, gradients)])
-        mean = sizes.mean(0)
-        deviation = (sizes - mean).abs().mean(0)
+        average, spread = averages(weights, gradients, betas)
         compare(
             function(list(weights), list(gradients), *betas),
             average * spread,
-            {
-                "The uncertainty is missing: the score is the product of the two"
-                " averages.": average,
-                "That is the uncertainty alone: the sensitivity is missing.": spread,
-                "You add the two: the score is their product.": average + spread,
-                "You use the last step alone: smooth over all of them.": last,
-                "The uncertainty compares with the average from before this step; it"
-                " should be the one after.": times(
-                    score(weights, gradients, *betas, early=True)
-                ),
-                "Sensitivity is |w · g|: without the absolute value pluses and"
-                " minuses cancel.": times(
-                    score(weights, gradients, *betas, signed=True)
-                ),
-                "That is the size of the gradient: sensitivity is |w · gradient|.": (
-                    times(score(weights, gradients, *betas, gradient=True))
-                ),
-                "β₁ smooths both: the uncertainty has β₂.": times(
-                    score(weights, gradients, betas[0], betas[0])
-                ),
-                "β₂ smooths both: the sensitivity has β₁.": times(
-                    score(weights, gradients, betas[1], betas[1])
-                ),
-                "You leave the first step out.": times(
-                    score(weights[1:], gradients[1:], *betas)
-                ),
-                "You square w · g: sensitivity is its absolute value.": times(
-                    score(products, products, *betas)
-                ),
-                "The two betas are swapped: β₁ smooths the sensitivity, β₂ the"
-                " uncertainty.": times(score(weights, gradients, *betas[::-1])),
-                "β and 1 - β are swapped: the old average has β.": times(
-                    score(weights, gradients, 1 - betas[0], 1 - betas[1])
-                ),
-                "The uncertainty lacks its absolute value: deviations up and down"
-                " cancel.": times(score(weights, gradients, *betas, away=lambda x: x)),
-                "The uncertainty squares the deviation: it takes the absolute value.": (
-                    times(score(weights, gradients, *betas, away=torch.square))
-                ),
-                "Your average starts at the first sensitivity: both averages start at"
-                " zero.": times(late_start(weights, gradients, *betas)),
-                "You take plain means over the steps: both are smoothed, with β₁ and"
-                " β₂.": mean * deviation,
-                "You add up the scores of all steps: only the one after the last step"
-                " counts.": sum(
-                    times(score(weights[:t], gradients[:t], *betas))
-                    for t in range(1, steps + 1)
-                ),
-            },
+            slips_of_importance(weights, gradients, betas),
             "Your score",
             formula=Formula(sensitivity_and_uncertainty, weights, gradients, *betas),
         )
@@ -201,6 +191,83 @@ def check_close_scores(function) -> None:
     )
 
 
+def drawn_scores() -> dict:
+    """{name: scores}, small and all different, of four matrices in no order."""
+    sizes = [random.randint(3, 6) for _ in range(4)]
+    values = torch.randperm(sum(sizes)).double() + 1
+    scores = {
+        f"layer {i}": part * (10.0 if i == 0 else 1.0)
+        for i, part in zip((2, 0, 3, 1), values.split(sizes))
+    }
+    scores["layer 0"] += 0.5  # no two scores are equal
+    return {name: 1e-9 * score for name, score in scores.items()}
+
+
+def best_of_all(scores: dict, budget: int) -> dict:
+    """{name: [bool]}, True for the `budget` largest scores of all matrices."""
+    order = torch.cat(list(scores.values())).sort(descending=True).values
+    return {
+        name: (score >= order[budget - 1]).tolist() for name, score in scores.items()
+    }
+
+
+def booleans(got, scores) -> dict:
+    """What the learner keeps, {name: [bool]}, in the order of scores."""
+    need(
+        isinstance(got, dict) and set(got) == set(scores),
+        "Return a dictionary with the same names.",
+    )
+    single = [name for name, mask in got.items() if isinstance(mask, bool)]
+    need(
+        not single,
+        f"{single[:1]}: one boolean, where each triplet of the matrix has its own: give"
+        " a list.",
+    )
+    need(
+        all(one in (False, True) for mask in got.values() for one in mask),
+        "Booleans are expected, True for a triplet that is kept: you return other"
+        " numbers.",
+    )
+    kept = {name: [bool(one) for one in got[name]] for name in scores}
+    need(
+        all(len(kept[name]) == len(scores[name]) for name in scores),
+        "One boolean for each triplet is expected.",
+    )
+    return kept
+
+
+def name_the_slip(kept, scores, budget: int) -> None:
+    """Raise what is wrong with a choice of triplets that are not the best ones."""
+    right = best_of_all(scores, budget)
+    need(
+        kept != {name: [not one for one in mask] for name, mask in right.items()},
+        "The booleans are the wrong way round: True is for what is kept.",
+    )
+    lowest = best_of_all({name: -score for name, score in scores.items()}, budget)
+    need(kept != lowest, "You keep the triplets that matter least.")
+    need(
+        len({sum(mask) for mask in kept.values()}) > 1,
+        f"You keep {sum(kept['layer 0'])} in every matrix: the budget is for all of"
+        " them together.",
+    )
+    count = sum(map(sum, kept.values()))
+    need(
+        count != budget - 1,
+        "One too few: the threshold itself belongs to a triplet that is kept.",
+    )
+    need(count != budget + 1, "One too many: check whether you count from 0 or from 1.")
+    need(count == budget, f"You keep {count} triplets, and the budget is {budget}.")
+    shares = {name: score / score.sum() for name, score in scores.items()}
+    need(
+        kept != best_of_all(shares, budget),
+        "You divide each matrix's scores by their sum first: they are compared as they"
+        " are, over all matrices.",
+    )
+    raise Wrong(
+        "The number is right, but they are not the best ones of all matrices together."
+    )
+
+
 @checks(
     "The best triplets of all matrices together, and exactly as many as the budget"
     " allows, with ties and without."
@@ -208,82 +275,17 @@ def check_close_scores(function) -> None:
 def allocate(function) -> None:
     """function({name: scores}, budget) -> {name: [bool]}"""
     for _ in range(3):
-        sizes = [random.randint(3, 6) for _ in range(4)]
-        values = torch.randperm(sum(sizes)).double() + 1
-        scores = {
-            f"layer {i}": part * (10.0 if i == 0 else 1.0)
-            for i, part in zip((2, 0, 3, 1), values.split(sizes))
-        }
-        scores["layer 0"] += 0.5  # no two scores are equal
-        scores = {name: 1e-9 * score for name, score in scores.items()}
-        budget = sum(sizes) // 3
+        scores = drawn_scores()
+        total = sum(map(len, scores.values()))
+        budget = total // 3
         got = function({name: score.clone() for name, score in scores.items()}, budget)
-        need(
-            isinstance(got, dict) and set(got) == set(scores),
-            "Return a dictionary with the same names.",
-        )
-        single = [name for name, mask in got.items() if isinstance(mask, bool)]
-        need(
-            not single,
-            f"{single[:1]}: one boolean, where each triplet of the matrix has its own:"
-            " give a list.",
-        )
-        need(
-            all(one in (False, True) for mask in got.values() for one in mask),
-            "Booleans are expected, True for a triplet that is kept: you return other"
-            " numbers.",
-        )
-        kept = {name: [bool(one) for one in got[name]] for name in scores}
-        need(
-            all(len(kept[name]) == len(scores[name]) for name in scores),
-            "One boolean for each triplet is expected.",
-        )
-        order = torch.cat(list(scores.values())).sort(descending=True).values
-        right = {
-            name: (score >= order[budget - 1]).tolist()
-            for name, score in scores.items()
-        }
-        if kept == right:
-            for some in (0, 1, sum(sizes)):
-                check_budget(function, scores, some)
-            check_ties(function)
-            check_close_scores(function)
-            continue
-        count = sum(map(sum, kept.values()))
-        need(
-            kept != {name: [not one for one in mask] for name, mask in right.items()},
-            "The booleans are the wrong way round: True is for what is kept.",
-        )
-        lowest = {
-            name: (score <= order[-budget]).tolist() for name, score in scores.items()
-        }
-        need(kept != lowest, "You keep the triplets that matter least.")
-        need(
-            len({sum(mask) for mask in kept.values()}) > 1,
-            f"You keep {sum(kept['layer 0'])} in every matrix: the budget is for all of"
-            " them together.",
-        )
-        need(
-            count != budget - 1,
-            "One too few: the threshold itself belongs to a triplet that is kept.",
-        )
-        need(
-            count != budget + 1,
-            "One too many: check whether you count from 0 or from 1.",
-        )
-        need(count == budget, f"You keep {count} triplets, and the budget is {budget}.")
-        shares = {name: score / score.sum() for name, score in scores.items()}
-        bar = torch.cat(list(shares.values())).sort(descending=True).values[budget - 1]
-        need(
-            kept != {name: (share >= bar).tolist() for name, share in shares.items()},
-            "You divide each matrix's scores by their sum first: they are compared as"
-            " they are, over all matrices.",
-        )
-        need(
-            False,
-            "The number is right, but they are not the best ones of all matrices"
-            " together.",
-        )
+        kept = booleans(got, scores)
+        if kept != best_of_all(scores, budget):
+            name_the_slip(kept, scores, budget)
+        for some in (0, 1, total):
+            check_budget(function, scores, some)
+        check_ties(function)
+        check_close_scores(function)
 
 
 # ---- predictions ---------------------------------------------------------------------
@@ -699,58 +701,67 @@ def check_pruning(built, s, orders) -> None:
         spread(A[1:], B[:, 1:].T, E[1:])
     built.slot(built.x).square().sum().backward()  # as a step of training leaves it
     for keep in range(len(E), -1, -1):
-        before = E.detach().clone()
-        factors = A.detach().clone(), B.detach().clone()
-        long, wide = factors[0].norm(dim=1), factors[1].norm(dim=0)
-        adapter.prune(keep)
-        need(
-            adapter.E is E and adapter.A is A and adapter.B is B,
-            "prune makes new parameters: the optimizer still has the old ones, and"
-            " trains nothing any more. Write zeros into E in place.",
-        )
-        need(E.requires_grad, "After pruning E is frozen: a triplet may come back.")
-        need(
-            torch.equal(A, factors[0]) and torch.equal(B, factors[1]),
-            "prune changes A or B: a triplet whose E_i is zero keeps its row and its"
-            " column, and may come back.",
-        )
-        kept = set((E.detach() != 0).nonzero().flatten().tolist())
-        need(
-            len(kept) == keep, f"prune({keep}) leaves {len(kept)} of {len(E)} triplets."
-        )
-        sizes = {
-            "You rank by |E|. Without orthonormal factors that is not the size of a"
-            " triplet: ‖B_i‖ and ‖A_i‖ belong to it (section 2.1).": before.abs(),
-            "You rank by E with its sign.": before,
-            "You rank by E with its sign, times the two norms: a size has none.": (
-                before * long * wide
-            ),
-            "‖B_i‖ is missing from the size by which you rank.": before.abs() * long,
-            "‖A_i‖ is missing from the size by which you rank.": before.abs() * wide,
-            "E_i is missing from the size by which you rank.": long * wide,
-            "You keep the smallest: the largest stay.": -before.abs() * long * wide,
-        }
-        orders.add(
-            kept,
-            first_of(before.abs() * long * wide, keep),
-            {message: first_of(size, keep) for message, size in sizes.items()},
-            "prune keeps other triplets than the largest, by |E_i| ‖B_i‖ ‖A_i‖.",
-        )
-        need(
-            torch.equal(E.detach()[sorted(kept)], before[sorted(kept)]),
-            "prune changes the E of triplets that stay.",
-        )
-        need(
-            same(built.delta(), s * (B * E @ A).detach()),
-            "After pruning the update has another scale: α/r stays what it was, as the"
-            " triplets that are left were trained with it.",
-        )
+        one_pruning(built, (A, B, E), s, keep, orders)
     E.grad = None
     built.slot(built.x).square().sum().backward()
     need(
         E.grad is not None and bool((E.grad != 0).all()),
         "After pruning some E_i get no gradient any more (a mask or a hook?): a triplet"
         " may come back.",
+    )
+
+
+def one_pruning(built, parts, s, keep: int, orders) -> None:
+    """prune(keep) changes E alone, in place; parts: the parameters A, B and E."""
+    (A, B, E), adapter = parts, built.adapter
+    before = E.detach().clone()
+    factors = A.detach().clone(), B.detach().clone()
+    adapter.prune(keep)
+    need(
+        adapter.E is E and adapter.A is A and adapter.B is B,
+        "prune makes new parameters: the optimizer still has the old ones, and trains"
+        " nothing any more. Write zeros into E in place.",
+    )
+    need(E.requires_grad, "After pruning E is frozen: a triplet may come back.")
+    need(
+        torch.equal(A, factors[0]) and torch.equal(B, factors[1]),
+        "prune changes A or B: a triplet whose E_i is zero keeps its row and its"
+        " column, and may come back.",
+    )
+    kept = set((E.detach() != 0).nonzero().flatten().tolist())
+    need(len(kept) == keep, f"prune({keep}) leaves {len(kept)} of {len(E)} triplets.")
+    add_order(orders, kept, before, *factors)
+    need(
+        torch.equal(E.detach()[sorted(kept)], before[sorted(kept)]),
+        "prune changes the E of triplets that stay.",
+    )
+    need(
+        same(built.delta(), s * (B * E @ A).detach()),
+        "After pruning the update has another scale: α/r stays what it was, as the"
+        " triplets that are left were trained with it.",
+    )
+
+
+def add_order(orders, kept: set, E, A, B) -> None:
+    """Note which triplets are kept; E, A and B: what they were before the pruning."""
+    long, wide = A.norm(dim=1), B.norm(dim=0)
+    sizes = {
+        "You rank by |E|. Without orthonormal factors that is not the size of a"
+        " triplet: ‖B_i‖ and ‖A_i‖ belong to it (section 2.1).": E.abs(),
+        "You rank by E with its sign.": E,
+        "You rank by E with its sign, times the two norms: a size has none.": (
+            E * long * wide
+        ),
+        "‖B_i‖ is missing from the size by which you rank.": E.abs() * long,
+        "‖A_i‖ is missing from the size by which you rank.": E.abs() * wide,
+        "E_i is missing from the size by which you rank.": long * wide,
+        "You keep the smallest: the largest stay.": -E.abs() * long * wide,
+    }
+    orders.add(
+        kept,
+        first_of(E.abs() * long * wide, len(kept)),
+        {message: first_of(size, len(kept)) for message, size in sizes.items()},
+        "prune keeps other triplets than the largest, by |E_i| ‖B_i‖ ‖A_i‖.",
     )
 
 

@@ -24,7 +24,7 @@ from .kinds import (
 from .practice import copy_stands_alone, python_bytes, without_seeding
 from .sandbox import unwatched
 from .slips import Formula
-from .teacher import TOLERANCE, checks, compare, need
+from .teacher import TOLERANCE, Wrong, checks, compare, need
 
 __all__ = [
     "choose_within",
@@ -83,6 +83,79 @@ def lokr_apply(function) -> None:
         )
 
 
+def drawn_target(kind: str, p, m, q, n):
+    """A Kronecker product, with noise or without, or a target in which a slip shows."""
+    exact = torch.kron(double(p, m), double(q, n))
+    T = exact + random.choice([0.0, 0.8]) * double(p * q, m * n)
+    if kind == "first block of zeros":
+        T[:q, :n] = 0
+    if kind == "close":  # two products that are nearly as large as each other
+        T = two_products(p, m, q, n, 0.9)
+    return T
+
+
+def two_products(p, m, q, n, second):
+    """A sum of two Kronecker products at right angles; the second has this size, the
+    first has size 1."""
+    U, V = (torch.linalg.qr(double(rows, 2))[0] for rows in (p * m, q * n))
+    laid_out = U @ torch.diag(torch.tensor([1.0, second]).double()) @ V.T
+    return laid_out.view(p, m, q, n).transpose(1, 2).reshape(p * q, m * n)
+
+
+def outer_product(got, p, m, q, n):
+    """The learner's C and D as the matrix of rank 1 that has a row for each block."""
+    need(isinstance(got, tuple | list) and len(got) == 2, "Return the pair (C, D).")
+    C, D = (torch.as_tensor(part).detach().double() for part in got)
+    need(
+        (C.shape, D.shape) != ((q, n), (p, m)),
+        "The two are swapped: first C, one number for each block, then D, the block.",
+    )
+    need(
+        C.shape == (p, m),
+        f"C has the shape {tuple(C.shape)}, and should have (p, m) = {(p, m)}: one"
+        " number for each block.",
+    )
+    need(
+        D.shape == (q, n),
+        f"D has the shape {tuple(D.shape)}, and should have (q, n) = {(q, n)}: it is a"
+        " block.",
+    )
+    fit = torch.outer(C.flatten(), D.flatten())
+    need(
+        bool(fit.isfinite().all()),
+        "C or D contains nan or inf: what does your way do with a block of zeros?",
+    )
+    return fit
+
+
+def slips_of_the_nearest(U, S, V, as_it_lies) -> dict:
+    """U, S, V: of T with a row for each block; as_it_lies: T's numbers in their order,
+    in that shape."""
+
+    def pair(at, size):
+        return size * torch.outer(U[:, at], V[at])
+
+    others = torch.linalg.svd(as_it_lies)
+    return {
+        "The size is missing: the singular value belongs to C, or to D, or its root to"
+        " both.": pair(0, 1.0),
+        "The singular value is in both: once is enough, or its root in each.": pair(
+            0, S[0] ** 2
+        ),
+        "Only the root of the singular value is in: it is missing once more.": pair(
+            0, S[0].sqrt()
+        ),
+        "You take the smallest singular value; the nearest product has the largest.": (
+            pair(len(S) - 1, S[-1])
+        ),
+        "Your SVD is of T's numbers in the order in which they lie: each block has to"
+        " become one row first.": (
+            others[1][0] * torch.outer(others[0][:, 0], others[2][0])
+        ),
+        "Right up to its sign: the SVD's two vectors belong together.": -pair(0, S[0]),
+    }
+
+
 @checks(
     "As near as any Kronecker product of these sizes can come to the target.",
     "T is (p q, m n): p rows of blocks, m blocks in each, and a block is (q, n). C is"
@@ -92,80 +165,21 @@ def nearest_kron(function) -> None:
     """function(T, p, m, q, n) -> (C, D) with the smallest ||T - C ⊗ D||"""
     for kind in ("any", "any", "first block of zeros", "close", "any"):
         p, m, q, n = random.sample(range(3, 8), 4)
-        exact = torch.kron(double(p, m), double(q, n))
-        T = exact + random.choice([0.0, 0.8]) * double(p * q, m * n)
-        if kind == "first block of zeros":
-            T[:q, :n] = 0
-        if kind == "close":  # two products that are nearly as large as each other
-            T = two_products(p, m, q, n, 0.9)
-        got = function(T.clone(), p, m, q, n)
-        need(isinstance(got, tuple | list) and len(got) == 2, "Return the pair (C, D).")
-        C, D = (torch.as_tensor(part).detach().double() for part in got)
-        need(
-            (C.shape, D.shape) != ((q, n), (p, m)),
-            "The two are swapped: first C, one number for each block, then D, the"
-            " block.",
-        )
-        need(
-            C.shape == (p, m),
-            f"C has the shape {tuple(C.shape)}, and should have (p, m) = {(p, m)}: one"
-            " number for each block.",
-        )
-        need(
-            D.shape == (q, n),
-            f"D has the shape {tuple(D.shape)}, and should have (q, n) = {(q, n)}: it"
-            " is a block.",
-        )
+        T = drawn_target(kind, p, m, q, n)
+        fit = outer_product(function(T.clone(), p, m, q, n), p, m, q, n)
         laid_out = T.reshape(p, q, m, n).transpose(1, 2).reshape(p * m, q * n)
         U, S, V = torch.linalg.svd(laid_out)
-        fit = torch.outer(C.flatten(), D.flatten())
-        need(
-            bool(fit.isfinite().all()),
-            "C or D contains nan or inf: what does your way do with a block of zeros?",
-        )
         away, best = (laid_out - fit).norm(), S[1:].norm()
         if away <= best + TOLERANCE * S[0]:
             continue
-
-        def pair(at, size):
-            return size * torch.outer(U[:, at], V[at])
-
-        as_it_lies = torch.linalg.svd(T.reshape(p * m, q * n))
-        mistakes = {
-            "The size is missing: the singular value belongs to C, or to D, or its"
-            " root to both.": pair(0, 1.0),
-            "The singular value is in both: once is enough, or its root in each.": pair(
-                0, S[0] ** 2
-            ),
-            "Only the root of the singular value is in: it is missing once more.": pair(
-                0, S[0].sqrt()
-            ),
-            "You take the smallest singular value; the nearest product has the"
-            " largest.": pair(len(S) - 1, S[-1]),
-            "Your SVD is of T's numbers in the order in which they lie: each block has"
-            " to become one row first.": (
-                as_it_lies[1][0] * torch.outer(as_it_lies[0][:, 0], as_it_lies[2][0])
-            ),
-            "Right up to its sign: the SVD's two vectors belong together.": -pair(
-                0, S[0]
-            ),
-        }
-        for message, wrong in mistakes.items():
+        slips = slips_of_the_nearest(U, S, V, T.reshape(p * m, q * n))
+        for message, wrong in slips.items():
             need((fit - wrong).norm() > TOLERANCE * S[0], message)
-        need(
-            False,
+        raise Wrong(
             f"Not the nearest: ‖T − C ⊗ D‖ is {away:.3f}, and it can be {best:.3f}."
             " Each block of C ⊗ D is a number times D: with the blocks laid out as"
-            " rows you look for the nearest matrix of rank 1.",
+            " rows you look for the nearest matrix of rank 1."
         )
-
-
-def two_products(p, m, q, n, second):
-    """A sum of two Kronecker products at right angles; the second has this size, the
-    first has size 1."""
-    U, V = (torch.linalg.qr(double(rows, 2))[0] for rows in (p * m, q * n))
-    laid_out = U @ torch.diag(torch.tensor([1.0, second]).double()) @ V.T
-    return laid_out.view(p, m, q, n).transpose(1, 2).reshape(p * q, m * n)
 
 
 # ---- predictions ---------------------------------------------------------------------

@@ -39,87 +39,88 @@ def pack_nibbles(pack, unpack) -> None:
     """pack(codes) -> bytes, half as many, uint8; unpack(bytes) -> codes. codes: (n,)
     uint8 below 16, n even."""
     for _ in range(3):
-        codes = torch.randint(0, 16, (2 * random.randint(5, 9),), dtype=torch.uint8)
+        codes = drawn_codes(2 * random.randint(5, 9))
         codes[:2] = torch.tensor([15, 2])
-        packed = pack(codes.clone())
-        need(
-            isinstance(packed, torch.Tensor),
-            "pack should return a tensor: is there a `return`?",
-        )
-        need(
-            packed.dim() == 1,
-            f"Your bytes have the shape {tuple(packed.shape)}: one row of bytes is"
-            " wanted, (n / 2,).",
-        )
-        need(
-            len(packed) == len(codes) // 2,
-            f"{len(codes)} codes became {len(packed)} bytes; two go into each, so it"
-            f" should be {len(codes) // 2}.",
-        )
-        need(
-            packed.dtype == torch.uint8,
-            f"Your bytes are {packed.dtype}, not uint8: then nothing is saved. Keep the"
-            " dtype, or convert at the end.",
-        )
-        high, low = codes[::2], codes[1::2]
-        half = len(codes) // 2
-        need(
-            not torch.equal(packed, (low << 4) | high),
-            "The two halves of each byte are swapped: the *first* code belongs into "
-            "the high half, as in bitsandbytes.",
-        )
-        need(
-            not torch.equal(packed, (codes[:half] << 4) | codes[half:]),
-            "You pair the first half of the tensor with the second: "
-            "*neighbours* share a byte, codes[::2] and codes[1::2].",
-        )
-        need(
-            not torch.equal(packed, high + low),
-            "You add the two codes: then they cannot be told apart. Shift the first one"
-            " up by four bits (times 16).",
-        )
-        need(
-            not torch.equal(packed, (high << 4) & low),
-            "& keeps the bits that both have, and after the shift they have none in "
-            "common: use | or +.",
-        )
-        need(
-            torch.equal(packed, (high << 4) | low),
-            "Your bytes are not the codes side by side: for the codes 15, 2 the byte is"
-            " 15 · 16 + 2 = 242.",
-        )
-        codes = torch.randint(0, 16, (len(codes),), dtype=torch.uint8)
-        high, low = codes[::2], codes[1::2]
-        packed = (high << 4) | low
-        back = unpack(packed.clone())
-        need(
-            isinstance(back, torch.Tensor),
-            "unpack should return a tensor: is there a `return`?",
-        )
-        need(
-            not back.is_floating_point(),
-            f"unpack gives {back.dtype}: a codebook is looked up by whole numbers.",
-        )
-        need(
-            not torch.equal(back, torch.cat([high, low])),
-            "unpack puts all first codes before all second ones: they have to "
-            "alternate again (torch.stack along a new last axis, then flatten).",
-        )
-        need(
-            back.shape == codes.shape,
-            f"unpack gives the shape {tuple(back.shape)}, and should give back"
-            f" {tuple(codes.shape)}, two codes for each byte, flat.",
-        )
-        need(
-            not torch.equal(back[1::2].to(torch.uint8), packed),
-            "The second code still has the first one in its high half: "
-            "byte & 15 keeps the low half alone.",
-        )
-        need(
-            torch.equal(back.to(torch.uint8), codes),
-            "unpack(pack(codes)) is not codes. byte >> 4 is the first code, byte & 15"
-            " the second.",
-        )
+        check_packing(pack(codes.clone()), codes)
+        codes = drawn_codes(len(codes))
+        packed = (codes[::2] << 4) | codes[1::2]
+        check_unpacking(unpack(packed.clone()), packed, codes)
+
+
+def drawn_codes(n: int):
+    return torch.randint(0, 16, (n,), dtype=torch.uint8)
+
+
+def check_packing(packed, codes) -> None:
+    need(
+        isinstance(packed, torch.Tensor),
+        "pack should return a tensor: is there a `return`?",
+    )
+    need(
+        packed.dim() == 1,
+        f"Your bytes have the shape {tuple(packed.shape)}: one row of bytes is wanted,"
+        " (n / 2,).",
+    )
+    need(
+        len(packed) == len(codes) // 2,
+        f"{len(codes)} codes became {len(packed)} bytes; two go into each, so it should"
+        f" be {len(codes) // 2}.",
+    )
+    need(
+        packed.dtype == torch.uint8,
+        f"Your bytes are {packed.dtype}, not uint8: then nothing is saved. Keep the"
+        " dtype, or convert at the end.",
+    )
+    high, low = codes[::2], codes[1::2]
+    half = len(codes) // 2
+    slips = {
+        "The two halves of each byte are swapped: the *first* code belongs into the"
+        " high half, as in bitsandbytes.": (low << 4) | high,
+        "You pair the first half of the tensor with the second: *neighbours* share a"
+        " byte, codes[::2] and codes[1::2].": (codes[:half] << 4) | codes[half:],
+        "You add the two codes: then they cannot be told apart. Shift the first one up"
+        " by four bits (times 16).": high + low,
+        "& keeps the bits that both have, and after the shift they have none in"
+        " common: use | or +.": (high << 4) & low,
+    }
+    for message, wrong in slips.items():
+        need(not torch.equal(packed, wrong), message)
+    need(
+        torch.equal(packed, (high << 4) | low),
+        "Your bytes are not the codes side by side: for the codes 15, 2 the byte is"
+        " 15 · 16 + 2 = 242.",
+    )
+
+
+def check_unpacking(back, packed, codes) -> None:
+    need(
+        isinstance(back, torch.Tensor),
+        "unpack should return a tensor: is there a `return`?",
+    )
+    need(
+        not back.is_floating_point(),
+        f"unpack gives {back.dtype}: a codebook is looked up by whole numbers.",
+    )
+    need(
+        not torch.equal(back, torch.cat([codes[::2], codes[1::2]])),
+        "unpack puts all first codes before all second ones: they have to alternate"
+        " again (torch.stack along a new last axis, then flatten).",
+    )
+    need(
+        back.shape == codes.shape,
+        f"unpack gives the shape {tuple(back.shape)}, and should give back"
+        f" {tuple(codes.shape)}, two codes for each byte, flat.",
+    )
+    need(
+        not torch.equal(back[1::2].to(torch.uint8), packed),
+        "The second code still has the first one in its high half: byte & 15 keeps the"
+        " low half alone.",
+    )
+    need(
+        torch.equal(back.to(torch.uint8), codes),
+        "unpack(pack(codes)) is not codes. byte >> 4 is the first code, byte & 15 the"
+        " second.",
+    )
 
 
 # ---- 2. the codebook for any number of bits ------------------------------------------
@@ -145,6 +146,94 @@ def one_step_for_both(bits):
     return numbers / numbers.max()
 
 
+def scaled(numbers):
+    return torch.tensor(numbers, dtype=torch.float32) / max(numbers)
+
+
+def equally_far_apart(bits) -> list:
+    """From -1 to 1, and from -1 to 0 and from 0 to 1."""
+    n = 2**bits
+    whole = torch.linspace(-1, 1, n, dtype=torch.float32)
+    negative = torch.linspace(-1, 0, n // 2, dtype=torch.float32)
+    positive = torch.linspace(0, 1, n // 2 + 1, dtype=torch.float32)
+    return [whole, torch.cat([negative, positive[1:]])]
+
+
+def with_another_end(bits) -> list:
+    n = 2**bits
+    below_one = 1 / (2 * n), 1 / (2 * n - 2), 1 / (4 * n), 1 / n, 1 / (n + 1)
+    below_one += ((1 / n + 1 / (n - 1)) / 2,)
+    return [scaled(quantiles(bits, outermost=1 - end)) for end in below_one]
+
+
+def probabilities(bits):
+    """The sides and the zero, not put through the inverse of the distribution."""
+    half = 2 ** (bits - 1)
+    levels = [k / count for count in (half, half - 1) for k in range(1, count + 1)]
+    return scaled(sorted([*levels[:half], 0.0, *(-x for x in levels[half:])]))
+
+
+def other_recipes(bits) -> dict:
+    """{message: the codebooks of this slip's forms}"""
+    of_four = scaled(quantiles(bits, outermost=1 - (1 / 32 + 1 / 30) / 2))
+    return {
+        "Your numbers are equally far apart. Equally far apart should be their"
+        " *probabilities*: put them through the inverse of the normal distribution.": (
+            equally_far_apart(bits)
+        ),
+        "Your outermost probability is that of four bits, also where there are"
+        f" {bits}: it depends on the number of bins.": [of_four] if bits != 4 else [],
+        "Your outermost probability is another one: it is the mean of 1 - 1/(2·2^bits)"
+        " and 1 - 1/(2·(2^bits - 1)).": with_another_end(bits),
+        "You have the probabilities themselves, equally far apart: put them through the"
+        " inverse of the normal distribution.": [probabilities(bits)],
+    }
+
+
+def check_numbers(got, right, bits) -> None:
+    """Finite, in their order, as many as the bits tell apart, and zero among them."""
+    need(
+        bool(got.isfinite().all()),
+        "One of your numbers is infinite: the quantile of probability 1 is. That is"
+        " what the outermost probability, a little below 1, is for.",
+    )
+    need(
+        not same(got.flip(0), right),
+        "Your numbers are right, but they fall: sort them, the smallest first.",
+    )
+    need(
+        len(got) == len(right),
+        f"For {bits} bits you have {len(got)} numbers; {bits} bits tell 2^{bits} ="
+        f" {len(right)} apart. (Is the zero in twice, or not at all?)",
+    )
+    need(
+        bool((got == 0).any()),
+        "Zero is not among your numbers: then a weight that is zero does not stay zero."
+        " One of the two sides gives up a number for it.",
+    )
+
+
+def one_codebook(got, bits) -> None:
+    raw = torch.tensor(quantiles(bits), dtype=torch.float32)
+    right = raw / raw.max()
+    check_numbers(got, right, bits)
+    for message, forms in other_recipes(bits).items():
+        need(not any(same(got, wrong) for wrong in forms), message)
+    mistakes = {
+        "Your numbers are the quantiles, but they do not end at 1: divide by the"
+        " largest.": raw,
+        "Your two sides are swapped: NF4 has one number more on the *positive* side.": (
+            -right.flip(0)
+        ),
+        "Your numbers are divided by their spread: divide by the largest.": (
+            raw / raw.std()
+        ),
+        "Both sides have the same steps: the side with a number fewer has wider ones,"
+        " so that it, too, ends at the outermost probability.": one_step_for_both(bits),
+    }
+    compare(got, right, mistakes, "Your codebook")
+
+
 @checks(
     "Quantiles on either side, a zero, 1 at the end: for four bits these are NF4's"
     " sixteen numbers."
@@ -154,88 +243,7 @@ def normal_codebook(function) -> None:
     for bits in (4, 3, 2, 5, 8):
         got = function(bits)
         need(got is not None, "Your codebook is None: is there a `return` at the end?")
-        got = torch.as_tensor(got).float()
-        n, raw = 2**bits, torch.tensor(quantiles(bits), dtype=torch.float32)
-        right = raw / raw.max()
-        need(
-            bool(got.isfinite().all()),
-            "One of your numbers is infinite: the quantile of probability 1 is. That is"
-            " what the outermost probability, a little below 1, is for.",
-        )
-        need(
-            not same(got.flip(0), right),
-            "Your numbers are right, but they fall: sort them, the smallest first.",
-        )
-        need(
-            len(got) == n,
-            f"For {bits} bits you have {len(got)} numbers; {bits} bits tell 2^{bits} ="
-            f" {n} apart. (Is the zero in twice, or not at all?)",
-        )
-        need(
-            bool((got == 0).any()),
-            "Zero is not among your numbers: then a weight that is zero does not stay"
-            " zero. One of the two sides gives up a number for it.",
-        )
-        steps = torch.linspace(-1, 1, n, dtype=torch.float32)
-        half = torch.cat(
-            [
-                torch.linspace(-1, 0, n // 2, dtype=torch.float32),
-                torch.linspace(0, 1, n // 2 + 1, dtype=torch.float32)[1:],
-            ]
-        )
-        mistakes = {
-            "Your numbers are the quantiles, but they do not end at 1: divide by the"
-            " largest.": raw,
-            "Your two sides are swapped: NF4 has one number more on the *positive*"
-            " side.": -right.flip(0),
-            "Your numbers are divided by their spread: divide by the largest.": (
-                raw / raw.std()
-            ),
-            "Both sides have the same steps: the side with a number fewer has wider"
-            " ones, so that it, too, ends at the outermost probability.": (
-                one_step_for_both(bits)
-            ),
-        }
-        need(
-            not (same(got, steps) or same(got, half)),
-            "Your numbers are equally far apart. Equally far apart should be their "
-            "*probabilities*: put them through the inverse of the normal distribution.",
-        )
-
-        def scaled(numbers):
-            return torch.tensor(numbers, dtype=torch.float32) / max(numbers)
-
-        if bits != 4:
-            need(
-                not same(
-                    got, scaled(quantiles(bits, outermost=1 - (1 / 32 + 1 / 30) / 2))
-                ),
-                "Your outermost probability is that of four bits, also where there are"
-                f" {bits}: it depends on the number of bins.",
-            )
-        for end in (
-            1 - 1 / (2 * n),
-            1 - 1 / (2 * n - 2),
-            1 - 1 / (4 * n),
-            1 - 1 / n,
-            1 - 1 / (n + 1),
-            1 - (1 / n + 1 / (n - 1)) / 2,
-        ):
-            need(
-                not same(got, scaled(quantiles(bits, outermost=end))),
-                "Your outermost probability is another one: it is the mean of "
-                "1 - 1/(2·2^bits) and 1 - 1/(2·(2^bits - 1)).",
-            )
-        levels = [
-            k / count for count in (n // 2, n // 2 - 1) for k in range(1, count + 1)
-        ]
-        plain = [*levels[: n // 2], 0.0, *(-x for x in levels[n // 2 :])]
-        need(
-            not same(got, scaled(sorted(plain))),
-            "You have the probabilities themselves, equally far apart: put them through"
-            " the inverse of the normal distribution.",
-        )
-        compare(got, right, mistakes, "Your codebook")
+        one_codebook(torch.as_tensor(got).float(), bits)
     borrowed = package_calls(function, 4)
     need(
         not borrowed,

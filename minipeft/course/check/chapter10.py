@@ -334,7 +334,6 @@ class Tiny(nn.Module):
 def prepare_for_training(function) -> None:
     """function(model) -> the model. Changed in place or not, as you like."""
     model = Tiny()
-    bytes_before = model.packed.detach().clone()
     before = {name: t.detach().clone() for name, t in model.state_dict().items()}
     result = function(model)
     need(result is not None, "Return the model at the end.")
@@ -342,48 +341,7 @@ def prepare_for_training(function) -> None:
         isinstance(result, nn.Module),
         f"Return the model; yours is a {type(result).__name__}.",
     )
-    need(
-        result.packed.dtype == torch.uint8
-        and torch.equal(result.packed, bytes_before)
-        and result.scales.dtype == torch.uint8,
-        "The packed weight was cast too: its bytes are codes, not numbers. Cast only"
-        " what is float16 or bfloat16.",
-    )
-    loose = [name for name, p in result.named_parameters() if p.requires_grad]
-    need(
-        not loose,
-        f"Not everything is frozen: {', '.join(loose)} would be trained, and gets a"
-        " gradient and optimizer states.",
-    )
-    wide = [name for name, p in result.named_parameters() if p.dtype == torch.float64]
-    need(
-        not wide,
-        f"In 64 bits: {', '.join(wide)}. 32 are enough: float(), not double().",
-    )
-    short = [
-        name
-        for name, p in result.named_parameters()
-        if p.dtype in (torch.bfloat16, torch.float16)
-    ]
-    need(
-        not any("norm" in name for name in short),
-        "The norm is still in 16 bits: what is not quantised goes to 32.",
-    )
-    need(
-        not short,
-        f"Still in 16 bits: {', '.join(short)}. Norms, embeddings and the head all go"
-        " to 32.",
-    )
-    other = [
-        name
-        for name, t in result.state_dict().items()
-        if name in before and not torch.equal(t, before[name].to(t.dtype))
-    ]
-    need(
-        not other,
-        f"{', '.join(other)} has other numbers than before: cast once, with float(),"
-        " and not by way of the other kind of 16 bits.",
-    )
+    check_parameters(result, before)
     need(
         result.training,
         "Your function leaves the model in eval(): it comes in train(), for training.",
@@ -401,17 +359,68 @@ def prepare_for_training(function) -> None:
         " forward hook on get_input_embeddings() that calls"
         " output.requires_grad_(True).",
     )
-    ids, table = torch.arange(5), result.embed.weight
+    check_hook(result)
+
+
+def check_parameters(model, before: dict) -> None:
+    """Bytes as they were, all frozen, and the same numbers in 32 bits."""
     need(
-        result.eval().embed(ids).requires_grad,
+        model.packed.dtype == torch.uint8
+        and torch.equal(model.packed, before["packed"])
+        and model.scales.dtype == torch.uint8,
+        "The packed weight was cast too: its bytes are codes, not numbers. Cast only"
+        " what is float16 or bfloat16.",
+    )
+    loose = [name for name, p in model.named_parameters() if p.requires_grad]
+    need(
+        not loose,
+        f"Not everything is frozen: {', '.join(loose)} would be trained, and gets a"
+        " gradient and optimizer states.",
+    )
+    wide = [name for name, p in model.named_parameters() if p.dtype == torch.float64]
+    need(
+        not wide,
+        f"In 64 bits: {', '.join(wide)}. 32 are enough: float(), not double().",
+    )
+    short = [
+        name
+        for name, p in model.named_parameters()
+        if p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    need(
+        not any("norm" in name for name in short),
+        "The norm is still in 16 bits: what is not quantised goes to 32.",
+    )
+    need(
+        not short,
+        f"Still in 16 bits: {', '.join(short)}. Norms, embeddings and the head all go"
+        " to 32.",
+    )
+    other = [
+        name
+        for name, t in model.state_dict().items()
+        if name in before and not torch.equal(t, before[name].to(t.dtype))
+    ]
+    need(
+        not other,
+        f"{', '.join(other)} has other numbers than before: cast once, with float(),"
+        " and not by way of the other kind of 16 bits.",
+    )
+
+
+def check_hook(model) -> None:
+    """It works in eval() too, changes nothing, moves along, and detaches nothing."""
+    ids, table = torch.arange(5), model.embed.weight
+    need(
+        model.eval().embed(ids).requires_grad,
         "After .eval() the embedding's output requires no gradient any more.",
     )
     need(
-        torch.equal(result.embed(ids).detach(), table[ids]),
+        torch.equal(model.embed(ids).detach(), table[ids]),
         "Your hook changes what the embedding gives: it only has to require a"
         " gradient.",
     )
-    twin = copy.deepcopy(result)
+    twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.embed.weight += 1
     moved = twin.embed(ids)
@@ -421,7 +430,7 @@ def prepare_for_training(function) -> None:
         " is another function now. A forward hook moves along.",
     )
     table.requires_grad_(True)
-    result.embed(ids).sum().backward()
+    model.embed(ids).sum().backward()
     need(
         table.grad is not None,
         "The embedding's output is detached: what somebody trains in the embedding"
@@ -889,6 +898,55 @@ def lost_in_merging(W, delta, quantize):
     return (quantize(wanted) - wanted).norm() / delta.norm()
 
 
+def slips_of_merging(W, delta, quantize) -> dict:
+    wanted, stored = W + delta, quantize(W + delta)
+    error = (stored - wanted).norm()
+    by_rows = torch.stack([*map(quantize, wanted)])
+    return {
+        "You compare with the size of W: then any error looks small. What counts is how"
+        " much of the *adapter's change* is lost.": error / W.norm(),
+        "You compare with the size of the merged weight: then any error looks small."
+        " Divide by that of delta.": error / wanted.norm(),
+        "That is the error itself; divide it by the norm of delta.": error,
+        "You measure how far the weight has moved, not how far it is from where it"
+        " should be.": (stored - W).norm() / delta.norm(),
+        "You quantise delta alone. It is the sum that is stored.": (
+            (W + quantize(delta) - wanted).norm() / delta.norm()
+        ),
+        "That is the square: take norms, not their squares.": (
+            error**2 / delta.norm() ** 2
+        ),
+        "Your fraction is upside down: the error comes above, the adapter's change"
+        " below.": delta.norm() / error,
+        "You compare mean sizes of the entries. Take norms: large errors weigh more"
+        " than small ones.": (stored - wanted).abs().mean() / delta.abs().mean(),
+        "You compare the largest entries. Take norms: all entries count.": (
+            (stored - wanted).abs().max() / delta.abs().max()
+        ),
+        "Your error is never above 1: rounding may cost more than the adapter's whole"
+        " change.": (error / delta.norm()).clamp(max=1),
+        "You quantise each row by itself: hand the whole matrix to `quantize`.": (
+            (by_rows - wanted).norm() / delta.norm()
+        ),
+        "You give per cent: a share is asked for.": 100 * error / delta.norm(),
+        "You take the largest singular value: the Frobenius norm is asked for.": (
+            torch.linalg.matrix_norm(stored - wanted, 2)
+            / torch.linalg.matrix_norm(delta, 2)
+        ),
+        "You subtract the norms: take the norm of the difference.": (
+            (stored.norm() - wanted.norm()).abs() / delta.norm()
+        ),
+        "You take the mean over the rows: one norm is of the whole matrix.": (
+            (stored - wanted).norm(dim=1) / delta.norm(dim=1)
+        ).mean(),
+        "Nothing has been rounded: quantise the sum, then compare.": 0 * error,
+        "You quantise W again, without the adapter: W is what four bits can say, so"
+        " nothing happens. Add delta first.": (
+            (quantize(W) + delta - wanted).norm() / delta.norm()
+        ),
+    }
+
+
 @checks(
     "What rounding does to the merged weight, measured against what the adapter wanted:"
     " the number that matters."
@@ -909,63 +967,14 @@ def merge_error(function) -> None:
     for size in (0.2, 0.2, 0.02):  # of the last one rounding takes more than all
         W = quantize(torch.randn(9, 13, dtype=torch.float64))
         delta = size * torch.randn(9, 13, dtype=torch.float64)
-        wanted, stored = W + delta, quantize(W + delta)
-        error = (stored - wanted).norm()
-        mistakes = {
-            "You compare with the size of W: then any error looks small. What counts"
-            " is how much of the *adapter's change* is lost.": (error / W.norm()),
-            "You compare with the size of the merged weight: then any error looks"
-            " small. Divide by that of delta.": (error / wanted.norm()),
-            "That is the error itself; divide it by the norm of delta.": error,
-            "You measure how far the weight has moved, not how far it is from where"
-            " it should be.": ((stored - W).norm() / delta.norm()),
-            "You quantise delta alone. It is the sum that is stored.": (
-                (W + quantize(delta) - wanted).norm() / delta.norm()
-            ),
-            "That is the square: take norms, not their squares.": (
-                error**2 / delta.norm() ** 2
-            ),
-            "Your fraction is upside down: the error comes above, the adapter's"
-            " change below.": (delta.norm() / error),
-            "You compare mean sizes of the entries. Take norms: large errors weigh"
-            " more than small ones.": (
-                (stored - wanted).abs().mean() / delta.abs().mean()
-            ),
-            "You compare the largest entries. Take norms: all entries count.": (
-                (stored - wanted).abs().max() / delta.abs().max()
-            ),
-            "Your error is never above 1: rounding may cost more than the adapter's"
-            " whole change.": (error / delta.norm()).clamp(max=1),
-            "You quantise each row by itself: hand the whole matrix to `quantize`.": (
-                (torch.stack([*map(quantize, wanted)]) - wanted).norm() / delta.norm()
-            ),
-            "You give per cent: a share is asked for.": 100 * error / delta.norm(),
-            "You take the largest singular value: the Frobenius norm is asked for.": (
-                torch.linalg.matrix_norm(stored - wanted, 2)
-                / torch.linalg.matrix_norm(delta, 2)
-            ),
-            "You subtract the norms: take the norm of the difference.": (
-                (stored.norm() - wanted.norm()).abs() / delta.norm()
-            ),
-            "You take the mean over the rows: one norm is of the whole matrix.": (
-                (stored - wanted).norm(dim=1) / delta.norm(dim=1)
-            ).mean(),
-            "Nothing has been rounded: quantise the sum, then compare.": torch.zeros(
-                (), dtype=torch.float64
-            ),
-            "You quantise W again, without the adapter: W is what four bits can say,"
-            " so nothing happens. Add delta first.": (
-                (quantize(W) + delta - wanted).norm() / delta.norm()
-            ),
-        }
         got = function(W.clone(), delta.clone(), quantize)
         need(got is not None, "Your result is None: is there a `return` at the end?")
         if not isinstance(got, torch.Tensor) or got.numel() == 1:
             got = torch.as_tensor(got, dtype=torch.float64).reshape(())
         compare(
             got,
-            error / delta.norm(),
-            mistakes,
+            lost_in_merging(W, delta, quantize),
+            slips_of_merging(W, delta, quantize),
             "Your error",
             formula=Formula(lost_in_merging, W, delta, quantize),
         )

@@ -48,6 +48,56 @@ def bottleneck(h, W_down, b_down, W_up, b_up, act):
     return h + act(h @ W_down.T + b_down) @ W_up.T + b_up
 
 
+def slips_of_sequential(got, h, down, b_down, up, b_up, act) -> dict:
+    z = h @ down.T + b_down
+    a = act(z) @ up.T + b_up
+    normalised = F.layer_norm(h, h.shape[-1:])
+    square = len(down) == len(up)
+    others = [f for f in (torch.relu, torch.tanh, F.gelu, F.silu) if f is not act]
+    bent = [h + other(z) @ up.T + b_up for other in others]
+    return {
+        "The residual is forgotten: what the frozen part computed, h, must go on too."
+        " An adapter of zeros would now silence it.": a,
+        "The activation comes after the up-projection: it belongs in the middle,"
+        " between the two.": h + act(z @ up.T + b_up),
+        "There is no activation: two linear maps in a row are one linear map, of low"
+        " rank.": h + z @ up.T + b_up,
+        "The activation comes before the down-projection: it belongs after it.": (
+            h + (act(h) @ down.T + b_down) @ up.T + b_up
+        ),
+        "You apply the activation to the sum as well: the residual must pass"
+        " untouched.": act(h + a),
+        "Both biases are missing.": h + act(h @ down.T) @ up.T,
+        "b_down is missing.": h + act(h @ down.T) @ up.T + b_up,
+        "b_up is missing.": h + act(z) @ up.T,
+        "b_down is added after the activation: it belongs inside.": (
+            h + (act(h @ down.T) + b_down) @ up.T + b_up
+        ),
+        "You subtract the adapter: it is added.": h - a,
+        "h goes on twice.": 2 * h + a,
+        "The residual is forgotten, and the activation stands at the end: it belongs"
+        " between the two matrices.": act(z @ up.T + b_up),
+        "The activation stands around everything: it belongs between the two matrices"
+        " alone.": act(h + z @ up.T + b_up),
+        "A second activation follows W_up: there is one, in the middle.": h + act(a),
+        "You normalise h first: the adapter reads it as it is.": (
+            h + act(normalised @ down.T + b_down) @ up.T + b_up
+        ),
+        "W_down and W_up have changed places: their shapes fit that way round without a"
+        " .T, but W_down is (m, d), and down comes first: h @ W_down.T.": (
+            h + act(h @ up + b_down) @ down + b_up
+        ),
+        "W_up is turned: where m is d it fits either way round, but W_up is (d, m).": (
+            h + act(z) @ up + b_up if square else None
+        ),
+        "W_down is turned: where m is d it fits either way round, but W_down is (m,"
+        " d).": h + act(h @ down + b_down) @ up.T + b_up if square else None,
+        "You always take the same activation: it is given to you, as `act`.": (
+            next((wrong for wrong in bent if same(got, wrong)), None)
+        ),
+    }
+
+
 @checks(
     "Down, activation, up, and back onto what came in; every gradient arrives.", SHAPES
 )
@@ -56,76 +106,23 @@ def sequential_adapter(function) -> None:
     place where h was."""
     draws = (torch.relu, (3, 4), None), (torch.tanh, (1, 1), None), (F.gelu, (5,), 0)
     for act, rows, width in draws:
-        d, m, down, b_down, up, b_up = draw(width)
+        d, _, *weights = draw(width)
         h = torch.randn(*rows, d, dtype=torch.float64)
-        given = [
-            tensor.clone().requires_grad_() for tensor in (h, down, b_down, up, b_up)
-        ]
+        given = [tensor.clone().requires_grad_() for tensor in (h, *weights)]
         lent = given[0] * 1.0  # as from a layer below: changing it in place is allowed
         got = function(lent, *given[1:], act)
-        h, down, b_down, up, b_up = given
-        z = h @ down.T + b_down
-        a = act(z) @ up.T + b_up
-        bent = {"relu": torch.relu, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu}
+        right = bottleneck(*given, act)
         compare(
             got,
-            h + a,
-            {
-                "The residual is forgotten: what the frozen part computed, h, must go"
-                " on too. An adapter of zeros would now silence it.": a,
-                "The activation comes after the up-projection: it belongs in the"
-                " middle, between the two.": (h + act(z @ up.T + b_up)),
-                "There is no activation: two linear maps in a row are one linear map,"
-                " of low rank.": h + z @ up.T + b_up,
-                "The activation comes before the down-projection: it belongs after"
-                " it.": (h + (act(h) @ down.T + b_down) @ up.T + b_up),
-                "You apply the activation to the sum as well: the residual must pass"
-                " untouched.": act(h + a),
-                "Both biases are missing.": h + act(h @ down.T) @ up.T,
-                "b_down is missing.": h + act(h @ down.T) @ up.T + b_up,
-                "b_up is missing.": h + act(z) @ up.T,
-                "b_down is added after the activation: it belongs inside.": (
-                    h + (act(h @ down.T) + b_down) @ up.T + b_up
-                ),
-                "You subtract the adapter: it is added.": h - a,
-                "h goes on twice.": 2 * h + a,
-                "The residual is forgotten, and the activation stands at the end: it"
-                " belongs between the two matrices.": act(z @ up.T + b_up),
-                "The activation stands around everything: it belongs between the two"
-                " matrices alone.": act(h + z @ up.T + b_up),
-                "A second activation follows W_up: there is one, in the middle.": (
-                    h + act(a)
-                ),
-                "You normalise h first: the adapter reads it as it is.": h
-                + act(F.layer_norm(h, h.shape[-1:]) @ down.T + b_down) @ up.T
-                + b_up,
-                "W_down and W_up have changed places: their shapes fit that way round"
-                " without a .T, but W_down is (m, d), and down comes first: h @"
-                " W_down.T.": (h + act(h @ up + b_down) @ down + b_up),
-                "W_up is turned: where m is d it fits either way round, but W_up is (d,"
-                " m).": h + act(z) @ up + b_up if m == d else None,
-                "W_down is turned: where m is d it fits either way round, but W_down"
-                " is (m, d).": h + act(h @ down + b_down) @ up.T + b_up
-                if m == d
-                else None,
-                "You always take the same activation: it is given to you, as"
-                " `act`.": next(
-                    (
-                        wrong
-                        for name, other in bent.items()
-                        if other is not act
-                        and same(got, wrong := h + other(z) @ up.T + b_up)
-                    ),
-                    None,
-                ),
-            },
+            right,
+            slips_of_sequential(got, *given, act),
             "Your output",
             dict(zip(("h", "W_down", "b_down", "W_up", "b_up"), given)),
             formula=Formula(bottleneck, *given, act),
         )
         with torch.no_grad():
             need(
-                same(function(lent.clone(), *given[1:], act), h + a),
+                same(function(lent.clone(), *given[1:], act), right),
                 "Under torch.no_grad(), as in evaluation, your function gives something"
                 " else.",
             )
@@ -225,6 +222,47 @@ def folded(W, b, W_down, b_down, W_up, b_up):
     return W + step @ W, b + step @ b + W_up @ b_down + b_up
 
 
+def slips_of_the_weight(W, step) -> dict:
+    """step: W_up W_down."""
+    square = W.shape == step.shape
+    return {
+        "The residual is forgotten: y itself goes on too, so W stays in the sum.": (
+            step @ W
+        ),
+        "Your weight is as it was: W_up W_down has to be in it.": W,
+        "The order is turned: the adapter reads what W has written, so W stands on the"
+        " right, W_up W_down W.": W + (W.T @ step.T).T.flip(0),
+        "The adapter's matrices are swapped: down is met first, so it stands on the"
+        " right.": W + step.T @ W,
+        "You subtract: it is added.": W - step @ W,
+        "y goes on twice: W is in the sum once.": 2 * W + step @ W,
+        "W is missing beside W_up W_down: the adapter reads y, not x.": (
+            W + step if square else None
+        ),
+        "The order is turned: the adapter reads what W has written, so W stands on the"
+        " right.": W + W @ step if square else None,
+    }
+
+
+def slips_of_the_bias(b, step, b_down, W_up, b_up) -> dict:
+    right = b + step @ b + W_up @ b_down + b_up
+    return {
+        "The layer's bias b passes through the adapter too: W_up W_down b is"
+        " missing.": b + W_up @ b_down + b_up,
+        "b itself is missing: it goes on beside the adapter.": right - b,
+        "b_down is carried over as it is, or not at all: it still has to go through"
+        " W_up.": right - W_up @ b_down,
+        "b_up is missing.": right - b_up,
+        "What the adapter makes of b and b_down is missing: both go through it.": (
+            b + b_up
+        ),
+        "The bias is as it was; the adapter's biases, and what it makes of b, belong to"
+        " it.": b,
+        "Only the adapter's biases are in it: b, and what the adapter makes of b, are"
+        " missing.": W_up @ b_down + b_up,
+    }
+
+
 @checks(
     "The same outputs without the adapter. So what keeps a real adapter from being"
     " merged is its activation alone.",
@@ -235,12 +273,9 @@ def fold_linear_adapter(function) -> None:
     that does what layer and adapter did, where the adapter has no activation: y + W_up
     (W_down y + b_down) + b_up."""
     for more in (random.choice([2, 4]), 0):
-        d, m, down, b_down, up, b_up = draw()
-        d_in = d + more
-        W, b = (
-            torch.randn(d, d_in, dtype=torch.float64),
-            torch.randn(d, dtype=torch.float64),
-        )
+        d, _, down, b_down, up, b_up = draw()
+        W = torch.randn(d, d + more, dtype=torch.float64)
+        b = torch.randn(d, dtype=torch.float64)
         before = W.clone(), b.clone()
         got = function(W, b, down, b_down, up, b_up)
         need(
@@ -251,51 +286,12 @@ def fold_linear_adapter(function) -> None:
             isinstance(got, (tuple, list)) and len(got) == 2,
             "Give me two tensors: return W_new, b_new.",
         )
-        step = up @ down
+        right = folded(W, b, down, b_down, up, b_up)
         formula = Formula(folded, W, b, down, b_down, up, b_up, whole=got)
-        compare(
-            got[0],
-            W + step @ W,
-            {
-                "The residual is forgotten: y itself goes on too, so W stays in the"
-                " sum.": step @ W,
-                "Your weight is as it was: W_up W_down has to be in it.": W,
-                "The order is turned: the adapter reads what W has written, so W"
-                " stands on the right, W_up W_down W.": (W + (W.T @ step.T).T.flip(0)),
-                "The adapter's matrices are swapped: down is met first, so it stands"
-                " on the right.": (W + (up @ down).T @ W),
-                "You subtract: it is added.": W - step @ W,
-                "y goes on twice: W is in the sum once.": 2 * W + step @ W,
-                "W is missing beside W_up W_down: the adapter reads y, not x.": W + step
-                if more == 0
-                else None,
-                "The order is turned: the adapter reads what W has written, so W"
-                " stands on the right.": W + W @ step if more == 0 else None,
-            },
-            "W_new",
-            formula=formula,
-        )
-        right = b + step @ b + up @ b_down + b_up
-        compare(
-            got[1],
-            right,
-            {
-                "The layer's bias b passes through the adapter too: W_up W_down b is"
-                " missing.": b + up @ b_down + b_up,
-                "b itself is missing: it goes on beside the adapter.": right - b,
-                "b_down is carried over as it is, or not at all: it still has to go"
-                " through W_up.": right - up @ b_down,
-                "b_up is missing.": right - b_up,
-                "What the adapter makes of b and b_down is missing: both go through"
-                " it.": b + b_up,
-                "The bias is as it was; the adapter's biases, and what it makes of b,"
-                " belong to it.": b,
-                "Only the adapter's biases are in it: b, and what the adapter makes"
-                " of b, are missing.": up @ b_down + b_up,
-            },
-            "b_new",
-            formula=formula,
-        )
+        slips = slips_of_the_weight(W, up @ down)
+        compare(got[0], right[0], slips, "W_new", formula=formula)
+        slips = slips_of_the_bias(b, up @ down, b_down, up, b_up)
+        compare(got[1], right[1], slips, "b_new", formula=formula)
 
 
 # ---- 4. a place and a width under a budget -------------------------------------------
@@ -590,177 +586,191 @@ def parallel_adapter(adapter_class) -> None:
     )
 
 
-def equation_of_parallel(adapter_class):
+def equation_of_parallel(adapter_class) -> None:
     for _ in range(2):
-        d, m, scaling = (
-            random.randint(9, 13),
-            random.choice([2, 3, 5]),
-            random.choice([2.5, 0.4]),
-        )
-        part = nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d))
-        frozen = part.requires_grad_(False)
-        part.called = 0
-        part.register_forward_hook(count_calls)
-        layer = Beside(copy.deepcopy(part), adapter_class(d, m, scaling))
-        down, up = (linear(layer.adapter, name) for name in ("down", "up"))
-        shapes = tuple(down.weight.shape), tuple(up.weight.shape)
-        need(
-            shapes != ((d, m), (m, d)),
-            "down and up are swapped: down goes from d to m, up from m back to d.",
-        )
-        need(
-            shapes == ((m, d), (d, m)),
-            f"down and up have weights of shapes {shapes}; ({m}, {d}) and ({d}, {m})"
-            " are expected: nn.Linear(d, m) and nn.Linear(m, d).",
-        )
-        need(
-            down.bias is not None and up.bias is not None,
-            "An adapter's two Linears have biases: this is no LoRA.",
-        )
-        need(
-            bool(down.weight.any()) or bool(up.weight.any()),
-            "down and up are both zero. Then no gradient reaches either: each one's"
-            " contains the other. Make up zero, and leave down as it is.",
-        )
-        mine = {id(p) for p in (*down.parameters(), *up.parameters())}
-        trained = {
-            id(p): name for name, p in layer.named_parameters() if p.requires_grad
-        }
-        need(
-            mine <= set(trained),
-            "The adapter's own parameters are frozen: they are all that is trained.",
-        )
-        theirs = [name for key, name in trained.items() if key not in mine]
-        need(
-            all(
-                "down" not in name and "up" not in name and "scal" not in name
-                for name in theirs
-            ),
-            f"{', '.join(theirs)} is trained too. Here the scale is a fixed number, and"
-            " all that is trained is in down and up.",
-        )
-        need(
-            not theirs,
-            f"{', '.join(theirs)} is trained too: all that is trained is in down and"
-            " up.",
-        )
-        x = torch.randn(4, 3, d)
-        need(
-            layer(x) is None or same(layer(x), layer(x)),
-            "Two calls give two results: nothing is random here (dropout?).",
-        )
-        need(same(layer(x), frozen(x)), start(layer(x), frozen(x), layer, up, x))
-        with torch.no_grad():
-            for p in (*down.parameters(), *up.parameters()):
-                p.copy_(torch.randn(p.shape))
-        y = frozen(x)
+        d, m = random.randint(9, 13), random.choice([2, 3, 5])
+        one_parallel(adapter_class, d, m, random.choice([2.5, 0.4]))
 
-        def adapter(h):
-            return (
-                torch.relu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
-            ).detach()
 
-        z, right = adapter(x), y + scaling * up(torch.relu(down(x)))
-        compare(
-            layer(x),
-            right,
-            {
-                "That is the sequential adapter: it reads what the part has computed."
-                " The parallel one reads x.": (y + scaling * adapter(y)),
-                "That is the sequential adapter, without the scale: it reads what the"
-                " part has computed.": (y + adapter(y)),
-                "The scale is missing: the adapter is multiplied by it.": y + z,
-                "The whole sum is scaled: the scale belongs to the adapter alone.": (
-                    scaling * (y + z)
-                ),
-                "The part's output is missing: your layer gives the adapter alone.": (
-                    scaling * z
-                ),
-                "The part's output is scaled: the scale belongs to the adapter.": (
-                    scaling * y + z
-                ),
-                "x is added as well: the residual stream around this layer does that"
-                " already.": right + x,
-                "The activation is missing: relu between down and up.": (
-                    y + scaling * down_up(x, down, up).detach()
-                ),
-                "The adapter never reaches the output.": y,
-                "The scale is in it as its root.": y + scaling**0.5 * z,
-                "The scale multiplies x: it multiplies what the adapter says.": (
-                    y + adapter(scaling * x)
-                ),
-                "A second relu follows up: there is one, in the middle.": (
-                    y + scaling * torch.relu(z)
-                ),
-                "You normalise x first: the adapter reads it as it is.": (
-                    y + scaling * adapter(F.layer_norm(x, x.shape[-1:]))
-                ),
-                "You divide by the scale.": y + z / scaling,
-                "The scale misses up's bias: it multiplies all that the adapter"
-                " says.": ((y + scaling * (z - up.bias) + up.bias).detach()),
-                "relu comes after up: it belongs between the two, where the numbers"
-                " are few.": (y + scaling * torch.relu(down_up(x, down, up)).detach()),
-                "That is another activation: relu is asked for.": next(
-                    (
-                        wrong
-                        for other in (F.gelu, F.silu, torch.tanh, torch.sigmoid)
-                        if same(
-                            layer(x),
-                            wrong := (y + scaling * up(other(down(x)))).detach(),
-                        )
-                    ),
-                    None,
-                ),
-            },
-            "Your output",
-            {
-                f"{name}.{kind}": getattr(one, kind)
-                for name, one in (("down", down), ("up", up))
-                for kind in ("weight", "bias")
-            },
-        )
-        layer.part.called = 0
-        layer(x)
-        need(
-            layer.part.called < 2,
-            "You call base(x) twice: the frozen part is the expensive one. Keep what it"
-            " gives.",
-        )
-        one = x[:1, :1]
-        need(
-            layer(one).shape == one.shape,
-            f"For x of shape {tuple(one.shape)} your layer gives"
-            f" {tuple(layer(one).shape)}: a batch of one keeps its axes.",
-        )
+def one_parallel(adapter_class, d, m, scaling) -> None:
+    part = nn.Sequential(nn.Linear(d, 2 * d), nn.Tanh(), nn.Linear(2 * d, d))
+    part.requires_grad_(False)
+    part.called = 0
+    part.register_forward_hook(count_calls)
+    layer = Beside(copy.deepcopy(part), adapter_class(d, m, scaling))
+    down, up = (linear(layer.adapter, name) for name in ("down", "up"))
+    check_linears(down, up, d, m)
+    own = *down.parameters(), *up.parameters()
+    check_trained(layer, own)
 
-        same_size = adapter_class(d, m, scaling)
-        need(
-            not {id(p) for p in same_size.parameters()} & mine,
-            "Two adapters share their parameters: each has Linears of its own, made in"
-            " __init__.",
-        )
+    def right(x):
+        return part(x) + scaling * up(torch.relu(down(x)))
 
-        def another(more=False):
-            size = (d + 1, m + 1, scaling + 1) if more else (d, m, scaling)
-            return Beside(part, adapter_class(*size))
+    x = torch.randn(4, 3, d)
+    need(
+        layer(x) is None or same(layer(x), layer(x)),
+        "Two calls give two results: nothing is random here (dropout?).",
+    )
+    need(same(layer(x), part(x)), start(layer(x), part(x), layer, up, x))
+    with torch.no_grad():
+        for p in own:
+            p.copy_(torch.randn(p.shape))
+    learnt = {
+        f"{name}.{kind}": getattr(one, kind)
+        for name, one in (("down", down), ("up", up))
+        for kind in ("weight", "bias")
+    }
+    got = layer(x)
+    slips = slips_of_parallel(layer, part(x), down, up, scaling, x)
+    compare(got, right(x), slips, "Your output", learnt)
+    check_calls(layer, x)
+    check_copies(adapter_class, (d, m, scaling), layer, part, own, x)
+    below, straight = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layer(below).square().sum().backward()
+    right(straight).square().sum().backward()
+    need(
+        below.grad is not None and same(below.grad, straight.grad),
+        "The outputs are right, but the gradient that goes down to x is not: the part"
+        " is frozen, and yet what is below learns through it. No torch.no_grad() and no"
+        " .detach() in forward.",
+    )
 
-        check_life(layer, lambda layer: layer.adapter, another, x)
-        twice = copy.deepcopy(layer).double()
-        need(
-            twice(x.double()).dtype == torch.float64,
-            "In 64 bits your layer gives another precision than it was given.",
-        )
-        below, straight = x.clone().requires_grad_(), x.clone().requires_grad_()
-        layer(below).square().sum().backward()
-        (
-            frozen(straight) + scaling * up(torch.relu(down(straight)))
-        ).square().sum().backward()
-        need(
-            below.grad is not None and same(below.grad, straight.grad),
-            "The outputs are right, but the gradient that goes down to x is not: the"
-            " part is frozen, and yet what is below learns through it. No"
-            " torch.no_grad() and no .detach() in forward.",
-        )
+
+def check_linears(down, up, d, m) -> None:
+    shapes = tuple(down.weight.shape), tuple(up.weight.shape)
+    need(
+        shapes != ((d, m), (m, d)),
+        "down and up are swapped: down goes from d to m, up from m back to d.",
+    )
+    need(
+        shapes == ((m, d), (d, m)),
+        f"down and up have weights of shapes {shapes}; ({m}, {d}) and ({d}, {m}) are"
+        " expected: nn.Linear(d, m) and nn.Linear(m, d).",
+    )
+    need(
+        down.bias is not None and up.bias is not None,
+        "An adapter's two Linears have biases: this is no LoRA.",
+    )
+    need(
+        bool(down.weight.any()) or bool(up.weight.any()),
+        "down and up are both zero. Then no gradient reaches either: each one's"
+        " contains the other. Make up zero, and leave down as it is.",
+    )
+
+
+def check_trained(layer, own) -> None:
+    """own: the parameters of down and up, all that may be trained."""
+    mine = {id(p) for p in own}
+    trained = {id(p): name for name, p in layer.named_parameters() if p.requires_grad}
+    need(
+        mine <= set(trained),
+        "The adapter's own parameters are frozen: they are all that is trained.",
+    )
+    theirs = [name for key, name in trained.items() if key not in mine]
+    need(
+        all(
+            "down" not in name and "up" not in name and "scal" not in name
+            for name in theirs
+        ),
+        f"{', '.join(theirs)} is trained too. Here the scale is a fixed number, and all"
+        " that is trained is in down and up.",
+    )
+    need(
+        not theirs,
+        f"{', '.join(theirs)} is trained too: all that is trained is in down and up.",
+    )
+
+
+def slips_of_parallel(layer, y, down, up, scaling, x) -> dict:
+    """y: what the part gives for x."""
+
+    def adapter(h):
+        a = torch.relu(h @ down.weight.T + down.bias)
+        return (a @ up.weight.T + up.bias).detach()
+
+    z, right = adapter(x), y + scaling * up(torch.relu(down(x)))
+    others = F.gelu, F.silu, torch.tanh, torch.sigmoid
+    bent = [(y + scaling * up(other(down(x)))).detach() for other in others]
+    return {
+        "That is the sequential adapter: it reads what the part has computed. The"
+        " parallel one reads x.": y + scaling * adapter(y),
+        "That is the sequential adapter, without the scale: it reads what the part has"
+        " computed.": y + adapter(y),
+        "The scale is missing: the adapter is multiplied by it.": y + z,
+        "The whole sum is scaled: the scale belongs to the adapter alone.": (
+            scaling * (y + z)
+        ),
+        "The part's output is missing: your layer gives the adapter alone.": (
+            scaling * z
+        ),
+        "The part's output is scaled: the scale belongs to the adapter.": (
+            scaling * y + z
+        ),
+        "x is added as well: the residual stream around this layer does that"
+        " already.": right + x,
+        "The activation is missing: relu between down and up.": (
+            y + scaling * down_up(x, down, up).detach()
+        ),
+        "The adapter never reaches the output.": y,
+        "The scale is in it as its root.": y + scaling**0.5 * z,
+        "The scale multiplies x: it multiplies what the adapter says.": (
+            y + adapter(scaling * x)
+        ),
+        "A second relu follows up: there is one, in the middle.": (
+            y + scaling * torch.relu(z)
+        ),
+        "You normalise x first: the adapter reads it as it is.": (
+            y + scaling * adapter(F.layer_norm(x, x.shape[-1:]))
+        ),
+        "You divide by the scale.": y + z / scaling,
+        "The scale misses up's bias: it multiplies all that the adapter says.": (
+            (y + scaling * (z - up.bias) + up.bias).detach()
+        ),
+        "relu comes after up: it belongs between the two, where the numbers are few.": (
+            y + scaling * torch.relu(down_up(x, down, up)).detach()
+        ),
+        "That is another activation: relu is asked for.": next(
+            (wrong for wrong in bent if same(layer(x), wrong)), None
+        ),
+    }
+
+
+def check_calls(layer, x) -> None:
+    """The part is called once, and a batch of one has its own shape."""
+    layer.part.called = 0
+    layer(x)
+    need(
+        layer.part.called < 2,
+        "You call base(x) twice: the frozen part is the expensive one. Keep what it"
+        " gives.",
+    )
+    one = x[:1, :1]
+    need(
+        layer(one).shape == one.shape,
+        f"For x of shape {tuple(one.shape)} your layer gives"
+        f" {tuple(layer(one).shape)}: a batch of one keeps its axes.",
+    )
+
+
+def check_copies(adapter_class, sizes, layer, part, own, x) -> None:
+    """A second adapter, a copy, one that is loaded, and one in 64 bits."""
+    same_size = adapter_class(*sizes)
+    need(
+        not {id(p) for p in same_size.parameters()} & {id(p) for p in own},
+        "Two adapters share their parameters: each has Linears of its own, made in"
+        " __init__.",
+    )
+
+    def another(more=False):
+        larger = [size + 1 for size in sizes]
+        return Beside(part, adapter_class(*(larger if more else sizes)))
+
+    check_life(layer, lambda layer: layer.adapter, another, x)
+    twice = copy.deepcopy(layer).double()
+    need(
+        twice(x.double()).dtype == torch.float64,
+        "In 64 bits your layer gives another precision than it was given.",
+    )
 
 
 def count_calls(module, args, output):
