@@ -61,73 +61,19 @@ def one_prompt(function, B, n, T, d):
         "Give me three tensors: return x, mask, labels.",
     )
     each = prompt.expand(B, -1, -1)
-    short = each[:, :T]
     new_x, new_mask, new_labels = got
-    compare(
-        new_x,
-        torch.cat((each, x), 1),
-        {
-            "Your prompt stands behind the text. Tokens see only what comes before"
-            " them: so nothing would see it.": torch.cat((x, each), 1),
-            "You add the prompt to the embeddings. A prompt is put in front of them:"
-            " the sequence becomes longer.": torch.cat((short + x[:, :n], x[:, n:]), 1),
-            "The prompt takes the place of the first tokens: they must stay, behind"
-            " it.": torch.cat((each, x[:, n:]), 1),
-            "The prompt's vectors come in reversed order.": torch.cat(
-                (each.flip(1), x), 1
-            ),
-        },
-        "Your x",
-    )
-    ones, zeros = torch.ones(B, n), torch.zeros(B, n)
+    compare(new_x, torch.cat((each, x), 1), slips_of_x(each, x), "Your x")
     compare(
         as_numbers(new_mask),
-        torch.cat((ones, mask), 1),
-        {
-            "Your mask hides the prompt: 1 means that a place is seen.": torch.cat(
-                (zeros, mask), 1
-            ),
-            "The ones for the prompt are at the end of the mask; the prompt is in"
-            " front.": torch.cat((mask, ones), 1),
-            "Your mask is 1 everywhere: the padding has become visible.": torch.ones(
-                B, n + T
-            ),
-            "You repeat the start of the text's mask for the prompt. Where a row is"
-            " padded on the left, that hides the prompt.": torch.cat(
-                (mask[:, :n], mask), 1
-            ),
-            "Your mask is as long as before: it needs a place for every virtual"
-            " token.": mask,
-            "Mask and labels are swapped: return x, mask, labels.": torch.cat(
-                (torch.full((B, n), -100), labels), 1
-            ),
-        },
+        torch.cat((torch.ones(B, n), mask), 1),
+        slips_of_mask(mask, labels, n),
         "Your mask",
     )
     whole_numbers(new_mask, "mask")
     compare(
         as_numbers(new_labels),
         torch.cat((torch.full((B, n), -100), labels), 1),
-        {
-            "Your labels are as long as before. The logits have n places more: each"
-            " label would judge another place.": labels,
-            "The prompt's labels are 0, and 0 is a token: the prompt would be trained"
-            " to be followed by it. No loss is -100.": torch.cat((zeros, labels), 1),
-            "The prompt's labels are -1. The loss skips -100, and nothing else.": (
-                torch.cat((-ones, labels), 1)
-            ),
-            "The labels of the prompt belong in front, where the prompt is.": torch.cat(
-                (labels, torch.full((B, n), -100)), 1
-            ),
-            "You repeat the first label for the prompt: then it is trained to say the"
-            " first token n times.": torch.cat(
-                (labels[:, :1].expand(-1, n), labels), 1
-            ),
-            "You cut the labels to the old length: the last tokens' losses are lost,"
-            " and all others have moved.": torch.cat(
-                (torch.full((B, n), -100), labels), 1
-            )[:, :T],
-        },
+        slips_of_labels(labels, n),
         "Your labels",
     )
     need(
@@ -141,6 +87,71 @@ def one_prompt(function, B, n, T, d):
             same(again[0], torch.cat((each, x), 1)),
             "Under torch.no_grad(), as in evaluation, your x is another one.",
         )
+
+
+def slips_of_x(each, x) -> dict:
+    """each: the prompt, for each row (B, n, d)."""
+    n, T = each.shape[1], x.shape[1]
+    return {
+        "Your prompt stands behind the text. Tokens see only what comes before"
+        " them: so nothing would see it.": torch.cat((x, each), 1),
+        "You add the prompt to the embeddings. A prompt is put in front of them:"
+        " the sequence becomes longer.": (
+            torch.cat((each[:, :T] + x[:, :n], x[:, n:]), 1)
+        ),
+        "The prompt takes the place of the first tokens: they must stay, behind"
+        " it.": torch.cat((each, x[:, n:]), 1),
+        "The prompt's vectors come in reversed order.": (
+            torch.cat((each.flip(1), x), 1)
+        ),
+    }
+
+
+def slips_of_mask(mask, labels, n) -> dict:
+    """Of a soft prompt's."""
+    B, T = mask.shape
+    ones, zeros = torch.ones(B, n), torch.zeros(B, n)
+    return {
+        "Your mask hides the prompt: 1 means that a place is seen.": (
+            torch.cat((zeros, mask), 1)
+        ),
+        "The ones for the prompt are at the end of the mask; the prompt is in"
+        " front.": torch.cat((mask, ones), 1),
+        "Your mask is 1 everywhere: the padding has become visible.": (
+            torch.ones(B, n + T)
+        ),
+        "You repeat the start of the text's mask for the prompt. Where a row is"
+        " padded on the left, that hides the prompt.": (
+            torch.cat((mask[:, :n], mask), 1)
+        ),
+        "Your mask is as long as before: it needs a place for every virtual"
+        " token.": mask,
+        "Mask and labels are swapped: return x, mask, labels.": (
+            torch.cat((torch.full((B, n), -100), labels), 1)
+        ),
+    }
+
+
+def slips_of_labels(labels, n) -> dict:
+    B, T = labels.shape
+    ones, zeros = torch.ones(B, n), torch.zeros(B, n)
+    no_loss = torch.full((B, n), -100)
+    return {
+        "Your labels are as long as before. The logits have n places more: each"
+        " label would judge another place.": labels,
+        "The prompt's labels are 0, and 0 is a token: the prompt would be trained"
+        " to be followed by it. No loss is -100.": torch.cat((zeros, labels), 1),
+        "The prompt's labels are -1. The loss skips -100, and nothing else.": (
+            torch.cat((-ones, labels), 1)
+        ),
+        "The labels of the prompt belong in front, where the prompt is.": (
+            torch.cat((labels, no_loss), 1)
+        ),
+        "You repeat the first label for the prompt: then it is trained to say the"
+        " first token n times.": torch.cat((labels[:, :1].expand(-1, n), labels), 1),
+        "You cut the labels to the old length: the last tokens' losses are lost,"
+        " and all others have moved.": torch.cat((no_loss, labels), 1)[:, :T],
+    }
 
 
 def whole_numbers(tensor, what: str) -> None:
@@ -174,7 +185,7 @@ def one_batch(function, n, T):
         isinstance(got, (tuple, list)) and len(got) == 2,
         "Give me two tensors: return mask, position_ids.",
     )
-    ones, real = torch.ones(3, n), mask.bool()
+    ones = torch.ones(3, n)
     compare(
         as_numbers(got[0]),
         torch.cat((ones, mask), 1),
@@ -193,22 +204,51 @@ def one_batch(function, n, T):
         "Your mask",
     )
     whole_numbers(got[0], "mask")
-    right, along = mask.cumsum(1) - 1 + n, torch.arange(T).expand(3, -1)
-    positions = got[1]
+    look_at_positions(got[1], mask, n)
+
+
+def look_at_positions(positions, mask, n) -> None:
+    """Where the text's real tokens stand: what stands at padding is nobody's
+    business."""
+    B, T = mask.shape
     need(
         isinstance(positions, torch.Tensor), "The positions should be a tensor (B, T)."
     )
     need(
-        tuple(positions.shape) != (3, n + T),
+        tuple(positions.shape) != (B, n + T),
         "The positions are those of the text alone, (B, T): the prefix is in "
         "the cache already, and asks for none.",
     )
     need(
         positions.shape == mask.shape,
         f"The positions have the shape {tuple(positions.shape)}; it should "
-        f"be (3, {T}).",
+        f"be ({B}, {T}).",
     )
-    slips = {
+    real, right = mask.bool(), mask.cumsum(1) - 1 + n
+    off = [
+        row
+        for row in range(B)
+        if not same(positions[row].float()[real[row]], right[row].float()[real[row]])
+    ]
+    if off:
+        for message, wrong in slips_of_positions(mask, n).items():
+            need(not same(positions.float()[real], wrong.float()[real]), message)
+        side = (
+            "padded by two on the left",
+            "padded by two on the right",
+            "without padding",
+        )[off[0]]
+        raise Wrong(
+            f"For a row {side} and n = {n} you give {shown(positions[off[0]])}; its"
+            f" real tokens should have {shown(right[off[0]][real[off[0]]])}."
+        )
+    whole_numbers(positions, "positions")
+
+
+def slips_of_positions(mask, n) -> dict:
+    B, T = mask.shape
+    right, along = mask.cumsum(1) - 1 + n, torch.arange(T).expand(B, -1)
+    return {
         "Your positions are not shifted: they begin at 0, but n places are taken by"
         " the prefix. They begin at n.": right - n,
         "Your positions count the padding on the left: a row's first real token"
@@ -225,34 +265,6 @@ def one_batch(function, n, T):
             along + n - (1 - mask).sum(1, keepdim=True)
         ),
     }
-
-    # what stands at padding is nobody's business
-    def of_text(rows):
-        return rows.float()[real]
-
-    off = [
-        row
-        for row in range(3)
-        if not same(positions[row].float()[real[row]], right[row].float()[real[row]])
-    ]
-    if off:
-        side = (
-            "padded by two on the left",
-            "padded by two on the right",
-            "without padding",
-        )[off[0]]
-        raise Wrong(
-            next(
-                (
-                    message
-                    for message, wrong in slips.items()
-                    if same(of_text(positions), of_text(wrong))
-                ),
-                f"For a row {side} and n = {n} you give {shown(positions[off[0]])}; its"
-                f" real tokens should have {shown(right[off[0]][real[off[0]]])}.",
-            )
-        )
-    whole_numbers(positions, "positions")
 
 
 def shown(positions) -> str:
@@ -287,109 +299,127 @@ def prefix_gate(function) -> None:
             q, k, pk = q.abs(), -k.abs(), -(k[:1].abs() + 0.01 * pk / size)
         for each in (q, k, pk):
             each.requires_grad_(not large)
-        causal = torch.ones(T, T).tril().bool()
+        one_gate(function, q, k, pk, large)
 
-        def mass(scale, keys, mask=None, q=q):
-            scores = q @ keys.T / scale
-            return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
-        def share(prefix, text):
-            return torch.softmax(torch.cat((prefix, text), 1), 1)[
-                :, : prefix.shape[1]
-            ].sum(1)
+def one_gate(function, q, k, pk, large) -> None:
+    """large: whether the scores are so large that exp overflows, or far below zero."""
+    T, n = len(q), len(pk)
+    right = share_on(*scores_on(q, k, pk))
+    got = function(q, k, pk)
+    if isinstance(got, torch.Tensor) and got.shape == (T, 1):
+        got = got[:, 0]
+    need(
+        not (large and isinstance(got, torch.Tensor) and not got.isfinite().all()),
+        "With large scores your gate is not finite: exp overflows. torch.softmax,"
+        " or torch.logsumexp, takes care of that.",
+    )
+    need(
+        not (isinstance(got, torch.Tensor) and got.shape == (T, n)),
+        "You give a share for each vector of the prefix: the gate is their sum, one"
+        " number a token.",
+    )
+    slips = {}
+    if not large:
+        slips = slips_of_scores(q, k, pk) | slips_of_share(q, k, pk)
+    compare(got, right, slips, "Your gate", formula=Formula(gate, q, k, pk))
 
-        root = h**0.5
-        on_prefix, on_text = mass(root, pk), mass(root, k, causal)
 
-        def own_maximum(*scores):
-            prefix, text = (
-                (each - each.max(1, keepdim=True).values).exp().sum(1)
-                for each in scores
-            )
-            return prefix / (prefix + text)
+def scores_of(q, keys, scale, mask=None):
+    scores = q @ keys.T / scale
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
-        right = share(on_prefix, on_text)
-        got = function(q, k, pk)
-        if isinstance(got, torch.Tensor) and got.shape == (T, 1):
-            got = got[:, 0]
-        need(
-            not (large and isinstance(got, torch.Tensor) and not got.isfinite().all()),
-            "With large scores your gate is not finite: exp overflows. torch.softmax,"
-            " or torch.logsumexp, takes care of that.",
+
+def share_on(prefix, text):
+    """Each token's share of a softmax over both that falls on the prefix."""
+    return torch.softmax(torch.cat((prefix, text), 1), 1)[:, : prefix.shape[1]].sum(1)
+
+
+def scores_on(q, k, pk):
+    """The scores of prefix and text, divided by √h, and no token sees a later one."""
+    T, h = q.shape
+    past = torch.ones(T, T).tril().bool()
+    return scores_of(q, pk, h**0.5), scores_of(q, k, h**0.5, past)
+
+
+def slips_of_scores(q, k, pk) -> dict:
+    """Of the mask, and of what the scores are divided by."""
+    (T, h), n = q.shape, len(pk)
+    past = torch.ones(T, T).tril().bool()
+    on_prefix, on_text = scores_on(q, k, pk)
+    all_text = scores_of(q, k, h**0.5)
+
+    def masked_by(mask):
+        return share_on(on_prefix, scores_of(q, k, h**0.5, mask))
+
+    def divided_by(scale):
+        return share_on(scores_of(q, pk, scale), scores_of(q, k, scale, past))
+
+    return {
+        "The text's scores are not masked: each token would see those after it.": (
+            share_on(on_prefix, all_text)
+        ),
+        "The scores are not divided by √h.": divided_by(1),
+        "The scores are divided by h: √h is asked for.": divided_by(h),
+        "The scores are divided by the root of the text's length: it is √h.": (
+            divided_by(T**0.5)
+        ),
+        "A token sees itself: the mask keeps its diagonal.": masked_by(past.tril(-1)),
+        "The mask is turned round: a token sees what comes before it.": (
+            masked_by(past.T)
+        ),
+        "You set the masked scores to zero. A score of zero still gets a share, as e⁰ ="
+        " 1: masked scores are -inf.": share_on(on_prefix, all_text.tril()),
+        "You mask the prefix too: all of it is past for every token.": share_on(
+            on_prefix.masked_fill(~torch.ones(T, n).tril().bool(), -torch.inf), on_text
+        ),
+    }
+
+
+def slips_of_share(q, k, pk) -> dict:
+    """Of how a share is made of right scores."""
+    (T, h), n = q.shape, len(pk)
+    on_prefix, on_text = scores_on(q, k, pk)
+    right = share_on(on_prefix, on_text)
+
+    def own_maximum(*scores):
+        prefix, text = (
+            (each - each.max(1, keepdim=True).values).exp().sum(1) for each in scores
         )
-        need(
-            not (isinstance(got, torch.Tensor) and got.shape == (T, n)),
-            "You give a share for each vector of the prefix: the gate is their sum, one"
-            " number a token.",
-        )
-        slips = (
-            {}
-            if large
-            else {
-                "That is the ratio of the prefix's mass to the text's. A share is"
-                " prefix / (prefix + text).": (
-                    on_prefix.exp().sum(1) / on_text.exp().sum(1)
-                ),
-                "That is the share of the text, 1 - g.": 1 - right,
-                "The text's scores are not masked: each token would see those after"
-                " it.": share(on_prefix, mass(root, k)),
-                "The scores are not divided by √h.": share(
-                    mass(1, pk), mass(1, k, causal)
-                ),
-                "The scores are divided by h: √h is asked for.": share(
-                    mass(h, pk), mass(h, k, causal)
-                ),
-                "The scores are divided by the root of the text's length: it is √h.": (
-                    share(mass(T**0.5, pk), mass(T**0.5, k, causal))
-                ),
-                "A token sees itself: the mask keeps its diagonal.": share(
-                    on_prefix, mass(root, k, causal.tril(-1))
-                ),
-                "The mask is turned round: a token sees what comes before it.": share(
-                    on_prefix, mass(root, k, causal.T)
-                ),
-                "You compare the largest scores: the gate compares sums of e^score.": (
-                    torch.sigmoid(on_prefix.amax(1) - on_text.amax(1))
-                ),
-                "You sum the prefix over all tokens: each token has its own gate.": (
-                    torch.sigmoid(on_prefix.logsumexp((0, 1)) - on_text.logsumexp(1))
-                ),
-                "Your softmax runs over the tokens: it runs over the keys.": (
-                    torch.softmax(torch.cat((on_prefix, on_text), 1), 0)[:, :n].sum(1)
-                ),
-                "You count keys, n / (n + those seen). The gate depends on the"
-                " scores: it is a share of the softmax.": (
-                    n / (n + torch.arange(1, T + 1, dtype=torch.float64))
-                ),
-                "That is the mean over the prefix's vectors: the gate is their sum.": (
-                    right / n
-                ),
-                "That is the prefix's mass, before it is divided by the whole.": (
-                    on_prefix.exp().sum(1)
-                ),
-                "You leave the exp out: the softmax is made of exponentials of the"
-                " scores.": (
-                    on_prefix.sum(1) / (on_prefix.sum(1) + mass(root, k).tril().sum(1))
-                ),
-                "That is 1 for everybody: you take the softmax over the prefix alone."
-                " It runs over prefix and text together.": torch.ones(
-                    T, dtype=torch.float64
-                ),
-                "You set the masked scores to zero. A score of zero still gets a"
-                " share, as e⁰ = 1: masked scores are -inf.": share(
-                    on_prefix, mass(root, k).tril()
-                ),
-                "You subtract from the prefix's scores their own maximum, and from"
-                " the text's another: then the two no longer compare. It must be one"
-                " maximum for both.": own_maximum(on_prefix, on_text),
-                "You mask the prefix too: all of it is past for every token.": share(
-                    on_prefix.masked_fill(~torch.ones(T, n).tril().bool(), -torch.inf),
-                    on_text,
-                ),
-            }
-        )
-        formula = Formula(gate, q, k, pk)
-        compare(got, right, slips, "Your gate", formula=formula)
+        return prefix / (prefix + text)
+
+    return {
+        "That is the ratio of the prefix's mass to the text's. A share is prefix /"
+        " (prefix + text).": on_prefix.exp().sum(1) / on_text.exp().sum(1),
+        "That is the share of the text, 1 - g.": 1 - right,
+        "You compare the largest scores: the gate compares sums of e^score.": (
+            torch.sigmoid(on_prefix.amax(1) - on_text.amax(1))
+        ),
+        "You sum the prefix over all tokens: each token has its own gate.": (
+            torch.sigmoid(on_prefix.logsumexp((0, 1)) - on_text.logsumexp(1))
+        ),
+        "Your softmax runs over the tokens: it runs over the keys.": (
+            torch.softmax(torch.cat((on_prefix, on_text), 1), 0)[:, :n].sum(1)
+        ),
+        "You count keys, n / (n + those seen). The gate depends on the scores: it is a"
+        " share of the softmax.": (
+            n / (n + torch.arange(1, T + 1, dtype=torch.float64))
+        ),
+        "That is the mean over the prefix's vectors: the gate is their sum.": right / n,
+        "That is the prefix's mass, before it is divided by the whole.": (
+            on_prefix.exp().sum(1)
+        ),
+        "You leave the exp out: the softmax is made of exponentials of the scores.": (
+            on_prefix.sum(1)
+            / (on_prefix.sum(1) + scores_of(q, k, h**0.5).tril().sum(1))
+        ),
+        "That is 1 for everybody: you take the softmax over the prefix alone. It runs"
+        " over prefix and text together.": torch.ones(T, dtype=torch.float64),
+        "You subtract from the prefix's scores their own maximum, and from the text's"
+        " another: then the two no longer compare. It must be one maximum for both.": (
+            own_maximum(on_prefix, on_text)
+        ),
+    }
 
 
 # ---- the gate, predicted -------------------------------------------------------------
@@ -588,10 +618,26 @@ def some_sides(sides, losses, asked, ends) -> None:
         return diverged(losses[rate]) or result.verdict == "ahead"
 
     right = open_sides(losses, best, really)
+    slips = slips_of_sides(losses, best, really, right, asked)
+    seen = {rate: [round(loss, 3) for loss in losses[rate]] for rate in sorted(losses)}
+    verb = "the search has to go on at" if asked == "open" else "it is done at"
+    named = right if asked == "open" else both - right
+    ends.add(
+        found,
+        right,
+        slips,
+        f"Of {seen} you say {sorted(sides)}; {verb}"
+        f" {' and '.join(sorted(named)) or 'neither side'}.",
+    )
+
+
+def slips_of_sides(losses, best, really, right, asked) -> dict:
+    """really(rate): whether it is really worse than the best. right: the open sides."""
     near = next_to(losses, best)
+    ends = min(losses), max(losses)
     wide = 1.1 * mean_of(losses[best])
     other = {"smaller": "larger", "larger": "smaller"}
-    slips = {
+    return {
         "You stop where a rate has been tried on either side. Its loss may be higher by"
         " chance: is it really worse? Ask `compare`.": open_sides(
             losses, best, lambda rate: True
@@ -602,9 +648,7 @@ def some_sides(sides, losses, asked, ends) -> None:
         ),
         "You look at the last rate of a side alone: any rate on it may be the one that"
         " is really worse.": open_sides(
-            losses,
-            best,
-            lambda rate: rate in (min(losses), max(losses)) and really(rate),
+            losses, best, lambda rate: rate in ends and really(rate)
         ),
         "A mean that is higher is not really worse: ask `compare`.": open_sides(
             losses,
@@ -621,19 +665,9 @@ def some_sides(sides, losses, asked, ends) -> None:
         "You name the sides that are done: name those on which to go on."
         if asked == "open"
         else "You name the sides on which to go on: name those that are done.": (
-            both - right
+            other.keys() - right
         ),
     }
-    seen = {rate: [round(loss, 3) for loss in losses[rate]] for rate in sorted(losses)}
-    verb = "the search has to go on at" if asked == "open" else "it is done at"
-    named = right if asked == "open" else both - right
-    ends.add(
-        found,
-        right,
-        slips,
-        f"Of {seen} you say {sorted(sides)}; {verb}"
-        f" {' and '.join(sorted(named)) or 'neither side'}.",
-    )
 
 
 # ---- a prompt of low rank ------------------------------------------------------------
@@ -840,34 +874,6 @@ def compare_prompts(model, adapter, base, start, batch):
     )
     real = mask.bool()
     logits, loss = read_with(base, P, *batch)
-    only = adapter.A @ adapter.B
-    wrong = {
-        "`start` is missing: P = start + A B.": read_with(base, only, *batch)[0],
-        "A B is missing: that is the prompt of the words.": read_with(
-            base, start, *batch
-        )[0],
-        "Your mask hides the prompt: 1 means that a place is seen.": read_with(
-            base, P, *batch, value=0
-        )[0],
-        "Your mask is 1 everywhere, or gone: the padding has become visible.": (
-            read_with(base, P, ids, torch.ones_like(mask), labels)[0]
-        ),
-        "The sign is turned round: P = start + A B.": read_with(
-            base, start - only, *batch
-        )[0],
-        "The prompt's vectors come in reversed order.": read_with(
-            base, P.flip(0), *batch
-        )[0],
-        "All places have the first vector: each has its own.": read_with(
-            base, P[:1].expand(n, -1), *batch
-        )[0],
-        "You multiply start by 1 + A B: P = start + A B.": read_with(
-            base, start * (1 + only), *batch
-        )[0],
-        "The product has a factor too many: P = start + A B.": read_with(
-            base, start + only / adapter.A.shape[1], *batch
-        )[0],
-    }
     behind = [
         read_with(base, P, *batch, behind=True, mask_behind=side)[0][real]
         for side in (False, True)
@@ -881,7 +887,10 @@ def compare_prompts(model, adapter, base, start, batch):
     compare(
         out.logits[:, n:][real],
         logits[real],
-        {message: each[real] for message, each in wrong.items()},
+        {
+            message: wrong[real]
+            for message, wrong in slips_of_prompt(adapter, base, start, batch).items()
+        },
         "The logits of the text",
         learnt,
     )
@@ -896,6 +905,12 @@ def compare_prompts(model, adapter, base, start, batch):
         "The loss",
         learnt,
     )
+    look_at_options(model, base, P, batch)
+
+
+def look_at_options(model, base, P, batch):
+    """Other arguments than mask and labels, and neither of these."""
+    ids, mask, labels = batch
     few = model(
         input_ids=ids, attention_mask=mask, labels=labels, labels_only=True
     ).logits
@@ -906,6 +921,38 @@ def compare_prompts(model, adapter, base, start, batch):
     )
     plain = model(input_ids=ids).logits
     need(
-        same(plain[:, n:], read_with(base, P, ids, torch.ones_like(mask), ids)[0]),
+        same(
+            plain[:, len(P) :], read_with(base, P, ids, torch.ones_like(mask), ids)[0]
+        ),
         "Without mask and labels the logits are wrong: leave both None then.",
     )
+
+
+def slips_of_prompt(adapter, base, start, batch) -> dict:
+    """{message: the logits of the text}"""
+    ids, mask, labels = batch
+    A, B = adapter.A, adapter.B
+    P = start + A @ B
+
+    def logits(prompt, **changed):
+        return read_with(base, prompt, *batch, **changed)[0]
+
+    return {
+        "`start` is missing: P = start + A B.": logits(A @ B),
+        "A B is missing: that is the prompt of the words.": logits(start),
+        "Your mask hides the prompt: 1 means that a place is seen.": (
+            logits(P, value=0)
+        ),
+        "Your mask is 1 everywhere, or gone: the padding has become visible.": (
+            read_with(base, P, ids, torch.ones_like(mask), labels)[0]
+        ),
+        "The sign is turned round: P = start + A B.": logits(start - A @ B),
+        "The prompt's vectors come in reversed order.": logits(P.flip(0)),
+        "All places have the first vector: each has its own.": (
+            logits(P[:1].expand(len(P), -1))
+        ),
+        "You multiply start by 1 + A B: P = start + A B.": logits(start * (1 + A @ B)),
+        "The product has a factor too many: P = start + A B.": (
+            logits(start + A @ B / A.shape[1])
+        ),
+    }

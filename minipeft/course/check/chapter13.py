@@ -65,59 +65,59 @@ def fold_ia3(function) -> None:
             getattr(got[0], "shape", None) != b.shape,
             "The other way round: first the weight, then the bias.",
         )
-        right = W * l if feedforward else W * l[:, None]
         compare(
             got[0],
-            right,
-            {
-                BY_SHAPE: (W * l[:, None] if feedforward else W * l)
-                if square
-                else None,
-                "W is as it was" + where + ".": W,
-                "You divide by l" + where + ": that is unmerging.": (
-                    W / l if feedforward else W / l[:, None]
-                ),
-                "You add l to W" + where + ".": (
-                    W + l if feedforward else W + l[:, None]
-                ),
-                "l is in it twice" + where + ".": (
-                    W * l**2 if feedforward else W * l[:, None] ** 2
-                ),
-                "You multiply by 1 + l"
-                + where
-                + ": l starts at one, and is the factor itself.": W + right,
-                "The sign of l is lost: a factor may be negative.": (
-                    right * l.sign() if feedforward else right * l.sign()[:, None]
-                ),
-                "W_new is transposed" + where + ": keep nn.Linear's (d_out, d_in).": (
-                    right.T
-                ),
-            },
+            W * l if feedforward else W * l[:, None],
+            slips_of_weight(W, l, feedforward, square),
             "W_new" + where,
         )
-        if feedforward:
-            compare(
-                got[1],
-                b,
-                {
-                    "Where the input is scaled the bias stays as it was: it is added"
-                    " afterwards.": b * l if square else None
-                },
-                "b_new, which stays as it was where the input is scaled,",
-            )
-        else:
-            compare(
-                got[1],
-                b * l,
-                {
-                    "The bias is left as it was: the output is scaled, and the bias"
-                    " is part of the output.": b,
-                    "You divide the bias by l.": b / l,
-                },
-                "b_new" + where,
-            )
+        compare_biases(got[1], b, l, feedforward, square)
     for feedforward in (False, True):
         look_at_zero_factor(function, feedforward)
+
+
+def slips_of_weight(W, l, feedforward, square) -> dict:
+    where = f" (feedforward={feedforward})"
+    # a factor for each column of W, or for each row; and the other way round
+    scale, other = (l, l[:, None]) if feedforward else (l[:, None], l)
+    return {
+        BY_SHAPE: W * other if square else None,
+        "W is as it was" + where + ".": W,
+        "You divide by l" + where + ": that is unmerging.": W / scale,
+        "You add l to W" + where + ".": W + scale,
+        "l is in it twice" + where + ".": W * scale**2,
+        "You multiply by 1 + l"
+        + where
+        + ": l starts at one, and is the factor itself.": W + W * scale,
+        "The sign of l is lost: a factor may be negative.": W * scale * scale.sign(),
+        "W_new is transposed" + where + ": keep nn.Linear's (d_out, d_in).": (
+            (W * scale).T
+        ),
+    }
+
+
+def compare_biases(got, b, l, feedforward, square) -> None:
+    if feedforward:
+        compare(
+            got,
+            b,
+            {
+                "Where the input is scaled the bias stays as it was: it is added"
+                " afterwards.": b * l if square else None
+            },
+            "b_new, which stays as it was where the input is scaled,",
+        )
+    else:
+        compare(
+            got,
+            b * l,
+            {
+                "The bias is left as it was: the output is scaled, and the bias"
+                " is part of the output.": b,
+                "You divide the bias by l.": b / l,
+            },
+            f"b_new (feedforward={feedforward})",
+        )
 
 
 def look_at_zero_factor(function, feedforward) -> None:
@@ -181,6 +181,44 @@ def turned_row(scaled, row):
     return scaled
 
 
+def weight_and_scales(kind):
+    """W and l of one kind of SCALED or NOT_SCALED."""
+    _, d_out, _, W, _ = draw()
+    if kind == "one of many":
+        d_out, W = 100, torch.randn(100, 120, dtype=torch.float64)
+    l = torch.randn(d_out, dtype=torch.float64)
+    if kind == "silenced":
+        l[random.randrange(d_out)] = 0.0
+    if kind == "flipped":
+        l = -l.abs()
+    if kind == "with zeros":
+        W[0, 0] = W[:, 1] = 0.0
+    if kind == "balanced":
+        W[0] -= W[0].mean()
+    if kind == "small":
+        W *= 1e-6
+    if kind == "small row":
+        W[1] *= 1e-6
+    return W, l
+
+
+def changed_weight(kind, W, l):
+    """W_new: l W, or what no scaling of the rows gives."""
+    scaled = W * l[:, None]
+    return {
+        "mixed": lambda: W[torch.randperm(len(l))] * l[:, None] + 0.1 * W.roll(1, 0),
+        "low rank": (
+            lambda: W + torch.outer(torch.randn_like(l), torch.randn_like(W[0]))
+        ),
+        "columns": lambda: W * (torch.rand_like(W[0]) + 0.3),
+        "one row": lambda: torch.cat((scaled[:-1], W[-1:].roll(1, 1))),
+        "one entry": lambda: scaled + 0.0005 * one_entry(W),
+        "one of many": lambda: scaled + 0.0005 * one_entry(W),
+        "right angles": lambda: turned_row(scaled, W[2]),
+        "small row": lambda: torch.cat((W[:1], W[1:2].roll(1, 1), scaled[2:])),
+    }.get(kind, lambda: scaled)()
+
+
 @checks(
     "You find the scales where there are some, and say None where no scaling could have"
     " done it."
@@ -189,37 +227,8 @@ def find_scales(function) -> None:
     """function(W, W_new) -> l (d_out,) with W_new = diag(l) W, or None."""
     first = [kind for kind in SCALED if kind != "with zeros"]
     for kind in (*first, *NOT_SCALED, "with zeros"):
-        d_in, d_out, _, W, _ = draw()
-        if kind == "one of many":
-            d_out, W = 100, torch.randn(100, 120, dtype=torch.float64)
-        l = torch.randn(d_out, dtype=torch.float64)
-        if kind == "silenced":
-            l[random.randrange(d_out)] = 0.0
-        if kind == "flipped":
-            l = -l.abs()
-        if kind == "with zeros":
-            W[0, 0] = W[:, 1] = 0.0
-        if kind == "balanced":
-            W[0] -= W[0].mean()
-        if kind == "small":
-            W *= 1e-6
-        if kind == "small row":
-            W[1] *= 1e-6
-        new = {
-            "mixed": lambda: W[torch.randperm(d_out)] * l[:, None] + 0.1 * W.roll(1, 0),
-            "low rank": (
-                lambda: W + torch.outer(torch.randn_like(l), torch.randn_like(W[0]))
-            ),
-            "columns": lambda: W * (torch.rand_like(W[0]) + 0.3),
-            "one row": lambda: torch.cat((W[:-1] * l[:-1, None], W[-1:].roll(1, 1))),
-            "one entry": lambda: W * l[:, None] + 0.0005 * one_entry(W),
-            "one of many": lambda: W * l[:, None] + 0.0005 * one_entry(W),
-            "right angles": lambda: turned_row(W * l[:, None], W[2]),
-            "small row": lambda: torch.cat(
-                (W[:1], W[1:2].roll(1, 1), W[2:] * l[2:, None])
-            ),
-        }.get(kind, lambda: W * l[:, None])()
-        got = function(W, new)
+        W, l = weight_and_scales(kind)
+        got = function(W, changed_weight(kind, W, l))
         if kind in NOT_SCALED:
             need(
                 got is None,

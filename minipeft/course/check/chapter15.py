@@ -431,45 +431,12 @@ def one_merge(function, adapters, weights, r, dense):
         f"A should be {(r, d_in)} and B {(d_out, r)}; yours are {tuple(A.shape)} and"
         f" {tuple(B.shape)}. Keep the r largest singular values.",
     )
-    sums = {
-        "all": sum(w * s * b @ a for (a, b, s), w in zip(kept, weights)),
-        "no scaling": sum(w * b @ a for (a, b, s), w in zip(kept, weights)),
-        "no weights": sum(s * b @ a for a, b, s in kept),
-        "no signs": sum(abs(w) * s * b @ a for (a, b, s), w in zip(kept, weights)),
-    }
-    right = nearest(sums["all"], r)
-    each = sum(w * s * nearest(b @ a, r) for (a, b, s), w in zip(kept, weights))
-    U, S, V = torch.linalg.svd(sums["all"], full_matrices=False)
-    A_all = torch.cat([a for a, b, s in kept])
-    B_all = torch.cat([w * s * b for (a, b, s), w in zip(kept, weights)], 1)
-    n = len(A_all)  # the other singular values are zero
-    twice = sum(w * w * s * b @ a for (a, b, s), w in zip(kept, weights))
+    right = nearest(weighted_sum(kept, weights), r)
     mistakes = {
-        "The scaling s_i of each adapter is missing.": nearest(sums["no scaling"], r),
-        "The weights are missing.": nearest(sums["no weights"], r),
-        "A negative weight has lost its sign.": nearest(sums["no signs"], r),
-        "The singular values are missing: U and V alone have the right directions and"
-        " the wrong lengths.": U[:, :r] @ V[:r],
-        "The singular values are in it twice (in A and in B): put them into one, or"
-        " their root into each.": U[:, :r] * S[:r] ** 2 @ V[:r],
-        "Only the root of the singular values is in it.": U[:, :r]
-        * S[:r] ** 0.5
-        @ V[:r],
-        "You compress each adapter and then add: that has a larger rank, or forgets"
-        " what they have in common.": each,
-        "You keep the *smallest* singular values.": (
-            U[:, n - r : n] * S[n - r : n] @ V[n - r : n]
-        ),
-        "You keep the last r singular values, and those are the smallest: keep the"
-        " first r.": U[:, -r:] * S[-r:] @ V[-r:],
-        "You keep the first r of the factors put together: which r are the best, the"
-        " SVD says.": B_all[:, :r] @ A_all[:r],
-        "You divide by the sum of the weights: the sum is wanted as it is.": (
-            right / sum(weights)
-        ),
-        "The weights are in it twice (in A and in B).": nearest(twice, r),
+        message: wrong
+        for message, wrong in slips_of_merge(kept, weights, r).items()
+        if not same(wrong, right)
     }
-    mistakes = {m: wrong for m, wrong in mistakes.items() if not same(wrong, right)}
     formula = Formula(merged_from_factors, kept, weights, r)
     compare(B @ A, right, mistakes, "B A", formula=formula)
     need(
@@ -487,6 +454,52 @@ def one_merge(function, adapters, weights, r, dense):
         " is needed. The sum is (one tall matrix) · (one wide matrix): the QR of each"
         " leaves a small matrix in the middle, and its SVD is cheap.",
     )
+
+
+def weighted_sum(adapters, weights):
+    return sum(w * s * b @ a for (a, b, s), w in zip(adapters, weights))
+
+
+def slips_of_merge(adapters, weights, r) -> dict:
+    whole = weighted_sum(adapters, weights)
+    U, S, V = torch.linalg.svd(whole, full_matrices=False)
+    unscaled = [(a, b, 1.0) for a, b, s in adapters]
+    A_all = torch.cat([a for a, b, s in adapters])
+    B_all = torch.cat([w * s * b for (a, b, s), w in zip(adapters, weights)], 1)
+    n = len(A_all)  # the other singular values are zero
+    return {
+        "The scaling s_i of each adapter is missing.": (
+            nearest(weighted_sum(unscaled, weights), r)
+        ),
+        "The weights are missing.": nearest(sum(s * b @ a for a, b, s in adapters), r),
+        "A negative weight has lost its sign.": (
+            nearest(weighted_sum(adapters, map(abs, weights)), r)
+        ),
+        "The singular values are missing: U and V alone have the right directions and"
+        " the wrong lengths.": U[:, :r] @ V[:r],
+        "The singular values are in it twice (in A and in B): put them into one, or"
+        " their root into each.": U[:, :r] * S[:r] ** 2 @ V[:r],
+        "Only the root of the singular values is in it.": (
+            U[:, :r] * S[:r] ** 0.5 @ V[:r]
+        ),
+        "You compress each adapter and then add: that has a larger rank, or forgets"
+        " what they have in common.": sum(
+            w * s * nearest(b @ a, r) for (a, b, s), w in zip(adapters, weights)
+        ),
+        "You keep the *smallest* singular values.": (
+            U[:, n - r : n] * S[n - r : n] @ V[n - r : n]
+        ),
+        "You keep the last r singular values, and those are the smallest: keep the"
+        " first r.": U[:, -r:] * S[-r:] @ V[-r:],
+        "You keep the first r of the factors put together: which r are the best, the"
+        " SVD says.": B_all[:, :r] @ A_all[:r],
+        "You divide by the sum of the weights: the sum is wanted as it is.": (
+            nearest(whole, r) / sum(weights)
+        ),
+        "The weights are in it twice (in A and in B).": (
+            nearest(weighted_sum(adapters, [w * w for w in weights]), r)
+        ),
+    }
 
 
 # ---- 5. a merge that learns its weights ----------------------------------------------
@@ -629,7 +642,6 @@ def compare_mixture(model, x):
     slot = model.get_base_model()[0]
     mixture = slot.adapters["mixture"]
     parts = [slot.adapters[name] for name in EXPERTS]
-    by_name = [EXPERTS.index(name) for name in sorted(EXPERTS)]
     with torch.no_grad():
         mixture.weights.copy_(torch.tensor([0.8, -0.3, 0.4]))
     for trial in range(2):
@@ -639,41 +651,10 @@ def compare_mixture(model, x):
             for part in parts
         ]
         y = slot.base_layer(x).detach()
-        right = y + sum(w_i * x @ delta.T for w_i, delta in zip(w, deltas))
-        plain = [delta / part.scaling for delta, part in zip(deltas, parts)]
-        mistakes = {
-            "The experts' scaling α/r is missing: a peer knows its own delta and"
-            " update, so ask it.": y
-            + sum(w_i * x @ delta.T for w_i, delta in zip(w, plain)),
-            "The weights have no effect.": y + sum(x @ delta.T for delta in deltas),
-            "You take the mean, whatever the weights are.": y
-            + sum(x @ delta.T for delta in deltas) / 3,
-            "You normalise the weights with a softmax: then they can neither be"
-            " negative nor sum to more than one.": y
-            + sum(s * x @ d.T for s, d in zip(w.softmax(0), deltas)),
-            "The base is in it twice: `update` is only what is added.": right + y,
-            "Only the first expert is heard.": y + w[0] * x @ deltas[0].T,
-            "The experts have changed places: weights[i] belongs to names[i].": y
-            + sum(w_i * x @ deltas[at].T for w_i, at in zip(w, by_name)),
-            "The experts have changed places: they stand in reverse.": y
-            + sum(w_i * x @ delta.T for w_i, delta in zip(w, deltas[::-1])),
-            "You divide the weights by their sum, or by N: w_i is the factor itself.": y
-            + (right - y) / w.sum(),
-            "You divide by N beside the weights: w_i is the factor itself.": y
-            + (right - y) / 3,
-            "A negative weight loses its sign.": y
-            + sum(w_i.abs() * x @ delta.T for w_i, delta in zip(w, deltas)),
-            "Negative weights are cut off.": y
-            + sum(w_i.clamp(min=0) * x @ delta.T for w_i, delta in zip(w, deltas)),
-            "The experts' scaling is in it twice: delta has it already.": y
-            + sum(
-                w_i * part.scaling * x @ delta.T
-                for w_i, part, delta in zip(w, parts, deltas)
-            ),
-            "Only the first two experts are heard.": y
-            + sum(w_i * x @ delta.T for w_i, delta in zip(w[:2], deltas)),
-        }
         updates = [x @ delta.T for delta in deltas]
+        right = y + mixed(w, updates)
+        plain = [delta / part.scaling for delta, part in zip(deltas, parts)]
+        mistakes = slips_of_mixture(w, [part.scaling for part in parts], deltas, x, y)
         formula = Formula(mixed, w, updates, after=lambda total, y=y: y + total)
         compare(slot(x), right, mistakes, "The layer's output", formula=formula)
         base = Base(slot, "mixture")
@@ -692,6 +673,41 @@ def compare_mixture(model, x):
     merged = slot(x)
     model.unmerge_adapter()
     need(same(merged, slot(x)), "Merged, the layer gives something else.")
+
+
+def slips_of_mixture(w, scalings, deltas, x, y) -> dict:
+    """{message: the layer's output}; y: the base's, deltas: the experts' changes."""
+    by_name = [EXPERTS.index(name) for name in sorted(EXPERTS)]
+    updates = [x @ delta.T for delta in deltas]
+    right = y + mixed(w, updates)
+    return {
+        "The experts' scaling α/r is missing: a peer knows its own delta and update, so"
+        " ask it.": y + mixed(w, [x @ (d / s).T for d, s in zip(deltas, scalings)]),
+        "The weights have no effect.": y + sum(updates),
+        "You take the mean, whatever the weights are.": y + sum(updates) / 3,
+        "You normalise the weights with a softmax: then they can neither be negative"
+        " nor sum to more than one.": y + mixed(w.softmax(0), updates),
+        "The base is in it twice: `update` is only what is added.": right + y,
+        "Only the first expert is heard.": y + w[0] * updates[0],
+        "The experts have changed places: weights[i] belongs to names[i].": (
+            y + mixed(w, [updates[at] for at in by_name])
+        ),
+        "The experts have changed places: they stand in reverse.": (
+            y + mixed(w, updates[::-1])
+        ),
+        "You divide the weights by their sum, or by N: w_i is the factor itself.": (
+            y + (right - y) / w.sum()
+        ),
+        "You divide by N beside the weights: w_i is the factor itself.": (
+            y + (right - y) / 3
+        ),
+        "A negative weight loses its sign.": y + mixed(w.abs(), updates),
+        "Negative weights are cut off.": y + mixed(w.clamp(min=0), updates),
+        "The experts' scaling is in it twice: delta has it already.": (
+            y + mixed(w, [s * update for s, update in zip(scalings, updates)])
+        ),
+        "Only the first two experts are heard.": y + mixed(w[:2], updates[:2]),
+    }
 
 
 def gradients_of_mixture(slot, mixture, deltas, x):

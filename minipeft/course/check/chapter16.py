@@ -124,21 +124,24 @@ def fair_search(function) -> None:
                 isinstance(entry, dict) and {"lr", "scores"} <= set(entry),
                 f'The entry of {method} needs "lr" and "scores".',
             )
-        look_at_search(got, runs, methods, rates, seeds, diverges)
+        right = look_at_rates(got, runs, methods, rates, seeds[0], diverges)
+        look_at_scores(got, runs, right, rates, seeds)
 
 
-def look_at_search(got, runs, methods, rates, seeds, diverges):
+def look_at_rates(got, runs, methods, rates, first, diverges) -> dict:
+    """The rates of `got` are the best ones: {method: rate}, which is returned. first:
+    the seed with which each rate is tried."""
     usable = {
         method: [
             lr
             for lr in rates
-            if not math.isnan(runs.results[method, lr, seeds[0]]["valid_loss"])
+            if not math.isnan(runs.results[method, lr, first]["valid_loss"])
         ]
         for method in methods
     }
 
-    def chosen(key, pick, seed=seeds[0]):
-        return {m: runs.best(m, usable[m], seed, key, pick) for m in methods}
+    def chosen(key, pick, among=usable):
+        return {m: runs.best(m, among[m], first, key, pick) for m in methods}
 
     right = chosen("valid_loss", min)
     rate = {method: entry["lr"] for method, entry in got.items()}
@@ -153,9 +156,7 @@ def look_at_search(got, runs, methods, rates, seeds, diverges):
         for m in methods
     }
     need(
-        rate == right
-        or rate
-        != {m: runs.best(m, shared[m], seeds[0], "valid_loss", min) for m in methods},
+        rate == right or rate != chosen("valid_loss", min, among=shared),
         "A rate at which one method diverged is left out for the other methods too:"
         " each has its own rates.",
     )
@@ -173,6 +174,12 @@ def look_at_search(got, runs, methods, rates, seeds, diverges):
         "All methods get the same rate. Each has its own best one.",
     )
     need(rate == right, f"The rates should be {right}; yours are {rate}.")
+    return right
+
+
+def look_at_scores(got, runs, right, rates, seeds) -> None:
+    """A test score for each seed, at the right rates, and no more runs than it takes
+    to have them."""
     for method, entry in got.items():
         asked = [lr for name, lr, seed in runs.asked if name == method]
         entry["scores"] = scores = as_list(entry["scores"])
@@ -186,15 +193,16 @@ def look_at_search(got, runs, methods, rates, seeds, diverges):
             f"You make {len(asked)} runs for {method}: with the first seed try each"
             " rate, and with the other seeds only the best one.",
         )
-    wanted = searched(runs, methods, right, seeds)
+    wanted = searched(runs, list(right), right, seeds)
     losses = {
-        m: [runs.results[m, right[m], s]["valid_loss"] for s in seeds] for m in methods
+        m: [runs.results[m, lr, s]["valid_loss"] for s in seeds]
+        for m, lr in right.items()
     }
     need(
         {m: list(entry["scores"]) for m, entry in got.items()} != losses,
         "You report validation losses. Choose by them, and report the test scores.",
     )
-    for method in methods:
+    for method in right:
         need(
             [*map(str, got[method]["scores"])] == [*map(str, wanted[method]["scores"])],
             f"The scores of {method} are not the test scores of seeds {seeds} at the"
@@ -379,57 +387,59 @@ def items_needed(function) -> None:
         choices.add(
             int(got),
             math.ceil(exact),
-            {
-                "You round down: then the margin is still a little too wide.": (
-                    math.floor(exact)
-                ),
-                "You round to the nearest: with fewer than it takes the margin is too"
-                " wide. Round up.": round(exact),
-                "That is how many both methods take together: each has as many.": (
-                    2 * math.ceil(exact)
-                ),
-                "The margin is the distance to one side of the difference: you halve"
-                " it.": math.ceil(4 * exact),
-                "You add one to what is whole already (int(x) + 1): round up with"
-                " math.ceil.": math.floor(exact) + 1,
-                "95 % of the draws lie within 1.96 standard errors, not 2.": (
-                    math.ceil(exact * 4 / 1.96**2)
-                ),
-                "The difference is a share already, as p is: do not divide by 100.": (
-                    math.ceil(exact * 100**2)
-                ),
-                "That is the number for the *same* questions; here each method has"
-                " questions of its own.": math.ceil(1.96**2 * p / gap**2),
-                "You take p = 1/2 always: the variance of an answer is p (1 - p).": (
-                    math.ceil(2 * 1.96**2 / 4 / gap**2)
-                ),
-                "You divide by the 2: the variances of both methods add up.": (
-                    math.ceil(exact / 4)
-                ),
-                "That is for one method alone. Of a difference the variances of both"
-                " add up: 2 p (1 - p) / n.": math.ceil(exact / 2),
-                "The 1.96 is missing: 95 % of the draws lie within 1.96 standard"
-                " errors.": (math.ceil(exact / 1.96**2)),
-                "1.96 is squared too, for n stands below a root.": (
-                    math.ceil(exact / 1.96)
-                ),
-                "The difference is squared: half of it needs four times as many.": (
-                    math.ceil(exact * gap)
-                ),
-                "1.645 leaves 5 % on one side; both sides count here, so 1.96.": (
-                    math.ceil(exact * 1.645**2 / 1.96**2)
-                ),
-                "The variance of an answer is p (1 - p), not p.": (
-                    math.ceil(exact / (1 - p))
-                ),
-                "The 2 is squared too: 2 · 1.96² p (1 - p).": math.ceil(2 * exact),
-                "That is the root of it: n is where the margin, squared, meets the"
-                " difference, squared.": math.ceil(math.sqrt(exact)),
-            },
+            slips_of_items(p, gap),
             f"For a share of {p:g} and a difference of {gap:g} you get {got}: the"
             f" margin would be {margin(p, int(got))}.",
         )
     choices.judge()
+
+
+def slips_of_items(p, gap) -> dict:
+    exact = 2 * 1.96**2 * p * (1 - p) / gap**2
+    return {
+        "You round down: then the margin is still a little too wide.": (
+            math.floor(exact)
+        ),
+        "You round to the nearest: with fewer than it takes the margin is too"
+        " wide. Round up.": round(exact),
+        "That is how many both methods take together: each has as many.": (
+            2 * math.ceil(exact)
+        ),
+        "The margin is the distance to one side of the difference: you halve"
+        " it.": math.ceil(4 * exact),
+        "You add one to what is whole already (int(x) + 1): round up with"
+        " math.ceil.": math.floor(exact) + 1,
+        "95 % of the draws lie within 1.96 standard errors, not 2.": (
+            math.ceil(exact * 4 / 1.96**2)
+        ),
+        "The difference is a share already, as p is: do not divide by 100.": (
+            math.ceil(exact * 100**2)
+        ),
+        "That is the number for the *same* questions; here each method has"
+        " questions of its own.": math.ceil(1.96**2 * p / gap**2),
+        "You take p = 1/2 always: the variance of an answer is p (1 - p).": (
+            math.ceil(2 * 1.96**2 / 4 / gap**2)
+        ),
+        "You divide by the 2: the variances of both methods add up.": (
+            math.ceil(exact / 4)
+        ),
+        "That is for one method alone. Of a difference the variances of both"
+        " add up: 2 p (1 - p) / n.": math.ceil(exact / 2),
+        "The 1.96 is missing: 95 % of the draws lie within 1.96 standard errors.": (
+            math.ceil(exact / 1.96**2)
+        ),
+        "1.96 is squared too, for n stands below a root.": math.ceil(exact / 1.96),
+        "The difference is squared: half of it needs four times as many.": (
+            math.ceil(exact * gap)
+        ),
+        "1.645 leaves 5 % on one side; both sides count here, so 1.96.": (
+            math.ceil(exact * 1.645**2 / 1.96**2)
+        ),
+        "The variance of an answer is p (1 - p), not p.": math.ceil(exact / (1 - p)),
+        "The 2 is squared too: 2 · 1.96² p (1 - p).": math.ceil(2 * exact),
+        "That is the root of it: n is where the margin, squared, meets the"
+        " difference, squared.": math.ceil(math.sqrt(exact)),
+    }
 
 
 def margin(p, items) -> str:

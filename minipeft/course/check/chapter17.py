@@ -449,12 +449,6 @@ def answers_only(function) -> None:
     """function(messages, render, encode) -> (ids, labels), two lists."""
     for messages, otherwise in conversations():
         ids = encode(render(messages))
-        spans, headers = [], []
-        for at, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start = len(encode(render(messages[:at], True)))
-                spans.append((start, len(encode(render(messages[: at + 1])))))
-                headers.append(len(encode(render(messages[:at]))))
         got = function(messages, render, encode)
         no_return(got)
         need(
@@ -473,62 +467,67 @@ def answers_only(function) -> None:
         )
         need(given == ids, "The ids should be those of the whole conversation.")
         need(len(labels) == len(ids), "One label for each id.")
-        right = masked(spans, ids)
-        every = [(0, len(ids))]
-        header = len("<assistant>")
-        slips = {
-            "You learn everything, the user's words too.": masked(every, ids),
-            "You learn the last answer only: there are two.": masked(spans[-1:], ids),
-            "You learn the first answer only: there are two.": masked(spans[:1], ids),
-            "You learn the headers <assistant> too, which the template writes: an"
-            " answer begins behind them.": masked(
-                [(h, end) for h, (_, end) in zip(headers, spans)], ids
-            ),
-            "The end of an answer is not learnt: the model would never stop.": masked(
-                [(start, end - len("~\n")) for start, end in spans], ids
-            ),
-            "The last token of an answer's end is not learnt: its end is where the text"
-            " with it ends.": masked([(start, end - 1) for start, end in spans], ids),
-            "You learn everything but the answers.": [
-                i if label == -100 else -100 for i, label in zip(ids, right)
-            ],
-            "You shift the labels: the model does that itself.": right[1:] + [-100],
-            "You learn nothing: every label is -100. Answers have the role"
-            ' "assistant".': [-100] * len(ids),
-            "You learn the user's words and not the assistant's.": masked(
-                turns(messages, ("user",)), ids
-            ),
-            "You learn what the system says, too: only the assistant's words count.": (
-                masked(turns(messages, ("system", "assistant")), ids)
-            ),
-            "Labels are ids: you give 1 where something is learnt.": [
-                int(label != -100) for label in right
-            ],
-            "You learn the header behind an answer, too: its end is where the text with"
-            " it ends, without add_generation_prompt.": masked(
-                [(start, end + header) for start, end in spans], ids
-            ),
-            "You leave the first token of each answer out.": masked(
-                [(start + 1, end) for start, end in spans], ids
-            ),
-            "You learn everything from the first answer on, the user's words too.": (
-                masked([(spans[0][0], len(ids))], ids)
-            ),
-            "What is not learnt has the label -100; 0 is a token.": [
-                0 if label == -100 else label for label in right
-            ],
-        }
-        if labels != right:
-            raise Wrong(
-                next(
-                    (
-                        message
-                        for message, slip in slips.items()
-                        if labels == slip and otherwise is ANSWERS
-                    ),
-                    otherwise,
-                )
-            )
+        if labels == masked(turns(messages, ("assistant",)), ids):
+            continue
+        if otherwise is ANSWERS:
+            for message, slip in slips_of_labels(messages, ids).items():
+                need(labels != slip, message)
+        raise Wrong(otherwise)
+
+
+def slips_of_labels(messages, ids) -> dict:
+    spans = turns(messages, ("assistant",))
+    right = masked(spans, ids)
+    headers = [
+        len(encode(render(messages[:at])))
+        for at, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    header = len("<assistant>")
+    return {
+        "You learn everything, the user's words too.": masked([(0, len(ids))], ids),
+        "You learn the last answer only: there are two.": masked(spans[-1:], ids),
+        "You learn the first answer only: there are two.": masked(spans[:1], ids),
+        "You learn the headers <assistant> too, which the template writes: an answer"
+        " begins behind them.": masked(
+            [(h, end) for h, (_, end) in zip(headers, spans)], ids
+        ),
+        "The end of an answer is not learnt: the model would never stop.": masked(
+            [(start, end - len("~\n")) for start, end in spans], ids
+        ),
+        "The last token of an answer's end is not learnt: its end is where the text"
+        " with it ends.": masked([(start, end - 1) for start, end in spans], ids),
+        "You learn everything but the answers.": [
+            i if label == -100 else -100 for i, label in zip(ids, right)
+        ],
+        "You shift the labels: the model does that itself.": right[1:] + [-100],
+        'You learn nothing: every label is -100. Answers have the role "assistant".': [
+            -100
+        ]
+        * len(ids),
+        "You learn the user's words and not the assistant's.": masked(
+            turns(messages, ("user",)), ids
+        ),
+        "You learn what the system says, too: only the assistant's words count.": (
+            masked(turns(messages, ("system", "assistant")), ids)
+        ),
+        "Labels are ids: you give 1 where something is learnt.": [
+            int(label != -100) for label in right
+        ],
+        "You learn the header behind an answer, too: its end is where the text with it"
+        " ends, without add_generation_prompt.": masked(
+            [(start, end + header) for start, end in spans], ids
+        ),
+        "You leave the first token of each answer out.": masked(
+            [(start + 1, end) for start, end in spans], ids
+        ),
+        "You learn everything from the first answer on, the user's words too.": (
+            masked([(spans[0][0], len(ids))], ids)
+        ),
+        "What is not learnt has the label -100; 0 is a token.": [
+            0 if label == -100 else label for label in right
+        ],
+    }
 
 
 # ---- 5. llama.cpp's rows -------------------------------------------------------------

@@ -43,65 +43,64 @@ def combined_gradient(function) -> None:
             " own. Make a new tensor.",
         )
         weighted = sum(g * n for g, n in zip(gradients, labels))
-        total = sum(labels)
         compare(
             got,
-            weighted / total,
-            {
-                "That is the mean of the processes' means: the fault itself. A process"
-                " with few labels counts as much as one with many.": (
-                    sum(gradients) / processes
-                ),
-                "The sum of the processes' means: divide, and weigh by labels.": sum(
-                    gradients
-                ),
-                "You weigh by labels, but divide by the number of processes: divide by"
-                " all labels.": weighted / processes,
-                "You weigh by labels, but do not divide by their sum.": weighted,
-                "You weigh by labels and divide twice: by all labels, and by the number"
-                " of processes.": weighted / total / processes,
-                "You divide each mean by its labels: it is a mean already. Multiply,"
-                " which makes it a sum again.": (
-                    sum(g / max(n, 1e-9) for g, n in zip(gradients, labels))
-                ),
-                "You divide the sum of the means by all labels.": (
-                    sum(gradients) / total
-                ),
-                "You multiply by the number of processes: W n_p / n is for an engine"
-                " that averages afterwards.": weighted / total * processes,
-                "You divide by the most labels that a process has: divide by all.": (
-                    weighted / max(labels)
-                ),
-                "You weigh by 1 / n: a process with more labels counts more.": sum(
-                    g / max(n, 1e-9) for g, n in zip(gradients, labels)
-                )
-                / sum(1 / max(n, 1e-9) for n in labels),
-                "You weigh by the softmax of the labels: weigh by their shares.": sum(
-                    g * w
-                    for g, w in zip(gradients, torch.tensor(labels).double().softmax(0))
-                ),
-                "You weigh by the root of the labels: weigh by their shares.": sum(
-                    g * n**0.5 for g, n in zip(gradients, labels)
-                )
-                / sum(n**0.5 for n in labels),
-                "The weights run along the wrong dimension: each process has one.": (
-                    (torch.stack(gradients) * torch.tensor(labels)).sum(0) / total
-                ),
-                "You take the process with the most labels: all of them count.": (
-                    gradients[labels.index(max(labels))]
-                ),
-                "You sort the labels: each number belongs to its own gradient.": sum(
-                    g * n for g, n in zip(gradients, sorted(labels))
-                )
-                / total,
-                "A process with a single label counts too.": sum(
-                    g * n for g, n in zip(gradients, labels) if n != 1
-                )
-                / sum(n for n in labels if n != 1),
-            }
-            | only_the_first(gradients, labels),
+            weighted / sum(labels),
+            slips_of_weighing(gradients, labels) | only_the_first(gradients, labels),
             "Your gradient",
         )
+
+
+def slips_of_weighing(gradients, labels) -> dict:
+    processes, total = len(labels), sum(labels)
+    weighted = sum(g * n for g, n in zip(gradients, labels))
+    return {
+        "That is the mean of the processes' means: the fault itself. A process"
+        " with few labels counts as much as one with many.": (
+            sum(gradients) / processes
+        ),
+        "The sum of the processes' means: divide, and weigh by labels.": sum(gradients),
+        "You weigh by labels, but divide by the number of processes: divide by"
+        " all labels.": weighted / processes,
+        "You weigh by labels, but do not divide by their sum.": weighted,
+        "You weigh by labels and divide twice: by all labels, and by the number"
+        " of processes.": weighted / total / processes,
+        "You divide each mean by its labels: it is a mean already. Multiply,"
+        " which makes it a sum again.": (
+            sum(g / max(n, 1e-9) for g, n in zip(gradients, labels))
+        ),
+        "You divide the sum of the means by all labels.": sum(gradients) / total,
+        "You multiply by the number of processes: W n_p / n is for an engine"
+        " that averages afterwards.": weighted / total * processes,
+        "You divide by the most labels that a process has: divide by all.": (
+            weighted / max(labels)
+        ),
+        "You weigh by 1 / n: a process with more labels counts more.": sum(
+            g / max(n, 1e-9) for g, n in zip(gradients, labels)
+        )
+        / sum(1 / max(n, 1e-9) for n in labels),
+        "You weigh by the softmax of the labels: weigh by their shares.": sum(
+            g * w for g, w in zip(gradients, torch.tensor(labels).double().softmax(0))
+        ),
+        "You weigh by the root of the labels: weigh by their shares.": sum(
+            g * n**0.5 for g, n in zip(gradients, labels)
+        )
+        / sum(n**0.5 for n in labels),
+        "The weights run along the wrong dimension: each process has one.": (
+            (torch.stack(gradients) * torch.tensor(labels)).sum(0) / total
+        ),
+        "You take the process with the most labels: all of them count.": (
+            gradients[labels.index(max(labels))]
+        ),
+        "You sort the labels: each number belongs to its own gradient.": sum(
+            g * n for g, n in zip(gradients, sorted(labels))
+        )
+        / total,
+        "A process with a single label counts too.": sum(
+            g * n for g, n in zip(gradients, labels) if n != 1
+        )
+        / sum(n for n in labels if n != 1),
+    }
 
 
 def numbers_of_labels() -> list:
@@ -407,6 +406,94 @@ def cards_needed(sharded, whole, card, sizes, ddp=False):
     return None
 
 
+CARDS = [  # (sharded, whole, card, sizes)
+    (100.0, 10.0, 24.0, (1, 2, 4, 8)),
+    (40.0, 5.0, 80.0, (1, 2, 4, 8)),
+    (28.0, 10.0, 24.0, (1, 2, 4, 8)),  # exactly full
+    (400.0, 30.0, 24.0, (1, 2, 4, 8)),  # never
+    (300.0, 4.0, 24.0, (1, 2, 4, 8)),  # too large for eight
+    (60.0, 3.0, 24.0, (8, 4, 2, 1)),  # not sorted
+    (70.0, 1.0, 24.0, (1, 3, 6)),  # 24.33, 24.67 and 25.2 on three
+    (71.0, 1.0, 24.0, (1, 3, 6)),
+    (72.6, 1.0, 24.0, (1, 3, 6)),
+    (74.6, 1.0, 24.0, (1, 3, 6)),  # 2 GB are more than GiB against GB
+    (74.85, 1.0, 24.0, (1, 3, 6)),  # 25.95: GiB of all of a card
+    (69.03, 1.0, 24.0, (1, 3, 6)),  # 24.01
+    (94.0, 3.0, 24.0, (1, 2, 4, 8)),
+    (380.0, 4.0, 24.0, (32, 16, 64, 24)),
+    (10.0, 40.0, 24.0, (1, 2, 4, 8)),  # what each needs is too large
+    (10.0, 24.0, 24.0, (1, 2, 4, 8)),  # and fills the card
+]
+CARD_SLIPS = {  # {message: how many cards this mistake finds}
+    "You divide everything by the number of cards: activations and the gathered block"
+    " are there on each card.": lambda a, b, c, s: cards_needed(a + b, 0, c, sorted(s)),
+    "You divide nothing: FSDP2 shards, DDP does not.": lambda a, b, c, s: cards_needed(
+        a, b, c, sorted(s), ddp=True
+    ),
+    "You forget what each card needs for itself.": lambda a, b, c, s: cards_needed(
+        a, 0, c, sorted(s)
+    ),
+    "You divide what each card needs for itself, and not what is sharded.": (
+        lambda a, b, c, s: next((n for n in sorted(s) if a + b / n <= c), None)
+    ),
+    "You give the most cards that fit: the fewest are asked for.": lambda a, b, c, s: (
+        cards_needed(a, b, c, sorted(s, reverse=True))
+    ),
+    "You take the sizes in their order: they need not be sorted.": cards_needed,
+    "A card that is exactly full is enough.": lambda a, b, c, s: cards_needed(
+        a, b, c - 1e-6, sorted(s)
+    ),
+    "Where no number is enough, return None, not the largest.": lambda a, b, c, s: (
+        cards_needed(a, b, c, sorted(s)) or max(s)
+    ),
+    "Where no number is enough, return None, not 0.": lambda a, b, c, s: (
+        cards_needed(a, b, c, sorted(s)) or 0
+    ),
+    "Only numbers of cards in `sizes` can be had.": lambda a, b, c, s: cards_needed(
+        a, b, c, range(1, 1000)
+    ),
+    "Only numbers of cards in `sizes` can be had, not all up to the largest.": (
+        lambda a, b, c, s: cards_needed(a, b, c, range(1, max(s) + 1))
+    ),
+    "Only numbers of cards in `sizes` can be had, and not all powers of two.": (
+        lambda a, b, c, s: cards_needed(a, b, c, (1, 2, 4, 8, 16, 32))
+    ),
+    "You divide without a rest (//): 17.5 GB are more than 17.": (
+        lambda a, b, c, s: next((n for n in sorted(s) if a // n + b <= c), None)
+    ),
+    "You round what a card needs: 24.3 GB do not fit into 24.": (
+        lambda a, b, c, s: next((n for n in sorted(s) if round(a / n + b) <= c), None)
+    ),
+    "Return the number of cards, not its place in `sizes`.": lambda a, b, c, s: (
+        place_in(sorted(s), cards_needed(a, b, c, sorted(s)))
+    ),
+}
+
+
+def place_in(sizes, count):
+    return None if count is None else sizes.index(count)
+
+
+def slips_with(reserve) -> dict:
+    """More of CARD_SLIPS: c is what may be filled of a card, beside `reserve` GB that
+    stay free."""
+    slips = {
+        "All numbers are in one unit, GB: convert nothing.": lambda a, b, c, s: (
+            cards_needed(a, b, (c + reserve) * 2**30 / 1e9 - reserve, sorted(s))
+        )
+    }
+    if reserve:
+        slips |= {
+            f"{reserve} GB of each card have to stay free.": lambda a, b, c, s: (
+                cards_needed(a, b, c + reserve, sorted(s))
+            ),
+            "What has to stay free is not divided: it stays free on each card.": (
+                lambda a, b, c, s: cards_needed(a + reserve, b, c + reserve, sorted(s))
+            ),
+        }
+    return slips
+
+
 @checks(
     "What is sharded is divided, what each card needs for itself is not; and if no"
     " number is enough, you say so."
@@ -414,90 +501,15 @@ def cards_needed(sharded, whole, card, sizes, ddp=False):
 def card_count(function, reserve=0) -> None:
     """function(sharded, whole, card, sizes) -> the fewest cards that are enough, or
     None. reserve: the GB of a card that have to stay free."""
-    cases = [
-        (100.0, 10.0, 24.0, (1, 2, 4, 8)),
-        (40.0, 5.0, 80.0, (1, 2, 4, 8)),
-        (28.0, 10.0, 24.0, (1, 2, 4, 8)),  # exactly full
-        (400.0, 30.0, 24.0, (1, 2, 4, 8)),  # never
-        (300.0, 4.0, 24.0, (1, 2, 4, 8)),  # too large for eight
-        (60.0, 3.0, 24.0, (8, 4, 2, 1)),  # not sorted
-        (70.0, 1.0, 24.0, (1, 3, 6)),  # 24.33, 24.67 and 25.2 on three
-        (71.0, 1.0, 24.0, (1, 3, 6)),
-        (72.6, 1.0, 24.0, (1, 3, 6)),
-        (74.6, 1.0, 24.0, (1, 3, 6)),  # 2 GB are more than GiB against GB
-        (74.85, 1.0, 24.0, (1, 3, 6)),  # 25.95: GiB of all of a card
-        (69.03, 1.0, 24.0, (1, 3, 6)),  # 24.01
-        (94.0, 3.0, 24.0, (1, 2, 4, 8)),
-        (380.0, 4.0, 24.0, (32, 16, 64, 24)),
-        (10.0, 40.0, 24.0, (1, 2, 4, 8)),  # what each needs is too large
-        (10.0, 24.0, 24.0, (1, 2, 4, 8)),  # and fills the card
-    ]
-    got = [function(a, b, c + reserve, list(sizes)) for a, b, c, sizes in cases]
-    right = [cards_needed(a, b, c, sorted(sizes)) for a, b, c, sizes in cases]
-    full = [cards_needed(a, b, c + reserve, sorted(s)) for a, b, c, s in cases]
-    slips = {f"{reserve} GB of each card have to stay free.": full} if reserve else {}
-    if reserve:
-        slips["What has to stay free is not divided: it stays free on each card."] = [
-            cards_needed(a + reserve, b, c + reserve, sorted(s)) for a, b, c, s in cases
-        ]
-    slips |= {
-        "You divide everything by the number of cards: activations and the gathered"
-        " block are there on each card.": [
-            cards_needed(a + b, 0, c, sorted(s)) for a, b, c, s in cases
-        ],
-        "You divide nothing: FSDP2 shards, DDP does not.": [
-            cards_needed(a, b, c, sorted(s), ddp=True) for a, b, c, s in cases
-        ],
-        "You forget what each card needs for itself.": [
-            cards_needed(a, 0, c, sorted(s)) for a, b, c, s in cases
-        ],
-        "You divide what each card needs for itself, and not what is sharded.": [
-            next((n for n in sorted(s) if a + b / n <= c), None) for a, b, c, s in cases
-        ],
-        "You give the most cards that fit: the fewest are asked for.": [
-            cards_needed(a, b, c, sorted(s, reverse=True)) for a, b, c, s in cases
-        ],
-        "You take the sizes in their order: they need not be sorted.": [
-            cards_needed(a, b, c, s) for a, b, c, s in cases
-        ],
-        "A card that is exactly full is enough.": [
-            cards_needed(a, b, c - 1e-6, sorted(s)) for a, b, c, s in cases
-        ],
-        "Where no number is enough, return None, not the largest.": [
-            cards_needed(a, b, c, sorted(s)) or max(s) for a, b, c, s in cases
-        ],
-        "Where no number is enough, return None, not 0.": [
-            cards_needed(a, b, c, sorted(s)) or 0 for a, b, c, s in cases
-        ],
-        "Only numbers of cards in `sizes` can be had.": [
-            cards_needed(a, b, c, range(1, 1000)) for a, b, c, s in cases
-        ],
-        "Only numbers of cards in `sizes` can be had, not all up to the largest.": [
-            cards_needed(a, b, c, range(1, max(s) + 1)) for a, b, c, s in cases
-        ],
-        "Only numbers of cards in `sizes` can be had, and not all powers of two.": [
-            cards_needed(a, b, c, (1, 2, 4, 8, 16, 32)) for a, b, c, s in cases
-        ],
-        "You divide without a rest (//): 17.5 GB are more than 17.": [
-            next((n for n in sorted(s) if a // n + b <= c), None)
-            for a, b, c, s in cases
-        ],
-        "You round what a card needs: 24.3 GB do not fit into 24.": [
-            next((n for n in sorted(s) if round(a / n + b) <= c), None)
-            for a, b, c, s in cases
-        ],
-        "All numbers are in one unit, GB: convert nothing.": [
-            cards_needed(a, b, (c + reserve) * 2**30 / 1e9 - reserve, sorted(s))
-            for a, b, c, s in cases
-        ],
-        "Return the number of cards, not its place in `sizes`.": [
-            None if n is None else sorted(s).index(n)
-            for n, (a, b, c, s) in zip(right, cases)
-        ],
+    got = [function(a, b, c + reserve, list(sizes)) for a, b, c, sizes in CARDS]
+    right = [cards_needed(a, b, c, sorted(sizes)) for a, b, c, sizes in CARDS]
+    slips = {
+        message: [wrong(*case) for case in CARDS]
+        for message, wrong in (CARD_SLIPS | slips_with(reserve)).items()
     }
     need(got != [None] * len(got), "Your answer is None for every case.")
     choices = Choices()
-    for at, (case, mine, expected) in enumerate(zip(cases, got, right)):
+    for at, (case, mine, expected) in enumerate(zip(CARDS, got, right)):
         sharded, whole, card, sizes = case
         choices.add(
             mine,
@@ -514,15 +526,10 @@ def card_count(function, reserve=0) -> None:
     )
 
 
-@checks(
-    "The first call that differs is where all wait for each other, and a list that ends"
-    " early is a difference too."
-)
-def first_mismatch(function, missing=None) -> None:
-    """function(calls) -> (index, {rank: name}) of the first collective in which the
-    processes differ, or None. missing: the name for a process that calls no more."""
+def runs_of(missing) -> list:
+    """[(what each process calls, what is to be returned)]"""
     good = ["all-gather", "all-reduce", "all-reduce", "reduce-scatter"]
-    cases = [
+    return [
         ([good, good], None),
         ([good, good, good], None),
         (
@@ -562,11 +569,35 @@ def first_mismatch(function, missing=None) -> None:
         ),
         ([[], []], None),
     ]
+
+
+@checks(
+    "The first call that differs is where all wait for each other, and a list that ends"
+    " early is a difference too."
+)
+def first_mismatch(function, missing=None) -> None:
+    """function(calls) -> (index, {rank: name}) of the first collective in which the
+    processes differ, or None. missing: the name for a process that calls no more."""
+    cases = runs_of(missing)
     got = [function([list(one) for one in calls]) for calls, _ in cases]
     need(
         got != [None] * len(got),
         "Your answer is None for every run: some of them are fine, the others hang.",
     )
+    look_at_which_are_found(got)
+    from_one = all(
+        isinstance(answer, list | tuple) and answer[:1] in ((at[0] + 1,), [at[0] + 1])
+        for answer, (_, at) in zip(got, cases)
+        if at is not None
+    )
+    for answer, (calls, right) in zip(got, cases):
+        answer = tuple(answer) if isinstance(answer, list) else answer
+        if answer != right:
+            name_fault(answer, calls, right, from_one, missing)
+
+
+def look_at_which_are_found(got) -> None:
+    """got: what is returned for each of runs_of()."""
     shortest = [got[i] for i in (3, 4, 6)]
     need(
         shortest != [None, None, None],
@@ -586,34 +617,28 @@ def first_mismatch(function, missing=None) -> None:
         got[5] is None or got[9] is not None,
         "You compare some of the processes only: look at all of them in each call.",
     )
-    from_one = all(
-        isinstance(answer, list | tuple) and answer[:1] in ((at[0] + 1,), [at[0] + 1])
-        for answer, (_, at) in zip(got, cases)
-        if at is not None
+
+
+def name_fault(answer, calls, right, from_one, missing) -> None:
+    """from_one: whether all calls are counted from 1."""
+    need(right is not None, "You find a difference in a run where all calls agree.")
+    need(answer is not None, f"You find no difference in {calls}.")
+    need(
+        isinstance(answer, tuple) and len(answer) == 2,
+        "Return (index, {rank: name}), or None.",
     )
-    for answer, (calls, right) in zip(got, cases):
-        answer = tuple(answer) if isinstance(answer, list) else answer
-        if answer == right:
-            continue
-        need(right is not None, "You find a difference in a run where all calls agree.")
-        need(answer is not None, f"You find no difference in {calls}.")
-        need(
-            isinstance(answer, tuple) and len(answer) == 2,
-            "Return (index, {rank: name}), or None.",
-        )
-        index, names = answer
-        need(not from_one, "You count from 1: the first call has index 0.")
-        need(
-            index == right[0],
-            f"You name call {index}, the first difference is in call {right[0]}: what"
-            " comes after it is never reached.",
-        )
-        need(
-            isinstance(names, dict) and set(names) == set(right[1]),
-            "Name what every process calls there, the ones that agree too:"
-            " {rank: name}.",
-        )
-        raise Wrong(
-            f"In call {index} I find {right[1]}, you {names}. A process that makes no"
-            f" call any more has {missing!r}."
-        )
+    index, names = answer
+    need(not from_one, "You count from 1: the first call has index 0.")
+    need(
+        index == right[0],
+        f"You name call {index}, the first difference is in call {right[0]}: what"
+        " comes after it is never reached.",
+    )
+    need(
+        isinstance(names, dict) and set(names) == set(right[1]),
+        "Name what every process calls there, the ones that agree too: {rank: name}.",
+    )
+    raise Wrong(
+        f"In call {index} I find {right[1]}, you {names}. A process that makes no"
+        f" call any more has {missing!r}."
+    )
