@@ -137,6 +137,20 @@ class TestTables:
 class TestFigures:
     """What a figure says and shows."""
 
+    @pytest.mark.parametrize("low, high", [(0.008, 0.05), (0.03, 0.09), (0.3, 6)])
+    def test_a_short_logarithmic_axis_has_plain_numbers(self, low, high):
+        ax = figures.axes("title", "x", "y", logy=True)
+        ax.plot([1, 2], [low, high])
+        figures.finish(ax, legend=False)
+        names = [
+            tick.get_text()
+            for minor in (False, True)
+            for tick in ax.get_yticklabels(minor=minor)
+        ]
+        shown = [name for name in names if name]
+        assert len(shown) >= 2
+        assert all(float(name) > 0 for name in shown)
+
     def test_figures_say_what_they_show(self, tmp_path):
         figures.curves(
             {"a": [3, 2, 1], "b": ([1, 2, 4], [1, 2, 3])},

@@ -84,6 +84,9 @@ def finish(ax=None, legend=True, outside=False, save=None, **limits) -> None:
     for axis, names in ((ax.xaxis, "xticklabels"), (ax.yaxis, "yticklabels")):
         if names in limits:  # a logarithmic axis names others, between these
             axis.set_minor_formatter(NullFormatter())
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log" and high < 50 * low and "yticks" not in limits:
+        name_plainly(ax.yaxis)
     if legend and ax.get_legend_handles_labels()[1]:
         place = (
             {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
@@ -100,6 +103,13 @@ def finish(ax=None, legend=True, outside=False, save=None, **limits) -> None:
         alt = {"image/png": {"alt": describe(ax.figure)}}
         display(ax.figure, metadata=alt)
     plt.close("all")
+
+
+def name_plainly(axis) -> None:
+    """0.1, 0.2, 0.5 on a logarithmic axis rather than powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def raise_small_letters(figure, points=10) -> None:
@@ -225,8 +235,7 @@ def against_steps(losses: dict, scores: dict, title: str, size=(8.4, 4.2)) -> No
         left.set_title(f"On the way to {longest:,} steps", weight="normal")
         right.set_title("At the end of a run", weight="normal")
     left.set(xlabel="steps (log scale)", ylabel=loss, yscale="log")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    name_plainly(left.yaxis)
     right.set(xlabel="steps of the run (log scale)", ylabel=score)
     for ax, lines in ((left, losses), (right, scores)):
         ticks = sorted(set().union(*lines.values()))
