@@ -226,19 +226,40 @@ def dora_output(function) -> None:
 
 def one_output(function, y, x, W, b, A, B, m, s):
     """Compare one output; y is not W x + b, as another adapter stands below."""
+    given = y, x, W, b, A, B, m, s
+    Wx, low, shift = terms(y, x, b, A, B, s)
+    right = m / right_norms(W, A, B, s) * (Wx + low) + shift
+    mistakes = output_slips(*given) | slips_of_norm(*given)
+    got = function(*given)
+    compare(
+        got,
+        right,
+        {text: wrong for text, wrong in mistakes.items() if not same(wrong, right)},
+        "Your output",
+        learnt={"y": y, "x": x, "A": A, "B": B, "m": m, "W": W}
+        | ({} if b is None else {"b": b}),
+        same_values=slips_of_constants(*given),
+        formula=Formula(dora_of_output, *given),
+    )
+    with torch.no_grad():
+        need(
+            same(unwatched(function)(*given), right),
+            "Under torch.no_grad(), as in evaluation, your output is another one.",
+        )
+
+
+def terms(y, x, b, A, B, s) -> tuple:
+    """W x, s B A x and the bias."""
     shift = 0 if b is None else b
-    norm, low = right_norms(W, A, B, s), s * (x @ A.T) @ B.T
-    g, Wx = m / norm, y - shift
-    BA = s * B @ A
-    moving = m / (W + BA).norm(dim=1)
-    halves = [
-        m / (W + s * B.detach() @ A).norm(dim=1),
-        m / (W + s * B @ A.detach()).norm(dim=1),
-        m / (W.detach() + BA).norm(dim=1),
-        m / (W + BA.detach()).norm(dim=1),
-    ]
-    halves = [half * (Wx + low) + shift for half in halves]
-    mistakes = {
+    return y - shift, s * (x @ A.T) @ B.T, shift
+
+
+def output_slips(y, x, W, b, A, B, m, s) -> dict:
+    """{message: the wrong output} where a part is scaled, or left out, wrongly."""
+    Wx, low, shift = terms(y, x, b, A, B, s)
+    norm = right_norms(W, A, B, s)
+    g = m / norm
+    return {
         "The bias is scaled too: the magnitude belongs to the weight. Take b off"
         " first, scale, and add b again.": g * (y + low),
         "The bias is scaled with the rest, and then added once more: take b off"
@@ -247,7 +268,7 @@ def one_output(function, y, x, W, b, A, B, m, s):
         + shift,
         "The bias is lost on the way: add it again after scaling.": g * (Wx + low),
         "You compute W x + b again. y is what the layer below gives, and another"
-        " adapter or a hook may have changed it: use y.": (g * (x @ W.T + low) + shift),
+        " adapter or a hook may have changed it: use y.": g * (x @ W.T + low) + shift,
         "Nothing is scaled: that is a LoRA.": y + low,
         "The norm is that of W alone: it has to be that of W + s B A, as it is now.": (
             m / W.norm(dim=1) * (Wx + low) + shift
@@ -259,7 +280,7 @@ def one_output(function, y, x, W, b, A, B, m, s):
             Wx + g * low + shift
         ),
         "You have taken both faults of the scale for one: the norm is that of W + s B"
-        " A, and the update is scaled too.": (m / W.norm(dim=1) * Wx + low + shift),
+        " A, and the update is scaled too.": m / W.norm(dim=1) * Wx + low + shift,
         "The update has lost its scale s.": g * (Wx + low / s) + shift,
         "The update is missing.": g * Wx + shift,
         "The magnitude stands on its head: it is m / norm.": (
@@ -273,50 +294,57 @@ def one_output(function, y, x, W, b, A, B, m, s):
             (Wx + low) / norm + shift
         ),
     }
+
+
+def slips_of_norm(y, x, W, b, A, B, m, s) -> dict:
+    """{message: the output} with a wrong norm."""
+    Wx, low, shift = terms(y, x, b, A, B, s)
+    found = {}
     if W.shape[0] == W.shape[1]:
         columns = (W + s * B @ A).detach().norm(dim=0)
-        mistakes[
+        found = {
             "Your norm is that of the columns, one for each input: it is one for"
-            " each output (dim=1). In a square matrix nothing complains."
-        ] = m / columns * (Wx + low) + shift
-        mistakes[
+            " each output (dim=1). In a square matrix nothing complains.": (
+                m / columns * (Wx + low) + shift
+            ),
             "Your norm is that of the columns, one for each input, and the bias is"
-            " scaled too: there is more than one fault."
-        ] = m / columns * (y + low)
+            " scaled too: there is more than one fault.": m / columns * (y + low),
+        }
     for text, wrong in wrong_norms(W, A, B, s).items():
         if wrong.dim() == 0 or wrong.shape == m.shape:
-            mistakes[f"The norm is not the one of DoRA. {text}"] = (
+            found[f"The norm is not the one of DoRA. {text}"] = (
                 m / wrong * (Wx + low) + shift
             )
-    right = g * (Wx + low) + shift
-    got = function(y, x, W, b, A, B, m, s)
-    compare(
-        got,
-        right,
-        {text: wrong for text, wrong in mistakes.items() if not same(wrong, right)},
-        "Your output",
-        learnt={"y": y, "x": x, "A": A, "B": B, "m": m, "W": W}
-        | ({} if b is None else {"b": b}),
-        same_values={
-            f"The outputs are right, but {what} in the norm is not detached: the whole"
-            " norm is a constant.": half
-            for what, half in zip(("A", "B", "s B A", "W"), halves)
-        }
-        | {
-            "The outputs are right, but the norm is not detached: the gradient flows"
-            " through it, and each layer keeps a matrix of W's size.": (
-                moving * (Wx + low) + shift
-            ),
-            "The outputs are right, but m gets no gradient: only the norm is a"
-            " constant.": g.detach() * (Wx + low) + shift,
-        },
-        formula=Formula(dora_of_output, y, x, W, b, A, B, m, s),
-    )
-    with torch.no_grad():
-        need(
-            same(unwatched(function)(y, x, W, b, A, B, m, s), right),
-            "Under torch.no_grad(), as in evaluation, your output is another one.",
-        )
+    return found
+
+
+def slips_of_constants(y, x, W, b, A, B, m, s) -> dict:
+    """{message: the output} with the right values, where not the norm alone is a
+    constant, or not all of it."""
+    Wx, low, shift = terms(y, x, b, A, B, s)
+    BA = s * B @ A
+    moving = {
+        "A": W + s * B.detach() @ A,
+        "B": W + s * B @ A.detach(),
+        "s B A": W.detach() + BA,
+        "W": W + BA.detach(),
+    }
+    halves = {
+        f"The outputs are right, but {what} in the norm is not detached: the whole"
+        " norm is a constant.": m / weight.norm(dim=1) * (Wx + low) + shift
+        for what, weight in moving.items()
+    }
+    return halves | {
+        "The outputs are right, but the norm is not detached: the gradient flows"
+        " through it, and each layer keeps a matrix of W's size.": (
+            m / (W + BA).norm(dim=1) * (Wx + low) + shift
+        ),
+        "The outputs are right, but m gets no gradient: only the norm is a constant.": (
+            m / right_norms(W, A, B, s)
+        ).detach()
+        * (Wx + low)
+        + shift,
+    }
 
 
 # ---- predictions ---------------------------------------------------------------------
@@ -440,14 +468,34 @@ def dora_backward(function) -> None:
 
 
 def one_backward(function, x, W, A, B, m, s, G):
+    given = x, W, A, B, m, s, G
     with torch.no_grad():
-        got = function(x, W, A, B, m, s, G)
+        got = function(*given)
+    names = "dx", "dA", "dB", "dm"
+    look_at_shapes(got, names, (x, A, B, m))
+    right = by_autograd(*given)
+    wrong = slips_of_formula(*given, right) | slips_of_way_back(*given, right)
+    formula = Formula(dora_gradients, *given, whole=got)
+    for at, name in enumerate(names):
+        mistakes = {
+            f"{name}: {text}": parts[at]
+            for text, parts in wrong.items()
+            if parts[at] is not None and not same(parts[at], right[at])
+        }
+        compare(got[at], right[at], mistakes, name, learnt={}, formula=formula)
+    need(
+        not calls_of_autograd(function, *given),
+        "The gradients are right, but autograd computes them: the exercise asks for"
+        " matrix products alone.",
+    )
+
+
+def look_at_shapes(got, names, leaves) -> None:
     need(
         isinstance(got, tuple | list) and len(got) == 4,
         "Return four tensors: dx, dA, dB, dm.",
     )
-    names, given = ("dx", "dA", "dB", "dm"), (x, A, B, m)
-    for name, mine, tensor in zip(names, got, given):
+    for name, mine, tensor in zip(names, got, leaves):
         need(
             isinstance(mine, torch.Tensor) and mine.shape == tensor.shape,
             f"{name} should be a tensor of shape {tuple(tensor.shape)}, as"
@@ -458,73 +506,73 @@ def one_backward(function, x, W, A, B, m, s, G):
                 else f"a {type(mine).__name__}."
             ),
         )
-    right = by_autograd(x, W, A, B, m, s, G)
-    wrong = {
+
+
+def slips_of_formula(x, W, A, B, m, s, G, right) -> dict:
+    """{message: [dx, dA, dB, dm]} of another formula."""
+    norm = (W + s * B @ A).norm(dim=1)
+    return {
         "the norm is differentiated too; it is a constant.": by_autograd(
             x, W, A, B, m, s, G, constant=False
         ),
         "that is LoRA's gradient: the knob g = m / norm stands before everything.": (
-            by_autograd(x, W, A, B, (W + s * B @ A).norm(dim=1), s, G)
+            by_autograd(x, W, A, B, norm, s, G)
         ),
         "the norm is that of W alone.": by_autograd(x, W, A, B, m, s, G, whole=False),
+        "the sign of s is lost.": by_autograd(x, W, A, B, m, abs(s), G),
+        "the sign is turned round.": [-part for part in right],
+        "m may be negative: no absolute value of it.": by_autograd(
+            x, W, A, B, m.abs(), s, G
+        ),
     }
-    scaled = m / (W + s * B @ A).norm(dim=1) * G
-    wrong["the sign of s is lost."] = by_autograd(x, W, A, B, m, abs(s), G)
-    wrong["the sign is turned round."] = [-part for part in right]
-    wrong["m may be negative: no absolute value of it."] = by_autograd(
-        x, W, A, B, m.abs(), s, G
-    )
-    wrong["g does not stand before W: it scales both ways."] = [
-        G @ W + s * scaled @ B @ A,
-        None,
-        None,
-        None,
-    ]
-    wrong["only the way through s B A is there: x acts through W too."] = [
-        s * scaled @ B @ A,
-        None,
-        None,
-        None,
-    ]
-    wrong["the scale s counts once."] = [None, right[1] * s, right[2] * s, None]
-    wrong["the scale s is missing."] = [
-        scaled @ W + scaled @ B @ A,
-        right[1] / s,
-        right[2] / s,
-        (G * (x @ (W + B @ A).T)).sum(0) / (W + s * B @ A).norm(dim=1),
-    ]
-    wrong["only one of the two ways is there: x acts through W and through s B A."] = [
-        scaled @ W,
-        None,
-        None,
-        (G * (x @ W.T)).sum(0) / (W + s * B @ A).norm(dim=1),
-    ]
-    wrong["you take the mean over the rows of x: their gradients add up."] = [
-        *(part / len(x) for part in right)
-    ]
-    wrong["you multiply by g once more."] = [
-        scaled * m / (W + s * B @ A).norm(dim=1) @ (W + s * B @ A),
-        *by_autograd(x, W, A, B, m, s, scaled)[1:],
-    ]
-    wrong["the norm is missing: y = m z / norm, so dm is divided by it."] = [
-        None,
-        None,
-        None,
-        right[3] * (W + s * B @ A).norm(dim=1),
-    ]
-    formula = Formula(dora_gradients, x, W, A, B, m, s, G, whole=got)
-    for at, name in enumerate(names):
-        mistakes = {
-            f"{name}: {text}": parts[at]
-            for text, parts in wrong.items()
-            if parts[at] is not None and not same(parts[at], right[at])
-        }
-        compare(got[at], right[at], mistakes, name, learnt={}, formula=formula)
-    need(
-        not calls_of_autograd(function, x, W, A, B, m, s, G),
-        "The gradients are right, but autograd computes them: the exercise asks for"
-        " matrix products alone.",
-    )
+
+
+def slips_of_way_back(x, W, A, B, m, s, G, right) -> dict:
+    """{message: [dx, dA, dB, dm]} where a factor or a way of the backward pass is
+    missing, or is there once more; None for what is as it should be."""
+    V = W + s * B @ A
+    norm = V.norm(dim=1)
+    scaled = m / norm * G
+    return {
+        "g does not stand before W: it scales both ways.": [
+            G @ W + s * scaled @ B @ A,
+            None,
+            None,
+            None,
+        ],
+        "only the way through s B A is there: x acts through W too.": [
+            s * scaled @ B @ A,
+            None,
+            None,
+            None,
+        ],
+        "the scale s counts once.": [None, right[1] * s, right[2] * s, None],
+        "the scale s is missing.": [
+            scaled @ W + scaled @ B @ A,
+            right[1] / s,
+            right[2] / s,
+            (G * (x @ (W + B @ A).T)).sum(0) / norm,
+        ],
+        "only one of the two ways is there: x acts through W and through s B A.": [
+            scaled @ W,
+            None,
+            None,
+            (G * (x @ W.T)).sum(0) / norm,
+        ],
+        "you take the mean over the rows of x: their gradients add up.": [
+            *(part / len(x) for part in right)
+        ],
+        "you multiply by g once more.": [
+            scaled * m / norm @ V,
+            *by_autograd(x, W, A, B, m, s, scaled)[1:],
+        ],
+        "the norm is missing: y = m z / norm, so dm is divided by it.": [
+            None,
+            None,
+            None,
+            right[3] * norm,
+        ],
+    }
 
 
 def by_autograd(x, W, A, B, m, s, G, constant=True, whole=True) -> list:
@@ -563,66 +611,69 @@ def column_dora(config_class) -> None:
         )
         built.check_parameters({"A": (r, d_in), "B": (d_out, r), "m": (d_in,)})
         built.check_start()
-        A, B, m = built.adapter.A, built.adapter.B, built.adapter.m
-        need(
-            bool((B == 0).all()) and bool((A != 0).any()),
-            "A starts with random numbers and B with zeros, as LoRA's do: with both"
-            " zero neither would ever get a gradient.",
-        )
-        need(
-            int(torch.linalg.matrix_rank(A.detach())) == r,
-            "A starts with a rank below r (all numbers alike?), and stays so: make it"
-            " random.",
-        )
+        W, A, B, m = built.W, built.adapter.A, built.adapter.B, built.adapter.m
+        look_at_start(A, B, r)
         other = Built(config_class, d_in, d_out, bias, r=r, lora_alpha=alpha)
         need(
             not torch.equal(other.adapter.A, A),
             "Two layers start with the same A: each draws its own.",
         )
         built.fill()
-        V = built.W + alpha / r * B @ A
+        V = W + alpha / r * B @ A
         norm = V.norm(dim=0)
-
-        def change(weight, W=built.W):
-            return weight - W
-
-        mistakes = {
-            "The scale α/r is missing.": change(
-                m / (built.W + B @ A).norm(dim=0) * (built.W + B @ A)
-            ),
-            "The update is multiplied by α: divide by r.": change(
-                m / (built.W + alpha * B @ A).norm(dim=0) * (built.W + alpha * B @ A)
-            ),
-            "The norm is that of W alone: it is that of W + s B A.": change(
-                m / built.W.norm(dim=0) * V
-            ),
-            "Nothing is divided by the norm.": change(m * V),
-            "Nothing is scaled: that is a LoRA.": change(V),
-            "delta is the new weight itself: return what is added to W.": m / norm * V,
-            "Only the update is scaled.": alpha / r * m / norm * (B @ A),
-            "The lengths m have no effect.": change(built.W.norm(dim=0) / norm * V),
-        }
-        if d_in == d_out:
-            rows = V.norm(dim=1, keepdim=True)
-            mistakes[
-                "Those are the rows, one length for each output: that is DoRA as"
-                " everybody has it. Here each *column* has one."
-            ] = change(m[:, None] / rows * V)
-        moving = change(m / norm * V)
-        fixed = change(m / norm.detach() * V)
         built.compare(
-            fixed,
-            mistakes,
+            m / norm.detach() * V - W,
+            column_slips(W, A, B, m, alpha, r),
             {
                 "The outputs are right, but the norm is not detached: it is a constant"
-                " to the backward pass.": moving
+                " to the backward pass.": m / norm * V - W
             },
-            Formula(columns_scaled, built.W, A, B, m, alpha, r),
+            Formula(columns_scaled, W, A, B, m, alpha, r),
         )
         look_at_another_weight(built, alpha / r)
         built.check_modes()
         built.check_copies(other)
     Built(config_class, 8, 10, r=2, lora_alpha=4).check_learning()
+
+
+def look_at_start(A, B, r) -> None:
+    need(
+        bool((B == 0).all()) and bool((A != 0).any()),
+        "A starts with random numbers and B with zeros, as LoRA's do: with both"
+        " zero neither would ever get a gradient.",
+    )
+    need(
+        int(torch.linalg.matrix_rank(A.detach())) == r,
+        "A starts with a rank below r (all numbers alike?), and stays so: make it"
+        " random.",
+    )
+
+
+def column_slips(W, A, B, m, alpha, r) -> dict:
+    """{message: the wrong delta}"""
+    V, whole, by_alpha = W + alpha / r * B @ A, W + B @ A, W + alpha * B @ A
+    norm = V.norm(dim=0)
+    found = {
+        "The scale α/r is missing.": m / whole.norm(dim=0) * whole - W,
+        "The update is multiplied by α: divide by r.": (
+            m / by_alpha.norm(dim=0) * by_alpha - W
+        ),
+        "The norm is that of W alone: it is that of W + s B A.": (
+            m / W.norm(dim=0) * V - W
+        ),
+        "Nothing is divided by the norm.": m * V - W,
+        "Nothing is scaled: that is a LoRA.": V - W,
+        "delta is the new weight itself: return what is added to W.": m / norm * V,
+        "Only the update is scaled.": alpha / r * m / norm * (B @ A),
+        "The lengths m have no effect.": W.norm(dim=0) / norm * V - W,
+    }
+    if len(W) == len(m):
+        rows = V.norm(dim=1, keepdim=True)
+        found[
+            "Those are the rows, one length for each output: that is DoRA as"
+            " everybody has it. Here each *column* has one."
+        ] = m[:, None] / rows * V - W
+    return found
 
 
 @torch.no_grad()
