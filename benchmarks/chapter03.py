@@ -11,8 +11,9 @@ the other seeds. A seed draws the projection, the random weights and the order o
 questions. A run records the losses on validation and on test questions, before and
 after, and the score of its answers to the test questions. Some of the runs are done
 once more with twice the steps, at the stride that was best with the fewer (all
-parameters climb again). The file is written as the runs come in; those that are in it
-already are not run again, unless the base that they rest on has changed.
+parameters climb again), and a few with five times as many (all climb again). The file
+is written as the runs come in; those that are in it already are not run again, unless
+the base that they rest on has changed.
 `--starts random small` needs nothing of the course's base but its tokenizer. The
 smaller base is kept in the temporary folder.
 """
@@ -55,6 +56,7 @@ from minipeft.lm.pretrain import SHAPE, pretrain
 
 STEPS, WARMUP, QUESTIONS, TEST = 60, 10, 128, 300
 LONGER, ONCE_MORE = 120, [64, 1024, 4096, 16384]  # the longer runs: steps, and which d
+LONGEST, AT_LAST = 300, [64, 16384]
 DIMENSIONS, SEEDS = [16, 64, 256, 1024, 4096, 16384], (0, 1, 2)
 # strides: how far a step of Adam goes, rate * sqrt(d)
 LADDER = (0.7, 2.0, 6.0, 18.0, 54.0, 160.0, 480.0)
@@ -205,6 +207,8 @@ def about(given) -> dict:
         "seeds": SEEDS,
         "dimensions": given.dimensions,
         "once more": ONCE_MORE,
+        "longest": LONGEST,
+        "at last": AT_LAST,
         "questions": QUESTIONS,
         "test questions": TEST,
         "compared": COMPARED,
@@ -229,11 +233,12 @@ def shorter_cases(given):
 
 
 def longer_cases(given, runs):
-    """The same with LONGER steps, at the stride that was best with the fewer."""
-    for start, d in itertools.product(given.starts, [None, *ONCE_MORE]):
-        if start != "small" and d in (None, *given.dimensions):
-            shorter = found(runs, start=start, way="hash", d=d, steps=given.steps)
-            yield start, "hash", d, LONGER, best(shorter)
+    """The same with more steps, from the stride that was best with the fewer."""
+    for steps, dimensions in ((LONGER, ONCE_MORE), (LONGEST, AT_LAST)):
+        for start, d in itertools.product(given.starts, [None, *dimensions]):
+            if start != "small" and d in (None, *given.dimensions):
+                shorter = found(runs, start=start, way="hash", d=d, steps=given.steps)
+                yield start, "hash", d, steps, best(shorter)
 
 
 def main():
@@ -250,7 +255,7 @@ def main():
         run
         for run in before["runs"]
         if run["on"] == ground.get(run["start"], run["on"])
-        and run["steps"] in (given.steps, LONGER)
+        and run["steps"] in (given.steps, LONGER, LONGEST)
     ]
     started, record = time.time(), about(given)
     record["small base"] = (
