@@ -59,7 +59,7 @@ LONGER, ONCE_MORE = 120, [64, 1024, 4096, 16384]  # the longer runs: steps, and 
 LONGEST, AT_LAST = 300, [64, 16384]
 DIMENSIONS, SEEDS = [16, 64, 256, 1024, 4096, 16384], (0, 1, 2)
 # strides: how far a step of Adam goes, rate * sqrt(d)
-LADDER = (0.7, 2.0, 6.0, 18.0, 54.0, 160.0, 480.0)
+LADDER = (0.2, 0.7, 2.0, 6.0, 18.0, 54.0, 160.0, 480.0)
 FIRST = {"pretrained": 6.0, "random": 54.0, "small": 6.0, "full": 6.0}
 SMALL = SHAPE | dict(
     hidden_size=64, intermediate_size=192, num_hidden_layers=3, head_dim=32
