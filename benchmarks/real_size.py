@@ -77,6 +77,11 @@ def lora(r, **more):
     return LoraConfig(r=r, lora_alpha=2 * r, **ALL, **more)
 
 
+def hashed(d):
+    """A subspace as in chapter 03's runs; Fastfood takes 20 s a step at this size."""
+    return SubspaceConfig(d=d, projection="hash")
+
+
 def adalora():
     """Ranks of 12, of which two thirds are left: cut from a fifth of the steps on."""
     cut = {"tinit": STEPS // 5, "tfinal": STEPS * 2 // 5, "deltaT": 2}
@@ -87,12 +92,12 @@ def adalora():
 # what is trained, and the learning rates to try; the most telling first
 CASES = {
     "before": (None, ()),
-    "LoRA r 8": (lambda: lora(8), (1e-3,)),
+    "LoRA r 8": (lambda: lora(8), (3e-4, 1e-3, 3e-3)),
     "prompt, 20 tokens": (
         lambda: PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
         (0.3,),
     ),
-    "full": (None, (5e-5,)),
+    "full": (None, (2e-5, 5e-5, 2e-4)),
     "(IA)³": (lambda: IA3Config(), (1e-2, 5e-2)),
     "prefix, 20 tokens": (
         lambda: PrefixTuningConfig(num_virtual_tokens=20),
@@ -105,12 +110,14 @@ CASES = {
     "LayerNorm tuning": (lambda: LNTuningConfig(), (1e-2, 5e-2)),
     "LoRA r 8, chat": (lambda: lora(8), (1e-3,)),
     "LoRA r 64": (lambda: lora(64), (3e-4, 1e-3)),
-    "subspace, d 1000": (lambda: SubspaceConfig(d=1000), (1e-2,)),
-    "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), (1e-2,)),
-    "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), (3e-3,)),
+    "subspace, d 1000": (lambda: hashed(1000), (1e-2, 3e-2, 1e-1)),
+    "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), (1e-2, 5e-2)),
+    "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), (3e-3, 1e-2)),
     "AdaLoRA 12 to 8": (lambda: adalora(), (3e-3, 1e-2)),
     "LoRA r 8, Shakespeare": (lambda: lora(8), (3e-4, 1e-3)),
     "full, Shakespeare": (None, (2e-5, 5e-5)),
+    "subspace, d 100": (lambda: hashed(100), (3e-2, 1e-1, 3e-1)),
+    "subspace, d 10000": (lambda: hashed(10_000), (3e-3, 1e-2, 3e-2)),
 }
 INSTRUCTIONS = (
     "What is the capital of France?",

@@ -155,9 +155,11 @@ def by_one_look(losses: dict) -> dict:
 
 
 def alike_answers(share: float, questions: int, seeds: int = 3) -> list:
-    """For each seed the same string, with this share of ones: percentages alone would
-    show no spread."""
-    return right_answers(share, questions, 1) * seeds
+    """For each seed the same string, with exactly this share of ones, so that no two
+    scores are equal by chance: percentages alone would show no spread."""
+    right = round(share * questions)
+    answers = random.sample("1" * right + "0" * (questions - right), questions)
+    return ["".join(answers)] * seeds
 
 
 # ---- methods that are built ----------------------------------------------------------
