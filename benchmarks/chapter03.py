@@ -153,12 +153,13 @@ def measured(job: dict) -> list:
 
 
 def school(steps: int = SCHOOL, shape: dict = SMALL) -> Path:
-    """The folder of a smaller base, pretrained by the base's own recipe, but shorter,
-    if it is not there."""
+    """The folder of a smaller base, pretrained by the base's own recipe, but shorter
+    and in 32 bits, if it is not there."""
     made = f"{shape['hidden_size']}x{shape['num_hidden_layers']}_{steps}_{vocabulary()}"
     folder = Path(tempfile.gettempdir()) / f"minipeft_base_{made}"
     if not (folder / "history.json").exists():
-        pretrain(folder, steps, tokenizer=load_tokenizer(), shape=shape, progress=False)
+        how = {"tokenizer": load_tokenizer(), "shape": shape, "bf16": False}
+        pretrain(folder, steps, progress=False, **how)
     return folder
 
 

@@ -372,10 +372,14 @@ def rank_allocator(model, method):
 def run_training(args, model, tokenizer, task, out, method, writer, budget):
     import torch
 
+    from .doctor import slow_in_bf16
     from .lm import train
     from .lm.distributed import is_first
     from .optim import create_loraplus_optimizer
 
+    if args.bf16 and args.device == "cpu" and slow_in_bf16():
+        note = "--bf16 is many times slower than 32 bits on this processor"
+        print(f"minipeft: {note}", file=sys.stderr)
     optimizer = "adamw"
     if method is not None and method.fast_b:
         optimizer = create_loraplus_optimizer(

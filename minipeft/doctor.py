@@ -171,6 +171,16 @@ def disk():
     )
 
 
+def slow_in_bf16() -> bool:
+    """Has this processor no instructions for bfloat16? PyTorch emulates them then, at a
+    fraction of the speed of 32 bits."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not capability.startswith("AVX512")
+
+
 def machine():
     import torch
 
@@ -196,6 +206,8 @@ def machine():
     else:
         what = "no GPU: fine, every chapter runs on the processor"
     yield True, what, ""
+    if slow_in_bf16():
+        yield True, "bfloat16 is many times slower than 32 bits on this processor", ""
 
 
 def checks():

@@ -1316,6 +1316,35 @@ class TestDoctor:
     def test_this_machine(self):
         assert all(good for good, *_ in [*doctor.machine(), *doctor.disk()])
 
+    @pytest.mark.parametrize(
+        "processor, capability, slow",
+        [
+            ("x86_64", "AVX2", True),
+            ("AMD64", "DEFAULT", True),
+            ("x86_64", "AVX512", False),
+            ("x86_64", "AVX512_VNNI", False),
+            ("arm64", "DEFAULT", False),
+        ],
+    )
+    def test_a_processor_without_bfloat16(
+        self, monkeypatch, processor, capability, slow
+    ):
+        monkeypatch.setattr(doctor.platform, "machine", lambda: processor)
+        monkeypatch.setattr(
+            torch.backends.cpu, "get_cpu_capability", lambda: capability
+        )
+        assert slow == any("bfloat16" in text for _, text, _ in doctor.machine())
+
+    @pytest.mark.parametrize("slow", [True, False])
+    def test_bf16_on_such_a_processor(
+        self, base, mine, tmp_path, capsys, monkeypatch, slow
+    ):
+        monkeypatch.setattr(doctor, "slow_in_bf16", lambda: slow)
+        argv = tune(base, mine, tmp_path / "out", "--steps", 1, "--device", "cpu")
+        code, _, err = run(capsys, *argv, "--bf16")
+        assert code == 0, err
+        assert slow == ("--bf16 is many times slower than 32 bits" in err)
+
     @pytest.mark.parametrize("build, size", [("13.0", "5.7 GB"), (None, "1.9 GB")])
     def test_true_sizes(self, monkeypatch, build, size):
         monkeypatch.setattr(torch.version, "cuda", build)

@@ -230,8 +230,6 @@ def slips_of_the_weight(W, step) -> dict:
             step @ W
         ),
         "Your weight is as it was: W_up W_down has to be in it.": W,
-        "The order is turned: the adapter reads what W has written, so W stands on the"
-        " right, W_up W_down W.": W + (W.T @ step.T).T.flip(0),
         "The adapter's matrices are swapped: down is met first, so it stands on the"
         " right.": W + step.T @ W,
         "You subtract: it is added.": W - step @ W,
@@ -240,7 +238,7 @@ def slips_of_the_weight(W, step) -> dict:
             W + step if square else None
         ),
         "The order is turned: the adapter reads what W has written, so W stands on the"
-        " right.": W + W @ step if square else None,
+        " right, W_up W_down W.": W + W @ step if square else None,
     }
 
 
@@ -250,7 +248,7 @@ def slips_of_the_bias(b, step, b_down, W_up, b_up) -> dict:
         "The layer's bias b passes through the adapter too: W_up W_down b is"
         " missing.": b + W_up @ b_down + b_up,
         "b itself is missing: it goes on beside the adapter.": right - b,
-        "b_down is carried over as it is, or not at all: it still has to go through"
+        "What the adapter makes of b_down is missing: it still has to go through"
         " W_up.": right - W_up @ b_down,
         "b_up is missing.": right - b_up,
         "What the adapter makes of b and b_down is missing: both go through it.": (

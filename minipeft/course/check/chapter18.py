@@ -213,7 +213,6 @@ def check_sums(got, buffers, W):
         f"Return a list of {W} tensors, one a process.",
     )
     right = sum(buffers)
-    first = got[0]
     same = [isinstance(g, torch.Tensor) and g.shape == right.shape for g in got]
     need(all(same), "Each process ends with a tensor of the buffer's shape.")
     kinds = {tensor.dtype for tensor in got} - {right.dtype}
@@ -249,7 +248,6 @@ def check_sums(got, buffers, W):
             f" (first {tensor[0]:.3f}, expected {right[0]:.3f}). Which chunk does"
             " process i send in round k? The one it received in the round before."
         )
-    need(first is not None, "Your answer is None.")
 
 
 ORDER = ["DDP, LoRA", "FSDP2, QLoRA", "DDP, full", "FSDP2, LoRA", "FSDP2, full"]
