@@ -54,6 +54,7 @@ REFUSALS = (
 # has done to small values before them; a wrong merge changes the first digits.
 SUMS = dict(terms=40, steps=20)
 ENLARGED = 50
+ASKED = int(os.environ.get("MINIPEFT_FUZZ", 0))
 counts = collections.Counter()
 
 
@@ -233,6 +234,8 @@ class Adapters(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         counts["sequences"] += 1
+        if ASKED and counts["sequences"] % 100 == 0:
+            print(f"{counts['sequences']:,} of {ASKED:,} sequences", flush=True)
         warnings.simplefilter("ignore")
         self.folder = tempfile.TemporaryDirectory()
 
@@ -661,9 +664,8 @@ def train_a_step(model):
 @pytest.mark.filterwarnings("ignore")
 def test_random_sequences_of_operations():
     counts.clear()
-    asked = int(os.environ.get("MINIPEFT_FUZZ", 0))
     options = dict(
-        max_examples=asked or 25,
+        max_examples=ASKED or 25,
         stateful_step_count=14,
         deadline=None,
         database=None,
@@ -671,7 +673,7 @@ def test_random_sequences_of_operations():
         print_blob=False,
     )
     try:
-        if not asked:
+        if not ASKED:
             quick = settings(**options, derandomize=True, phases=[Phase.generate])
             run_state_machine_as_test(Adapters, settings=quick)
             return
