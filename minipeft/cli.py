@@ -547,6 +547,7 @@ def table(scores):
 
 
 def pretrain(args):
+    from .doctor import slow_in_bf16
     from .lm.pretrain import pretrain as run
 
     out = free_folder(args.out)
@@ -554,7 +555,8 @@ def pretrain(args):
         new_folder(args.out)
     check_places(out, *MODEL_FILES, *TOKENIZER_FILES, "history.json")
     make_folder(out, UserError)
-    _, _, history = run(out, args.steps, args.seed, args.lr)
+    bf16 = not slow_in_bf16()
+    _, _, history = run(out, args.steps, args.seed, args.lr, bf16=bf16)
     print(history)
     result = {"out": str(out), "steps": history.steps, "stopped": history.stopped}
     return result, 130 if history.stopped == "interrupted" else 0

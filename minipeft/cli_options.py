@@ -247,8 +247,9 @@ def add_pretrain(commands):
         commands,
         "pretrain",
         "make the base model from nothing",
-        "Pretrain the base model from nothing: an hour on one core. Ctrl-C stops it;"
-        "\nthe same command goes on where it stopped.",
+        "Pretrain the base model from nothing: one to three hours on a core, in"
+        "\nbfloat16 where the processor has it. Ctrl-C stops it; the same command goes"
+        "\non where it stopped.",
     )
     pretrain.add_argument(
         "--out",

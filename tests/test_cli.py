@@ -29,6 +29,7 @@ from minipeft.errors import FileError
 from minipeft.lm import data, load_pretrained
 from minipeft.lm.gpt import GPT, GPTConfig
 from minipeft.lm.tokenizer import train_tokenizer
+from minipeft.lm.training import History
 
 # the base below: nine sums of up to 32 terms in its layer, and an adapter's beside them
 SUMS = dict(terms=32, steps=2 * 9)
@@ -1006,6 +1007,22 @@ class TestMistakes:
         for out in ("file", "file/deep"):
             code, _, err = run(capsys, "pretrain", "--out", tmp_path / out)
             assert code == 1 and "is a file; expected a folder" in err
+
+    @pytest.mark.parametrize("slow", [True, False])
+    def test_pretrain_in_bf16_where_it_is_fast(
+        self, tmp_path, capsys, monkeypatch, slow
+    ):
+        asked = {}
+
+        def pretrained(*arguments, **options):
+            asked.update(options)
+            return None, None, History()
+
+        monkeypatch.setattr(doctor, "slow_in_bf16", lambda: slow)
+        monkeypatch.setattr("minipeft.lm.pretrain.pretrain", pretrained)
+        code, _, err = run(capsys, "pretrain", "--out", tmp_path / "base")
+        assert code == 0, err
+        assert asked == {"bf16": not slow}
 
 
 class TestUsage:

@@ -239,9 +239,8 @@ def copy_warmup(model, names, seed=0, lr=3e-3, until=(0.95, 0.85), most=1200):
             right = (logit.argmax(-1) == target)[target >= 0]
             accuracies[skill].append(right.float().mean().item())
             running[i] += 0.1 * (accuracies[skill][-1] - running[i])
-        bar.set_postfix(
-            {skill: f"{value:.2f}" for skill, value in zip(accuracies, running)}
-        )
+        shown = zip(accuracies, running)
+        bar.set_postfix({skill: f"{value:.2f}" for skill, value in shown})
         if all(value >= least for value, least in zip(running, until)):
             break
     return accuracies
@@ -393,6 +392,7 @@ def pretrain(
         "command": f"minipeft pretrain --steps {steps} --seed {seed} --lr {lr:g}",
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "bf16": bf16,
         "steps": steps,
         "tokens": steps * rows * ROW,
         "minutes": round((time.time() - started) / 60, 1),
