@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 LOCK = ROOT / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DOWNLOAD = {"cpu": 0.5, "cuda": 3.0}  # GB, all packages together
-ON_DISK = {"cpu": 1.9, "cuda": 5.7}
+ON_DISK = {"cpu": 1.8, "cuda": 5.7}
 TICK = 2 if sys.stdout.isatty() else 30  # seconds between two lines of progress
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 # GB on disk of everything that the course installs, by the build of torch
-SIZES = {"CUDA": 5.7, "CPU": 1.9}
+SIZES = {"CUDA": 5.7, "CPU": 1.8}
 
 
 def in_repository():

@@ -1362,7 +1362,7 @@ class TestDoctor:
         assert code == 0, err
         assert slow == ("--bf16 is many times slower than 32 bits" in err)
 
-    @pytest.mark.parametrize("build, size", [("13.0", "5.7 GB"), (None, "1.9 GB")])
+    @pytest.mark.parametrize("build, size", [("13.0", "5.7 GB"), (None, "1.8 GB")])
     def test_true_sizes(self, monkeypatch, build, size):
         monkeypatch.setattr(torch.version, "cuda", build)
         assert f"take about {size}" in next(iter(doctor.disk()))[1]

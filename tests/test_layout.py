@@ -285,9 +285,12 @@ class TestReadme:
 
     def test_sizes_are_those_of_the_setup(self):
         import setup_env
+        from minipeft import doctor
 
         for size in (*setup_env.DOWNLOAD.values(), *setup_env.ON_DISK.values()):
             assert f"{size:g} GB" in README
+        sizes = {build.lower(): size for build, size in doctor.SIZES.items()}
+        assert sizes == setup_env.ON_DISK
 
     def test_hours_are_those_of_the_chapters(self):
         minutes = []

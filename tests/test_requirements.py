@@ -11,8 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from minipeft import doctor
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -30,6 +33,30 @@ def distributions_needed_by(names) -> set:
             lines = map(Requirement, importlib.metadata.requires(name) or [])
             queue += [r.name for r in lines if not r.marker or r.marker.evaluate()]
     return found
+
+
+def test_the_packages_are_as_large_as_doctor_says():
+    """Without what else lies in this environment, pip and the book's tools say."""
+    asked = [
+        Requirement(line).name
+        for lines in PROJECT["optional-dependencies"].values()
+        for line in (*lines, *PROJECT["dependencies"])
+    ]
+    files = [
+        file.locate()
+        for name in distributions_needed_by(asked)
+        for file in installed_files(name)
+    ]
+    measured = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
+    said = doctor.SIZES["CUDA" if torch.version.cuda else "CPU"]
+    assert 0.85 * said < measured / 1e9 < 1.1 * said
+
+
+def installed_files(name) -> list:
+    """What pip has written of a distribution; [] if it is absent."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.files(name) or []
+    return []
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ class TestSetUp:
         index = f"{indexes}/cpu"
         assert set_up(monkeypatch, index, tmp_path / "env") == f"{VERSION}+cpu"
         said = capfd.readouterr().out
-        assert "about 0.5 GB to download" in said and "1.9 GB on disk" in said
+        assert "about 0.5 GB to download" in said and "1.8 GB on disk" in said
         assert "Collecting" not in said and "Successfully" not in said
         settings = tmp_path / "env" / "share" / "jupyter" / "lab" / "settings"
         assert (settings / "overrides.json").read_text() == "{}"
