@@ -267,8 +267,10 @@ class PeftModel(HFMethods):
 
     def _activate(self, names, inference_mode=False):
         self.base_model.active.names = names
-        for name in self.peft_config:
-            self.set_requires_grad(name, name in names and not inference_mode)
+        slots = self._slots().values()
+        for adapters in (self.shared, *(slot.adapters for slot in slots)):
+            for name, adapter in adapters.items():
+                adapter.requires_grad_(name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names, requires_grad=True):
         """Train these adapters, or freeze them, whichever are active."""

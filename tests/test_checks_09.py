@@ -227,6 +227,7 @@ def choosing(
     steps="int",
     budget=None,
     word=True,
+    own_size=False,
 ):
     def error(w, code, size):
         rows = w.reshape(-1, size)
@@ -246,6 +247,8 @@ def choosing(
                     errors[name, size] = [error(w, code, size) for w in weights]
         best = min(errors, key=lambda key: over(errors[key]))
         even = [key for key in errors if key[0].startswith(steps)]
+        if own_size:
+            even = [key for key in even if key[1] == best[1]] or even
         pair = [errors[best], errors[min(even, key=lambda key: sum(errors[key]))]]
         result = compare(*(pair[::-1] if turned else pair), loss=True)
         return *best, result.verdict if word else result
@@ -279,6 +282,7 @@ def test_choose_format_solution():
         ("turned round", choosing(turned=True)),
         ("the best allowed format of equal", choosing(steps="nf")),
         ("The verdict is a word", choosing(word=False)),
+        ("in blocks of your own size alone", choosing(own_size=True)),
         ("three things", lambda *given: choosing()(*given)[:2]),
         ("is not one of the formats", lambda *given: ("nf4", 7, "ahead")),
         ("gives None", lambda *given: None),

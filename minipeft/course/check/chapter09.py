@@ -419,10 +419,14 @@ def choose_format(function, scale_bits=32) -> None:
         ("outliers", 5.2, [32, 256]),
         ("by hand", 4.2, [256]),
         ("by hand, four", 4.2, [256]),
+        ("first, few codes", 5.0, [256, 16]),  # equal steps are best at another size
+        ("one, few codes", 4.125, [256, 32]),
     ):
-        weights, codes = matrices(kind), formats_drawn()
+        weights, codes = matrices(kind.split(",")[0]), formats_drawn()
         if kind.startswith("by hand"):
             weights, codes = by_hand(kind == "by hand")
+        elif kind.endswith("few codes"):
+            codes = {name: codes[name] for name in ("nf4", "int3")}
         given = [w.clone() for w in weights], copy.deepcopy(codes), list(sizes), budget
         got = function(*given)
         need(got is not None, "Your function gives None: is there a `return`?")
@@ -584,6 +588,7 @@ def a_verdict(verdict, allowed, verdicts) -> None:
     even = {key: each for key, each in allowed.items() if key[0].startswith("int")}
     plain = best_of(even)
     named = best_of({key: each for key, each in allowed.items() if "int" in key[0]})
+    own_size = best_of({k: each for k, each in even.items() if k[1] == right[1]})
 
     def against(other):
         return told_apart(allowed[right], allowed[other], loss=True).verdict
@@ -596,7 +601,13 @@ def a_verdict(verdict, allowed, verdicts) -> None:
         " are better.",
         f"You say {verdict!r}; the course's rule says {wanted!r} of {right} against"
         f" {plain}, the best allowed format of equal steps by the mean of its errors.",
-        {"Equal steps are the formats whose names *begin* with int.": against(named)},
+        {
+            "Equal steps are the formats whose names *begin* with int.": against(named),
+            "You compare with equal steps in blocks of your own size alone: the best"
+            " allowed one may have another.": (
+                against(own_size) if own_size else "not told apart"
+            ),
+        },
     )
 
 
