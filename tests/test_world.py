@@ -118,6 +118,7 @@ class TestRegister:
         connection.execute("PRAGMA query_only = OFF")
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             connection.execute("DELETE FROM residents")
+        connection.close()
 
     def test_word_lists_do_not_overlap(self):
         names = [*words.WOMEN, *words.MEN, *words.SURNAMES, *words.PET_NAMES]

@@ -5,6 +5,7 @@ again.
 data/lanternwick/README.md; tests hold it.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -67,9 +68,11 @@ def dump(connection):
 
 def hashes():
     first = "\n\n".join(document.text for document in itertools.islice(stream(), 500))
+    with contextlib.closing(register.register().sqlite()) as connection:
+        tables = sha(dump(connection))
     return {
         "register.json": sha((HERE / "register.json").read_text(encoding="utf-8")),
-        "register.sqlite, its tables": sha(dump(register.register().sqlite())),
+        "register.sqlite, its tables": tables,
         "the first 500 documents": sha(first),
     }
 
