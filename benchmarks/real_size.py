@@ -78,7 +78,7 @@ def lora(r, **more):
 
 
 def hashed(d):
-    """A subspace as in chapter 03's runs; Fastfood takes 20 s a step at this size."""
+    """A subspace as in chapter 03's runs."""
     return SubspaceConfig(d=d, projection="hash")
 
 

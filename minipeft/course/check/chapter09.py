@@ -588,7 +588,8 @@ def a_verdict(verdict, allowed, verdicts) -> None:
     even = {key: each for key, each in allowed.items() if key[0].startswith("int")}
     plain = best_of(even)
     named = best_of({key: each for key, each in allowed.items() if "int" in key[0]})
-    own_size = best_of({k: each for k, each in even.items() if k[1] == right[1]})
+    like_right = {key: each for key, each in even.items() if key[1] == right[1]}
+    own_size = best_of(like_right or even)
 
     def against(other):
         return told_apart(allowed[right], allowed[other], loss=True).verdict
@@ -604,9 +605,7 @@ def a_verdict(verdict, allowed, verdicts) -> None:
         {
             "Equal steps are the formats whose names *begin* with int.": against(named),
             "You compare with equal steps in blocks of your own size alone: the best"
-            " allowed one may have another.": (
-                against(own_size) if own_size else "not told apart"
-            ),
+            " allowed one may have another.": against(own_size),
         },
     )
 
