@@ -81,18 +81,18 @@ def bottleneck(r, **fields):
     return lambda job: BottleneckConfig(r=r, init="mam", **fields)
 
 
-def adalora(job):
-    """From rank 6 to 3, with the schedule of chapter 07, stretched to the run."""
-    steps = job["steps"]
-    return AdaLoraConfig(
-        init_r=6,
+def adalora(init_r=6, **fields):
+    """To rank 3, with the schedule of chapter 07, stretched to the run."""
+    return lambda job: AdaLoraConfig(
+        init_r=init_r,
         target_r=3,
-        tinit=steps // 10,
-        tfinal=4 * steps // 10,
-        deltaT=steps // 20,
-        total_step=steps,
-        lora_alpha=12,
+        tinit=job["steps"] // 10,
+        tfinal=4 * job["steps"] // 10,
+        deltaT=job["steps"] // 20,
+        total_step=job["steps"],
+        lora_alpha=2 * init_r,
         target_modules="all-linear",
+        **fields,
     )
 
 
@@ -145,7 +145,9 @@ CASES = {  # a function from the job to the configuration; None is full fine-tun
     "DoRA r 2": lora(2, config=DoraConfig),
     "DoRA r 4": lora(4, config=DoraConfig),
     "DoRA r 8": lora(8, config=DoraConfig),
-    "AdaLoRA 6 to 3": adalora,
+    "AdaLoRA 6 to 3": adalora(),
+    "AdaLoRA 6 to 3, no penalty": adalora(orth_reg_weight=0.0),
+    "AdaLoRA 3, no search": adalora(init_r=3),
     "LoRA, AdaLoRA's ranks": pattern(lambda ranks: ranks),
     "LoRA, AdaLoRA's ranks reversed": pattern(backwards),
     "Houlsby": bottleneck(18, placement="houlsby"),
@@ -364,6 +366,9 @@ PLAN = [  # the most telling first
     entry("12", "prefix, 6 tokens", 300, 1e-1),
     entry("12", "prefix, 6 tokens, reparametrised", 300, 1e-2),
     entry("12", "prompt, 10 tokens", 300, 5e-1),
+    # 07: the parts of AdaLoRA, longer
+    entry("07", "AdaLoRA 6 to 3, no penalty", 300, 2e-2),
+    entry("07", "AdaLoRA 3, no search", 300, 2e-2),
 ]
 
 

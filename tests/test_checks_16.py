@@ -291,6 +291,18 @@ def until_worse(budget, train, item, spread_seed, spread_item, most):
     return answer
 
 
+def even_seeds(budget, train, item, spread_seed, spread_item, most):
+    """It tries every second number of seeds."""
+    found = [
+        (seeds, min(most, int((budget / seeds - train) / item)))
+        for seeds in range(2, int(budget / train) + 1, 2)
+    ]
+    return min(
+        (s for s in found if s[1] >= 1),
+        key=lambda s: spread_seed**2 / s[0] + spread_item**2 / s[1],
+    )
+
+
 @pytest.mark.parametrize(
     "says, answer",
     [
@@ -308,6 +320,8 @@ def until_worse(budget, train, item, spread_seed, spread_item, most):
         ("More seeds", until_worse),
         ("tells nothing apart", lambda budget, train, item, a, b, most: (1, most)),
         ("questions: you ask", lambda *a: (2, a[-1] + 1)),
+        ("more questions", lambda *a: (all_splits(*a)[0], all_splits(*a)[1] - 1)),
+        ("seeds and", lambda *a: even_seeds(*a)),
         ("can be had", lambda *a: (2, 20)),
         (
             "can be had",

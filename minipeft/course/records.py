@@ -94,12 +94,14 @@ def on_the_way(runs):
 
 
 def rate_and_edge(runs, case):
-    """The best rate of a case, and a word if no worse one was tried on either side."""
-    rates = {run["lr"] for run in matching(runs, case=case)}
+    """The best rate of a case, the lowest and the highest that were tried, and a word
+    if the best one is either of them."""
+    rates = sorted({run["lr"] for run in matching(runs, case=case)})
     best = at_best_rate(runs, case=case)[0]["lr"]
     if len(rates) == 1:
         return f"{best:g} (the only one tried)"
-    return f"{best:g}" + (" (at the edge)" if best in (min(rates), max(rates)) else "")
+    edge = ", at the edge" if best in (rates[0], rates[-1]) else ""
+    return f"{best:g} (of {rates[0]:g} to {rates[-1]:g}{edge})"
 
 
 def versus(ours, theirs):
