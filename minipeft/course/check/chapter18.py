@@ -124,7 +124,7 @@ def only_the_first(gradients, labels) -> dict:
 
 @checks(
     "Every process has the sum, sent 2 (W − 1) / W of the buffer, and spoke to one"
-    " neighbour only: what NCCL and gloo do.",
+    " neighbour only: the ring, one of the ways that NCCL has.",
     "Each buffer is a flat tensor whose length is a multiple of W.",
     in_place=True,
 )
