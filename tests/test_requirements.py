@@ -23,16 +23,22 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def distributions_needed_by(names) -> set:
     """These distributions and all that they require on this machine."""
-    found, queue = set(), list(names)
+    found, queue = set(), [(canonicalize_name(name), "") for name in names]
     while queue:
-        name = canonicalize_name(queue.pop())
-        if name in found:
+        name, extra = asked = queue.pop()
+        if asked in found:
             continue
-        found.add(name)
+        found.add(asked)
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            lines = map(Requirement, importlib.metadata.requires(name) or [])
-            queue += [r.name for r in lines if not r.marker or r.marker.evaluate()]
-    return found
+            for r in map(Requirement, importlib.metadata.requires(name) or []):
+                if not r.marker or r.marker.evaluate({"extra": extra}):
+                    queue += [(canonicalize_name(r.name), e) for e in ("", *r.extras)]
+    return {name for name, _ in found}
+
+
+def test_what_an_extra_of_a_requirement_needs_is_counted():
+    """jupyter-events asks for jsonschema[format-nongpl], and that for fqdn."""
+    assert "fqdn" in distributions_needed_by(["jupyter-events"])
 
 
 def test_the_packages_are_as_large_as_doctor_says():
