@@ -12,7 +12,7 @@ help:
 	@echo "make test      check the style, run the package's tests, then every chapter, comparing all outputs"
 	@echo "make lint      check the style alone, with ruff (ruff format . and ruff check --fix . mend most of it)"
 	@echo "make test-latest  the package's tests with the newest versions of everything, in .venv-latest"
-	@echo "make fuzz      many random operations on models, and trainings killed at random moments"
+	@echo "make fuzz      many random operations, trainings killed at random moments, more draws of every check"
 	@echo "make lock      write constraints.txt from pyproject.toml (all newest: ARGS=--upgrade)"
 	@echo "make demo      fine-tune the shipped model with LoRA, in half a minute"
 	@echo "make chapters  run all chapters again and save their outputs"
@@ -49,6 +49,7 @@ KILLS ?= 50
 fuzz: $(READY)
 	MINIPEFT_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 0 -s tests/test_fuzz.py $(ARGS)
 	MINIPEFT_FUZZ=$(KILLS) $(BIN)/python -m pytest -n 0 tests/test_kill.py $(ARGS)
+	MINIPEFT_DRAWS=5 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_checks_*.py $(ARGS)
 
 # One version of everything, for all systems and Pythons, and for both builds of torch.
 # Without ARGS it keeps what is locked and adds what is new.
