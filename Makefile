@@ -30,9 +30,10 @@ $(READY): pyproject.toml constraints.txt setup_env.py
 lab: $(READY)
 	$(BIN)/python lab.py $(ARGS)
 
+# Three workers for two cores: one often waits for a process that it has started.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests $(ARGS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval chapters $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist worksteal tests $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --nbval chapters $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check --quiet .
