@@ -262,8 +262,8 @@ def slips_of_the_bias(b, step, b_down, W_up, b_up) -> dict:
 
 
 @checks(
-    "The same outputs without the adapter. So what keeps a sequential adapter from"
-    " being merged is its activation alone.",
+    "The same outputs without the adapter. So what keeps this one from being merged is"
+    " its activation alone.",
     SHAPES + " The frozen layer is y = W x + b, with W (d, d_in).",
 )
 def fold_linear_adapter(function) -> None:
