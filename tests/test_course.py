@@ -763,9 +763,9 @@ class TestLongerRuns:
     def test_each_case_at_its_best_rate_with_every_seed(self):
         rows = longer_runs(self.record(), ["a", "b", "c"], 300).data.splitlines()
         assert rows[2:] == [
-            "| a | 1,280 | 0.1 (of 0.1 to 0.5, at the edge) | 0.100, 0.110, 0.120"
+            "| a | 1,280 | 0.1 (0.1–0.5, at the edge) | 0.100, 0.110, 0.120"
             " | 25, 50, 50 |",
-            "| b | 1,280 | 0.2 (of 0.1 to 0.5) | 0.000, 0.001, 0.002 | 100, 100, 100 |",
+            "| b | 1,280 | 0.2 (0.1–0.5) | 0.000, 0.001, 0.002 | 100, 100, 100 |",
             "| c | 1,280 | 0.3 (the only one tried) | 0.300 | 100 |",
         ]
 

@@ -101,7 +101,7 @@ def rate_and_edge(runs, case):
     if len(rates) == 1:
         return f"{best:g} (the only one tried)"
     edge = ", at the edge" if best in (rates[0], rates[-1]) else ""
-    return f"{best:g} (of {rates[0]:g} to {rates[-1]:g}{edge})"
+    return f"{best:g} ({rates[0]:g}–{rates[-1]:g}{edge})"
 
 
 def versus(ours, theirs):
