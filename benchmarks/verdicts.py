@@ -76,10 +76,8 @@ PAIRS = {
         ("short", "AdaLoRA 6 to 3", "AdaLoRA 3, no search"),
         ("short", "AdaLoRA 6 to 3", "AdaLoRA 6 to 3, no penalty"),
         ("long sql 300", "AdaLoRA 6 to 3", "LoRA r 3"),
-        *[
-            ("long sql 300", "AdaLoRA 6 to 3", f"AdaLoRA {part}")
-            for part in ("3, no search", "6 to 3, no penalty")
-        ],
+        ("long sql 300", "AdaLoRA 6 to 3", "AdaLoRA 3, no search"),
+        ("long sql 300", "AdaLoRA 6 to 3", "AdaLoRA 6 to 3, no penalty"),
         ("long sql 300", "AdaLoRA 3, no search", "LoRA r 3"),
         ("long sql 1000", "AdaLoRA 6 to 3", "LoRA r 3"),
         ("long sql 300", "LoRA, AdaLoRA's ranks", "LoRA r 3"),

@@ -1,6 +1,7 @@
 """Chapter 16's checks accept the solution, refuse the blank stub, and name the mistake
 in what is plausibly wrong."""
 
+import functools
 import math
 import re
 import unicodedata
@@ -249,13 +250,13 @@ def test_items_mistakes(says, answer):
 # --------------------------------------------------------------------------- best_split
 
 
-def all_splits(budget, train, item, spread_seed, spread_item, most):
+def all_splits(budget, train, item, spread_seed, spread_item, most, step=1):
     def error(seeds, items):
         return spread_seed**2 / seeds + spread_item**2 / items
 
     found = [
         (seeds, min(most, int((budget / seeds - train) / item + 1e-9)))
-        for seeds in range(2, int(budget / train) + 1)
+        for seeds in range(2, int(budget / train) + 1, step)
     ]
     return min((s for s in found if s[1] >= 1), key=lambda s: error(*s))
 
@@ -291,18 +292,6 @@ def until_worse(budget, train, item, spread_seed, spread_item, most):
     return answer
 
 
-def even_seeds(budget, train, item, spread_seed, spread_item, most):
-    """It tries every second number of seeds."""
-    found = [
-        (seeds, min(most, int((budget / seeds - train) / item)))
-        for seeds in range(2, int(budget / train) + 1, 2)
-    ]
-    return min(
-        (s for s in found if s[1] >= 1),
-        key=lambda s: spread_seed**2 / s[0] + spread_item**2 / s[1],
-    )
-
-
 @pytest.mark.parametrize(
     "says, answer",
     [
@@ -321,7 +310,7 @@ def even_seeds(budget, train, item, spread_seed, spread_item, most):
         ("tells nothing apart", lambda budget, train, item, a, b, most: (1, most)),
         ("questions: you ask", lambda *a: (2, a[-1] + 1)),
         ("more questions", lambda *a: (all_splits(*a)[0], all_splits(*a)[1] - 1)),
-        ("seeds and", lambda *a: even_seeds(*a)),
+        ("seeds and", functools.partial(all_splits, step=2)),
         ("can be had", lambda *a: (2, 20)),
         (
             "can be had",
