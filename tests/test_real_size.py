@@ -54,11 +54,11 @@ def toy(monkeypatch, tmp_path):
         "TRIAL": 2,
         "NEW_TOKENS": 3,
         "INSTRUCTIONS": ("Who?",),
-        "OUT": tmp_path / "real_size.json",
+        "RECORDS": {p: tmp_path / f"real_size_{p}.json" for p in ("bf16", "fp32")},
     }.items():
         monkeypatch.setattr(real_size, name, value)
     real_size.data.cache_clear()
-    yield tmp_path / "real_size.json"
+    yield tmp_path / "real_size_bf16.json"
     real_size.data.cache_clear()
 
 
@@ -93,6 +93,25 @@ class TestRecord:
         )
         run(monkeypatch, "--model", folder, "--cases", *cases)
         assert json.loads(toy.read_text())["runs"] == record["runs"]
+
+    def test_runs_in_32_bits_have_a_record_of_their_own(self, folder, toy, monkeypatch):
+        used = []
+
+        def spy(*given, bf16, **more):
+            used.append(bf16)
+            return train(*given, bf16=bf16, **more)
+
+        train = real_size.train
+        monkeypatch.setattr(real_size, "train", spy)
+        losses = {}
+        for more, name in (([], "bf16"), (["--fp32"], "fp32")):
+            run(monkeypatch, "--model", folder, "--cases", "QLoRA r 8", *more)
+            record = json.loads(real_size.RECORDS[name].read_text())
+            losses[name] = [r["losses"] for r in record["runs"]]
+            assert record["schedule"].endswith(real_size.AS[name])
+        assert used == [True, False]
+        assert len(losses["bf16"]) == len(losses["fp32"]) == 1
+        assert losses["bf16"] != losses["fp32"]
 
     def test_running_text_is_trained_on_and_judged(self, folder, toy, monkeypatch):
         plays = [Example("", " Ann is a pub." * 40, {})] * 3
