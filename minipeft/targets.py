@@ -207,12 +207,6 @@ def layer_index(path, pattern=None):
     return None
 
 
-def in_layers(path, indices, pattern=None):
-    """True where `path` is within one of the numbered layers `indices`."""
-    indices = [indices] if isinstance(indices, int) else indices
-    return layer_index(path, pattern) in indices
-
-
 def uses_grad_checkpointing(model):
     """Is gradient checkpointing on?"""
     name = "is_activation_checkpointing"  # transformers 5 renamed it

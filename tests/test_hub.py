@@ -14,7 +14,7 @@ from tolerance import printed, tolerance
 
 from minipeft.lm import GPT, GPTConfig, load_pretrained, load_tokenizer
 from minipeft.lm.hf_format import ModelFileError
-from minipeft.lm.pretrained import read_config, resolve
+from minipeft.lm.pretrained import read_configs, resolve
 
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 from test_gpt import KINDS, SIZES, close, oracle  # noqa: E402
@@ -48,7 +48,7 @@ class TestBothWays:
         )
         assert not any(report.values()), report
         close(ours(ids).logits, opened(ids).logits)
-        assert read_config(tmp_path / "ours") == ours.config
+        assert read_configs(tmp_path / "ours") == (ours.config, None)
         again = load_pretrained(tmp_path / "ours").state_dict()
         assert all(
             torch.equal(tensor, again[name])

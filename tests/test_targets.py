@@ -66,20 +66,19 @@ class TestNames:
             assert targets.unwrap_slot(module) is dict(plain)[path]
 
     @pytest.mark.parametrize(
-        "path, index, pattern, expected",
+        "path, pattern, expected",
         [
-            ("model.layers.1.mlp.up_proj", 1, None, True),
-            ("model.layers.1.mlp.up_proj", [0, 2], None, False),
-            ("model.layers.1.experts.0.up_proj", [1], None, True),
-            ("model.layers.1.experts.0.up_proj", [0], None, False),
-            ("model.layers.1.experts.0.up_proj", [0], "experts", True),
-            ("transformer.h.11.attn.c_attn", [11], ["layers", "h"], True),
-            ("layers.0.up", [0], "layers", True),
-            ("lm_head", [0], None, False),
+            ("model.layers.1.mlp.up_proj", None, 1),
+            ("model.layers.1.experts.0.up_proj", None, 1),
+            ("model.layers.1.experts.0.up_proj", "experts", 0),
+            ("transformer.h.11.attn.c_attn", ["layers", "h"], 11),
+            ("layers.0.up", "layers", 0),
+            ("model.layers.1.mlp.up_proj", "h", None),
+            ("lm_head", None, None),
         ],
     )
-    def test_layer_numbers(self, path, index, pattern, expected):
-        assert targets.in_layers(path, index, pattern) == expected
+    def test_layer_numbers(self, path, pattern, expected):
+        assert targets.layer_index(path, pattern) == expected
 
     def test_names(self):
         paths = ["a.q_proj", "a.qq_proj", "q_proj", "b.q_proj.x"]

@@ -101,14 +101,9 @@ def download(name):
 # ---- reading it ----------------------------------------------------------------------
 
 
-def read_config(folder):
-    """config.json -> GPTConfig. Raises ModelFileError for any model that GPT would
-    compute wrongly."""
-    return read_configs(folder)[0]
-
-
 def read_configs(folder):
-    """(GPTConfig, the BitsAndBytesConfig of weights stored in 4 bits, or None)"""
+    """config.json -> (GPTConfig, the BitsAndBytesConfig of weights stored in 4 bits, or
+    None). Raises ModelFileError for any model that GPT would compute wrongly."""
     theirs = read_config_file(folder)
     try:
         config = GPTConfig(**config_fields(theirs, GPTConfig.__dataclass_fields__))

@@ -42,6 +42,9 @@ def quantize_blockwise(x, code, block_size=256, grid=None):
 
     grid: first round x / absmax to so many steps, as bitsandbytes does on a CPU (GRID):
     to have its very bits."""
+    if x.is_meta:  # shapes alone; torch would take milliseconds for each layer
+        blocks = -(-x.numel() // block_size)
+        return torch.empty_like(x, dtype=torch.uint8), x.new_empty(blocks).float()
     flat = x.detach().reshape(-1).float()
     # (blocks, block_size)
     rows = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
