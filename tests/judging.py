@@ -7,9 +7,11 @@ from typing import ClassVar
 from minipeft import LayerConfig
 from minipeft.course.check import sandbox
 
-# A check's draws follow from its name and the variant: try several. `make fuzz` tries
-# more of them.
-VARIANTS = int(os.environ.get("MINIPEFT_DRAWS", 3))
+# A check's draws follow from its name and the variant: a right answer is tried with
+# several, a mistake with two of them. `make fuzz` tries more of both.
+DRAWS = os.environ.get("MINIPEFT_DRAWS")
+VARIANTS = int(DRAWS or 3)
+OF_MISTAKES = int(DRAWS or 2)
 
 
 def judge(checker, *answers, variants: int = VARIANTS, **numbers) -> list:
@@ -26,7 +28,7 @@ def accepts(checker, *answers, **numbers):
 
 
 def rejects(says: str, checker, *answers, **numbers):
-    for verdict in judge(checker, *answers, **numbers):
+    for verdict in judge(checker, *answers, variants=OF_MISTAKES, **numbers):
         assert not verdict
         assert says in verdict.message, verdict.message
 
