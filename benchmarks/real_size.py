@@ -95,7 +95,7 @@ def adalora():
 # what is trained, and the learning rates to try; the most telling first
 CASES = {
     "before": (None, ()),
-    "LoRA r 8": (lambda: lora(8), (3e-4, 1e-3, 3e-3)),
+    "LoRA r 8": (lambda: lora(8), (3e-4, 1e-3, 3e-3, 1e-2)),
     "prompt, 20 tokens": (
         lambda: PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
         (0.3,),
@@ -116,7 +116,7 @@ CASES = {
     "subspace, d 1000": (lambda: hashed(1000), (1e-2, 3e-2, 1e-1)),
     "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), (1e-2, 5e-2)),
     "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), (3e-3, 1e-2)),
-    "AdaLoRA 12 to 8": (lambda: adalora(), (3e-3, 1e-2)),
+    "AdaLoRA 12 to 8": (lambda: adalora(), (3e-3, 1e-2, 3e-2)),
     "LoRA r 8, Shakespeare": (lambda: lora(8), (3e-4, 1e-3)),
     "full, Shakespeare": (None, (2e-5, 5e-5)),
     "subspace, d 100": (lambda: hashed(100), (3e-2, 1e-1, 3e-1)),

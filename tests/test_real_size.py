@@ -16,6 +16,7 @@ from minipeft.lm.tokenizer import train_tokenizer
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench  # noqa: E402
 import bench_real  # noqa: E402
+import real_fusion  # noqa: E402
 import real_size  # noqa: E402
 import three_ways  # noqa: E402
 
@@ -140,6 +141,45 @@ class TestRecord:
         assert rows["0.self_attn.q_proj"]["d90"] == 1  # an outer product has one
         assert rows["0.self_attn.q_proj"]["share"][0] == 1
         assert rows["0.mlp.up_proj"]["d90"] > 8
+
+
+class TestFusion:
+    def test_all_rivals_are_measured_and_experts_are_not_trained_twice(
+        self, folder, toy, monkeypatch, tmp_path
+    ):
+        scene = [Example("", " Ann is a pub." * 40, {})] * 3
+        task = dataclasses.replace(real_size.load_data("toy"), train=scene, valid=scene)
+        of = {"tinyshakespeare": task}
+        load = real_size.load_data
+        monkeypatch.setattr(real_size, "load_data", lambda name: of.get(name, load("")))
+        for name, value in {
+            "STEPS": {"expert": 10, "fusion": 10, "LoRA r 8": 10},
+            "RATES": {"fusion": (1e-3, 1e-2), "LoRA r 8": (1e-3,)},
+            "TRIAL": 2,
+            "MIX": 8,
+            "PIECE": 20,
+            "OUT": tmp_path / "real_fusion.json",
+        }.items():
+            monkeypatch.setattr(real_fusion, name, value)
+        arguments = ["--model", folder, "--experts", str(tmp_path / "experts")]
+        monkeypatch.setattr(sys, "argv", ["real_fusion.py", *arguments])
+        real_fusion.main()
+        record = json.loads((tmp_path / "real_fusion.json").read_text())
+        found = {run["case"]: run for run in record["runs"]}
+        experts = ["expert e2e", "expert plays"]
+        assert list(found) == ["base", *experts, "mean", "fusion", "LoRA r 8"]
+        assert len({(run["e2e"], run["plays"]) for run in found.values()}) == 6
+        assert [trial["case"] for trial in record["trials"]].count("fusion") == 2
+        assert found["fusion"]["parameters"] > 0 == found["mean"]["parameters"]
+        # half of what was done is lost: the rest stays, and the experts are not touched
+        kept = {"runs": record["runs"][:3], "trials": []}
+        (tmp_path / "real_fusion.json").write_text(json.dumps(record | kept))
+        files = sorted((tmp_path / "experts").rglob("*.safetensors"))
+        before = [path.read_bytes() for path in files]
+        real_fusion.main()
+        again = json.loads((tmp_path / "real_fusion.json").read_text())
+        assert again["runs"] == record["runs"] and len(files) == 2
+        assert [path.read_bytes() for path in files] == before
 
 
 class TestAbsent:
