@@ -31,6 +31,7 @@ STEPS = {"expert": 100, "fusion": 50, "LoRA r 8": 50}
 EXPERT_RATE = 3e-3  # the best of two for E2E in real_size.json
 RATES = {"fusion": (3e-4, 1e-3, 3e-3), "LoRA r 8": (3e-4, 1e-3, 3e-3)}
 MIX, PIECE = 192, 200  # texts; characters of a piece of a play
+PLAYS = 6000  # characters of the plays' validation text for the test; then 20 pieces
 
 
 def pieces(split, count, start=0):
@@ -57,8 +58,8 @@ class Bench:
         self.bf16 = bf16
         self.tokenizer = load_tokenizer(base)
         self.judges = {
-            "valid": (data().valid, pieces("valid", 20, start=6000)),
-            "test": (data().test, plays("valid", 6000)),
+            "valid": (data().valid, pieces("valid", 20, PLAYS)),
+            "test": (data().test, plays("valid", PLAYS)),
         }
 
     def train(self, model, examples, steps, lr, seed=0):

@@ -158,6 +158,7 @@ class TestFusion:
             "TRIAL": 2,
             "MIX": 8,
             "PIECE": 20,
+            "PLAYS": 200,
             "OUT": tmp_path / "real_fusion.json",
         }.items():
             monkeypatch.setattr(real_fusion, name, value)
