@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from minipeft import PeftModel, cli, cli_options, doctor
 from minipeft.cli import main
 from minipeft.cli_methods import ALIASES, KNOWN, find_method, make_config, parse_fields
 from minipeft.config import METHODS
+from minipeft.course import figures
 from minipeft.errors import FileError
 from minipeft.lm import data, load_pretrained
 from minipeft.lm.gpt import GPT, GPTConfig
@@ -64,9 +66,24 @@ def base(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def mine(tmp_path):
-    path = tmp_path / "mine.jsonl"
+PICTURES = []  # of this process: the first is drawn
+
+
+@pytest.fixture(autouse=True)
+def one_picture(monkeypatch):
+    """Drawing loss.png takes as long as these short trainings: draw it once."""
+
+    def curves(*given, save, **more):
+        if not PICTURES:
+            draw(*given, save=save, **more)
+            PICTURES.append(save.read_bytes())
+        save.write_bytes(PICTURES[0])
+
+    draw = figures.curves
+    monkeypatch.setattr(figures, "curves", curves)
+
+
+def write_examples(path):
     path.write_text(
         "".join(
             json.dumps({"prompt": f"say {i}{j}", "completion": f"{i}"}) + "\n"
@@ -78,10 +95,22 @@ def mine(tmp_path):
 
 
 @pytest.fixture
-def adapter(base, mine, tmp_path, capsys):
+def mine(tmp_path):
+    return write_examples(tmp_path / "mine.jsonl")
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    examples = write_examples(folder / "mine.jsonl")
+    assert main([str(a) for a in tune(base, examples, folder / "out")]) == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
     """A trained adapter's folder."""
-    assert run(capsys, *tune(base, mine, tmp_path / "trained"))[0] == 0
-    return tmp_path / "trained"
+    return shutil.copytree(trained, tmp_path / "trained")
 
 
 def run(capsys, *argv):
