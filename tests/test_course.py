@@ -718,6 +718,15 @@ def test_a_table_of_the_runs_at_real_size(tmp_path):
     ]
     few = real_size({"runs": runs}, {"BLEU": "bleu"}, ["full", "before"]).data
     assert few.splitlines()[2:] == ["| full | not run |  |  |  |", lines[2]]
+    # another rate was tried later, and won: its run alone is shown
+    trials = [
+        {"case": "LoRA r 8", "lr": lr, "valid_loss": loss}
+        for lr, loss in ((1e-3, 2.0), (3e-3, 1.0))
+    ]
+    won = run | {"lr": 3e-3, "seed": 0, "bleu": 60}
+    record = {"runs": [*runs, won], "trials": trials}
+    chosen = real_size(record, {"BLEU": "bleu"}).data.splitlines()
+    assert chosen[3:] == ["| LoRA r 8 | 2,442,240 | 0.003 | 100, 0 | 60 |"]
     (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
     assert (
         real_size(tmp_path / "runs.json", {"BLEU": "bleu"}).data.splitlines()

@@ -118,14 +118,19 @@ def real_size(record, columns: dict, cases=None):
     benchmarks/results/real_size.json, or its path.
 
     columns: {heading: a run's key}; a value with a fraction is written with two
-    decimals. cases: only these, in this order; None: all. A case that was not run gets
-    a line that says so."""
+    decimals. Where trials chose a case's rate, its runs at that rate. cases: only
+    these, in this order; None: all. A case that was not run gets a line that says
+    so."""
     if not isinstance(record, dict):
         record = read_json(record)
     cases = cases or [run["case"] for run in record["runs"]]
     rows = []
     for case in dict.fromkeys(cases):
         runs = matching(record["runs"], case=case)
+        trials = matching(record.get("trials", []), case=case)
+        if trials:  # they chose the rate
+            best = min(trials, key=lambda trial: trial["valid_loss"])
+            runs = matching(runs, lr=best["lr"])
         if not runs:
             rows.append([case, "not run", *[""] * (2 + len(columns))])
         for run in runs:
