@@ -164,7 +164,7 @@ def main():
         "steps": STEPS,
         "expert": f"a bottleneck 16 wide, rate {EXPERT_RATE:g}",
         "schedule": "a tenth of the steps warm-up, cosine; AdamW; "
-        + AS["fp32" if given.fp32 else "bf16"],
+        + AS[not given.fp32],
     }
     bench = Bench(given.model, not given.fp32)
     model = bench.experts(given.experts)

