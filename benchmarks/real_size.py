@@ -15,8 +15,8 @@ near the published ones, and not equal to them. Nothing that is made is committe
 
 A case trains on 8 texts of E2E NLG a step, in bfloat16 autocast. Two other plans have
 records of their own: --fp32 the same cases in 32 bits, --table the methods of the LoRA
-paper's table, each with three rates, 300 steps and 200 test records. Where a case lists
-several learning rates, short trials choose one by the loss on validation records.
+paper's table and more, each with three rates, 300 steps, 200 test records. Where a case
+lists several learning rates, short trials choose one by the loss on validation records.
 Then: the texts for a fixed sample of test records, which BLEU and other scores judge
 against all references; the loss on other English (Shakespeare's plays, film reviews);
 and ten instructions in chat format, answered as the model would answer a user. The
@@ -86,11 +86,11 @@ def hashed(d):
     return SubspaceConfig(d=d, projection="hash")
 
 
-def adalora():
-    """Ranks of 12, of which two thirds are left: cut from a fifth of the steps on."""
-    cut = {"tinit": STEPS // 5, "tfinal": STEPS * 2 // 5, "deltaT": 2}
-    ranks = {"init_r": 12, "target_r": 8, "lora_alpha": 16}
-    return AdaLoraConfig(**ranks, **cut, total_step=STEPS, **ALL)
+def adalora(r, steps):
+    """Ranks of 3/2 r, of which r are left: cut from a fifth of the steps on."""
+    cut = {"tinit": steps // 5, "tfinal": steps * 2 // 5, "deltaT": 2}
+    ranks = {"init_r": r * 3 // 2, "target_r": r, "lora_alpha": 2 * r}
+    return AdaLoraConfig(**ranks, **cut, total_step=steps, **ALL)
 
 
 # what is trained, and the learning rates to try; the most telling first
@@ -117,13 +117,13 @@ CASES = {
     "subspace, d 1000": (lambda: hashed(1000), (1e-2, 3e-2, 1e-1)),
     "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), (1e-2, 5e-2)),
     "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), (3e-3, 1e-2)),
-    "AdaLoRA 12 to 8": (lambda: adalora(), (3e-3, 1e-2, 3e-2)),
+    "AdaLoRA 12 to 8": (lambda steps: adalora(8, steps), (3e-3, 1e-2, 3e-2)),
     "LoRA r 8, Shakespeare": (lambda: lora(8), (3e-4, 1e-3)),
     "full, Shakespeare": (None, (2e-5, 5e-5)),
     "subspace, d 100": (lambda: hashed(100), (3e-2, 1e-1, 3e-1)),
     "subspace, d 10000": (lambda: hashed(10_000), (3e-3, 1e-2, 3e-2)),
 }
-# the methods of the LoRA paper's table, three rates each
+# the methods of the LoRA paper's table first; three rates each
 TABLE = {
     "before": (None, ()),
     "full": (None, (2e-5, 5e-5, 2e-4)),
@@ -135,6 +135,18 @@ TABLE = {
     "prefix, 20 tokens": (CASES["prefix, 20 tokens"][0], (3e-2, 1e-1, 3e-1)),
     "prompt, 20 tokens": (CASES["prompt, 20 tokens"][0], (1e-1, 3e-1, 1.0)),
     "(IA)³": (CASES["(IA)³"][0], (3e-3, 1e-2, 3e-2)),
+    "LoRA r 1": (lambda: lora(1), (1e-3, 3e-3, 1e-2)),
+    "LoRA r 64": (lambda: lora(64), (3e-4, 1e-3, 3e-3)),
+    "subspace, d 1000": (lambda: hashed(1000), (1e-1, 3e-1, 1.0)),
+    "subspace, d 10000": (lambda: hashed(10_000), (1e-2, 3e-2, 1e-1)),
+    "subspace, d 100": (lambda: hashed(100), (3e-1, 1.0, 3.0)),
+    "AdaLoRA 6 to 4": (lambda steps: adalora(4, steps), (3e-3, 1e-2, 3e-2)),
+    "LayerNorm tuning": (CASES["LayerNorm tuning"][0], (3e-3, 1e-2, 3e-2)),
+    "VeRA r 256": (CASES["VeRA r 256"][0], (3e-3, 1e-2, 3e-2)),
+    "LoKr r 8": (CASES["LoKr r 8"][0], (1e-3, 3e-3, 1e-2)),
+    "LoRA r 4, chat": (lambda: lora(4), (1e-3, 3e-3, 1e-2)),
+    "LoRA r 4, Shakespeare": (lambda: lora(4), (3e-4, 1e-3, 3e-3)),
+    "full, Shakespeare": (None, (2e-5, 5e-5, 2e-4)),
 }
 
 
@@ -274,12 +286,15 @@ def as_chat(example, tokenizer):
 # ---- one run -------------------------------------------------------------------------
 
 
-def make(model, plan, case, seed):
+def make(model, plan, case, seed, steps):
     torch.manual_seed(seed)
     options = {"quantization": NF4} if case.startswith("QLoRA") else {}
     base = load_pretrained(model, **options)
     config = plan.cases[case][0]
-    return get_peft_model(base, config()) if config else base
+    if config is None:
+        return base
+    cut = [steps] if case.startswith("AdaLoRA") else []  # its ranks, on a schedule
+    return get_peft_model(base, config(*cut))
 
 
 def loss_of(model, tokenizer, examples, bf16):
@@ -355,7 +370,7 @@ def one_run(base, plan, case, lr, seed, steps):
     """Train and judge. A trial (a short run) is judged by its validation loss alone."""
     tokenizer, task, bf16 = load_tokenizer(base), data(plan.test), plan.bf16
     used = time.process_time()
-    model = make(base, plan, case, seed)
+    model = make(base, plan, case, seed, steps)
     splits = (task.train, task.valid, task.test)
     if case.endswith("chat"):
         splits = [[as_chat(e, tokenizer) for e in examples] for examples in splits]
@@ -406,7 +421,8 @@ def header(mark, plan):
         "valid_records": VALID,
         "test_records": plan.test,
         "alpha": "2 r",
-        "schedule": f"{plan.steps // 10} steps of warm-up, cosine; AdamW; {AS[plan.bf16]}",
+        "schedule": f"{plan.steps // 10} steps of warm-up, cosine; AdamW; "
+        + AS[plan.bf16],
         "decoding": f"greedy, up to {plan.new_tokens} tokens, the first line",
         "instructions": INSTRUCTIONS,
         "test": [
