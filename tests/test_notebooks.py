@@ -13,6 +13,7 @@ import pytest
 from minipeft.course import check
 from minipeft.course.figures import are_numbers
 from minipeft.course.layout import SCREEN, is_plumbing, lay_out
+from minipeft.course.notebook import run as execute
 from minipeft.course.student import read_chapter, student_edition
 
 ROOT = Path(__file__).parents[1]
@@ -435,3 +436,15 @@ def test_the_list_of_chapters_is_whole():
         assert (ROOT / "chapters" / target).exists(), (
             f"chapters/README.md links {target}, which is not there"
         )
+
+
+def test_a_saved_notebook_keeps_the_order_of_lines_and_tables(tmp_path, monkeypatch):
+    for name in ("TQDM_DISABLE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # so that the test's own end sets them back
+    code = "print('a')\nprint('b', flush=True)\ndisplay('table')\nprint('c')"
+    cells = [nbformat.v4.new_code_cell(code)]
+    file = tmp_path / "01_order.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), file)
+    execute(file)
+    (cell,) = nbformat.read(file, as_version=4).cells
+    assert [text_of(output) for output in cell.outputs] == ["a\nb\n", "'table'", "c\n"]

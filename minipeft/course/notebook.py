@@ -31,9 +31,22 @@ def clean(notebook) -> None:
             cell.outputs = [
                 output for output in cell.outputs if output.get("name") != "stderr"
             ]
+            cell.outputs = joined(cell.outputs)
             for output in cell.outputs:
                 if "metadata" in output:
                     output.metadata = alternative_text(output)
+
+
+def joined(outputs) -> list:
+    """What was printed in pieces as one output, where nothing was shown in between.
+    (nbclient's coalesce_streams moves a line in front of a table that it follows.)"""
+    kept = []
+    for output in outputs:
+        if kept and output.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def print_noise(notebook) -> None:
@@ -71,7 +84,6 @@ def run(path) -> float:
         config=Config(ENCRYPTED),
         timeout=900,
         record_timing=False,
-        coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
     ).execute()
     print_noise(notebook)
