@@ -20,7 +20,7 @@ from pathlib import Path
 import real_size
 import torch
 from common import RESULTS, count_trained, facts, found, save, weights
-from real_size import AS, BATCH, MODEL, TRIAL, data, lora, loss_of, plays, trained
+from real_size import BATCH, MODEL, TRIAL, data, lora, loss_of, plays, trained
 
 from minipeft import BottleneckConfig, FusionConfig, PeftModel, get_peft_model
 from minipeft.lm import load_pretrained, load_tokenizer
@@ -31,6 +31,7 @@ STEPS = {"expert": 100, "fusion": 50, "LoRA r 8": 50}
 EXPERT_RATE = 3e-3  # the best of two for E2E in real_size.json
 RATES = {"fusion": (3e-4, 1e-3, 3e-3), "LoRA r 8": (3e-4, 1e-3, 3e-3)}
 MIX, PIECE = 192, 200  # texts; characters of a piece of a play
+TEST = 80  # records
 PLAYS = 6000  # characters of the plays' validation text for the test; then 20 pieces
 
 
@@ -45,9 +46,9 @@ def pieces(split, count, start=0):
 def mixed():
     """The new task: texts of both kinds in one order, an E2E text first."""
     half = MIX // 2
-    rest = [*data().train[1:half], *pieces("train", half)]
+    rest = [*data(TEST).train[1:half], *pieces("train", half)]
     random.Random(0).shuffle(rest)
-    return [data().train[0], *rest]
+    return [data(TEST).train[0], *rest]
 
 
 class Bench:
@@ -58,8 +59,8 @@ class Bench:
         self.bf16 = bf16
         self.tokenizer = load_tokenizer(base)
         self.judges = {
-            "valid": (data().valid, pieces("valid", 20, PLAYS)),
-            "test": (data().test, plays("valid", PLAYS)),
+            "valid": (data(TEST).valid, pieces("valid", 20, PLAYS)),
+            "test": (data(TEST).test, plays("valid", PLAYS)),
         }
 
     def train(self, model, examples, steps, lr, seed=0):
@@ -74,7 +75,7 @@ class Bench:
     def experts(self, folder):
         """The model with both adapters, from `folder` or trained and kept there."""
         model = None
-        tasks = {"e2e": data().train, "plays": plays("train", 200_000)}
+        tasks = {"e2e": data(TEST).train, "plays": plays("train", 200_000)}
         for name, examples in tasks.items():
             kept = Path(folder) / name
             torch.manual_seed(0)
@@ -164,7 +165,7 @@ def main():
         "steps": STEPS,
         "expert": f"a bottleneck 16 wide, rate {EXPERT_RATE:g}",
         "schedule": "a tenth of the steps warm-up, cosine; AdamW; "
-        + AS[not given.fp32],
+        + ("fp32" if given.fp32 else "bf16 autocast"),
     }
     bench = Bench(given.model, not given.fp32)
     model = bench.experts(given.experts)

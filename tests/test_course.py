@@ -697,44 +697,57 @@ class TestRecords:
             matching(self.RUNS, method="a")
 
 
-def test_a_table_of_the_runs_at_real_size(tmp_path):
-    run = {"case": "LoRA r 8", "parameters": 2442240, "lr": 1e-3, "steps": 100}
-    runs = [
-        {
-            "case": "before",
-            "parameters": 0,
-            "lr": None,
-            "steps": 0,
-            "seed": 0,
-            "bleu": 9,
-        },
-        *(run | {"seed": seed, "bleu": 53.456 + seed} for seed in (0, 1)),
-    ]
-    lines = real_size({"runs": runs}, {"BLEU": "bleu"}).data.splitlines()
-    assert lines[2:] == [
-        "| before | 0 |  | 0, 0 | 9 |",
-        "| LoRA r 8 | 2,442,240 | 0.001 | 100, 0 | 53.46 |",
-        "| LoRA r 8 | 2,442,240 | 0.001 | 100, 1 | 54.46 |",
-    ]
-    few = real_size({"runs": runs}, {"BLEU": "bleu"}, ["full", "before"]).data
-    assert few.splitlines()[2:] == ["| full | not run |  |  |  |", lines[2]]
-    # another rate was tried later, and won: its run alone is shown
-    trials = [
-        {"case": "LoRA r 8", "lr": lr, "valid_loss": loss}
-        for lr, loss in ((1e-3, 2.0), (3e-3, 1.0))
-    ]
-    won = run | {"lr": 3e-3, "seed": 0, "bleu": 60}
-    record = {"runs": [*runs, won], "trials": trials}
-    chosen = real_size(record, {"BLEU": "bleu"}).data.splitlines()
-    assert chosen[3:] == ["| LoRA r 8 | 2,442,240 | 0.003 | 100, 0 | 60 |"]
-    (tmp_path / "runs.json").write_text(json.dumps({"runs": runs}))
-    assert (
-        real_size(tmp_path / "runs.json", {"BLEU": "bleu"}).data.splitlines()
-        == [
-            few.splitlines()[0],  # in `few` no column holds numbers alone
-            *lines[1:],
+class TestRealSize:
+    """The table of the runs on SmolLM2."""
+
+    LORA = {"case": "LoRA r 4", "parameters": 2442240, "lr": 3e-3, "steps": 300}
+    IA3 = {"case": "(IA)³", "parameters": 57600, "lr": 1e-2, "steps": 300}
+    BEFORE = {"case": "before", "parameters": 0, "lr": None, "steps": 0}
+
+    def record(self):
+        runs = [self.BEFORE | {"seed": 0, "bleu": 9, "test_loss": 2.5}]
+        for seed in (1, 0):
+            ends = {"seed": seed, "bleu": 53.456 + seed, "test_loss": 1.2 + seed / 9}
+            runs.append(self.LORA | ends)
+            runs.append(self.IA3 | ends | {"test_loss": 1.9 + seed / 9})
+        # a run at a rate that the trials did not choose
+        runs.append(self.LORA | {"lr": 1e-3, "seed": 0, "bleu": 1.0, "test_loss": 9.0})
+        trials = [
+            {"case": case, "lr": lr, "valid_loss": loss, "seed": 0}
+            for case in ("LoRA r 4", "(IA)³")
+            for lr, loss in ((1e-3, 3.0), (3e-3, 1.0), (1e-2, 2.0))
+            if case == "LoRA r 4" or lr == 1e-2
         ]
-    )
+        return {"runs": runs, "trials": trials}
+
+    def test_a_line_a_case_with_its_seeds_and_the_rates_tried(self, tmp_path):
+        lines = real_size(self.record(), {"BLEU": "bleu"}).data.splitlines()
+        assert lines[0] == "| 300 steps | parameters | rate | BLEU |"
+        assert lines[2:] == [
+            "| before | 0 |  | 9 |",
+            "| LoRA r 4 | 2,442,240 | 0.003 (0.001–0.01) | 53.46, 54.46 |",
+            "| (IA)³ | 57,600 | 0.01 (the only one tried) | 53.46, 54.46 |",
+        ]
+        few = real_size(self.record(), {"BLEU": "bleu"}, ["full", "before"]).data
+        assert few.splitlines()[2:] == ["| full | not run |  |  |", lines[2]]
+        (tmp_path / "runs.json").write_text(json.dumps(self.record()))
+        again = real_size(tmp_path / "runs.json", {"BLEU": "bleu"}).data.splitlines()
+        assert again == lines
+
+    def test_the_verdict_is_of_the_seeds_that_both_have(self):
+        def verdicts(record):
+            shown = real_size(record, {"BLEU": "bleu"}, against="LoRA r 4")
+            lines = shown.data.splitlines()
+            assert lines[0].endswith("| loss, against LoRA r 4 |")
+            return [line.split(" | ")[-1].strip(" |") for line in lines[2:]]
+
+        # 0.7 above with either seed: a difference without any spread
+        assert verdicts(self.record()) == ["", "", "behind by 0.7 ± 0.0"]
+        record = self.record()
+        record["runs"] = [
+            run for run in record["runs"] if (run["case"], run["seed"]) != ("(IA)³", 1)
+        ]
+        assert verdicts(record) == ["", "", "not told apart: one seed (+0.7)"]
 
 
 class TestLongerRuns:

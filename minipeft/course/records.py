@@ -113,30 +113,52 @@ def versus(ours, theirs):
     return [str(compare(*by_seed[0], loss=True)), str(compare(*by_seed[1]))]
 
 
-def real_size(record, columns: dict, cases=None):
-    """A table of runs on SmolLM2, one line a run. record: the content of
-    benchmarks/results/real_size.json, or its path.
+def real_size(record, columns: dict, cases=None, against=None):
+    """A table of runs on SmolLM2, one line a case, with the values of all its seeds.
+    record: the content of benchmarks/results/real_size.json, or its path.
 
     columns: {heading: a run's key}; a value with a fraction is written with two
-    decimals. Where trials chose a case's rate, its runs at that rate. cases: only
-    these, in this order; None: all. A case that was not run gets a line that says
-    so."""
+    decimals. The rate is the one that the trials chose, between the lowest and the
+    highest that they tried; the runs are those at that rate. cases: only these, in this
+    order; None: all. A case that was not run gets a line that says so. against: a case;
+    then the last column is what `compare` says of the test losses, of the seeds that
+    both cases have."""
     if not isinstance(record, dict):
         record = read_json(record)
-    cases = cases or [run["case"] for run in record["runs"]]
+    cases = cases or list(dict.fromkeys(run["case"] for run in record["runs"]))
+    runs = {case: chosen_by_trials(record, case) for case in cases}
+    yardstick = against and {
+        run["seed"]: run["test_loss"] for run in chosen_by_trials(record, against)
+    }
     rows = []
-    for case in dict.fromkeys(cases):
-        runs = matching(record["runs"], case=case)
-        trials = matching(record.get("trials", []), case=case)
-        if trials:  # they chose the rate
-            best = min(trials, key=lambda trial: trial["valid_loss"])
-            runs = matching(runs, lr=best["lr"])
-        if not runs:
-            rows.append([case, "not run", *[""] * (2 + len(columns))])
-        for run in runs:
-            lr = "" if run["lr"] is None else f"{run['lr']:g}"
-            settings = [f"{run['parameters']:,}", lr, f"{run['steps']}, {run['seed']}"]
-            values = [run[key] for key in columns.values()]
-            shown = [f"{v:.2f}" if isinstance(v, float) else f"{v:,}" for v in values]
-            rows.append([case, *settings, *shown])
-    return table(rows, ["", "parameters", "rate", "steps, seed", *columns])
+    for case in cases:
+        if not runs[case]:
+            rows.append([case, "not run", *[""] * (1 + len(columns) + bool(against))])
+            continue
+        tried = matching(record["trials"], case=case)
+        rate = rate_and_edge(tried, case) if tried else ""
+        values = [[run[key] for run in runs[case]] for key in columns.values()]
+        shown = [
+            ", ".join(f"{v:.2f}" if isinstance(v, float) else f"{v:,}" for v in seeds)
+            for seeds in values
+        ]
+        rows.append([case, f"{runs[case][0]['parameters']:,}", rate, *shown])
+        if against:
+            losses = {run["seed"]: run["test_loss"] for run in runs[case]}
+            both = [seed for seed in losses if seed in yardstick]
+            sides = ({seed: x[seed] for seed in both} for x in (losses, yardstick))
+            rows[-1].append(
+                "" if case == against or not tried else str(compare(*sides, loss=True))
+            )
+    steps = max(run["steps"] for run in record["runs"])
+    judged = [f"loss, against {against}"] if against else []
+    return table(rows, [f"{steps} steps", "parameters", "rate", *columns, *judged])
+
+
+def chosen_by_trials(record, case) -> list:
+    """A case's runs, one a seed, at the rate with the lowest loss in its trials."""
+    runs = matching(record["runs"], case=case)
+    if tried := matching(record["trials"], case=case):
+        best = min(tried, key=lambda trial: trial["valid_loss"])
+        runs = matching(runs, lr=best["lr"])
+    return sorted(runs, key=lambda run: run["seed"])
