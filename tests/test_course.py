@@ -748,6 +748,8 @@ class TestRealSize:
             run for run in record["runs"] if (run["case"], run["seed"]) != ("(IA)³", 1)
         ]
         assert verdicts(record) == ["", "", "not told apart: one seed (+0.7)"]
+        record["runs"] = [run for run in record["runs"] if run["case"] != "LoRA r 4"]
+        assert verdicts(record) == ["", ""]  # nothing to compare with
 
 
 class TestLongerRuns:

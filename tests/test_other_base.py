@@ -43,7 +43,9 @@ def gpt2(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "chapter", ["04_lora", "09_nf4", "13_ia3_and_bitfit"], ids=lambda name: name[:2]
+    "chapter",
+    ["01_model", "04_lora", "09_nf4", "13_ia3_and_bitfit"],
+    ids=lambda name: name[:2],
 )
 def test_a_chapter_runs_on_a_gpt2(chapter, gpt2, monkeypatch):
     monkeypatch.setenv("MINIPEFT_BASE", str(gpt2))

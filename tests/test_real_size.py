@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,38 @@ class TestRecord:
         assert [r["seed"] for r in record["runs"]] == [0, 1]
         assert {r["lr"] for r in record["runs"]} == {ladder[best]}
         assert record["runs"][0]["losses"] != record["runs"][1]["losses"]
+
+    def test_other_scores_are_written_beside_the_texts(self, toy, monkeypatch):
+        tests = [{"references": ["Ann", "Bo"]}, {"references": ["Cy."]}]
+        runs = [{"texts": ["Ann", "x"]}, {"texts": ["Bo", "Cy."]}]
+        toy.write_text(json.dumps({"trials": [], "runs": runs, "test": tests}))
+
+        class Rouge:
+            def __init__(self, kinds):
+                assert kinds == ["rougeL"]
+
+            def score_multi(self, references, text):
+                right = float(text in references)
+                return {"rougeL": types.SimpleNamespace(fmeasure=right)}
+
+        def nist(references, texts):
+            assert references == [[["Ann"], ["Bo"]], [["Cy", "."]]]  # words
+            return len(texts)
+
+        fetched = []
+        monkeypatch.setattr(real_size, "pip", lambda *asked: fetched.append(asked))
+        for name, what in {
+            "nltk.translate.nist_score": {"corpus_nist": nist},
+            "rouge_score.rouge_scorer": {"RougeScorer": Rouge},
+        }.items():
+            for package in (name.split(".")[0], name.rpartition(".")[0], name):
+                monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+            vars(sys.modules[name]).update(what)
+        run(monkeypatch, "--score")
+        record = json.loads(toy.read_text())
+        assert [r["rouge_l"] for r in record["runs"]] == [50.0, 100.0]
+        assert [r["nist"] for r in record["runs"]] == [2, 2]
+        assert set(record["scorers"]) <= set(fetched[0])
 
     def test_running_text_is_trained_on_and_judged(self, folder, toy, monkeypatch):
         plays = [Example("", " Ann is a pub." * 40, {})] * 3

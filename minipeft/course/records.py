@@ -147,12 +147,11 @@ def real_size(record, columns: dict, cases=None, against=None):
             losses = {run["seed"]: run["test_loss"] for run in runs[case]}
             both = [seed for seed in losses if seed in yardstick]
             sides = ({seed: x[seed] for seed in both} for x in (losses, yardstick))
-            rows[-1].append(
-                "" if case == against or not tried else str(compare(*sides, loss=True))
-            )
+            judged = tried and both and case != against
+            rows[-1].append(str(compare(*sides, loss=True)) if judged else "")
     steps = max(run["steps"] for run in record["runs"])
-    judged = [f"loss, against {against}"] if against else []
-    return table(rows, [f"{steps} steps", "parameters", "rate", *columns, *judged])
+    last = [f"loss, against {against}"] if against else []
+    return table(rows, [f"{steps} steps", "parameters", "rate", *columns, *last])
 
 
 def chosen_by_trials(record, case) -> list:
