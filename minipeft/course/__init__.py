@@ -44,7 +44,7 @@ from . import check, figures  # noqa: E402
 from .claims import claim  # noqa: E402
 from .comparison import compare  # noqa: E402
 from .figures import approx, table  # noqa: E402
-from .finding import finding  # noqa: E402
+from .finding import finding, needs_llama  # noqa: E402
 from .records import (  # noqa: E402
     at_best_rate,
     longer_curves,
@@ -67,6 +67,7 @@ __all__ = [
     "longer_curves",
     "longer_runs",
     "matching",
+    "needs_llama",
     "on_the_way",
     "real_size",
     "show",

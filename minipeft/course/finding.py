@@ -1,6 +1,9 @@
 """What an experiment shows on the shipped base, and may not show on another."""
 
-from ..lm.pretrained import base_name
+import os
+
+from ..lm.gpt import GPT
+from ..lm.pretrained import base_name, load_pretrained
 
 
 def finding(holds: bool, words: str):
@@ -11,3 +14,11 @@ def finding(holds: bool, words: str):
     if base_name() == "lanternwick":
         raise AssertionError(f"expected: {words}")
     print(f"Not on this base: {words}")
+
+
+def needs_llama():
+    """For a chapter that calls a Llama's parts by name. On a base of another
+    architecture (MINIPEFT_BASE), say so, and go on with the shipped one."""
+    if not isinstance(load_pretrained(), GPT):
+        print(f"Not on this base: {base_name()} is no Llama. Here is the shipped one.")
+        del os.environ["MINIPEFT_BASE"]
