@@ -2,7 +2,6 @@
 
 import os
 
-from ..lm.gpt import GPT
 from ..lm.pretrained import base_name, load_pretrained
 
 
@@ -19,6 +18,6 @@ def finding(holds: bool, words: str):
 def needs_llama():
     """For a chapter that calls a Llama's parts by name. On a base of another
     architecture (MINIPEFT_BASE), say so, and go on with the shipped one."""
-    if not isinstance(load_pretrained(), GPT):
+    if load_pretrained().config.model_type == "gpt2":
         print(f"Not on this base: {base_name()} is no Llama. Here is the shipped one.")
         del os.environ["MINIPEFT_BASE"]
