@@ -60,20 +60,23 @@ class Guard:
 
 
 @contextlib.contextmanager
-def guarded(name: str, limit: float):
-    """Seed by `name` and the variant, limit the time, restore the settings."""
+def guarded(name: str, limit: float, turn: int = 0):
+    """Seed by `name` and the variant, limit the time, restore the settings. Another
+    turn has the same shapes, drawn by `random`, and other tensors."""
     guard = Guard()
-    with random_states(f"{name} {variant}"), settings(guard), interrupts(guard):
+    drawn = random_states(f"{name} {variant}", turn)
+    with drawn, settings(guard), interrupts(guard):
         with time_limit(limit):
             yield guard
 
 
 @contextlib.contextmanager
-def random_states(seed: str):
-    """Seed all generators, and put them back afterwards."""
+def random_states(seed: str, turn: int = 0):
+    """Seed all generators, and put them back afterwards. turn: changes the numbers of
+    torch and numpy alone."""
     kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
-    number = random.getrandbits(32)
+    number = (random.getrandbits(32) + turn) % 2**32
     np.random.seed(number)
     torch.default_generator.manual_seed(number)
     try:

@@ -47,13 +47,18 @@ def checks(praise: str, shapes: str = "", in_place: bool = False):
             global watch
             watch = Watch()
             answers = [watch.wrap(answer, in_place) for answer in answers]
-            try:
-                with guarded(function.__name__, sandbox.LIMIT) as guard:
-                    message = failure(function, answers, numbers, shapes, guard)
-            except TooLong:  # it came between two lines of the check itself
-                message = too_long()
-            if guard.changed:
-                message = changed_settings(guard.changed)
+            # twice, with other numbers of the same shapes: a function that remembers
+            # its results by their shapes is found out
+            for turn in (0, 1):
+                try:
+                    with guarded(function.__name__, sandbox.LIMIT, turn) as guard:
+                        message = failure(function, answers, numbers, shapes, guard)
+                except TooLong:  # it came between two lines of the check itself
+                    message = too_long()
+                if guard.changed:
+                    message = changed_settings(guard.changed)
+                if message:
+                    break
             return Verdict(not message, message or praise)
 
         return check
