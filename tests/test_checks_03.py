@@ -310,7 +310,7 @@ def expected(D=10_000, d=100):
 def test_subspace_right_answers(D, d):
     judged = partial(check.predict_subspace, D=D, d=d)
     right = expected(D, d)
-    for verdict in judge(judged, right, variants=2):
+    for verdict in judge(judged, right, variants=3):
         assert verdict, verdict
     assert judged({case: np.float32(value) for case, value in right.items()})
     assert judged({case: torch.tensor(float(v)) for case, v in right.items()})

@@ -359,9 +359,10 @@ def d90(function) -> None:
 def found_in_subspace(D, d) -> dict:
     """{case: (what is found with random columns, why)}"""
     P = torch.linalg.qr(torch.randn(D, d, dtype=torch.float64))[0]
-    g = torch.randn(D, dtype=torch.float64)
+    # of one gradient the share lies anywhere within a seventh of d / D
+    g = torch.randn(D, 100, dtype=torch.float64)
     theta = torch.randn(d, dtype=torch.float64)
-    seen = (P.T @ g).norm() / g.norm()
+    seen = (P.T @ g).norm(dim=0) / g.norm(dim=0)
     adam = (P @ torch.ones(d, dtype=torch.float64)).norm() / D**0.5
     change = (P[: 64 * 64] @ theta).view(64, 64)
     other = torch.linalg.qr(torch.randn(D, d, dtype=torch.float64))[0]
@@ -372,12 +373,12 @@ def found_in_subspace(D, d) -> dict:
             "orthonormal columns keep lengths",
         ),
         "gradient": (
-            seen.item(),
+            seen.mean().item(),
             "each of the D directions holds the same share of the *squared* length, and"
             " the subspace has d of them",
         ),
         "fall": (
-            (seen**2).item(),
+            seen.square().mean().item(),
             "a small step of gradient descent lowers the loss by η times the squared"
             " length of the gradient that it sees",
         ),
