@@ -454,11 +454,37 @@ class TestArguments:
             (dict(tokenizer=None), "tokenizer="),
             (dict(optimizer="adamv"), "expected one of adamw"),
             (dict(evaluate_every=2), "valid="),
+            (dict(clip=-1.0), "clip = -1.0: expected a number above 0 or None"),
+            (dict(clip=float("nan")), "clip = nan"),
+            (dict(clip="1"), "clip = '1'"),
+            (dict(lr=float("inf")), "lr = inf: expected a number at least 0"),
+            (dict(lr=True), "lr = True"),
+            (dict(lr="1e-3"), "lr = '1e-3'"),
+            (dict(weight_decay=-1.0), "weight_decay = -1.0"),
+            (dict(weight_decay=float("nan")), "weight_decay = nan"),
+            (dict(warmup=-0.5), "warmup = -0.5"),
+            (dict(warmup=1.5), "warmup = 1.5: expected whole steps, or a fraction"),
+            (dict(warmup=None), "warmup = None"),
+            (dict(evaluate_every=1.5, valid=[1]), "evaluate_every = 1.5"),
+            (dict(evaluate_every=-1, valid=[1]), "evaluate_every = -1"),
+            (dict(save_every=-1), "save_every = -1"),
+            (dict(save_every="x"), "save_every = 'x'"),
+            (dict(seed=1.5), "seed = 1.5"),
+            (dict(seed="a"), "seed = 'a'"),
+            (dict(batch_size=None), "batch_size = None"),
+            (dict(batch_size=0), "batch_size = 0: expected a whole number at least 1"),
+            (dict(betas=0.9), "betas = 0.9: expected two numbers"),
+            (dict(betas=(0.9, 1.0)), "betas = 1.0: expected .* below 1"),
         ],
     )
     def test_wrong_arguments(self, change, message):
         with pytest.raises(ValueError, match=message):
             train(tiny(), examples(), **(common | dict(steps=2) | change))
+
+    def test_an_optimizer_of_another_model(self):
+        other = torch.optim.SGD(tiny().parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="holds no parameter of this model"):
+            train(tiny(), examples(), steps=2, optimizer=other, **common)
 
     def test_nothing_to_train(self):
         with pytest.raises(ValueError, match="nothing to train"):
@@ -571,6 +597,37 @@ class TestSettings:
     def resumed(self, folder, model=None, data=None, **changes):
         options = dict(common, steps=4, folder=folder) | changes
         return train(model or adapted(), data or examples(), **options)
+
+    def test_what_runs_after_a_step(self, tmp_path):
+        class Halver:
+            def __init__(self, model):
+                self.weight = next(p for p in model.parameters() if p.requires_grad)
+
+            def step(self):
+                self.weight.data.mul_(0.5)
+
+            def state_dict(self):
+                return {}
+
+            def load_state_dict(self, state):
+                pass
+
+        class Other(Halver):
+            pass
+
+        def run(make, **changes):
+            model = adapted()
+            after_step = make and make(model)
+            return self.resumed(tmp_path, model, after_step=after_step, **changes)
+
+        run(Halver)
+        assert run(Halver).steps == 4
+        for make, now in ((None, "None"), (Other, "Other")):
+            with pytest.raises(ValueError, match=f"after_step Halver .now {now}"):
+                run(make)
+        run(None, resume=False)
+        with pytest.raises(ValueError, match="after_step None .now Halver"):
+            run(Halver)
 
     def test_the_same_goes_on(self, folder):
         assert self.resumed(folder).steps == 4

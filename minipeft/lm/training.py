@@ -21,7 +21,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..io import check_choice, check_file, check_number, locked, remove_parts, whole
+from ..io import (
+    brief,
+    check_choice,
+    check_file,
+    check_number,
+    locked,
+    remove_parts,
+    whole,
+)
 from ..quant import AdamW8bit, PagedAdamW
 from . import distributed
 from .checkpoint import load_checkpoint, read_metadata, save_checkpoint, trained_tensors
@@ -106,6 +114,12 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
     """By name, by factory `f(param_groups, lr=...)`, or a ready torch optimizer (say
     LoRA+), returned as it is."""
     if isinstance(optimizer, torch.optim.Optimizer):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, model.parameters())):
+            raise ValueError(
+                "the optimizer holds no parameter of this model: make it from"
+                " model.parameters()"
+            )
         return optimizer
     if lr is None:
         raise ValueError(
@@ -123,6 +137,7 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
     if callable(optimizer):
         return optimizer(groups, lr=lr)
     check_choice("optimizer", optimizer, OPTIMIZERS)
+    check_betas(betas)
     extra = {} if optimizer == "sgd" else {"betas": betas}
     on = params[0].device.type
     sharded = distributed.is_part(params[0])
@@ -347,7 +362,17 @@ def train(
                 process. Its state_dict(), tensors by name, is part of the checkpoints
     """
     valid = getattr(data, "valid", None) if valid is None else valid
-    check_arguments(model, schedule, steps, accumulate, evaluate_every, valid)
+    check_arguments(model, schedule, evaluate_every, valid)
+    check_number("steps", steps, whole=True, least=1)
+    check_number("batch_size", batch_size, whole=True, least=1)
+    check_number("accumulate", accumulate, whole=True, least=1)
+    check_number("evaluate_every", evaluate_every, whole=True, least=1, also=(None,))
+    check_number("save_every", save_every, whole=True, least=1, also=(None,))
+    check_number("seed", seed, whole=True, least=0)
+    check_number("lr", lr, least=0, also=(None,))
+    check_number("weight_decay", weight_decay, least=0)
+    check_number("clip", clip, above=0, also=(None,))
+    check_warmup(warmup)
     rows = batch_size * distributed.processes()
     batches = make_batches(model, data, tokenizer, rows, seed, valid)
     warmup = round(warmup * steps) if warmup < 1 else int(warmup)
@@ -383,16 +408,29 @@ def train(
         return run.loop(stop, progress)
 
 
-def check_arguments(model, schedule, steps, accumulate, evaluate_every, valid):
+def check_arguments(model, schedule, evaluate_every, valid):
     check_choice("schedule", schedule, SCHEDULES)
-    check_number("steps", steps, whole=True, least=1)
-    check_number("accumulate", accumulate, whole=True, least=1)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "nothing to train: no parameter of the model requires a gradient"
         )
     if evaluate_every and not valid:
         raise ValueError("evaluate_every needs valid=, a list of examples")
+
+
+def check_warmup(warmup):
+    check_number("warmup", warmup, least=0)
+    if warmup >= 1 and warmup != int(warmup):
+        raise ValueError(
+            f"warmup = {warmup}: expected whole steps, or a fraction of all below 1"
+        )
+
+
+def check_betas(betas):
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas = {brief(betas)}: expected two numbers")
+    for beta in betas:
+        check_number("betas", beta, least=0, below=1)
 
 
 def describe_processes(model):
@@ -478,6 +516,8 @@ class Run:
             "tokenizer (checksum)": tokenizer_checksum(self.tokenizer),
             **adapter_settings(self.model),
         }
+        if self.after_step:
+            facts["after_step"] = type(self.after_step).__name__
         if self.evaluate_every:
             texts = repr([(e.prompt, e.completion) for e in self.valid])
             facts["evaluate_every"] = self.evaluate_every
