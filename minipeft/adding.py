@@ -59,7 +59,7 @@ def adding(model, name, config, autocast_adapter_dtype=True):
         bases = {p: Base(slots[p], name, lossy=True) for p in slots if p not in copied}
         before = [(b.module, dict(b.module._parameters)) for b in bases.values()]
         try:
-            adapters = create(config, bases, autocast_adapter_dtype)
+            adapters = create(model, config, bases, autocast_adapter_dtype)
             for path in copied:
                 adapters[path] = ModuleCopy(slots[path].base_layer)
             yield adapters
@@ -141,18 +141,55 @@ def check_places(root, slots):
             )
 
 
-def create(config, bases, autocast_adapter_dtype):
+def create(model, config, bases, autocast_adapter_dtype):
     """{path: a new adapter}; what they share has the path None."""
     adapters = {}
+    of_base = storages(
+        (name, tensor)
+        for module in targets.bare_modules(model.base_model)
+        for name, tensor in own_tensors(module, recurse=False)
+    )
     shared = config.create_shared(bases)
     if shared is not None:
+        check_apart(shared, of_base)
         first = next(iter(bases.values())).module
         adapters[None] = shared.to(*device_and_dtype(first, autocast_adapter_dtype))
     for path, base in progress(list(bases.items()), "making adapters"):
         like = device_and_dtype(base.module, autocast_adapter_dtype)
+        where = f"{path}: " if path else ""  # "" is the whole model
         try:
-            adapters[path] = config.create(base, path).to(*like)
+            adapter = config.create(base, path)
         except TargetError as error:
-            where = f"{path}: " if path else ""  # "" is the whole model
             raise TargetError(f"{where}{error}") from None
+        check_apart(adapter, of_base, where)
+        adapters[path] = adapter.to(*like)
     return adapters
+
+
+def own_tensors(module, recurse=True):
+    """(name, tensor) of a module's parameters and buffers."""
+    yield from module.named_parameters(recurse=recurse)
+    yield from module.named_buffers(recurse=recurse)
+
+
+def storages(tensors):
+    """{what tensors that share their memory have in common: a name} of (name, tensor).
+    Sparse ones have no such thing."""
+    return {
+        tensor.untyped_storage()._cdata: name
+        for name, tensor in tensors
+        if tensor.layout is torch.strided
+    }
+
+
+def check_apart(adapter, of_base, where=""):
+    """Raise ConfigError where a tensor of an adapter, or of what adapters share, is the
+    base's. of_base: the storages of the base's tensors."""
+    own = storages(own_tensors(adapter))
+    if both := [name for storage, name in own.items() if storage in of_base]:
+        raise ConfigError(
+            f"{where}{both[0]} of this {type(adapter).__name__} is the base's, which"
+            " would be trained and saved with the adapter. Keep the layer where torch"
+            " does not register it (self.layer = [base.module]), or take it in"
+            " forward(base, x): base.module, base.weight"
+        )

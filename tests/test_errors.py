@@ -291,6 +291,102 @@ class TestNamesOfAdapters:
             run(model, adapter_names=["default"] * 3)
 
 
+class Keeps(minipeft.LinearDelta):
+    """delta = v, and something that its configuration hands it"""
+
+    def __init__(self, base, keep):
+        super().__init__()
+        self.v = torch.nn.Parameter(torch.zeros_like(base.weight))
+        keep(self, base)
+
+    def delta(self, base):
+        return self.v
+
+
+def own_config(create, **fields):
+    """A configuration whose `create` is create(base), for q_proj."""
+
+    class Own(minipeft.config.LayerConfig):
+        def create(self, base, path):
+            return create(base)
+
+    return Own(target_modules=["q_proj"], **fields)
+
+
+def as_module(adapter, base):
+    adapter.linear = base.module
+
+
+def as_parameter(adapter, base):
+    adapter.weight = base.module.weight
+
+
+def as_alias(adapter, base):
+    adapter.weight = torch.nn.Parameter(base.module.weight.data[:2].T)
+
+
+def as_buffer(adapter, base):
+    adapter.register_buffer("before", base.module.weight.detach())
+
+
+def as_grandchild(adapter, base):
+    adapter.inner = torch.nn.ModuleDict({"one": torch.nn.Sequential(base.module)})
+
+
+def in_a_list(adapter, base):
+    adapter.kept = [base.module]
+
+
+def as_a_copy(adapter, base):
+    adapter.register_buffer("before", base.module.weight.detach().clone())
+
+
+class TestMethodsOfOnesOwn:
+    @pytest.mark.parametrize(
+        "keep, name",
+        [
+            (as_module, "linear.weight"),
+            (as_parameter, "weight"),
+            (as_alias, "weight"),
+            (as_buffer, "before"),
+            (as_grandchild, "inner.one.0.weight"),
+        ],
+    )
+    def test_an_adapter_that_holds_the_base(self, plain, keep, name):
+        """It would be trained, and saved as the adapter's."""
+        config = own_config(lambda base: Keeps(base, keep))
+        with pytest.raises(
+            ConfigError,
+            match=rf"layers.0.*: {name} of this Keeps is the base's.*\(base",
+        ):
+            get_peft_model(plain, config)
+
+    @pytest.mark.parametrize("part", ["lm_head", "model.norm", "model.layers.1"])
+    def test_one_that_holds_another_part_of_the_model(self, plain, part):
+        def keep(adapter, base):
+            adapter.other = plain.get_submodule(part)
+
+        with pytest.raises(ConfigError, match=r"other\..*weight of this Keeps is the"):
+            get_peft_model(plain, own_config(lambda base: Keeps(base, keep)))
+
+    def test_a_shared_part_that_holds_the_base(self, plain):
+        config = own_config(lambda base: Keeps(base, in_a_list))
+        type(config).create_shared = lambda self, bases: plain.model.embed_tokens
+        with pytest.raises(ConfigError, match="weight of this Embedding is the base's"):
+            get_peft_model(plain, config)
+
+    @pytest.mark.parametrize("keep", [in_a_list, as_a_copy])
+    def test_what_only_looks_at_the_base(self, keep):
+        model = BASE.make()
+        model.register_buffer("graph", torch.eye(3).to_sparse())
+        before = run(model)
+        model = get_peft_model(model, own_config(lambda base: Keeps(base, keep)))
+        assert torch.equal(run(model), before)
+        model.add_adapter("two", own_config(lambda base: Keeps(base, keep)))
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained and all(name.endswith("default.v") for name in trained)
+
+
 def break_fourth_fold(monkeypatch):
     """Merging goes well three times, and runs out of memory at the fourth layer."""
     fold, calls = minipeft.LinearDelta.fold, []
