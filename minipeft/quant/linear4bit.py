@@ -18,7 +18,12 @@ from .. import weights
 from ..errors import FileError, NotMergeableError
 from ..io import check_choice, did_you_mean, with_prefix
 from ..targets import find_targets, is_found, unwrap_slot, walk
-from .bitsandbytes import bitsandbytes_layer, from_bitsandbytes, to_bitsandbytes
+from .bitsandbytes import (
+    as_float,
+    bitsandbytes_layer,
+    from_bitsandbytes,
+    to_bitsandbytes,
+)
 from .nf4 import QTensor, dequantize_4bit, quantize_4bit
 
 
@@ -48,9 +53,9 @@ class Linear4bit(nn.Linear):
     """nn.Linear's shape, a bias in full precision, a weight in 4 bits.
     `Linear4bit.from_linear(linear)` makes one.
 
-    compute_dtype: what the product is computed in; None: x's dtype. The result has x's
-    dtype. Its state_dict has bitsandbytes' names, and loads there; a dense weight that
-    is loaded into it is quantised.
+    compute_dtype: what the product is computed in (or its name); None: x's dtype. The
+    result has x's dtype. Its state_dict has bitsandbytes' names, and loads there; a
+    dense weight that is loaded into it is quantised.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class Linear4bit(nn.Linear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, bias, device or "cpu", dtype)
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = as_float("compute_dtype", compute_dtype)
         self.quant_type = quant_type
         self.block_size = block_size
         self.double_quant = double_quant
@@ -119,6 +124,8 @@ class Linear4bit(nn.Linear):
         return dequantize_4bit(self.quantized)
 
     def forward(self, x):
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}: expected floating-point numbers")
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = self.compute_dtype or x.dtype
@@ -244,13 +251,12 @@ class BitsAndBytesConfig:
 
     def options(self):
         """The arguments of quantize_model."""
-        dtype = self.bnb_4bit_compute_dtype
         return dict(
             backend=self.backend,
             skip=self.llm_int8_skip_modules or ("lm_head",),
             quant_type=self.bnb_4bit_quant_type,
             double_quant=self.bnb_4bit_use_double_quant,
-            compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            compute_dtype=as_float("compute_dtype", self.bnb_4bit_compute_dtype),
             block_size=self.block_size,
         )
 
@@ -355,6 +361,7 @@ def dequantize_model(model, dtype=None):
     """Every 4-bit layer becomes an nn.Linear again, in place; returns the model. The
     rounding remains."""
     check_unmerged(model)
+    dtype = as_float("dtype", dtype)
     for _, layer, put in linear_layers(model):
         if not weights.is_dense(layer):
             put(to_linear(layer, dtype))
