@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from . import merging, targets
-from .config import as_config
+from .config import as_config, check_for_json
 from .errors import ConfigError, TargetError
 from .io import brief, progress
 from .methods import lora_init
 from .methods.adalora import AdaLoraConfig
 from .methods.modules_to_save import ModuleCopy
-from .slot import AdapterNameError, Base, Slot
+from .slot import Adapter, AdapterNameError, Base, Slot
 from .weights import device_and_dtype
 
 
@@ -43,7 +43,9 @@ def adding(model, name, config, autocast_adapter_dtype=True):
     None. When the block ends it is put in, frozen and inactive; when it fails the
     model is as before."""
     check_new_name(model, name)
-    config = as_config(config).resolve(model.get_base_model())
+    config = as_config(config)
+    check_for_json(config)
+    config = config.resolve(model.get_base_model())
     if not config.base_model_name_or_path:
         base_name = getattr(model.get_base_model(), "name_or_path", None)
         config.base_model_name_or_path = base_name or None
@@ -161,6 +163,12 @@ def create(model, config, bases, autocast_adapter_dtype):
             adapter = config.create(base, path)
         except TargetError as error:
             raise TargetError(f"{where}{error}") from None
+        if not isinstance(adapter, Adapter):
+            missing = " (does it end without a return?)" * (adapter is None)
+            raise ConfigError(
+                f"{where}{type(config).__name__}.create returns {brief(adapter)}"
+                f"{missing}: expected an Adapter"
+            )
         check_apart(adapter, of_base, where)
         adapters[path] = adapter.to(*like)
     return adapters

@@ -1,6 +1,8 @@
 """Wrong input: an error of its own type that says what to do, and a model that is left
 as it was."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from bases import BASES, METHODS, adapted, run, shake
@@ -333,6 +335,15 @@ def as_grandchild(adapter, base):
     adapter.inner = torch.nn.ModuleDict({"one": torch.nn.Sequential(base.module)})
 
 
+class Scale(minipeft.Adapter):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, base, *args, **kwargs):
+        return base(*args, **kwargs)
+
+
 def in_a_list(adapter, base):
     adapter.kept = [base.module]
 
@@ -385,6 +396,89 @@ class TestMethodsOfOnesOwn:
         model.add_adapter("two", own_config(lambda base: Keeps(base, keep)))
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained and all(name.endswith("default.v") for name in trained)
+
+    @pytest.mark.parametrize("kind", ["LORA", "IA3", "FUSION"])
+    def test_the_name_of_a_built_in_method(self, kind):
+        """It would replace that method for every loader of the process."""
+        built_in = minipeft.config.METHODS[kind]
+        message = f"peft_type '{kind}' is that of {built_in.__name__}.*'MY_{kind}'"
+        for parent in (minipeft.config.LayerConfig, built_in):
+            with pytest.raises(ConfigError, match=message):
+                type("Own", (parent,), {"peft_type": kind, "__module__": __name__})
+        assert minipeft.config.METHODS[kind] is built_in
+
+    @pytest.mark.parametrize("module", ["__main__", "minipeft_own", __name__])
+    def test_a_class_defined_again(self, monkeypatch, module):
+        """As when a notebook's cell is run twice."""
+        monkeypatch.setattr(minipeft.config, "METHODS", dict(minipeft.config.METHODS))
+        for _ in range(2):
+            fields = {"peft_type": "OWN", "__module__": module}
+            again = type("Own", (minipeft.config.LayerConfig,), fields)
+            assert minipeft.config.METHODS["OWN"] is again
+
+    @pytest.mark.parametrize(
+        "create, found",
+        [
+            (lambda base: None, "None.*does it end without a return"),
+            (lambda base: Keeps, "<class '.*Keeps'>"),
+            (lambda base: torch.nn.Linear(16, 16), "Linear"),
+            (lambda base: base.weight, "tensor|Parameter"),
+        ],
+    )
+    def test_what_is_no_adapter(self, plain, create, found):
+        with pytest.raises(
+            ConfigError, match=rf"q_proj: Own.create returns ({found})(?s:.*)an Adapter"
+        ):
+            get_peft_model(plain, own_config(create))
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            len,
+            torch.ones(2),
+            {"inner": [object()]},
+            {1: "a", "b": 2},
+            (c for c in "ab"),
+        ],
+        ids=["function", "tensor", "object", "mixed keys", "generator"],
+    )
+    def test_a_field_that_no_file_can_hold(self, plain, value):
+        """Found out before the training, not when it is saved."""
+
+        @dataclass(kw_only=True)
+        class Fielded(minipeft.config.LayerConfig):
+            what: object = None
+
+            def create(self, base, path):
+                return Keeps(base, in_a_list)
+
+        config = Fielded(target_modules=["q_proj"], what=value)
+        message = r"Fielded.what = (?s:.*): expected what JSON holds"
+        with pytest.raises(ConfigError, match=message):
+            get_peft_model(plain, config)
+        model = get_peft_model(BASE.make(), LoraConfig())
+        with pytest.raises(ConfigError, match=message):
+            model.add_adapter("two", config)
+        fine = Fielded(target_modules=["q_proj"], what={"a": [1, None, "b", (2.5,)]})
+        model.add_adapter("two", fine)
+
+    @pytest.mark.parametrize("parent", ["PeftConfig", "LayerConfig"])
+    def test_saving_without_a_peft_type(self, tmp_path, parent):
+        class Nameless(getattr(minipeft.config, parent)):
+            def create(self, base, path):
+                return Scale()
+
+        fields = {"target_modules": ["q_proj"]} if parent == "LayerConfig" else {}
+        model = get_peft_model(BASE.make(), Nameless(**fields))
+        with pytest.raises(AdapterFileError, match="Nameless has no peft_type.*'MY_"):
+            model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out" / "adapter_config.json").exists()
+        Nameless.peft_type = "MY_OWN"  # as the message says
+        model.save_pretrained(tmp_path / "out")
+        assert (
+            '"peft_type": "MY_OWN"'
+            in (tmp_path / "out" / "adapter_config.json").read_text()
+        )
 
 
 def break_fourth_fold(monkeypatch):
