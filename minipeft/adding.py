@@ -120,19 +120,11 @@ def slots_for(model, config, sites):
 def check_places(root, slots):
     """Raise TargetError for a layer that also stands elsewhere in the model, where it
     would have no adapter, or whose weight is read in eval mode without a call."""
-    parents = {}  # {id of a module: [those that hold it]}
-    for parent in root.modules():
-        for module in parent._modules.values():
-            parents.setdefault(id(module), []).append(parent)
+    parents = targets.parents_of(root)
     for path, slot in slots.items():
         layer = slot.base_layer
         holders = [p for p in parents.get(id(layer), ()) if p is not slot]
-        if len(holders) > 1:
-            raise TargetError(
-                f"{path}: this {type(layer).__name__} stands at {len(holders)} places"
-                " of the model, and would have an adapter at one of them. Give each"
-                " place a module of its own (their weights may be tied)"
-            )
+        targets.check_one_place(path, layer, holders, "would have an adapter")
         fast = torch.backends.mha.get_fastpath_enabled()
         if fast and any(isinstance(p, nn.TransformerEncoderLayer) for p in holders):
             raise TargetError(

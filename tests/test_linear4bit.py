@@ -717,6 +717,47 @@ def test_a_skipped_name_that_no_layer_has(skip, near):
     assert quantize_model(model, skip="q_proj").model.layers[0].self_attn.q_proj
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("made", [nn.Linear, Linear4bit])
+def test_a_layer_that_is_no_model(made, backend):
+    """There is no place to put the new layer in."""
+    with pytest.raises(ValueError, match=f"a {made.__name__} itself.*from_linear"):
+        quantize_model(made(64, 64), backend)
+
+
+class Twice(nn.Module):
+    """One Linear at two places: under two names, in one list, in two parents."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.plain = nn.Linear(64, 64)
+        shared = nn.Linear(64, 64)
+        self.a = shared
+        if where == "names":
+            self.b = shared
+        elif where == "list":
+            self.b = nn.Sequential(nn.ReLU(), shared)
+        else:
+            self.a, self.b = nn.Sequential(shared), nn.ModuleDict({"x": shared})
+
+
+@pytest.mark.parametrize("where", ["names", "list", "parents"])
+def test_one_layer_at_two_places(where):
+    model = Twice(where)
+    with pytest.raises(minipeft.TargetError, match="^a.*stands at 2 places.*quantised"):
+        quantize_model(model)
+    assert not any(isinstance(m, Linear4bit) for m in model.modules())
+    left = quantize_model(model, skip=["a", "a.0"][where == "parents"])
+    assert type(left.plain) is Linear4bit
+
+
+def test_one_block_at_two_places():
+    """Its layer has one parent: all see the new one."""
+    block = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    model = quantize_model(nn.Sequential(block, block))
+    assert type(model[0][0]) is Linear4bit and model[1][0] is model[0][0]
+
+
 def test_importing_it_greets_nobody():
     import subprocess
     import sys

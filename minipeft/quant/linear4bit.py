@@ -17,7 +17,14 @@ from torch import nn
 from .. import weights
 from ..errors import FileError, NotMergeableError
 from ..io import check_choice, did_you_mean, with_prefix
-from ..targets import find_targets, is_found, unwrap_slot, walk
+from ..targets import (
+    check_one_place,
+    find_targets,
+    is_found,
+    parents_of,
+    unwrap_slot,
+    walk,
+)
 from .bitsandbytes import (
     as_float,
     bitsandbytes_layer,
@@ -347,10 +354,21 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
               an embedding's are left anyway
     options   quant_type="nf4" | "fp4" | "int4", block_size=64, double_quant=True,
               compute_dtype=None
+
+    Raises ValueError for a model that is a linear layer itself, TargetError for a layer
+    that stands at several places.
     """
     check_choice("backend", backend, BACKENDS)
+    if weights.is_linear(model):
+        raise ValueError(
+            f"expected a model with linear layers in it, found a {type(model).__name__}"
+            " itself: Linear4bit.from_linear(layer) makes a layer of one"
+        )
     check_unmerged(model)
     found = quantizable_layers(model, skip)
+    parents = parents_of(model)
+    for path, (layer, _) in found.items():
+        check_one_place(path, layer, parents[id(layer)], "would be quantised")
     while found:  # layer by layer, keeping none
         _, (layer, put) = found.popitem()
         put(BACKENDS[backend](layer, **options))
