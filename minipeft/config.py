@@ -4,6 +4,7 @@ Face's JSON."""
 import copy
 import dataclasses
 import enum
+import json
 import math
 import types
 import typing
@@ -61,8 +62,15 @@ class PeftConfig(metaclass=ConfigType):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "peft_type" in vars(cls):
-            METHODS[cls.peft_type] = cls
+        if "peft_type" not in vars(cls):
+            return
+        known = METHODS.get(cls.peft_type)
+        if is_built_in(known) and not is_built_in(cls):
+            raise ConfigError(
+                f"peft_type {cls.peft_type!r} is that of {known.__name__}, which every"
+                f" loader knows by it. Take another name, such as 'MY_{cls.peft_type}'"
+            )
+        METHODS[cls.peft_type] = cls
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -254,6 +262,23 @@ class PeftConfig(metaclass=ConfigType):
             return cls.from_dict(data)
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"{file}: {error}") from None
+
+
+def is_built_in(method):
+    return getattr(method, "__module__", "").startswith(f"{__package__}.")
+
+
+def check_for_json(config):
+    """Raise ConfigError for a field that adapter_config.json could not hold."""
+    for name, value in config.to_dict().items():
+        try:
+            json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{type(config).__name__}.{name} = {io.brief(value)}: expected what"
+                " JSON holds (numbers, text, lists and dicts of them), or the adapter"
+                " could not be saved"
+            ) from None
 
 
 def default_of(field):

@@ -106,6 +106,12 @@ def save(folder, config, tensors):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not config.peft_type:
+        kind = type(config).__name__
+        raise AdapterFileError(
+            f"{kind} has no peft_type, by which a loader would find it again. Give the"
+            f" class one, here {kind}.peft_type = 'MY_METHOD', and save again"
+        )
     folder = io.make_folder(folder, AdapterFileError)
     # Contiguous copies on the CPU: safetensors takes no two tensors that share memory.
     tensors = {

@@ -234,6 +234,29 @@ class TestErrors:
         ):
             assert part in str(error.value)
 
+    @pytest.mark.parametrize(
+        "kind, field, stray",
+        [
+            ("gpt2", "num_key_value_heads", 2),
+            ("gpt2", "rope_theta", 5e5),
+            ("gpt2", "rope_scaling", {"type": "linear", "factor": 2.0}),
+            ("gpt2", "rope_parameters", {"rope_type": "yarn"}),
+            ("llama", "rope_parameters", {"rope_type": "default", "factor": 2.0}),
+            (
+                "llama",
+                "rope_parameters",
+                {"rope_type": "linear", "factor": 1.0, "beta_fast": 32},
+            ),
+        ],
+    )
+    def test_what_transformers_ignores(self, tmp_path, kind, field, stray):
+        theirs = oracle(kind)
+        theirs.save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {field: stray}))
+        ids = torch.arange(1, 9)[None]
+        close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
+
     def test_gpt2_faults_are_told_in_the_names_of_the_file(self, tmp_path):
         oracle("gpt2").save_pretrained(tmp_path)
         edit(tmp_path, n_embd=16)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..io import check_choice, check_number
+from ..io import brief, check_choice, check_number, did_you_mean
 from . import hf_format
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
@@ -32,16 +32,6 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-ROPE_TYPES = {  # the fields of rope_scaling that each kind needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
 }
 MAX_LAYERS = 10_000  # a damaged file's number: modules are made one by one
 SIZES = (
@@ -93,6 +83,7 @@ class GPTConfig:
         self._fill_heads()
         self._check_rope_scaling()
         if self.is_gpt2:
+            self._check_gpt2()
             self.attention_bias = True
             self.mlp_bias = True
         self._check_biases()
@@ -137,15 +128,38 @@ class GPTConfig:
         scaling = self.rope_scaling or {}
         if not isinstance(scaling, dict):
             raise ValueError(f"rope_scaling = {scaling!r}: expected a dict or None")
-        kind = scaling.get("rope_type", "default")
-        check_choice("rope_type", kind, ROPE_TYPES)
-        missing = [field for field in ROPE_TYPES[kind] if field not in scaling]
-        if missing:
+        if not scaling:
+            return
+        self.rope_scaling = scaling = hf_format.read_rope({"rope_scaling": scaling})
+        kind = scaling["rope_type"]
+        needed = hf_format.ROPE_TYPES[kind]
+        known = ("rope_type", *needed)
+        if unknown := [field for field in scaling if field not in known]:
+            raise ValueError(
+                f"rope_scaling of type {kind!r} has no {brief(unknown[0])}"
+                f"{did_you_mean(unknown[0], known)}; expected {', '.join(known)}"
+            )
+        if missing := [field for field in needed if field not in scaling]:
             raise ValueError(
                 f"rope_scaling of type {kind!r} lacks {', '.join(missing)}"
             )
-        for field in ROPE_TYPES[kind]:
-            check_number(f"rope_scaling[{field!r}]", scaling[field], above=0)
+        for field in needed:
+            low = scaling["low_freq_factor"] if field == "high_freq_factor" else 0
+            check_number(f"rope_scaling[{field!r}]", scaling[field], above=low)
+
+    def _check_gpt2(self):
+        plain = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size / self.num_attention_heads,
+            "rope_theta": 1e4,
+        }
+        for field in (*plain, "rope_scaling", "sliding_window"):
+            value = getattr(self, field)
+            if value and value != plain.get(field):
+                raise ValueError(
+                    f"gpt2 has no {field} = {brief(value)}: its files have no place for"
+                    " it, and transformers could not open them; take llama"
+                )
 
     def _check_biases(self):
         kind = self.model_type

@@ -47,6 +47,16 @@ GPT2_NAMES = {
     "hidden_act": "activation_function",
     "norm_eps": "layer_norm_epsilon",
 }
+ROPE_TYPES = {  # the fields of rope_scaling that each kind needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 # never left out
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 LLAMA_ONLY = (
@@ -128,6 +138,9 @@ def config_fields(theirs, fields):
     ValueError for any model that GPT would compute wrongly."""
     kind = theirs.get("model_type")
     check_choice("model_type", kind, ARCHITECTURES)
+    if kind == "gpt2":
+        ignored = (*LLAMA_ONLY, "rope_parameters")
+        theirs = {name: theirs[name] for name in theirs if name not in ignored}
     names = {field: file_name(field, kind) for field in fields}
     ours = {field: theirs[name] for field, name in names.items() if name in theirs}
     if missing := [names[field] for field in SIZES if field not in ours]:
@@ -140,7 +153,9 @@ def config_fields(theirs, fields):
         ours["intermediate_size"] = 4 * ours["hidden_size"]
     rope = read_rope(theirs)
     ours["rope_theta"] = rope.pop("rope_theta", None) or theirs.get("rope_theta") or 1e4
-    ours["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    used = ("rope_type", *ROPE_TYPES[rope["rope_type"]])
+    scaling = {name: rope[name] for name in used if name in rope}
+    ours["rope_scaling"] = scaling if rope["rope_type"] != "default" else None
     if kind.startswith("qwen") and not theirs.get("use_sliding_window"):
         ours["sliding_window"] = None
     for field, only in UNSUPPORTED.items():
@@ -158,6 +173,7 @@ def read_rope(theirs):
     rope = dict(rope)
     old_name = rope.pop("type", "default")
     rope.setdefault("rope_type", old_name)
+    check_choice("rope_type", rope["rope_type"], ROPE_TYPES)
     return rope
 
 

@@ -30,9 +30,21 @@ def import_bitsandbytes():
 
 def as_dtype(name):
     dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype {name!r}")
     return dtype
+
+
+def as_float(what, given):
+    """A dtype to compute in, given itself or by its name, or None. ValueError, which
+    calls it `what`, for any other."""
+    dtype = getattr(torch, str(given).removeprefix("torch."), None)
+    if dtype not in FLOATS:
+        check_choice(what, given, (None, *FLOATS))
+    return dtype
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def as_bytes(quant_state):
@@ -130,7 +142,7 @@ def bitsandbytes_layer(
         d_in,
         d_out,
         bias=False,
-        compute_dtype=compute_dtype,
+        compute_dtype=as_float("compute_dtype", compute_dtype),
         quant_type=quant_type,
         compress_statistics=double_quant,
         device="meta",

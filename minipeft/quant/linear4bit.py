@@ -17,8 +17,20 @@ from torch import nn
 from .. import weights
 from ..errors import FileError, NotMergeableError
 from ..io import check_choice, did_you_mean, with_prefix
-from ..targets import find_targets, is_found, unwrap_slot, walk
-from .bitsandbytes import bitsandbytes_layer, from_bitsandbytes, to_bitsandbytes
+from ..targets import (
+    check_one_place,
+    find_targets,
+    is_found,
+    parents_of,
+    unwrap_slot,
+    walk,
+)
+from .bitsandbytes import (
+    as_float,
+    bitsandbytes_layer,
+    from_bitsandbytes,
+    to_bitsandbytes,
+)
 from .nf4 import QTensor, dequantize_4bit, quantize_4bit
 
 
@@ -48,9 +60,9 @@ class Linear4bit(nn.Linear):
     """nn.Linear's shape, a bias in full precision, a weight in 4 bits.
     `Linear4bit.from_linear(linear)` makes one.
 
-    compute_dtype: what the product is computed in; None: x's dtype. The result has x's
-    dtype. Its state_dict has bitsandbytes' names, and loads there; a dense weight that
-    is loaded into it is quantised.
+    compute_dtype: what the product is computed in (or its name); None: x's dtype. The
+    result has x's dtype. Its state_dict has bitsandbytes' names, and loads there; a
+    dense weight that is loaded into it is quantised.
     """
 
     def __init__(
@@ -66,7 +78,7 @@ class Linear4bit(nn.Linear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, bias, device or "cpu", dtype)
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = as_float("compute_dtype", compute_dtype)
         self.quant_type = quant_type
         self.block_size = block_size
         self.double_quant = double_quant
@@ -119,6 +131,8 @@ class Linear4bit(nn.Linear):
         return dequantize_4bit(self.quantized)
 
     def forward(self, x):
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}: expected floating-point numbers")
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = self.compute_dtype or x.dtype
@@ -244,13 +258,12 @@ class BitsAndBytesConfig:
 
     def options(self):
         """The arguments of quantize_model."""
-        dtype = self.bnb_4bit_compute_dtype
         return dict(
             backend=self.backend,
             skip=self.llm_int8_skip_modules or ("lm_head",),
             quant_type=self.bnb_4bit_quant_type,
             double_quant=self.bnb_4bit_use_double_quant,
-            compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            compute_dtype=as_float("compute_dtype", self.bnb_4bit_compute_dtype),
             block_size=self.block_size,
         )
 
@@ -341,10 +354,21 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
               an embedding's are left anyway
     options   quant_type="nf4" | "fp4" | "int4", block_size=64, double_quant=True,
               compute_dtype=None
+
+    Raises ValueError for a model that is a linear layer itself, TargetError for a layer
+    that stands at several places.
     """
     check_choice("backend", backend, BACKENDS)
+    if weights.is_linear(model):
+        raise ValueError(
+            f"expected a model with linear layers in it, found a {type(model).__name__}"
+            " itself: Linear4bit.from_linear(layer) makes a layer of one"
+        )
     check_unmerged(model)
     found = quantizable_layers(model, skip)
+    parents = parents_of(model)
+    for path, (layer, _) in found.items():
+        check_one_place(path, layer, parents[id(layer)], "would be quantised")
     while found:  # layer by layer, keeping none
         _, (layer, put) = found.popitem()
         put(BACKENDS[backend](layer, **options))
@@ -355,6 +379,7 @@ def dequantize_model(model, dtype=None):
     """Every 4-bit layer becomes an nn.Linear again, in place; returns the model. The
     rounding remains."""
     check_unmerged(model)
+    dtype = as_float("dtype", dtype)
     for _, layer, put in linear_layers(model):
         if not weights.is_dense(layer):
             put(to_linear(layer, dtype))

@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from .bitsandbytes import import_bitsandbytes
-from .blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
+from .blockwise import check_code, dequantize_blockwise, dynamic_map, nearest_codes
 
 BLOCK, SMALL = 256, 4096
 
@@ -52,6 +52,8 @@ class AdamW8bit(torch.optim.Optimizer):
             "exp_avg": dynamic_map() if signed is None else signed,
             "exp_avg_sq": dynamic_map(signed=False) if unsigned is None else unsigned,
         }
+        for code in self.codes.values():
+            check_code(code)
 
     def load(self, state, name):
         """A running mean in 32 bits."""
@@ -64,7 +66,7 @@ class AdamW8bit(torch.optim.Optimizer):
         """Put a running mean back into its 8 bits."""
         if f"{name}_absmax" in state:
             code = self.codes[name]
-            value, absmax = quantize_blockwise(value, code, BLOCK, self.grid)
+            value, absmax = nearest_codes(value, code, BLOCK, self.grid)
             state[f"{name}_absmax"] = absmax
         state[name] = value
 
