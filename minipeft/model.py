@@ -487,14 +487,15 @@ class PeftModel(HFMethods):
         another is active. Arguments: see from_pretrained.
 
         An adapter of that name, if there is one with an equal configuration, takes the
-        values of the file: its parameters stay those that an optimizer knows.
+        values of the file: its parameters stay those that an optimizer knows. Raises
+        AdapterFileError where is_trainable asks for an encoder, which no file holds.
         """
         with merging.unmerged(self):
             config, tensors, rows = saving.prepare_load(
                 model_id, self.get_base_model(), is_trainable, **more
             )
         if adapter_name in self.peft_config:
-            self._reload(adapter_name, config, tensors)
+            self._reload(adapter_name, config, tensors, is_trainable)
         else:
             with adding(self, adapter_name, config, autocast_adapter_dtype) as new:
                 saving.load_tensors(new, tensors)
@@ -506,12 +507,15 @@ class PeftModel(HFMethods):
         if not is_trainable:
             self.eval()
 
-    def _reload(self, name, config, tensors):
+    def _reload(self, name, config, tensors, is_trainable):
         """Load tensors into an adapter that is there."""
         self._check_not_merged(name)
         found = config.resolve(self.get_base_model())
         saving.check_same_config(name, self.peft_config[name], found)
-        saving.load_tensors(self._adapters_by_path(name), tensors)
+        adapters = self._adapters_by_path(name)
+        if is_trainable:
+            saving.check_no_encoder(name, adapters)
+        saving.load_tensors(adapters, tensors)
 
     def _check_not_merged(self, name):
         if name in self.merged_adapters:

@@ -21,6 +21,7 @@ from .errors import AdapterFileError, ConfigError
 from .io import whole
 from .methods.lora_conversion import as_lora
 from .methods.lora_init import changes_base
+from .methods.virtual import LearnedEmbeddings
 from .model_card import CARD, model_card, updated_card
 from .slot import Adapter, AdapterNameError
 
@@ -296,6 +297,19 @@ def check_same_config(name, here, found):
                 f" {io.brief(here.get(field))}, in the file"
                 f" {io.brief(found.get(field))}: delete it first, or take another name"
             )
+
+
+def check_no_encoder(name, adapters):
+    """Raise AdapterFileError where an adapter is computed by an encoder: its training
+    cannot go on from a file."""
+    prompts = [p for p in adapters.values() if isinstance(p, LearnedEmbeddings)]
+    if any(prompt.encoder is not None for prompt in prompts):
+        raise AdapterFileError(
+            f"{name!r} trains an encoder of its virtual tokens, and the encoder is not"
+            " in the file, so this training cannot go on from it. Train the file's"
+            " virtual tokens themselves, in a new optimizer: call"
+            " PeftModel.from_pretrained(base, ..., is_trainable=True)"
+        )
 
 
 def drop_base_weights(tensors, model):
