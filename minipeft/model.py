@@ -16,7 +16,7 @@ from . import io, merging, saving, status, targets, weighted
 from .adding import adding
 from .config import as_config
 from .errors import ConfigError, TargetError
-from .hf_methods import HFMethods
+from .hf_methods import HFMethods, task_arguments
 from .io import brief, did_you_mean
 from .methods.adalora import AdaLoraConfig
 from .methods.modules_to_save import ModuleCopy
@@ -120,6 +120,7 @@ class PeftModel(HFMethods):
             if tensors is not None:
                 saving.load_tensors(new, tensors)
         undo_bnb_cpu_repacking(model).requires_grad_(False)
+        self._task = self.peft_config[adapter_name].task_type
         frozen = self.peft_config[adapter_name].inference_mode
         self.set_adapter(adapter_name, inference_mode=frozen)
         self.training = model.training
@@ -134,7 +135,10 @@ class PeftModel(HFMethods):
     def forward(self, *args, adapter_names=None, **kwargs):
         """adapter_names: one name for each row of the batch, "__base__" for none.
         Without it, the active adapters. Calls from several threads run one after the
-        other."""
+        other. Arguments by position stand in PEFT's order where the first adapter has a
+        task_type."""
+        base = self.get_base_model()
+        args, kwargs = task_arguments(self._task, base.forward, args, kwargs)
         tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
         size = len(tensors[0]) if tensors else None
         # Rows stay set until the next call: gradient checkpointing runs the layers
