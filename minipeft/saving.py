@@ -339,7 +339,8 @@ def first_other_row(key, here, saved, is_embedding):
         raise other_base
     if here.shape != saved.shape:
         raise AdapterFileError(other_vocabulary(key, saved, here))
-    other = (here.detach().cpu() != saved.to("cpu", here.dtype)).flatten(1).any(1)
+    other = here.detach().cpu() != saved.to("cpu", here.dtype)
+    other = other.reshape(len(other), -1).any(1)  # of a weight or of a bias
     if not other.any():
         return None
     first = int(other.int().argmax())
