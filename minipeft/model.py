@@ -402,6 +402,7 @@ class PeftModel(HFMethods):
         is_main_process=None,
         path_initial_model_for_weight_conversion=None,
         state_dict=None,
+        save_function=None,
     ):
         """Hugging Face PEFT's files and a model card: the adapter "default" in the
         folder itself, others in folders of their names.
@@ -410,7 +411,8 @@ class PeftModel(HFMethods):
         where the vocabulary was resized. is_main_process: False writes nothing; None:
         the first of several processes writes. Call it in all of them where FSDP has
         sharded the model. state_dict: the whole model's, to be saved in place of the
-        model's own values.
+        model's own values. save_function, such as accelerator.save, has no effect, as
+        in PEFT: it would write a pickle, where safetensors are written.
         path_initial_model_for_weight_conversion: where a PiSSA or OLoRA was saved
         before training. It is then saved as a plain LoRA of twice the rank, for the
         base as it was before the initialisation changed it.

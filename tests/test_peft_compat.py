@@ -6,12 +6,14 @@ import inspect
 import json
 import re
 
+import accelerate
 import huggingface_hub
 import peft
 import pytest
 import torch
 import transformers
 from bases import BASES, METHODS, adapted, close, differ, inputs, run
+from bases import transformers as tiny
 from safetensors.torch import load_file
 
 import minipeft
@@ -927,6 +929,35 @@ class TestFilesOfPeft:
             one_more.set_adapter("new")
         close(one_more(input_ids=ids).logits, wanted)
 
+    @pytest.mark.parametrize("size", [40, 44])
+    @pytest.mark.parametrize("name", ["LoraConfig", "VeraConfig", "LoKrConfig"])
+    def test_an_adapter_on_a_head_with_a_bias(self, tmp_path, name, size):
+        """Whole heads stand beside it in the file; new rows have new biases, too."""
+
+        def base():
+            torch.manual_seed(5)
+            model = tiny("Phi", tie_word_embeddings=False)
+            model.resize_token_embeddings(size)
+            return model
+
+        config = getattr(peft, name)(r=2, target_modules=["lm_head", "q_proj"])
+        theirs = peft.get_peft_model(base(), config).eval()
+        head = theirs.base_model.model.lm_head.base_layer
+        with torch.no_grad():
+            head.bias[40:] += 1.0
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1
+        theirs.save_pretrained(str(tmp_path))
+        file = load_file(tmp_path / "adapter_model.safetensors")
+        assert any(key.endswith("lm_head.base_layer.bias") for key in file)
+        close(run(PeftModel.from_pretrained(base(), tmp_path)), run(theirs))
+        other = base()
+        with torch.no_grad():
+            other.lm_head.bias[0] += 1.0
+        with pytest.raises(AdapterFileError, match="bias.*another base weight"):
+            PeftModel.from_pretrained(other, tmp_path)
+
     @pytest.mark.parametrize("change", ["shape", "first row"])
     def test_an_adapter_on_embeddings_of_another_base(self, tmp_path, change):
         config = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
@@ -974,6 +1005,20 @@ class TestSaving:
         assert states[0].keys() == states[1].keys()
         with pytest.raises(ConfigError, match="save_embedding_layers"):
             adapted(LORA, BASE).save_pretrained(tmp_path, save_embedding_layers="all")
+
+    @pytest.mark.parametrize("function", [None, torch.save, accelerate.utils.save])
+    def test_a_function_that_saves(self, tmp_path, function):
+        """It writes nothing, as in PEFT: it would be a pickle."""
+        models = (
+            adapted(LORA, BASE),
+            peft.get_peft_model(BASE.make(), LORA.theirs(BASE)),
+        )
+        for model, name in zip(models, ("ours", "theirs")):
+            model.save_pretrained(tmp_path / name, save_function=function)
+            state = load_file(tmp_path / name / "adapter_model.safetensors")
+            assert state.keys() == peft.get_peft_model_state_dict(models[1]).keys()
+        with pytest.raises(TypeError, match="save_funktion"):
+            models[0].save_pretrained(tmp_path, save_funktion=function)
 
     def test_who_writes_and_what(self, tmp_path):
         model = adapted(LORA, BASE)
