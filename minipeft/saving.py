@@ -21,6 +21,7 @@ from .errors import AdapterFileError, ConfigError
 from .io import whole
 from .methods.lora_conversion import as_lora
 from .methods.lora_init import changes_base
+from .methods.virtual import LearnedEmbeddings
 from .model_card import CARD, model_card, updated_card
 from .slot import Adapter, AdapterNameError
 
@@ -304,6 +305,19 @@ def check_same_config(name, here, found):
             )
 
 
+def check_no_encoder(name, adapters):
+    """Raise AdapterFileError where an adapter is computed by an encoder: its training
+    cannot go on from a file."""
+    prompts = [p for p in adapters.values() if isinstance(p, LearnedEmbeddings)]
+    if any(prompt.encoder is not None for prompt in prompts):
+        raise AdapterFileError(
+            f"{name!r} trains an encoder of its virtual tokens, and the encoder is not"
+            " in the file, so this training cannot go on from it. Train the file's"
+            " virtual tokens themselves, in a new optimizer: call"
+            " PeftModel.from_pretrained(base, ..., is_trainable=True)"
+        )
+
+
 def drop_base_weights(tensors, model):
     """PEFT saves adapted embeddings with their base, which this model has already, but
     for the rows of tokens that were added to it. Returns what of these differs:
@@ -331,7 +345,8 @@ def first_other_row(key, here, saved, is_embedding):
         raise other_base
     if here.shape != saved.shape:
         raise AdapterFileError(other_vocabulary(key, saved, here))
-    other = (here.detach().cpu() != saved.to("cpu", here.dtype)).flatten(1).any(1)
+    other = here.detach().cpu() != saved.to("cpu", here.dtype)
+    other = other.reshape(len(other), -1).any(1)  # of a weight or of a bias
     if not other.any():
         return None
     first = int(other.int().argmax())

@@ -6,12 +6,14 @@ import inspect
 import json
 import re
 
+import accelerate
 import huggingface_hub
 import peft
 import pytest
 import torch
 import transformers
 from bases import BASES, METHODS, adapted, close, differ, inputs, run
+from bases import transformers as tiny
 from safetensors.torch import load_file
 
 import minipeft
@@ -299,6 +301,78 @@ class TestTasks:
         again = PeftModel.from_pretrained(base(), tmp_path / "peft")
         for model in (loaded, again):
             assert any(head in key for key in model.state_dict() if "default" in key)
+
+    @staticmethod
+    def both(task, name):
+        """A model of either package with one adapter, and a batch."""
+        sizes = dict(vocab_size=40, pad_token_id=0, num_labels=2)
+        sizes |= dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+        if name.startswith("T5"):
+            sizes |= dict(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
+            sizes |= dict(decoder_start_token_id=0)
+        kind = getattr(transformers, name)
+        models = []
+        for package in (minipeft, peft):
+            torch.manual_seed(0)
+            base = kind(kind.config_class(**sizes))
+            config = package.LoraConfig(task_type=task, init_lora_weights=False)
+            models.append(package.get_peft_model(base, config).eval())
+        ids = inputs()["input_ids"]
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        return (*models, ids, mask)
+
+    @pytest.mark.parametrize(
+        "task, name, more",
+        [
+            ("TOKEN_CLS", "BertForTokenClassification", [None, "each"]),
+            ("SEQ_CLS", "BertForSequenceClassification", [None, "row"]),
+            ("CAUSAL_LM", "GPT2LMHeadModel", [None, "each"]),
+            ("CAUSAL_LM", "OPTForCausalLM", [None, "each"]),
+            ("SEQ_2_SEQ_LM", "T5ForConditionalGeneration", [None] * 4 + ["each"]),
+            ("SEQ_2_SEQ_LM", "T5ForConditionalGeneration", [None, "each"]),
+            ("QUESTION_ANS", "BertForQuestionAnswering", [None] * 3 + ["row", "row"]),
+            ("FEATURE_EXTRACTION", "BertModel", [None]),
+            ("FEATURE_EXTRACTION", "GPT2Model", []),
+        ],
+    )
+    def test_arguments_by_position(self, task, name, more):
+        """In PEFT's order, not in that of the base."""
+        ours, theirs, ids, mask = self.both(task, name)
+        given = {None: None, "each": ids % 2, "row": ids[:, 0] % 2}
+        args = [ids, mask, *(given[kind] for kind in more)]
+        with torch.no_grad():
+            first, second = ours(*args), theirs(*args)
+        assert first.keys() == second.keys()
+        close(first[0], second[0])  # the loss, where there is one
+
+    def test_arguments_twice_or_too_many(self):
+        ours, _, ids, mask = self.both("TOKEN_CLS", "BertForTokenClassification")
+        with pytest.raises(TypeError, match="labels: given by position and by name"):
+            ours(ids, mask, None, ids % 2, labels=ids % 2)
+        with pytest.raises(TypeError, match="5 arguments by position.*labels"):
+            ours(ids, mask, None, ids % 2, None)
+
+    def test_arguments_by_position_without_a_task(self):
+        """In the base's order, as in PEFT."""
+        ours, theirs, ids, mask = self.both(None, "BertForTokenClassification")
+        args = [ids, mask, ids % 2, None, None, ids % 2]
+        close(ours(*args).loss.detach(), theirs(*args).loss.detach())
+
+    def test_a_base_without_input_ids_keeps_its_order(self):
+        class Pair(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = torch.nn.Linear(4, 4)
+
+            def forward(self, x, scale, shift):
+                return self.linear(x) * scale + shift
+
+        x = torch.ones(2, 4)
+        config = LoraConfig(target_modules=["linear"], task_type="SEQ_CLS")
+        base = Pair()
+        wanted = base(x, 2 * x, 3 * x)
+        assert torch.equal(get_peft_model(base, config)(x, 2 * x, 3 * x), wanted)
 
 
 class TestObjects:
@@ -855,6 +929,35 @@ class TestFilesOfPeft:
             one_more.set_adapter("new")
         close(one_more(input_ids=ids).logits, wanted)
 
+    @pytest.mark.parametrize("size", [40, 44])
+    @pytest.mark.parametrize("name", ["LoraConfig", "VeraConfig", "LoKrConfig"])
+    def test_an_adapter_on_a_head_with_a_bias(self, tmp_path, name, size):
+        """Whole heads stand beside it in the file; new rows have new biases, too."""
+
+        def base():
+            torch.manual_seed(5)
+            model = tiny("Phi", tie_word_embeddings=False)
+            model.resize_token_embeddings(size)
+            return model
+
+        config = getattr(peft, name)(r=2, target_modules=["lm_head", "q_proj"])
+        theirs = peft.get_peft_model(base(), config).eval()
+        head = theirs.base_model.model.lm_head.base_layer
+        with torch.no_grad():
+            head.bias[40:] += 1.0
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1
+        theirs.save_pretrained(str(tmp_path))
+        file = load_file(tmp_path / "adapter_model.safetensors")
+        assert any(key.endswith("lm_head.base_layer.bias") for key in file)
+        close(run(PeftModel.from_pretrained(base(), tmp_path)), run(theirs))
+        other = base()
+        with torch.no_grad():
+            other.lm_head.bias[0] += 1.0
+        with pytest.raises(AdapterFileError, match="bias.*another base weight"):
+            PeftModel.from_pretrained(other, tmp_path)
+
     @pytest.mark.parametrize("change", ["shape", "first row"])
     def test_an_adapter_on_embeddings_of_another_base(self, tmp_path, change):
         config = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
@@ -902,6 +1005,20 @@ class TestSaving:
         assert states[0].keys() == states[1].keys()
         with pytest.raises(ConfigError, match="save_embedding_layers"):
             adapted(LORA, BASE).save_pretrained(tmp_path, save_embedding_layers="all")
+
+    @pytest.mark.parametrize("function", [None, torch.save, accelerate.utils.save])
+    def test_a_function_that_saves(self, tmp_path, function):
+        """It writes nothing, as in PEFT: it would be a pickle."""
+        models = (
+            adapted(LORA, BASE),
+            peft.get_peft_model(BASE.make(), LORA.theirs(BASE)),
+        )
+        for model, name in zip(models, ("ours", "theirs")):
+            model.save_pretrained(tmp_path / name, save_function=function)
+            state = load_file(tmp_path / name / "adapter_model.safetensors")
+            assert state.keys() == peft.get_peft_model_state_dict(models[1]).keys()
+        with pytest.raises(TypeError, match="save_funktion"):
+            models[0].save_pretrained(tmp_path, save_funktion=function)
 
     def test_who_writes_and_what(self, tmp_path):
         model = adapted(LORA, BASE)
