@@ -153,6 +153,25 @@ class TestBothWays:
             again.lm_head.weight, tied.lm_head.weight
         )
 
+    @pytest.mark.parametrize("off", [0.0, 1e-3, 1.0])
+    def test_a_tied_head_of_other_values(self, tmp_path, off):
+        untied = GPT(GPTConfig(**SIZES))
+        with torch.no_grad():
+            head = untied.model.embed_tokens.weight.clone()
+            head[3, 2] += off
+        untied.lm_head.weight = torch.nn.Parameter(head)
+        untied.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        tensors["lm_head.weight"] = head.detach()
+        save_file(tensors, file, metadata={"format": "pt"})
+        edit(tmp_path, tie_word_embeddings=True)
+        if off:
+            with pytest.raises(ModelFileError, match="Set tie_word_embeddings to fal"):
+                load_pretrained(tmp_path)
+        else:  # the same values twice: some files have them
+            load_pretrained(tmp_path)
+
     def test_what_is_changed_in_memory_is_not_changed_in_the_file(self, tiny):
         file = tiny / "model.safetensors"
         before = file.read_bytes()
@@ -520,6 +539,25 @@ class TestDamagedFiles:
         file.mkdir()
         with pytest.raises(FileError, match="is a folder"):
             load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {"truncation": True, "max_length": 4},
+            {"padding": "max_length", "max_length": 40},
+            {"truncation": True, "max_length": 4, "padding": "max_length"},
+        ],
+    )
+    def test_a_tokenizer_that_was_asked_to_cut_or_to_fill_up(self, tmp_path, asked):
+        ours = load_tokenizer("lanternwick")
+        ours.save_pretrained(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        text = "The baker in Willow Court is called Hector"
+        theirs(text, **asked)
+        theirs.save_pretrained(tmp_path)  # with what was asked
+        saved = json.loads((tmp_path / "tokenizer.json").read_text())
+        assert saved["truncation"] or saved["padding"]
+        assert load_tokenizer(tmp_path).encode(text) == ours.encode(text)
 
     @pytest.mark.parametrize("template", [5, ["x"], {"a": 1}, [{"name": "default"}, 3]])
     def test_a_chat_template(self, tmp_path, template):

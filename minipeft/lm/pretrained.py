@@ -195,6 +195,7 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
     make = BACKENDS[options.pop("backend")] if options else None
     device = device or "cpu"
     with Weights(where, keep_open=not chosen) as weights:
+        check_tied_head(weights, layout, folder)
         for key, names in progress(layout.items(), f"loading {base_name(name)}"):
             if key in packed:
                 layer, path, _ = owner(model, key)
@@ -212,6 +213,19 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
     model.tie_weights()
     model.name_or_path = base_name(name)
     return model.eval()
+
+
+def check_tied_head(weights, layout, folder):
+    """Raise ModelFileError for a head of its own in the files of a model whose head is
+    its embedding."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if head in layout or head not in weights.where or embedding not in layout:
+        return
+    if not torch.equal(weights.read(head), weights.read(embedding)):
+        raise ModelFileError(
+            f"{folder / CONFIG} says tie_word_embeddings, and the file has a head of"
+            " other values than the embedding's. Set tie_word_embeddings to false there"
+        )
 
 
 def to_quantize(model, stored, quantization):

@@ -212,6 +212,9 @@ def load_tokenizer(name=None):
         raw = RawTokenizer.from_file(str(file))
     except Exception as problem:  # tokenizers raises nothing more specific
         raise FileError(f"{file} is not a tokenizer, or damaged: {problem}") from None
+    # transformers leaves there what one of its calls asked for
+    raw.no_truncation()
+    raw.no_padding()
     config_file = folder / "tokenizer_config.json"
     config = read_json(config_file) if config_file.exists() else {}
     special = [
