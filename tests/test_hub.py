@@ -559,6 +559,30 @@ class TestDamagedFiles:
         assert saved["truncation"] or saved["padding"]
         assert load_tokenizer(tmp_path).encode(text) == ours.encode(text)
 
+    @pytest.mark.parametrize("bos", [None, "<|endoftext|>", "<|im_start|>"])
+    def test_the_first_token_is_theirs(self, tmp_path, bos):
+        """A Qwen2 has none, though its vocabulary has what others begin with."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        raw = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        raw.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+        theirs = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=raw, bos_token=bos, eos_token="<|im_end|>"
+        )
+        theirs.save_pretrained(tmp_path)
+        from minipeft.lm.tokenizer import wrap
+
+        for ours in (load_tokenizer(tmp_path), wrap(theirs)):
+            assert ours.bos_token_id == theirs.bos_token_id
+            ours.save_pretrained(tmp_path / "back")
+            back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+            assert back.bos_token == bos
+        (tmp_path / "tokenizer_config.json").unlink()  # then it is guessed
+        assert load_tokenizer(tmp_path).bos_token_id == raw.token_to_id("<|endoftext|>")
+
     @pytest.mark.parametrize("template", [5, ["x"], {"a": 1}, [{"name": "default"}, 3]])
     def test_a_chat_template(self, tmp_path, template):
         from minipeft.errors import FileError

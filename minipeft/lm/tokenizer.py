@@ -109,12 +109,16 @@ def bos_first(raw):
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the few verbs that a language model needs. `raw` is
-    the thing itself."""
+    the thing itself. guess_bos: whether a usual first token is taken where bos is
+    None; a Qwen2 has none."""
 
-    def __init__(self, raw, bos=None, eos=None, pad=None, chat_template=None):
+    def __init__(
+        self, raw, bos=None, eos=None, pad=None, chat_template=None, guess_bos=True
+    ):
         self.raw = raw
         self.chat_template = chat_template  # Jinja, or None (see chat.py)
-        self.bos_token_id = first_id(raw, bos, "<s>", "<|begin_of_text|>", ENDOFTEXT)
+        usual = ("<s>", "<|begin_of_text|>", ENDOFTEXT) if guess_bos else ()
+        self.bos_token_id = first_id(raw, bos, *usual)
         self.eos_token_id = first_id(
             raw, eos, "</s>", "<|end_of_text|>", ENDOFTEXT, "<|im_end|>"
         )
@@ -185,7 +189,15 @@ def wrap(tokenizer):
     if raw is None:
         return tokenizer
     names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    return Tokenizer(raw, *names, tokenizer.chat_template)
+    named = names[0] or added_first(raw)
+    return Tokenizer(raw, named, *names[1:], tokenizer.chat_template, guess_bos=False)
+
+
+def added_first(raw):
+    """The special token that the file's post-processor puts before a text, or None."""
+    with_special, plain = raw.encode("a"), raw.encode("a", add_special_tokens=False)
+    first = with_special.tokens[0]
+    return first if first != plain.tokens[0] else None
 
 
 def first_id(raw, *names):
@@ -221,7 +233,10 @@ def load_tokenizer(name=None):
         special_token(config, name, config_file)
         for name in ("bos_token", "eos_token", "pad_token")
     ]
-    return Tokenizer(raw, *special, read_chat_template(folder, config))
+    template, guess = read_chat_template(folder, config), not config_file.exists()
+    if not guess:
+        special[0] = special[0] or added_first(raw)
+    return Tokenizer(raw, *special, template, guess_bos=guess)
 
 
 def special_token(config, name, file):
