@@ -85,6 +85,17 @@ class TestLoss:
             found = completion_loss(model, None, given)["loss"]
             assert found == pytest.approx(loss, abs=rounding(loss))
 
+    def test_batches_without_labels_count_for_nothing(self):
+        from minipeft.lm.data import Batches
+
+        model, batch = tiny().eval(), Batches(examples(4), Letters(), 4).batch(0)
+        alone = completion_loss(model, None, [batch])
+        bare = batch | {"labels": torch.full_like(batch["labels"], -100)}
+        assert completion_loss(model, None, [bare, batch, bare]) == alone
+        for nothing in ([bare], [bare, bare], []):
+            with pytest.raises(DataError, match="no label to judge the model by"):
+                completion_loss(model, None, nothing)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_the_mode_is_restored_and_no_gradient_is_left(self, training):
         model = tiny().train(training)

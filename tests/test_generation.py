@@ -275,10 +275,20 @@ class TestExtremes:
         drawn = sample(logits, 1.0, top_p=top_p)
         assert torch.equal(drawn, logits.argmax(-1))
 
-    @pytest.mark.parametrize("stop", ["", ["a", ""], [None], [1.5], True])
+    @pytest.mark.parametrize("stop", ["", ["a", ""], [None], [1.5], True, b"a"])
     def test_stops_that_mean_nothing(self, model, stop):
         with pytest.raises(ValueError, match="stop = "):
             generate(model, Letters(), "abc", stop=stop)
+
+    @pytest.mark.parametrize("size", [0, -1, 1.5, None])
+    def test_batches_of_no_prompt(self, model, size):
+        with pytest.raises(ValueError, match="batch_size = .*at least 1"):
+            generate(model, Letters(), ["abc"], batch_size=size)
+
+    @pytest.mark.parametrize("names", [[], ["a"], ["a", "a", "no"]])
+    def test_a_name_for_each_prompt(self, model, names):
+        with pytest.raises(ValueError, match="adapter_names for 2 prompts: expected"):
+            generate(model, Letters(), ["abc", "b"], adapter_names=names)
 
     @pytest.mark.parametrize("number", [1.5, "3", True, float("inf")])
     def test_numbers(self, model, number):

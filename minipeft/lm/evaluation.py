@@ -29,11 +29,11 @@ def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=
     "perplexity", "tokens"}.
 
     `data`: a list of Examples, a list of ready batches (dicts of tensors), or an object
-    with .batch(i) and a length."""
+    with .batch(i) and a length. Raises DataError where nothing has a label."""
     batches = data
     if hasattr(data, "batch"):
         batches = map(data.batch, range(len(data)))
-    elif not isinstance(data[0], dict):
+    elif data and not isinstance(data[0], dict):
         rows = Batches(data, tokenizer, batch_size, max_length=max_tokens(model))
         check_ids(model, [rows.largest_id()])
         batches = rows.in_order()
@@ -42,11 +42,15 @@ def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=
     with in_mode(model, training=False):
         for batch in io.progress(batches, "loss", progress):
             n = count_labels(batch)
+            if not n:  # its mean is nan
+                continue
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = model(**batch, **fast_loss(model)).loss
             total += loss.item() * n
             count += n
+    if not count:
+        raise DataError("there is no label to judge the model by")
     loss = total / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
 

@@ -168,7 +168,7 @@ def eos_ids(model, tokenizer=None):
 
 def check_stop(stop):
     """(stop strings, stop ids) of what a caller gives: one, several or None."""
-    stop = [stop] if isinstance(stop, (str, int)) else list(stop or [])
+    stop = [stop] if isinstance(stop, (str, int, bytes)) else list(stop or [])
     for each in stop:
         if isinstance(each, str) and each == "":
             raise ValueError('stop = "": an empty string would end every text at once')
@@ -272,6 +272,12 @@ def generate(
     if stream and not single:
         raise ValueError("stream needs one prompt, a str")
     tokenizer = wrap(tokenizer)
+    check_number("batch_size", batch_size, whole=True, least=1)
+    if adapter_names is not None and len(adapter_names) != len(prompts):
+        raise ValueError(
+            f"{len(adapter_names)} adapter_names for {len(prompts)} prompts: expected"
+            " one name a prompt"
+        )
     stops, ends = check_stop(stop)
     ends = ends | eos_ids(model, tokenizer)
     writers = [Writer(tokenizer, prompt, ends, stops) for prompt in prompts]
