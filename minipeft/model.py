@@ -137,10 +137,8 @@ class PeftModel(HFMethods):
         other."""
         tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
         size = len(tensors[0]) if tensors else None
-        # Rows stay set until the next call: gradient checkpointing runs the layers
-        # again in the backward pass.
-        with self.base_model.active.turn:
-            self.base_model.active.rows = self._rows(adapter_names, size)
+        rows = self._rows(adapter_names, size)
+        with self.base_model.active.call(rows, self.base_model):
             output = self.base_model(*args, **kwargs)
         output = merging.guard_backward(self, output)
         has_loss = getattr(output, "loss", None) is not None
@@ -153,13 +151,9 @@ class PeftModel(HFMethods):
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
-        active = self.base_model.active
-        with active.turn:
-            active.rows = self._rows(adapter_names)
-            try:
-                return self.base_model.generate(*args, **kwargs)
-            finally:
-                active.rows = None
+        rows = self._rows(adapter_names)
+        with self.base_model.active.call(rows, self.base_model):
+            return self.base_model.generate(*args, **kwargs)
 
     def _rows(self, names, size=None):
         if names is None:
