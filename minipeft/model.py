@@ -41,6 +41,14 @@ REFUSED = {
         "overwrite the adapters: call it on the base, before adapters are added",
     ),
 }
+# the arguments of `generate` that have one row for each text
+GENERATED_FROM = (
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "input_features",
+    "attention_mask",
+)
 
 
 def get_peft_model(
@@ -135,9 +143,7 @@ class PeftModel(HFMethods):
         """adapter_names: one name for each row of the batch, "__base__" for none.
         Without it, the active adapters. Calls from several threads run one after the
         other."""
-        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
-        size = len(tensors[0]) if tensors else None
-        rows = self._rows(adapter_names, size)
+        rows = self._rows(adapter_names, [*args, *kwargs.values()])
         with self.base_model.active.call(rows, self.base_model):
             output = self.base_model(*args, **kwargs)
         output = merging.guard_backward(self, output)
@@ -151,14 +157,19 @@ class PeftModel(HFMethods):
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
-        rows = self._rows(adapter_names)
+        given = [kwargs[name] for name in GENERATED_FROM if name in kwargs]
+        rows = self._rows(adapter_names, [*args[:1], *given])
         with self.base_model.active.call(rows, self.base_model):
             return self.base_model.generate(*args, **kwargs)
 
-    def _rows(self, names, size=None):
+    def _rows(self, names, given):
+        """RowAdapters, where there are names; the first tensor of `given` is the batch,
+        which beam search repeats later."""
         if names is None:
             return None
         self._check_names(name for name in names if name != "__base__")
+        sizes = (len(x) for x in given if torch.is_tensor(x) and x.dim())
+        size = next(sizes, None)
         if not names or size not in (None, len(names)):
             raise ValueError(
                 f"{len(names)} adapter_names for a batch of {size} rows: one name a row"

@@ -427,6 +427,56 @@ class TestRowsBelongToOneCall:
         assert within
 
 
+class TestGeneratingWithRows:
+    OPTIONS = {
+        "greedy": dict(do_sample=False),
+        "beams": dict(do_sample=False, num_beams=2),
+        "several": dict(do_sample=True, num_return_sequences=2),
+    }
+
+    @pytest.mark.parametrize("option", OPTIONS)
+    @pytest.mark.parametrize("names", [["a", "b"], ["b"], ["a"] * 8])
+    @pytest.mark.parametrize("given", ["input_ids", "inputs", "first", "embeds"])
+    def test_one_name_a_row(self, given, names, option):
+        model = loras(BASES["hf_llama"].make())
+        ids = IDS[[0, 1, 2, 0]]
+        embeds = model.get_base_model().get_input_embeddings()(ids)
+        args = (ids,) if given == "first" else ()
+        kwargs = {} if args else {given: ids}
+        if given == "embeds":
+            kwargs = dict(inputs_embeds=embeds, attention_mask=torch.ones_like(ids))
+        kwargs |= self.OPTIONS[option] | dict(max_new_tokens=2, pad_token_id=0)
+        found = f"{len(names)} adapter_names for a batch of 4 rows: one name a row"
+        with pytest.raises(ValueError, match=found):
+            model.generate(*args, adapter_names=names, **kwargs)
+        rows = ["a", "__base__", "b", "b"]
+        generated = model.generate(*args, adapter_names=rows, **kwargs)
+        assert len(generated) == 4 * (1 + (option == "several"))
+
+    @pytest.mark.parametrize("names", [["a"], ["a", "b"], ["b"] * 6])
+    def test_a_gpt_of_the_package(self, names):
+        model = loras()
+        ids = dict(input_ids=IDS, max_new_tokens=2)
+        with pytest.raises(ValueError, match="for a batch of 3 rows: one name a row"):
+            model.generate(**ids, adapter_names=names)
+        assert len(model.generate(**ids, adapter_names=["a", "b", "b"])) == 3
+
+    @pytest.mark.parametrize("names", [["a"], ["a", "b"], ["b"] * 6])
+    def test_an_encoder_and_a_decoder(self, names):
+        model = loras(hf("T5ForConditionalGeneration", decoder_start_token_id=0))
+        given = dict(input_ids=IDS, max_new_tokens=2, num_beams=2, do_sample=False)
+        with pytest.raises(ValueError, match="for a batch of 3 rows: one name a row"):
+            model.generate(adapter_names=names, **given)
+        assert len(model.generate(adapter_names=["a", "b", "b"], **given)) == 3
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+    def test_a_number_before_the_batch(self, dtype):
+        model = loras(BASES["hf_llama"].make())
+        items = dict(num_items_in_batch=torch.tensor(5, dtype=dtype))
+        given = dict(input_ids=IDS, labels=IDS, adapter_names=["a", "b", "a"])
+        assert torch.equal(model(**items, **given).loss, model(**given, **items).loss)
+
+
 class Checkpointed(nn.Module):
     """A layer that calls torch's checkpoint itself."""
 
