@@ -14,6 +14,7 @@ nothing but its own parameters.
 """
 
 import threading
+from collections.abc import MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -288,15 +289,50 @@ class Slot(nn.Module):
         try:
             return getattr(self.base_layer, name)
         except AttributeError:
-            found = {
-                adapter_name: getattr(adapter, name)
-                for adapter_name, adapter in self.adapters.items()
-                if name in {*adapter._parameters, *adapter._modules}
-                or (name == "scaling" and hasattr(adapter, name))
-            }
+            found = AttributeByAdapter(self.adapters, name)
             if not found:
                 raise
             return found
+
+
+class AttributeByAdapter(MutableMapping):
+    """{adapter's name: its matrix, or scaling}. What is set is set on the adapter."""
+
+    def __init__(self, adapters, attribute):
+        self.adapters = adapters
+        self.attribute = attribute
+
+    def __iter__(self):
+        for name, adapter in self.adapters.items():
+            if self.attribute in {*adapter._parameters, *adapter._modules} or (
+                self.attribute == "scaling" and hasattr(adapter, "scaling")
+            ):
+                yield name
+
+    def __len__(self):
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name):
+        if name not in iter(self):
+            raise KeyError(name)
+        return getattr(self.adapters[name], self.attribute)
+
+    def __setitem__(self, name, value):
+        if name not in self:
+            raise AdapterNameError(
+                f"{self.attribute} of {name!r}: no such adapter on this layer; there"
+                f" are: {', '.join(self)}"
+            )
+        setattr(self.adapters[name], self.attribute, value)
+
+    def __delitem__(self, name):
+        raise TypeError(
+            f"{self.attribute} of {name!r} is a part of its adapter: call"
+            " delete_adapter on the PeftModel"
+        )
+
+    def __repr__(self):
+        return repr(dict(self))
 
 
 class ModelSlot(Slot):
