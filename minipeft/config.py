@@ -451,21 +451,23 @@ class LayerConfig(PeftConfig):
         return found
 
     def in_chosen_layers(self, found):
+        """Those of layers_to_transform, and those that are named by their whole path."""
         names = self.layers_pattern or ()
         for name in [names] if isinstance(names, str) else names:
             targets.fullmatch_all(rf"(?:^|.*?\.){name}\.\d+\..*", found)  # or it hangs
-        number = {path: targets.layer_index(path, names) for path in found}
+        whole = [path for path in found if path in self.target_modules]
+        number = {p: targets.layer_index(p, names) for p in found if p not in whole}
         wanted = self.layers_to_transform
         wanted = [wanted] if isinstance(wanted, int) else wanted
         there = sorted({index for index in number.values() if index is not None})
         missing = [index for index in wanted if index not in there]
-        if missing and not set(missing) >= set(wanted):
+        if missing and there and (whole or not set(missing) >= set(wanted)):
             raise TargetError(
                 f"layers_to_transform: no target is in layer"
                 f" {', '.join(map(str, missing))}; there are targets in"
                 f" {', '.join(map(str, there))}"
             )
-        return [path for path in found if number[path] in wanted]
+        return [path for path in found if path in whole or number[path] in wanted]
 
     def unused_patterns(self, field, found):
         """The keys of rank_pattern or alpha_pattern that match no target."""
