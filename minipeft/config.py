@@ -476,21 +476,23 @@ class LayerConfig(PeftConfig):
         return found
 
     def in_chosen_layers(self, found):
+        """Those of layers_to_transform, and those that are named by whole paths."""
         names = self.layers_pattern or ()
         for name in [names] if isinstance(names, str) else names:
             targets.fullmatch_all(rf"(?:^|.*?\.){name}\.\d+\..*", found)  # or it hangs
-        number = {path: targets.layer_index(path, names) for path in found}
+        whole = [path for path in found if path in self.target_modules]
+        number = {p: targets.layer_index(p, names) for p in found if p not in whole}
         wanted = self.layers_to_transform
         wanted = [wanted] if isinstance(wanted, int) else wanted
         there = sorted({index for index in number.values() if index is not None})
         missing = [index for index in wanted if index not in there]
-        if missing and not set(missing) >= set(wanted):
+        if missing and there and (whole or not set(missing) >= set(wanted)):
             raise TargetError(
                 f"layers_to_transform: no target is in layer"
                 f" {', '.join(map(str, missing))}; there are targets in"
                 f" {', '.join(map(str, there))}"
             )
-        return [path for path in found if number[path] in wanted]
+        return [path for path in found if path in whole or number[path] in wanted]
 
     def unused_patterns(self, field, found):
         """The keys of rank_pattern or alpha_pattern that match no target."""
@@ -545,6 +547,18 @@ def known_kind(table, model, modules):
     return None
 
 
+def paths_of_experts(modules):
+    """The last parts of the paths of modules with bare parameters (experts, d_out,
+    d_in)."""
+    found = {}
+    for path, module in modules.items():
+        own = module.parameters(recurse=False)
+        stacked = any(p.dim() == 3 and len(p) > 1 for p in own)
+        if stacked and not hasattr(module, "kernel_size"):  # not a convolution
+            found[path.rpartition(".")[2]] = None
+    return list(found)
+
+
 def all_linear(model, modules):
     """Names for all linear layers but the output head."""
     _, head = targets.embeddings(model)
@@ -553,5 +567,12 @@ def all_linear(model, modules):
     if not found:
         raise TargetError(
             f"all-linear: this {type(model).__name__} has no linear layers"
+        )
+    if experts := paths_of_experts(modules):
+        warnings.warn(
+            f"all-linear: no adapter for {', '.join(experts)}, whose weights are bare"
+            " parameters, not linear layers, nor for a router of that kind. Hugging"
+            " Face PEFT adapts them, with target_parameters",
+            stacklevel=7,
         )
     return targets.shortest_names(modules, found)

@@ -41,6 +41,14 @@ REFUSED = {
         "overwrite the adapters: call it on the base, before adapters are added",
     ),
 }
+# the arguments of `generate` that have one row for each text
+GENERATED_FROM = (
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "input_features",
+    "attention_mask",
+)
 
 
 def get_peft_model(
@@ -139,12 +147,8 @@ class PeftModel(HFMethods):
         task_type."""
         base = self.get_base_model()
         args, kwargs = task_arguments(self._task, base.forward, args, kwargs)
-        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
-        size = len(tensors[0]) if tensors else None
-        # Rows stay set until the next call: gradient checkpointing runs the layers
-        # again in the backward pass.
-        with self.base_model.active.turn:
-            self.base_model.active.rows = self._rows(adapter_names, size)
+        rows = self._rows(adapter_names, [*args, *kwargs.values()])
+        with self.base_model.active.call(rows, self.base_model):
             output = self.base_model(*args, **kwargs)
         output = merging.guard_backward(self, output)
         has_loss = getattr(output, "loss", None) is not None
@@ -157,18 +161,19 @@ class PeftModel(HFMethods):
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
-        active = self.base_model.active
-        with active.turn:
-            active.rows = self._rows(adapter_names)
-            try:
-                return self.base_model.generate(*args, **kwargs)
-            finally:
-                active.rows = None
+        given = [kwargs[name] for name in GENERATED_FROM if name in kwargs]
+        rows = self._rows(adapter_names, [*args[:1], *given])
+        with self.base_model.active.call(rows, self.base_model):
+            return self.base_model.generate(*args, **kwargs)
 
-    def _rows(self, names, size=None):
+    def _rows(self, names, given):
+        """RowAdapters, where there are names; the first tensor of `given` is the batch,
+        which beam search repeats later."""
         if names is None:
             return None
         self._check_names(name for name in names if name != "__base__")
+        sizes = (len(x) for x in given if torch.is_tensor(x) and x.dim())
+        size = next(sizes, None)
         if not names or size not in (None, len(names)):
             raise ValueError(
                 f"{len(names)} adapter_names for a batch of {size} rows: one name a row"

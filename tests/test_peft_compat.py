@@ -29,6 +29,7 @@ from minipeft.hf_methods import CHANGES_OF_EMBEDDINGS
 from minipeft.model import REFUSED
 
 BASE, LORA = BASES["hf_llama"], METHODS["lora"]
+FILE = "adapter_model.safetensors"
 FIELDS = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
@@ -193,6 +194,33 @@ class TestConfigurations:
         assert (
             ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
         )
+
+    @pytest.mark.parametrize(
+        "names, layers",
+        [
+            (["q_proj", "lm_head"], [1]),
+            (["model.layers.0.self_attn.q_proj", "v_proj"], [1]),
+            (["lm_head", "up_proj", "model.layers.0.mlp.down_proj"], 0),
+            (["lm_head"], [1]),
+        ],
+    )
+    @pytest.mark.parametrize("pattern", [None, "layers"])
+    def test_whole_paths_are_of_no_layer(self, names, layers, pattern, tmp_path):
+        fields = dict(r=2, target_modules=names, layers_to_transform=layers)
+        fields["layers_pattern"] = pattern
+        theirs = peft.get_peft_model(BASE.make(), peft.LoraConfig(**fields))
+        theirs.save_pretrained(tmp_path)
+        ours = get_peft_model(BASE.make(), LoraConfig(**fields))
+        found = minipeft.get_peft_model_state_dict(ours)
+        expected = {key for key in load_file(tmp_path / FILE) if "lora_" in key}
+        assert found.keys() == expected
+        PeftModel.from_pretrained(BASE.make(), tmp_path)
+
+    @pytest.mark.parametrize("layers", [7, [7], [1, 7]])
+    def test_a_layer_that_is_not_there_beside_a_whole_path(self, layers):
+        names = dict(target_modules=["lm_head", "q_proj"], layers_to_transform=layers)
+        with pytest.raises(TargetError, match="no target is in layer 7; there are"):
+            get_peft_model(BASE.make(), LoraConfig(**names))
 
     @pytest.mark.parametrize(
         "fields",

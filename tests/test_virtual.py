@@ -467,12 +467,6 @@ class TestSeveralAdapters:
         for asked in ("output_hidden_states", "output_attentions"):
             with pytest.raises(ValueError, match=f"{asked}: .* one adapter at a time"):
                 model(**inputs(), adapter_names=names, **{asked: True})
-        model.train().gradient_checkpointing_enable()
-        with pytest.raises(
-            ValueError, match="cannot be trained with gradient checkpointing"
-        ):
-            model(**inputs(), adapter_names=names)
-        model.eval()
         lora = [
             "lora",
             "__base__",

@@ -338,8 +338,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in layers)
         self.norm = norm(d, config.norm_eps)
         self.rotary = None if config.is_gpt2 else Rotary(config)
-        # keyword arguments of torch's checkpoint, when it is on
-        self.checkpointing = None
+        # torch's checkpoint, when it is on (transformers' name: adapters look for it)
+        self._gradient_checkpointing_func = None
 
     def forward(
         self,
@@ -370,8 +370,8 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             past_k, past_v = past_key_values[i] if P else (None, None)
             inputs = (x, cos, sin, mask, past_k, past_v)
-            if self.checkpointing is not None and self.training:
-                x = checkpoint(layer, *inputs, **self.checkpointing)
+            if self._gradient_checkpointing_func and self.training:
+                x = self._gradient_checkpointing_func(layer, *inputs)
             else:
                 x = layer(*inputs, new_kv)
         return self.norm(x)
@@ -510,17 +510,15 @@ class GPT(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """Keep only each layer's input for the backward pass and compute the rest
         again: less memory, more time."""
-        self.model.checkpointing = {
-            "use_reentrant": False,
-            **(gradient_checkpointing_kwargs or {}),
-        }
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.model._gradient_checkpointing_func = partial(checkpoint, **options)
 
     def gradient_checkpointing_disable(self):
-        self.model.checkpointing = None
+        self.model._gradient_checkpointing_func = None
 
     @property
     def is_gradient_checkpointing(self):
-        return self.model.checkpointing is not None
+        return self.model._gradient_checkpointing_func is not None
 
     def enable_input_require_grads(self):
         """Reentrant checkpointing gives no gradient where no input asks for one, as
