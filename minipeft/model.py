@@ -112,7 +112,7 @@ class PeftModel(HFMethods):
             if isinstance(module, (Slot, PeftModel)):
                 raise TargetError(
                     "this model has adapters already: use add_adapter on its PeftModel,"
-                    " or unload it first"
+                    " or unload it first; beside injected ones, inject_adapter_in_model"
                 )
             if type(module).__module__.startswith("peft."):
                 raise TargetError(

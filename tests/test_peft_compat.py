@@ -5,6 +5,7 @@ import copy
 import inspect
 import json
 import re
+from functools import partial
 
 import accelerate
 import huggingface_hub
@@ -525,6 +526,81 @@ class TestObjects:
             with pytest.raises(ConfigError, match="use get_peft_model"):
                 minipeft.inject_adapter_in_model(METHODS[method].ours(BASE), base)
             assert torch.equal(run(base), before)
+
+    SECOND = {
+        "lora": ("LoraConfig", dict(r=2, init_lora_weights=False)),
+        "loha": ("LoHaConfig", dict(r=2, init_weights=False)),
+        "ia3": (
+            "IA3Config",
+            dict(init_ia3_weights=False, feedforward_modules=[]),
+        ),
+    }
+
+    @pytest.mark.parametrize("method", SECOND)
+    def test_injections_beside_peft(self, method):
+        """One after another, their tensors, and loading these."""
+        name, fields = self.SECOND[method]
+        fields = fields | dict(target_modules=["q_proj"])
+        outputs, states = [], []
+        for package in (peft, minipeft):
+            model = BASE.make()
+            torch.manual_seed(0)
+            first = package.LoraConfig(**FIELDS, init_lora_weights=False)
+            package.inject_adapter_in_model(first, model)
+            second = getattr(package, name)(**fields)
+            assert package.inject_adapter_in_model(second, model, "b") is model
+            get = partial(package.get_peft_model_state_dict, model)
+            states.append((get(), get(adapter_name="b")))
+            for state, adapter_name in zip(states[0], ("default", "b")):
+                doubled = {key: 2 * tensor for key, tensor in state.items()}
+                package.set_peft_model_state_dict(model, doubled, adapter_name)
+            for key, tensor in get().items():
+                assert torch.equal(tensor, 2 * states[0][0][key])
+            outputs.append(run(model))
+        for theirs, ours in zip(*states):
+            assert theirs.keys() == ours.keys()
+        close(outputs[1], outputs[0])
+        again = copy.deepcopy(model)
+        minipeft.set_peft_model_state_dict(again, states[0][1], "b")
+        differ(run(again), outputs[1])
+        assert torch.equal(run(model), outputs[1])
+        whole = minipeft.get_peft_model_state_dict(again, model.state_dict(), "b")
+        assert all(torch.equal(whole[key], get(adapter_name="b")[key]) for key in whole)
+
+    def test_files_are_loaded_into_an_injected_adapter(self, tmp_path):
+        wanted = adapted(LORA, BASE)
+        wanted.save_pretrained(tmp_path)
+        model = minipeft.inject_adapter_in_model(LORA.ours(BASE), BASE.make())
+        state = minipeft.load_peft_weights(tmp_path)
+        minipeft.set_peft_model_state_dict(model, state)
+        assert torch.equal(run(model), run(wanted))
+
+    def test_an_injection_that_is_refused_leaves_the_first(self):
+        model = minipeft.inject_adapter_in_model(LORA.ours(BASE), BASE.make())
+        before = model.state_dict()
+        for method in ("vera", "prompt"):
+            with pytest.raises(ConfigError, match="use get_peft_model"):
+                config = METHODS[method].ours(BASE)
+                minipeft.inject_adapter_in_model(config, model, "b")
+        with pytest.raises(minipeft.AdapterNameError, match="already"):
+            minipeft.inject_adapter_in_model(LORA.ours(BASE), model)
+        with pytest.raises(TargetError, match="inject_adapter_in_model"):
+            get_peft_model(model, LORA.ours(BASE))
+        assert model.state_dict().keys() == before.keys()
+
+    @pytest.mark.parametrize("kind", ["a base", "within a PeftModel", "PEFT's"])
+    def test_tensors_of_a_model_without_adapters(self, kind):
+        model = BASE.make()
+        if kind == "within a PeftModel":
+            model = adapted(LORA, BASE).get_base_model()
+        if kind == "PEFT's":
+            model = peft.get_peft_model(model, LORA.theirs(BASE))
+        for call in (
+            minipeft.get_peft_model_state_dict,
+            partial(minipeft.set_peft_model_state_dict, peft_model_state_dict={}),
+        ):
+            with pytest.raises(TargetError, match="expected a PeftModel, or a model"):
+                call(model)
 
 
 class TestWhatFallsThrough:
