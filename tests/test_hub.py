@@ -155,6 +155,41 @@ class TestBothWays:
             again.lm_head.weight, tied.lm_head.weight
         )
 
+    @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}])
+    @pytest.mark.parametrize("kind", ["llama tied, biases, grouped", "gpt2"])
+    def test_a_head_of_other_values_is_not_tied(self, kind, shards, tmp_path):
+        """Whatever config.json says."""
+        theirs = oracle(kind)
+        assert theirs.config.tie_word_embeddings
+        embedding = theirs.get_input_embeddings().weight
+        theirs.lm_head.weight = torch.nn.Parameter(embedding.flip(0))
+        theirs.config.tie_word_embeddings = False
+        theirs.save_pretrained(tmp_path, **shards)
+        edit(tmp_path, tie_word_embeddings=True)
+        ids = torch.randint(0, 61, (2, 8))
+        with pytest.warns(UserWarning, match="lm_head.weight differs .* not tied"):
+            ours = load_pretrained(tmp_path)
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        close(ours(ids).logits, opened(ids).logits)
+        ours.save_pretrained(tmp_path / "ours")
+        assert not read_configs(tmp_path / "ours")[0].tie_word_embeddings
+
+    @pytest.mark.parametrize("kind", ["llama tied, biases, grouped", "gpt2"])
+    def test_a_head_of_the_same_values_is_tied(self, kind, tmp_path):
+        oracle(kind).save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        name = next(
+            n for n in tensors if n.endswith(("embed_tokens.weight", "wte.weight"))
+        )
+        save_file(tensors | {"lm_head.weight": tensors[name].clone()}, file)
+        ours = load_pretrained(tmp_path)
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+        save_file(tensors | {"lm_head.weight": torch.zeros(3, 32)}, file)
+        with pytest.warns(UserWarning, match="lm_head.weight differs"):
+            with pytest.raises(ModelFileError, match=r"lm_head.weight \(3, 32\)"):
+                load_pretrained(tmp_path)
+
     def test_what_is_changed_in_memory_is_not_changed_in_the_file(self, tiny):
         file = tiny / "model.safetensors"
         before = file.read_bytes()

@@ -8,7 +8,9 @@ tensor by tensor: there is never much more than one copy of the weights.
 import math
 import os
 import re
+import warnings
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,6 +42,10 @@ from .hf_format import (
 
 NEEDED = [CONFIG, "tokenizer*.json", "model*.safetensors", INDEX]
 FLOATS = ("F64", "F32", "F16", "BF16")
+# what a tied model holds once
+HEADS = ("lm_head.weight", "embed_tokens.weight", "wte.weight")
+# of a packed weight (bnb_4bit_quant_storage), and their bytes
+STORAGE = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 # tables that old files hold
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 # a file in use cannot be replaced there: save_pretrained into its folder would fail
@@ -158,6 +164,17 @@ def locate(folder, model, layout, packed=()):
     return where
 
 
+def has_own_head(folder):
+    """True if the files hold a head and an embedding of different values; transformers
+    does not tie them then."""
+    found = []
+    for file in weight_files(folder):
+        with open_weights(file) as weights:
+            names = [name for name in weights.keys() if name.endswith(HEADS)]
+            found += [weights.get_tensor(name) for name in names]
+    return len(found) == 2 and not torch.equal(found[0].to(found[1].dtype), found[1])
+
+
 def is_harmless(key, packed, config):
     """True for a tensor that is not a parameter and may be there all the same."""
     beside = re.sub(r"\.weight\..*", ".weight", key) in packed
@@ -182,6 +199,13 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
     do not fit or are damaged."""
     folder = resolve(name)
     config, stored = read_configs(folder)
+    if config.tie_word_embeddings and has_own_head(folder):
+        warnings.warn(
+            f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from"
+            " the embedding: the model is not tied",
+            stacklevel=2,
+        )
+        config = replace(config, tie_word_embeddings=False)
     if stored and quantization:
         raise ValueError(
             f"{base_name(name)} is stored in 4 bits already: leave quantization out"
