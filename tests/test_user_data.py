@@ -306,7 +306,30 @@ class TestRecords:
             ),
             (
                 {"messages": [TALK[0], TALK[1] | {"tool_calls": [{"id": 1}]}]},
-                "tool_calls are not built",
+                "tool_calls is not built: write the call as content",
+            ),
+            (
+                {"messages": [TALK[0], TALK[1] | {"function_call": {"name": "f"}}]},
+                "function_call is not built: write the call as content",
+            ),
+            (
+                {"messages": [TALK[0], TALK[1] | {"train": False}]},
+                "train = False is not built: every answer",
+            ),
+            ({"text": "a", "prompt": "b"}, "holds text and prompt, and only one"),
+            (
+                {"text": "a", "instruction": "b", "input": "c"},
+                "holds text and instruction and input, and only one",
+            ),
+            ({"messages": TALK, "prompt": "b"}, "holds messages and prompt,"),
+            ({"messages": TALK, "tools": [{"a": 1}]}, "holds messages and tools,"),
+            (
+                {"instruction": "a", "output": "b", "system": "c", "history": [[]]},
+                "holds instruction/output and system and history,",
+            ),
+            (
+                {"prompt": "a", "completion": "b", "input": 5},
+                "holds prompt/completion and input,",
             ),
         ],
     )
@@ -316,6 +339,17 @@ class TestRecords:
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
         with pytest.raises(DataError, match=f"line 2.* {message}"):
             read_user_file(tmp_path / "a.jsonl", load_tokenizer("lanternwick"))
+
+    @pytest.mark.parametrize("nothing", [None, "", " ", [], {}])
+    def test_a_field_that_holds_nothing_is_ignored(self, tmp_path, nothing):
+        rows = [
+            {"text": "a", "prompt": nothing, "output": nothing, "tools": nothing},
+            {"text": "b", "input": nothing, "messages": nothing, "title": "c"},
+        ]
+        found = read_user_file(write(tmp_path / "a.jsonl", *rows))
+        assert [text for _, text, _ in found] == ["a", "b"]
+        kept = [TALK[0], TALK[1] | {"train": True, "weight": 1, "tool_calls": nothing}]
+        assert read_user_file(write(tmp_path / "a.jsonl", {"messages": kept}))
 
     @pytest.mark.parametrize(
         "name, text, message",
