@@ -822,7 +822,9 @@ def run(args):
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         result, code = COMMANDS[args.command](args)
     if args.json:
-        print(json.dumps(result))
+        # JSON has no NaN and no infinity: null
+        text = json.dumps(result)
+        print(json.dumps(json.loads(text, parse_constant=lambda name: None)))
     return code
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from bases import close
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, GPTConfig, load_pretrained, save_pretrained
 from minipeft.lm.hf_format import ModelFileError
 from minipeft.quant import quantize_model
+from minipeft.quant.bitsandbytes import as_bytes
 from minipeft.slot import Slot
 from minipeft.weights import logical_numel, read_weight
 
@@ -227,6 +229,25 @@ class TestSaving:
             json.dumps(config | {"quantization_config": {"load_in_4bit": True}})
         )
         with pytest.raises(ModelFileError, match="wrong shape: .*q_proj.weight"):
+            load_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    @pytest.mark.parametrize(
+        "double_quant, part",
+        [(True, "nested_absmax"), (True, "nested_offset"), (False, "absmax")],
+    )
+    def test_scales_that_are_not_finite(self, double_quant, part, bad, tmp_path):
+        save_pretrained(quantize_model(gpt(), double_quant=double_quant), tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        key = "model.layers.1.mlp.up_proj.weight"
+        if part == "nested_offset":
+            name = f"{key}.quant_state.bitsandbytes__nf4"
+            state = json.loads(bytes(tensors[name].tolist()))
+            tensors[name] = as_bytes(state | {part: bad})
+        else:
+            tensors[f"{key}.{part}"][0] = bad
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ModelFileError, match=f"{key}: NaN or infinity among the"):
             load_pretrained(tmp_path)
 
     @pytest.mark.skipif(

@@ -84,6 +84,9 @@ def from_bitsandbytes(packed, beside, shape=None):
         raise FileError(
             f"sizes {found} do not fit {tuple(q.shape)}: expected {expected}"
         )
+    scales = [t for t in (q.absmax, q.absmax2, q.offset) if t is not None]
+    if not all(t.isfinite().all() for t in scales):
+        raise FileError("NaN or infinity among the scales: expected finite numbers")
     return q
 
 
