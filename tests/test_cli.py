@@ -221,6 +221,20 @@ class TestFinetune:
         )
         assert json.loads(out)["loss"] == pytest.approx(scores["loss"], rel=ROUNDING)
 
+    @pytest.mark.parametrize("what", ["merge", "full"])
+    def test_a_whole_model_keeps_how_transformers_generates(
+        self, what, base, adapter, mine, tmp_path, capsys
+    ):
+        own = shutil.copytree(base, tmp_path / "base")
+        ends = '{"eos_token_id": [2, 5]}'
+        (own / "generation_config.json").write_text(ends)
+        argv = tune(own, mine, tmp_path / "out", "--method", "full")
+        if what == "merge":
+            argv = ["merge", "--base", own, "--adapter", adapter]
+            argv += ["--out", tmp_path / "out"]
+        assert run(capsys, *argv)[0] == 0
+        assert (tmp_path / "out" / "generation_config.json").read_text() == ends
+
     def test_full_fine_tuning_saves_a_plain_model(self, base, mine, tmp_path, capsys):
         code, out, err = run(
             capsys, *tune(base, mine, tmp_path / "full", "--method", "full", "--json")

@@ -40,7 +40,8 @@ from .hf_format import (
     weight_files,
 )
 
-NEEDED = [CONFIG, "tokenizer*.json", "model*.safetensors", INDEX]
+GENERATION = "generation_config.json"
+NEEDED = [CONFIG, GENERATION, "tokenizer*.json", "model*.safetensors", INDEX]
 FLOATS = ("F64", "F32", "F16", "BF16")
 # what a tied model holds once
 HEADS = ("lm_head.weight", "embed_tokens.weight", "wte.weight")
