@@ -143,14 +143,18 @@ def locate(folder, model, layout, packed=()):
                 tensor = weights.get_slice(stored)
                 shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                 where[key] = file, stored
+                types = STORAGE if key in packed else FLOATS
+                held = shape  # of a packed weight in bytes
+                if key in packed and shape:
+                    held = (shape[0] * STORAGE.get(dtype, 1), *shape[1:])
                 if key not in shapes:
                     if not is_harmless(key, packed, config):
                         faults["unexpected"].append(f"{stored} {shape}")
-                elif shape != shapes[key]:
+                elif held != shapes[key]:
                     expected = f"{stored} {shape}, expected {shapes[key]}"
                     faults["of the wrong shape"].append(expected)
-                elif dtype not in FLOATS and key not in packed:
-                    expected = f"{stored} {dtype}, expected one of {', '.join(FLOATS)}"
+                elif dtype not in types:
+                    expected = f"{stored} {dtype}, expected one of {', '.join(types)}"
                     faults["of the wrong type"].append(expected)
     faults["missing"] = [f"{key} {shapes[key]}" for key in shapes if key not in where]
     if any(faults.values()):
