@@ -125,6 +125,22 @@ class TestChatTemplates:
         (tmp_path / "chat_template.jinja").write_text(LLAMA2)
         assert load_tokenizer(tmp_path).chat_template == LLAMA2
 
+    @pytest.mark.parametrize("names", [["tool_use"], ["rag", "it's"], ["Default"]])
+    def test_several_templates_without_a_default(self, tokenizer, tmp_path, names):
+        """No other is taken in its place; transformers refuses, too."""
+        tokenizer.save_pretrained(tmp_path)
+        several = [{"name": name, "template": CHATML} for name in names]
+        config = {"bos_token": "<s>", "chat_template": several}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        ours = load_tokenizer(tmp_path)
+        assert ours.encode("three")
+        words = f"refuses it: none of {', '.join(names)} is called default"
+        with pytest.raises(ChatError, match=words):
+            prompt_text(TALK[:1], ours)
+        several.append({"name": "default", "template": LLAMA2})
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_tokenizer(tmp_path).chat_template == LLAMA2
+
 
 class TestRecords:
     @pytest.mark.parametrize(

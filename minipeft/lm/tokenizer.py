@@ -262,13 +262,17 @@ def special_token(config, name, file):
 
 
 def read_chat_template(folder, config):
-    """The Jinja text of chat_template.jinja or tokenizer_config.json, or None."""
+    """The Jinja text of chat_template.jinja or tokenizer_config.json, or None. Of
+    several the default; where there is none, one that refuses every conversation."""
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, with names
         named = [one for one in template if isinstance(one, dict)]
         template = {one.get("name"): one.get("template") for one in named}
+        if template and "default" not in template:
+            reason = f"none of {', '.join(map(str, template))} is called default"
+            return "{{ raise_exception(" + json.dumps(reason) + ") }}"
         template = template.get("default")
     if not isinstance(template, (str, type(None))):
         raise FileError(
