@@ -341,7 +341,8 @@ def first_other_row(key, here, saved, is_embedding):
     other_base = AdapterFileError(
         f"{key}: this adapter belongs to a model with another base weight there"
     )
-    if here is None or (here.shape != saved.shape and not is_embedding):
+    there = torch.is_tensor(here)  # and no method that is called so
+    if not there or (here.shape != saved.shape and not is_embedding):
         raise other_base
     if here.shape != saved.shape:
         raise AdapterFileError(other_vocabulary(key, saved, here))
@@ -374,6 +375,9 @@ def drop_second_names(tensors):
 
 
 def other_vocabulary(key, saved, here):
+    if saved.shape[1:] != here.shape[1:] or not saved.dim():
+        found, expected = tuple(saved.shape), tuple(here.shape)
+        return f"{key} {found}, expected the shape of the model's embedding, {expected}"
     return (
         f"{key} has {len(saved)} rows, the model's vocabulary {len(here)}: call"
         f" model.resize_token_embeddings({len(saved)}) before loading"

@@ -651,6 +651,20 @@ class TestTensorsInFiles:
         rewrite(folder, lambda tensors: tensors | {key: torch.ones(40, 16)})
         assert "another base weight" in refused(plain, folder)
 
+    @pytest.mark.parametrize("name", ["forward", "training", "in_features"])
+    def test_a_base_weight_that_is_no_weight(self, plain, folder, name):
+        key = f"base_model.model.model.layers.0.mlp.up_proj.base_layer.{name}"
+        rewrite(folder, lambda tensors: tensors | {key: torch.ones(40, 16)})
+        assert f"{name}: this adapter belongs" in refused(plain, folder)
+
+    @pytest.mark.parametrize("shape", [(), (40,), (40, 3)])
+    @pytest.mark.parametrize("part", ["", "base_layer."])
+    def test_an_embedding_of_another_shape(self, plain, folder, part, shape):
+        key = f"base_model.model.model.embed_tokens.{part}weight"
+        rewrite(folder, lambda tensors: tensors | {key: torch.ones(shape)})
+        message = f"{key} {shape}, expected the shape of the model's embedding, ("
+        assert message in refused(plain, folder)
+
     @pytest.mark.parametrize(
         "change, message",
         [

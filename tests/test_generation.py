@@ -265,6 +265,13 @@ class TestExtremes:
             assert sample(logits, temperature).tolist() == [1, 1]
         assert sample(1e30 * logits, 1e-40, top_k=2, top_p=0.5).tolist() == [1, 1]
 
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("row", [[0, torch.nan], [torch.inf, 0], [-torch.inf] * 2])
+    def test_logits_that_say_nothing(self, row, temperature):
+        logits = torch.tensor([[0.0, 1.0], row])
+        with pytest.raises(ValueError, match="logits are NaN or infinite: look for"):
+            sample(logits, temperature)
+
     def test_ties_stay_ties(self):
         logits = torch.tensor([[7.0, 7.0, 1.0]]).expand(400, 3)
         assert set(sample(logits, 1e-40).tolist()) == {0, 1}

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from tolerance import printed, tolerance
 
 from minipeft.lm import GPT, GPTConfig, load_pretrained, load_tokenizer
+from minipeft.lm.generation import prompt_ids
 from minipeft.lm.hf_format import ModelFileError
 from minipeft.lm.pretrained import read_configs, resolve
+from minipeft.lm.tokenizer import wrap
 
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 from test_gpt import KINDS, SIZES, close, oracle  # noqa: E402
@@ -153,24 +155,40 @@ class TestBothWays:
             again.lm_head.weight, tied.lm_head.weight
         )
 
-    @pytest.mark.parametrize("off", [0.0, 1e-3, 1.0])
-    def test_a_tied_head_of_other_values(self, tmp_path, off):
-        untied = GPT(GPTConfig(**SIZES))
-        with torch.no_grad():
-            head = untied.model.embed_tokens.weight.clone()
-            head[3, 2] += off
-        untied.lm_head.weight = torch.nn.Parameter(head)
-        untied.save_pretrained(tmp_path)
+    @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}])
+    @pytest.mark.parametrize("kind", ["llama tied, biases, grouped", "gpt2"])
+    def test_a_head_of_other_values_is_not_tied(self, kind, shards, tmp_path):
+        """Whatever config.json says."""
+        theirs = oracle(kind)
+        assert theirs.config.tie_word_embeddings
+        embedding = theirs.get_input_embeddings().weight
+        theirs.lm_head.weight = torch.nn.Parameter(embedding.flip(0))
+        theirs.config.tie_word_embeddings = False
+        theirs.save_pretrained(tmp_path, **shards)
+        edit(tmp_path, tie_word_embeddings=True)
+        ids = torch.randint(0, 61, (2, 8))
+        with pytest.warns(UserWarning, match="lm_head.weight differs .* not tied"):
+            ours = load_pretrained(tmp_path)
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        close(ours(ids).logits, opened(ids).logits)
+        ours.save_pretrained(tmp_path / "ours")
+        assert not read_configs(tmp_path / "ours")[0].tie_word_embeddings
+
+    @pytest.mark.parametrize("kind", ["llama tied, biases, grouped", "gpt2"])
+    def test_a_head_of_the_same_values_is_tied(self, kind, tmp_path):
+        oracle(kind).save_pretrained(tmp_path)
         file = tmp_path / "model.safetensors"
         tensors = load_file(file)
-        tensors["lm_head.weight"] = head.detach()
-        save_file(tensors, file, metadata={"format": "pt"})
-        edit(tmp_path, tie_word_embeddings=True)
-        if off:
-            with pytest.raises(ModelFileError, match="Set tie_word_embeddings to fal"):
+        name = next(
+            n for n in tensors if n.endswith(("embed_tokens.weight", "wte.weight"))
+        )
+        save_file(tensors | {"lm_head.weight": tensors[name].clone()}, file)
+        ours = load_pretrained(tmp_path)
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+        save_file(tensors | {"lm_head.weight": torch.zeros(3, 32)}, file)
+        with pytest.warns(UserWarning, match="lm_head.weight differs"):
+            with pytest.raises(ModelFileError, match=r"lm_head.weight \(3, 32\)"):
                 load_pretrained(tmp_path)
-        else:  # the same values twice: some files have them
-            load_pretrained(tmp_path)
 
     def test_what_is_changed_in_memory_is_not_changed_in_the_file(self, tiny):
         file = tiny / "model.safetensors"
@@ -351,6 +369,104 @@ class TestErrors:
             load_pretrained(tiny)
         with pytest.raises(FileNotFoundError, match="no folder ./not/here"):
             load_pretrained("./not/here")
+
+
+def byte_level(folder, *specials, **fields):
+    """A tokenizer without byte pairs, as transformers saves it. fields: of
+    tokenizer_config.json; None takes a field away."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(list(specials))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | fields
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+class TestTokenizers:
+    TEXT = "The baker in Willow Court is called Hector."
+
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            {"truncation": True, "max_length": 4, "padding": "max_length"},
+            {"truncation": True, "max_length": 2},
+            {"padding": "max_length", "max_length": 60},
+        ],
+    )
+    def test_nothing_is_cut_or_padded(self, tmp_path, cut):
+        """A tokenizer.json keeps what transformers was last asked for."""
+        expected = load_tokenizer("lanternwick").encode(self.TEXT)
+        theirs = transformers.AutoTokenizer.from_pretrained(resolve("lanternwick"))
+        theirs(self.TEXT, **cut)
+        assert wrap(theirs).encode(self.TEXT) == expected
+        theirs(self.TEXT, **cut)
+        theirs.save_pretrained(tmp_path)
+        file = json.loads((tmp_path / "tokenizer.json").read_text())
+        assert file["truncation"] or file["padding"]
+        ours = load_tokenizer(tmp_path)
+        assert ours.encode(self.TEXT) == expected
+        assert ours.encode_batch([self.TEXT, "a"])[0] == expected
+        ours.save_pretrained(tmp_path / "again")
+        file = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+        assert file["truncation"] is None and file["padding"] is None
+
+    @pytest.mark.parametrize(
+        "specials, fields",
+        [
+            (CHATML, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
+            (CHATML, {"eos_token": "<|im_end|>", "bos_token": None}),
+            (CHATML, {"tokenizer_class": "Qwen2Tokenizer"}),
+            (CHATML, {"tokenizer_class": "GPT2Tokenizer"}),
+            (CHATML, {"tokenizer_class": "GPT2Tokenizer", "bos_token": None}),
+            (CHATML, {"bos_token": "<|im_start|>"}),
+            (("<s>", "</s>"), {"eos_token": "</s>"}),
+            (("<s>", "</s>"), {"bos_token": "<s>"}),
+        ],
+    )
+    def test_the_bos_is_transformers(self, tmp_path, specials, fields):
+        """No token is invented where tokenizer_config.json names none."""
+        byte_level(tmp_path, *specials, **fields)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for ours in (load_tokenizer(tmp_path), wrap(theirs)):
+            assert ours.bos_token_id == theirs.bos_token_id
+            first = [] if theirs.bos_token_id is None else [theirs.bos_token_id]
+            assert prompt_ids(ours, "Hello")[0] == first + ours.encode("Hello")
+        ours.save_pretrained(tmp_path / "again")
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+        assert again.bos_token == theirs.bos_token
+
+    @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+    def test_the_bos_of_the_models_class(self, tmp_path, kind):
+        """Where tokenizer_config.json names neither, as in GPT-2's on the hub."""
+        byte_level(tmp_path, *CHATML)
+        (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 9}')
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path).bos_token_id == theirs.bos_token_id
+
+    def test_a_bos_that_the_tokenizer_adds_itself(self, tmp_path):
+        load_tokenizer("lanternwick").save_pretrained(tmp_path)
+        for config in ("{}", '{"bos_token": null}'):
+            (tmp_path / "tokenizer_config.json").write_text(config)
+            theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+            ids = prompt_ids(load_tokenizer(tmp_path), "Hello")[0]
+            assert ids == theirs("Hello").input_ids and ids[0] == 1
+
+    @pytest.mark.parametrize("specials", [CHATML, ("</s>", "<s>")])
+    def test_without_a_tokenizer_config_the_bos_is_guessed(self, tmp_path, specials):
+        byte_level(tmp_path, *specials)
+        (tmp_path / "tokenizer_config.json").unlink()
+        ours = load_tokenizer(tmp_path)
+        bos = "<s>" if "<s>" in specials else "<|endoftext|>"
+        assert ours.raw.id_to_token(ours.bos_token_id) == bos
 
 
 class TestNames:

@@ -31,7 +31,12 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
 
     temperature 0: the likeliest. top_k: only the k likeliest may come. top_p: only the
     likeliest that together have probability p (nucleus sampling, Holtzman et al. 2020,
-    arXiv 1904.09751); the first of them always may."""
+    arXiv 1904.09751); the first of them always may. ValueError for NaN or infinity."""
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError(
+            "the model's logits are NaN or infinite: look for NaN among its weights, or"
+            " load it with a dtype of a wider range, such as float32"
+        )
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()

@@ -22,7 +22,7 @@ from ..io import (
     whole,
     write_safetensors,
 )
-from ..quant.linear4bit import BitsAndBytesConfig, Linear4bit, is_4bit
+from ..quant.linear4bit import BitsAndBytesConfig, Linear4bit, is_4bit, linear_layers
 from .distributed import is_first
 
 CONFIG = "config.json"
@@ -301,7 +301,8 @@ def save_pretrained(model, folder, tokenizer=None):
         for key, tensor in model.state_dict().items():
             if ".weight." in key:  # what stands beside a packed weight
                 tensors[key] = whole(tensor).contiguous()
-        theirs["quantization_config"] = quantization_config(packed)
+        dense = [path for path, *_ in linear_layers(model) if path not in packed]
+        theirs["quantization_config"] = quantization_config(packed, dense)
     if not is_first():
         return
     folder = make_folder(folder)
@@ -328,8 +329,9 @@ def check_plain(model, plain, packed):
         )
 
 
-def quantization_config(packed):
-    """What config.json says of layers in 4 bits, {path: layer}."""
+def quantization_config(packed, dense):
+    """What config.json says of layers in 4 bits, {path: layer}. dense: the paths of
+    linear layers that are not."""
     first = next(iter(packed.values()))
     if isinstance(first, Linear4bit):
         fields = first.quant_type, first.double_quant, first.block_size
@@ -338,4 +340,5 @@ def quantization_config(packed):
         fields = weight.quant_type, weight.compress_statistics, weight.blocksize
     kind, double, size = fields
     dtype = first.compute_dtype
-    return BitsAndBytesConfig(True, kind, double, dtype, block_size=size).to_dict()
+    skip = None if dense == ["lm_head"] else dense
+    return BitsAndBytesConfig(True, kind, double, dtype, skip, size).to_dict()

@@ -39,6 +39,9 @@ from .pretrained import resolve
 SPECIALS = ["<pad>", "<s>", "</s>"]
 GLUE, SPACE = "∘", "▁"
 ENDOFTEXT = "<|endoftext|>"
+BOS = ("<s>", "<|begin_of_text|>", ENDOFTEXT)
+# the bos of transformers' classes that have one by themselves
+BOS_OF_CLASS = {"gpt2": [ENDOFTEXT], "llama": ["<s>"]}
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -109,16 +112,19 @@ def bos_first(raw):
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the few verbs that a language model needs. `raw` is
-    the thing itself. guess_bos: whether a usual first token is taken where bos is
-    None; a Qwen2 has none."""
+    the thing itself; it no longer cuts or pads.
 
-    def __init__(
-        self, raw, bos=None, eos=None, pad=None, chat_template=None, guess_bos=True
-    ):
+    bos: its name, or names of which the vocabulary's first is taken; None: texts begin
+    without one, unless `raw` adds one itself."""
+
+    def __init__(self, raw, bos=BOS, eos=None, pad=None, chat_template=None):
+        # transformers leaves these in a tokenizer, and in its file, after a call
+        raw.no_truncation()
+        raw.no_padding()
         self.raw = raw
         self.chat_template = chat_template  # Jinja, or None (see chat.py)
-        usual = ("<s>", "<|begin_of_text|>", ENDOFTEXT) if guess_bos else ()
-        self.bos_token_id = first_id(raw, bos, *usual)
+        names = [bos] if isinstance(bos, str) else bos or []
+        self.bos_token_id = first_id(raw, *names, added_first(raw))
         self.eos_token_id = first_id(
             raw, eos, "</s>", "<|end_of_text|>", ENDOFTEXT, "<|im_end|>"
         )
@@ -189,15 +195,13 @@ def wrap(tokenizer):
     if raw is None:
         return tokenizer
     names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    named = names[0] or added_first(raw)
-    return Tokenizer(raw, named, *names[1:], tokenizer.chat_template, guess_bos=False)
+    return Tokenizer(raw, *names, tokenizer.chat_template)
 
 
 def added_first(raw):
-    """The special token that the file's post-processor puts before a text, or None."""
-    with_special, plain = raw.encode("a"), raw.encode("a", add_special_tokens=False)
-    first = with_special.tokens[0]
-    return first if first != plain.tokens[0] else None
+    """The token that `raw` itself, its post-processor, puts before a text, or None."""
+    encoding = raw.encode("a")
+    return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else None
 
 
 def first_id(raw, *names):
@@ -224,19 +228,27 @@ def load_tokenizer(name=None):
         raw = RawTokenizer.from_file(str(file))
     except Exception as problem:  # tokenizers raises nothing more specific
         raise FileError(f"{file} is not a tokenizer, or damaged: {problem}") from None
-    # transformers leaves there what one of its calls asked for
-    raw.no_truncation()
-    raw.no_padding()
     config_file = folder / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.exists() else {}
-    special = [
+    if not config_file.exists():
+        return Tokenizer(raw, chat_template=read_chat_template(folder, {}))
+    config = read_json(config_file)
+    bos, eos, pad = [
         special_token(config, name, config_file)
         for name in ("bos_token", "eos_token", "pad_token")
     ]
-    template, guess = read_chat_template(folder, config), not config_file.exists()
-    if not guess:
-        special[0] = special[0] or added_first(raw)
-    return Tokenizer(raw, *special, template, guess_bos=guess)
+    if "bos_token" not in config:
+        bos = bos_of_class(folder, config)
+    return Tokenizer(raw, bos, eos, pad, read_chat_template(folder, config))
+
+
+def bos_of_class(folder, config):
+    """Names for the bos of a tokenizer_config.json that is silent about it: those of
+    transformers' class, which the file names, or else the model's config.json."""
+    kind = config.get("tokenizer_class")
+    if kind is None and (folder / "config.json").exists():
+        kind = read_json(folder / "config.json").get("model_type")
+    kind = str(kind).lower()
+    return next((BOS_OF_CLASS[own] for own in BOS_OF_CLASS if kind.startswith(own)), [])
 
 
 def special_token(config, name, file):
@@ -250,13 +262,17 @@ def special_token(config, name, file):
 
 
 def read_chat_template(folder, config):
-    """The Jinja text of chat_template.jinja or tokenizer_config.json, or None."""
+    """The Jinja text of chat_template.jinja or tokenizer_config.json, or None. Of
+    several the default; where there is none, one that refuses every conversation."""
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, with names
         named = [one for one in template if isinstance(one, dict)]
         template = {one.get("name"): one.get("template") for one in named}
+        if template and "default" not in template:
+            reason = f"none of {', '.join(map(str, template))} is called default"
+            return "{{ raise_exception(" + json.dumps(reason) + ") }}"
         template = template.get("default")
     if not isinstance(template, (str, type(None))):
         raise FileError(

@@ -13,7 +13,7 @@ import torch
 
 from .. import weights
 from ..errors import FileError
-from ..io import check_choice, parse_json
+from ..io import check_choice, check_number, parse_json
 from .blockwise import dynamic_map
 from .nf4 import CODES, QTensor, quantize_4bit
 
@@ -96,6 +96,9 @@ def from_bitsandbytes(packed, beside, shape=None):
         raise FileError(
             f"sizes {found} do not fit {tuple(q.shape)}: expected {expected}"
         )
+    scales = [t for t in (q.absmax, q.absmax2, q.offset) if t is not None]
+    if not all(t.isfinite().all() for t in scales):
+        raise FileError("NaN or infinity among the scales: expected finite numbers")
     return q
 
 
@@ -105,12 +108,16 @@ def _read_quant_state(packed, beside, quant_state):
         raise FileError(
             f"nested_blocksize {quant_state['nested_blocksize']}: expected 256"
         )
+    check_number(
+        "blocksize", quant_state["blocksize"], whole=True, least=1, error=FileError
+    )
     nested = "nested_absmax" in beside
     offset = None
     if nested:
         offset = torch.tensor(quant_state["nested_offset"], device=packed.device)
     return QTensor(
-        packed.reshape(-1, 1),
+        # bnb_4bit_quant_storage: the same bytes, called another dtype
+        packed.reshape(-1, 1).view(torch.uint8).reshape(-1, 1),
         beside["absmax"],
         torch.Size(quant_state["shape"]),
         as_dtype(quant_state["dtype"]),

@@ -21,6 +21,7 @@ from ..targets import (
     check_one_place,
     find_targets,
     is_found,
+    matches_suffix,
     parents_of,
     unwrap_slot,
     walk,
@@ -231,6 +232,12 @@ class BitsAndBytesConfig:
     block_size: int = 64
     backend: str = "torch"  # or "bitsandbytes"
 
+    def __post_init__(self):
+        if (dtype := self.bnb_4bit_compute_dtype) is not None:
+            name = str(dtype).removeprefix("torch.")
+            check_choice("bnb_4bit_compute_dtype", name, COMPUTE_DTYPES)
+            self.bnb_4bit_compute_dtype = getattr(torch, name)
+
     @classmethod
     def make(cls, given):
         """From "nf4" (with double quantisation), a dict of the fields, or an object
@@ -258,9 +265,10 @@ class BitsAndBytesConfig:
 
     def options(self):
         """The arguments of quantize_model."""
+        skip = self.llm_int8_skip_modules
         return dict(
             backend=self.backend,
-            skip=self.llm_int8_skip_modules or ("lm_head",),
+            skip=("lm_head",) if skip is None else skip,
             quant_type=self.bnb_4bit_quant_type,
             double_quant=self.bnb_4bit_use_double_quant,
             compute_dtype=as_float("compute_dtype", self.bnb_4bit_compute_dtype),
@@ -297,6 +305,7 @@ IGNORED_BNB_FIELDS = {
 }
 
 
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 BACKENDS = {"torch": Linear4bit.from_linear, "bitsandbytes": bitsandbytes_layer}
 
 
@@ -312,6 +321,11 @@ def linear_layers(model):
     return found
 
 
+def is_skipped(name, path):
+    """True for the end of a layer's path, and for the path of a module around it."""
+    return matches_suffix(name, path) or path.startswith(f"{name}.")
+
+
 def quantizable_layers(model, skip=("lm_head",), strict=True):
     """{path: (layer, put)} of the linear layers that quantize_model changes. skip: as
     there. strict: a name in it that no linear layer has is a ValueError."""
@@ -319,7 +333,7 @@ def quantizable_layers(model, skip=("lm_head",), strict=True):
     skip = (skip,) if isinstance(skip, str) else skip
     paths = [path for path, *_ in layers]
     # lm_head is the default, also for a model without a head
-    absent = [n for n in skip if n != "lm_head" and not is_found(n, paths)]
+    absent = [n for n in skip if n != "lm_head" and not is_found(n, paths, is_skipped)]
     if absent and strict:
         names = {path.split(".")[-1] for path in paths}
         raise ValueError(
@@ -332,7 +346,7 @@ def quantizable_layers(model, skip=("lm_head",), strict=True):
         for path, layer, put in layers
         if weights.is_dense(layer)
         and id(layer.weight) not in tied
-        and not find_targets([path], skip)
+        and not find_targets([path], skip, is_skipped)
     }
 
 
@@ -350,8 +364,8 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
     """Put every linear layer's weight into 4 bits, in place and one by one; returns the
     model.
 
-    skip      names of layers to leave (the ends of their paths). Weights that are also
-              an embedding's are left anyway
+    skip      names of layers to leave (the ends of their paths), or paths of modules
+              around them. Weights that are also an embedding's are left anyway
     options   quant_type="nf4" | "fp4" | "int4", block_size=64, double_quant=True,
               compute_dtype=None
 
