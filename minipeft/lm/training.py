@@ -351,7 +351,8 @@ def train(
                 batch
     valid       examples for evaluate_every (a Task brings its own). The best weights
                 stay in folder/best.safetensors:
-                checkpoint.load_checkpoint(file, model) puts them back
+                checkpoint.load_checkpoint(file, model) puts them back (with an
+                after_step also after_step=)
     folder      for checkpoints: latest.safetensors every `save_every` steps (default:
                 as evaluate_every, else ten times), at the end and on Ctrl-C. The same
                 call again goes on there; resume=False starts again. One run at a time
