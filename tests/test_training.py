@@ -456,6 +456,7 @@ class TestArguments:
             (dict(evaluate_every=2), "valid="),
             (dict(clip=-1.0), "clip = -1.0: expected a number above 0 or None"),
             (dict(clip=float("nan")), "clip = nan"),
+            (dict(clip=-float("inf")), "clip = -inf"),
             (dict(clip="1"), "clip = '1'"),
             (dict(lr=float("inf")), "lr = inf: expected a number at least 0"),
             (dict(lr=True), "lr = True"),
@@ -471,6 +472,12 @@ class TestArguments:
             (dict(save_every="x"), "save_every = 'x'"),
             (dict(seed=1.5), "seed = 1.5"),
             (dict(seed="a"), "seed = 'a'"),
+            (
+                dict(seed=2**70),
+                "seed = 11805.*: expected a whole number from 0 to 18446",
+            ),
+            (dict(seed=2**64), "seed = "),
+            (dict(seed=-1), "seed = -1"),
             (dict(batch_size=None), "batch_size = None"),
             (dict(batch_size=0), "batch_size = 0: expected a whole number at least 1"),
             (dict(betas=0.9), "betas = 0.9: expected two numbers"),
@@ -480,6 +487,29 @@ class TestArguments:
     def test_wrong_arguments(self, change, message):
         with pytest.raises(ValueError, match=message):
             train(tiny(), examples(), **(common | dict(steps=2) | change))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            dict(clip=float("inf")),
+            dict(warmup=1.0),
+            dict(warmup=0.5),
+            dict(warmup=9),
+            dict(seed=2**64 - 1),
+            dict(seed=2**63),
+            dict(betas=[0.9, 0.0]),
+            dict(lr=0.0),
+        ],
+    )
+    def test_extreme_arguments(self, change):
+        assert train(tiny(), examples(), **common | dict(steps=2) | change).steps == 2
+
+    @pytest.mark.parametrize("clip", [None, float("inf")])
+    def test_without_clipping(self, clip):
+        models = tiny(), tiny()
+        for model, most in zip(models, (clip, 1e30)):
+            train(model, examples(), **common | dict(steps=2, clip=most))
+        assert equal(*models)
 
     def test_an_optimizer_of_another_model(self):
         other = torch.optim.SGD(tiny().parameters(), lr=0.1)

@@ -363,21 +363,6 @@ def train(
                 process. Its state_dict(), tensors by name, is part of the checkpoints
     """
     valid = getattr(data, "valid", None) if valid is None else valid
-    check_arguments(model, schedule, evaluate_every, valid)
-    check_number("steps", steps, whole=True, least=1)
-    check_number("batch_size", batch_size, whole=True, least=1)
-    check_number("accumulate", accumulate, whole=True, least=1)
-    check_number("evaluate_every", evaluate_every, whole=True, least=1, also=(None,))
-    check_number("save_every", save_every, whole=True, least=1, also=(None,))
-    check_number("seed", seed, whole=True, least=0)
-    check_number("lr", lr, least=0, also=(None,))
-    check_number("weight_decay", weight_decay, least=0)
-    check_number("clip", clip, above=0, also=(None,))
-    check_warmup(warmup)
-    rows = batch_size * distributed.processes()
-    batches = make_batches(model, data, tokenizer, rows, seed, valid)
-    warmup = round(warmup * steps) if warmup < 1 else int(warmup)
-    optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -390,23 +375,37 @@ def train(
         "seed": seed,
         "processes": describe_processes(model),
     }
+    every = {"evaluate_every": evaluate_every, "save_every": save_every}
+    check_numbers(settings | every | {"lr": lr})
+    check_arguments(model, schedule, evaluate_every, valid)
+    settings["warmup"] = warmup_steps(warmup, steps)
+    rows = batch_size * distributed.processes()
+    batches = make_batches(model, data, tokenizer, rows, seed, valid)
+    optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
     run = Run(model, batches, optimizer, settings, tokenizer, valid, evaluate_every)
     run.save_every = save_every or evaluate_every or max(1, steps // 10)
     run.log = log
     run.after_step = after_step
-    device = next(model.parameters()).device
-    with contextlib.ExitStack() as stack:
-        # the caller's random numbers stay as they were
-        devices = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices))
-        stop = stack.enter_context(finish_step_on_interrupt())
-        torch.manual_seed(seed + distributed.rank())  # each drops out its own
-        if folder and distributed.is_first():
-            stack.enter_context(locked(folder))
-        if folder:
-            run.open(Path(folder), resume)
-        stack.callback(optimizer.zero_grad, set_to_none=True)
-        return run.loop(stop, progress)
+    return run.go(folder, resume, progress)
+
+
+NUMBERS = {  # what io.check_number is told about each number of train
+    "steps": {"whole": True, "least": 1},
+    "batch_size": {"whole": True, "least": 1},
+    "accumulate": {"whole": True, "least": 1},
+    "lr": {"least": 0, "also": (None,)},
+    "warmup": {"least": 0},
+    "weight_decay": {"least": 0},
+    "clip": {"above": 0, "also": (None, math.inf)},
+    "evaluate_every": {"whole": True, "least": 1, "also": (None,)},
+    "save_every": {"whole": True, "least": 1, "also": (None,)},
+    "seed": {"whole": True, "least": 0, "most": 2**64 - 1},  # as torch's
+}
+
+
+def check_numbers(given):
+    for name, bounds in NUMBERS.items():
+        check_number(name, given[name], **bounds)
 
 
 def check_arguments(model, schedule, evaluate_every, valid):
@@ -419,12 +418,14 @@ def check_arguments(model, schedule, evaluate_every, valid):
         raise ValueError("evaluate_every needs valid=, a list of examples")
 
 
-def check_warmup(warmup):
-    check_number("warmup", warmup, least=0)
-    if warmup >= 1 and warmup != int(warmup):
+def warmup_steps(warmup, steps):
+    if warmup < 1:
+        return round(warmup * steps)
+    if warmup != int(warmup):
         raise ValueError(
             f"warmup = {warmup}: expected whole steps, or a fraction of all below 1"
         )
+    return int(warmup)
 
 
 def check_betas(betas):
@@ -481,6 +482,23 @@ class Run:
         self.latest = None
         self.log = None
         self.after_step = None
+
+    def go(self, folder, resume, progress):
+        """All steps, or those that a stopped run has left."""
+        device = next(self.model.parameters()).device
+        with contextlib.ExitStack() as stack:
+            # the caller's random numbers stay as they were
+            devices = [device] if device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices))
+            stop = stack.enter_context(finish_step_on_interrupt())
+            # each drops out its own
+            torch.manual_seed((self.settings["seed"] + distributed.rank()) % 2**64)
+            if folder and distributed.is_first():
+                stack.enter_context(locked(folder))
+            if folder:
+                self.open(Path(folder), resume)
+            stack.callback(self.optimizer.zero_grad, set_to_none=True)
+            return self.loop(stop, progress)
 
     def open(self, folder, resume):
         """Take the folder for checkpoints, and go on from the one there, if any."""
