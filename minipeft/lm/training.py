@@ -21,16 +21,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..io import (
-    brief,
-    check_choice,
-    check_file,
-    check_number,
-    locked,
-    remove_parts,
-    whole,
-)
+from ..io import check_choice, check_file, check_number, locked, remove_parts, whole
 from ..quant import AdamW8bit, PagedAdamW
+from ..quant.optimizers import check_betas
 from . import distributed
 from .checkpoint import load_checkpoint, read_metadata, save_checkpoint, trained_tensors
 from .data import Batches, check_ids, check_lengths, max_tokens
@@ -426,13 +419,6 @@ def warmup_steps(warmup, steps):
             f"warmup = {warmup}: expected whole steps, or a fraction of all below 1"
         )
     return int(warmup)
-
-
-def check_betas(betas):
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"betas = {brief(betas)}: expected two numbers")
-    for beta in betas:
-        check_number("betas", beta, least=0, below=1)
 
 
 def describe_processes(model):
