@@ -516,6 +516,57 @@ class TestArguments:
         with pytest.raises(ValueError, match="holds no parameter of this model"):
             train(tiny(), examples(), steps=2, optimizer=other, **common)
 
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(lr=1e-3), "lr = 0.001: the optimizer .*brings its own, 0.1"),
+            (dict(weight_decay=0.5), "weight_decay = 0.5: the optimizer .*, 0.01"),
+            (dict(betas=(0.9, 0.99)), "betas = .0.9, 0.99.: .*its own, .0.9, 0.999."),
+            (dict(lr=0.1, betas=(0.8, 0.9)), "betas = .0.8, 0.9."),
+        ],
+    )
+    def test_what_a_ready_optimizer_would_drop(self, change, message):
+        model = tiny()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        options = common | dict(lr=None, steps=2, optimizer=optimizer) | change
+        with pytest.raises(ValueError, match=message):
+            train(model, examples(), **options)
+
+    @pytest.mark.parametrize(
+        "change", [dict(lr=0.1), dict(lr=0.2), dict(betas=[0.9, 0.99]), dict(lr=None)]
+    )
+    def test_what_a_ready_optimizer_has(self, change):
+        model = tiny()
+        first, *rest = model.parameters()
+        groups = [{"params": [first], "lr": 0.2}, {"params": rest}]
+        optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.99))
+        options = common | dict(lr=None, steps=2, optimizer=optimizer) | change
+        for _ in range(2):  # at the end the schedule has changed the rates
+            assert train(model, examples(), **options).steps == 2
+
+    @pytest.mark.parametrize(
+        "methods, folder, missing",
+        [
+            ([], False, "step"),
+            (["state_dict"], False, "step"),
+            (["step"], True, "state_dict"),
+            (["step", "state_dict"], True, "load_state_dict"),
+        ],
+    )
+    def test_an_after_step_that_lacks_a_method(
+        self, tmp_path, methods, folder, missing
+    ):
+        after_step = SimpleNamespace(**dict.fromkeys(methods, dict))
+        options = common | dict(steps=2, folder=tmp_path / "new" if folder else None)
+        with pytest.raises(ValueError, match=rf"after_step has no {missing}\(\)"):
+            train(tiny(), examples(), after_step=after_step, **options)
+        assert not list(tmp_path.iterdir())
+
+    def test_an_after_step_without_a_state_needs_no_folder(self):
+        after_step = SimpleNamespace(step=lambda: None)
+        options = common | dict(steps=2, after_step=after_step)
+        assert train(tiny(), examples(), **options).steps == 2
+
     def test_nothing_to_train(self):
         with pytest.raises(ValueError, match="nothing to train"):
             train(tiny().requires_grad_(False), examples(), steps=2, **common)
@@ -868,6 +919,56 @@ class TestFolder:
 
 
 class TestFoundBeforeTraining:
+    @pytest.mark.parametrize(
+        "data, message",
+        [
+            ([{"prompt": "a", "completion": " b"}], "found .'prompt'.*an Example"),
+            ([("a", " b")], "found .'a', ' b'.: expected an Example"),
+            (["a", "b"], "found 'a': expected an Example"),
+            ([SimpleNamespace(prompt="a", completion=3)], "completion=3.*an Example"),
+            ([SimpleNamespace(prompt=3, completion="a")], "prompt=3.*an Example"),
+            ([*examples(5), None], "found None: expected an Example"),
+            ("sql", "'sql' .* expected a list of Examples"),
+            (7, "7 .* expected a list of Examples"),
+        ],
+    )
+    def test_data_that_are_no_examples(self, data, message):
+        from minipeft.lm.data import DataError
+        from minipeft.lm.evaluation import completion_loss, evaluate
+
+        with pytest.raises(DataError, match=message):
+            train(tiny(), data, steps=2, **common)
+        with pytest.raises(DataError, match=message):
+            train(tiny(), examples(), steps=2, valid=data, evaluate_every=1, **common)
+        for judge in (completion_loss, evaluate):
+            with pytest.raises(DataError, match=message):
+                judge(tiny(), Letters(), data)
+
+    @pytest.mark.parametrize("prompt, completion", [(None, "a"), ("", "a"), ("b", "")])
+    def test_examples_with_little_in_them(self, prompt, completion):
+        row = SimpleNamespace(prompt=prompt, completion=completion, meta=None)
+        assert train(tiny(), [row] * 4, steps=2, **common).steps == 2
+
+    @pytest.mark.parametrize("n", [1, 3, 5])
+    def test_a_task_as_valid_is_its_valid_examples(self, n):
+        from minipeft.lanternwick.tasks import Task
+
+        rows = examples()
+        task = Task("t", "t", rows, rows[:n], rows, "exact", 0.0, None)
+        options = dict(steps=2, evaluate_every=1) | common
+        a, b = (train(tiny(), rows, valid=v, **options) for v in (task, rows[:n]))
+        assert a.eval_loss == b.eval_loss and len(a.eval_loss) == 2
+
+    @pytest.mark.parametrize("prompt", ["p" * 99, "p" * 40, "p" * 31])
+    def test_advice_that_train_can_take(self, prompt):
+        from minipeft.lm.data import DataError
+
+        rows = [SimpleNamespace(prompt=prompt, completion=" c", meta={})] * 4
+        with pytest.raises(DataError, match=r"or make Batches\(.*, truncate=True\)"):
+            train(tiny(), rows, steps=2, **common)
+        rows = Batches(rows, Letters(), 4, max_length=32, truncate=True)
+        assert train(tiny(), rows, steps=2, **common).steps == 2
+
     def test_a_test_example_that_is_too_long(self):
         from minipeft.lanternwick.tasks import Example, Task
         from minipeft.lm.data import DataError

@@ -103,9 +103,23 @@ def lr_factor(step, steps, warmup, schedule):
     return SCHEDULES[schedule](done)
 
 
+def check_kept(optimizer, **given):
+    """ValueError for a value beside a ready optimizer that has another one."""
+    defaults = {"lr": None, "weight_decay": 0.0, "betas": (0.9, 0.999)}
+    for name, value in given.items():
+        own = [optimizer.defaults.get(name)]
+        own += [g.get(f"initial_{name}", g.get(name)) for g in optimizer.param_groups]
+        if value != defaults[name] and value not in own:
+            raise ValueError(
+                f"{name} = {value}: the optimizer is ready and brings its own,"
+                f" {own[0]}; leave {name} out"
+            )
+
+
 def make_optimizer(model, optimizer, lr, betas, weight_decay):
     """By name, by factory `f(param_groups, lr=...)`, or a ready torch optimizer (say
     LoRA+), returned as it is."""
+    check_betas(betas)
     if isinstance(optimizer, torch.optim.Optimizer):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if held.isdisjoint(map(id, model.parameters())):
@@ -113,6 +127,7 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
                 "the optimizer holds no parameter of this model: make it from"
                 " model.parameters()"
             )
+        check_kept(optimizer, lr=lr, weight_decay=weight_decay, betas=tuple(betas))
         return optimizer
     if lr is None:
         raise ValueError(
@@ -130,7 +145,6 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
     if callable(optimizer):
         return optimizer(groups, lr=lr)
     check_choice("optimizer", optimizer, OPTIMIZERS)
-    check_betas(betas)
     extra = {} if optimizer == "sgd" else {"betas": betas}
     on = params[0].device.type
     sharded = distributed.is_part(params[0])
@@ -342,8 +356,8 @@ def train(
                 on a GPU), "adam", "sgd", or yours
     accumulate  batches of `batch_size` rows a step; the gradient is that of one large
                 batch
-    valid       examples for evaluate_every (a Task brings its own). The best weights
-                stay in folder/best.safetensors:
+    valid       examples for evaluate_every, or a Task that has them (data that are a
+                Task bring their own). The best weights stay in folder/best.safetensors:
                 checkpoint.load_checkpoint(file, model) puts them back (with an
                 after_step also after_step=)
     folder      for checkpoints: latest.safetensors every `save_every` steps (default:
@@ -355,7 +369,7 @@ def train(
     after_step  likewise, by its .step(), such as an AdaLoRA's RankAllocator; in every
                 process. Its state_dict(), tensors by name, is part of the checkpoints
     """
-    valid = getattr(data, "valid", None) if valid is None else valid
+    valid = getattr(data if valid is None else valid, "valid", valid)  # of a Task
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -371,6 +385,7 @@ def train(
     every = {"evaluate_every": evaluate_every, "save_every": save_every}
     check_numbers(settings | every | {"lr": lr})
     check_arguments(model, schedule, evaluate_every, valid)
+    check_after_step(after_step, folder)
     settings["warmup"] = warmup_steps(warmup, steps)
     rows = batch_size * distributed.processes()
     batches = make_batches(model, data, tokenizer, rows, seed, valid)
@@ -409,6 +424,16 @@ def check_arguments(model, schedule, evaluate_every, valid):
         )
     if evaluate_every and not valid:
         raise ValueError("evaluate_every needs valid=, a list of examples")
+
+
+def check_after_step(after_step, folder):
+    needed = ["step", *(["state_dict", "load_state_dict"] if folder else [])]
+    missing = [name for name in needed if not hasattr(after_step, name)]
+    if after_step is not None and missing:
+        raise ValueError(
+            f"after_step has no {missing[0]}(): expected an object with"
+            f" {', '.join(needed)}"
+        )
 
 
 def warmup_steps(warmup, steps):
