@@ -567,6 +567,26 @@ class TestArguments:
         options = common | dict(steps=2, after_step=after_step)
         assert train(tiny(), examples(), **options).steps == 2
 
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    @pytest.mark.parametrize("bare", [(0,), (1, 2), (0, 1, 2)])
+    def test_steps_without_labels(self, bare, accumulate):
+        """Only those warn: a batch without labels beside others is no fault."""
+        batches = Batches(examples(), Letters(), 4)
+
+        def batch(i):
+            rows, none = batches.batch(i), i // accumulate in bare
+            none = none or i % accumulate  # of three, the first may have labels
+            blank = torch.full_like(rows["labels"], -100)
+            return rows | {"labels": blank} if none else rows
+
+        data, model = SimpleNamespace(batch=batch), tiny()
+        options = common | dict(steps=3, accumulate=accumulate)
+        with pytest.warns(UserWarning, match="no label to learn") as seen:
+            losses = train(model, data, **options).losses
+        assert [i for i in range(3) if losses[i] == 0] == list(bare) and len(
+            seen
+        ) == len(bare)
+
     def test_nothing_to_train(self):
         with pytest.raises(ValueError, match="nothing to train"):
             train(tiny().requires_grad_(False), examples(), steps=2, **common)

@@ -36,6 +36,9 @@ def load_data(name, tokenizer=None):
     or .csv file. Raises DataError.
 
     tokenizer: its chat template puts instructions and messages into words."""
+    if not isinstance(name, str | os.PathLike):
+        names = ", ".join([*TASKS, *PUBLIC_DATASETS])
+        raise DataError(f"{brief(name)} is not a name: expected one of {names}")
     if name in TASKS:
         return load_task(name)
     if name in PUBLIC_DATASETS:
@@ -355,6 +358,8 @@ class Batches:
             raise DataError("no examples to make batches of")
         check_examples(examples)
         check_number("batch_size", batch_size, whole=True, least=1, error=DataError)
+        bounds = {"least": 2, "also": (None,)}  # a token, and one that it predicts
+        check_number("max_length", max_length, whole=True, **bounds, error=DataError)
         self.batch_size = batch_size
         self.seed = seed
         self.bucket = bucket

@@ -89,10 +89,12 @@ def evaluate(
     """
     bounds = {"least": 1, "also": (None,)}
     io.check_number("limit", limit, whole=True, **bounds, error=DataError)
+    if split not in ("train", "valid", "test"):
+        raise DataError(f"split {split!r}: expected train, valid or test")
+    if predictions and not generate:
+        raise ValueError("predictions=True needs generate=True: the model writes them")
     score = getattr(data, "score", None)
     if hasattr(data, "train"):  # a Task
-        if split not in ("train", "valid", "test"):
-            raise DataError(f"split {split!r}: expected train, valid or test")
         data = getattr(data, split)
     check_examples(data)
     examples = list(data)[:limit]

@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -168,6 +169,12 @@ def accumulate_grads(model, batches, bf16=False):
     device = next(model.parameters()).device
     extra = fast_loss(distributed.model_of(model))
     labels = sum(count_labels(batch) for batch in batches)
+    if not labels:
+        warnings.warn(
+            "a step has no label to learn, for all of its batches' are -100: its loss"
+            " counts as 0",
+            stacklevel=2,
+        )
     # DDP and FSDP2 divide the sum of the processes' gradients by their number
     scale = distributed.processes() / max(1, labels)
     loss = 0.0
