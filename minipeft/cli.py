@@ -796,7 +796,7 @@ def sentence(error):
         return "another process of the run has ended, and this one with it"
     if isinstance(error, (ValueError, OSError, ImportError)):
         # advice for those who call from Python
-        return text.partition(", or pass truncate=True")[0]
+        return text.partition(", or make Batches")[0]
     if type(error).__name__ == "SafetensorError":
         return text
     return None

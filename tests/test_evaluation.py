@@ -165,6 +165,16 @@ class TestEvaluate:
         with pytest.raises(DataError, match="no examples"):
             evaluate(tiny(), Words(), [])
 
+    @pytest.mark.parametrize("split", ["nope", None, "Test"])
+    def test_a_wrong_split_of_a_list(self, split):
+        with pytest.raises(DataError, match="split .*expected train, valid or test"):
+            evaluate(tiny(), Letters(), examples(4), split=split)
+
+    @pytest.mark.parametrize("data", [task(), task().test, examples(3)])
+    def test_predictions_that_nobody_writes(self, data):
+        with pytest.raises(ValueError, match="predictions=True needs generate=True"):
+            evaluate(tiny(), Letters(), data, generate=False, predictions=True)
+
     @pytest.mark.parametrize("limit", [-1, 0, 1.5, "3", True])
     def test_a_limit_that_means_nothing(self, limit):
         with pytest.raises(

@@ -249,6 +249,16 @@ print((peak() - before) / {size})
 
 
 class TestErrors:
+    @pytest.mark.parametrize("dtype", [torch.int8, "flt16", torch.bool, 16])
+    def test_a_dtype_that_is_none(self, tiny, dtype):
+        with pytest.raises(ValueError, match="unknown dtype .*torch.float16"):
+            load_pretrained(tiny, dtype=dtype)
+
+    @pytest.mark.parametrize("name", ["bfloat16", "float16", "torch.float64"])
+    def test_a_dtype_by_name(self, tiny, name):
+        dtype = getattr(torch, name.removeprefix("torch."))
+        assert load_pretrained(tiny, dtype=name).dtype == dtype
+
     def test_every_wrong_tensor_is_listed_before_anything_is_loaded(self, tiny):
         tensors = load_file(tiny / "model.safetensors")
         del (

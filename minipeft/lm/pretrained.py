@@ -18,7 +18,7 @@ from torch import nn
 
 from ..io import did_you_mean, progress, with_prefix
 from ..lanternwick import DATA
-from ..quant.bitsandbytes import from_bitsandbytes
+from ..quant.bitsandbytes import as_float, from_bitsandbytes
 from ..quant.linear4bit import (
     BACKENDS,
     BitsAndBytesConfig,
@@ -188,8 +188,8 @@ def is_harmless(key, packed, config):
 
 
 def load_pretrained(name=None, dtype=None, device=None, quantization=None):
-    """A GPT from `name` (see resolve), in evaluation mode. dtype None: as it is stored.
-    device None: the CPU.
+    """A GPT from `name` (see resolve), in evaluation mode. dtype None: as it is stored;
+    else one of torch's, or its name. device None: the CPU.
 
     quantization: "nf4", a dict of the fields of BitsAndBytesConfig, or one of
     transformers: linear layers are put into 4 bits as they are read, which needs hardly
@@ -202,6 +202,7 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
 
     Raises FileNotFoundError for files that are not there, ModelFileError for those that
     do not fit or are damaged."""
+    dtype = as_float("dtype", dtype)
     folder = resolve(name)
     config, stored = read_configs(folder)
     if config.tie_word_embeddings and has_own_head(folder):
