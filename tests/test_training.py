@@ -641,7 +641,7 @@ class TestDivergence:
         model = tiny()
         optimizer = Blast(model.parameters(), lr=1e-3)
         optimizer.losses = []
-        options = dict(common, optimizer=optimizer, steps=5, save_every=1)
+        options = dict(common, lr=None, optimizer=optimizer, steps=5, save_every=1)
         history = train(model, examples(), folder=tmp_path, **options)
         assert history.stopped == "diverged"
         kept = tiny()
