@@ -314,6 +314,8 @@ def write_safetensors(path, tensors, metadata=None):
 def make_folder(path, error=FileError):
     """Create the folder `path` and check that files can be made in it. Returns its
     Path."""
+    if not str(path):
+        raise error("expected a folder, found an empty name")
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ import dataclasses
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 from . import io, merging, saving, status, targets, weighted
 from .adding import adding
 from .config import as_config
-from .errors import ConfigError, TargetError
+from .errors import AdapterFileError, ConfigError, TargetError
 from .hf_methods import HFMethods, task_arguments
 from .io import brief, did_you_mean
 from .methods.adalora import AdaLoraConfig
@@ -171,6 +170,10 @@ class PeftModel(HFMethods):
         which beam search repeats later."""
         if names is None:
             return None
+        if isinstance(names, str):
+            raise ValueError(
+                f"adapter_names: expected a list, one name a row, found {names!r}"
+            )
         self._check_names(name for name in names if name != "__base__")
         sizes = (len(x) for x in given if torch.is_tensor(x) and x.dim())
         size = next(sizes, None)
@@ -439,8 +442,8 @@ class PeftModel(HFMethods):
                 self, name, initial, state_dict, save_embedding_layers
             )
             if is_main_process:
-                folder = Path(save_directory) / ("" if name == "default" else name)
-                saving.save(folder, *content)
+                folder = io.make_folder(save_directory, AdapterFileError)
+                saving.save(folder / ("" if name == "default" else name), *content)
 
     def create_or_update_model_card(self, output_dir):
         """Write the first active adapter's model card. Where there is another's, say

@@ -120,7 +120,10 @@ def resolve_targets(paths, targets, what="target_modules", matches=matches_suffi
     else:
         missing = [name for name in targets if not is_found(name, found, matches)]
     if missing:
-        raise TargetError(missing_message(paths, missing, what))
+        message = missing_message(paths, missing, what)
+        if isinstance(targets, str):
+            message += ". A string is one regular expression; names stand in a list"
+        raise TargetError(message)
     return found
 
 

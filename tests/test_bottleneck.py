@@ -447,6 +447,28 @@ class TestPlacements:
         plain.set_adapter(["default", "bottleneck"])
         close(run(plain), both)
 
+    @pytest.mark.parametrize(
+        "placement, count", [("houlsby", 10), ("pfeiffer", 4), ("parallel", 4)]
+    )
+    def test_blocks_whose_parts_stand_in_a_list(self, placement, count):
+        """As a T5's; its decoder has two attentions a block."""
+        transformers = pytest.importorskip("transformers")
+        sizes = dict(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
+        config = transformers.T5Config(
+            vocab_size=40, decoder_start_token_id=0, pad_token_id=0, **sizes
+        )
+        base = transformers.T5ForConditionalGeneration(config).eval()
+        ids = torch.randint(1, 40, (2, 6))
+        before = base(input_ids=ids, labels=ids).logits
+        model = get_peft_model(base, BottleneckConfig(r=3, placement=placement)).eval()
+        assert len(model._adapters_by_path("default")) == count
+        close(model(input_ids=ids, labels=ids).logits, before)
+        shake(model)
+        model(input_ids=ids, labels=ids).loss.backward()
+        for p in model.parameters():
+            assert not p.requires_grad or p.grad.abs().max() > 0
+        differ(model(input_ids=ids, labels=ids).logits, before)
+
     def test_where_no_blocks_are(self):
         with pytest.raises(TargetError, match="say target_modules"):
             get_peft_model(BASES["mlp"].make(), BottleneckConfig())

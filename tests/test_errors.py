@@ -55,6 +55,8 @@ class TestNamesOfModules:
             (["norm"], "RMSNorm is not a linear layer"),
             ([], "nothing is left"),
             (r"(.*q_proj", "is not a regular expression"),
+            ("q_proj,v_proj", "names stand in a list"),
+            ("q_proj", "names stand in a list"),
         ],
     )
     def test_targets(self, plain, targets, message):
@@ -751,7 +753,7 @@ class TestFiles:
         found = refused(plain, folder, kind)
         assert re.search(message, found) and "adapter_config.json" in found
 
-    def test_folders(self, plain, folder, tmp_path):
+    def test_folders(self, plain, folder, tmp_path, monkeypatch):
         assert "no folder" in refused(plain, tmp_path / "nowhere")
         (folder / "adapter_model.safetensors").unlink()
         assert "has no adapter_model.safetensors" in refused(plain, folder)
@@ -763,6 +765,12 @@ class TestFiles:
         model = adapted(LORA, BASE)
         with pytest.raises(AdapterFileError, match="is a file"):
             model.save_pretrained(folder / "adapter_config.json")
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        for saved in (model, model.peft_config["default"], plain):
+            with pytest.raises(ValueError, match="an empty name"):
+                saved.save_pretrained("")
+        assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
     @pytest.mark.parametrize("field", ["lora_alpha", "lora_dropout"])

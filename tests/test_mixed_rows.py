@@ -453,6 +453,13 @@ class TestGeneratingWithRows:
         generated = model.generate(*args, adapter_names=rows, **kwargs)
         assert len(generated) == 4 * (1 + (option == "several"))
 
+    @pytest.mark.parametrize("names", ["a", "abc", "__base__", ""])
+    def test_one_text_is_no_list_of_names(self, names):
+        model = loras()
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=f"expected a list, .* '{names}'"):
+                call(input_ids=IDS, adapter_names=names)
+
     @pytest.mark.parametrize("names", [["a"], ["a", "b"], ["b"] * 6])
     def test_a_gpt_of_the_package(self, names):
         model = loras()

@@ -32,7 +32,8 @@ def find_sublayers(modules, wanted):
         block = path.rpartition(".")[0]
         stack = modules.get(block.rpartition(".")[0])
         linear = [p for p in all_linear if p.startswith(f"{path}.")]
-        if isinstance(stack, nn.ModuleList) and len(linear) > 1:
+        part = isinstance(stack, nn.ModuleList) and not isinstance(module, type(stack))
+        if part and len(linear) > 1:
             alone = len(inspect.signature(module.forward).parameters) == 1
             if ("feed-forward" if alone else "attention") in wanted:
                 found.append(path if alone else linear[-1])
