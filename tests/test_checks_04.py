@@ -787,7 +787,7 @@ def test_my_lora_right_answers(answer):
         ("A has the shape", Swapped),
         ("A has the shape", Forgetful),
         (
-            "should be a LinearDelta",
+            "expected an Adapter",
             own(nn.Linear, __init__=lambda s, i, o, r, a: nn.Linear.__init__(s, i, o)),
         ),
         ("class itself", Own),

@@ -233,10 +233,8 @@ class BitsAndBytesConfig:
     backend: str = "torch"  # or "bitsandbytes"
 
     def __post_init__(self):
-        if (dtype := self.bnb_4bit_compute_dtype) is not None:
-            name = str(dtype).removeprefix("torch.")
-            check_choice("bnb_4bit_compute_dtype", name, COMPUTE_DTYPES)
-            self.bnb_4bit_compute_dtype = getattr(torch, name)
+        dtype = as_float("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
+        self.bnb_4bit_compute_dtype = dtype
 
     @classmethod
     def make(cls, given):
@@ -271,7 +269,7 @@ class BitsAndBytesConfig:
             skip=("lm_head",) if skip is None else skip,
             quant_type=self.bnb_4bit_quant_type,
             double_quant=self.bnb_4bit_use_double_quant,
-            compute_dtype=as_float("compute_dtype", self.bnb_4bit_compute_dtype),
+            compute_dtype=self.bnb_4bit_compute_dtype,
             block_size=self.block_size,
         )
 
@@ -305,7 +303,6 @@ IGNORED_BNB_FIELDS = {
 }
 
 
-COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 BACKENDS = {"torch": Linear4bit.from_linear, "bitsandbytes": bitsandbytes_layer}
 
 
