@@ -201,8 +201,7 @@ class Slot(nn.Module):
     def forward(self, *args, **kwargs):
         if not self.active.enabled or self.merged:
             return self.base_layer(*args, **kwargs)
-        if self.training and self.active.autograd_state is not None:
-            self.active.check_is_not_recomputed()
+        self.active.check_checkpoints(self.training)
         if self.active.rows is not None:
             return self.forward_mixed_batch(self.active.rows, *args, **kwargs)
         return self.forward_stacked(self.active.names, *args, **kwargs)
@@ -575,9 +574,10 @@ class ActiveAdapters:
         with self.turn, self.changed(**changes):
             return function(*args, **kwargs)
 
-    def check_is_not_recomputed(self):
+    def check_checkpoints(self, training):
         """Raise ValueError within a checkpoint that would not bring back the rows."""
-        if self.autograd_state != autograd_state():
+        state = self.autograd_state
+        if training and state is not None and state != autograd_state():
             raise ValueError(
                 "adapter_names in training: found a layer in a checkpoint of the"
                 " model's own, or without gradients, which may run it again without"

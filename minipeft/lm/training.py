@@ -104,8 +104,15 @@ def lr_factor(step, steps, warmup, schedule):
     return SCHEDULES[schedule](done)
 
 
-def check_kept(optimizer, **given):
-    """ValueError for a value beside a ready optimizer that has another one."""
+def check_ready(optimizer, model, **given):
+    """ValueError for a ready optimizer of another model, or for a value beside it that
+    is not its own."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            "the optimizer holds no parameter of this model: make it from"
+            " model.parameters()"
+        )
     defaults = {"lr": None, "weight_decay": 0.0, "betas": (0.9, 0.999)}
     for name, value in given.items():
         own = [optimizer.defaults.get(name)]
@@ -120,15 +127,9 @@ def check_kept(optimizer, **given):
 def make_optimizer(model, optimizer, lr, betas, weight_decay):
     """By name, by factory `f(param_groups, lr=...)`, or a ready torch optimizer (say
     LoRA+), returned as it is."""
-    check_betas(betas)
     if isinstance(optimizer, torch.optim.Optimizer):
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held.isdisjoint(map(id, model.parameters())):
-            raise ValueError(
-                "the optimizer holds no parameter of this model: make it from"
-                " model.parameters()"
-            )
-        check_kept(optimizer, lr=lr, weight_decay=weight_decay, betas=tuple(betas))
+        given = {"lr": lr, "weight_decay": weight_decay, "betas": tuple(betas)}
+        check_ready(optimizer, model, **given)
         return optimizer
     if lr is None:
         raise ValueError(
@@ -160,6 +161,18 @@ def make_optimizer(model, optimizer, lr, betas, weight_decay):
     return OPTIMIZERS[optimizer](groups, lr=lr, **extra)
 
 
+def labels_of(batches):
+    """How many there are. Warns of none."""
+    labels = sum(count_labels(batch) for batch in batches)
+    if not labels:
+        warnings.warn(
+            "a step has no label to learn, for all of its batches' are -100: its loss"
+            " counts as 0",
+            stacklevel=3,
+        )
+    return labels
+
+
 def accumulate_grads(model, batches, bf16=False):
     """Add the gradients of the mean loss over all labels of `batches`; returns that
     loss. Of several processes each computes with its own rows.
@@ -168,13 +181,7 @@ def accumulate_grads(model, batches, bf16=False):
     of short completions."""
     device = next(model.parameters()).device
     extra = fast_loss(distributed.model_of(model))
-    labels = sum(count_labels(batch) for batch in batches)
-    if not labels:
-        warnings.warn(
-            "a step has no label to learn, for all of its batches' are -100: its loss"
-            " counts as 0",
-            stacklevel=2,
-        )
+    labels = labels_of(batches)
     # DDP and FSDP2 divide the sum of the processes' gradients by their number
     scale = distributed.processes() / max(1, labels)
     loss = 0.0
@@ -391,6 +398,7 @@ def train(
     }
     every = {"evaluate_every": evaluate_every, "save_every": save_every}
     check_numbers(settings | every | {"lr": lr})
+    check_betas(betas)
     check_arguments(model, schedule, evaluate_every, valid)
     check_after_step(after_step, folder)
     settings["warmup"] = warmup_steps(warmup, steps)
