@@ -31,6 +31,7 @@ CONFIG = "adapter_config.json"
 ADAPTER_FILES = (CONFIG, "adapter_model.safetensors")
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "valid_loss")
 CURVES = ("loss.csv", "loss.png")
 SMALL = 10_000_000  # parameters: up to here one thread is the fastest
 VALIDATION_EXAMPLES = 100  # a look at more costs more than it tells
