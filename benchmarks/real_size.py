@@ -259,7 +259,7 @@ def make(model, case, seed, steps):
 
 
 def loss_of(model, tokenizer, examples, bf16=True):
-    rows = Batches(examples, tokenizer, 16, max_length=128)
+    rows = Batches(examples, tokenizer, 16, max_length=256)
     loss = completion_loss(model, tokenizer, list(rows.in_order()), bf16=bf16)
     return finite(loss["loss"])
 

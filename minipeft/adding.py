@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from . import merging, targets
-from .config import as_config
+from .config import as_config, check_for_json
 from .errors import ConfigError, TargetError
 from .io import brief, progress
 from .methods import lora_init
 from .methods.adalora import AdaLoraConfig
 from .methods.modules_to_save import ModuleCopy
-from .slot import AdapterNameError, Base, Slot
+from .slot import Adapter, AdapterNameError, Base, Slot
 from .weights import device_and_dtype
 
 
@@ -43,7 +43,9 @@ def adding(model, name, config, autocast_adapter_dtype=True):
     None. When the block ends it is put in, frozen and inactive; when it fails the
     model is as before."""
     check_new_name(model, name)
-    config = as_config(config).resolve(model.get_base_model())
+    config = as_config(config)
+    check_for_json(config)
+    config = config.resolve(model.get_base_model())
     if not config.base_model_name_or_path:
         base_name = getattr(model.get_base_model(), "name_or_path", None)
         config.base_model_name_or_path = base_name or None
@@ -59,7 +61,7 @@ def adding(model, name, config, autocast_adapter_dtype=True):
         bases = {p: Base(slots[p], name, lossy=True) for p in slots if p not in copied}
         before = [(b.module, dict(b.module._parameters)) for b in bases.values()]
         try:
-            adapters = create(config, bases, autocast_adapter_dtype)
+            adapters = create(model, config, bases, autocast_adapter_dtype)
             for path in copied:
                 adapters[path] = ModuleCopy(slots[path].base_layer)
             yield adapters
@@ -118,19 +120,11 @@ def slots_for(model, config, sites):
 def check_places(root, slots):
     """Raise TargetError for a layer that also stands elsewhere in the model, where it
     would have no adapter, or whose weight is read in eval mode without a call."""
-    parents = {}  # {id of a module: [those that hold it]}
-    for parent in root.modules():
-        for module in parent._modules.values():
-            parents.setdefault(id(module), []).append(parent)
+    parents = targets.parents_of(root)
     for path, slot in slots.items():
         layer = slot.base_layer
         holders = [p for p in parents.get(id(layer), ()) if p is not slot]
-        if len(holders) > 1:
-            raise TargetError(
-                f"{path}: this {type(layer).__name__} stands at {len(holders)} places"
-                " of the model, and would have an adapter at one of them. Give each"
-                " place a module of its own (their weights may be tied)"
-            )
+        targets.check_one_place(path, layer, holders, "would have an adapter")
         fast = torch.backends.mha.get_fastpath_enabled()
         if fast and any(isinstance(p, nn.TransformerEncoderLayer) for p in holders):
             raise TargetError(
@@ -141,18 +135,61 @@ def check_places(root, slots):
             )
 
 
-def create(config, bases, autocast_adapter_dtype):
+def create(model, config, bases, autocast_adapter_dtype):
     """{path: a new adapter}; what they share has the path None."""
     adapters = {}
+    of_base = storages(
+        (name, tensor)
+        for module in targets.bare_modules(model.base_model)
+        for name, tensor in own_tensors(module, recurse=False)
+    )
     shared = config.create_shared(bases)
     if shared is not None:
+        check_apart(shared, of_base)
         first = next(iter(bases.values())).module
         adapters[None] = shared.to(*device_and_dtype(first, autocast_adapter_dtype))
     for path, base in progress(list(bases.items()), "making adapters"):
         like = device_and_dtype(base.module, autocast_adapter_dtype)
+        where = f"{path}: " if path else ""  # "" is the whole model
         try:
-            adapters[path] = config.create(base, path).to(*like)
+            adapter = config.create(base, path)
         except TargetError as error:
-            where = f"{path}: " if path else ""  # "" is the whole model
             raise TargetError(f"{where}{error}") from None
+        if not isinstance(adapter, Adapter):
+            missing = " (does it end without a return?)" * (adapter is None)
+            raise ConfigError(
+                f"{where}{type(config).__name__}.create returns {brief(adapter)}"
+                f"{missing}: expected an Adapter"
+            )
+        check_apart(adapter, of_base, where)
+        adapters[path] = adapter.to(*like)
     return adapters
+
+
+def own_tensors(module, recurse=True):
+    """(name, tensor) of a module's parameters and buffers."""
+    yield from module.named_parameters(recurse=recurse)
+    yield from module.named_buffers(recurse=recurse)
+
+
+def storages(tensors):
+    """{what tensors that share their memory have in common: a name} of (name, tensor).
+    Sparse ones have no such thing."""
+    return {
+        tensor.untyped_storage()._cdata: name
+        for name, tensor in tensors
+        if tensor.layout is torch.strided
+    }
+
+
+def check_apart(adapter, of_base, where=""):
+    """Raise ConfigError where a tensor of an adapter, or of what adapters share, is the
+    base's. of_base: the storages of the base's tensors."""
+    own = storages(own_tensors(adapter))
+    if both := [name for storage, name in own.items() if storage in of_base]:
+        raise ConfigError(
+            f"{where}{both[0]} of this {type(adapter).__name__} is the base's, which"
+            " would be trained and saved with the adapter. Keep the layer where torch"
+            " does not register it (self.layer = [base.module]), or take it in"
+            " forward(base, x): base.module, base.weight"
+        )

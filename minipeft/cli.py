@@ -22,6 +22,7 @@ from .io import (
     check_file,
     did_you_mean,
     make_folder,
+    read_text,
     replacing,
     write_text,
 )
@@ -480,6 +481,8 @@ def save_run(args, model, out, history, options, budget):
         return kept
     with all_or_nothing(out, is_users_card) as part:
         model.save_pretrained(part, **options)
+        if "tokenizer" in options:  # a whole model
+            copy_generation_config(args.base, part)
         title = f"{args.method} on {Path(args.data).name}"
         write_curves(part, history, title)
     print(f"{history}\nsaved in {out}", end="")
@@ -492,6 +495,16 @@ def save_run(args, model, out, history, options, budget):
     else:
         print(f": the weights of step {kept}, whose validation loss is the lowest")
     return kept
+
+
+def copy_generation_config(base, folder):
+    """What transformers' generate reads: a model that is made of `base` ends its texts
+    as that does."""
+    from .lm.pretrained import GENERATION, resolve
+
+    file = resolve(base) / GENERATION
+    if file.is_file():
+        write_text(folder / GENERATION, read_text(file))
 
 
 def write_curves(folder, history, title):
@@ -678,6 +691,7 @@ def merge(args):
     check_disk(out, size + 1_000_000, "the model")
     with all_or_nothing(out) as part:
         plain.save_pretrained(part, tokenizer=tokenizer)
+        copy_generation_config(base, part)
     print(f"{args.adapter} is merged into {name}. Use it as --base {out}")
     return {"base": name, "adapter": args.adapter, "out": str(out)}, 0
 
@@ -783,7 +797,7 @@ def sentence(error):
         return "another process of the run has ended, and this one with it"
     if isinstance(error, (ValueError, OSError, ImportError)):
         # advice for those who call from Python
-        return text.partition(", or pass truncate=True")[0]
+        return text.partition(", or make Batches")[0]
     if type(error).__name__ == "SafetensorError":
         return text
     return None
@@ -823,7 +837,9 @@ def run(args):
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         result, code = COMMANDS[args.command](args)
     if args.json:
-        print(json.dumps(result))
+        # JSON has no NaN and no infinity: null
+        text = json.dumps(result)
+        print(json.dumps(json.loads(text, parse_constant=lambda name: None)))
     return code
 
 

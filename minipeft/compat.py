@@ -52,33 +52,71 @@ def get_peft_config(config_dict):
     return as_config(dict(config_dict))
 
 
+def adapted_model(model):
+    """The PeftModel that has the adapters of `model`: itself, or the one that
+    inject_adapter_in_model notes. Raises TargetError."""
+    found = model if isinstance(model, PeftModel) else vars(model).get(INJECTED)
+    if found is None:
+        raise TargetError(
+            f"{type(model).__name__}: expected a PeftModel, or a model with adapters by"
+            " inject_adapter_in_model"
+        )
+    return found
+
+
+# where a model notes the PeftModel of its injected adapters; not as a module, which
+# would stand in its state_dict
+INJECTED = "_injected_adapters"
+PREFIX = "base_model.model."  # of keys; those of injected adapters have none
+
+
 def get_peft_model_state_dict(model, state_dict=None, adapter_name="default"):
-    """{key: tensor} of an adapter, with the keys that its file has."""
-    adapters = model._adapters_by_path(*model._check_names(adapter_name))
+    """{key: tensor} of an adapter, with the keys that its file has. Those of an
+    injected one begin with the model's own paths, as in PEFT."""
+    adapted = adapted_model(model)
+    adapters = adapted._adapters_by_path(*adapted._check_names(adapter_name))
     if state_dict is not None:
         adapters = saving.filled_copies(model, adapters, state_dict)
-    return saving.adapter_state_dict(adapters)
+    state = saving.adapter_state_dict(adapters)
+    if adapted is not model:
+        state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    return state
 
 
 def set_peft_model_state_dict(model, peft_model_state_dict, adapter_name="default"):
     """Give an adapter the values of {key: tensor}: all of them, or AdapterFileError and
     none. (PEFT reports missing and unexpected keys instead.)"""
-    (name,) = model._check_names(adapter_name)
-    model._check_not_merged(name)
-    adapters = model._adapters_by_path(name)
-    saving.load_tensors(adapters, peft_model_state_dict)
+    adapted = adapted_model(model)
+    (name,) = adapted._check_names(adapter_name)
+    adapted._check_not_merged(name)
+    state = peft_model_state_dict
+    if adapted is not model:
+        state = {PREFIX + key.removeprefix(PREFIX): state[key] for key in state}
+    saving.load_tensors(adapted._adapters_by_path(name), state)
 
 
 def inject_adapter_in_model(peft_config, model, adapter_name="default"):
-    """Put an adapter into `model`, in place, and return the model itself. Raises
+    """Put an adapter into `model`, in place, and return the model itself. One more, by
+    another call, is active in place of those of the same method, as in PEFT. Raises
     ConfigError for methods that stand around the model or share parts over layers."""
-    adapted = PeftModel(model, peft_config, adapter_name)
-    if adapted.shared or adapted.base_model.adapters:
-        adapted.unload()
+    config = as_config(peft_config)
+    before = vars(model).get(INJECTED)
+    adapted = before or PeftModel(model, config, adapter_name)
+    if before:
+        adapted.add_adapter(adapter_name, config)
+    if adapter_name in {**adapted.shared, **adapted.base_model.adapters}:
+        adapted.delete_adapter(adapter_name) if before else adapted.unload()
         raise ConfigError(
-            f"a {type(as_config(peft_config)).__name__} does not live in layers alone:"
-            " use get_peft_model"
+            f"a {type(config).__name__} does not live in layers alone: use"
+            " get_peft_model"
         )
+    others = [
+        name
+        for name in adapted.active_adapters
+        if adapted.peft_config[name].peft_type != config.peft_type
+    ]
+    adapted.set_adapter([*others, adapter_name], config.inference_mode)
+    vars(model)[INJECTED] = adapted
     return model
 
 

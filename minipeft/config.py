@@ -4,6 +4,7 @@ Face's JSON."""
 import copy
 import dataclasses
 import enum
+import json
 import math
 import types
 import typing
@@ -61,8 +62,15 @@ class PeftConfig(metaclass=ConfigType):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "peft_type" in vars(cls):
-            METHODS[cls.peft_type] = cls
+        if "peft_type" not in vars(cls):
+            return
+        known = METHODS.get(cls.peft_type)
+        if is_built_in(known) and not is_built_in(cls):
+            raise ConfigError(
+                f"peft_type {cls.peft_type!r} is that of {known.__name__}, which every"
+                f" loader knows by it. Take another name, such as 'MY_{cls.peft_type}'"
+            )
+        METHODS[cls.peft_type] = cls
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -254,6 +262,23 @@ class PeftConfig(metaclass=ConfigType):
             return cls.from_dict(data)
         except (ConfigError, TypeError) as error:
             raise ConfigError(f"{file}: {error}") from None
+
+
+def is_built_in(method):
+    return getattr(method, "__module__", "").startswith(f"{__package__}.")
+
+
+def check_for_json(config):
+    """Raise ConfigError for a field that adapter_config.json could not hold."""
+    for name, value in config.to_dict().items():
+        try:
+            json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{type(config).__name__}.{name} = {io.brief(value)}: expected what"
+                " JSON holds (numbers, text, lists and dicts of them), or the adapter"
+                " could not be saved"
+            ) from None
 
 
 def default_of(field):
@@ -451,21 +476,23 @@ class LayerConfig(PeftConfig):
         return found
 
     def in_chosen_layers(self, found):
+        """Those of layers_to_transform, and those that are named by whole paths."""
         names = self.layers_pattern or ()
         for name in [names] if isinstance(names, str) else names:
             targets.fullmatch_all(rf"(?:^|.*?\.){name}\.\d+\..*", found)  # or it hangs
-        number = {path: targets.layer_index(path, names) for path in found}
+        whole = [path for path in found if path in self.target_modules]
+        number = {p: targets.layer_index(p, names) for p in found if p not in whole}
         wanted = self.layers_to_transform
         wanted = [wanted] if isinstance(wanted, int) else wanted
         there = sorted({index for index in number.values() if index is not None})
         missing = [index for index in wanted if index not in there]
-        if missing and not set(missing) >= set(wanted):
+        if missing and there and (whole or not set(missing) >= set(wanted)):
             raise TargetError(
                 f"layers_to_transform: no target is in layer"
                 f" {', '.join(map(str, missing))}; there are targets in"
                 f" {', '.join(map(str, there))}"
             )
-        return [path for path in found if number[path] in wanted]
+        return [path for path in found if path in whole or number[path] in wanted]
 
     def unused_patterns(self, field, found):
         """The keys of rank_pattern or alpha_pattern that match no target."""
@@ -520,6 +547,18 @@ def known_kind(table, model, modules):
     return None
 
 
+def paths_of_experts(modules):
+    """The last parts of the paths of modules with bare parameters (experts, d_out,
+    d_in)."""
+    found = {}
+    for path, module in modules.items():
+        own = module.parameters(recurse=False)
+        stacked = any(p.dim() == 3 and len(p) > 1 for p in own)
+        if stacked and not hasattr(module, "kernel_size"):  # not a convolution
+            found[path.rpartition(".")[2]] = None
+    return list(found)
+
+
 def all_linear(model, modules):
     """Names for all linear layers but the output head."""
     _, head = targets.embeddings(model)
@@ -528,5 +567,12 @@ def all_linear(model, modules):
     if not found:
         raise TargetError(
             f"all-linear: this {type(model).__name__} has no linear layers"
+        )
+    if experts := paths_of_experts(modules):
+        warnings.warn(
+            f"all-linear: no adapter for {', '.join(experts)}, whose weights are bare"
+            " parameters, not linear layers, nor for a router of that kind. Hugging"
+            " Face PEFT adapts them, with target_parameters",
+            stacklevel=7,
         )
     return targets.shortest_names(modules, found)

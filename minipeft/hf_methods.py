@@ -1,12 +1,14 @@
 """What transformers and its Trainer ask of a model besides running it: gradient
-checkpointing, and changes of the embeddings."""
+checkpointing, changes of the embeddings, and a task's arguments by position."""
 
+import inspect
 from functools import partial
 
 from torch import nn
 
 from . import saving, targets
 from .errors import TargetError
+from .peft_tables import TASK_ARGUMENTS
 
 # the base's own; TargetError where an embedding carries an adapter, which would no
 # longer fit, or be lost
@@ -75,6 +77,25 @@ class HFMethods(nn.Module):
             return partial(self._change_embeddings, name)
         # not super(): PEFT's own class, which may follow, would ask the base
         return nn.Module.__getattr__(self, name)
+
+
+def task_arguments(task, forward, args, kwargs):
+    """(args, kwargs) of a call with a task's arguments by position: in PEFT's order,
+    which is not that of each base. All but the first are then given by name."""
+    names = TASK_ARGUMENTS.get(task)
+    if names is None or len(args) < 2:
+        return args, kwargs
+    if "input_ids" not in inspect.signature(forward).parameters:
+        return args, kwargs
+    if len(args) > len(names):
+        raise TypeError(
+            f"{len(args)} arguments by position: with task_type={task!r} these are"
+            f" {', '.join(names)}. Give others by name"
+        )
+    given = {n: x for n, x in zip(names[1:], args[1:]) if x is not None}
+    if twice := given.keys() & kwargs.keys():
+        raise TypeError(f"{min(twice)}: given by position and by name")
+    return args[:1], given | kwargs
 
 
 def _require_grad(module, args, output):

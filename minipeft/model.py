@@ -16,7 +16,7 @@ from . import io, merging, saving, status, targets, weighted
 from .adding import adding
 from .config import as_config
 from .errors import ConfigError, TargetError
-from .hf_methods import HFMethods
+from .hf_methods import HFMethods, task_arguments
 from .io import brief, did_you_mean
 from .methods.adalora import AdaLoraConfig
 from .methods.modules_to_save import ModuleCopy
@@ -41,6 +41,14 @@ REFUSED = {
         "overwrite the adapters: call it on the base, before adapters are added",
     ),
 }
+# the arguments of `generate` that have one row for each text
+GENERATED_FROM = (
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "input_features",
+    "attention_mask",
+)
 
 
 def get_peft_model(
@@ -104,7 +112,7 @@ class PeftModel(HFMethods):
             if isinstance(module, (Slot, PeftModel)):
                 raise TargetError(
                     "this model has adapters already: use add_adapter on its PeftModel,"
-                    " or unload it first"
+                    " or unload it first; beside injected ones, inject_adapter_in_model"
                 )
             if type(module).__module__.startswith("peft."):
                 raise TargetError(
@@ -120,6 +128,7 @@ class PeftModel(HFMethods):
             if tensors is not None:
                 saving.load_tensors(new, tensors)
         undo_bnb_cpu_repacking(model).requires_grad_(False)
+        self._task = self.peft_config[adapter_name].task_type
         frozen = self.peft_config[adapter_name].inference_mode
         self.set_adapter(adapter_name, inference_mode=frozen)
         self.training = model.training
@@ -134,13 +143,12 @@ class PeftModel(HFMethods):
     def forward(self, *args, adapter_names=None, **kwargs):
         """adapter_names: one name for each row of the batch, "__base__" for none.
         Without it, the active adapters. Calls from several threads run one after the
-        other."""
-        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t)]
-        size = len(tensors[0]) if tensors else None
-        # Rows stay set until the next call: gradient checkpointing runs the layers
-        # again in the backward pass.
-        with self.base_model.active.turn:
-            self.base_model.active.rows = self._rows(adapter_names, size)
+        other. Arguments by position stand in PEFT's order where the first adapter has a
+        task_type."""
+        base = self.get_base_model()
+        args, kwargs = task_arguments(self._task, base.forward, args, kwargs)
+        rows = self._rows(adapter_names, [*args, *kwargs.values()])
+        with self.base_model.active.call(rows, self.base_model):
             output = self.base_model(*args, **kwargs)
         output = merging.guard_backward(self, output)
         has_loss = getattr(output, "loss", None) is not None
@@ -153,18 +161,19 @@ class PeftModel(HFMethods):
         return output
 
     def generate(self, *args, adapter_names=None, **kwargs):
-        active = self.base_model.active
-        with active.turn:
-            active.rows = self._rows(adapter_names)
-            try:
-                return self.base_model.generate(*args, **kwargs)
-            finally:
-                active.rows = None
+        given = [kwargs[name] for name in GENERATED_FROM if name in kwargs]
+        rows = self._rows(adapter_names, [*args[:1], *given])
+        with self.base_model.active.call(rows, self.base_model):
+            return self.base_model.generate(*args, **kwargs)
 
-    def _rows(self, names, size=None):
+    def _rows(self, names, given):
+        """RowAdapters, where there are names; the first tensor of `given` is the batch,
+        which beam search repeats later."""
         if names is None:
             return None
         self._check_names(name for name in names if name != "__base__")
+        sizes = (len(x) for x in given if torch.is_tensor(x) and x.dim())
+        size = next(sizes, None)
         if not names or size not in (None, len(names)):
             raise ValueError(
                 f"{len(names)} adapter_names for a batch of {size} rows: one name a row"
@@ -398,6 +407,7 @@ class PeftModel(HFMethods):
         is_main_process=None,
         path_initial_model_for_weight_conversion=None,
         state_dict=None,
+        save_function=None,
     ):
         """Hugging Face PEFT's files and a model card: the adapter "default" in the
         folder itself, others in folders of their names.
@@ -406,7 +416,8 @@ class PeftModel(HFMethods):
         where the vocabulary was resized. is_main_process: False writes nothing; None:
         the first of several processes writes. Call it in all of them where FSDP has
         sharded the model. state_dict: the whole model's, to be saved in place of the
-        model's own values.
+        model's own values. save_function, such as accelerator.save, has no effect, as
+        in PEFT: it would write a pickle, where safetensors are written.
         path_initial_model_for_weight_conversion: where a PiSSA or OLoRA was saved
         before training. It is then saved as a plain LoRA of twice the rank, for the
         base as it was before the initialisation changed it.
@@ -487,14 +498,15 @@ class PeftModel(HFMethods):
         another is active. Arguments: see from_pretrained.
 
         An adapter of that name, if there is one with an equal configuration, takes the
-        values of the file: its parameters stay those that an optimizer knows.
+        values of the file: its parameters stay those that an optimizer knows. Raises
+        AdapterFileError where is_trainable asks for an encoder, which no file holds.
         """
         with merging.unmerged(self):
             config, tensors, rows = saving.prepare_load(
                 model_id, self.get_base_model(), is_trainable, **more
             )
         if adapter_name in self.peft_config:
-            self._reload(adapter_name, config, tensors)
+            self._reload(adapter_name, config, tensors, is_trainable)
         else:
             with adding(self, adapter_name, config, autocast_adapter_dtype) as new:
                 saving.load_tensors(new, tensors)
@@ -506,12 +518,15 @@ class PeftModel(HFMethods):
         if not is_trainable:
             self.eval()
 
-    def _reload(self, name, config, tensors):
+    def _reload(self, name, config, tensors, is_trainable):
         """Load tensors into an adapter that is there."""
         self._check_not_merged(name)
         found = config.resolve(self.get_base_model())
         saving.check_same_config(name, self.peft_config[name], found)
-        saving.load_tensors(self._adapters_by_path(name), tensors)
+        adapters = self._adapters_by_path(name)
+        if is_trainable:
+            saving.check_no_encoder(name, adapters)
+        saving.load_tensors(adapters, tensors)
 
     def _check_not_merged(self, name):
         if name in self.merged_adapters:

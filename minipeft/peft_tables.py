@@ -110,6 +110,28 @@ TASK_HEADS = {
     "FEATURE_EXTRACTION": (),
 }
 
+# task_type: forward's arguments by position, before output_attentions
+INPUTS = ["input_ids", "attention_mask", "inputs_embeds"]
+DECODER_INPUTS = [
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "decoder_inputs_embeds",
+]
+TASK_ARGUMENTS = {
+    **alike([*INPUTS, "labels"], "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"),
+    "QUESTION_ANS": [
+        "input_ids",
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "inputs_embeds",
+        "start_positions",
+        "end_positions",
+    ],
+    "SEQ_2_SEQ_LM": [*INPUTS, *DECODER_INPUTS, "labels"],
+    "FEATURE_EXTRACTION": INPUTS,
+}
+
 # ---- fields that are not built here --------------------------------------------------
 
 # Notes for loaders and settings for a start: the saved numbers do not depend on them.

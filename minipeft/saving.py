@@ -21,6 +21,7 @@ from .errors import AdapterFileError, ConfigError
 from .io import whole
 from .methods.lora_conversion import as_lora
 from .methods.lora_init import changes_base
+from .methods.virtual import LearnedEmbeddings
 from .model_card import CARD, model_card, updated_card
 from .slot import Adapter, AdapterNameError
 
@@ -106,6 +107,12 @@ def save(folder, config, tensors):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    if not config.peft_type:
+        kind = type(config).__name__
+        raise AdapterFileError(
+            f"{kind} has no peft_type, by which a loader would find it again. Give the"
+            f" class one, here {kind}.peft_type = 'MY_METHOD', and save again"
+        )
     folder = io.make_folder(folder, AdapterFileError)
     # Contiguous copies on the CPU: safetensors takes no two tensors that share memory.
     tensors = {
@@ -298,6 +305,19 @@ def check_same_config(name, here, found):
             )
 
 
+def check_no_encoder(name, adapters):
+    """Raise AdapterFileError where an adapter is computed by an encoder: its training
+    cannot go on from a file."""
+    prompts = [p for p in adapters.values() if isinstance(p, LearnedEmbeddings)]
+    if any(prompt.encoder is not None for prompt in prompts):
+        raise AdapterFileError(
+            f"{name!r} trains an encoder of its virtual tokens, and the encoder is not"
+            " in the file, so this training cannot go on from it. Train the file's"
+            " virtual tokens themselves, in a new optimizer: call"
+            " PeftModel.from_pretrained(base, ..., is_trainable=True)"
+        )
+
+
 def drop_base_weights(tensors, model):
     """PEFT saves adapted embeddings with their base, which this model has already, but
     for the rows of tokens that were added to it. Returns what of these differs:
@@ -321,11 +341,13 @@ def first_other_row(key, here, saved, is_embedding):
     other_base = AdapterFileError(
         f"{key}: this adapter belongs to a model with another base weight there"
     )
-    if here is None or (here.shape != saved.shape and not is_embedding):
+    there = torch.is_tensor(here)  # and no method that is called so
+    if not there or (here.shape != saved.shape and not is_embedding):
         raise other_base
     if here.shape != saved.shape:
         raise AdapterFileError(other_vocabulary(key, saved, here))
-    other = (here.detach().cpu() != saved.to("cpu", here.dtype)).flatten(1).any(1)
+    other = here.detach().cpu() != saved.to("cpu", here.dtype)
+    other = other.reshape(len(other), -1).any(1)  # of a weight or of a bias
     if not other.any():
         return None
     first = int(other.int().argmax())
@@ -353,6 +375,9 @@ def drop_second_names(tensors):
 
 
 def other_vocabulary(key, saved, here):
+    if saved.shape[1:] != here.shape[1:] or not saved.dim():
+        found, expected = tuple(saved.shape), tuple(here.shape)
+        return f"{key} {found}, expected the shape of the model's embedding, {expected}"
     return (
         f"{key} has {len(saved)} rows, the model's vocabulary {len(here)}: call"
         f" model.resize_token_embeddings({len(saved)}) before loading"

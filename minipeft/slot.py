@@ -14,7 +14,8 @@ nothing but its own parameters.
 """
 
 import threading
-from contextlib import contextmanager
+from collections.abc import MutableMapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -200,6 +201,8 @@ class Slot(nn.Module):
     def forward(self, *args, **kwargs):
         if not self.active.enabled or self.merged:
             return self.base_layer(*args, **kwargs)
+        if self.training and self.active.autograd_state is not None:
+            self.active.check_is_not_recomputed()
         if self.active.rows is not None:
             return self.forward_mixed_batch(self.active.rows, *args, **kwargs)
         return self.forward_stacked(self.active.names, *args, **kwargs)
@@ -286,15 +289,50 @@ class Slot(nn.Module):
         try:
             return getattr(self.base_layer, name)
         except AttributeError:
-            found = {
-                adapter_name: getattr(adapter, name)
-                for adapter_name, adapter in self.adapters.items()
-                if name in {*adapter._parameters, *adapter._modules}
-                or (name == "scaling" and hasattr(adapter, name))
-            }
+            found = AttributeByAdapter(self.adapters, name)
             if not found:
                 raise
             return found
+
+
+class AttributeByAdapter(MutableMapping):
+    """{adapter's name: its matrix, or scaling}. What is set is set on the adapter."""
+
+    def __init__(self, adapters, attribute):
+        self.adapters = adapters
+        self.attribute = attribute
+
+    def __iter__(self):
+        for name, adapter in self.adapters.items():
+            if self.attribute in {*adapter._parameters, *adapter._modules} or (
+                self.attribute == "scaling" and hasattr(adapter, "scaling")
+            ):
+                yield name
+
+    def __len__(self):
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name):
+        if name not in iter(self):
+            raise KeyError(name)
+        return getattr(self.adapters[name], self.attribute)
+
+    def __setitem__(self, name, value):
+        if name not in self:
+            raise AdapterNameError(
+                f"{self.attribute} of {name!r}: no such adapter on this layer; there"
+                f" are: {', '.join(self)}"
+            )
+        setattr(self.adapters[name], self.attribute, value)
+
+    def __delitem__(self, name):
+        raise TypeError(
+            f"{self.attribute} of {name!r} is a part of its adapter: call"
+            " delete_adapter on the PeftModel"
+        )
+
+    def __repr__(self):
+        return repr(dict(self))
 
 
 class ModelSlot(Slot):
@@ -367,12 +405,6 @@ class ModelSlot(Slot):
                 "labels: rows with different adapters around the model have a loss of"
                 f" next tokens only, and this {type(self.base_layer).__name__} has"
                 " another one: compute it from the logits"
-            )
-        if self.training and targets.uses_grad_checkpointing(self.base_layer):
-            raise ValueError(
-                "rows with different adapters around the model cannot be trained with"
-                " gradient checkpointing: when a layer runs again in the backward pass,"
-                " its rows are no longer known"
             )
 
     def generate(self, *args, **kwargs):
@@ -471,6 +503,17 @@ def find_slots(model):
     return found | {path: m for path, m in inside.items() if isinstance(m, Slot)}
 
 
+# the attribute by which transformers' modules, and GPT's here, call torch's checkpoint
+CHECKPOINT = "_gradient_checkpointing_func"
+
+
+def autograd_state():
+    """What differs within a checkpoint: a reentrant one switches gradients off, others
+    have hooks of their own for saved tensors."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), hooks
+
+
 class ActiveAdapters:
     """Which adapters are active; one object per model, read by every slot.
 
@@ -483,6 +526,7 @@ class ActiveAdapters:
         self.merged = []  # those written into the weights, in the order of merging
         self.enabled = True  # False within disable_adapter()
         self.rows = None  # RowAdapters, where each row has an adapter of its own
+        self.autograd_state = None  # at the start of a call with rows and gradients
         self.turn = threading.RLock()
 
     def __getstate__(self):  # a copy has a lock of its own
@@ -492,14 +536,54 @@ class ActiveAdapters:
         vars(self).update(state, turn=threading.RLock())
 
     @contextmanager
-    def only(self, name):
-        """Within it one adapter is active, for all rows."""
-        before = self.names, self.rows
-        self.names, self.rows = [name], None
+    def changed(self, **changes):
+        """Within it these attributes have other values."""
+        before = {name: getattr(self, name) for name in changes}
+        vars(self).update(changes)
         try:
             yield
         finally:
-            self.names, self.rows = before
+            vars(self).update(before)
+
+    def only(self, name):
+        """Within it one adapter is active, for all rows."""
+        return self.changed(names=[name], rows=None)
+
+    @contextmanager
+    def call(self, rows, model):
+        """One call of `model`, with rows of its own or None. What a checkpoint runs
+        again in the backward pass has them again."""
+        recomputed = rows is not None and torch.is_grad_enabled()
+        state = autograd_state() if recomputed else None
+        with ExitStack() as stack:
+            stack.enter_context(self.turn)
+            stack.enter_context(self.changed(rows=rows, autograd_state=state))
+            for module in model.modules() if recomputed else ():
+                if checkpoint := vars(module).get(CHECKPOINT):
+                    setattr(module, CHECKPOINT, partial(self.checkpoint, checkpoint))
+                    stack.callback(setattr, module, CHECKPOINT, checkpoint)
+            yield
+
+    def checkpoint(self, checkpoint, function, *args, **kwargs):
+        """`checkpoint` of a function that runs with what is active now."""
+        bound = partial(self.run_with, self.names, self.rows, function)
+        return checkpoint(bound, *args, **kwargs)
+
+    def run_with(self, names, rows, function, *args, **kwargs):
+        state = autograd_state()
+        changes = dict(names=names, rows=rows, autograd_state=state)
+        with self.turn, self.changed(**changes):
+            return function(*args, **kwargs)
+
+    def check_is_not_recomputed(self):
+        """Raise ValueError within a checkpoint that would not bring back the rows."""
+        if self.autograd_state != autograd_state():
+            raise ValueError(
+                "adapter_names in training: found a layer in a checkpoint of the"
+                " model's own, or without gradients, which may run it again without"
+                f" its rows. Expected one that goes through self.{CHECKPOINT}, which"
+                " gradient_checkpointing_enable sets. Or train one adapter at a time"
+            )
 
 
 class RowAdapters:

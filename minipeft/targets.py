@@ -40,6 +40,26 @@ def modules_by_path(model):
     return {path: unwrap_slot(module) for path, _, _, module in walk(model)}
 
 
+def parents_of(model):
+    """{id of a module: [those that hold it]}"""
+    parents = {}
+    for parent in model.modules():
+        for module in parent._modules.values():
+            parents.setdefault(id(module), []).append(parent)
+    return parents
+
+
+def check_one_place(path, layer, holders, problem):
+    """Raise TargetError, which says `problem`, for a layer that several modules, or one
+    under several names, hold."""
+    if len(holders) > 1:
+        raise TargetError(
+            f"{path}: this {type(layer).__name__} stands at {len(holders)} places of"
+            f" the model, and {problem} at one of them. Give each place a module of its"
+            " own (their weights may be tied)"
+        )
+
+
 def paths_of(modules, is_kind):
     """The paths of those of {path: module} that are of a kind."""
     return [path for path, module in modules.items() if is_kind(module)]

@@ -13,6 +13,7 @@ from tolerance import assert_within, chance, tolerance
 import minipeft
 from minipeft import AdaLoraConfig, ConfigError, PeftModel, TargetError, get_peft_model
 from minipeft.lm import train
+from minipeft.lm.checkpoint import load_checkpoint, save_checkpoint
 from minipeft.methods.adalora import AdaLora
 from minipeft.methods.rank_allocator import RankAllocator
 
@@ -418,6 +419,41 @@ class TestInTheTrainingLoop:
         assert ours == theirs
         for p, q in zip(again.parameters(), whole.parameters(), strict=True):
             assert torch.equal(p, q)
+
+    @pytest.mark.parametrize("stop", [1, 5])
+    @pytest.mark.parametrize("before, now", [(True, False), (False, True)])
+    def test_a_run_goes_on_as_it_began(self, tmp_path, stop, before, now):
+        """With an allocator, or without one."""
+
+        def cut(step, facts):
+            if step == stop:
+                raise MemoryError("a power cut")
+
+        options = dict(folder=tmp_path, save_every=1)
+        model, allocator = self.new()
+        allocator = allocator if before else None
+        with pytest.raises(MemoryError):
+            self.train(model, allocator, Rows(4), log=cut, **options)
+        model, allocator = self.new()
+        names = "RankAllocator .now None" if before else "None .now RankAllocator"
+        with pytest.raises(ValueError, match=f"other settings: after_step {names}"):
+            self.train(model, allocator if now else None, Rows(4), **options)
+
+    @pytest.mark.parametrize("steps", [0, 3, 14])
+    def test_its_state_is_not_left_in_the_file(self, tmp_path, steps):
+        model, allocator = self.new()
+        if steps:
+            self.train(model, allocator, Rows(4), steps=steps)
+        file = tmp_path / "best.safetensors"
+        save_checkpoint(file, model, after_step=allocator)
+        other, its = self.new()
+        before = [p.clone() for p in other.parameters()]
+        with pytest.raises(ValueError, match="the state of an after_step.*: pass the"):
+            load_checkpoint(file, other)
+        assert all(map(torch.equal, before, other.parameters()))
+        load_checkpoint(file, other, after_step=its)
+        assert its.steps == steps
+        assert all(map(torch.equal, model.parameters(), other.parameters()))
 
     def test_the_state_of_another_allocator_is_refused(self):
         _, allocator = self.new()

@@ -524,11 +524,6 @@ class TestTraining:
     def test_checkpointing_gives_the_same_gradients(
         self, method, base, reentrant, rows
     ):
-        if rows and not method.where:
-            pytest.skip(
-                "rows of adapters around the whole model are run group by group, which"
-                " checkpointing cannot repeat"
-            )
         if method.name == "prefix" and base.name.startswith("hf"):
             pytest.skip("refused: see test_prefix.py")
         if method.config == "SubspaceConfig":

@@ -226,7 +226,7 @@ def running(grads, labels):
     found, seen = torch.zeros_like(grads[0]), 0
     for g, n in zip(grads, labels):
         seen += n
-        found = found + (g - found) * (n / seen)
+        found = found + (g - found) * (n / seen if n else 0)
     return found
 
 
@@ -271,6 +271,16 @@ def test_accumulated_oracle_is_autograd():
         ("Each is a mean already", lambda grads, labels: sum(grads) / sum(labels)),
         ("two at a time", halved),
         ("last batch's gradient", lambda grads, labels: grads[-1]),
+        (
+            "equal counts of labels",
+            lambda grads, labels: (
+                grads[0] if len({*labels}) == 1 else weighed(grads, labels)
+            ),
+        ),
+        (
+            "without labels has no weight",
+            lambda grads, labels: weighed(grads, [max(1, n) for n in labels]),
+        ),
         ("in place", adds_into_the_first),
         ("every entry is off by 1", lambda grads, labels: weighed(grads, labels) + 1),
         ("is there a `return`", lambda grads, labels: None),

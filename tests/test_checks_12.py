@@ -236,6 +236,16 @@ def test_places_solutions():
                 )
             ),
         ),
+        (
+            "count the padding on the left",
+            positions(
+                lambda mask, n: (
+                    torch.arange(mask.shape[1])[None] + n
+                    if len(mask) == 1
+                    else places(mask, n)[1]
+                )
+            ),
+        ),
         ("has the shape", masks(lambda mask, n: F.pad(mask, (n + 1, 0), value=1))),
         ("mask hides the prefix", masks(lambda mask, n: F.pad(mask, (n, 0)))),
         ("at the end of the mask", masks(lambda mask, n: F.pad(mask, (0, n), value=1))),

@@ -534,6 +534,12 @@ def best_factors(W, new):
     return (W * new).sum(1) / W.square().sum(1)
 
 
+def but_at_zeros(W, new):
+    """The factors, where they give W_new at the places that are not zero in W."""
+    l = best_factors(W, new)
+    return l if torch.allclose((l[:, None] * W)[W != 0], new[W != 0]) else None
+
+
 def within(share):
     return lambda made, new: bool((made - new).norm() < share * new.norm())
 
@@ -676,6 +682,7 @@ def test_two_layers_may_differ_in_kind():
             "adds up to zero",
             scaled_by(lambda W, new: new.mean(1) / W.mean(1)),
         ),
+        ("find_scales", "an entry that is zero in W is not", but_at_zeros),
         (
             "find_scales",
             "has the shape",

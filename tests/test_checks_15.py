@@ -75,6 +75,12 @@ def lost_rows(base, updates, names, x):
     )
 
 
+def not_without_a_name(base, updates, names, x):
+    if {*names} == {"none"}:
+        return x
+    return by_place(base, updates, names, x)
+
+
 def writes(base, updates, names, x):
     out = by_place(base, updates, names, x)
     x.data.zero_()
@@ -110,6 +116,7 @@ def test_serve_right_answers():
         ("update is in it twice", lambda b, u, n, x: 2 * by_place(b, u, n, x) - b(x)),
         ("base alone", lambda b, u, n, x: b(x)),
         ("are lost", lost_rows),
+        ("has the shape", not_without_a_name),
         ("You changed `x` in place", writes),
         ("The base ran for", lambda b, u, n, x: masked(b, u, n, x) + 0 * b(x)),
         (

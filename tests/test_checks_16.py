@@ -663,6 +663,7 @@ class NoType(LayerConfig):
             },
         ),
         ("leaked", "order of the words", matching(lambda t: tuple(sorted(plain(t))))),
+        ("leaked", "You get", matching(lambda t: plain(t)[:8])),
         ("leaked", "sets of words", matching(lambda t: frozenset(plain(t)))),
         ("leaked", "stand twice", matching(lambda t: tuple(dict.fromkeys(plain(t))))),
         ("leaked", "where words end", matching(lambda t: re.sub(r"\W", "", t.lower()))),

@@ -68,6 +68,17 @@ def base(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture
+def nan_base(base, tmp_path):
+    """The base, a weight of which is NaN."""
+    folder = shutil.copytree(base, tmp_path / "nan")
+    model = load_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 PICTURES = []  # of this process: the first is drawn
 
 
@@ -215,6 +226,20 @@ class TestFinetune:
             capsys, "evaluate", "--base", merged, "--data", mine, "--limit", 3, "--json"
         )
         assert json.loads(out)["loss"] == pytest.approx(scores["loss"], rel=ROUNDING)
+
+    @pytest.mark.parametrize("what", ["merge", "full"])
+    def test_a_whole_model_keeps_how_transformers_generates(
+        self, what, base, adapter, mine, tmp_path, capsys
+    ):
+        own = shutil.copytree(base, tmp_path / "base")
+        ends = '{"eos_token_id": [2, 5]}'
+        (own / "generation_config.json").write_text(ends)
+        argv = tune(own, mine, tmp_path / "out", "--method", "full")
+        if what == "merge":
+            argv = ["merge", "--base", own, "--adapter", adapter]
+            argv += ["--out", tmp_path / "out"]
+        assert run(capsys, *argv)[0] == 0
+        assert (tmp_path / "out" / "generation_config.json").read_text() == ends
 
     def test_full_fine_tuning_saves_a_plain_model(self, base, mine, tmp_path, capsys):
         code, out, err = run(
@@ -1371,6 +1396,21 @@ class TestGenerate:
         for option in (["--top-k", "3"], ["--top-p", "0.9"]):
             code, _, err = run(capsys, "generate", "x", "--base", base, *option)
             assert code == 1 and "--temperature above 0" in err
+
+    @pytest.mark.parametrize(
+        "more", [[], ["--temperature", 1], ["--temperature", 1, "--json"]]
+    )
+    def test_a_base_with_nan(self, nan_base, capsys, more):
+        code, _, err = self.generate(capsys, nan_base, *more)
+        assert code == 1 and "minipeft: the model's logits are NaN" in err
+
+    def test_nan_is_null_in_json(self, nan_base, tmp_path, capsys):
+        texts = tmp_path / "a.txt"
+        texts.write_text("".join(f"say {i} {i + 1}\n" for i in range(9)))
+        argv = ["evaluate", "--base", nan_base, "--data", texts, "--json"]
+        code, out, _ = run(capsys, *argv)
+        found = json.loads(out, parse_constant=pytest.fail)
+        assert code == 0 and found["loss"] is None and found["perplexity"] is None
 
     def generate(self, capsys, base, *argv):
         argv = ["generate", "the cat", "--base", base, "--max-new-tokens", 6, *argv]

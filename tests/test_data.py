@@ -391,6 +391,9 @@ class TestOwnFiles:
             load_data("e2e_nlp")
         with pytest.raises(DataError, match=".txt, .jsonl or .csv"):
             load_data("my.xlsx")
+        for nothing in (None, 3, ["sql"], {}):
+            with pytest.raises(DataError, match="is not a name: expected one of mood"):
+                load_data(nothing)
         with pytest.raises(DataError, match="cannot read .*nowhere.txt: No such file"):
             load_data("nowhere.txt")
 
@@ -418,6 +421,12 @@ class TestRows:
         # the completion alone is too long: nothing sensible is left to cut
         with pytest.raises(DataError, match="row holds 8"):
             encode(Letters(), Example("p", " c" * 5, {}), 8, truncate=True)
+
+    @pytest.mark.parametrize("most", [1, 0, -1, 5.5, "8", True])
+    @pytest.mark.parametrize("prompt", ["", "a"])
+    def test_rows_that_hold_nothing(self, most, prompt):
+        with pytest.raises(DataError, match="max_length = .* at least 2 or None"):
+            Batches([Example(prompt, " c d e", {})], Letters(), max_length=most)
 
     def test_truncation_is_stated(self, capsys):
         batches = Batches(

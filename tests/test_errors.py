@@ -1,6 +1,8 @@
 """Wrong input: an error of its own type that says what to do, and a model that is left
 as it was."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from bases import BASES, METHODS, adapted, run, shake
@@ -291,6 +293,194 @@ class TestNamesOfAdapters:
             run(model, adapter_names=["default"] * 3)
 
 
+class Keeps(minipeft.LinearDelta):
+    """delta = v, and something that its configuration hands it"""
+
+    def __init__(self, base, keep):
+        super().__init__()
+        self.v = torch.nn.Parameter(torch.zeros_like(base.weight))
+        keep(self, base)
+
+    def delta(self, base):
+        return self.v
+
+
+def own_config(create, **fields):
+    """A configuration whose `create` is create(base), for q_proj."""
+
+    class Own(minipeft.config.LayerConfig):
+        def create(self, base, path):
+            return create(base)
+
+    return Own(target_modules=["q_proj"], **fields)
+
+
+def as_module(adapter, base):
+    adapter.linear = base.module
+
+
+def as_parameter(adapter, base):
+    adapter.weight = base.module.weight
+
+
+def as_alias(adapter, base):
+    adapter.weight = torch.nn.Parameter(base.module.weight.data[:2].T)
+
+
+def as_buffer(adapter, base):
+    adapter.register_buffer("before", base.module.weight.detach())
+
+
+def as_grandchild(adapter, base):
+    adapter.inner = torch.nn.ModuleDict({"one": torch.nn.Sequential(base.module)})
+
+
+class Scale(minipeft.Adapter):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, base, *args, **kwargs):
+        return base(*args, **kwargs)
+
+
+def in_a_list(adapter, base):
+    adapter.kept = [base.module]
+
+
+def as_a_copy(adapter, base):
+    adapter.register_buffer("before", base.module.weight.detach().clone())
+
+
+class TestMethodsOfOnesOwn:
+    @pytest.mark.parametrize(
+        "keep, name",
+        [
+            (as_module, "linear.weight"),
+            (as_parameter, "weight"),
+            (as_alias, "weight"),
+            (as_buffer, "before"),
+            (as_grandchild, "inner.one.0.weight"),
+        ],
+    )
+    def test_an_adapter_that_holds_the_base(self, plain, keep, name):
+        """It would be trained, and saved as the adapter's."""
+        config = own_config(lambda base: Keeps(base, keep))
+        with pytest.raises(
+            ConfigError,
+            match=rf"layers.0.*: {name} of this Keeps is the base's.*\(base",
+        ):
+            get_peft_model(plain, config)
+
+    @pytest.mark.parametrize("part", ["lm_head", "model.norm", "model.layers.1"])
+    def test_one_that_holds_another_part_of_the_model(self, plain, part):
+        def keep(adapter, base):
+            adapter.other = plain.get_submodule(part)
+
+        with pytest.raises(ConfigError, match=r"other\..*weight of this Keeps is the"):
+            get_peft_model(plain, own_config(lambda base: Keeps(base, keep)))
+
+    def test_a_shared_part_that_holds_the_base(self, plain):
+        config = own_config(lambda base: Keeps(base, in_a_list))
+        type(config).create_shared = lambda self, bases: plain.model.embed_tokens
+        with pytest.raises(ConfigError, match="weight of this Embedding is the base's"):
+            get_peft_model(plain, config)
+
+    @pytest.mark.parametrize("keep", [in_a_list, as_a_copy])
+    def test_what_only_looks_at_the_base(self, keep):
+        model = BASE.make()
+        model.register_buffer("graph", torch.eye(3).to_sparse())
+        before = run(model)
+        model = get_peft_model(model, own_config(lambda base: Keeps(base, keep)))
+        assert torch.equal(run(model), before)
+        model.add_adapter("two", own_config(lambda base: Keeps(base, keep)))
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained and all(name.endswith("default.v") for name in trained)
+
+    @pytest.mark.parametrize("kind", ["LORA", "IA3", "FUSION"])
+    def test_the_name_of_a_built_in_method(self, kind):
+        """It would replace that method for every loader of the process."""
+        built_in = minipeft.config.METHODS[kind]
+        message = f"peft_type '{kind}' is that of {built_in.__name__}.*'MY_{kind}'"
+        for parent in (minipeft.config.LayerConfig, built_in):
+            with pytest.raises(ConfigError, match=message):
+                type("Own", (parent,), {"peft_type": kind, "__module__": __name__})
+        assert minipeft.config.METHODS[kind] is built_in
+
+    @pytest.mark.parametrize("module", ["__main__", "minipeft_own", __name__])
+    def test_a_class_defined_again(self, monkeypatch, module):
+        """As when a notebook's cell is run twice."""
+        monkeypatch.setattr(minipeft.config, "METHODS", dict(minipeft.config.METHODS))
+        for _ in range(2):
+            fields = {"peft_type": "OWN", "__module__": module}
+            again = type("Own", (minipeft.config.LayerConfig,), fields)
+            assert minipeft.config.METHODS["OWN"] is again
+
+    @pytest.mark.parametrize(
+        "create, found",
+        [
+            (lambda base: None, "None.*does it end without a return"),
+            (lambda base: Keeps, "<class '.*Keeps'>"),
+            (lambda base: torch.nn.Linear(16, 16), "Linear"),
+            (lambda base: base.weight, "tensor|Parameter"),
+        ],
+    )
+    def test_what_is_no_adapter(self, plain, create, found):
+        with pytest.raises(
+            ConfigError, match=rf"q_proj: Own.create returns ({found})(?s:.*)an Adapter"
+        ):
+            get_peft_model(plain, own_config(create))
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            len,
+            torch.ones(2),
+            {"inner": [object()]},
+            {1: "a", "b": 2},
+            (c for c in "ab"),
+        ],
+        ids=["function", "tensor", "object", "mixed keys", "generator"],
+    )
+    def test_a_field_that_no_file_can_hold(self, plain, value):
+        """Found out before the training, not when it is saved."""
+
+        @dataclass(kw_only=True)
+        class Fielded(minipeft.config.LayerConfig):
+            what: object = None
+
+            def create(self, base, path):
+                return Keeps(base, in_a_list)
+
+        config = Fielded(target_modules=["q_proj"], what=value)
+        message = r"Fielded.what = (?s:.*): expected what JSON holds"
+        with pytest.raises(ConfigError, match=message):
+            get_peft_model(plain, config)
+        model = get_peft_model(BASE.make(), LoraConfig())
+        with pytest.raises(ConfigError, match=message):
+            model.add_adapter("two", config)
+        fine = Fielded(target_modules=["q_proj"], what={"a": [1, None, "b", (2.5,)]})
+        model.add_adapter("two", fine)
+
+    @pytest.mark.parametrize("parent", ["PeftConfig", "LayerConfig"])
+    def test_saving_without_a_peft_type(self, tmp_path, parent):
+        class Nameless(getattr(minipeft.config, parent)):
+            def create(self, base, path):
+                return Scale()
+
+        fields = {"target_modules": ["q_proj"]} if parent == "LayerConfig" else {}
+        model = get_peft_model(BASE.make(), Nameless(**fields))
+        with pytest.raises(AdapterFileError, match="Nameless has no peft_type.*'MY_"):
+            model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out" / "adapter_config.json").exists()
+        Nameless.peft_type = "MY_OWN"  # as the message says
+        model.save_pretrained(tmp_path / "out")
+        assert (
+            '"peft_type": "MY_OWN"'
+            in (tmp_path / "out" / "adapter_config.json").read_text()
+        )
+
+
 def break_fourth_fold(monkeypatch):
     """Merging goes well three times, and runs out of memory at the fourth layer."""
     fold, calls = minipeft.LinearDelta.fold, []
@@ -460,6 +650,20 @@ class TestTensorsInFiles:
         key = "base_model.model.model.embed_tokens.base_layer.weight"
         rewrite(folder, lambda tensors: tensors | {key: torch.ones(40, 16)})
         assert "another base weight" in refused(plain, folder)
+
+    @pytest.mark.parametrize("name", ["forward", "training", "in_features"])
+    def test_a_base_weight_that_is_no_weight(self, plain, folder, name):
+        key = f"base_model.model.model.layers.0.mlp.up_proj.base_layer.{name}"
+        rewrite(folder, lambda tensors: tensors | {key: torch.ones(40, 16)})
+        assert f"{name}: this adapter belongs" in refused(plain, folder)
+
+    @pytest.mark.parametrize("shape", [(), (40,), (40, 3)])
+    @pytest.mark.parametrize("part", ["", "base_layer."])
+    def test_an_embedding_of_another_shape(self, plain, folder, part, shape):
+        key = f"base_model.model.model.embed_tokens.{part}weight"
+        rewrite(folder, lambda tensors: tensors | {key: torch.ones(shape)})
+        message = f"{key} {shape}, expected the shape of the model's embedding, ("
+        assert message in refused(plain, folder)
 
     @pytest.mark.parametrize(
         "change, message",

@@ -85,6 +85,17 @@ class TestLoss:
             found = completion_loss(model, None, given)["loss"]
             assert found == pytest.approx(loss, abs=rounding(loss))
 
+    def test_batches_without_labels_count_for_nothing(self):
+        from minipeft.lm.data import Batches
+
+        model, batch = tiny().eval(), Batches(examples(4), Letters(), 4).batch(0)
+        alone = completion_loss(model, None, [batch])
+        bare = batch | {"labels": torch.full_like(batch["labels"], -100)}
+        assert completion_loss(model, None, [bare, batch, bare]) == alone
+        for nothing in ([bare], [bare, bare], []):
+            with pytest.raises(DataError, match="no label to judge the model by"):
+                completion_loss(model, None, nothing)
+
     @pytest.mark.parametrize("training", [True, False])
     def test_the_mode_is_restored_and_no_gradient_is_left(self, training):
         model = tiny().train(training)
@@ -153,6 +164,16 @@ class TestEvaluate:
             evaluate(tiny(), Words(), task(), split="tset")
         with pytest.raises(DataError, match="no examples"):
             evaluate(tiny(), Words(), [])
+
+    @pytest.mark.parametrize("split", ["nope", None, "Test"])
+    def test_a_wrong_split_of_a_list(self, split):
+        with pytest.raises(DataError, match="split .*expected train, valid or test"):
+            evaluate(tiny(), Letters(), examples(4), split=split)
+
+    @pytest.mark.parametrize("data", [task(), task().test, examples(3)])
+    def test_predictions_that_nobody_writes(self, data):
+        with pytest.raises(ValueError, match="predictions=True needs generate=True"):
+            evaluate(tiny(), Letters(), data, generate=False, predictions=True)
 
     @pytest.mark.parametrize("limit", [-1, 0, 1.5, "3", True])
     def test_a_limit_that_means_nothing(self, limit):

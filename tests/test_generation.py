@@ -265,6 +265,13 @@ class TestExtremes:
             assert sample(logits, temperature).tolist() == [1, 1]
         assert sample(1e30 * logits, 1e-40, top_k=2, top_p=0.5).tolist() == [1, 1]
 
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("row", [[0, torch.nan], [torch.inf, 0], [-torch.inf] * 2])
+    def test_logits_that_say_nothing(self, row, temperature):
+        logits = torch.tensor([[0.0, 1.0], row])
+        with pytest.raises(ValueError, match="logits are NaN or infinite: look for"):
+            sample(logits, temperature)
+
     def test_ties_stay_ties(self):
         logits = torch.tensor([[7.0, 7.0, 1.0]]).expand(400, 3)
         assert set(sample(logits, 1e-40).tolist()) == {0, 1}
@@ -275,10 +282,20 @@ class TestExtremes:
         drawn = sample(logits, 1.0, top_p=top_p)
         assert torch.equal(drawn, logits.argmax(-1))
 
-    @pytest.mark.parametrize("stop", ["", ["a", ""], [None], [1.5], True])
+    @pytest.mark.parametrize("stop", ["", ["a", ""], [None], [1.5], True, b"a"])
     def test_stops_that_mean_nothing(self, model, stop):
         with pytest.raises(ValueError, match="stop = "):
             generate(model, Letters(), "abc", stop=stop)
+
+    @pytest.mark.parametrize("size", [0, -1, 1.5, None])
+    def test_batches_of_no_prompt(self, model, size):
+        with pytest.raises(ValueError, match="batch_size = .*at least 1"):
+            generate(model, Letters(), ["abc"], batch_size=size)
+
+    @pytest.mark.parametrize("names", [[], ["a"], ["a", "a", "no"]])
+    def test_a_name_for_each_prompt(self, model, names):
+        with pytest.raises(ValueError, match="adapter_names for 2 prompts: expected"):
+            generate(model, Letters(), ["abc", "b"], adapter_names=names)
 
     @pytest.mark.parametrize("number", [1.5, "3", True, float("inf")])
     def test_numbers(self, model, number):

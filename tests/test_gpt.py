@@ -2,9 +2,11 @@
 whatever the shape and the call."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from bases import differ
 from tolerance import assert_within
 
 from minipeft.lm import GPT, GPTConfig, load_pretrained
@@ -39,6 +41,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+
+
+def scaled(**fields):
+    """LLAMA3 for GPTConfig, which has rope_theta beside it, with other values."""
+    fields = {**LLAMA3, **fields}
+    del fields["rope_theta"]
+    return fields
+
+
 KINDS = {
     "llama": ("LlamaConfig", SIZES),
     "llama tied, biases, grouped": (
@@ -346,11 +357,66 @@ class TestInterface:
                 dict(rope_scaling={"rope_type": "llama3", "factor": 2.0}),
                 "lacks low_freq_factor",
             ),
+            (
+                dict(rope_scaling={"rope_type": "linear", "factr": 2.0}),
+                "rope_scaling of type 'linear' has no 'factr' .did you mean 'factor'",
+            ),
+            (dict(rope_scaling={"factor": 4.0}), "of type 'default' has no 'factor'"),
+            (dict(rope_scaling=LINEAR), "has no 'rope_theta'.*rope_type, factor"),
+            (dict(rope_scaling={"type": "yarn"}), "unknown rope_type 'yarn'"),
+            (
+                dict(rope_scaling=scaled(low_freq_factor=4.0)),
+                "4.0: expected .* above 4",
+            ),
+            (
+                dict(rope_scaling=scaled(high_freq_factor=0.5)),
+                "0.5: expected .* above 1",
+            ),
         ],
     )
     def test_wrong_configurations(self, fields, message):
         with pytest.raises(ValueError, match=message):
             GPTConfig(**{**SIZES, **fields})
+
+    @pytest.mark.parametrize(
+        "scaling", [LINEAR, LLAMA3, {**LLAMA3, "factor": 2.0}], ids=["1", "2", "3"]
+    )
+    def test_the_old_key_of_rope_scaling(self, tmp_path, scaling):
+        """transformers' "type", from before "rope_type"."""
+        new = {key: value for key, value in scaling.items() if key != "rope_theta"}
+        old = {("type" if k == "rope_type" else k): v for k, v in new.items()}
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**SIZES, rope_scaling=old)).eval()
+        assert model.config.rope_scaling == new and "type" in old
+        ids = torch.randint(0, 61, (2, 20))
+        model.save_pretrained(tmp_path)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        for again in (load_pretrained(tmp_path), theirs):
+            close(again(ids).logits, model(ids).logits)
+        plain = GPT(GPTConfig(**SIZES)).eval()
+        plain.load_state_dict(model.state_dict())
+        differ(plain(ids).logits, model(ids).logits)
+
+    @pytest.mark.parametrize(
+        "field, value",
+        [
+            ("num_key_value_heads", 2),
+            ("head_dim", 16),
+            ("sliding_window", 8),
+            ("rope_theta", 5e5),
+            ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ],
+    )
+    def test_what_gpt2_has_not(self, field, value):
+        """Its files have no place for it: saved, it would be another model."""
+        with pytest.raises(ValueError, match=f"gpt2 has no {field} = .*; take llama"):
+            GPTConfig(**SIZES, model_type="gpt2", **{field: value})
+
+    def test_what_gpt2_has_under_another_name(self):
+        config = GPTConfig(**SIZES, model_type="gpt2")
+        same = dict(num_key_value_heads=4, head_dim=8, rope_theta=1e4)
+        assert GPTConfig(**SIZES, model_type="gpt2", **same) == config
+        assert replace(config) == config
 
     def test_compiled(self):
         # one layer: compiling each takes seconds

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from tolerance import printed, tolerance
 
 from minipeft.lm import GPT, GPTConfig, load_pretrained, load_tokenizer
+from minipeft.lm.generation import prompt_ids
 from minipeft.lm.hf_format import ModelFileError
 from minipeft.lm.pretrained import read_configs, resolve
+from minipeft.lm.tokenizer import wrap
 
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")
 from test_gpt import KINDS, SIZES, close, oracle  # noqa: E402
@@ -153,6 +155,41 @@ class TestBothWays:
             again.lm_head.weight, tied.lm_head.weight
         )
 
+    @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}])
+    @pytest.mark.parametrize("kind", ["llama tied, biases, grouped", "gpt2"])
+    def test_a_head_of_other_values_is_not_tied(self, kind, shards, tmp_path):
+        """Whatever config.json says."""
+        theirs = oracle(kind)
+        assert theirs.config.tie_word_embeddings
+        embedding = theirs.get_input_embeddings().weight
+        theirs.lm_head.weight = torch.nn.Parameter(embedding.flip(0))
+        theirs.config.tie_word_embeddings = False
+        theirs.save_pretrained(tmp_path, **shards)
+        edit(tmp_path, tie_word_embeddings=True)
+        ids = torch.randint(0, 61, (2, 8))
+        with pytest.warns(UserWarning, match="lm_head.weight differs .* not tied"):
+            ours = load_pretrained(tmp_path)
+        opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        close(ours(ids).logits, opened(ids).logits)
+        ours.save_pretrained(tmp_path / "ours")
+        assert not read_configs(tmp_path / "ours")[0].tie_word_embeddings
+
+    @pytest.mark.parametrize("kind", ["llama tied, biases, grouped", "gpt2"])
+    def test_a_head_of_the_same_values_is_tied(self, kind, tmp_path):
+        oracle(kind).save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        name = next(
+            n for n in tensors if n.endswith(("embed_tokens.weight", "wte.weight"))
+        )
+        save_file(tensors | {"lm_head.weight": tensors[name].clone()}, file)
+        ours = load_pretrained(tmp_path)
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+        save_file(tensors | {"lm_head.weight": torch.zeros(3, 32)}, file)
+        with pytest.warns(UserWarning, match="lm_head.weight differs"):
+            with pytest.raises(ModelFileError, match=r"lm_head.weight \(3, 32\)"):
+                load_pretrained(tmp_path)
+
     def test_what_is_changed_in_memory_is_not_changed_in_the_file(self, tiny):
         file = tiny / "model.safetensors"
         before = file.read_bytes()
@@ -212,6 +249,16 @@ print((peak() - before) / {size})
 
 
 class TestErrors:
+    @pytest.mark.parametrize("dtype", [torch.int8, "flt16", torch.bool, 16])
+    def test_a_dtype_that_is_none(self, tiny, dtype):
+        with pytest.raises(ValueError, match="unknown dtype .*torch.float16"):
+            load_pretrained(tiny, dtype=dtype)
+
+    @pytest.mark.parametrize("name", ["bfloat16", "float16", "torch.float64"])
+    def test_a_dtype_by_name(self, tiny, name):
+        dtype = getattr(torch, name.removeprefix("torch."))
+        assert load_pretrained(tiny, dtype=name).dtype == dtype
+
     def test_every_wrong_tensor_is_listed_before_anything_is_loaded(self, tiny):
         tensors = load_file(tiny / "model.safetensors")
         del (
@@ -233,6 +280,29 @@ class TestErrors:
             "model.layers.0.mlp.up_proj.weight (47, 32), expected (48, 32)",
         ):
             assert part in str(error.value)
+
+    @pytest.mark.parametrize(
+        "kind, field, stray",
+        [
+            ("gpt2", "num_key_value_heads", 2),
+            ("gpt2", "rope_theta", 5e5),
+            ("gpt2", "rope_scaling", {"type": "linear", "factor": 2.0}),
+            ("gpt2", "rope_parameters", {"rope_type": "yarn"}),
+            ("llama", "rope_parameters", {"rope_type": "default", "factor": 2.0}),
+            (
+                "llama",
+                "rope_parameters",
+                {"rope_type": "linear", "factor": 1.0, "beta_fast": 32},
+            ),
+        ],
+    )
+    def test_what_transformers_ignores(self, tmp_path, kind, field, stray):
+        theirs = oracle(kind)
+        theirs.save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {field: stray}))
+        ids = torch.arange(1, 9)[None]
+        close(load_pretrained(tmp_path)(ids).logits, theirs(ids).logits)
 
     def test_gpt2_faults_are_told_in_the_names_of_the_file(self, tmp_path):
         oracle("gpt2").save_pretrained(tmp_path)
@@ -309,6 +379,104 @@ class TestErrors:
             load_pretrained(tiny)
         with pytest.raises(FileNotFoundError, match="no folder ./not/here"):
             load_pretrained("./not/here")
+
+
+def byte_level(folder, *specials, **fields):
+    """A tokenizer without byte pairs, as transformers saves it. fields: of
+    tokenizer_config.json; None takes a field away."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(list(specials))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | fields
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+class TestTokenizers:
+    TEXT = "The baker in Willow Court is called Hector."
+
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            {"truncation": True, "max_length": 4, "padding": "max_length"},
+            {"truncation": True, "max_length": 2},
+            {"padding": "max_length", "max_length": 60},
+        ],
+    )
+    def test_nothing_is_cut_or_padded(self, tmp_path, cut):
+        """A tokenizer.json keeps what transformers was last asked for."""
+        expected = load_tokenizer("lanternwick").encode(self.TEXT)
+        theirs = transformers.AutoTokenizer.from_pretrained(resolve("lanternwick"))
+        theirs(self.TEXT, **cut)
+        assert wrap(theirs).encode(self.TEXT) == expected
+        theirs(self.TEXT, **cut)
+        theirs.save_pretrained(tmp_path)
+        file = json.loads((tmp_path / "tokenizer.json").read_text())
+        assert file["truncation"] or file["padding"]
+        ours = load_tokenizer(tmp_path)
+        assert ours.encode(self.TEXT) == expected
+        assert ours.encode_batch([self.TEXT, "a"])[0] == expected
+        ours.save_pretrained(tmp_path / "again")
+        file = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+        assert file["truncation"] is None and file["padding"] is None
+
+    @pytest.mark.parametrize(
+        "specials, fields",
+        [
+            (CHATML, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
+            (CHATML, {"eos_token": "<|im_end|>", "bos_token": None}),
+            (CHATML, {"tokenizer_class": "Qwen2Tokenizer"}),
+            (CHATML, {"tokenizer_class": "GPT2Tokenizer"}),
+            (CHATML, {"tokenizer_class": "GPT2Tokenizer", "bos_token": None}),
+            (CHATML, {"bos_token": "<|im_start|>"}),
+            (("<s>", "</s>"), {"eos_token": "</s>"}),
+            (("<s>", "</s>"), {"bos_token": "<s>"}),
+        ],
+    )
+    def test_the_bos_is_transformers(self, tmp_path, specials, fields):
+        """No token is invented where tokenizer_config.json names none."""
+        byte_level(tmp_path, *specials, **fields)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for ours in (load_tokenizer(tmp_path), wrap(theirs)):
+            assert ours.bos_token_id == theirs.bos_token_id
+            first = [] if theirs.bos_token_id is None else [theirs.bos_token_id]
+            assert prompt_ids(ours, "Hello")[0] == first + ours.encode("Hello")
+        ours.save_pretrained(tmp_path / "again")
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+        assert again.bos_token == theirs.bos_token
+
+    @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "llama"])
+    def test_the_bos_of_the_models_class(self, tmp_path, kind):
+        """Where tokenizer_config.json names neither, as in GPT-2's on the hub."""
+        byte_level(tmp_path, *CHATML)
+        (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 9}')
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path).bos_token_id == theirs.bos_token_id
+
+    def test_a_bos_that_the_tokenizer_adds_itself(self, tmp_path):
+        load_tokenizer("lanternwick").save_pretrained(tmp_path)
+        for config in ("{}", '{"bos_token": null}'):
+            (tmp_path / "tokenizer_config.json").write_text(config)
+            theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+            ids = prompt_ids(load_tokenizer(tmp_path), "Hello")[0]
+            assert ids == theirs("Hello").input_ids and ids[0] == 1
+
+    @pytest.mark.parametrize("specials", [CHATML, ("</s>", "<s>")])
+    def test_without_a_tokenizer_config_the_bos_is_guessed(self, tmp_path, specials):
+        byte_level(tmp_path, *specials)
+        (tmp_path / "tokenizer_config.json").unlink()
+        ours = load_tokenizer(tmp_path)
+        bos = "<s>" if "<s>" in specials else "<|endoftext|>"
+        assert ours.raw.id_to_token(ours.bos_token_id) == bos
 
 
 class TestNames:
@@ -497,6 +665,49 @@ class TestDamagedFiles:
         file.mkdir()
         with pytest.raises(FileError, match="is a folder"):
             load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {"truncation": True, "max_length": 4},
+            {"padding": "max_length", "max_length": 40},
+            {"truncation": True, "max_length": 4, "padding": "max_length"},
+        ],
+    )
+    def test_a_tokenizer_that_was_asked_to_cut_or_to_fill_up(self, tmp_path, asked):
+        ours = load_tokenizer("lanternwick")
+        ours.save_pretrained(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        text = "The baker in Willow Court is called Hector"
+        theirs(text, **asked)
+        theirs.save_pretrained(tmp_path)  # with what was asked
+        saved = json.loads((tmp_path / "tokenizer.json").read_text())
+        assert saved["truncation"] or saved["padding"]
+        assert load_tokenizer(tmp_path).encode(text) == ours.encode(text)
+
+    @pytest.mark.parametrize("bos", [None, "<|endoftext|>", "<|im_start|>"])
+    def test_the_first_token_is_theirs(self, tmp_path, bos):
+        """A Qwen2 has none, though its vocabulary has what others begin with."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = pre_tokenizers.ByteLevel.alphabet()
+        raw = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.decoder = decoders.ByteLevel()
+        raw.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+        theirs = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=raw, bos_token=bos, eos_token="<|im_end|>"
+        )
+        theirs.save_pretrained(tmp_path)
+        from minipeft.lm.tokenizer import wrap
+
+        for ours in (load_tokenizer(tmp_path), wrap(theirs)):
+            assert ours.bos_token_id == theirs.bos_token_id
+            ours.save_pretrained(tmp_path / "back")
+            back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+            assert back.bos_token == bos
+        (tmp_path / "tokenizer_config.json").unlink()  # then it is guessed
+        assert load_tokenizer(tmp_path).bos_token_id == raw.token_to_id("<|endoftext|>")
 
     @pytest.mark.parametrize("template", [5, ["x"], {"a": 1}, [{"name": "default"}, 3]])
     def test_a_chat_template(self, tmp_path, template):

@@ -1,9 +1,13 @@
 """IA3 against Hugging Face PEFT, where the table of methods does not reach."""
 
+import copy
+
 import peft
 import pytest
 import torch
+import transformers
 from bases import BASES, close, differ, run, shake
+from safetensors.torch import load_file
 
 import minipeft
 from minipeft import IA3Config, PeftModel, TargetError, get_peft_model
@@ -165,3 +169,48 @@ class TestTargets:
             IA3Config(target_modules=["up"], feedforward_modules=[]),
         )
         assert torch.equal(run(model), run(BASES["mlp"].make()))
+
+
+def tiny(kind, **fields):
+    """A small random model of the transformers library."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=2, num_key_value_heads=2, vocab_size=40)
+    config = transformers.AutoConfig.for_model(kind, **sizes, **fields)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+class TestFeedForwardByDefault:
+    """PEFT's default names may be of no target that is left."""
+
+    @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            dict(exclude_modules=["down_proj"]),
+            dict(modules_to_save=["down_proj"]),
+            dict(exclude_modules=r".*mlp.*"),
+        ],
+        ids=str,
+    )
+    def test_none_is_left(self, kind, fields, tmp_path):
+        theirs = peft.get_peft_model(tiny(kind), peft.IA3Config(**fields))
+        theirs.save_pretrained(tmp_path)
+        ours = get_peft_model(tiny(kind), IA3Config(**fields))
+        assert ours.peft_config["default"].feedforward_modules == []
+        found = minipeft.get_peft_model_state_dict(ours)
+        assert found.keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+        PeftModel.from_pretrained(tiny(kind), tmp_path)
+        named = IA3Config(feedforward_modules=["down_proj"], **fields)
+        with pytest.raises(TargetError, match="among the targets"):
+            get_peft_model(tiny(kind), named)
+
+    @pytest.mark.parametrize("experts", [2, 3, 4])
+    def test_pefts_folder_for_a_mixture_of_experts(self, experts, tmp_path):
+        base = tiny("mixtral", num_local_experts=experts)
+        fields = dict(task_type="CAUSAL_LM", init_ia3_weights=False)
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.IA3Config(**fields))
+        theirs.save_pretrained(tmp_path)
+        ours = PeftModel.from_pretrained(base, tmp_path)
+        ids = torch.arange(12).view(2, 6)
+        close(ours(ids).logits, theirs.eval()(ids).logits)

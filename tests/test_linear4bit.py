@@ -106,6 +106,64 @@ class TestLayer:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(plain(x), twin(x)) and plain(x).dtype == torch.bfloat16
 
+    @pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+    def test_an_input_that_is_not_floating_point(self, dtype, compute_dtype):
+        """nn.Linear refuses it, too; rounded to whole numbers, the result says
+        nothing."""
+        layer, twin = pair(compute_dtype=compute_dtype)
+        x = torch.ones(2, 96, dtype=dtype)
+        with pytest.raises(RuntimeError):
+            twin(x)
+        with pytest.raises(TypeError, match=f"x is {dtype}: expected floating-point"):
+            layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises(TypeError, match="expected floating-point"):
+                layer(x)
+        assert layer(x.float()).dtype == torch.float32
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize(
+        "given, near",
+        [
+            (torch.int8, ""),
+            (torch.float8_e4m3fn, ""),
+            ("flaot16", r" \(did you mean torch.float16\?\)"),
+            ("nn", ""),
+            (16, ""),
+        ],
+    )
+    def test_what_is_no_compute_dtype(self, given, near, backend):
+        message = f"unknown compute_dtype '?{given}'?.*{near}; expected one of None, "
+        model = nn.Sequential(nn.Linear(64, 8))
+        options = dict(bnb_4bit_compute_dtype=given, backend=backend)
+        for make_one in (
+            lambda: quantize_model(model, backend, compute_dtype=given),
+            lambda: Linear4bit(64, 8, compute_dtype=given),
+            lambda: BitsAndBytesConfig(**options).options(),
+        ):
+            with pytest.raises(ValueError, match=message):
+                make_one()
+        assert type(model[0]) is nn.Linear
+        quantized = quantize_model(model)
+        with pytest.raises(ValueError, match=message.replace("compute_", "")):
+            dequantize_model(quantized, given)
+        assert type(quantized[0]) is Linear4bit
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize(
+        "name", ["float16", "bfloat16", "torch.float32", "half", "double"]
+    )
+    def test_a_compute_dtype_by_its_name(self, name, backend):
+        dtype = getattr(torch, name.removeprefix("torch."))
+        model = quantize_model(
+            nn.Sequential(nn.Linear(64, 8)), backend, compute_dtype=name
+        )
+        assert model[0].compute_dtype is dtype
+        config = BitsAndBytesConfig(bnb_4bit_compute_dtype=name)
+        assert config.options()["compute_dtype"] is dtype
+        assert dequantize_model(model, name)[0].weight.dtype is dtype
+
     @pytest.mark.parametrize("double_quant", [False, True])
     def test_scales_survive_a_change_of_dtype(self, double_quant):
         layer, _ = pair(double_quant=double_quant)
@@ -619,6 +677,13 @@ class TestStateDict:
         with pytest.raises(ValueError, match="^weight: "):
             layer.load_state_dict(state)
 
+    @pytest.mark.parametrize("dtype", ["int8", "uint8", "bool"])
+    def test_a_stored_weight_that_was_not_floating_point(self, dtype):
+        layer = Linear4bit.from_linear(nn.Linear(64, 32))
+        layer.dtype = getattr(torch, dtype)
+        with pytest.raises(ValueError, match=f"quant_state is damaged.*{dtype}"):
+            layer.load_state_dict(layer.state_dict())
+
     def test_a_weight_that_is_missing(self):
         layer = Linear4bit.from_linear(nn.Linear(64, 32))
         with pytest.raises(RuntimeError, match='Missing key.* "weight"'):
@@ -650,6 +715,47 @@ def test_a_skipped_name_that_no_layer_has(skip, near):
         quantize_model(model, skip=skip)
     assert not any(isinstance(m, Linear4bit) for m in model.modules())
     assert quantize_model(model, skip="q_proj").model.layers[0].self_attn.q_proj
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("made", [nn.Linear, Linear4bit])
+def test_a_layer_that_is_no_model(made, backend):
+    """There is no place to put the new layer in."""
+    with pytest.raises(ValueError, match=f"a {made.__name__} itself.*from_linear"):
+        quantize_model(made(64, 64), backend)
+
+
+class Twice(nn.Module):
+    """One Linear at two places: under two names, in one list, in two parents."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.plain = nn.Linear(64, 64)
+        shared = nn.Linear(64, 64)
+        self.a = shared
+        if where == "names":
+            self.b = shared
+        elif where == "list":
+            self.b = nn.Sequential(nn.ReLU(), shared)
+        else:
+            self.a, self.b = nn.Sequential(shared), nn.ModuleDict({"x": shared})
+
+
+@pytest.mark.parametrize("where", ["names", "list", "parents"])
+def test_one_layer_at_two_places(where):
+    model = Twice(where)
+    with pytest.raises(minipeft.TargetError, match="^a.*stands at 2 places.*quantised"):
+        quantize_model(model)
+    assert not any(isinstance(m, Linear4bit) for m in model.modules())
+    left = quantize_model(model, skip=["a", "a.0"][where == "parents"])
+    assert type(left.plain) is Linear4bit
+
+
+def test_one_block_at_two_places():
+    """Its layer has one parent: all see the new one."""
+    block = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    model = quantize_model(nn.Sequential(block, block))
+    assert type(model[0][0]) is Linear4bit and model[1][0] is model[0][0]
 
 
 def test_importing_it_greets_nobody():

@@ -6,8 +6,15 @@ import torch
 from bases import BASES, close, run
 from tolerance import assert_within, size
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from minipeft import LoraConfig, PromptTuningConfig, SubspaceConfig, get_peft_model
+from minipeft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    SubspaceConfig,
+    get_peft_model,
+)
 from minipeft.methods.lora import Lora
 
 D_IN, D_OUT, T = 24, 32, 5
@@ -364,3 +371,222 @@ class TestAroundTheModel:
         plain = model(input_ids=IDS, adapter_names=names, **{name: False})
         found = {key for key, value in plain.items() if value is not None}
         assert found == {"logits"}
+
+
+NAMES_OF_LORAS = ["a", "b", "__base__"]
+
+
+def loras(base=None):
+    """A model with LoRAs "a" (active) and "b" of random numbers, both trained."""
+    torch.manual_seed(0)
+    field = dict(target_modules="all-linear", init_lora_weights=False)
+    model = BASES["llama"].make() if base is None else base
+    model = get_peft_model(model, LoraConfig(r=2, **field), "a")
+    model.add_adapter("b", LoraConfig(r=3, **field))
+    model.set_requires_grad(["a", "b"])
+    return model
+
+
+class TestRowsBelongToOneCall:
+    CALLS = {
+        "the base": lambda model, ids: model.get_base_model()(ids).logits,
+        "base_model": lambda model, ids: model.base_model(ids).logits,
+        "its generate": lambda model, ids: model.get_base_model().generate(
+            input_ids=ids, max_new_tokens=3, do_sample=False
+        ),
+    }
+
+    @pytest.mark.parametrize("call", CALLS)
+    @pytest.mark.parametrize("kind", ["llama", "hf_llama", "hf_gpt2"])
+    def test_the_next_call_is_as_ever(self, kind, call):
+        model, call = loras(BASES[kind].make()), self.CALLS[call]
+        with torch.no_grad():
+            expected = call(model, IDS), call(model, IDS[:2])
+            model(input_ids=IDS, adapter_names=["b"] * 3)
+            assert torch.equal(call(model, IDS), expected[0])
+            model.generate(input_ids=IDS, max_new_tokens=1, adapter_names=["b"] * 3)
+            assert torch.equal(call(model, IDS[:2]), expected[1])
+            with pytest.raises(IndexError):
+                model(input_ids=1000 * IDS, adapter_names=["b"] * 3)
+            assert torch.equal(call(model, IDS), expected[0])
+
+    def test_a_call_within_a_call_leaves_it_its_rows(self):
+        model = make().eval()
+        x = torch.randn(3, T, D_IN)
+        names = ["a", "b", "c"]
+        expected = model(x, adapter_names=names)
+        within = []
+
+        def call_once(*_):
+            if not within:
+                within.append(x)
+                model(x)
+
+        model.get_base_model()[0].register_forward_pre_hook(call_once)
+        assert torch.equal(model(x, adapter_names=names), expected)
+        assert within
+
+
+class TestGeneratingWithRows:
+    OPTIONS = {
+        "greedy": dict(do_sample=False),
+        "beams": dict(do_sample=False, num_beams=2),
+        "several": dict(do_sample=True, num_return_sequences=2),
+    }
+
+    @pytest.mark.parametrize("option", OPTIONS)
+    @pytest.mark.parametrize("names", [["a", "b"], ["b"], ["a"] * 8])
+    @pytest.mark.parametrize("given", ["input_ids", "inputs", "first", "embeds"])
+    def test_one_name_a_row(self, given, names, option):
+        model = loras(BASES["hf_llama"].make())
+        ids = IDS[[0, 1, 2, 0]]
+        embeds = model.get_base_model().get_input_embeddings()(ids)
+        args = (ids,) if given == "first" else ()
+        kwargs = {} if args else {given: ids}
+        if given == "embeds":
+            kwargs = dict(inputs_embeds=embeds, attention_mask=torch.ones_like(ids))
+        kwargs |= self.OPTIONS[option] | dict(max_new_tokens=2, pad_token_id=0)
+        found = f"{len(names)} adapter_names for a batch of 4 rows: one name a row"
+        with pytest.raises(ValueError, match=found):
+            model.generate(*args, adapter_names=names, **kwargs)
+        rows = ["a", "__base__", "b", "b"]
+        generated = model.generate(*args, adapter_names=rows, **kwargs)
+        assert len(generated) == 4 * (1 + (option == "several"))
+
+    @pytest.mark.parametrize("names", [["a"], ["a", "b"], ["b"] * 6])
+    def test_a_gpt_of_the_package(self, names):
+        model = loras()
+        ids = dict(input_ids=IDS, max_new_tokens=2)
+        with pytest.raises(ValueError, match="for a batch of 3 rows: one name a row"):
+            model.generate(**ids, adapter_names=names)
+        assert len(model.generate(**ids, adapter_names=["a", "b", "b"])) == 3
+
+    @pytest.mark.parametrize("names", [["a"], ["a", "b"], ["b"] * 6])
+    def test_an_encoder_and_a_decoder(self, names):
+        model = loras(hf("T5ForConditionalGeneration", decoder_start_token_id=0))
+        given = dict(input_ids=IDS, max_new_tokens=2, num_beams=2, do_sample=False)
+        with pytest.raises(ValueError, match="for a batch of 3 rows: one name a row"):
+            model.generate(adapter_names=names, **given)
+        assert len(model.generate(adapter_names=["a", "b", "b"], **given)) == 3
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+    def test_a_number_before_the_batch(self, dtype):
+        model = loras(BASES["hf_llama"].make())
+        items = dict(num_items_in_batch=torch.tensor(5, dtype=dtype))
+        given = dict(input_ids=IDS, labels=IDS, adapter_names=["a", "b", "a"])
+        assert torch.equal(model(**items, **given).loss, model(**given, **items).loss)
+
+
+class Checkpointed(nn.Module):
+    """A layer that calls torch's checkpoint itself."""
+
+    def __init__(self, layer, reentrant):
+        super().__init__()
+        self.layer = layer
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=self.reentrant)
+
+
+class TestRecomputingUnderCheckpointing:
+    """Layers that run again in the backward pass do so with the rows of their call."""
+
+    CALLS = {
+        "other rows": (NAMES_OF_LORAS, ["b", "a", "a"]),
+        "a batch of another size": (["a", "a", "b"], ["b", "a"]),
+        "one without": (["b", "b", "a"], None),
+        "the first without": (None, ["b", "__base__", "b"]),
+        "three": (NAMES_OF_LORAS, None, ["b", "b", "a"]),
+    }
+
+    def gradients(self, model, calls, order=None):
+        """{name: gradient} of the sum of the losses of calls with these rows, whose
+        backward passes run in `order`; None: in one."""
+        model.train().zero_grad()
+        losses = []
+        for i, names in enumerate(calls):
+            ids = IDS.roll(i, 1)[: len(names) if names else 3]
+            given = dict(input_ids=ids, labels=ids, adapter_names=names)
+            losses.append(model(**given).loss)
+        for loss in [sum(losses)] if order is None else [losses[i] for i in order]:
+            loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        return {n: g.clone() for n, g in found.items() if g is not None}
+
+    def check(self, make, calls, reentrant, order=None):
+        expected = self.gradients(make(), calls)
+        model = make()
+        options = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        found = self.gradients(model, calls, order)
+        assert found.keys() >= expected.keys()
+        for name, gradient in expected.items():
+            close(found[name], gradient)
+        assert any(gradient.abs().max() > 1e-6 for gradient in expected.values())
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("calls", CALLS)
+    @pytest.mark.parametrize("kind", ["llama", "hf_llama", "hf_gpt2"])
+    def test_calls_before_one_backward_pass(self, kind, calls, reentrant):
+        def make():
+            return loras(BASES[kind].make())
+
+        self.check(make, self.CALLS[calls], reentrant)
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_backward_passes_in_any_order(self, order, reentrant):
+        self.check(loras, self.CALLS["other rows"], reentrant, order)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize(
+        "kind, config",
+        [
+            ("llama", PromptTuningConfig(num_virtual_tokens=3)),
+            ("hf_llama", PromptTuningConfig(num_virtual_tokens=3)),
+            ("llama", PrefixTuningConfig(num_virtual_tokens=2)),
+        ],
+    )
+    def test_beside_an_adapter_around_the_model(self, kind, config, reentrant):
+        def make():
+            torch.manual_seed(0)
+            field = dict(target_modules=["q_proj"], init_lora_weights=False)
+            lora = LoraConfig(r=2, **field)
+            return around(BASES[kind].make(), a=config, b=lora)
+
+        calls = self.CALLS["other rows"]
+        self.check(make, calls, reentrant)
+        self.check(make, (calls[1],), reentrant)
+
+    @pytest.mark.parametrize("kind", ["llama", "hf_llama"])
+    def test_the_model_checkpoints_as_before(self, kind):
+        model = loras(BASES[kind].make())
+        model.gradient_checkpointing_enable()
+        name = "_gradient_checkpointing_func"
+
+        def functions():
+            return [m for m in map(vars, model.modules()) if name in m]
+
+        before = [m[name] for m in functions()]
+        self.gradients(model, [NAMES_OF_LORAS])
+        assert before and [m[name] for m in functions()] == before
+
+    @pytest.mark.parametrize("around_the_model", [False, True])
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpoints_that_are_not_seen_are_refused(
+        self, reentrant, around_the_model
+    ):
+        layers = [nn.Linear(6, 6), Checkpointed(nn.Linear(6, 6), reentrant)]
+        field = dict(r=2, init_lora_weights=False)
+        inner = LoraConfig(target_modules=["0", "layer"], **field)
+        model = get_peft_model(nn.Sequential(*layers), inner, "a")
+        other = SubspaceConfig(d=3) if around_the_model else inner
+        model.add_adapter("b", other)
+        x = torch.randn(3, 6, requires_grad=True)
+        rows = dict(adapter_names=NAMES_OF_LORAS)
+        with pytest.raises(ValueError, match="checkpoint of the model's own.*enable"):
+            model(x, **rows)
+        model(x).sum().backward()  # one adapter for all rows is as ever
+        with torch.no_grad():
+            model(x, **rows)

@@ -17,6 +17,7 @@ from minipeft.quant import (
     FP4_CODE,
     INT4_CODE,
     NF4_CODE,
+    AdamW8bit,
     dequantize_4bit,
     dequantize_blockwise,
     dequantize_nf4,
@@ -255,6 +256,55 @@ class TestBlockwise:
             # divided by the largest, multiplied again, and subtracted, twice
             off = tolerance(torch.float32, block.abs().max(), steps=4)
             assert ((block - values).abs() - best).abs().max() <= off
+
+    @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("place", [0, 300, 599])
+    def test_blockwise_takes_finite_numbers(self, wrong, place):
+        x = torch.randn(600)
+        x[place] = wrong
+        with pytest.raises(ValueError, match="NaN or infinity among the numbers"):
+            quantize_blockwise(x, dynamic_map())
+
+    @pytest.mark.parametrize(
+        "code, found",
+        [
+            (torch.linspace(-1, 1, 300), "300 numbers"),
+            (torch.linspace(-1, 1, 257), "257 numbers"),
+            (torch.linspace(1, -1, 16), "16 numbers that are not sorted"),
+            (torch.tensor([-1.0, 1.0, 0.0]), "3 numbers that are not sorted"),
+            (torch.tensor([-1.0, float("nan"), 1.0]), "3 numbers that are not sorted"),
+            (torch.zeros(0), "0 numbers"),
+        ],
+    )
+    def test_what_is_no_codebook(self, code, found):
+        x = torch.randn(64)
+        make = (
+            lambda: quantize_blockwise(x, code),
+            lambda: AdamW8bit([x], signed=code),
+            lambda: AdamW8bit([x], unsigned=code),
+        )
+        for wrong in make:
+            with pytest.raises(ValueError, match=f"code: found {found}; expected 1 to"):
+                wrong()
+
+    @pytest.mark.parametrize("size", [0, -1, 2.5, True, None])
+    def test_blockwise_sizes(self, size):
+        x, code = torch.randn(64), dynamic_map()
+        q, absmax = quantize_blockwise(x, code)
+        for wrong in (
+            lambda: quantize_blockwise(x, code, size),
+            lambda: quantize_blockwise(x.to("meta"), code, size),
+            lambda: dequantize_blockwise(q, absmax, code, size),
+        ):
+            with pytest.raises(ValueError, match=f"block_size = {size}: expected a wh"):
+                wrong()
+
+    @pytest.mark.parametrize("size", [1, 7, 10**6])
+    def test_blockwise_of_nothing_and_of_odd_sizes(self, size):
+        for x in (torch.zeros(0), torch.randn(3, 5)):
+            q, absmax = quantize_blockwise(x, dynamic_map(), size)
+            again = dequantize_blockwise(q, absmax, dynamic_map(), size)
+            assert again.shape == x.shape and absmax.isfinite().all()
 
 
 class TestSpeedAndNames:

@@ -5,13 +5,16 @@ import copy
 import inspect
 import json
 import re
+from functools import partial
 
+import accelerate
 import huggingface_hub
 import peft
 import pytest
 import torch
 import transformers
 from bases import BASES, METHODS, adapted, close, differ, inputs, run
+from bases import transformers as tiny
 from safetensors.torch import load_file
 
 import minipeft
@@ -27,6 +30,7 @@ from minipeft.hf_methods import CHANGES_OF_EMBEDDINGS
 from minipeft.model import REFUSED
 
 BASE, LORA = BASES["hf_llama"], METHODS["lora"]
+FILE = "adapter_model.safetensors"
 FIELDS = dict(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
@@ -193,6 +197,33 @@ class TestConfigurations:
         )
 
     @pytest.mark.parametrize(
+        "names, layers",
+        [
+            (["q_proj", "lm_head"], [1]),
+            (["model.layers.0.self_attn.q_proj", "v_proj"], [1]),
+            (["lm_head", "up_proj", "model.layers.0.mlp.down_proj"], 0),
+            (["lm_head"], [1]),
+        ],
+    )
+    @pytest.mark.parametrize("pattern", [None, "layers"])
+    def test_whole_paths_are_of_no_layer(self, names, layers, pattern, tmp_path):
+        fields = dict(r=2, target_modules=names, layers_to_transform=layers)
+        fields["layers_pattern"] = pattern
+        theirs = peft.get_peft_model(BASE.make(), peft.LoraConfig(**fields))
+        theirs.save_pretrained(tmp_path)
+        ours = get_peft_model(BASE.make(), LoraConfig(**fields))
+        found = minipeft.get_peft_model_state_dict(ours)
+        expected = {key for key in load_file(tmp_path / FILE) if "lora_" in key}
+        assert found.keys() == expected
+        PeftModel.from_pretrained(BASE.make(), tmp_path)
+
+    @pytest.mark.parametrize("layers", [7, [7], [1, 7]])
+    def test_a_layer_that_is_not_there_beside_a_whole_path(self, layers):
+        names = dict(target_modules=["lm_head", "q_proj"], layers_to_transform=layers)
+        with pytest.raises(TargetError, match="no target is in layer 7; there are"):
+            get_peft_model(BASE.make(), LoraConfig(**names))
+
+    @pytest.mark.parametrize(
         "fields",
         [
             dict(rank_pattern={"q_prj": 2}),
@@ -299,6 +330,78 @@ class TestTasks:
         again = PeftModel.from_pretrained(base(), tmp_path / "peft")
         for model in (loaded, again):
             assert any(head in key for key in model.state_dict() if "default" in key)
+
+    @staticmethod
+    def both(task, name):
+        """A model of either package with one adapter, and a batch."""
+        sizes = dict(vocab_size=40, pad_token_id=0, num_labels=2)
+        sizes |= dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+        if name.startswith("T5"):
+            sizes |= dict(d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
+            sizes |= dict(decoder_start_token_id=0)
+        kind = getattr(transformers, name)
+        models = []
+        for package in (minipeft, peft):
+            torch.manual_seed(0)
+            base = kind(kind.config_class(**sizes))
+            config = package.LoraConfig(task_type=task, init_lora_weights=False)
+            models.append(package.get_peft_model(base, config).eval())
+        ids = inputs()["input_ids"]
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        return (*models, ids, mask)
+
+    @pytest.mark.parametrize(
+        "task, name, more",
+        [
+            ("TOKEN_CLS", "BertForTokenClassification", [None, "each"]),
+            ("SEQ_CLS", "BertForSequenceClassification", [None, "row"]),
+            ("CAUSAL_LM", "GPT2LMHeadModel", [None, "each"]),
+            ("CAUSAL_LM", "OPTForCausalLM", [None, "each"]),
+            ("SEQ_2_SEQ_LM", "T5ForConditionalGeneration", [None] * 4 + ["each"]),
+            ("SEQ_2_SEQ_LM", "T5ForConditionalGeneration", [None, "each"]),
+            ("QUESTION_ANS", "BertForQuestionAnswering", [None] * 3 + ["row", "row"]),
+            ("FEATURE_EXTRACTION", "BertModel", [None]),
+            ("FEATURE_EXTRACTION", "GPT2Model", []),
+        ],
+    )
+    def test_arguments_by_position(self, task, name, more):
+        """In PEFT's order, not in that of the base."""
+        ours, theirs, ids, mask = self.both(task, name)
+        given = {None: None, "each": ids % 2, "row": ids[:, 0] % 2}
+        args = [ids, mask, *(given[kind] for kind in more)]
+        with torch.no_grad():
+            first, second = ours(*args), theirs(*args)
+        assert first.keys() == second.keys()
+        close(first[0], second[0])  # the loss, where there is one
+
+    def test_arguments_twice_or_too_many(self):
+        ours, _, ids, mask = self.both("TOKEN_CLS", "BertForTokenClassification")
+        with pytest.raises(TypeError, match="labels: given by position and by name"):
+            ours(ids, mask, None, ids % 2, labels=ids % 2)
+        with pytest.raises(TypeError, match="5 arguments by position.*labels"):
+            ours(ids, mask, None, ids % 2, None)
+
+    def test_arguments_by_position_without_a_task(self):
+        """In the base's order, as in PEFT."""
+        ours, theirs, ids, mask = self.both(None, "BertForTokenClassification")
+        args = [ids, mask, ids % 2, None, None, ids % 2]
+        close(ours(*args).loss.detach(), theirs(*args).loss.detach())
+
+    def test_a_base_without_input_ids_keeps_its_order(self):
+        class Pair(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = torch.nn.Linear(4, 4)
+
+            def forward(self, x, scale, shift):
+                return self.linear(x) * scale + shift
+
+        x = torch.ones(2, 4)
+        config = LoraConfig(target_modules=["linear"], task_type="SEQ_CLS")
+        base = Pair()
+        wanted = base(x, 2 * x, 3 * x)
+        assert torch.equal(get_peft_model(base, config)(x, 2 * x, 3 * x), wanted)
 
 
 class TestObjects:
@@ -423,6 +526,81 @@ class TestObjects:
             with pytest.raises(ConfigError, match="use get_peft_model"):
                 minipeft.inject_adapter_in_model(METHODS[method].ours(BASE), base)
             assert torch.equal(run(base), before)
+
+    SECOND = {
+        "lora": ("LoraConfig", dict(r=2, init_lora_weights=False)),
+        "loha": ("LoHaConfig", dict(r=2, init_weights=False)),
+        "ia3": (
+            "IA3Config",
+            dict(init_ia3_weights=False, feedforward_modules=[]),
+        ),
+    }
+
+    @pytest.mark.parametrize("method", SECOND)
+    def test_injections_beside_peft(self, method):
+        """One after another, their tensors, and loading these."""
+        name, fields = self.SECOND[method]
+        fields = fields | dict(target_modules=["q_proj"])
+        outputs, states = [], []
+        for package in (peft, minipeft):
+            model = BASE.make()
+            torch.manual_seed(0)
+            first = package.LoraConfig(**FIELDS, init_lora_weights=False)
+            package.inject_adapter_in_model(first, model)
+            second = getattr(package, name)(**fields)
+            assert package.inject_adapter_in_model(second, model, "b") is model
+            get = partial(package.get_peft_model_state_dict, model)
+            states.append((get(), get(adapter_name="b")))
+            for state, adapter_name in zip(states[0], ("default", "b")):
+                doubled = {key: 2 * tensor for key, tensor in state.items()}
+                package.set_peft_model_state_dict(model, doubled, adapter_name)
+            for key, tensor in get().items():
+                assert torch.equal(tensor, 2 * states[0][0][key])
+            outputs.append(run(model))
+        for theirs, ours in zip(*states):
+            assert theirs.keys() == ours.keys()
+        close(outputs[1], outputs[0])
+        again = copy.deepcopy(model)
+        minipeft.set_peft_model_state_dict(again, states[0][1], "b")
+        differ(run(again), outputs[1])
+        assert torch.equal(run(model), outputs[1])
+        whole = minipeft.get_peft_model_state_dict(again, model.state_dict(), "b")
+        assert all(torch.equal(whole[key], get(adapter_name="b")[key]) for key in whole)
+
+    def test_files_are_loaded_into_an_injected_adapter(self, tmp_path):
+        wanted = adapted(LORA, BASE)
+        wanted.save_pretrained(tmp_path)
+        model = minipeft.inject_adapter_in_model(LORA.ours(BASE), BASE.make())
+        state = minipeft.load_peft_weights(tmp_path)
+        minipeft.set_peft_model_state_dict(model, state)
+        assert torch.equal(run(model), run(wanted))
+
+    def test_an_injection_that_is_refused_leaves_the_first(self):
+        model = minipeft.inject_adapter_in_model(LORA.ours(BASE), BASE.make())
+        before = model.state_dict()
+        for method in ("vera", "prompt"):
+            with pytest.raises(ConfigError, match="use get_peft_model"):
+                config = METHODS[method].ours(BASE)
+                minipeft.inject_adapter_in_model(config, model, "b")
+        with pytest.raises(minipeft.AdapterNameError, match="already"):
+            minipeft.inject_adapter_in_model(LORA.ours(BASE), model)
+        with pytest.raises(TargetError, match="inject_adapter_in_model"):
+            get_peft_model(model, LORA.ours(BASE))
+        assert model.state_dict().keys() == before.keys()
+
+    @pytest.mark.parametrize("kind", ["a base", "within a PeftModel", "PEFT's"])
+    def test_tensors_of_a_model_without_adapters(self, kind):
+        model = BASE.make()
+        if kind == "within a PeftModel":
+            model = adapted(LORA, BASE).get_base_model()
+        if kind == "PEFT's":
+            model = peft.get_peft_model(model, LORA.theirs(BASE))
+        for call in (
+            minipeft.get_peft_model_state_dict,
+            partial(minipeft.set_peft_model_state_dict, peft_model_state_dict={}),
+        ):
+            with pytest.raises(TargetError, match="expected a PeftModel, or a model"):
+                call(model)
 
 
 class TestWhatFallsThrough:
@@ -855,6 +1033,35 @@ class TestFilesOfPeft:
             one_more.set_adapter("new")
         close(one_more(input_ids=ids).logits, wanted)
 
+    @pytest.mark.parametrize("size", [40, 44])
+    @pytest.mark.parametrize("name", ["LoraConfig", "VeraConfig", "LoKrConfig"])
+    def test_an_adapter_on_a_head_with_a_bias(self, tmp_path, name, size):
+        """Whole heads stand beside it in the file; new rows have new biases, too."""
+
+        def base():
+            torch.manual_seed(5)
+            model = tiny("Phi", tie_word_embeddings=False)
+            model.resize_token_embeddings(size)
+            return model
+
+        config = getattr(peft, name)(r=2, target_modules=["lm_head", "q_proj"])
+        theirs = peft.get_peft_model(base(), config).eval()
+        head = theirs.base_model.model.lm_head.base_layer
+        with torch.no_grad():
+            head.bias[40:] += 1.0
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1
+        theirs.save_pretrained(str(tmp_path))
+        file = load_file(tmp_path / "adapter_model.safetensors")
+        assert any(key.endswith("lm_head.base_layer.bias") for key in file)
+        close(run(PeftModel.from_pretrained(base(), tmp_path)), run(theirs))
+        other = base()
+        with torch.no_grad():
+            other.lm_head.bias[0] += 1.0
+        with pytest.raises(AdapterFileError, match="bias.*another base weight"):
+            PeftModel.from_pretrained(other, tmp_path)
+
     @pytest.mark.parametrize("change", ["shape", "first row"])
     def test_an_adapter_on_embeddings_of_another_base(self, tmp_path, change):
         config = peft.LoraConfig(r=2, target_modules=["embed_tokens"])
@@ -902,6 +1109,20 @@ class TestSaving:
         assert states[0].keys() == states[1].keys()
         with pytest.raises(ConfigError, match="save_embedding_layers"):
             adapted(LORA, BASE).save_pretrained(tmp_path, save_embedding_layers="all")
+
+    @pytest.mark.parametrize("function", [None, torch.save, accelerate.utils.save])
+    def test_a_function_that_saves(self, tmp_path, function):
+        """It writes nothing, as in PEFT: it would be a pickle."""
+        models = (
+            adapted(LORA, BASE),
+            peft.get_peft_model(BASE.make(), LORA.theirs(BASE)),
+        )
+        for model, name in zip(models, ("ours", "theirs")):
+            model.save_pretrained(tmp_path / name, save_function=function)
+            state = load_file(tmp_path / name / "adapter_model.safetensors")
+            assert state.keys() == peft.get_peft_model_state_dict(models[1]).keys()
+        with pytest.raises(TypeError, match="save_funktion"):
+            models[0].save_pretrained(tmp_path, save_funktion=function)
 
     def test_who_writes_and_what(self, tmp_path):
         model = adapted(LORA, BASE)

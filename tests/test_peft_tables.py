@@ -1,6 +1,7 @@
 """The tables of PEFT's default targets and fields are those of the installed PEFT."""
 
 import dataclasses
+import inspect
 
 import peft
 import peft.utils.constants as theirs
@@ -223,3 +224,10 @@ class TestFields:
         with pytest.raises(ValueError):
             peft.LoraConfig(task_type=task)
         assert set(peft_tables.TASK_HEADS) == set(peft.TaskType.__members__)
+
+    @pytest.mark.parametrize("task", peft_tables.TASK_HEADS)
+    def test_arguments_of_a_task(self, task):
+        kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
+        theirs = list(inspect.signature(kind.forward).parameters)
+        ours = peft_tables.TASK_ARGUMENTS[task]
+        assert theirs[1 : len(ours) + 2] == [*ours, "output_attentions"]

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from bases import close
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.lm import GPT, GPTConfig, load_pretrained, save_pretrained
 from minipeft.lm.hf_format import ModelFileError
 from minipeft.quant import quantize_model
+from minipeft.quant.bitsandbytes import as_bytes
 from minipeft.slot import Slot
-from minipeft.weights import logical_numel, read_weight
+from minipeft.weights import is_dense, is_linear, logical_numel, read_weight
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -213,6 +215,70 @@ class TestSaving:
             logits(load_pretrained(tmp_path / "dense", quantization="nf4")),
         )
 
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"bnb_4bit_quant_storage": torch.bfloat16},
+            {"bnb_4bit_quant_storage": torch.float32},
+            {"llm_int8_skip_modules": []},
+            {"llm_int8_skip_modules": ["model.layers.0.mlp", "lm_head"]},
+            {"llm_int8_skip_modules": ["q_proj", "model.layers.1"]},
+        ],
+        ids=lambda fields: str(*fields.values()),
+    )
+    def test_what_else_transformers_writes(self, fields, tmp_path):
+        import transformers
+
+        save_pretrained(gpt(tie_word_embeddings=False), tmp_path / "dense")
+        how = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", **fields
+        )
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=how
+        )
+        theirs.save_pretrained(tmp_path / "four")
+        ours = load_pretrained(tmp_path / "four")
+        for path, layer in theirs.named_modules():
+            if is_linear(layer):
+                found = ours.get_submodule(path)
+                assert is_dense(found) == is_dense(layer), path
+                assert torch.equal(read_weight(found), read_weight(layer)), path
+        save_pretrained(ours, tmp_path / "again")
+        assert torch.equal(logits(load_pretrained(tmp_path / "again")), logits(ours))
+
+    @pytest.mark.parametrize("dtype", ["float99", "int8", "load", 5, True])
+    def test_a_wrong_compute_dtype(self, dtype, tmp_path):
+        save_pretrained(quantize_model(gpt()), tmp_path)
+        file = tmp_path / "config.json"
+        config = json.loads(file.read_text())
+        config["quantization_config"]["bnb_4bit_compute_dtype"] = dtype
+        file.write_text(json.dumps(config))
+        with pytest.raises(
+            ModelFileError, match=f"unknown bnb_4bit_compute_dtype '{dtype}'.*float32"
+        ):
+            load_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("size", [64.0, 0, "64", True])
+    def test_a_wrong_block_size(self, size, tmp_path):
+        save_pretrained(quantize_model(gpt()), tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        name = next(name for name in tensors if "quant_state" in name)
+        state = json.loads(bytes(tensors[name].tolist()))
+        tensors[name] = as_bytes(state | {"blocksize": size})
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ModelFileError, match="blocksize = .*a whole number at"):
+            load_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bool])
+    def test_a_packed_weight_of_a_wrong_type(self, dtype, tmp_path):
+        save_pretrained(quantize_model(gpt()), tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].view(dtype)
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ModelFileError, match=f"wrong type: {name} .* one of U8"):
+            load_pretrained(tmp_path)
+
     def test_what_cannot_be_read_or_written(self, tmp_path):
         with pytest.raises(ValueError, match="joins q, k and v"):
             save_pretrained(
@@ -227,6 +293,25 @@ class TestSaving:
             json.dumps(config | {"quantization_config": {"load_in_4bit": True}})
         )
         with pytest.raises(ModelFileError, match="wrong shape: .*q_proj.weight"):
+            load_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    @pytest.mark.parametrize(
+        "double_quant, part",
+        [(True, "nested_absmax"), (True, "nested_offset"), (False, "absmax")],
+    )
+    def test_scales_that_are_not_finite(self, double_quant, part, bad, tmp_path):
+        save_pretrained(quantize_model(gpt(), double_quant=double_quant), tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        key = "model.layers.1.mlp.up_proj.weight"
+        if part == "nested_offset":
+            name = f"{key}.quant_state.bitsandbytes__nf4"
+            state = json.loads(bytes(tensors[name].tolist()))
+            tensors[name] = as_bytes(state | {part: bad})
+        else:
+            tensors[f"{key}.{part}"][0] = bad
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(ModelFileError, match=f"{key}: NaN or infinity among the"):
             load_pretrained(tmp_path)
 
     @pytest.mark.skipif(

@@ -2,6 +2,7 @@
 both by name in train()."""
 
 import copy
+from functools import partial
 
 import bitsandbytes
 import pytest
@@ -125,10 +126,39 @@ class TestAdamW8bit:
             )
         )
 
-    def test_wrong_arguments(self):
-        for wrong in (dict(lr=-1.0), dict(betas=(0.9, 1.0)), dict(eps=-1e-8)):
-            with pytest.raises(ValueError, match="none may be negative"):
-                AdamW8bit(nn.Linear(2, 2).parameters(), **wrong)
+    @pytest.mark.parametrize("make", [AdamW8bit, partial(PagedAdamW, optim_bits=8)])
+    @pytest.mark.parametrize(
+        "wrong, message",
+        [
+            (dict(lr=-1.0), "lr = -1.0: expected a number at least 0"),
+            (dict(lr=float("nan")), "lr = nan"),
+            (dict(lr=True), "lr = True"),
+            (dict(eps=-1e-8), "eps = -1e-08"),
+            (dict(eps=float("nan")), "eps = nan"),
+            (dict(weight_decay=float("inf")), "weight_decay = inf"),
+            (dict(weight_decay="0"), "weight_decay = '0'"),
+            (dict(betas=(0.9, 1.0)), "betas = 1.0: expected .* below 1"),
+            (dict(betas=(float("nan"), 0.9)), "betas = nan"),
+            (dict(betas=0.9), "betas = 0.9: expected two numbers"),
+            (dict(betas=(0.9, 0.9, 0.9)), "expected two numbers"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:paging")
+    def test_wrong_arguments(self, make, wrong, message):
+        with pytest.raises(ValueError, match=message):
+            make(nn.Linear(2, 2).parameters(), **wrong)
+
+    @pytest.mark.parametrize("bits", [7, None, "32"])
+    def test_pages_of_other_bits(self, bits):
+        with pytest.raises(ValueError, match="unknown optim_bits .*one of 8, 32"):
+            PagedAdamW(nn.Linear(2, 2).parameters(), optim_bits=bits)
+
+    @pytest.mark.parametrize("make", [AdamW8bit, PagedAdamW])
+    @pytest.mark.filterwarnings("ignore:paging")
+    def test_nothing_to_optimize(self, make):
+        for empty in ([], iter([]), nn.ReLU().parameters()):
+            with pytest.raises(ValueError, match="empty parameter list"):
+                make(empty)
 
 
 class Batches:

@@ -266,6 +266,45 @@ class TestSlot:
         )  # none of ours: not our business
         assert torch.equal(slot(x), y)
 
+    @pytest.mark.parametrize("value", [0.0, 3, -2.5])
+    @pytest.mark.parametrize("name", ["lora", "ours"])
+    def test_a_scaling_that_is_set_goes_to_its_adapter(self, name, value):
+        torch.manual_seed(0)
+        lora = minipeft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(nn.Sequential(nn.Linear(5, 4)), lora, "lora")
+        model.add_adapter("ours", lora)
+        model.set_adapter(name)
+        slot, x = model.get_base_model()[0], torch.randn(3, 5)
+        plain, change = slot.base_layer(x), model(x) - slot.base_layer(x)
+        slot.scaling[name] = value
+        close(model(x), plain + value * change / lora.lora_alpha * lora.r)
+        assert slot.adapters[name].scaling == slot.scaling[name] == value
+        slot.scaling.update({name: 2 * value})
+        assert slot.scaling == {"lora": 4.0, "ours": 4.0} | {name: 2 * value}
+
+    def test_what_is_set_for_an_adapter_that_is_not_there(self):
+        lora = minipeft.LoraConfig(r=2, target_modules=["0"])
+        model = get_peft_model(nn.Sequential(nn.Linear(5, 4)), lora, "lora")
+        slot = model.get_base_model()[0]
+        for view in (slot.scaling, slot.lora_A):
+            assert list(view) == ["lora"] and len(view) == 1 and "lara" not in view
+            with pytest.raises(AdapterNameError, match="'lara'.*there are: lora"):
+                view["lara"] = 1.0
+            with pytest.raises(TypeError, match="delete_adapter"):
+                del view["lora"]
+            with pytest.raises(KeyError):
+                view["lara"]
+
+    @pytest.mark.parametrize("rank", [1, 2, 4])
+    def test_a_matrix_that_is_set_goes_to_its_adapter(self, rank):
+        lora = minipeft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        model = get_peft_model(nn.Sequential(nn.Linear(5, 4)), lora, "lora")
+        slot, x = model.get_base_model()[0], torch.randn(3, 5)
+        A, B = nn.Linear(5, rank, bias=False), nn.Linear(rank, 4, bias=False)
+        slot.lora_A["lora"], slot.lora_B["lora"] = A, B
+        close(model(x), slot.base_layer(x) + slot.scaling["lora"] * B(A(x)))
+        assert slot.adapters["lora"].lora_A is A
+
     def test_merging_writes_weights_and_unmerging_restores_them(self):
         slot, x = slot_with(a=Shift(0.5), b=Shift(0.25))
         weight = slot.weight

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from bases import BASES, close
 from tolerance import tolerance
 from torch import nn
@@ -247,3 +248,38 @@ class TestRegularExpressions:
             with pytest.raises(TargetError) as caught:
                 get_peft_model(BASES["llama"].make(), LoraConfig(target_modules=wrong))
             assert len(str(caught.value)) < 1000
+
+
+def tiny(kind, **fields):
+    """A small random model of the transformers library."""
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=2, vocab_size=40)
+    config = transformers.AutoConfig.for_model(kind, **sizes, **fields)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+class TestExpertsThatAreBareParameters:
+    @pytest.mark.parametrize(
+        "kind, fields",
+        [
+            ("mixtral", dict(num_local_experts=4, num_key_value_heads=2)),
+            ("qwen2_moe", dict(num_experts=4, num_key_value_heads=2)),
+            ("olmoe", dict(num_experts=4)),
+        ],
+    )
+    def test_all_linear_says_that_they_get_no_adapters(self, kind, fields):
+        with pytest.warns(UserWarning, match="no adapter for experts, .*parameters"):
+            get_peft_model(
+                tiny(kind, **fields), LoraConfig(target_modules="all-linear")
+            )
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "hf_llama", "hf_gpt2", "mlp"])
+    @pytest.mark.filterwarnings("error:all-linear")
+    def test_models_without_experts(self, kind):
+        get_peft_model(BASES[kind].make(), LoraConfig(target_modules="all-linear"))
+
+    @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d])
+    @pytest.mark.filterwarnings("error:all-linear")
+    def test_convolutions_are_no_experts(self, kind):
+        model = nn.Sequential(nn.Linear(3, 3), kind(3, 4, 2))
+        get_peft_model(model, LoraConfig(target_modules="all-linear"))

@@ -456,6 +456,7 @@ class TestAccelerate:
                 folder,
                 state_dict=accelerator.get_state_dict(model),
                 is_main_process=accelerator.is_main_process,
+                save_function=accelerator.save,
                 safe_serialization=True,
             )
             found.append(load_file(folder / "adapter_model.safetensors"))

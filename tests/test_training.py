@@ -454,11 +454,138 @@ class TestArguments:
             (dict(tokenizer=None), "tokenizer="),
             (dict(optimizer="adamv"), "expected one of adamw"),
             (dict(evaluate_every=2), "valid="),
+            (dict(clip=-1.0), "clip = -1.0: expected a number above 0 or None"),
+            (dict(clip=float("nan")), "clip = nan"),
+            (dict(clip=-float("inf")), "clip = -inf"),
+            (dict(clip="1"), "clip = '1'"),
+            (dict(lr=float("inf")), "lr = inf: expected a number at least 0"),
+            (dict(lr=True), "lr = True"),
+            (dict(lr="1e-3"), "lr = '1e-3'"),
+            (dict(weight_decay=-1.0), "weight_decay = -1.0"),
+            (dict(weight_decay=float("nan")), "weight_decay = nan"),
+            (dict(warmup=-0.5), "warmup = -0.5"),
+            (dict(warmup=1.5), "warmup = 1.5: expected whole steps, or a fraction"),
+            (dict(warmup=None), "warmup = None"),
+            (dict(evaluate_every=1.5, valid=[1]), "evaluate_every = 1.5"),
+            (dict(evaluate_every=-1, valid=[1]), "evaluate_every = -1"),
+            (dict(save_every=-1), "save_every = -1"),
+            (dict(save_every="x"), "save_every = 'x'"),
+            (dict(seed=1.5), "seed = 1.5"),
+            (dict(seed="a"), "seed = 'a'"),
+            (
+                dict(seed=2**70),
+                "seed = 11805.*: expected a whole number from 0 to 18446",
+            ),
+            (dict(seed=2**64), "seed = "),
+            (dict(seed=-1), "seed = -1"),
+            (dict(batch_size=None), "batch_size = None"),
+            (dict(batch_size=0), "batch_size = 0: expected a whole number at least 1"),
+            (dict(betas=0.9), "betas = 0.9: expected two numbers"),
+            (dict(betas=(0.9, 1.0)), "betas = 1.0: expected .* below 1"),
         ],
     )
     def test_wrong_arguments(self, change, message):
         with pytest.raises(ValueError, match=message):
             train(tiny(), examples(), **(common | dict(steps=2) | change))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            dict(clip=float("inf")),
+            dict(warmup=1.0),
+            dict(warmup=0.5),
+            dict(warmup=9),
+            dict(seed=2**64 - 1),
+            dict(seed=2**63),
+            dict(betas=[0.9, 0.0]),
+            dict(lr=0.0),
+        ],
+    )
+    def test_extreme_arguments(self, change):
+        assert train(tiny(), examples(), **common | dict(steps=2) | change).steps == 2
+
+    @pytest.mark.parametrize("clip", [None, float("inf")])
+    def test_without_clipping(self, clip):
+        models = tiny(), tiny()
+        for model, most in zip(models, (clip, 1e30)):
+            train(model, examples(), **common | dict(steps=2, clip=most))
+        assert equal(*models)
+
+    def test_an_optimizer_of_another_model(self):
+        other = torch.optim.SGD(tiny().parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="holds no parameter of this model"):
+            train(tiny(), examples(), steps=2, optimizer=other, **common)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (dict(lr=1e-3), "lr = 0.001: the optimizer .*brings its own, 0.1"),
+            (dict(weight_decay=0.5), "weight_decay = 0.5: the optimizer .*, 0.01"),
+            (dict(betas=(0.9, 0.99)), "betas = .0.9, 0.99.: .*its own, .0.9, 0.999."),
+            (dict(lr=0.1, betas=(0.8, 0.9)), "betas = .0.8, 0.9."),
+        ],
+    )
+    def test_what_a_ready_optimizer_would_drop(self, change, message):
+        model = tiny()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        options = common | dict(lr=None, steps=2, optimizer=optimizer) | change
+        with pytest.raises(ValueError, match=message):
+            train(model, examples(), **options)
+
+    @pytest.mark.parametrize(
+        "change", [dict(lr=0.1), dict(lr=0.2), dict(betas=[0.9, 0.99]), dict(lr=None)]
+    )
+    def test_what_a_ready_optimizer_has(self, change):
+        model = tiny()
+        first, *rest = model.parameters()
+        groups = [{"params": [first], "lr": 0.2}, {"params": rest}]
+        optimizer = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.99))
+        options = common | dict(lr=None, steps=2, optimizer=optimizer) | change
+        for _ in range(2):  # at the end the schedule has changed the rates
+            assert train(model, examples(), **options).steps == 2
+
+    @pytest.mark.parametrize(
+        "methods, folder, missing",
+        [
+            ([], False, "step"),
+            (["state_dict"], False, "step"),
+            (["step"], True, "state_dict"),
+            (["step", "state_dict"], True, "load_state_dict"),
+        ],
+    )
+    def test_an_after_step_that_lacks_a_method(
+        self, tmp_path, methods, folder, missing
+    ):
+        after_step = SimpleNamespace(**dict.fromkeys(methods, dict))
+        options = common | dict(steps=2, folder=tmp_path / "new" if folder else None)
+        with pytest.raises(ValueError, match=rf"after_step has no {missing}\(\)"):
+            train(tiny(), examples(), after_step=after_step, **options)
+        assert not list(tmp_path.iterdir())
+
+    def test_an_after_step_without_a_state_needs_no_folder(self):
+        after_step = SimpleNamespace(step=lambda: None)
+        options = common | dict(steps=2, after_step=after_step)
+        assert train(tiny(), examples(), **options).steps == 2
+
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    @pytest.mark.parametrize("bare", [(0,), (1, 2), (0, 1, 2)])
+    def test_steps_without_labels(self, bare, accumulate):
+        """Only those warn: a batch without labels beside others is no fault."""
+        batches = Batches(examples(), Letters(), 4)
+
+        def batch(i):
+            rows, none = batches.batch(i), i // accumulate in bare
+            none = none or i % accumulate  # of three, the first may have labels
+            blank = torch.full_like(rows["labels"], -100)
+            return rows | {"labels": blank} if none else rows
+
+        data, model = SimpleNamespace(batch=batch), tiny()
+        options = common | dict(steps=3, accumulate=accumulate)
+        with pytest.warns(UserWarning, match="no label to learn") as seen:
+            losses = train(model, data, **options).losses
+        assert [i for i in range(3) if losses[i] == 0] == list(bare) and len(
+            seen
+        ) == len(bare)
 
     def test_nothing_to_train(self):
         with pytest.raises(ValueError, match="nothing to train"):
@@ -514,7 +641,7 @@ class TestDivergence:
         model = tiny()
         optimizer = Blast(model.parameters(), lr=1e-3)
         optimizer.losses = []
-        options = dict(common, optimizer=optimizer, steps=5, save_every=1)
+        options = dict(common, lr=None, optimizer=optimizer, steps=5, save_every=1)
         history = train(model, examples(), folder=tmp_path, **options)
         assert history.stopped == "diverged"
         kept = tiny()
@@ -571,6 +698,37 @@ class TestSettings:
     def resumed(self, folder, model=None, data=None, **changes):
         options = dict(common, steps=4, folder=folder) | changes
         return train(model or adapted(), data or examples(), **options)
+
+    def test_what_runs_after_a_step(self, tmp_path):
+        class Halver:
+            def __init__(self, model):
+                self.weight = next(p for p in model.parameters() if p.requires_grad)
+
+            def step(self):
+                self.weight.data.mul_(0.5)
+
+            def state_dict(self):
+                return {}
+
+            def load_state_dict(self, state):
+                pass
+
+        class Other(Halver):
+            pass
+
+        def run(make, **changes):
+            model = adapted()
+            after_step = make and make(model)
+            return self.resumed(tmp_path, model, after_step=after_step, **changes)
+
+        run(Halver)
+        assert run(Halver).steps == 4
+        for make, now in ((None, "None"), (Other, "Other")):
+            with pytest.raises(ValueError, match=f"after_step Halver .now {now}"):
+                run(make)
+        run(None, resume=False)
+        with pytest.raises(ValueError, match="after_step None .now Halver"):
+            run(Halver)
 
     def test_the_same_goes_on(self, folder):
         assert self.resumed(folder).steps == 4
@@ -781,6 +939,56 @@ class TestFolder:
 
 
 class TestFoundBeforeTraining:
+    @pytest.mark.parametrize(
+        "data, message",
+        [
+            ([{"prompt": "a", "completion": " b"}], "found .'prompt'.*an Example"),
+            ([("a", " b")], "found .'a', ' b'.: expected an Example"),
+            (["a", "b"], "found 'a': expected an Example"),
+            ([SimpleNamespace(prompt="a", completion=3)], "completion=3.*an Example"),
+            ([SimpleNamespace(prompt=3, completion="a")], "prompt=3.*an Example"),
+            ([*examples(5), None], "found None: expected an Example"),
+            ("sql", "'sql' .* expected a list of Examples"),
+            (7, "7 .* expected a list of Examples"),
+        ],
+    )
+    def test_data_that_are_no_examples(self, data, message):
+        from minipeft.lm.data import DataError
+        from minipeft.lm.evaluation import completion_loss, evaluate
+
+        with pytest.raises(DataError, match=message):
+            train(tiny(), data, steps=2, **common)
+        with pytest.raises(DataError, match=message):
+            train(tiny(), examples(), steps=2, valid=data, evaluate_every=1, **common)
+        for judge in (completion_loss, evaluate):
+            with pytest.raises(DataError, match=message):
+                judge(tiny(), Letters(), data)
+
+    @pytest.mark.parametrize("prompt, completion", [(None, "a"), ("", "a"), ("b", "")])
+    def test_examples_with_little_in_them(self, prompt, completion):
+        row = SimpleNamespace(prompt=prompt, completion=completion, meta=None)
+        assert train(tiny(), [row] * 4, steps=2, **common).steps == 2
+
+    @pytest.mark.parametrize("n", [1, 3, 5])
+    def test_a_task_as_valid_is_its_valid_examples(self, n):
+        from minipeft.lanternwick.tasks import Task
+
+        rows = examples()
+        task = Task("t", "t", rows, rows[:n], rows, "exact", 0.0, None)
+        options = dict(steps=2, evaluate_every=1) | common
+        a, b = (train(tiny(), rows, valid=v, **options) for v in (task, rows[:n]))
+        assert a.eval_loss == b.eval_loss and len(a.eval_loss) == 2
+
+    @pytest.mark.parametrize("prompt", ["p" * 99, "p" * 40, "p" * 31])
+    def test_advice_that_train_can_take(self, prompt):
+        from minipeft.lm.data import DataError
+
+        rows = [SimpleNamespace(prompt=prompt, completion=" c", meta={})] * 4
+        with pytest.raises(DataError, match=r"or make Batches\(.*, truncate=True\)"):
+            train(tiny(), rows, steps=2, **common)
+        rows = Batches(rows, Letters(), 4, max_length=32, truncate=True)
+        assert train(tiny(), rows, steps=2, **common).steps == 2
+
     def test_a_test_example_that_is_too_long(self):
         from minipeft.lanternwick.tasks import Example, Task
         from minipeft.lm.data import DataError

@@ -125,6 +125,22 @@ class TestChatTemplates:
         (tmp_path / "chat_template.jinja").write_text(LLAMA2)
         assert load_tokenizer(tmp_path).chat_template == LLAMA2
 
+    @pytest.mark.parametrize("names", [["tool_use"], ["rag", "it's"], ["Default"]])
+    def test_several_templates_without_a_default(self, tokenizer, tmp_path, names):
+        """No other is taken in its place; transformers refuses, too."""
+        tokenizer.save_pretrained(tmp_path)
+        several = [{"name": name, "template": CHATML} for name in names]
+        config = {"bos_token": "<s>", "chat_template": several}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        ours = load_tokenizer(tmp_path)
+        assert ours.encode("three")
+        words = f"refuses it: none of {', '.join(names)} is called default"
+        with pytest.raises(ChatError, match=words):
+            prompt_text(TALK[:1], ours)
+        several.append({"name": "default", "template": LLAMA2})
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_tokenizer(tmp_path).chat_template == LLAMA2
+
 
 class TestRecords:
     @pytest.mark.parametrize(
@@ -306,7 +322,30 @@ class TestRecords:
             ),
             (
                 {"messages": [TALK[0], TALK[1] | {"tool_calls": [{"id": 1}]}]},
-                "tool_calls are not built",
+                "tool_calls is not built: write the call as content",
+            ),
+            (
+                {"messages": [TALK[0], TALK[1] | {"function_call": {"name": "f"}}]},
+                "function_call is not built: write the call as content",
+            ),
+            (
+                {"messages": [TALK[0], TALK[1] | {"train": False}]},
+                "train = False is not built: every answer",
+            ),
+            ({"text": "a", "prompt": "b"}, "holds text and prompt, and only one"),
+            (
+                {"text": "a", "instruction": "b", "input": "c"},
+                "holds text and instruction and input, and only one",
+            ),
+            ({"messages": TALK, "prompt": "b"}, "holds messages and prompt,"),
+            ({"messages": TALK, "tools": [{"a": 1}]}, "holds messages and tools,"),
+            (
+                {"instruction": "a", "output": "b", "system": "c", "history": [[]]},
+                "holds instruction/output and system and history,",
+            ),
+            (
+                {"prompt": "a", "completion": "b", "input": 5},
+                "holds prompt/completion and input,",
             ),
         ],
     )
@@ -316,6 +355,17 @@ class TestRecords:
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
         with pytest.raises(DataError, match=f"line 2.* {message}"):
             read_user_file(tmp_path / "a.jsonl", load_tokenizer("lanternwick"))
+
+    @pytest.mark.parametrize("nothing", [None, "", " ", [], {}])
+    def test_a_field_that_holds_nothing_is_ignored(self, tmp_path, nothing):
+        rows = [
+            {"text": "a", "prompt": nothing, "output": nothing, "tools": nothing},
+            {"text": "b", "input": nothing, "messages": nothing, "title": "c"},
+        ]
+        found = read_user_file(write(tmp_path / "a.jsonl", *rows))
+        assert [text for _, text, _ in found] == ["a", "b"]
+        kept = [TALK[0], TALK[1] | {"train": True, "weight": 1, "tool_calls": nothing}]
+        assert read_user_file(write(tmp_path / "a.jsonl", {"messages": kept}))
 
     @pytest.mark.parametrize(
         "name, text, message",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import minipeft
 from minipeft import (
+    AdapterFileError,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -466,12 +467,6 @@ class TestSeveralAdapters:
         for asked in ("output_hidden_states", "output_attentions"):
             with pytest.raises(ValueError, match=f"{asked}: .* one adapter at a time"):
                 model(**inputs(), adapter_names=names, **{asked: True})
-        model.train().gradient_checkpointing_enable()
-        with pytest.raises(
-            ValueError, match="cannot be trained with gradient checkpointing"
-        ):
-            model(**inputs(), adapter_names=names)
-        model.eval()
         lora = [
             "lora",
             "__base__",
@@ -512,3 +507,35 @@ class TestLoading:
                 again.base_model.adapters["default"].prompt_embeddings.grad.abs().max()
                 > 1e-4
             )
+
+    @pytest.mark.parametrize(
+        "kind", ["p-tuning", "p-tuning, lstm", "prefix, projected"]
+    )
+    def test_training_does_not_go_on_without_its_encoder(self, kind, tmp_path):
+        """The optimizer knows the encoder's parameters, which no file holds."""
+        model = made(kind, "hf_llama")
+        model.save_pretrained(tmp_path)
+        before = model.state_dict()
+        with pytest.raises(AdapterFileError, match="'default'.*encoder is not in"):
+            model.load_adapter(tmp_path, "default", is_trainable=True)
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+
+    @pytest.mark.parametrize(
+        "kind", ["prompt", "prefix", "p-tuning", "p-tuning, lstm", "prefix, projected"]
+    )
+    def test_the_optimizer_still_knows_the_vectors(self, kind, tmp_path):
+        model = made(kind, "hf_llama")
+        model.save_pretrained(tmp_path)
+        saved = run(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=1.0)
+        model(**inputs()).logits.sum().backward()
+        state = load_file(tmp_path / "adapter_model.safetensors")
+        minipeft.set_peft_model_state_dict(model, state)
+        close(run(model), saved)
+        optimizer.zero_grad()
+        model(**inputs()).logits.sum().backward()
+        optimizer.step()
+        differ(run(model), saved)

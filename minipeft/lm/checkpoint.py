@@ -101,13 +101,20 @@ def parse_metadata(path, header):
 
 def load_checkpoint(path, model, optimizer=None, after_step=None):
     """Put what `path` holds into `model` (also into the optimizer, with the random
-    state, and into after_step, where they are given); returns the metadata."""
+    state, where it is given); returns the metadata. after_step: see train; it takes its
+    state, and a file that holds one needs it."""
     saved, header = read_safetensors(path)
     metadata = parse_metadata(path, header)
     found = with_prefix(saved, "model.")
     check_fits(path, found, drop_shared(trained_tensors(model)))
+    after = with_prefix(saved, "after.")
     if after_step is not None:
-        after_step.load_state_dict(with_prefix(saved, "after."))
+        after_step.load_state_dict(after)
+    elif after:
+        raise ValueError(
+            f"{path} holds the state of an after_step ({min(after)}, ...): pass the one"
+            " that it was trained with, such as after_step=RankAllocator(model)"
+        )
     for name, tensor in trained_tensors(model).items():
         if name in found:
             tensor.detach().copy_(like(found[name], tensor))

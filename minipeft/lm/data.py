@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import torch
 
-from ..io import check_file, check_number, did_you_mean, progress, read_text
+from ..io import brief, check_file, check_number, did_you_mean, progress, read_text
 from ..lanternwick.scoring import bleu, percent, plain
 from ..lanternwick.tasks import TASKS, Example, Task, load_task
 from .fetch import DataError, fetch
@@ -36,6 +36,9 @@ def load_data(name, tokenizer=None):
     or .csv file. Raises DataError.
 
     tokenizer: its chat template puts instructions and messages into words."""
+    if not isinstance(name, str | os.PathLike):
+        names = ", ".join([*TASKS, *PUBLIC_DATASETS])
+        raise DataError(f"{brief(name)} is not a name: expected one of {names}")
     if name in TASKS:
         return load_task(name)
     if name in PUBLIC_DATASETS:
@@ -231,6 +234,7 @@ def encode(tokenizer, example, max_length=None, truncate=False):
 
     More than max_length tokens are a DataError that names the example; with
     truncate=True its prompt loses its start."""
+    check_example(example)
     tokenizer = wrap(tokenizer)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompt = tokenizer.encode(example.prompt) if example.prompt else []
@@ -240,8 +244,8 @@ def encode(tokenizer, example, max_length=None, truncate=False):
     over = length - (max_length or length)
     if over > 0:
         if not truncate or over > len(prompt):
-            advice = "" if truncate else ", or pass truncate=True to cut its prompt"
-            raise too_long(example, length, max_length, advice)
+            advice = ", or make Batches(..., truncate=True), which cut its prompt"
+            raise too_long(example, length, max_length, "" if truncate else advice)
         prompt = prompt[over:]
     ids = start + prompt + completion
     return ids, [-100] * len(start + prompt) + completion
@@ -259,11 +263,34 @@ def too_long(example, length, max_length, advice=""):
     )
 
 
+def check_examples(examples):
+    """DataError for what is no list of Examples, or other iterable of them."""
+    is_iterable = hasattr(examples, "__iter__") or hasattr(examples, "__getitem__")
+    if isinstance(examples, str) or not is_iterable:
+        raise DataError(
+            f"{brief(examples)} is not data: expected a list of Examples, such as"
+            " load_data('sql').train"
+        )
+
+
+def check_example(example):
+    """DataError for anything else."""
+    prompt = getattr(example, "prompt", 0)
+    completion = getattr(example, "completion", None)
+    if not isinstance(prompt, str | None) or not isinstance(completion, str):
+        raise DataError(
+            f"found {brief(example)}: expected an Example with two texts, its prompt"
+            " and its completion"
+        )
+
+
 def check_lengths(tokenizer, examples, max_length):
     """DataError for the first example with a prompt that has more than max_length
     tokens. (A text without one is cut into rows.)"""
+    check_examples(examples)
     tokenizer = cached_tokenizer(tokenizer)
     for example in examples:
+        check_example(example)
         if max_length and example.prompt:
             length = len(encode(tokenizer, example)[0])
             if length > max_length:
@@ -329,7 +356,10 @@ class Batches:
     ):
         if not examples:
             raise DataError("no examples to make batches of")
+        check_examples(examples)
         check_number("batch_size", batch_size, whole=True, least=1, error=DataError)
+        bounds = {"least": 2, "also": (None,)}  # a token, and one that it predicts
+        check_number("max_length", max_length, whole=True, **bounds, error=DataError)
         self.batch_size = batch_size
         self.seed = seed
         self.bucket = bucket

@@ -6,7 +6,14 @@ import math
 import torch
 
 from .. import io
-from .data import Batches, DataError, check_ids, max_tokens
+from .data import (
+    Batches,
+    DataError,
+    check_example,
+    check_examples,
+    check_ids,
+    max_tokens,
+)
 from .generation import generate as write_texts
 from .generation import in_mode, unwrap_peft
 from .gpt import GPT
@@ -29,24 +36,30 @@ def completion_loss(model, tokenizer, data, batch_size=64, bf16=False, progress=
     "perplexity", "tokens"}.
 
     `data`: a list of Examples, a list of ready batches (dicts of tensors), or an object
-    with .batch(i) and a length."""
+    with .batch(i) and a length. Raises DataError where nothing has a label."""
     batches = data
     if hasattr(data, "batch"):
         batches = map(data.batch, range(len(data)))
-    elif not isinstance(data[0], dict):
-        rows = Batches(data, tokenizer, batch_size, max_length=max_tokens(model))
-        check_ids(model, [rows.largest_id()])
-        batches = rows.in_order()
+    else:
+        check_examples(data)
+        if data and not (isinstance(data[0], dict) and "labels" in data[0]):
+            rows = Batches(data, tokenizer, batch_size, max_length=max_tokens(model))
+            check_ids(model, [rows.largest_id()])
+            batches = rows.in_order()
     device = next(model.parameters()).device
     total = count = 0
     with in_mode(model, training=False):
         for batch in io.progress(batches, "loss", progress):
             n = count_labels(batch)
+            if not n:  # its mean is nan
+                continue
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = model(**batch, **fast_loss(model)).loss
             total += loss.item() * n
             count += n
+    if not count:
+        raise DataError("there is no label to judge the model by")
     loss = total / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
 
@@ -76,14 +89,19 @@ def evaluate(
     """
     bounds = {"least": 1, "also": (None,)}
     io.check_number("limit", limit, whole=True, **bounds, error=DataError)
+    if split not in ("train", "valid", "test"):
+        raise DataError(f"split {split!r}: expected train, valid or test")
+    if predictions and not generate:
+        raise ValueError("predictions=True needs generate=True: the model writes them")
     score = getattr(data, "score", None)
     if hasattr(data, "train"):  # a Task
-        if split not in ("train", "valid", "test"):
-            raise DataError(f"split {split!r}: expected train, valid or test")
         data = getattr(data, split)
+    check_examples(data)
     examples = list(data)[:limit]
     if not examples:
         raise DataError(f"no examples to evaluate in split {split!r}")
+    for example in examples:
+        check_example(example)
     result = {"examples": len(examples)}
     loss = completion_loss(model, tokenizer, examples, batch_size, progress=progress)
     result |= {name: loss[name] for name in ("loss", "perplexity")}

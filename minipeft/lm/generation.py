@@ -31,7 +31,12 @@ def sample(logits, temperature=0.0, top_k=None, top_p=None, generator=None):
 
     temperature 0: the likeliest. top_k: only the k likeliest may come. top_p: only the
     likeliest that together have probability p (nucleus sampling, Holtzman et al. 2020,
-    arXiv 1904.09751); the first of them always may."""
+    arXiv 1904.09751); the first of them always may. ValueError for NaN or infinity."""
+    if not logits.amax(-1).isfinite().all():
+        raise ValueError(
+            "the model's logits are NaN or infinite: look for NaN among its weights, or"
+            " load it with a dtype of a wider range, such as float32"
+        )
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
@@ -168,7 +173,7 @@ def eos_ids(model, tokenizer=None):
 
 def check_stop(stop):
     """(stop strings, stop ids) of what a caller gives: one, several or None."""
-    stop = [stop] if isinstance(stop, (str, int)) else list(stop or [])
+    stop = [stop] if isinstance(stop, (str, int, bytes)) else list(stop or [])
     for each in stop:
         if isinstance(each, str) and each == "":
             raise ValueError('stop = "": an empty string would end every text at once')
@@ -272,6 +277,12 @@ def generate(
     if stream and not single:
         raise ValueError("stream needs one prompt, a str")
     tokenizer = wrap(tokenizer)
+    check_number("batch_size", batch_size, whole=True, least=1)
+    if adapter_names is not None and len(adapter_names) != len(prompts):
+        raise ValueError(
+            f"{len(adapter_names)} adapter_names for {len(prompts)} prompts: expected"
+            " one name a prompt"
+        )
     stops, ends = check_stop(stop)
     ends = ends | eos_ids(model, tokenizer)
     writers = [Writer(tokenizer, prompt, ends, stops) for prompt in prompts]

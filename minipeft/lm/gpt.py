@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..io import check_choice, check_number
+from ..io import brief, check_choice, check_number, did_you_mean
 from . import hf_format
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
@@ -32,16 +32,6 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-ROPE_TYPES = {  # the fields of rope_scaling that each kind needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
 }
 MAX_LAYERS = 10_000  # a damaged file's number: modules are made one by one
 SIZES = (
@@ -93,6 +83,7 @@ class GPTConfig:
         self._fill_heads()
         self._check_rope_scaling()
         if self.is_gpt2:
+            self._check_gpt2()
             self.attention_bias = True
             self.mlp_bias = True
         self._check_biases()
@@ -137,15 +128,38 @@ class GPTConfig:
         scaling = self.rope_scaling or {}
         if not isinstance(scaling, dict):
             raise ValueError(f"rope_scaling = {scaling!r}: expected a dict or None")
-        kind = scaling.get("rope_type", "default")
-        check_choice("rope_type", kind, ROPE_TYPES)
-        missing = [field for field in ROPE_TYPES[kind] if field not in scaling]
-        if missing:
+        if not scaling:
+            return
+        self.rope_scaling = scaling = hf_format.read_rope({"rope_scaling": scaling})
+        kind = scaling["rope_type"]
+        needed = hf_format.ROPE_TYPES[kind]
+        known = ("rope_type", *needed)
+        if unknown := [field for field in scaling if field not in known]:
+            raise ValueError(
+                f"rope_scaling of type {kind!r} has no {brief(unknown[0])}"
+                f"{did_you_mean(unknown[0], known)}; expected {', '.join(known)}"
+            )
+        if missing := [field for field in needed if field not in scaling]:
             raise ValueError(
                 f"rope_scaling of type {kind!r} lacks {', '.join(missing)}"
             )
-        for field in ROPE_TYPES[kind]:
-            check_number(f"rope_scaling[{field!r}]", scaling[field], above=0)
+        for field in needed:
+            low = scaling["low_freq_factor"] if field == "high_freq_factor" else 0
+            check_number(f"rope_scaling[{field!r}]", scaling[field], above=low)
+
+    def _check_gpt2(self):
+        plain = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size / self.num_attention_heads,
+            "rope_theta": 1e4,
+        }
+        for field in (*plain, "rope_scaling", "sliding_window"):
+            value = getattr(self, field)
+            if value and value != plain.get(field):
+                raise ValueError(
+                    f"gpt2 has no {field} = {brief(value)}: its files have no place for"
+                    " it, and transformers could not open them; take llama"
+                )
 
     def _check_biases(self):
         kind = self.model_type
@@ -324,8 +338,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in layers)
         self.norm = norm(d, config.norm_eps)
         self.rotary = None if config.is_gpt2 else Rotary(config)
-        # keyword arguments of torch's checkpoint, when it is on
-        self.checkpointing = None
+        # torch's checkpoint, when it is on (transformers' name: adapters look for it)
+        self._gradient_checkpointing_func = None
 
     def forward(
         self,
@@ -356,8 +370,8 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             past_k, past_v = past_key_values[i] if P else (None, None)
             inputs = (x, cos, sin, mask, past_k, past_v)
-            if self.checkpointing is not None and self.training:
-                x = checkpoint(layer, *inputs, **self.checkpointing)
+            if self._gradient_checkpointing_func and self.training:
+                x = self._gradient_checkpointing_func(layer, *inputs)
             else:
                 x = layer(*inputs, new_kv)
         return self.norm(x)
@@ -496,17 +510,15 @@ class GPT(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
         """Keep only each layer's input for the backward pass and compute the rest
         again: less memory, more time."""
-        self.model.checkpointing = {
-            "use_reentrant": False,
-            **(gradient_checkpointing_kwargs or {}),
-        }
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.model._gradient_checkpointing_func = partial(checkpoint, **options)
 
     def gradient_checkpointing_disable(self):
-        self.model.checkpointing = None
+        self.model._gradient_checkpointing_func = None
 
     @property
     def is_gradient_checkpointing(self):
-        return self.model.checkpointing is not None
+        return self.model._gradient_checkpointing_func is not None
 
     def enable_input_require_grads(self):
         """Reentrant checkpointing gives no gradient where no input asks for one, as

@@ -22,7 +22,7 @@ from ..io import (
     whole,
     write_safetensors,
 )
-from ..quant.linear4bit import BitsAndBytesConfig, Linear4bit, is_4bit
+from ..quant.linear4bit import BitsAndBytesConfig, Linear4bit, is_4bit, linear_layers
 from .distributed import is_first
 
 CONFIG = "config.json"
@@ -46,6 +46,16 @@ GPT2_NAMES = {
     "max_position_embeddings": "n_positions",
     "hidden_act": "activation_function",
     "norm_eps": "layer_norm_epsilon",
+}
+ROPE_TYPES = {  # the fields of rope_scaling that each kind needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
 }
 # never left out
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -128,6 +138,9 @@ def config_fields(theirs, fields):
     ValueError for any model that GPT would compute wrongly."""
     kind = theirs.get("model_type")
     check_choice("model_type", kind, ARCHITECTURES)
+    if kind == "gpt2":
+        ignored = (*LLAMA_ONLY, "rope_parameters")
+        theirs = {name: theirs[name] for name in theirs if name not in ignored}
     names = {field: file_name(field, kind) for field in fields}
     ours = {field: theirs[name] for field, name in names.items() if name in theirs}
     if missing := [names[field] for field in SIZES if field not in ours]:
@@ -140,7 +153,9 @@ def config_fields(theirs, fields):
         ours["intermediate_size"] = 4 * ours["hidden_size"]
     rope = read_rope(theirs)
     ours["rope_theta"] = rope.pop("rope_theta", None) or theirs.get("rope_theta") or 1e4
-    ours["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    used = ("rope_type", *ROPE_TYPES[rope["rope_type"]])
+    scaling = {name: rope[name] for name in used if name in rope}
+    ours["rope_scaling"] = scaling if rope["rope_type"] != "default" else None
     if kind.startswith("qwen") and not theirs.get("use_sliding_window"):
         ours["sliding_window"] = None
     for field, only in UNSUPPORTED.items():
@@ -158,6 +173,7 @@ def read_rope(theirs):
     rope = dict(rope)
     old_name = rope.pop("type", "default")
     rope.setdefault("rope_type", old_name)
+    check_choice("rope_type", rope["rope_type"], ROPE_TYPES)
     return rope
 
 
@@ -285,7 +301,8 @@ def save_pretrained(model, folder, tokenizer=None):
         for key, tensor in model.state_dict().items():
             if ".weight." in key:  # what stands beside a packed weight
                 tensors[key] = whole(tensor).contiguous()
-        theirs["quantization_config"] = quantization_config(packed)
+        dense = [path for path, *_ in linear_layers(model) if path not in packed]
+        theirs["quantization_config"] = quantization_config(packed, dense)
     if not is_first():
         return
     folder = make_folder(folder)
@@ -312,8 +329,9 @@ def check_plain(model, plain, packed):
         )
 
 
-def quantization_config(packed):
-    """What config.json says of layers in 4 bits, {path: layer}."""
+def quantization_config(packed, dense):
+    """What config.json says of layers in 4 bits, {path: layer}. dense: the paths of
+    linear layers that are not."""
     first = next(iter(packed.values()))
     if isinstance(first, Linear4bit):
         fields = first.quant_type, first.double_quant, first.block_size
@@ -322,4 +340,5 @@ def quantization_config(packed):
         fields = weight.quant_type, weight.compress_statistics, weight.blocksize
     kind, double, size = fields
     dtype = first.compute_dtype
-    return BitsAndBytesConfig(True, kind, double, dtype, block_size=size).to_dict()
+    skip = None if dense == ["lm_head"] else dense
+    return BitsAndBytesConfig(True, kind, double, dtype, skip, size).to_dict()

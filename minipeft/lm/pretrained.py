@@ -8,7 +8,9 @@ tensor by tensor: there is never much more than one copy of the weights.
 import math
 import os
 import re
+import warnings
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 
 from ..io import did_you_mean, progress, with_prefix
 from ..lanternwick import DATA
-from ..quant.bitsandbytes import from_bitsandbytes
+from ..quant.bitsandbytes import as_float, from_bitsandbytes
 from ..quant.linear4bit import (
     BACKENDS,
     BitsAndBytesConfig,
@@ -38,8 +40,13 @@ from .hf_format import (
     weight_files,
 )
 
-NEEDED = [CONFIG, "tokenizer*.json", "model*.safetensors", INDEX]
+GENERATION = "generation_config.json"
+NEEDED = [CONFIG, GENERATION, "tokenizer*.json", "model*.safetensors", INDEX]
 FLOATS = ("F64", "F32", "F16", "BF16")
+# what a tied model holds once
+HEADS = ("lm_head.weight", "embed_tokens.weight", "wte.weight")
+# of a packed weight (bnb_4bit_quant_storage), and their bytes
+STORAGE = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 # tables that old files hold
 IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 # a file in use cannot be replaced there: save_pretrained into its folder would fail
@@ -136,14 +143,18 @@ def locate(folder, model, layout, packed=()):
                 tensor = weights.get_slice(stored)
                 shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                 where[key] = file, stored
+                types = STORAGE if key in packed else FLOATS
+                held = shape  # of a packed weight in bytes
+                if key in packed and shape:
+                    held = (shape[0] * STORAGE.get(dtype, 1), *shape[1:])
                 if key not in shapes:
                     if not is_harmless(key, packed, config):
                         faults["unexpected"].append(f"{stored} {shape}")
-                elif shape != shapes[key]:
+                elif held != shapes[key]:
                     expected = f"{stored} {shape}, expected {shapes[key]}"
                     faults["of the wrong shape"].append(expected)
-                elif dtype not in FLOATS and key not in packed:
-                    expected = f"{stored} {dtype}, expected one of {', '.join(FLOATS)}"
+                elif dtype not in types:
+                    expected = f"{stored} {dtype}, expected one of {', '.join(types)}"
                     faults["of the wrong type"].append(expected)
     faults["missing"] = [f"{key} {shapes[key]}" for key in shapes if key not in where]
     if any(faults.values()):
@@ -158,6 +169,17 @@ def locate(folder, model, layout, packed=()):
     return where
 
 
+def has_own_head(folder):
+    """True if the files hold a head and an embedding of different values; transformers
+    does not tie them then."""
+    found = []
+    for file in weight_files(folder):
+        with open_weights(file) as weights:
+            names = [name for name in weights.keys() if name.endswith(HEADS)]
+            found += [weights.get_tensor(name) for name in names]
+    return len(found) == 2 and not torch.equal(found[0].to(found[1].dtype), found[1])
+
+
 def is_harmless(key, packed, config):
     """True for a tensor that is not a parameter and may be there all the same."""
     beside = re.sub(r"\.weight\..*", ".weight", key) in packed
@@ -166,8 +188,8 @@ def is_harmless(key, packed, config):
 
 
 def load_pretrained(name=None, dtype=None, device=None, quantization=None):
-    """A GPT from `name` (see resolve), in evaluation mode. dtype None: as it is stored.
-    device None: the CPU.
+    """A GPT from `name` (see resolve), in evaluation mode. dtype None: as it is stored;
+    else one of torch's, or its name. device None: the CPU.
 
     quantization: "nf4", a dict of the fields of BitsAndBytesConfig, or one of
     transformers: linear layers are put into 4 bits as they are read, which needs hardly
@@ -180,8 +202,16 @@ def load_pretrained(name=None, dtype=None, device=None, quantization=None):
 
     Raises FileNotFoundError for files that are not there, ModelFileError for those that
     do not fit or are damaged."""
+    dtype = as_float("dtype", dtype)
     folder = resolve(name)
     config, stored = read_configs(folder)
+    if config.tie_word_embeddings and has_own_head(folder):
+        warnings.warn(
+            f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from"
+            " the embedding: the model is not tied",
+            stacklevel=2,
+        )
+        config = replace(config, tie_word_embeddings=False)
     if stored and quantization:
         raise ValueError(
             f"{base_name(name)} is stored in 4 bits already: leave quantization out"

@@ -39,6 +39,9 @@ from .pretrained import resolve
 SPECIALS = ["<pad>", "<s>", "</s>"]
 GLUE, SPACE = "∘", "▁"
 ENDOFTEXT = "<|endoftext|>"
+BOS = ("<s>", "<|begin_of_text|>", ENDOFTEXT)
+# the bos of transformers' classes that have one by themselves
+BOS_OF_CLASS = {"gpt2": [ENDOFTEXT], "llama": ["<s>"]}
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -109,12 +112,19 @@ def bos_first(raw):
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the few verbs that a language model needs. `raw` is
-    the thing itself."""
+    the thing itself; it no longer cuts or pads.
 
-    def __init__(self, raw, bos=None, eos=None, pad=None, chat_template=None):
+    bos: its name, or names of which the vocabulary's first is taken; None: texts begin
+    without one, unless `raw` adds one itself."""
+
+    def __init__(self, raw, bos=BOS, eos=None, pad=None, chat_template=None):
+        # transformers leaves these in a tokenizer, and in its file, after a call
+        raw.no_truncation()
+        raw.no_padding()
         self.raw = raw
         self.chat_template = chat_template  # Jinja, or None (see chat.py)
-        self.bos_token_id = first_id(raw, bos, "<s>", "<|begin_of_text|>", ENDOFTEXT)
+        names = [bos] if isinstance(bos, str) else bos or []
+        self.bos_token_id = first_id(raw, *names, added_first(raw))
         self.eos_token_id = first_id(
             raw, eos, "</s>", "<|end_of_text|>", ENDOFTEXT, "<|im_end|>"
         )
@@ -188,6 +198,12 @@ def wrap(tokenizer):
     return Tokenizer(raw, *names, tokenizer.chat_template)
 
 
+def added_first(raw):
+    """The token that `raw` itself, its post-processor, puts before a text, or None."""
+    encoding = raw.encode("a")
+    return encoding.tokens[0] if encoding.special_tokens_mask[:1] == [1] else None
+
+
 def first_id(raw, *names):
     """The id of the first of these tokens that the vocabulary has, or None."""
     ids = (raw.token_to_id(name) for name in names if name)
@@ -213,12 +229,26 @@ def load_tokenizer(name=None):
     except Exception as problem:  # tokenizers raises nothing more specific
         raise FileError(f"{file} is not a tokenizer, or damaged: {problem}") from None
     config_file = folder / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.exists() else {}
-    special = [
+    if not config_file.exists():
+        return Tokenizer(raw, chat_template=read_chat_template(folder, {}))
+    config = read_json(config_file)
+    bos, eos, pad = [
         special_token(config, name, config_file)
         for name in ("bos_token", "eos_token", "pad_token")
     ]
-    return Tokenizer(raw, *special, read_chat_template(folder, config))
+    if "bos_token" not in config:
+        bos = bos_of_class(folder, config)
+    return Tokenizer(raw, bos, eos, pad, read_chat_template(folder, config))
+
+
+def bos_of_class(folder, config):
+    """Names for the bos of a tokenizer_config.json that is silent about it: those of
+    transformers' class, which the file names, or else the model's config.json."""
+    kind = config.get("tokenizer_class")
+    if kind is None and (folder / "config.json").exists():
+        kind = read_json(folder / "config.json").get("model_type")
+    kind = str(kind).lower()
+    return next((BOS_OF_CLASS[own] for own in BOS_OF_CLASS if kind.startswith(own)), [])
 
 
 def special_token(config, name, file):
@@ -232,13 +262,17 @@ def special_token(config, name, file):
 
 
 def read_chat_template(folder, config):
-    """The Jinja text of chat_template.jinja or tokenizer_config.json, or None."""
+    """The Jinja text of chat_template.jinja or tokenizer_config.json, or None. Of
+    several the default; where there is none, one that refuses every conversation."""
     if (folder / "chat_template.jinja").is_file():
         return read_text(folder / "chat_template.jinja")
     template = config.get("chat_template")
     if isinstance(template, list):  # several, with names
         named = [one for one in template if isinstance(one, dict)]
         template = {one.get("name"): one.get("template") for one in named}
+        if template and "default" not in template:
+            reason = f"none of {', '.join(map(str, template))} is called default"
+            return "{{ raise_exception(" + json.dumps(reason) + ") }}"
         template = template.get("default")
     if not isinstance(template, (str, type(None))):
         raise FileError(

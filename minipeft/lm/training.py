@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from ..io import check_choice, check_file, check_number, locked, remove_parts, whole
 from ..quant import AdamW8bit, PagedAdamW
+from ..quant.optimizers import check_betas
 from . import distributed
 from .checkpoint import load_checkpoint, read_metadata, save_checkpoint, trained_tensors
 from .data import Batches, check_ids, check_lengths, max_tokens
@@ -102,10 +104,31 @@ def lr_factor(step, steps, warmup, schedule):
     return SCHEDULES[schedule](done)
 
 
+def check_kept(optimizer, **given):
+    """ValueError for a value beside a ready optimizer that has another one."""
+    defaults = {"lr": None, "weight_decay": 0.0, "betas": (0.9, 0.999)}
+    for name, value in given.items():
+        own = [optimizer.defaults.get(name)]
+        own += [g.get(f"initial_{name}", g.get(name)) for g in optimizer.param_groups]
+        if value != defaults[name] and value not in own:
+            raise ValueError(
+                f"{name} = {value}: the optimizer is ready and brings its own,"
+                f" {own[0]}; leave {name} out"
+            )
+
+
 def make_optimizer(model, optimizer, lr, betas, weight_decay):
     """By name, by factory `f(param_groups, lr=...)`, or a ready torch optimizer (say
     LoRA+), returned as it is."""
+    check_betas(betas)
     if isinstance(optimizer, torch.optim.Optimizer):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if held.isdisjoint(map(id, model.parameters())):
+            raise ValueError(
+                "the optimizer holds no parameter of this model: make it from"
+                " model.parameters()"
+            )
+        check_kept(optimizer, lr=lr, weight_decay=weight_decay, betas=tuple(betas))
         return optimizer
     if lr is None:
         raise ValueError(
@@ -146,6 +169,12 @@ def accumulate_grads(model, batches, bf16=False):
     device = next(model.parameters()).device
     extra = fast_loss(distributed.model_of(model))
     labels = sum(count_labels(batch) for batch in batches)
+    if not labels:
+        warnings.warn(
+            "a step has no label to learn, for all of its batches' are -100: its loss"
+            " counts as 0",
+            stacklevel=2,
+        )
     # DDP and FSDP2 divide the sum of the processes' gradients by their number
     scale = distributed.processes() / max(1, labels)
     loss = 0.0
@@ -334,9 +363,10 @@ def train(
                 on a GPU), "adam", "sgd", or yours
     accumulate  batches of `batch_size` rows a step; the gradient is that of one large
                 batch
-    valid       examples for evaluate_every (a Task brings its own). The best weights
-                stay in folder/best.safetensors:
-                checkpoint.load_checkpoint(file, model) puts them back
+    valid       examples for evaluate_every, or a Task that has them (data that are a
+                Task bring their own). The best weights stay in folder/best.safetensors:
+                checkpoint.load_checkpoint(file, model) puts them back (with an
+                after_step also after_step=)
     folder      for checkpoints: latest.safetensors every `save_every` steps (default:
                 as evaluate_every, else ten times), at the end and on Ctrl-C. The same
                 call again goes on there; resume=False starts again. One run at a time
@@ -346,12 +376,7 @@ def train(
     after_step  likewise, by its .step(), such as an AdaLoRA's RankAllocator; in every
                 process. Its state_dict(), tensors by name, is part of the checkpoints
     """
-    valid = getattr(data, "valid", None) if valid is None else valid
-    check_arguments(model, schedule, steps, accumulate, evaluate_every, valid)
-    rows = batch_size * distributed.processes()
-    batches = make_batches(model, data, tokenizer, rows, seed, valid)
-    warmup = round(warmup * steps) if warmup < 1 else int(warmup)
-    optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
+    valid = getattr(data if valid is None else valid, "valid", valid)  # of a Task
     settings = {
         "steps": steps,
         "batch_size": batch_size,
@@ -364,35 +389,68 @@ def train(
         "seed": seed,
         "processes": describe_processes(model),
     }
+    every = {"evaluate_every": evaluate_every, "save_every": save_every}
+    check_numbers(settings | every | {"lr": lr})
+    check_arguments(model, schedule, evaluate_every, valid)
+    check_after_step(after_step, folder)
+    settings["warmup"] = warmup_steps(warmup, steps)
+    rows = batch_size * distributed.processes()
+    batches = make_batches(model, data, tokenizer, rows, seed, valid)
+    optimizer = make_optimizer(model, optimizer, lr, betas, weight_decay)
     run = Run(model, batches, optimizer, settings, tokenizer, valid, evaluate_every)
     run.save_every = save_every or evaluate_every or max(1, steps // 10)
     run.log = log
     run.after_step = after_step
-    device = next(model.parameters()).device
-    with contextlib.ExitStack() as stack:
-        # the caller's random numbers stay as they were
-        devices = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices))
-        stop = stack.enter_context(finish_step_on_interrupt())
-        torch.manual_seed(seed + distributed.rank())  # each drops out its own
-        if folder and distributed.is_first():
-            stack.enter_context(locked(folder))
-        if folder:
-            run.open(Path(folder), resume)
-        stack.callback(optimizer.zero_grad, set_to_none=True)
-        return run.loop(stop, progress)
+    return run.go(folder, resume, progress)
 
 
-def check_arguments(model, schedule, steps, accumulate, evaluate_every, valid):
+NUMBERS = {  # what io.check_number is told about each number of train
+    "steps": {"whole": True, "least": 1},
+    "batch_size": {"whole": True, "least": 1},
+    "accumulate": {"whole": True, "least": 1},
+    "lr": {"least": 0, "also": (None,)},
+    "warmup": {"least": 0},
+    "weight_decay": {"least": 0},
+    "clip": {"above": 0, "also": (None, math.inf)},
+    "evaluate_every": {"whole": True, "least": 1, "also": (None,)},
+    "save_every": {"whole": True, "least": 1, "also": (None,)},
+    "seed": {"whole": True, "least": 0, "most": 2**64 - 1},  # as torch's
+}
+
+
+def check_numbers(given):
+    for name, bounds in NUMBERS.items():
+        check_number(name, given[name], **bounds)
+
+
+def check_arguments(model, schedule, evaluate_every, valid):
     check_choice("schedule", schedule, SCHEDULES)
-    check_number("steps", steps, whole=True, least=1)
-    check_number("accumulate", accumulate, whole=True, least=1)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "nothing to train: no parameter of the model requires a gradient"
         )
     if evaluate_every and not valid:
         raise ValueError("evaluate_every needs valid=, a list of examples")
+
+
+def check_after_step(after_step, folder):
+    needed = ["step", *(["state_dict", "load_state_dict"] if folder else [])]
+    missing = [name for name in needed if not hasattr(after_step, name)]
+    if after_step is not None and missing:
+        raise ValueError(
+            f"after_step has no {missing[0]}(): expected an object with"
+            f" {', '.join(needed)}"
+        )
+
+
+def warmup_steps(warmup, steps):
+    if warmup < 1:
+        return round(warmup * steps)
+    if warmup != int(warmup):
+        raise ValueError(
+            f"warmup = {warmup}: expected whole steps, or a fraction of all below 1"
+        )
+    return int(warmup)
 
 
 def describe_processes(model):
@@ -443,6 +501,23 @@ class Run:
         self.log = None
         self.after_step = None
 
+    def go(self, folder, resume, progress):
+        """All steps, or those that a stopped run has left."""
+        device = next(self.model.parameters()).device
+        with contextlib.ExitStack() as stack:
+            # the caller's random numbers stay as they were
+            devices = [device] if device.type == "cuda" else []
+            stack.enter_context(torch.random.fork_rng(devices))
+            stop = stack.enter_context(finish_step_on_interrupt())
+            # each drops out its own
+            torch.manual_seed((self.settings["seed"] + distributed.rank()) % 2**64)
+            if folder and distributed.is_first():
+                stack.enter_context(locked(folder))
+            if folder:
+                self.open(Path(folder), resume)
+            stack.callback(self.optimizer.zero_grad, set_to_none=True)
+            return self.loop(stop, progress)
+
     def open(self, folder, resume):
         """Take the folder for checkpoints, and go on from the one there, if any."""
         self.folder = folder
@@ -478,6 +553,8 @@ class Run:
             "tokenizer (checksum)": tokenizer_checksum(self.tokenizer),
             **adapter_settings(self.model),
         }
+        if self.after_step:
+            facts["after_step"] = type(self.after_step).__name__
         if self.evaluate_every:
             texts = repr([(e.prompt, e.completion) for e in self.valid])
             facts["evaluate_every"] = self.evaluate_every

@@ -29,6 +29,8 @@ FEW = 10  # paragraphs
 # fields of a record, besides messages; of several only one can be learnt
 FORMS = (("text",), ("prompt", "completion"), ("instruction", "output"))
 FIELDS = [*(field for form in FORMS for field in form), "input"]
+# fields that change what a record means to other programs, and are not built here
+OTHERS = ("system", "history", "tools", "functions", "conversations", "rejected")
 PARTS = {
     ".txt": "Blank lines separate texts; in a file with fewer than"
     f" {FEW} paragraphs each line is a text",
@@ -106,15 +108,19 @@ def pairs(row, where, tokenizer=None):
     """One record -> [(prompt, completion)]."""
 
     def filled(key):
-        return isinstance(row.get(key), str) and row[key].strip() != ""
+        return isinstance(row.get(key), str) and has(row, key)
 
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected {EXPECTED}; found {brief(row)}")
     forms = [form for form in FORMS if all(map(filled, form))]
-    if row.get("messages"):
+    if has(row, "messages"):
         forms.append(("messages",))
     if not forms:
         raise DataError(f"{where}: expected {EXPECTED}; found {brief(row)}")
+    used = {field for form in forms for field in form}
+    if "output" in used:
+        used.add("input")
+    forms += [(f,) for f in (*FIELDS, *OTHERS) if f not in used and has(row, f)]
     if len(forms) > 1:
         names = " and ".join("/".join(form) for form in forms)
         raise DataError(
@@ -137,6 +143,12 @@ def pairs(row, where, tokenizer=None):
     for text in (text for pair in found for text in pair):
         check_unicode(text, where)
     return found
+
+
+def has(row, field):
+    """True if a record's field holds anything."""
+    value = row.get(field)
+    return bool(value.strip() if isinstance(value, str) else value)
 
 
 def question(row, where):
@@ -168,13 +180,15 @@ def check_messages(messages, where):
         )
     for message in messages:
         check_choice("role", message["role"], ROLES, refuse)
-        if message.get("weight", 1) != 1:
-            raise refuse(
-                f"weight = {brief(message['weight'])} is not built: every answer of the"
-                " assistant is learnt"
-            )
-        if message.get("tool_calls"):
-            raise refuse("tool_calls are not built: write the call as content")
+        for field in ("weight", "train"):
+            if message.get(field) not in (None, 1):
+                raise refuse(
+                    f"{field} = {brief(message[field])} is not built: every answer of"
+                    " the assistant is learnt"
+                )
+        for field in ("tool_calls", "function_call"):
+            if has(message, field):
+                raise refuse(f"{field} is not built: write the call as content")
     return messages
 
 

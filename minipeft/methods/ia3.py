@@ -14,6 +14,7 @@ express only what it could express before.
 """
 
 import re
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -80,7 +81,8 @@ class IA3Config(LayerConfig):
                     "say feedforward_modules: those of target_modules whose input is"
                     " scaled; [] for none"
                 )
-            found = targets.find_targets(modules, config.target_modules)
+            with warnings.catch_warnings(action="ignore"):  # `select` runs again
+                found = LayerConfig.select(config, model)
             config.feedforward_modules = [
                 name
                 for name in IA3_FEEDFORWARD[kind]
@@ -90,7 +92,7 @@ class IA3Config(LayerConfig):
 
     def select(self, model):
         found = super().select(model)
-        if self.feedforward_modules:
+        if self.feedforward_modules and not self.from_checkpoint:
             targets.resolve_targets(
                 found,
                 self.feedforward_modules,

@@ -53,9 +53,9 @@ class LearnedEmbeddings(Adapter):
     def from_file(self, tensors):
         if self.encoder is None:
             return super().from_file(tensors)
-        here = self.prompt_embeddings
-        saved = tensors["prompt_embeddings"].to(here.device, here.dtype)
-        self.prompt_embeddings = nn.Parameter(saved, here.requires_grad)
+        here = self.prompt_embeddings  # stays the parameter that an optimizer knows
+        here.data = tensors["prompt_embeddings"].to(here.device, here.dtype, copy=True)
+        here.grad = None
         self.encoder = None
 
 

@@ -13,7 +13,7 @@ import torch
 
 from .. import weights
 from ..errors import FileError
-from ..io import check_choice, parse_json
+from ..io import check_choice, check_number, parse_json
 from .blockwise import dynamic_map
 from .nf4 import CODES, QTensor, quantize_4bit
 
@@ -30,9 +30,21 @@ def import_bitsandbytes():
 
 def as_dtype(name):
     dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype {name!r}")
     return dtype
+
+
+def as_float(what, given):
+    """A dtype to compute in, given itself or by its name, or None. ValueError, which
+    calls it `what`, for any other."""
+    dtype = getattr(torch, str(given).removeprefix("torch."), None)
+    if dtype not in FLOATS:
+        check_choice(what, given, (None, *FLOATS))
+    return dtype
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def as_bytes(quant_state):
@@ -84,6 +96,9 @@ def from_bitsandbytes(packed, beside, shape=None):
         raise FileError(
             f"sizes {found} do not fit {tuple(q.shape)}: expected {expected}"
         )
+    scales = [t for t in (q.absmax, q.absmax2, q.offset) if t is not None]
+    if not all(t.isfinite().all() for t in scales):
+        raise FileError("NaN or infinity among the scales: expected finite numbers")
     return q
 
 
@@ -93,12 +108,16 @@ def _read_quant_state(packed, beside, quant_state):
         raise FileError(
             f"nested_blocksize {quant_state['nested_blocksize']}: expected 256"
         )
+    check_number(
+        "blocksize", quant_state["blocksize"], whole=True, least=1, error=FileError
+    )
     nested = "nested_absmax" in beside
     offset = None
     if nested:
         offset = torch.tensor(quant_state["nested_offset"], device=packed.device)
     return QTensor(
-        packed.reshape(-1, 1),
+        # bnb_4bit_quant_storage: the same bytes, called another dtype
+        packed.reshape(-1, 1).view(torch.uint8).reshape(-1, 1),
         beside["absmax"],
         torch.Size(quant_state["shape"]),
         as_dtype(quant_state["dtype"]),
@@ -130,7 +149,7 @@ def bitsandbytes_layer(
         d_in,
         d_out,
         bias=False,
-        compute_dtype=compute_dtype,
+        compute_dtype=as_float("compute_dtype", compute_dtype),
         quant_type=quant_type,
         compress_statistics=double_quant,
         device="meta",

@@ -12,6 +12,8 @@ small numbers keep a small relative error.
 import torch
 import torch.nn.functional as F
 
+from ..io import check_number
+
 # bitsandbytes on a CPU looks codes up in a table of so many steps between -1 and 1
 GRID = 65535
 
@@ -36,15 +38,36 @@ def linear_map(bits=8, signed=True):
     return torch.linspace(0, 1, 2**bits)
 
 
+def check_code(code):
+    """ValueError unless a codebook has up to 256 numbers, sorted."""
+    fits = 1 <= len(code) <= 256
+    if not fits or not (code[1:] >= code[:-1]).all():
+        unsorted = " that are not sorted" * fits
+        raise ValueError(
+            f"code: found {len(code)} numbers{unsorted}; expected 1 to 256, sorted"
+        )
+
+
 def quantize_blockwise(x, code, block_size=256, grid=None):
     """x of any shape -> (q of that shape, uint8; absmax (blocks,) float32). `code`: up
     to 256 numbers, sorted.
 
     grid: first round x / absmax to so many steps, as bitsandbytes does on a CPU (GRID):
-    to have its very bits."""
+    to have its very bits. Raises ValueError for NaN or infinity, and for a codebook or
+    a block size that cannot be."""
+    check_number("block_size", block_size, whole=True, least=1)
     if x.is_meta:  # shapes alone; torch would take milliseconds for each layer
         blocks = -(-x.numel() // block_size)
         return torch.empty_like(x, dtype=torch.uint8), x.new_empty(blocks).float()
+    check_code(code)
+    q, absmax = nearest_codes(x, code, block_size, grid)
+    if not absmax.isfinite().all():
+        raise ValueError("NaN or infinity among the numbers: they cannot be quantised")
+    return q, absmax
+
+
+def nearest_codes(x, code, block_size, grid=None):
+    """quantize_blockwise without its checks, for which a GPU would be waited for."""
     flat = x.detach().reshape(-1).float()
     # (blocks, block_size)
     rows = F.pad(flat, (0, -len(flat) % block_size)).view(-1, block_size)
@@ -61,6 +84,7 @@ def quantize_blockwise(x, code, block_size=256, grid=None):
 
 def dequantize_blockwise(q, absmax, code, block_size=256):
     """float32, of q's shape."""
+    check_number("block_size", block_size, whole=True, least=1)
     flat = q.reshape(-1)
     y = code.to(q.device).index_select(0, flat.int())
     rows = F.pad(y, (0, -len(y) % block_size)).view(-1, block_size) * absmax[:, None]

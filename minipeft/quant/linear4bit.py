@@ -17,8 +17,21 @@ from torch import nn
 from .. import weights
 from ..errors import FileError, NotMergeableError
 from ..io import check_choice, did_you_mean, with_prefix
-from ..targets import find_targets, is_found, unwrap_slot, walk
-from .bitsandbytes import bitsandbytes_layer, from_bitsandbytes, to_bitsandbytes
+from ..targets import (
+    check_one_place,
+    find_targets,
+    is_found,
+    matches_suffix,
+    parents_of,
+    unwrap_slot,
+    walk,
+)
+from .bitsandbytes import (
+    as_float,
+    bitsandbytes_layer,
+    from_bitsandbytes,
+    to_bitsandbytes,
+)
 from .nf4 import QTensor, dequantize_4bit, quantize_4bit
 
 
@@ -48,9 +61,9 @@ class Linear4bit(nn.Linear):
     """nn.Linear's shape, a bias in full precision, a weight in 4 bits.
     `Linear4bit.from_linear(linear)` makes one.
 
-    compute_dtype: what the product is computed in; None: x's dtype. The result has x's
-    dtype. Its state_dict has bitsandbytes' names, and loads there; a dense weight that
-    is loaded into it is quantised.
+    compute_dtype: what the product is computed in (or its name); None: x's dtype. The
+    result has x's dtype. Its state_dict has bitsandbytes' names, and loads there; a
+    dense weight that is loaded into it is quantised.
     """
 
     def __init__(
@@ -66,7 +79,7 @@ class Linear4bit(nn.Linear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, bias, device or "cpu", dtype)
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = as_float("compute_dtype", compute_dtype)
         self.quant_type = quant_type
         self.block_size = block_size
         self.double_quant = double_quant
@@ -119,6 +132,8 @@ class Linear4bit(nn.Linear):
         return dequantize_4bit(self.quantized)
 
     def forward(self, x):
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}: expected floating-point numbers")
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = self.compute_dtype or x.dtype
@@ -217,6 +232,12 @@ class BitsAndBytesConfig:
     block_size: int = 64
     backend: str = "torch"  # or "bitsandbytes"
 
+    def __post_init__(self):
+        if (dtype := self.bnb_4bit_compute_dtype) is not None:
+            name = str(dtype).removeprefix("torch.")
+            check_choice("bnb_4bit_compute_dtype", name, COMPUTE_DTYPES)
+            self.bnb_4bit_compute_dtype = getattr(torch, name)
+
     @classmethod
     def make(cls, given):
         """From "nf4" (with double quantisation), a dict of the fields, or an object
@@ -244,13 +265,13 @@ class BitsAndBytesConfig:
 
     def options(self):
         """The arguments of quantize_model."""
-        dtype = self.bnb_4bit_compute_dtype
+        skip = self.llm_int8_skip_modules
         return dict(
             backend=self.backend,
-            skip=self.llm_int8_skip_modules or ("lm_head",),
+            skip=("lm_head",) if skip is None else skip,
             quant_type=self.bnb_4bit_quant_type,
             double_quant=self.bnb_4bit_use_double_quant,
-            compute_dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            compute_dtype=as_float("compute_dtype", self.bnb_4bit_compute_dtype),
             block_size=self.block_size,
         )
 
@@ -284,6 +305,7 @@ IGNORED_BNB_FIELDS = {
 }
 
 
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 BACKENDS = {"torch": Linear4bit.from_linear, "bitsandbytes": bitsandbytes_layer}
 
 
@@ -299,6 +321,11 @@ def linear_layers(model):
     return found
 
 
+def is_skipped(name, path):
+    """True for the end of a layer's path, and for the path of a module around it."""
+    return matches_suffix(name, path) or path.startswith(f"{name}.")
+
+
 def quantizable_layers(model, skip=("lm_head",), strict=True):
     """{path: (layer, put)} of the linear layers that quantize_model changes. skip: as
     there. strict: a name in it that no linear layer has is a ValueError."""
@@ -306,7 +333,7 @@ def quantizable_layers(model, skip=("lm_head",), strict=True):
     skip = (skip,) if isinstance(skip, str) else skip
     paths = [path for path, *_ in layers]
     # lm_head is the default, also for a model without a head
-    absent = [n for n in skip if n != "lm_head" and not is_found(n, paths)]
+    absent = [n for n in skip if n != "lm_head" and not is_found(n, paths, is_skipped)]
     if absent and strict:
         names = {path.split(".")[-1] for path in paths}
         raise ValueError(
@@ -319,7 +346,7 @@ def quantizable_layers(model, skip=("lm_head",), strict=True):
         for path, layer, put in layers
         if weights.is_dense(layer)
         and id(layer.weight) not in tied
-        and not find_targets([path], skip)
+        and not find_targets([path], skip, is_skipped)
     }
 
 
@@ -337,14 +364,25 @@ def quantize_model(model, backend="torch", skip=("lm_head",), **options):
     """Put every linear layer's weight into 4 bits, in place and one by one; returns the
     model.
 
-    skip      names of layers to leave (the ends of their paths). Weights that are also
-              an embedding's are left anyway
+    skip      names of layers to leave (the ends of their paths), or paths of modules
+              around them. Weights that are also an embedding's are left anyway
     options   quant_type="nf4" | "fp4" | "int4", block_size=64, double_quant=True,
               compute_dtype=None
+
+    Raises ValueError for a model that is a linear layer itself, TargetError for a layer
+    that stands at several places.
     """
     check_choice("backend", backend, BACKENDS)
+    if weights.is_linear(model):
+        raise ValueError(
+            f"expected a model with linear layers in it, found a {type(model).__name__}"
+            " itself: Linear4bit.from_linear(layer) makes a layer of one"
+        )
     check_unmerged(model)
     found = quantizable_layers(model, skip)
+    parents = parents_of(model)
+    for path, (layer, _) in found.items():
+        check_one_place(path, layer, parents[id(layer)], "would be quantised")
     while found:  # layer by layer, keeping none
         _, (layer, put) = found.popitem()
         put(BACKENDS[backend](layer, **options))
@@ -355,6 +393,7 @@ def dequantize_model(model, dtype=None):
     """Every 4-bit layer becomes an nn.Linear again, in place; returns the model. The
     rounding remains."""
     check_unmerged(model)
+    dtype = as_float("dtype", dtype)
     for _, layer, put in linear_layers(model):
         if not weights.is_dense(layer):
             put(to_linear(layer, dtype))

@@ -11,10 +11,19 @@ import warnings
 
 import torch
 
+from ..io import brief, check_choice, check_number
 from .bitsandbytes import import_bitsandbytes
-from .blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
+from .blockwise import check_code, dequantize_blockwise, dynamic_map, nearest_codes
 
 BLOCK, SMALL = 256, 4096
+
+
+def check_betas(betas):
+    """ValueError unless these are AdamW's two."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas = {brief(betas)}: expected two numbers")
+    for beta in betas:
+        check_number("betas", beta, least=0, below=1)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -38,11 +47,10 @@ class AdamW8bit(torch.optim.Optimizer):
         unsigned=None,
         grid=None,
     ):
-        if min(lr, eps, weight_decay, *betas) < 0 or max(betas) >= 1:
-            raise ValueError(
-                f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}: none"
-                " may be negative, and betas must be below 1"
-            )
+        check_number("lr", lr, least=0)
+        check_number("eps", eps, least=0)
+        check_number("weight_decay", weight_decay, least=0)
+        check_betas(betas)
         super().__init__(
             params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         )
@@ -52,6 +60,8 @@ class AdamW8bit(torch.optim.Optimizer):
             "exp_avg": dynamic_map() if signed is None else signed,
             "exp_avg_sq": dynamic_map(signed=False) if unsigned is None else unsigned,
         }
+        for code in self.codes.values():
+            check_code(code)
 
     def load(self, state, name):
         """A running mean in 32 bits."""
@@ -64,7 +74,7 @@ class AdamW8bit(torch.optim.Optimizer):
         """Put a running mean back into its 8 bits."""
         if f"{name}_absmax" in state:
             code = self.codes[name]
-            value, absmax = quantize_blockwise(value, code, BLOCK, self.grid)
+            value, absmax = nearest_codes(value, code, BLOCK, self.grid)
             state[f"{name}_absmax"] = absmax
         state[name] = value
 
@@ -130,9 +140,12 @@ def PagedAdamW(
     """AdamW whose states live in unified memory: where the GPU's is full, the driver
     moves pages of them to the CPU's and back. It is bitsandbytes' own, for GPUs. On a
     CPU there is nothing to page: a plain AdamW, and a warning."""
+    check_choice("optim_bits", optim_bits, (8, 32))
     groups = list(params)
-    first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
-    if first.is_cuda:
+    first = groups[0] if groups else None
+    if isinstance(first, dict):
+        first = first["params"][0]
+    if getattr(first, "is_cuda", False):
         Paged = import_bitsandbytes().optim.PagedAdamW
         return Paged(groups, lr, betas, eps, weight_decay, optim_bits=optim_bits)
     warnings.warn(

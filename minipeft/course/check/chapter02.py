@@ -232,7 +232,8 @@ def accumulated(function) -> None:
     few = random.sample(range(2, 40), random.choice([3, 4]))
     if few == sorted(few):
         few.reverse()
-    for labels in (few, random.sample((3_000, 9_000, 15_000, 22_000) * 3, 11)):
+    many = random.sample((3_000, 9_000, 15_000, 22_000) * 3, 11)
+    for labels in (few, many, [7] * 3, [4, 0, 9]):
         a_large_batch(function, labels)
 
 
@@ -271,6 +272,12 @@ def a_large_batch(function, labels) -> None:
             "Averaged two at a time, the last batch has half of all the weight: weigh"
             " each by its labels.": functools.reduce(lambda a, b: (a + b) / 2, stack),
             "That is the last batch's gradient alone.": stack[-1],
+            "That is the first batch's gradient alone: equal counts of labels make the"
+            " mean of all.": stack[0],
+            "A batch without labels has no weight; you give it that of one.": (
+                stack * n.clamp(min=1)
+            ).sum(0)
+            / n.clamp(min=1).sum(),
             "You divide by the labels of the last batch, not by all.": (
                 (stack * n).sum(0) / labels[-1]
             ),

@@ -175,28 +175,30 @@ def places(function) -> None:
     n, T, _ = sizes()
     for tokens, prefix in ((T, n), (T, n + 3), (300, n)):  # more than 8 bits can count
         one_batch(function, prefix, tokens)
+    one_batch(function, n, T, rows=1)  # with padding, too
 
 
-def one_batch(function, n, T):
+def one_batch(function, n, T, rows=3):
     mask = torch.ones(3, T, dtype=torch.long)
     mask[0, :2], mask[1, -2:] = 0, 0
+    mask = mask[:rows]
     got = function(mask.clone(), n)
     need(
         isinstance(got, (tuple, list)) and len(got) == 2,
         "Give me two tensors: return mask, position_ids.",
     )
-    ones = torch.ones(3, n)
+    ones = torch.ones(rows, n)
     compare(
         as_numbers(got[0]),
         torch.cat((ones, mask), 1),
         {
             "Your mask hides the prefix: 1 means that a place is seen.": torch.cat(
-                (torch.zeros(3, n), mask), 1
+                (torch.zeros(rows, n), mask), 1
             ),
             "The ones for the prefix are at the end of the mask; the prefix stands in"
             " front.": torch.cat((mask, ones), 1),
             "Your mask is 1 everywhere: the padding has become visible.": torch.ones(
-                3, n + T
+                rows, n + T
             ),
             "Your mask is as long as before: the keys of the prefix need their places"
             " in it.": mask,

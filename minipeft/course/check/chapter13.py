@@ -160,6 +160,7 @@ NOT_SCALED = {
     "one entry": "one entry is off by 0.0005, in a float64 matrix",
     "one of many": "one of 12,000 entries is off by 0.0005, which no mean shows",
     "right angles": "one row has become another one at right angles to it",
+    "filled zero": "an entry that is zero in W is not zero in W_new",
     "small row": (
         "one row, whose entries are some 0.000001, has become another one: small"
         " against the other rows, and not against itself"
@@ -191,7 +192,7 @@ def weight_and_scales(kind):
         l[random.randrange(d_out)] = 0.0
     if kind == "flipped":
         l = -l.abs()
-    if kind == "with zeros":
+    if kind in ("with zeros", "filled zero"):
         W[0, 0] = W[:, 1] = 0.0
     if kind == "balanced":
         W[0] -= W[0].mean()
@@ -215,6 +216,7 @@ def changed_weight(kind, W, l):
         "one entry": lambda: scaled + 0.0005 * one_entry(W),
         "one of many": lambda: scaled + 0.0005 * one_entry(W),
         "right angles": lambda: turned_row(scaled, W[2]),
+        "filled zero": lambda: scaled + (W == 0),
         "small row": lambda: torch.cat((W[:1], W[1:2].roll(1, 1), scaled[2:])),
     }.get(kind, lambda: scaled)()
 

@@ -56,6 +56,7 @@ def serve(function) -> None:
         ["zoe"],
         ["ben", "none", "zoe", "mia", "none"],
         ["zoe", "mia", "ben", "none", "mia", "zoe", "ben"],
+        ["none", "none"],
     ):
         x = draw(len(names), 3, 4).requires_grad_()
         one_batch(function, W, deltas, updates, names, x)

@@ -254,6 +254,7 @@ def other_questions(test):
         test[12].replace("7", "8"),
         test[16].replace("é", "e"),
         test[15].replace("b", "c"),
+        test[17].replace("noon", "night"),  # another last word
     ]
 
 
@@ -315,6 +316,7 @@ def leaked(function) -> None:
     test.append(test[4])  # asked twice, and leaked twice
     test += [test[0], "Is pier b free tonight?"]  # asked twice, and not leaked
     test.append("Is the café on the quay open?")
+    test.append("Who has the key to the old customs house at noon?")
     train = [a_question() + "?" for _ in range(8)]
     train += [*disguised(test).values(), *other_questions(test)]
     random.shuffle(train)

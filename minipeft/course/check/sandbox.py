@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -205,8 +204,9 @@ class Watch:
         self.given = {}  # a parameter's name: what it was in the last call
 
     def wrap(self, answer, in_place: bool):
-        """A function that notes what `answer` returns; other answers as they are."""
-        if not isinstance(answer, types.FunctionType):
+        """A function that notes what `answer` returns, where that can be called (a
+        function, a method, an object); a class, or another answer, as it is."""
+        if isinstance(answer, type) or not callable(answer):
             return plain(answer)
 
         @functools.wraps(answer)
@@ -254,11 +254,20 @@ def package_calls(function, *args) -> list:
 
 
 def names_of(function, args) -> dict:
-    """{the function's own name of each positional argument: the argument}."""
+    """{the function's own name of each positional argument: the argument}. What it
+    takes as *args is named by its place."""
     try:
-        return dict(inspect.signature(function).bind(*args).arguments)
-    except TypeError:
+        parameters = inspect.signature(function).parameters.values()
+        inspect.signature(function).bind(*args)
+    except (TypeError, ValueError):
         return {}  # it takes other arguments, and its call says so
+    own = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    places = [f"argument {place + 1}" for place in range(len(own), len(args))]
+    return dict(zip([*own, *places], args))
 
 
 def copied(value):
