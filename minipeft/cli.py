@@ -10,19 +10,23 @@ import csv
 import io
 import json
 import os
-import shutil
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 from . import cli_options
+from .errors import FileError
 from .io import (
     all_or_nothing,
     check_file,
     did_you_mean,
+    locked,
     make_folder,
+    open_safetensors,
+    read_json,
     read_text,
+    remove_parts,
     replacing,
     write_text,
 )
@@ -33,6 +37,8 @@ ADAPTER_FILES = (CONFIG, "adapter_model.safetensors")
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CURVES = ("loss.csv", "loss.png")
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "valid_loss")  # of loss.csv
+CHECKPOINTS = ("latest.safetensors", "best.safetensors")
 SMALL = 10_000_000  # parameters: up to here one thread is the fastest
 VALIDATION_EXAMPLES = 100  # a look at more costs more than it tells
 LORA_PLUS_RATIO = 4
@@ -84,8 +90,8 @@ def run_folder(out, full, restart, *inputs):
     """The folder of a finetune run: new, or of an earlier run that goes on or is
     replaced. What others put there is never touched."""
     out = free_folder(out, *inputs)
-    unfinished = (out / "training" / "latest.safetensors").exists()
-    if not unfinished and not (out / "loss.csv").exists():
+    unfinished = holds_run(out, "training")
+    if not unfinished and not is_loss_table(out / "loss.csv"):
         return new_folder(str(out))
     own = (*MODEL_FILES, *TOKENIZER_FILES) if full else (*ADAPTER_FILES, CARD)
     check_places(out, *own, *CURVES)
@@ -102,6 +108,73 @@ def run_folder(out, full, restart, *inputs):
             " replace it"
         )
     return out
+
+
+def base_folder(out):
+    """The folder of a pretraining: new, or of an earlier one that goes on or is
+    finished."""
+    out = free_folder(out)
+    if not holds_run(out, "run") and not is_record(out / "history.json"):
+        new_folder(str(out))
+    check_places(out, *MODEL_FILES, *TOKENIZER_FILES, "history.json")
+    return out
+
+
+def holds_run(out, name):
+    """Are the checkpoints of an unfinished run in out/name? One that was killed before
+    the first left its lock, and nothing beside it."""
+    folder = out / name
+    latest = folder / CHECKPOINTS[0]
+    if latest.exists():
+        try:
+            with open_safetensors(latest) as file:
+                return "minipeft" in (file.metadata() or {})
+        except FileError:  # whoever goes on from it says what is wrong
+            return True
+    locked_once = (folder / ".lock").is_file() and visible(out) == [name]
+    return locked_once and set(visible(folder)) <= set(CHECKPOINTS)
+
+
+def remove_run(folder):
+    """Remove the checkpoints in a run's folder, and the folder if that was all."""
+    for name in CHECKPOINTS:
+        remove_parts(folder / name)
+    with contextlib.suppress(OSError):  # a folder in a file's place is not ours
+        for name in (*CHECKPOINTS, ".lock"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def is_loss_table(path):
+    """Was it written by write_curves? Others have a loss.csv, too."""
+    first = f"{','.join(COLUMNS)}\n".encode()
+    return path.is_file() and path.read_bytes().startswith(first)
+
+
+def is_record(path):
+    """Is it a pretraining's history.json?"""
+    try:
+        command = read_json(path).get("command")
+    except FileError:
+        return False
+    return str(command).startswith("minipeft pretrain ")
+
+
+@contextlib.contextmanager
+def claimed(out):
+    """Within the block no other command writes into `out`, which is made if absent, and
+    removed if it is empty at the end. Look again there what it holds: another command
+    may have ended in between."""
+    try:
+        with locked(out, UserError):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # Windows keeps an open file
+                    (out / ".lock").unlink()
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()
 
 
 def check_places(out, *names):
@@ -238,10 +311,14 @@ def finetune(args):
         if args.fsdp:
             distributed.shard(model)
         distributed.wait()  # all have looked at --out before anything is written there
-        history = run_training(
-            args, model, tokenizer, task, out, method, writer, budget
-        )
-        kept = save_run(args, model, out, history, options, budget)
+        first = distributed.is_first()
+        with claimed(out) if first else contextlib.nullcontext():
+            if first:
+                run_folder(args.out, method is None, args.restart)
+            history = run_training(
+                args, model, tokenizer, task, out, method, writer, budget
+            )
+            kept = save_run(args, model, out, history, options, budget)
     result = {
         "base": base,
         "data": args.data,
@@ -389,9 +466,8 @@ def run_training(args, model, tokenizer, task, out, method, writer, budget):
     every = args.evaluate_every
     if every is None:
         every = max(1, args.steps // 10)
-    make_folder(out, UserError)
     if args.restart and is_first():
-        shutil.rmtree(out / "training", ignore_errors=True)
+        remove_run(out / "training")
     try:
         history = train(
             model,
@@ -419,10 +495,7 @@ def run_training(args, model, tokenizer, task, out, method, writer, budget):
         raise
     finally:
         if is_first() and not (out / "training" / "latest.safetensors").exists():
-            # nothing is there to go on from
-            shutil.rmtree(out / "training", ignore_errors=True)
-        with contextlib.suppress(OSError):
-            out.rmdir()  # if nothing was written
+            remove_run(out / "training")  # nothing is there to go on from
     if history.stopped == "diverged":
         raise UserError(
             f"the loss became infinite after step {history.steps}, and nothing is"
@@ -488,7 +561,7 @@ def save_run(args, model, out, history, options, budget):
     if history.stopped == "interrupted":
         print(": the same command goes on")
         return kept
-    shutil.rmtree(out / "training", ignore_errors=True)
+    remove_run(out / "training")
     if kept == history.steps:
         print()
     else:
@@ -511,7 +584,7 @@ def write_curves(folder, history, title):
     valid = {step: loss for step, loss in history.eval_loss}
     rows = io.StringIO()
     table = csv.writer(rows, lineterminator="\n")
-    table.writerow(["step", "loss", "learning_rate", "grad_norm", "valid_loss"])
+    table.writerow(COLUMNS)
     for i, loss in enumerate(history.losses):
         rest = [history.lr[i], history.grad_norm[i], valid.get(i + 1, "")]
         table.writerow([i + 1, loss, *rest])
@@ -563,13 +636,11 @@ def pretrain(args):
     from .doctor import slow_in_bf16
     from .lm.pretrain import pretrain as run
 
-    out = free_folder(args.out)
-    if not (out / "run").is_dir() and not (out / "history.json").exists():
-        new_folder(args.out)
-    check_places(out, *MODEL_FILES, *TOKENIZER_FILES, "history.json")
-    make_folder(out, UserError)
+    out = base_folder(args.out)
     bf16 = not slow_in_bf16()
-    _, _, history = run(out, args.steps, args.seed, args.lr, bf16=bf16)
+    with claimed(out):
+        base_folder(args.out)
+        _, _, history = run(out, args.steps, args.seed, args.lr, bf16=bf16)
     print(history)
     result = {"out": str(out), "steps": history.steps, "stopped": history.stopped}
     return result, 130 if history.stopped == "interrupted" else 0
@@ -688,9 +759,11 @@ def merge(args):
     plain = model.merge_and_unload(safe_merge=True)
     size = sum(p.numel() * p.element_size() for p in plain.parameters())
     check_disk(out, size + 1_000_000, "the model")
-    with all_or_nothing(out) as part:
-        plain.save_pretrained(part, tokenizer=tokenizer)
-        copy_generation_config(base, part)
+    with claimed(out):
+        new_folder(args.out)
+        with all_or_nothing(out) as part:
+            plain.save_pretrained(part, tokenizer=tokenizer)
+            copy_generation_config(base, part)
     print(f"{args.adapter} is merged into {name}. Use it as --base {out}")
     return {"base": name, "adapter": args.adapter, "out": str(out)}, 0
 

@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from safetensors.torch import save
 from tolerance import assert_within, tolerance
 
 from minipeft import PeftModel, cli, cli_options, doctor
+from minipeft import io as io_of_minipeft
 from minipeft.cli import main
 from minipeft.cli_methods import ALIASES, KNOWN, find_method, make_config, parse_fields
 from minipeft.config import METHODS
@@ -150,6 +152,10 @@ def tune(base, mine, out, *more):
         4,
         *more,
     ]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def interrupt(monkeypatch, at):
@@ -672,10 +678,136 @@ class TestFolders:
         assert run(capsys, *tune(base, mine, adapter, "--restart"))[0] == 0
         assert (adapter / "README.md").read_bytes() == text
 
+    @pytest.mark.parametrize("name", ["my.jsonl", "notes/a.txt", "best.pt"])
+    @pytest.mark.parametrize("more", [[], ["--restart"]])
+    def test_a_training_folder_of_ones_own(
+        self, base, mine, adapter, capsys, name, more
+    ):
+        """The data may lie in the folder that the run takes for its checkpoints."""
+        own = adapter / "training" / name
+        own.parent.mkdir(parents=True)
+        shutil.copy(mine, own)
+        source = own if own.suffix == ".jsonl" else mine
+        for rate in ("1e-2", "1e30"):  # it ends well, or keeps nothing
+            argv = tune(base, source, adapter, "--lr", rate, "--steps", 40, *more)
+            code = run(capsys, *argv)[0]
+            assert code == (0 if more and rate == "1e-2" else 1)
+            assert own.read_bytes() == Path(mine).read_bytes()
+            assert [*adapter.glob("training/**/*.safetensors")] == []
+            assert not (adapter / "training" / ".lock").exists()
+
+    @pytest.mark.parametrize(
+        "name, content",
+        [
+            ("history.json", b"mine"),
+            ("history.json", b'{"loss": [3.1, 2.9]}'),
+            ("history.json", b'["minipeft pretrain --steps 9"]'),
+            ("run/notes", b"mine"),
+            ("run/latest.safetensors", save({"w": torch.ones(1)})),
+            ("loss.csv", b"epoch,loss\n1,2.5\n"),
+            ("loss.csv", b""),
+            ("training/latest.safetensors", save({"w": torch.ones(1)})),
+            ("training/.lock", b""),
+        ],
+    )
+    @pytest.mark.parametrize("method", ["lora", "full", "pretrain"])
+    def test_a_strangers_model_beside_what_a_run_would_leave(
+        self, base, mine, tmp_path, capsys, name, content, method
+    ):
+        out = tmp_path / "out"
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_bytes(content)
+        for file in ("adapter_config.json", "model.safetensors"):
+            (out / file).write_text("mine")
+        before = contents(out)
+        argv = ["pretrain", "--out", out, "--steps", 1]
+        if method != "pretrain":
+            argv = tune(base, mine, out, "--method", method, "--restart")
+        code, _, err = run(capsys, *argv)
+        assert code == 1 and "is not empty, it holds adapter_config.json" in err
+        assert contents(out) == before
+
+    @pytest.mark.parametrize("left", [(), (".best.safetensors.1-ab.part",)])
+    @pytest.mark.parametrize("more", [[], ["--restart"]])
+    def test_a_run_killed_before_its_first_checkpoint_is_repeated(
+        self, base, mine, trained, tmp_path, capsys, left, more
+    ):
+        training = tmp_path / "out" / "training"
+        training.mkdir(parents=True)
+        for name in (".lock", *left):
+            (training / name).touch()
+        assert run(capsys, *tune(base, mine, training.parent, *more))[0] == 0
+        assert not training.exists()
+        name = "adapter_model.safetensors"
+        again = (training.parent / name).read_bytes()
+        assert again == (trained / name).read_bytes()
+
+    @pytest.mark.parametrize("left", ["run/.lock", "run/latest.safetensors", ".lock"])
+    def test_a_killed_pretraining_is_repeated(
+        self, tmp_path, capsys, monkeypatch, left
+    ):
+        out = tmp_path / "base"
+        (out / left).parent.mkdir(parents=True)
+        checkpoint = save({"w": torch.ones(1)}, {"minipeft": "{}"})
+        (out / left).write_bytes(b"" if left.endswith(".lock") else checkpoint)
+        begun = []
+
+        def pretrained(folder, *arguments, **options):
+            begun.append(folder)
+            return None, None, History()
+
+        monkeypatch.setattr("minipeft.lm.pretrain.pretrain", pretrained)
+        code, _, err = run(capsys, "pretrain", "--out", out)
+        assert code == 0 and begun == [out], err
+
     def test_a_hidden_file_is_nobodys(self, base, mine, tmp_path, capsys):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / ".DS_Store").touch()
         assert run(capsys, *tune(base, mine, tmp_path / "out"))[0] == 0
+
+
+class TestTwoWriters:
+    """Two commands on one --out: one result is whole, and the other command says so."""
+
+    def argv(self, command, base, mine, adapter, out):
+        if command == "merge":
+            return ["merge", "--adapter", adapter, "--out", out]
+        if command == "pretrain":
+            return ["pretrain", "--out", out]
+        return tune(base, mine, out, "--method", command)
+
+    @pytest.mark.parametrize("command", ["lora", "full", "merge", "pretrain"])
+    def test_the_folder_is_in_use(
+        self, base, mine, adapter, tmp_path, capsys, monkeypatch, command
+    ):
+        out = tmp_path / "out"
+        with io_of_minipeft.locked(out):
+            argv = self.argv(command, base, mine, adapter, out)
+            code, _, err = run(capsys, *argv)
+            assert code == 1 and f"{out} is in use" in err
+        assert [path.name for path in out.iterdir()] in ([], [".lock"])
+
+    @pytest.mark.parametrize("command", ["lora", "ia3", "full", "merge"])
+    def test_another_command_has_ended_in_between(
+        self, base, mine, adapter, tmp_path, capsys, monkeypatch, command
+    ):
+        """While the second one loads its model."""
+        out = tmp_path / "out"
+        argv = self.argv(command, base, mine, adapter, out)
+        open_model, before = cli.open_model, []
+
+        def slow(*args):
+            if not before:
+                before.append({})
+                assert main([str(word) for word in argv]) == 0
+                before.append(contents(out))
+            return open_model(*args)
+
+        monkeypatch.setattr(cli, "open_model", slow)
+        code, _, err = run(capsys, *argv)
+        assert code == 1, err
+        assert "is not empty" in err or "holds a finished run" in err
+        assert contents(out) == before[1]
 
 
 class TestWhatWouldFailLater:
@@ -713,9 +845,11 @@ class TestWhatWouldFailLater:
         self, base, mine, tmp_path, capsys, method, name
     ):
         out = tmp_path / "out"
-        for folder in ("run", name):
-            (out / folder).mkdir(parents=True)
-        (out / "loss.csv").touch()
+        (out / name).mkdir(parents=True)
+        if name != "history.json":
+            record = {"command": "minipeft pretrain --steps 9"}
+            (out / "history.json").write_text(json.dumps(record))
+        (out / "loss.csv").write_text(f"{','.join(cli.COLUMNS)}\n")
         argv = tune(base, mine, out, "--method", method, "--restart")
         if method == "pretrain":
             argv = ["pretrain", "--out", out]
