@@ -668,7 +668,7 @@ def generate(args):
         "temperature": temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
-        "stop": args.stop,
+        "stop": args.stop and [text.replace("\\n", "\n") for text in args.stop],
         "seed": args.seed,
     }
     result = {"base": model.name_or_path, "prompt": prompt}

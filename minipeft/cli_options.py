@@ -441,7 +441,7 @@ def add_generate(commands):
         action="append",
         type=some_text,
         metavar="TEXT",
-        help="end before this text; may be given several times",
+        help='end before this text ("\\n": a new line); may be given several times',
     )
 
 

@@ -1392,6 +1392,17 @@ class TestGenerate:
         )
         assert code == 0 and json.loads(out)["prompt"] == "the cat"
 
+    @pytest.mark.parametrize("given", ["\\n", "\n"])
+    def test_a_new_line_stops(self, base, capsys, monkeypatch, given):
+        """The shell gives a backslash and an n."""
+        seen = []
+        monkeypatch.setattr(
+            "minipeft.lm.generate",
+            lambda *args, **options: seen.append(options["stop"]) or "",
+        )
+        argv = ["generate", "x", "--base", base, "--stop", given, "--stop", "ab"]
+        assert run(capsys, *argv)[0] == 0 and seen == [["\n", "ab"]]
+
     def test_top_k_without_a_temperature_would_do_nothing(self, base, capsys):
         for option in (["--top-k", "3"], ["--top-p", "0.9"]):
             code, _, err = run(capsys, "generate", "x", "--base", base, *option)

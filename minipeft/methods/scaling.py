@@ -11,10 +11,10 @@ from ..config import ConfigError
 def check_alpha(**values):
     """Raise ConfigError for a scaling that would switch an adapter off, or break it."""
     for name, value in values.items():
-        if not math.isfinite(value) or value == 0:
+        if not 1e-38 < abs(value) < 1e38:
             raise ConfigError(
-                f"{name} = {value!r}: expected a finite number other than 0, which the"
-                " adapter is multiplied by"
+                f"{name} = {value!r}: expected a number that is not 0 and that 32 bits"
+                " hold; the adapter is multiplied by it"
             )
 
 
