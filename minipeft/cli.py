@@ -177,6 +177,19 @@ def claimed(out):
             out.rmdir()
 
 
+@contextlib.contextmanager
+def claimed_run(args, out, full):
+    """Claimed by the first process, which looks again there."""
+    from .lm.distributed import is_first
+
+    if not is_first():
+        yield
+        return
+    with claimed(out):
+        run_folder(args.out, full, args.restart)
+        yield
+
+
 def check_places(out, *names):
     """UserError where a file of the result could not be put: a folder is there."""
     for name in names:
@@ -273,9 +286,6 @@ def open_model(args, base):
 
 
 def finetune(args):
-    import torch
-
-    from . import get_peft_model
     from .cli_methods import find_method
     from .lm import distributed, load_data, load_tokenizer
     from .lm.pretrained import resolve
@@ -294,10 +304,7 @@ def finetune(args):
     model = open_model(args, args.base)
     base = model.name_or_path
     args.lr = args.lr or default_rate(base, method)
-    torch.manual_seed(args.seed)
-    if config is not None:
-        check_memory(model, config)
-        model = get_peft_model(model, config)
+    model = with_adapter(model, config, args.seed)
     check_disk(out, disk_of_run(model), "the run")
     writer = summary_writer(args.log) if distributed.is_first() else None
     trained, everything = parameter_counts(model)
@@ -311,10 +318,7 @@ def finetune(args):
         if args.fsdp:
             distributed.shard(model)
         distributed.wait()  # all have looked at --out before anything is written there
-        first = distributed.is_first()
-        with claimed(out) if first else contextlib.nullcontext():
-            if first:
-                run_folder(args.out, method is None, args.restart)
+        with claimed_run(args, out, method is None):
             history = run_training(
                 args, model, tokenizer, task, out, method, writer, budget
             )
@@ -338,6 +342,19 @@ def finetune(args):
     if args.limit and not history.stopped:
         result["test"] = test_scores(args, model, tokenizer, task)
     return result, 130 if history.stopped else 0
+
+
+def with_adapter(model, config, seed):
+    """The model, with a new adapter unless config is None."""
+    import torch
+
+    from . import get_peft_model
+
+    torch.manual_seed(seed)
+    if config is None:
+        return model
+    check_memory(model, config)
+    return get_peft_model(model, config)
 
 
 def check_fsdp(method, processes):
