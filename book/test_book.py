@@ -104,9 +104,14 @@ def in_columns(text):
 
 
 def resize(browser, width):
-    """The width of the page itself: a headless window has a smallest one."""
+    """The width of the page itself: a headless window has a smallest one. Returns once
+    the page has heard of it, and is drawn."""
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.execute_async_script(
+        "const done = arguments[0];"
+        "requestAnimationFrame(() => requestAnimationFrame(() => done()))"
+    )
 
 
 def open_page(browser, address):
