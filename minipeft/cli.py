@@ -428,9 +428,9 @@ def check_memory(model, config):
     if 16 * rank * width > found[1]:
         most = max(1, found[1] // (16 * width))
         raise ConfigError(
-            f"{name} = {rank:,} needs {16 * rank * width // 10**9:,} GB of memory, and this"
-            f" machine has {found[1] / 1e9:.0f} GB: it can be at most {most:,}, and"
-            " more than a layer's smaller side adds nothing"
+            f"{name} = {rank:,} needs {16 * rank * width // 10**9:,} GB of memory, and"
+            f" this machine has {found[1] / 1e9:.0f} GB: it can be at most {most:,},"
+            " and more than a layer's smaller side adds nothing"
         )
 
 

@@ -7,16 +7,19 @@ from pathlib import Path
 
 
 def is_command():
-    """Is this `minipeft ...`, or `python -m minipeft ...`? Python imports a package
-    that -m names before it knows the path of its file."""
+    """Is this `minipeft ...`, or `python -m minipeft ...`? Python imports the package
+    that -m names before it knows the path of a file."""
     started = getattr(sys, "argv", [""])[0]
-    return started == "-m" or Path(started).stem == "minipeft"
+    if started == "-m":  # and not a module of the package, which has no main
+        words = sys.orig_argv
+        return words[words.index("-m") + 1] == "minipeft" if "-m" in words else False
+    return Path(started).stem == "minipeft"
 
 
 def stop(*_):
     """What main does on Ctrl-C. Nothing has begun, and half an import cannot clean
     up."""
-    print("\nminipeft: stopped", file=sys.stderr, flush=True)
+    os.write(2, b"\nminipeft: stopped\n")  # print may be interrupted in itself
     os._exit(130)
 
 

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import save
 from tolerance import assert_within, tolerance
 
-from minipeft import PeftModel, cli, cli_options, doctor
+from minipeft import PeftModel, cli, cli_options, doctor, interrupts
 from minipeft import io as io_of_minipeft
 from minipeft.cli import main
 from minipeft.cli_methods import ALIASES, KNOWN, find_method, make_config, parse_fields
@@ -1389,14 +1389,40 @@ class TestUsage:
         assert result.returncode == 130
         assert result.stdout == "" and result.stderr == "\nminipeft: stopped\n"
 
-    def test_an_import_leaves_ctrl_c_as_it_is(self):
-        """Those who import the package, and those who have called main."""
-        code = (
-            "import signal; import minipeft.cli;"
-            "h = signal.getsignal(2); assert h is signal.default_int_handler, h"
+    @pytest.mark.parametrize("start", [["-c", "import minipeft"], ["-m", "other"]])
+    def test_an_import_leaves_ctrl_c_as_it_is(self, tmp_path, start):
+        """That of other programs. They may be packages, too, that import this one."""
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "__init__.py").write_text("import minipeft")
+        (tmp_path / "other" / "__main__.py").touch()
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text(
+            "import signal\n"
+            "assert signal.getsignal(2) is signal.default_int_handler\n"
+            "raise SystemExit(7)"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-        assert done.returncode == 0, done.stderr
+        home = Path(cli.__file__).parents[1]
+        path = os.pathsep.join([str(tmp_path), str(home)])
+        done = subprocess.run(
+            [sys.executable, *start],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+        )
+        assert done.returncode == 7, done.stderr
+
+    def test_main_takes_ctrl_c_over(self, monkeypatch, capsys):
+        handlers = []
+        before = signal.signal(signal.SIGINT, interrupts.stop)
+        monkeypatch.setitem(
+            cli.COMMANDS,
+            "doctor",
+            lambda args: handlers.append(signal.getsignal(signal.SIGINT)) or ({}, 0),
+        )
+        try:
+            assert run(capsys, "doctor")[0] == 0
+            assert handlers == [signal.default_int_handler]
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     @pytest.mark.parametrize(
         "command, option",
