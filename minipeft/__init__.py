@@ -2,6 +2,11 @@
 
 import importlib
 
+from .interrupts import until_main
+
+until_main()  # before torch is imported
+
+# ruff: noqa: E402
 from . import compat, methods
 from .compat import *
 from .config import LayerConfig, PeftConfig

@@ -16,7 +16,8 @@ import warnings
 from pathlib import Path
 
 from . import cli_options
-from .errors import FileError
+from .errors import ConfigError, FileError
+from .interrupts import restore
 from .io import (
     all_or_nothing,
     check_file,
@@ -409,13 +410,14 @@ def default_rate(base, method):
 
 
 def check_memory(model, config):
-    """UserError if a rank needs more memory than the machine has: weights, gradients
+    """ConfigError if a rank needs more memory than the machine has: weights, gradients
     and two moments, 4 bytes each."""
     from .doctor import memory
     from .weights import is_linear
 
     # AdaLoRA begins with more ranks than it keeps
-    rank = getattr(config, "init_r", getattr(config, "r", None))
+    name = "init_r" if hasattr(config, "init_r") else "r"
+    rank = getattr(config, name, None)
     found = memory()
     if config.peft_type == "LOKR" or not isinstance(rank, int) or found is None:
         return
@@ -425,10 +427,10 @@ def check_memory(model, config):
     width = sum(layer.in_features + layer.out_features for layer in layers)
     if 16 * rank * width > found[1]:
         most = max(1, found[1] // (16 * width))
-        raise UserError(
-            f"r = {rank:,} needs {16 * rank * width / 1e9:,.0f} GB of memory, and this"
-            f" machine has {found[1] / 1e9:.0f} GB: r can be at most {most:,}, and"
-            " more than a layer's smaller side adds nothing"
+        raise ConfigError(
+            f"{name} = {rank:,} needs {16 * rank * width // 10**9:,} GB of memory, and"
+            f" this machine has {found[1] / 1e9:.0f} GB: it can be at most {most:,},"
+            " and more than a layer's smaller side adds nothing"
         )
 
 
@@ -505,11 +507,6 @@ def run_training(args, model, tokenizer, task, out, method, writer, budget):
             log=writer and (lambda step, values: log_step(writer, step, values)),
             after_step=budget,
         )
-    except ValueError as error:
-        if "resume=False" in str(error):
-            text = str(error).replace("pass resume=False", "say --restart")
-            raise UserError(text.replace("another folder", "another --out")) from None
-        raise
     finally:
         if is_first() and not (out / "training" / "latest.safetensors").exists():
             remove_run(out / "training")  # nothing is there to go on from
@@ -868,7 +865,12 @@ LOST = (
     "Connection reset by peer",
     "remote process exited",
 )
-NO_MEMORY = ("out of memory", "can't allocate", "not enough memory")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate",
+    "not enough memory",
+    "Storage size calculation overflowed",
+)
 
 
 def sentence(error):
@@ -885,8 +887,9 @@ def sentence(error):
     if isinstance(error, RuntimeError) and any(w in text for w in LOST):
         return "another process of the run has ended, and this one with it"
     if isinstance(error, (ValueError, OSError, ImportError)):
-        # advice for those who call from Python
-        return text.partition(", or make Batches")[0]
+        return text
+    if isinstance(error, OverflowError):
+        return f"a number is too large: {text}"
     if type(error).__name__ == "SafetensorError":
         return text
     return None
@@ -898,6 +901,8 @@ def main(argv=None):
     args = argparse.Namespace(traceback=True, json=False)
     several = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun has started this process
     try:
+        restore()
+        lossy(sys.stdout)
         with together() if several else contextlib.nullcontext():
             args = cli_options.parse(sys.argv[1:] if argv is None else argv)
             if several and args.command != "finetune":
@@ -918,8 +923,16 @@ def main(argv=None):
             return 1  # another process has said what is wrong
         if args.traceback or (text := sentence(error)) is None:
             raise
-        print(f"minipeft: {text}", file=sys.stderr)
+        from .cli_methods import in_options
+
+        print(f"minipeft: {in_options(text, error, args)}", file=sys.stderr)
         return 1
+
+
+def lossy(stream):
+    """Characters that the terminal's encoding lacks are written as \\u2026 is here."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def run(args):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 
 from .config import METHODS
+from .errors import ConfigError, TargetError
 from .io import did_you_mean
 
 
@@ -108,6 +110,41 @@ NOTED = {
     "inference_mode": "an adapter that is trained has it off",
 }
 
+# what errors tell those who call from Python, and the same in options
+ADVICE = (
+    (r", or make Batches\(.*", ""),
+    (r"pass resume=False, or another folder", "say --restart, or another --out"),
+    (r"Pass dequantize=True .*", "Name the model in 16 or 32 bits with --base"),
+    (r"leave quantization out", "leave --load-in-4bit out, and say lora for qlora"),
+)
+# the same for the fields of a configuration
+FIELDS = (
+    (r"\b(\w+)=(True|False)\b", lambda m: f"--set {m[1]}={m[2].lower()}"),
+    (r"\bset (\w+) = (\w+)", r"--set \1=\2"),
+    (r"\bsay (?=\w+_)", "say --set "),
+    (r"\bBitFitConfig\b", "--method bitfit"),
+    (r"\bUse PromptTuningConfig\b", "Take --method prompt-tuning"),
+)
+
+
+def in_options(text, error, args):
+    """An error's text, with the command's options for Python's arguments."""
+    for pattern, words in ADVICE:
+        text = re.sub(pattern, words, text)
+    if getattr(args, "command", None) != "finetune":
+        return text
+    for name in vars(args):  # settings that differ from a checkpoint's
+        flag = f"--{name.replace('_', '-')}"
+        text = re.sub(rf"(?<=[:,] ){name}(?= \S+ \(now )", flag, text)
+    if isinstance(error, (ConfigError, TargetError)):
+        given = {item.partition("=")[0] for item in args.set}
+        for name, flag in OPTIONS.items():
+            if name not in given:
+                text = re.sub(rf"^(say )?{name}(?=[ :])", rf"\g<1>{flag}", text)
+        for pattern, words in FIELDS:
+            text = re.sub(pattern, words, text)
+    return text
+
 
 def find_method(name):
     """(the usual name, its Method, or None for "full"). Upper case, _ and - do not
@@ -176,8 +213,8 @@ def make_config(name, method, steps, options, fields):
     values |= {option: value for option, value in options.items() if value is not None}
     if "lora_alpha" in known:
         rank = values.get("r", config_class.r)
-        # the configuration refuses what is not a rank
-        good = isinstance(rank, int) and rank > 0
+        # what is no rank, or a huge one, is refused as that, not for its alpha
+        good = isinstance(rank, int) and 0 < rank < 1e37
         values.setdefault("lora_alpha", 2 * rank if good else 1)
         values.setdefault("target_modules", "all-linear")
     for field_name, each in known.items():

@@ -5,7 +5,7 @@ import importlib.metadata
 import math
 import re
 
-from .io import did_you_mean
+from .io import brief, did_you_mean
 
 ABOUT = """Fine-tune a small language model on your own machine: the course's methods
 from the command line.
@@ -81,7 +81,10 @@ def number(kind, least=-math.inf, above=-math.inf, most=math.inf):
             value = math.nan
         good = abs(value) < math.inf and above < value and least <= value <= most
         if not good:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+            finite = ", and finite" if math.isinf(value) else ""
+            raise argparse.ArgumentTypeError(
+                f"{brief(text)}: expected {expected}{finite}"
+            )
         return value
 
     return read
@@ -525,8 +528,9 @@ def add_student(commands):
         type=number(int, least=0),
         default=0,
         metavar="N",
-        help="the class that it is for: classes 0, 1, 2 … get other numbers and other"
-        " faults in exercises that have variants (default: 0, as in the chapters)",
+        help="the class that it is for: classes 0, 1, 2, ... get other numbers and"
+        " other faults in exercises that have variants (default: 0, as in the"
+        " chapters)",
     )
 
 

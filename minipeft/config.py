@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import enum
 import json
-import math
 import types
 import typing
 import warnings
@@ -83,6 +82,8 @@ class PeftConfig(metaclass=ConfigType):
             if not matches_type(value, field.type):
                 is_plain = typing.get_origin(field.type) is None
                 expected = field.type.__name__ if is_plain else field.type
+                if isinstance(value, (int, float)) and not io.is_finite(value):
+                    expected = f"{expected}, finite and below 1e308"
                 raise ConfigError(
                     f"{field.name} = {io.brief(value)}: expected {expected}"
                 )
@@ -305,7 +306,7 @@ def matches_type(value, kind):
         )
     if origin in (int, float):
         number = isinstance(value, (int, origin)) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and io.is_finite(value)
     return isinstance(value, origin) if isinstance(origin, type) else True
 
 

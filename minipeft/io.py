@@ -15,6 +15,7 @@ import operator
 import os
 import secrets
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def brief(value, length=80):
         value = value[: length + 1]  # no need to format a megabyte
     text = repr(value)
     return text if len(text) <= length else f"{text[: length - 10]} ... {text[-5:]}"
+
+
+def is_finite(number):
+    """False for infinity, NaN, and a whole number that no float holds."""
+    return abs(number) <= sys.float_info.max
 
 
 def did_you_mean(value, valid):

@@ -142,6 +142,7 @@ APART = {
     "cli_methods",
     "cli_options",
     "doctor",
+    "interrupts",
     "__main__",
 }  # the command line, counted apart
 

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import save
 from tolerance import assert_within, tolerance
 
-from minipeft import PeftModel, cli, cli_options, doctor
+from minipeft import PeftModel, cli, cli_options, doctor, interrupts
 from minipeft import io as io_of_minipeft
 from minipeft.cli import main
 from minipeft.cli_methods import ALIASES, KNOWN, find_method, make_config, parse_fields
@@ -94,6 +94,9 @@ def one_picture(monkeypatch):
 
     draw = figures.curves
     monkeypatch.setattr(figures, "curves", curves)
+
+
+HUGE = "9" * 400  # no float holds it
 
 
 def write_examples(path):
@@ -905,6 +908,8 @@ class TestWhatWouldFailLater:
         argv = tune(base, mine, tmp_path / "out", "--method", method, *option)
         code, _, err = run(capsys, *argv)
         assert code == 1 and f"{rank:,} needs" in err and "GB of memory" in err
+        name = "init_r" if method == "adalora" else "--r"
+        assert err.startswith(f"minipeft: {name} = ")
 
     @pytest.mark.parametrize("split", ["valid", "test", "train"])
     def test_an_example_that_is_too_long(
@@ -991,7 +996,22 @@ class TestMistakes:
             (("--base", "./nowhere"), "nowhere"),
             (("--method", "lroa"), "did you mean 'lora'?"),
             (("--targets", "q_prj"), "q_proj"),
-            (("--r", "0"), "r = 0: expected a positive integer"),
+            (("--targets", "q_prj"), "--targets finds no module for 'q_prj'"),
+            (("--r", "0"), "--r = 0: expected a positive integer"),
+            (("--alpha", "0"), "--alpha = 0.0: expected a number that is not 0"),
+            (("--alpha", "1e300"), "--alpha = 1e+300: expected a number that is"),
+            (("--set", "lora_alpha=0"), ": lora_alpha = 0: expected a number that"),
+            (("--r", HUGE), "--r = 9999999999"),
+            (("--r", HUGE), "9 ... 99999: expected int, finite and below 1e308"),
+            (("--set", f"lora_alpha={HUGE}"), "expected float, finite and below 1e308"),
+            (("--set", "lora_dropout=1e400"), "= inf: expected float, finite and"),
+            (("--set", f"r={10**300}"), "r = 1,000,000,000,000,000,000,000"),
+            (("--r", 10**307), "GB of memory"),
+            (
+                ("--method", "loha", "--set", "use_effective_conv2d=true"),
+                "--set use_effective_conv2d=true is for convolutions",
+            ),
+            (("--set", "bias=all"), "--method bitfit trains biases"),
             (("--set", "lora_dropoot=0.1"), "did you mean 'lora_dropout'?"),
             (("--set", "lora_dropout"), "FIELD=VALUE"),
             (("--set", "r=null"), "r = None: expected int"),
@@ -1144,6 +1164,7 @@ class TestMistakes:
             (torch.OutOfMemoryError("CUDA out of memory. Tried"), "not enough memory"),
             (MemoryError(), "not enough memory"),
             (RecursionError("maximum recursion depth"), "nested too deeply"),
+            (OverflowError("int too large"), "a number is too large: int too large"),
             (ImportError("x needs y: pip install y"), "x needs y: pip install y"),
             (RuntimeError("shapes do not fit"), None),
             (KeyError("bug"), None),
@@ -1164,6 +1185,39 @@ class TestMistakes:
             return
         code, _, err = run(capsys, "doctor")
         assert code == 1 and err.startswith("minipeft: ") and message in err
+
+    def test_more_virtual_tokens_than_can_be_counted(
+        self, base, mine, tmp_path, capsys
+    ):
+        more = ["--method", "prompt-tuning", "--set", f"num_virtual_tokens={10**18}"]
+        code, _, err = run(capsys, *tune(base, mine, tmp_path / "out", *more))
+        assert code == 1 and "not enough memory" in err
+
+    def test_a_base_in_four_bits(self, base, adapter, mine, tmp_path, capsys):
+        """What cannot be done with it is said in options."""
+        stored = tmp_path / "stored"
+        load_pretrained(base, quantization="nf4").save_pretrained(stored)
+        for name in cli.TOKENIZER_FILES:
+            shutil.copy(Path(base) / name, stored)
+        argv = tune(stored, mine, tmp_path / "out", "--method", "qlora")
+        code, _, err = run(capsys, *argv)
+        assert code == 1 and "leave --load-in-4bit out, and say lora for qlora" in err
+        out = tmp_path / "merged"
+        argv = ["merge", "--base", stored, "--adapter", adapter, "--out", out]
+        code, _, err = run(capsys, *argv)
+        assert code == 1 and "=True" not in err
+        assert "Name the model in 16 or 32 bits with --base" in err
+
+    def test_other_settings_are_named_as_options(
+        self, base, mine, tmp_path, capsys, monkeypatch
+    ):
+        with monkeypatch.context() as patch:
+            interrupt(patch, at=6)
+            assert run(capsys, *tune(base, mine, tmp_path / "out"))[0] == 130
+        argv = tune(base, mine, tmp_path / "out", "--batch-size", 2)
+        code, _, err = run(capsys, *argv)
+        assert code == 1 and "--batch-size 4 (now 2)" in err
+        assert "Repeat them to go on, or say --restart, or another --out" in err
 
     @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
     def test_data_that_never_ends(self, base, tmp_path, capsys, suffix):
@@ -1208,6 +1262,13 @@ class TestMistakes:
         assert asked == {"bf16": not slow}
 
 
+def in_ascii(monkeypatch):
+    """stdout as it is with PYTHONIOENCODING=ascii."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", out)
+    return out
+
+
 class TestUsage:
     """Exit code 2, help and versions."""
 
@@ -1232,7 +1293,14 @@ class TestUsage:
             ("finetune", "--batch-size", "-2", "at least 1"),
             ("finetune", "--accumulate", "0", "at least 1"),
             ("finetune", "--lr", "0", "a number above 0"),
-            ("finetune", "--lr", "inf", "above 0"),
+            ("finetune", "--lr", "inf", "a number above 0, and finite"),
+            ("finetune", "--lr", "1e400", "a number above 0, and finite"),
+            ("finetune", "--alpha", "1e400", "a number, and finite"),
+            ("finetune", "--steps", "1e400", "a whole number"),
+            ("pretrain", "--lr", "1e400", "a number above 0, and finite"),
+            ("pretrain", "--seed", str(10**30), "at most"),
+            ("generate", "--temperature", "1e400", "at least 0, and finite"),
+            ("generate", "--seed", str(10**30), "at most"),
             ("finetune", "--lr", "nan", "above 0"),
             ("finetune", "--alpha", "nan", "a number"),
             ("finetune", "--limit", "-1", "at least 0"),
@@ -1260,12 +1328,27 @@ class TestUsage:
             "evaluate": ["--data", "sql"],
             "generate": ["x"],
             "merge": ["--out", "x"],
+            "pretrain": [],
         }[command]
         with pytest.raises(SystemExit) as stop:
             main([command, *needed, f"{option}={value}"])
         assert stop.value.code == 2
         said = capsys.readouterr().err
         assert f"argument {option}: '{value}': expected " in said and message in said
+
+    def test_a_number_of_many_digits_is_cut(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["pretrain", "--steps", "9" * 5000])
+        said = capsys.readouterr().err
+        assert " ... 9999': expected a whole number at least 1" in said
+        assert len(said) < 500
+
+    @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+    def test_help_in_a_terminal_that_has_only_ascii(self, monkeypatch, command):
+        out = in_ascii(monkeypatch)
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--help"])
+        assert stop.value.code == 0 and len(out.buffer.getvalue()) > 200
 
     @pytest.mark.parametrize(
         "command", ["pretrain", "finetune", "generate", "evaluate", "merge", "doctor"]
@@ -1282,6 +1365,64 @@ class TestUsage:
         assert (
             result.returncode == 0 and "minipeft finetune --data sql" in result.stdout
         )
+
+    @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no signal of a process")
+    @pytest.mark.parametrize("start", ["module", "script"])
+    def test_ctrl_c_while_torch_is_imported(self, tmp_path, start):
+        """It ends as Ctrl-C does later on."""
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text(
+            "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n1 / 0\n"
+        )
+        (tmp_path / "minipeft_").mkdir()
+        script = tmp_path / "minipeft_" / "minipeft"  # as pip writes it
+        script.write_text("import sys\nfrom minipeft.cli import main\nsys.exit(main())")
+        home = Path(cli.__file__).parents[1]
+        path = os.pathsep.join([str(tmp_path), str(home)])
+        command = ["-m", "minipeft"] if start == "module" else [script]
+        result = subprocess.run(
+            [sys.executable, *command],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 130
+        assert result.stdout == "" and result.stderr == "\nminipeft: stopped\n"
+
+    @pytest.mark.parametrize("start", [["-c", "import minipeft"], ["-m", "other"]])
+    def test_an_import_leaves_ctrl_c_as_it_is(self, tmp_path, start):
+        """That of other programs. They may be packages, too, that import this one."""
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "__init__.py").write_text("import minipeft")
+        (tmp_path / "other" / "__main__.py").touch()
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text(
+            "import signal\n"
+            "assert signal.getsignal(2) is signal.default_int_handler\n"
+            "raise SystemExit(7)"
+        )
+        home = Path(cli.__file__).parents[1]
+        path = os.pathsep.join([str(tmp_path), str(home)])
+        done = subprocess.run(
+            [sys.executable, *start],
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+        )
+        assert done.returncode == 7, done.stderr
+
+    def test_main_takes_ctrl_c_over(self, monkeypatch, capsys):
+        handlers = []
+        before = signal.signal(signal.SIGINT, interrupts.stop)
+        monkeypatch.setitem(
+            cli.COMMANDS,
+            "doctor",
+            lambda args: handlers.append(signal.getsignal(signal.SIGINT)) or ({}, 0),
+        )
+        try:
+            assert run(capsys, "doctor")[0] == 0
+            assert handlers == [signal.default_int_handler]
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     @pytest.mark.parametrize(
         "command, option",
@@ -1402,6 +1543,12 @@ class TestGenerate:
         )
         argv = ["generate", "x", "--base", base, "--stop", given, "--stop", "ab"]
         assert run(capsys, *argv)[0] == 0 and seen == [["\n", "ab"]]
+
+    def test_a_text_in_a_terminal_that_has_only_ascii(self, base, monkeypatch):
+        out = in_ascii(monkeypatch)
+        monkeypatch.setattr("minipeft.lm.generate", lambda *args, **options: "")
+        assert main(["generate", "the caf\u00e9", "--base", base]) == 0
+        assert out.buffer.getvalue() == rb"the caf\xe9" + os.linesep.encode()
 
     def test_top_k_without_a_temperature_would_do_nothing(self, base, capsys):
         for option in (["--top-k", "3"], ["--top-p", "0.9"]):

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "minipeft"
 # The adapters' floors: a file may import from lower floors only.
 FLOORS = [
+    ["interrupts"],
     ["errors", "peft_tables", "recognized"],
     ["io"],
     ["weights"],

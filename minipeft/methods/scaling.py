@@ -6,6 +6,7 @@ import warnings
 
 from .. import weights
 from ..config import ConfigError
+from ..io import brief
 
 
 def check_alpha(**values):
@@ -13,8 +14,8 @@ def check_alpha(**values):
     for name, value in values.items():
         if not 1e-38 < abs(value) < 1e38:
             raise ConfigError(
-                f"{name} = {value!r}: expected a number that is not 0 and that 32 bits"
-                " hold; the adapter is multiplied by it"
+                f"{name} = {brief(value)}: expected a number that is not 0 and that 32"
+                " bits hold; the adapter is multiplied by it"
             )
 
 
@@ -26,7 +27,7 @@ def check_rank(r, layer, useful=True):
     is_meta = any(parameter.is_meta for parameter in layer.parameters())
     if needed > total_memory() and not is_meta:
         raise ConfigError(
-            f"r = {r:,} would take {needed / 1e9:,.0f} GB for one layer of {d_in} x"
+            f"r = {r:,} would take {needed // 10**9:,} GB for one layer of {d_in} x"
             f" {d_out}, more than this machine has"
         )
     if r > min(d_in, d_out) and not useful:
