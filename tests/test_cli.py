@@ -129,6 +129,14 @@ def adapter(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "trained")
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """For children: a shell's background job is deaf to Ctrl-C, and so are they."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(capsys, *argv):
     """(exit code, stdout, stderr)"""
     code = main([str(a) for a in argv])
@@ -1368,6 +1376,7 @@ class TestUsage:
 
     @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is no signal of a process")
     @pytest.mark.parametrize("start", ["module", "script"])
+    @pytest.mark.usefixtures("hears_ctrl_c")
     def test_ctrl_c_while_torch_is_imported(self, tmp_path, start):
         """It ends as Ctrl-C does later on."""
         (tmp_path / "torch").mkdir()
@@ -1390,6 +1399,7 @@ class TestUsage:
         assert result.stdout == "" and result.stderr == "\nminipeft: stopped\n"
 
     @pytest.mark.parametrize("start", [["-c", "import minipeft"], ["-m", "other"]])
+    @pytest.mark.usefixtures("hears_ctrl_c")
     def test_an_import_leaves_ctrl_c_as_it_is(self, tmp_path, start):
         """That of other programs. They may be packages, too, that import this one."""
         (tmp_path / "other").mkdir()
