@@ -39,6 +39,7 @@ from safetensors.torch import save_file
 
 from minipeft import (
     AdaLoraConfig,
+    BitFitConfig,
     BottleneckConfig,
     DoraConfig,
     IA3Config,
@@ -107,12 +108,14 @@ CASES = {
     ),
     "(IA)³": (lambda: IA3Config(), 1e-2),
     "LoRA r 1": (lambda: lora(1), 3e-3),
+    "LoRA r 8": (lambda: lora(8), 3e-3),
     "LoRA r 64": (lambda: lora(64), 1e-3),
     "subspace, d 1000": (lambda: hashed(1000), 1e-1),
     "subspace, d 10000": (lambda: hashed(10_000), 3e-2),
     "subspace, d 100": (lambda: hashed(100), 3e-1),
     "AdaLoRA 6 to 4": (lambda steps: adalora(4, steps), 1e-2),
     "LayerNorm tuning": (lambda: LNTuningConfig(), 1e-2),
+    "BitFit, added biases": (lambda: BitFitConfig(add_bias=True), 1e-2),
     "VeRA r 256": (lambda: VeraConfig(r=256, **ALL), 1e-2),
     "LoKr r 8": (lambda: LoKrConfig(r=8, alpha=8, **ALL), 3e-3),
     "LoRA r 4, chat": (lambda: lora(4), 3e-3),

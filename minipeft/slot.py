@@ -262,12 +262,37 @@ class Slot(nn.Module):
     def unmerge(self):
         """Put back the very parameters from before merging: no rounding error. Where
         the layer was moved or cast since, so are they."""
-        for module, parameters, buffers in self.unmerged_params:
-            put_back(parameters, module._parameters)
-            put_back(buffers, module._buffers)
+        self._put_unmerged()
         self.merged = []
         self.unmerged_params = []
         self.quant_error = []
+
+    def _put_unmerged(self):
+        for module, parameters, buffers in self.unmerged_params:
+            put_back(parameters, module._parameters)
+            put_back(buffers, module._buffers)
+
+    @contextmanager
+    def beside(self):
+        """Within it the merged adapters run beside the layer, and its parameters are
+        those from before merging."""
+        active = ActiveAdapters()
+        active.names = self.merged
+        changes = {"merged": [], "unmerged_params": [], "active": active}
+        before = {name: getattr(self, name) for name in changes}
+        merged = [
+            (module, dict(module._parameters), dict(module._buffers))
+            for module, _, _ in self.unmerged_params
+        ]
+        self._put_unmerged()
+        vars(self).update(changes)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+            for module, parameters, buffers in merged:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
 
     def _apply(self, fn, recurse=True):  # .to(), .half() ..., of a part of the model
         for module in self.shared.values():

@@ -44,6 +44,14 @@ NESTED = {
         DoraConfig(target_modules=["v_proj"]),
     ),
     "subspace around norms": (SubspaceConfig(d=50), LNTuningConfig()),
+    "subspace around ia3": (
+        SubspaceConfig(d=50),
+        IA3Config(target_modules=["v_proj", "up_proj"], feedforward_modules=[]),
+    ),
+    "subspace around a copy": (
+        SubspaceConfig(d=50),
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["layers.0.mlp"]),
+    ),
     "copied mlp around lora": (
         LoraConfig(target_modules=["q_proj"], modules_to_save=["layers.0.mlp"]),
         LoraConfig(target_modules=["down_proj", "q_proj"]),
@@ -318,6 +326,54 @@ class TestMergedAndActive:
         assert torch.equal(run(other.unload()), start) and not torch.equal(
             merged, start
         )
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NESTED if name.startswith("subspace")]
+)
+class TestMergedWithinASubspace:
+    """Adapter b is merged, and a, which is only active, moves the weights beneath it."""
+
+    def test_they_compute_as_unmerged(self, name):
+        model = pair(name)
+        start = parameters(model)
+        model.set_adapter(["a", "b"])
+        apart = run(model)
+        model.set_adapter("a")
+        assert not torch.equal(run(model), apart)
+        model.merge_adapter(["b"])
+        merged = parameters(model)
+        assert torch.equal(run(model), apart)
+        now = parameters(model)
+        assert all(now[key] is merged[key] for key in merged)
+        with model.disable_adapter():
+            assert torch.equal(run(model), run(LLAMA.make()))
+        assert torch.equal(run(model), apart)
+        assert_base_is_back(model, start)
+
+    def test_an_error_in_between(self, name):
+        model = pair(name)
+        model.set_adapter("a")
+        model.merge_adapter(["b"])
+        expected = run(model)
+        layer = model.get_base_model().model.layers[1]
+        broken = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model)
+        broken.remove()
+        assert torch.equal(run(model), expected)
+
+    def test_the_same_gradients(self, name):
+        model = pair(name)
+        (theta,) = [p for n, p in model.named_parameters() if n.endswith("theta")]
+        grads = []
+        for active, merged in (["a", "b"], []), (["a"], ["b"]):
+            model.set_adapter(active)
+            model.merge_adapter(merged)
+            theta.grad = None
+            model(**inputs()).logits.logsumexp(-1).mean().backward()
+            grads.append(theta.grad)
+        assert torch.equal(*grads) and grads[0].any()
 
 
 class TestTrainingAMergedModel:

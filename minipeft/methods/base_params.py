@@ -1,10 +1,11 @@
 """The parameters of a whole model, shifted: for one call, or for good."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from .. import targets, weights
+from ..slot import Slot
 
 
 def param_locations(model):
@@ -49,10 +50,23 @@ def swapped_in(model, shifts):
             "gradient checkpointing runs layers again when the shifted weights are"
             " gone: switch it off"
         )
-    shifted = shifted_params(model, shifts)
-    old = [(where, where[0][0]._parameters[where[0][1]]) for where, _ in shifted]
-    try:
-        put_params(shifted)
+    with merged_beside(model):
+        shifted = shifted_params(model, shifts)
+        old = [(where, where[0][0]._parameters[where[0][1]]) for where, _ in shifted]
+        try:
+            put_params(shifted)
+            yield
+        finally:
+            put_params(old)
+
+
+@contextmanager
+def merged_beside(model):
+    """Within it the adapters that are merged in slots of the model run beside their
+    layers: what they make of shifted weights is no shift of what they made of others.
+    """
+    slots = [part for part in model.modules() if isinstance(part, Slot) and part.merged]
+    with ExitStack() as stack:
+        for slot in reversed(slots):  # the outermost was merged first
+            stack.enter_context(slot.beside())
         yield
-    finally:
-        put_params(old)
