@@ -158,22 +158,23 @@ class Hadamard(torch.autograd.Function):
 
 
 def lokr(adapter, base, x):
-    """y + s C X D^T, and X D^T not kept for the backward pass."""
+    """y + s C X D^T, with the sum inside the second product, and X D^T not kept for the
+    backward pass."""
     y = base(x)
     C, D = adapter.factors
     X = adapter.adapter_input(x).reshape(-1, C.shape[1], D.shape[1])  # (N, m, n)
-    update = Kronecker.apply(X, adapter.scaling * C, D)  # (N, p, q)
-    return (y + update.reshape(y.shape)).to(y.dtype)
+    Y = y.to(X.dtype).reshape(-1, len(C), len(D))  # (N, p, q)
+    return AddKronecker.apply(Y, X, adapter.scaling * C, D).view(y.shape).to(y.dtype)
 
 
-class Kronecker(torch.autograd.Function):
-    """C X D^T for each of N matrices X (m, n). The backward pass computes X D^T
-    again."""
+class AddKronecker(torch.autograd.Function):
+    """Y + C X D^T for each of N matrices X (m, n) and Y (p, q). The backward pass
+    computes X D^T again."""
 
     @staticmethod
-    def forward(ctx, X, C, D):
+    def forward(ctx, Y, X, C, D):
         ctx.save_for_backward(X, C, D)
-        return C @ (X @ D.T)  # (N, p, q)
+        return torch.baddbmm(Y, C.expand(len(X), *C.shape), X @ D.T)
 
     @staticmethod
     def backward(ctx, grad):
@@ -182,7 +183,7 @@ class Kronecker(torch.autograd.Function):
         dX = dXD @ D
         dD = dXD.flatten(0, 1).T @ X.flatten(0, 1)
         del dXD  # before another tensor of its size is made
-        return dX, torch.einsum("Npq,Nmq->pm", grad, X @ D.T), dD
+        return grad, dX, (grad @ (X @ D.T).mT).sum(0), dD
 
 
 # VeRA

@@ -15,7 +15,7 @@ from torch import nn
 
 import minipeft
 from minipeft import ConfigError, LoKrConfig, TargetError, get_peft_model
-from minipeft.kernels import Kronecker
+from minipeft.kernels import AddKronecker
 from minipeft.methods.lokr import LoKr, factorization
 from minipeft.slot import ActiveAdapters, Base, Slot
 
@@ -61,20 +61,20 @@ class TestEquation:
     def test_hand_written_gradients(self):
         tensors = [
             torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-            for shape in ((7, 2, 3), (4, 2), (5, 3))
+            for shape in ((7, 4, 5), (7, 2, 3), (4, 2), (5, 3))
         ]
-        X, C, D = tensors
+        Y, X, C, D = tensors
         product = torch.kron(C, D).detach()
         assert_within(
-            Kronecker.apply(*tensors)[1].flatten().detach(),
-            product @ X[1].flatten().detach(),
-            terms=2 * 3,
+            AddKronecker.apply(*tensors)[1].flatten().detach(),
+            Y[1].flatten().detach() + product @ X[1].flatten().detach(),
+            terms=2 * 3 + 1,
             steps=2,
             least=size(product * X[1].flatten()),  # a term is larger than their sum
         )
         assert torch.autograd.gradcheck(
-            Kronecker.apply, tensors
-        ) and torch.autograd.gradgradcheck(Kronecker.apply, tensors)
+            AddKronecker.apply, tensors
+        ) and torch.autograd.gradgradcheck(AddKronecker.apply, tensors)
 
     def test_training_keeps_nothing_but_the_input(self):
         """PEFT keeps the Kronecker product; an intermediate one would be as large as

@@ -332,7 +332,7 @@ class TestMergedAndActive:
     "name", [name for name in NESTED if name.startswith("subspace")]
 )
 class TestMergedWithinASubspace:
-    """Adapter b is merged, and a, which is only active, moves the weights beneath it."""
+    """Adapter b is merged; a, which is only active, moves the weights beneath it."""
 
     def test_they_compute_as_unmerged(self, name):
         model = pair(name)
