@@ -119,10 +119,16 @@ def slots_for(model, config, sites):
 
 def check_places(root, slots):
     """Raise TargetError for a layer that also stands elsewhere in the model, where it
-    would have no adapter, or whose weight is read in eval mode without a call."""
+    would have no adapter, or whose weight is read without a call."""
     parents = targets.parents_of(root)
+    read = targets.only_read(targets.modules_by_path(root))
     for path, slot in slots.items():
         layer = slot.base_layer
+        if path in read:
+            raise TargetError(
+                f"{path}: Mamba reads the weight of this {type(layer).__name__} and"
+                " does not call it, so an adapter has no effect. Leave it out"
+            )
         holders = [p for p in parents.get(id(layer), ()) if p is not slot]
         targets.check_one_place(path, layer, holders, "would have an adapter")
         fast = torch.backends.mha.get_fastpath_enabled()

@@ -131,11 +131,14 @@ class PeftConfig(metaclass=ConfigType):
         return [""]
 
     def copied_modules(self, paths):
-        """Those of `paths` that modules_to_save means: trained and saved whole."""
+        """Those of `paths` that modules_to_save means: trained and saved whole, with
+        all that is inside them."""
         names = getattr(self, "modules_to_save", None) or ()
-        return targets.resolve_targets(
+        found = targets.resolve_targets(
             paths, names, "modules_to_save", targets.ends_with
         )
+        inside = tuple(f"{path}." for path in found)
+        return [path for path in found if not path.startswith(inside)]
 
     def needed_adapters(self):
         """The names of other adapters without which this one cannot run."""
@@ -561,10 +564,11 @@ def paths_of_experts(modules):
 
 
 def all_linear(model, modules):
-    """Names for all linear layers but the output head."""
+    """Names for all linear layers but the output head, and what Mamba only reads."""
     _, head = targets.embeddings(model)
     linear = targets.paths_of(modules, weights.is_linear)
-    found = [path for path in linear if modules[path] is not head]
+    read = targets.only_read(modules)
+    found = [p for p in linear if modules[p] is not head and p not in read]
     if not found:
         raise TargetError(
             f"all-linear: this {type(model).__name__} has no linear layers"

@@ -80,6 +80,10 @@ def check_tensors(expected, found):
         elif shape != tuple(expected[key].shape):
             here = tuple(expected[key].shape)
             wrong.append(f"  shape       {key}  {shape}, the model has {here}")
+        elif not expected[key].is_floating_point():  # a buffer that counts
+            if tensor.dtype != expected[key].dtype:
+                there = expected[key].dtype
+                wrong.append(f"  type        {key}  {tensor.dtype}, expected {there}")
         elif tensor.dtype not in FLOATS:
             wrong.append(f"  type        {key}  {tensor.dtype}, expected floats")
         elif not tensor.to(expected[key].dtype).isfinite().all():

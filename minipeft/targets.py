@@ -40,6 +40,17 @@ def modules_by_path(model):
     return {path: unwrap_slot(module) for path, _, _, module in walk(model)}
 
 
+def only_read(modules):
+    """The paths of layers whose weights a Mamba mixer multiplies by, always or in a
+    fused kernel, without calling them: an adapter there would have no effect."""
+    mixers = [
+        path
+        for path, module in modules.items()
+        if hasattr(module, "A_log") and hasattr(module, "D")
+    ]
+    return {f"{path}.{name}" for path in mixers for name in ("dt_proj", "out_proj")}
+
+
 def parents_of(model):
     """{id of a module: [those that hold it]}"""
     parents = {}

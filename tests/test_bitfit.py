@@ -6,6 +6,7 @@ import pytest
 import torch
 from bases import BASES, ROUNDING, close, differ, loss_of, rounding, run, shake
 from tolerance import size
+from torch import nn
 
 import minipeft
 from minipeft import BitFitConfig, LNTuningConfig, TargetError, get_peft_model
@@ -75,6 +76,43 @@ class TestBiases:
                 p.grad.abs().max() for p in model.parameters() if p.requires_grad
             )
             assert (gradient < ROUNDING) == same
+
+    @pytest.mark.parametrize(
+        "layer, x",
+        [
+            (nn.Conv1d(4, 4, 1), (2, 4, 4)),
+            (nn.Conv2d(3, 4, 2), (2, 3, 5, 5)),
+            (nn.BatchNorm1d(4), (2, 4)),
+            (nn.GroupNorm(2, 4), (2, 4, 4)),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_a_bias_a_channel_is_left(self, layer, x):
+        """Added to the last dimension it would be another function, or not fit."""
+        model = nn.Sequential(layer.eval(), nn.Flatten(), nn.LazyLinear(3))
+        model(torch.ones(x))
+        with pytest.raises(TargetError, match="does not end by adding its bias to"):
+            get_peft_model(model, BitFitConfig(target_modules=["0"]))
+        model = shake(get_peft_model(model, BitFitConfig()))
+        assert list(model._adapters_by_path("default")) == ["2"]
+        apart = model(torch.ones(x))
+        close(model.merge_and_unload()(torch.ones(x)), apart)
+
+    @pytest.mark.parametrize("kind", ["BertForMaskedLM", "GptOssForCausalLM"])
+    def test_a_bias_that_another_layer_adds_is_left(self, kind):
+        """BERT's head holds the bias that its decoder adds; an expert router's output
+        is a tuple."""
+        transformers = pytest.importorskip("transformers")
+        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+        sizes |= dict(num_attention_heads=4, vocab_size=40, num_key_value_heads=2)
+        sizes |= dict(head_dim=4, num_local_experts=4, num_experts_per_tok=2)
+        name = kind.partition("For")[0]
+        config = getattr(transformers, f"{name}Config")(**sizes)
+        base = getattr(transformers, kind)(config).eval()
+        ids = torch.arange(5)[None]
+        model = shake(get_peft_model(base, BitFitConfig()))
+        apart = model(ids).logits
+        close(model.merge_and_unload()(ids).logits, apart)
 
 
 class TestNorms:

@@ -231,8 +231,8 @@ class TestAgainstAdapterHub:
         three = llama()
         for block in three.model.layers:
             block.another_norm = nn.LayerNorm(16)
-        with pytest.raises(TargetError, match="has 3 norms"):
-            run(get_peft_model(three, stream))
+        with pytest.raises(TargetError, match="layers.0: .* has 3 norms"):
+            get_peft_model(three, stream)
 
 
 class TestConfig:
@@ -468,6 +468,20 @@ class TestPlacements:
         for p in model.parameters():
             assert not p.requires_grad or p.grad.abs().max() > 0
         differ(model(input_ids=ids, labels=ids).logits, before)
+
+    @pytest.mark.parametrize("reads", ["sublayer", "stream"])
+    def test_experts_whose_last_layer_is_a_gate(self, reads):
+        """Of one number, (d, 1): no width of the stream."""
+        transformers = pytest.importorskip("transformers")
+        sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=4)
+        sizes |= dict(num_key_value_heads=2, num_experts=4, moe_intermediate_size=8)
+        config = transformers.Qwen2MoeConfig(vocab_size=40, **sizes)
+        base = transformers.Qwen2MoeForCausalLM(config).eval()
+        ids = torch.arange(6)[None]
+        before = base(ids).logits
+        model = get_peft_model(base, BottleneckConfig(r=3, reads=reads)).eval()
+        close(model(ids).logits, before)
+        differ(shake(model)(ids).logits, before)
 
     def test_where_no_blocks_are(self):
         with pytest.raises(TargetError, match="say target_modules"):

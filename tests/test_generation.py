@@ -7,7 +7,9 @@ import pytest
 import torch
 from tolerance import chance
 
+from minipeft.lanternwick.tasks import Example
 from minipeft.lm import GPT, GPTConfig, generate, load_pretrained, load_tokenizer
+from minipeft.lm.data import encode
 from minipeft.lm.generation import generate_ids, sample
 
 SIZES = dict(
@@ -304,6 +306,36 @@ class TestExtremes:
         if not isinstance(number, float) or number == float("inf"):
             with pytest.raises(ValueError, match="temperature = "):
                 generate(model, Letters(), "abc", temperature=number)
+
+    @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "x"])
+    def test_seeds(self, model, seed):
+        with pytest.raises(ValueError, match="seed = .*: expected a whole number from"):
+            generate(model, Letters(), "abc", temperature=1.0, seed=seed)
+
+    @pytest.mark.parametrize("prompts", [None, 3, b"abc", {"abc": 1}, ["a", 3], [None]])
+    def test_prompts_that_are_no_texts(self, model, prompts):
+        with pytest.raises(ValueError, match="found .*expected a "):
+            generate(model, Letters(), prompts)
+        assert generate(model, Letters(), iter(["abc"])) == [
+            generate(model, Letters(), "abc")
+        ]
+
+    @pytest.mark.parametrize("rows", [(0, 3), (2, 0)])
+    def test_rows_without_tokens(self, model, rows):
+        for mask in (torch.ones(rows), torch.zeros(2, 3)):
+            ids = torch.ones(mask.shape, dtype=torch.int64)
+            with pytest.raises(ValueError, match="a row without tokens"):
+                generate_ids(model, ids, mask)
+
+    def test_what_is_no_tokenizer(self, model):
+        """The encode of transformers' slow tokenizers puts an end token behind each
+        prompt."""
+        slow = pytest.importorskip("transformers").ByT5Tokenizer()
+        for tokenizer in (None, "lanternwick", slow):
+            with pytest.raises(ValueError, match="expected load_tokenizer"):
+                generate(model, tokenizer, "abc")
+            with pytest.raises(ValueError, match="expected load_tokenizer"):
+                encode(tokenizer, Example("abc", " d", {}))
 
     def test_half_a_character(self, model):
         with pytest.raises(ValueError, match="the prompt is not text"):

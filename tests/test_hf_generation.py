@@ -52,6 +52,19 @@ ARCHITECTURES = {
     "GPTBigCode": dict(multi_query=True),
     "Mpt": {},
 }
+# besides those, for what virtual tokens refuse there
+OTHERS = {
+    "GPTNeo": dict(
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        attention_types=[[["local"], LAYERS]],
+        window_size=6,
+    ),
+    "Jamba": dict(
+        num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=1
+    ),
+    "Lfm2": dict(num_key_value_heads=2, layer_types=["conv", "full_attention"]),
+}
 CLASSES = {"Gemma3": "Gemma3TextConfig", "GPT2": "GPT2Config"}
 KINDS = {
     "prompt": PromptTuningConfig,
@@ -68,6 +81,7 @@ CACHES = {
     "without a cache": dict(use_cache=False),
     "text in pieces": dict(prefill_chunk_size=2),
 }
+RECURRENT_CACHES = {"with a cache": {}, "without a cache": dict(use_cache=False)}
 if transformers.__version__ == "5.0.0":  # "Cannot use prefill chunking without a cache"
     del CACHES["text in pieces"]
 
@@ -90,7 +104,7 @@ def base_model(name):
     config = getattr(transformers, CLASSES.get(architecture, f"{architecture}Config"))
     if architecture in ("GPTJ", "Bloom", "GPT2", "GPTBigCode"):
         other = dict(n_positions=48)
-    config = config(**sizes | other | ARCHITECTURES[name])
+    config = config(**sizes | other | (ARCHITECTURES | OTHERS)[name])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -278,6 +292,24 @@ class TestGenerate:
     def test_left_padding_beyond_a_sliding_window_is_refused(self, name, kind):
         with pytest.raises(ValueError, match="sliding window of 6.*pad on the right"):
             generate(adapted(name, kind))
+
+    @pytest.mark.parametrize("kind", ["prompt", "p-tuning"])
+    @pytest.mark.parametrize("name", ["Jamba", "Lfm2"])
+    def test_left_padding_before_a_recurrent_layer_is_refused(self, name, kind):
+        """Such a layer goes through the padding after the virtual tokens."""
+        model = adapted(name, kind)
+        for call in (generate, lambda model: model(IDS, attention_mask=MASK)):
+            with pytest.raises(ValueError, match="counts the padding.*pad on the"):
+                call(model)
+        check_all_ways(model, name, IDS[1:], MASK[1:], RECURRENT_CACHES)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_left_padding_beyond_a_local_window_is_refused(self, kind):
+        """GPT-Neo calls it window_size."""
+        model = adapted("GPTNeo", kind)
+        with pytest.raises(ValueError, match="sliding window of 6.*pad on the right"):
+            generate(model)
+        check_all_ways(model, "GPTNeo", IDS[1:], MASK[1:])
 
 
 class TestForward:

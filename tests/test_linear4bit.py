@@ -624,6 +624,16 @@ class TestPreparing:
             with pytest.raises(ValueError, match="bnb_4bit_quant_type"):
                 parse(wrong)
 
+    @pytest.mark.parametrize("given", [True, 4, object()])
+    def test_what_is_no_configuration(self, given):
+        with pytest.raises(ValueError, match="quantization = .*expected 'nf4'"):
+            BitsAndBytesConfig.make(given)
+
+    @pytest.mark.parametrize("name", ["load_in_4bit", "bnb_4bit_use_double_quant"])
+    def test_a_text_is_neither_yes_nor_no(self, name):
+        with pytest.raises(ValueError, match=f"unknown {name} 'false'.*True, False"):
+            BitsAndBytesConfig(**{name: "false"})
+
 
 class TestStateDict:
     """What does not fit is refused; nothing is half-loaded, nothing ignored."""

@@ -781,6 +781,34 @@ class TestPlaces:
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
 
+    @pytest.mark.parametrize("name", ["dt_proj", "out_proj"])
+    def test_what_mamba_reads(self, name):
+        """It multiplies by the weight of dt_proj, and its fused kernels by that of
+        out_proj: an adapter would change nothing until it is merged."""
+        base, ids = mamba(), torch.arange(5)[None]
+        with pytest.raises(TargetError, match=f"mixer.{name}: Mamba reads the weight"):
+            get_peft_model(base, LoraConfig(target_modules=[name]))
+        plain = base(ids).logits
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(base, config).eval()
+        assert {
+            path.rpartition(".")[2] for path in model._adapters_by_path("default")
+        } == {"in_proj", "x_proj"}
+        apart = model(ids).logits
+        apart.sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        differ(apart, plain)
+        close(model.merge_and_unload()(ids).logits, apart, SMALL)
+
+
+def mamba():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4
+    )
+    torch.manual_seed(0)
+    return transformers.MambaForCausalLM(config).eval()
+
 
 class TestReplacedWhileMerged:
     """What stood there before cannot be put back into another layer."""

@@ -160,6 +160,26 @@ class TestAdamW8bit:
             with pytest.raises(ValueError, match="empty parameter list"):
                 make(empty)
 
+    @pytest.mark.parametrize("bits", [8, 32])
+    @pytest.mark.filterwarnings("ignore:paging")
+    def test_groups_of_pages_may_hold_any_iterable(self, bits):
+        layer = nn.Linear(2, 2)
+        for groups in (
+            [{"params": layer.parameters()}],
+            [{"params": iter([])}, {"params": layer.parameters()}],
+            [{"params": layer.weight}, {"params": [layer.bias]}],
+            layer.named_parameters(),
+        ):
+            optimizer = PagedAdamW(groups, optim_bits=bits)
+            found = [p for group in optimizer.param_groups for p in group["params"]]
+            assert [id(p) for p in found] == [id(layer.weight), id(layer.bias)]
+
+    def test_sparse_gradients(self):
+        layer = nn.Embedding(4, 4, sparse=True)
+        layer(torch.tensor([1])).sum().backward()
+        with pytest.raises(RuntimeError, match="no sparse gradients.*sparse=True"):
+            AdamW8bit(layer.parameters()).step()
+
 
 class Batches:
     def batch(self, step):

@@ -5,11 +5,21 @@ import os
 
 import pytest
 import torch
-from bases import BASES, METHODS, adapted, close, run
+from bases import BASES, METHODS, adapted, close, run, shake
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import minipeft
-from minipeft import LoraConfig, PeftConfig, PeftModel, get_peft_model, saving
+from minipeft import (
+    AdapterFileError,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    saving,
+)
 
 BASE, LORA = BASES["llama"], METHODS["lora"]
 
@@ -162,6 +172,48 @@ class TestLoading:
         model.save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(BASE.make(), tmp_path)
         assert {p.dtype for p in again.parameters()} == {torch.float32}
+
+    @pytest.mark.parametrize("method", ["copy", "norm"])
+    def test_a_batch_norm_counts_in_whole_numbers(self, tmp_path, method):
+        def base():
+            torch.manual_seed(0)
+            norm = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+            return nn.Sequential(nn.Linear(3, 3), norm, nn.Linear(3, 3))
+
+        config = LNTuningConfig(target_modules=["1.1"])
+        if method == "copy":
+            config = LoraConfig(target_modules=["0"], modules_to_save=["1"])
+        x = torch.randn(4, 3)
+        model = get_peft_model(base(), config)
+        model(x)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(base(), tmp_path)
+        assert torch.equal(again(x), model.eval()(x))
+        file = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        key = next(key for key in tensors if "num_batches_tracked" in key)
+        save_file(tensors | {key: tensors[key].float()}, file)
+        with pytest.raises(AdapterFileError, match="float32, expected torch.int64"):
+            PeftModel.from_pretrained(base(), tmp_path)
+
+    @pytest.mark.parametrize("names", [["1"], ["1", "1.0"]])
+    def test_a_module_within_one_that_is_saved(self, tmp_path, names):
+        """It is trained and saved with that one: a copy of its own, which is never
+        called, would take its place in the file. "1" matches "1.1", too."""
+
+        def base():
+            torch.manual_seed(0)
+            block = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+            return nn.Sequential(nn.Linear(3, 3), block)
+
+        config = LoraConfig(target_modules=["0"], modules_to_save=names)
+        x = torch.randn(4, 3)
+        model = shake(get_peft_model(base(), config))
+        model(x).sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(base(), tmp_path)
+        assert torch.equal(again(x), model(x))
 
     def test_a_frozen_adapter_stays_frozen_beside_a_new_one(self, tmp_path):
         adapted(LORA, BASE).save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ import torch
 from tolerance import assert_within, tolerance
 from torch import nn
 
+from minipeft.errors import FileError
 from minipeft.lm.checkpoint import load_checkpoint, save_checkpoint, trained_tensors
 from minipeft.lm.data import Batches
 from minipeft.lm.gpt import GPT, GPTConfig
@@ -487,6 +488,15 @@ class TestArguments:
     def test_wrong_arguments(self, change, message):
         with pytest.raises(ValueError, match=message):
             train(tiny(), examples(), **(common | dict(steps=2) | change))
+
+    @pytest.mark.parametrize("tokenizer", ["lanternwick", 3])
+    def test_what_is_no_tokenizer(self, tokenizer):
+        with pytest.raises(ValueError, match="expected load_tokenizer"):
+            train(tiny(), examples(), **(common | dict(steps=2, tokenizer=tokenizer)))
+
+    def test_a_folder_without_a_name(self):
+        with pytest.raises(FileError, match="found an empty name"):
+            train(tiny(), examples(), **common, steps=2, folder="")
 
     @pytest.mark.parametrize(
         "change",

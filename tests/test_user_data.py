@@ -387,6 +387,25 @@ class TestRecords:
         with pytest.raises(DataError, match=message):
             read_user_file(tmp_path / name)
 
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+    def test_line_ends(self, tmp_path, end):
+        rows = {
+            "a.csv": ["prompt,completion", "a,b", "c,d", "e,f"],
+            "a.jsonl": ['{"prompt": "a", "completion": "b"}'] * 3,
+            "a.txt": ["a", "b", "c"],
+        }
+        for name, lines in rows.items():
+            (tmp_path / name).write_bytes("".join(x + end for x in lines).encode())
+            found = read_user_file(tmp_path / name)
+            assert len(found) == 3
+            assert not any("\r" in text for row in found for text in row[:2])
+
+    def test_a_link_to_nowhere(self, tmp_path):
+        (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone")
+        with pytest.raises(DataError, match="cannot read") as caught:
+            load_data(tmp_path / "a.jsonl")
+        assert "did you mean" not in str(caught.value)
+
     def test_columns_without_a_name(self, tmp_path):
         (tmp_path / "a.csv").write_text(",text,\n1,a,\n2,b,\n")
         assert [text for _, text, _ in read_user_file(tmp_path / "a.csv")] == ["a", "b"]

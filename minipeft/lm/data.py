@@ -58,7 +58,7 @@ def not_there(name, path):
         hint = ". .jsonl is JSON with one record a line" * (path.suffix == ".json")
         return f"{name} is {kind}: expected a .txt, .jsonl or .csv file{hint}"
     names = [*TASKS, *PUBLIC_DATASETS]
-    files = beside(path, lambda file: file.suffix in SUFFIXES)
+    files = beside(path, lambda file: file.suffix in SUFFIXES and file.exists())
     near = did_you_mean(name, [*names, *files])
     if path.suffix in SUFFIXES:
         check_file(path, lambda reason: DataError(f"{reason}{near}"))

@@ -88,6 +88,8 @@ def left_pad(rows, device):
 
 def check_prompts(model, rows):
     """ValueError for a prompt that the model cannot read."""
+    if not rows or not all(rows):
+        raise ValueError("a row without tokens: nothing can be continued")
     check_ids(model, [max(row) for row in rows], "the prompt")
     longest = max(map(len, rows))
     limit = max_tokens(model)
@@ -154,6 +156,7 @@ def decode(model, rows, max_new_tokens, is_over, adapter_names=None, **sampling)
 
 
 def seeded_generator(model, seed):
+    check_number("seed", seed, whole=True, least=0, most=2**64 - 1, also=(None,))
     if seed is None:
         return None
     return torch.Generator(next(model.parameters()).device).manual_seed(seed)
@@ -181,6 +184,21 @@ def check_stop(stop):
             raise ValueError(f"stop = {brief(each)}: expected strings or token ids")
     texts = [each for each in stop if isinstance(each, str)]
     return texts, {each for each in stop if not isinstance(each, str)}
+
+
+def as_texts(prompts):
+    """A list of prompts, given one or several. ValueError for what is not text."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, (bytes, dict)) or not hasattr(prompts, "__iter__"):
+        raise ValueError(
+            f"found {brief(prompts)}: expected a prompt, or a list of them"
+        )
+    texts = list(prompts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"found {brief(text)} as a prompt: expected a text")
+    return texts
 
 
 def prompt_ids(tokenizer, prompt):
@@ -273,7 +291,7 @@ def generate(
     prompt, for a model that holds several adapters. Raises ValueError for a prompt
     longer than the model's context."""
     single = isinstance(prompts, str)
-    prompts = [prompts] if single else list(prompts)
+    prompts = as_texts(prompts)
     if stream and not single:
         raise ValueError("stream needs one prompt, a str")
     tokenizer = wrap(tokenizer)

@@ -190,9 +190,17 @@ class Tokenizer:
 
 def wrap(tokenizer):
     """transformers' fast tokenizers as a Tokenizer, whose encode adds no special token;
-    others as they are."""
+    others as they are. ValueError for its slow ones, whose encode does, and for what is
+    no tokenizer."""
     raw = getattr(tokenizer, "backend_tokenizer", None)
     if raw is None:
+        slow = hasattr(tokenizer, "num_special_tokens_to_add")
+        if slow or not hasattr(tokenizer, "encode") or isinstance(tokenizer, str):
+            found = type(tokenizer).__name__ if slow else brief(tokenizer)
+            raise ValueError(
+                f"found {found}: expected load_tokenizer(...), or a fast tokenizer of"
+                " transformers"
+            )
         return tokenizer
     names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
     return Tokenizer(raw, *names, tokenizer.chat_template)

@@ -442,7 +442,10 @@ def check_arguments(model, schedule, evaluate_every, valid):
 
 
 def check_after_step(after_step, folder):
-    needed = ["step", *(["state_dict", "load_state_dict"] if folder else [])]
+    needed = [
+        "step",
+        *(["state_dict", "load_state_dict"] if folder is not None else []),
+    ]
     missing = [name for name in needed if not hasattr(after_step, name)]
     if after_step is not None and missing:
         raise ValueError(
@@ -519,9 +522,9 @@ class Run:
             stop = stack.enter_context(finish_step_on_interrupt())
             # each drops out its own
             torch.manual_seed((self.settings["seed"] + distributed.rank()) % 2**64)
-            if folder and distributed.is_first():
+            if folder is not None and distributed.is_first():
                 stack.enter_context(locked(folder))
-            if folder:
+            if folder is not None:
                 self.open(Path(folder), resume)
             stack.callback(self.optimizer.zero_grad, set_to_none=True)
             return self.loop(stop, progress)

@@ -224,6 +224,8 @@ def lines_of(path):
     raw = read_bytes(path, DataError).removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         raise DataError(f"{path} is empty")
+    if b"\n" not in raw:  # some spreadsheets end lines so
+        raw = raw.replace(b"\r", b"\n")
     for number, line in enumerate(raw.split(b"\n"), 1):
         try:
             line = line.decode("utf-8").rstrip("\r")

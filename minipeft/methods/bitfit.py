@@ -23,8 +23,8 @@ from ..slot import Adapter
 
 
 class BitFit(Adapter):
-    """x (..., d_in) -> (..., d_out), for any module that ends by adding a bias, such as
-    a LayerNorm."""
+    """x (..., d_in) -> (..., d_out), for a module that ends by adding a bias to the
+    last dimension: a linear layer, a LayerNorm."""
 
     def __init__(self, d_out, mergeable=True):
         super().__init__()
@@ -41,8 +41,8 @@ class BitFit(Adapter):
 
 @dataclass(kw_only=True)
 class BitFitConfig(LayerConfig):
-    """Not in Hugging Face PEFT. target_modules=None: every module with a bias, norms
-    too.
+    """Not in Hugging Face PEFT. target_modules=None: every linear layer and LayerNorm
+    with a bias. Those of convolutions and batch norms, one a channel, stay frozen.
 
     add_bias: modules without a bias may be named too, and get one that starts at zero;
     all linear layers, if none are named. Such a bias cannot be merged, for the plain
@@ -53,7 +53,9 @@ class BitFitConfig(LayerConfig):
     add_bias: bool = False
 
     def usual_targets(self, model, modules):
-        found = targets.paths_of(modules, has_bias)
+        found = targets.paths_of(modules, ends_with_bias)
+        read = targets.only_read(modules)
+        found = [path for path in found if path not in read]
         if not found and not self.add_bias:
             raise TargetError(
                 "this model has no biases to train: Llama-like models have none."
@@ -69,6 +71,11 @@ class BitFitConfig(LayerConfig):
                 " it one"
             )
         weights.check_forward(base.module)
+        if has_bias(base.module) and not ends_with_bias(base.module):
+            raise TargetError(
+                f"this {type(base.module).__name__} does not end by adding its bias to"
+                " the last dimension, as a linear layer or a LayerNorm does"
+            )
         if has_bias(base.module):
             return BitFit(base.module.bias.numel())
         return BitFit(weights.linear_features(base.module)[1], mergeable=False)
@@ -79,3 +86,11 @@ def has_bias(module):
         isinstance(getattr(module, "bias", None), nn.Parameter)
         and module.bias.dim() == 1
     )
+
+
+def ends_with_bias(module):
+    """True for linear layers and norms that add a bias to the last dimension; others'
+    are one a channel, or are added elsewhere."""
+    by_channel = isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
+    plain = weights.is_linear(module) or weights.is_norm(module)
+    return has_bias(module) and plain and not by_channel

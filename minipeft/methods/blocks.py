@@ -11,14 +11,16 @@ from ..errors import TargetError
 
 
 def in_out_features(module):
-    """(d_in, d_out) of a linear layer, or of a module that begins and ends with one."""
+    """(d_in, d_out) of a linear layer; of a module that begins with one, its d_in
+    twice, for what ends such a module may be a gate."""
     modules = targets.bare_modules(module)
     linear = [weights.features(m) for m in modules if weights.is_linear(m)]
     if not linear:
         raise TargetError(
             f"{type(module).__name__} has no linear layers, so its width is unknown"
         )
-    return linear[0][0], linear[-1][1]
+    d_in, d_out = linear[0]
+    return (d_in, d_out) if weights.is_linear(module) else (d_in, d_in)
 
 
 def find_sublayers(modules, wanted):

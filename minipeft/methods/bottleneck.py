@@ -180,7 +180,10 @@ class BottleneckConfig(LayerConfig):
         parallel = self.placement == "parallel"
         d = d_in if parallel else d_out
         r = self.r or max(1, int(d // (self.reduction_factor or factor)))
-        kind = ParallelToBlock if parallel and self.reads == "stream" else Bottleneck
+        kind = Bottleneck
+        if parallel and self.reads == "stream":
+            norm_before_feed_forward(base.module)  # refused now, not in the first step
+            kind = ParallelToBlock
         adapter = kind(d, r, d_out, parallel, act, scaling)
         adapter.reset_parameters(self.init)
         return adapter

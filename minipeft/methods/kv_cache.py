@@ -87,13 +87,20 @@ def key_value_shape(config):
     return heads, width
 
 
+def other_layers(config):
+    """The kinds of a model's layers that are not attention: recurrent, convolutions."""
+    names = ("layer_types", "layers_block_type")
+    kinds = (getattr(config, name, None) for name in names)
+    return set(next(filter(None, kinds), ())) - ATTENTION
+
+
 def check_plain_cache(model):
     """Raise TargetError unless each layer of `model` caches keys and values of one
     shape."""
     config, problem = model.config, None
     if cache_name(model) not in inspect.signature(model.forward).parameters:
         problem = "its forward takes no cache"
-    elif set(getattr(config, "layer_types", None) or ()) - ATTENTION:
+    elif other_layers(config):
         problem = "not all of its layers are attention"
     elif getattr(config, "kv_lora_rank", None):
         problem = "it caches compressed keys and values"
@@ -106,4 +113,4 @@ def check_plain_cache(model):
         )
 
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}

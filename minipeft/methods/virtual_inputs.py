@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import TargetError
-from .kv_cache import cache_length, cache_name
+from .kv_cache import cache_length, cache_name, other_layers
 
 
 def check_language_model(model):
@@ -85,21 +85,25 @@ def named_inputs(model, args, kwargs):
     return inputs
 
 
-# their ALiBi counts places in the batch, where others' counts tokens by the mask
+# their ALiBi counts places in the batch, where others' counts tokens by the mask;
+# so do layers that are not attention
 COUNT_PADDING = ("mpt",)
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
 def check_left_padding(config, mask, n):
     """Raise ValueError where a row's left padding, which stands between the virtual
     tokens and the text, would be counted."""
     padded = not mask[:, 0].all()
-    if padded and getattr(config, "model_type", None) in COUNT_PADDING:
+    kind = getattr(config, "model_type", None)
+    if padded and (kind in COUNT_PADDING or other_layers(config)):
         raise ValueError(
-            f"a row is padded on the left, and {config.model_type} counts the padding"
+            f"a row is padded on the left, and {kind} counts the padding"
             f" between it and the {n} virtual tokens: pad on the right, or run rows of"
             " unequal length one at a time"
         )
-    window = getattr(config, "sliding_window", None)
+    windows = [getattr(config, name, None) for name in WINDOWS]
+    window = min(filter(None, windows), default=None)
     if window and n + mask.shape[1] > window and padded:
         raise ValueError(
             f"{n} virtual tokens and {mask.shape[1]} others, padded on the left, exceed"

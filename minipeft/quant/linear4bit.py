@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import weights
 from ..errors import FileError, NotMergeableError
-from ..io import check_choice, did_you_mean, with_prefix
+from ..io import brief, check_choice, did_you_mean, with_prefix
 from ..targets import (
     check_one_place,
     find_targets,
@@ -235,6 +235,8 @@ class BitsAndBytesConfig:
     def __post_init__(self):
         dtype = as_float("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
         self.bnb_4bit_compute_dtype = dtype
+        for name in ("load_in_4bit", "bnb_4bit_use_double_quant"):
+            check_choice(name, getattr(self, name), (True, False))
 
     @classmethod
     def make(cls, given):
@@ -244,9 +246,15 @@ class BitsAndBytesConfig:
             return cls(bnb_4bit_quant_type=given, bnb_4bit_use_double_quant=True)
         known = cls.__dataclass_fields__
         if not isinstance(given, dict):
-            given = {
+            found = {
                 name: getattr(given, name) for name in known if hasattr(given, name)
             }
+            if not found:
+                raise ValueError(
+                    f"quantization = {brief(given)}: expected 'nf4', 'fp4', 'int4', a"
+                    " dict or a BitsAndBytesConfig"
+                )
+            given = found
         wrong = sorted(given.keys() - known.keys() - IGNORED_BNB_FIELDS)
         if wrong:
             hint = did_you_mean(wrong[0], known)

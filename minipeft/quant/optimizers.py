@@ -100,6 +100,11 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def update(self, p, lr, betas, eps, weight_decay, **_):
         """One step of AdamW for one parameter."""
+        if p.grad.is_sparse:
+            raise RuntimeError(
+                "AdamW8bit has no sparse gradients: leave nn.Embedding's sparse=True"
+                " out"
+            )
         if not self.state[p]:
             self.init_state(p)
         state = self.state[p]
@@ -134,6 +139,11 @@ def load_uncast(optimizer, state_dict):
                 state[name] = value.to(state[name].device, copy=True)
 
 
+def as_list(params):
+    """What a group holds: one parameter, or any iterable, which may end after once."""
+    return [params] if torch.is_tensor(params) else list(params)
+
+
 def PagedAdamW(
     params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, optim_bits=32
 ):
@@ -141,10 +151,17 @@ def PagedAdamW(
     moves pages of them to the CPU's and back. It is bitsandbytes' own, for GPUs. On a
     CPU there is nothing to page: a plain AdamW, and a warning."""
     check_choice("optim_bits", optim_bits, (8, 32))
-    groups = list(params)
+    groups = [
+        group | {"params": as_list(group["params"])}
+        if isinstance(group, dict)
+        else group
+        for group in params
+    ]
     first = groups[0] if groups else None
     if isinstance(first, dict):
-        first = first["params"][0]
+        first = next(iter(first["params"]), None)
+    if isinstance(first, tuple):  # (its name, a parameter)
+        first = first[1]
     if getattr(first, "is_cuda", False):
         Paged = import_bitsandbytes().optim.PagedAdamW
         return Paged(groups, lr, betas, eps, weight_decay, optim_bits=optim_bits)
