@@ -75,7 +75,7 @@ def test_functions_are_short(part):
 
 
 @pytest.mark.parametrize(
-    "files, most", [(HOUSE, 6339), (PACKAGES["lm"], 3400)], ids=["adapters", "lm"]
+    "files, most", [(HOUSE, 6403), (PACKAGES["lm"], 3427)], ids=["adapters", "lm"]
 )
 def test_nothing_grows_unseen(files, most):
     """Code lines. Raise a limit knowingly, or make room first."""
