@@ -361,6 +361,8 @@ def chosen(
     share=0.9,
     reached=None,
     judged="test_loss",
+    look=None,
+    given=dict,
     **settings,
 ):
     """The rule; each mistake below changes one of its parts."""
@@ -373,14 +375,15 @@ def chosen(
     def size(by_seed):
         return join([run[key] for run in by_seed.values()])
 
-    own = {d: min(strides.values(), key=size) for d, strides in found.items()}
+    own = {d: min(strides.values(), key=look or size) for d, strides in found.items()}
     tried = sorted(own)
     good = [d for d in tried if reached(size(own[d]))]
     if not good:
         return None
     smaller = tried[tried.index(good[0]) - 1]
     pair = [
-        {seed: run[judged] for seed, run in own[d].items()} for d in (good[0], smaller)
+        given({seed: run[judged] for seed, run in own[d].items()})
+        for d in (good[0], smaller)
     ]
     return good[0], compare(*pair, **{"loss": True} | settings).verdict
 
@@ -646,6 +649,10 @@ def from_above(runs, start, full):
     return found and (found, "ahead")
 
 
+def of_the_luckiest(by_seed):
+    return min(run["valid_loss"] for run in by_seed.values())
+
+
 def at_ones_stride(runs, start, full):
     """The smaller d at the stride of the chosen one."""
     found = chosen(runs, start, full)
@@ -677,6 +684,15 @@ def at_ones_stride(runs, start, full):
         ("at the stride of yours", at_ones_stride),
         ("does not pair the seeds", lambda *g: chosen(*g, paired=False)),
         ("median", lambda *g: chosen(*g, join=lambda v: sorted(v)[1])),
+        (
+            "the stride by one seed",
+            lambda *g: chosen(*g, look=lambda by_seed: by_seed[0]["valid_loss"]),
+        ),
+        ("the stride by one seed", lambda *g: chosen(*g, look=of_the_luckiest)),
+        (
+            "does not pair the seeds",
+            lambda *g: chosen(*g, given=lambda losses: sorted(losses.values())),
+        ),
     ],
 )
 def test_dimensions_that_seem_right(says, answer):

@@ -1,6 +1,7 @@
 """Chapter 05's checks accept the solution, refuse the blank stub kindly, and name the
 mistake in what is plausibly wrong."""
 
+import copy
 from statistics import fmean
 
 import numpy as np
@@ -305,7 +306,9 @@ def cures(layer, optimizer):
             "as it should be",
             lambda layer, optimizer: (
                 "frozen"
-                if diagnose(layer, optimizer) == "healthy" and not layer.B.any()
+                if diagnose(layer, optimizer) == "healthy"
+                and not layer.B.any()
+                and layer.A.requires_grad
                 else diagnose(layer, optimizer)
             ),
         ),
@@ -369,6 +372,14 @@ def test_an_untrained_adapter_is_not_dead():
     assert not any(verdicts) and any(
         "as it should be" in verdict.message for verdict in verdicts
     )
+
+
+def test_lora_fa_is_told_of_before_training_too():
+    def answer(layer, optimizer):
+        return diagnose(layer, optimizer) if layer.A.requires_grad else "frozen"
+
+    for verdict in judge(check.diagnose, answer, variants=10):
+        assert not verdict and "LoRA-FA trains B alone" in verdict.message
 
 
 def test_patients_have_what_they_are_said_to_have():
@@ -732,6 +743,17 @@ def unfreezing(layer, optimizer):
     return found
 
 
+def stepping_back(layer, optimizer):
+    """It steps, and puts the weights back; the optimizer has its means by then."""
+    found = diagnose(layer, optimizer)
+    before = copy.deepcopy(layer.state_dict())
+    for p in (layer.A, layer.B):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    layer.load_state_dict(before)
+    return found
+
+
 def looking_at(x_of, part=lambda y: y, atol=0.0):
     """Doubled is what differs in this part, for these inputs, by more than this."""
 
@@ -750,6 +772,7 @@ def looking_at(x_of, part=lambda y: y, atol=0.0):
         ("enabled is not what it was", leaving(enabled=False)),
         ("merged is not what it was", leaving(merged=False)),
         ("B.requires_grad is not", unfreezing),
+        ("step of the optimizer", stepping_back),
         ("not 0", with_other(no_scale=lambda p, o: p.scale <= 0)),
         ("not 0", with_other(no_scale=lambda p, o: abs(p.scale) < 1e-3)),
         (

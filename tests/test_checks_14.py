@@ -170,6 +170,9 @@ def test_module_solution():
         )
 
     accepts(check.fusion_module, with_forward(loop))
+    accepts(
+        check.fusion_module, after_init(lambda s, e, d: nn.init.zeros_(s.key.weight))
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,9 @@ def test_hears_solution():
     accepts(check.whom_it_hears, lambda p, mask: p[mask.bool()].mean(0))
     accepts(
         check.whom_it_hears,
-        lambda p, mask: torch.einsum("btn,bt->n", p, mask.to(p)) / mask.sum(),
+        lambda p, mask: (
+            torch.where(mask.bool()[..., None], p, 0).sum((0, 1)) / mask.sum()
+        ),
     )
 
 
@@ -319,6 +324,10 @@ def test_hears_solution():
         (
             "rows are left",
             lambda p, mask: (p * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
+        ),
+        (
+            "nan times 0 is nan",
+            lambda p, mask: torch.einsum("btn,bt->n", p, mask.to(p)) / mask.sum(),
         ),
         ("is there a `return`", lambda p, mask: None),
         ("nothing here yet", stub),
@@ -664,6 +673,11 @@ class Closed(Fusion):
         return self.run(y)
 
 
+def silent(module, experts, d):
+    for p in (*module.query.parameters(), *module.key.parameters()):
+        nn.init.zeros_(p)
+
+
 @pytest.mark.parametrize(
     "name, says, answer",
     [
@@ -691,6 +705,7 @@ class Closed(Fusion):
             "one and the same layer",
             after_init(lambda s, e, d: setattr(s, "key", s.query)),
         ),
+        ("fusion_module", "neither of them ever gets a gradient", after_init(silent)),
         (
             "fusion_module",
             "`value` too",

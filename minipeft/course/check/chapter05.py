@@ -714,6 +714,11 @@ def examined(function, layer, optimizer):
         "Your examination changed the patient's weights: look, compute gradients if"
         " you like, but do not step.",
     )
+    need(
+        not optimizer.state,
+        "Your examination took a step of the optimizer: its means are no longer those"
+        " of a patient who was not examined. Look into its groups.",
+    )
     changed = [
         name for name, now in switches_of(layer).items() if now != switches[name]
     ]
@@ -727,16 +732,14 @@ def examined(function, layer, optimizer):
 
 def spare_the_healthy(said, word, trained, other) -> None:
     """What looks like a disease and is none. word: what the learner has for `said`."""
+    wrong, why = HEALTHY.get(other, ("", ""))
+    need(said != wrong, f"You called a healthy one {word!r}: {why}")
     need(
-        trained
-        or said in ("healthy", "twice")
-        or (other, said) == ("small rate", "no rate"),
+        trained or said in ("healthy", "twice"),
         f"You called a healthy one {word!r}: its B is zero because it has not been"
         " trained yet, and that is as it should be. Only with A zero too is it"
         " dead.",
     )
-    wrong, why = HEALTHY.get(other, ("", ""))
-    need(said != wrong, f"You called a healthy one {word!r}: {why}")
     need(
         said != "twice",
         f"You called a healthy one {word!r}: being merged is no disease. Look"

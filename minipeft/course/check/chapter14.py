@@ -251,6 +251,13 @@ def look_at_linears(module, d) -> None:
         module.query.weight is not module.key.weight,
         "`query` and `key` are one and the same layer: each has its own weights.",
     )
+    asking = (*module.query.parameters(), *module.key.parameters())
+    need(
+        any(p.any() for p in asking),
+        "`query` and `key` are both zero at the start: then neither of them ever gets a"
+        " gradient, and all experts have the same share for ever. Leave one of them as"
+        " nn.Linear makes it.",
+    )
     trained = [name for name, p in module.named_parameters() if p.requires_grad]
     own = own_parameters(module)
     extra = [name for name in trained if name not in own]
@@ -493,9 +500,10 @@ def whom_it_hears(function) -> None:
         "p[mask] with a mask of whole numbers takes rows 0 and 1 of p, over and over. A"
         " boolean mask picks tokens: mask.bool().",
     )
+    right = kept.sum((0, 1)) / mask.sum()
     compare(
         got,
-        kept.sum((0, 1)) / mask.sum(),
+        right,
         {
             "You count the padding too: it also has an attention, which means"
             " nothing.": p.mean((0, 1)),
@@ -532,6 +540,12 @@ def whom_it_hears(function) -> None:
             ),
         },
         "Your shares",
+    )
+    spoilt = p.masked_fill(mask[..., None] == 0, torch.nan)
+    need(
+        same(function(spoilt, mask), right),
+        "Padding may hold anything, nan too, and nan times 0 is nan: pick the real"
+        " tokens, p[mask.bool()], before you add up.",
     )
 
 
