@@ -487,8 +487,6 @@ def whom_it_hears(function) -> None:
     mask = torch.ones(B, T, dtype=torch.long)
     mask[1, random.choice([2, 3]) :] = 0
     mask[2, :2] = 0  # padding may stand before the text
-    kept = p * mask[..., None]
-    rows = kept.sum(1) / mask.sum(1, keepdim=True)
     got = function(p, mask)
     need(
         not (
@@ -500,53 +498,54 @@ def whom_it_hears(function) -> None:
         "p[mask] with a mask of whole numbers takes rows 0 and 1 of p, over and over. A"
         " boolean mask picks tokens: mask.bool().",
     )
-    right = kept.sum((0, 1)) / mask.sum()
-    compare(
-        got,
-        right,
-        {
-            "You count the padding too: it also has an attention, which means"
-            " nothing.": p.mean((0, 1)),
-            "You divide by all places, padding included: the shares should sum to"
-            " one.": kept.mean((0, 1)),
-            "You take the mean of the rows' means: short rows would count too much.": (
-                rows.mean(0)
-            ),
-            "You give the sum: divide by the number of real tokens.": kept.sum((0, 1)),
-            "You keep the padding and drop the text.": (
-                (p * (1 - mask)[..., None]).sum((0, 1)) / (1 - mask).sum()
-            ),
-            "You count how often each expert has the largest share: the mean of the"
-            " shares is wanted.": (
-                (nn.functional.one_hot(p.argmax(-1), N) * mask[..., None]).sum((0, 1))
-                / mask.sum()
-            ),
-            "You take the first tokens of each row: padding may stand before the text."
-            " Ask the mask.": torch.cat(
-                [row[: int(n)] for row, n in zip(p, mask.sum(1))]
-            ).mean(0),
-            "Tokens that have the same shares count once: each token counts.": (
-                p[mask.bool()].unique(dim=0).mean(0)
-            ),
-            "That is the median: the mean is wanted.": (
-                p[mask.bool()].median(0).values
-            ),
-            "The rows are left: one number for each expert is wanted.": rows,
-            "You average over the experts: average over the tokens.": (
-                p[mask.bool()].mean(-1)
-            ),
-            "You divide by the number of rows: divide by the number of real tokens.": (
-                kept.sum((0, 1)) / B
-            ),
-        },
-        "Your shares",
-    )
+    right = (p * mask[..., None]).sum((0, 1)) / mask.sum()
+    compare(got, right, wrong_shares(p, mask), "Your shares")
     spoilt = p.masked_fill(mask[..., None] == 0, torch.nan)
     need(
         same(function(spoilt, mask), right),
         "Padding may hold anything, nan too, and nan times 0 is nan: pick the real"
         " tokens, p[mask.bool()], before you add up.",
     )
+
+
+def wrong_shares(p, mask) -> dict:
+    """{what to say: the shares that this mistake gives}"""
+    B, _, N = p.shape
+    kept = p * mask[..., None]
+    rows = kept.sum(1) / mask.sum(1, keepdim=True)
+    return {
+        "You count the padding too: it also has an attention, which means"
+        " nothing.": p.mean((0, 1)),
+        "You divide by all places, padding included: the shares should sum to"
+        " one.": kept.mean((0, 1)),
+        "You take the mean of the rows' means: short rows would count too much.": (
+            rows.mean(0)
+        ),
+        "You give the sum: divide by the number of real tokens.": kept.sum((0, 1)),
+        "You keep the padding and drop the text.": (
+            (p * (1 - mask)[..., None]).sum((0, 1)) / (1 - mask).sum()
+        ),
+        "You count how often each expert has the largest share: the mean of the"
+        " shares is wanted.": (
+            (nn.functional.one_hot(p.argmax(-1), N) * mask[..., None]).sum((0, 1))
+            / mask.sum()
+        ),
+        "You take the first tokens of each row: padding may stand before the text."
+        " Ask the mask.": torch.cat(
+            [row[: int(n)] for row, n in zip(p, mask.sum(1))]
+        ).mean(0),
+        "Tokens that have the same shares count once: each token counts.": (
+            p[mask.bool()].unique(dim=0).mean(0)
+        ),
+        "That is the median: the mean is wanted.": (p[mask.bool()].median(0).values),
+        "The rows are left: one number for each expert is wanted.": rows,
+        "You average over the experts: average over the tokens.": (
+            p[mask.bool()].mean(-1)
+        ),
+        "You divide by the number of rows: divide by the number of real tokens.": (
+            kept.sum((0, 1)) / B
+        ),
+    }
 
 
 # ---- shares, predicted ---------------------------------------------------------------
